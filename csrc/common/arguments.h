@@ -1,0 +1,37 @@
+// The checks that both modules make on what Python passes. std::invalid_argument becomes ValueError.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "dtype.h"
+#include "philox.h"
+
+namespace fastguide {
+
+inline void check_below(const char* name, uint64_t value, uint64_t bound) {
+    if (value >= bound)
+        throw std::invalid_argument(std::string(name) + " must be below " + std::to_string(bound) + ", got " +
+                                    std::to_string(value));
+}
+
+inline RandnShape checked_shape(uint64_t particles, uint64_t elements, uint64_t seed, uint64_t step,
+                                uint64_t stream, uint64_t first_particle) {
+    check_below("elements", elements, kMaxElements + 1);
+    check_below("step", step, uint64_t{1} << 32);
+    check_below("stream", stream, kMaxStreams);
+    check_below("particles", particles, kMaxParticles + 1);
+    check_below("first_particle", first_particle, kMaxParticles + 1 - particles);
+    return {particles, elements, first_particle, seed, static_cast<uint32_t>(step),
+            static_cast<uint32_t>(stream)};
+}
+
+inline Dtype checked_dtype(int code, Dtype last) {
+    if (code < 0 || code > static_cast<int>(last))
+        throw std::invalid_argument("dtype must be a code in 0.." + std::to_string(static_cast<int>(last)) +
+                                    ", got " + std::to_string(code));
+    return static_cast<Dtype>(code);
+}
+
+}  // namespace fastguide

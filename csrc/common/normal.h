@@ -1,0 +1,41 @@
+// Box-Muller: two standard normals from two words.
+//
+//   u = (w_even + 1) / 2^32 exactly, r = sqrt(-2 ln u), angle = 2 pi w_odd / 2^32
+//   (w0, w1) -> z0 = r cos(angle), z1 = r sin(angle);  (w2, w3) -> z2, z3
+//
+// All 32 bits go into the radius, so |z| reaches sqrt(64 ln 2) = 6.66. float32 is within 4 ulp of the exact
+// value for every pair of words. Over all 2^32 radius words r is within 1.89 * 2^-24 of it, over all 2^32
+// angle words sine and cosine within 1.99 * 2^-24, relatively; with the product's rounding, mantissa by
+// mantissa, 3.93 ulp bounds them all. The largest seen in 2e8 pairs, tails included, is 3.15.
+#pragma once
+
+#include "math.h"
+#include "philox.h"
+
+namespace fastguide {
+
+template <class Real>
+struct Pair {
+    Real z0, z1;
+};
+
+FG_HD Pair<float> normal_pair(uint32_t radius_word, uint32_t angle_word) {
+    const float r = square_root(minus_two_log(radius_word));
+    const SinCos turn = sincos_of_turn(angle_word);
+    return {r * turn.cos, r * turn.sin};
+}
+
+// In double, with the C library: u and the angle's residue are exact before they enter it.
+inline Pair<double> normal_pair_double(uint32_t radius_word, uint32_t angle_word) {
+    const double r = std::sqrt(-2.0 * std::log((static_cast<double>(radius_word) + 1.0) * 0x1p-32));
+    const uint32_t quadrant = (angle_word + 0x20000000u) >> 30;
+    const auto residue = static_cast<int32_t>(angle_word - (quadrant << 30));
+    const double angle = static_cast<double>(residue) * (0x1.921fb54442d18p+0 * 0x1p-30);
+    const double s = std::sin(angle), c = std::cos(angle);
+    const bool odd = (quadrant & 1u) != 0;
+    const double sin_sign = (quadrant & 2u) != 0 ? -1.0 : 1.0;
+    const double cos_sign = ((quadrant + 1u) & 2u) != 0 ? -1.0 : 1.0;
+    return {r * (cos_sign * (odd ? s : c)), r * (sin_sign * (odd ? c : s))};
+}
+
+}  // namespace fastguide

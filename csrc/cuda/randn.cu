@@ -1,0 +1,114 @@
+#include <algorithm>
+
+#include "../common/normal.h"
+#include "check.cuh"
+#include "randn.cuh"
+
+namespace fastguide::cuda {
+namespace detail {  // named: nvcc puts a hash of the command line into the names of an anonymous one
+
+constexpr unsigned kThreads = 256;
+constexpr uint64_t kMaxBlocks = 1u << 14;  // beyond, a thread takes several units and divides once
+
+// A thread's unit of work: as many groups of four normals as fill 16 bytes.
+template <class T>
+struct alignas(16) Unit {
+    static constexpr int groups = 4 / static_cast<int>(sizeof(T));
+    T z[4 * groups];
+};
+
+struct Position {
+    uint64_t row, group;
+};
+
+template <class T>
+__device__ void four_normals(const RandnShape& shape, Position at, T* z) {
+    const Words4 w = philox(philox_counter(shape.first_particle + at.row, static_cast<uint32_t>(at.group),
+                                           shape.stream, shape.step),
+                            static_cast<uint32_t>(shape.seed), static_cast<uint32_t>(shape.seed >> 32));
+    const Pair<float> first = normal_pair(w.w0, w.w1), second = normal_pair(w.w2, w.w3);
+    z[0] = round_to<T>(first.z0);
+    z[1] = round_to<T>(first.z1);
+    z[2] = round_to<T>(second.z0);
+    z[3] = round_to<T>(second.z1);
+}
+
+// Units of the flat index row * groups + group. kWide: elements % 4 == 0 and `out` is aligned to 16 bytes, so
+// that unit u lies at element 4 * Unit::groups * u whatever rows it spans.
+template <class T, bool kWide>
+__global__ void __launch_bounds__(kThreads)
+    randn_kernel(T* __restrict__ out, const RandnShape shape, uint64_t groups, Position stride) {
+    constexpr int kGroups = Unit<T>::groups;
+    const uint64_t total = shape.particles * groups;
+    const uint64_t step = static_cast<uint64_t>(gridDim.x) * kThreads * kGroups;
+    uint64_t index = (static_cast<uint64_t>(blockIdx.x) * kThreads + threadIdx.x) * kGroups;
+    Position at{index / groups, index % groups};
+    for (; index < total; index += step) {
+        Unit<T> unit;
+        Position each = at;
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) {
+            const bool live = index + j < total;
+            if (live) four_normals(shape, each, unit.z + 4 * j);
+            if (live && (!kWide || index + kGroups > total)) {
+                T* to = out + each.row * shape.elements + 4 * each.group;
+                const uint64_t left = shape.elements - 4 * each.group;
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (static_cast<uint64_t>(i) < left) to[i] = unit.z[4 * j + i];
+            }
+            if (++each.group == groups) {
+                each.group = 0;
+                ++each.row;
+            }
+        }
+        if (kWide && index + kGroups <= total)
+            *reinterpret_cast<uint4*>(out + 4 * index) = *reinterpret_cast<const uint4*>(&unit);
+        at.row += stride.row;
+        at.group += stride.group;
+        if (at.group >= groups) {
+            at.group -= groups;
+            ++at.row;
+        }
+    }
+}
+
+template <class T>
+void randn_as(void* data, const RandnShape& shape, cudaStream_t queue) {
+    T* out = static_cast<T*>(data);
+    const uint64_t groups = shape.groups_per_particle();
+    const uint64_t per_block = static_cast<uint64_t>(kThreads) * Unit<T>::groups;
+    const uint64_t blocks = std::min((shape.particles * groups + per_block - 1) / per_block, kMaxBlocks);
+    const Position stride{blocks * per_block / groups, blocks * per_block % groups};
+    const bool wide = shape.elements % 4 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    const auto kernel = wide ? randn_kernel<T, true> : randn_kernel<T, false>;
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, queue>>>(out, shape, groups, stride);
+    check(cudaGetLastError(), "randn");
+}
+
+__global__ void philox_kernel(uint32_t* out, Words4 counter, uint32_t key0, uint32_t key1) {
+    const Words4 w = philox(counter, key0, key1);
+    out[0] = w.w0;
+    out[1] = w.w1;
+    out[2] = w.w2;
+    out[3] = w.w3;
+}
+
+}  // namespace detail
+
+void randn(void* out, Dtype dtype, const RandnShape& shape, cudaStream_t queue) {
+    if (shape.particles == 0 || shape.elements == 0) return;
+    switch (dtype) {
+        case Dtype::float32: return detail::randn_as<float>(out, shape, queue);
+        case Dtype::float16: return detail::randn_as<Half>(out, shape, queue);
+        case Dtype::bfloat16: return detail::randn_as<BFloat16>(out, shape, queue);
+        case Dtype::float64: throw std::invalid_argument("randn: float64 is not made on CUDA");
+    }
+}
+
+void philox_words(uint32_t* out, Words4 counter, uint32_t key0, uint32_t key1, cudaStream_t queue) {
+    detail::philox_kernel<<<1, 1, 0, queue>>>(out, counter, key0, key1);
+    check(cudaGetLastError(), "philox");
+}
+
+}  // namespace fastguide::cuda

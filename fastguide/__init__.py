@@ -1,0 +1,35 @@
+"""fastguide: inference-time guidance of diffusion models, fast.
+
+A trained network, a measurement and a forward model go in; samples of ``x | y`` come out::
+
+    prior = fastguide.Denoiser(net, fastguide.schedules.vp_cosine(1000), prediction="v")
+    likelihood = fastguide.likelihoods.Gaussian(y, fastguide.operators.AveragePool(4), scale=0.1)
+    out = fastguide.sample(prior, (1, 1, 8, 8), guidance=fastguide.TDS(likelihood, particles=256))
+"""
+
+from . import library, likelihoods, operators, ops, reference, schedules
+from .backends import backends
+from .denoiser import Denoiser
+from .guidance import DPS, FK, TDS, LatentPnP, PiGDM, PnP
+from .sampling import Samples, sample
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DPS",
+    "FK",
+    "TDS",
+    "Denoiser",
+    "LatentPnP",
+    "PiGDM",
+    "PnP",
+    "Samples",
+    "backends",
+    "library",
+    "likelihoods",
+    "operators",
+    "ops",
+    "reference",
+    "sample",
+    "schedules",
+]

@@ -1,0 +1,114 @@
+"""Which backend serves a call: what was built, what loaded, what did not and why.
+
+`why_not` is the one predicate. ``backend="auto"`` takes the first of `ORDER` for which it says nothing; a
+named backend that cannot serve raises what it says. Importing this touches no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import compiled
+
+__all__ = ["OPERATIONS", "ORDER", "Backend", "backends", "explain", "select", "why_not"]
+
+OPERATIONS = ("randn", "reverse_step", "propose_and_weigh", "resample", "gather_particles_")
+ORDER = ("cuda", "cpu", "reference")  # the fastest first
+
+_SERVES = {"cuda": ("randn",), "cpu": ("randn",), "reference": OPERATIONS}
+_DTYPES = {"cuda": compiled.CUDA_DTYPES, "cpu": compiled.CPU_DTYPES}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What is known of one backend. ``loaded``: its code is in this process. ``reason``: why it can serve
+    nothing, or ``""`` when it can serve its ``operations``. ``details``: how it was built, and runs."""
+
+    name: str
+    loaded: bool
+    reason: str
+    operations: tuple[str, ...]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def backends() -> dict[str, Backend]:
+    """Every backend by name, in the order in which ``auto`` asks them."""
+    record = compiled.build_record()
+    cuda_details = dict(record.get("cuda", {}))
+    kept = ("compiler", "cxxflags", "openmp")
+    cpu_details: dict[str, Any] = {key: record[key] for key in kept if key in record}
+    if not compiled.load_error("cpu"):
+        cpu_details["instruction_set"] = compiled.module("cpu").instruction_set()
+    details = {"cuda": cuda_details, "cpu": cpu_details, "reference": {"torch": torch.__version__}}
+    found = {}
+    for name in ORDER:
+        error = "" if name == "reference" else compiled.load_error(name)
+        reason = error or (_no_device() if name == "cuda" else "")
+        found[name] = Backend(name, not error, reason, _SERVES[name], details[name])
+    return found
+
+
+def _no_device() -> str:
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.dtype, **facts: Any) -> str:
+    """Why ``backend`` cannot serve this call, or ``""`` when it can. ``facts`` are what else the operation
+    knows of the call; no backend asks for any so far."""
+    if operation not in _SERVES[backend]:
+        return f"{backend} has no kernel for {operation}"
+    if backend == "reference":
+        return ""
+    if device.type != backend:
+        return f"{backend} serves tensors on {backend}, and these are on {device}"
+    if dtype not in _DTYPES[backend]:
+        return f"{backend} serves {', '.join(str(d) for d in _DTYPES[backend])}, and this is {dtype}"
+    return compiled.load_error(backend) or (_no_device() if backend == "cuda" else "")
+
+
+def select(
+    operation: str, backend: str = "auto", *, device: torch.device, dtype: torch.dtype, **facts: Any
+) -> str:
+    """The name of the backend that serves the call: ``backend``, or for ``"auto"`` the fastest that can."""
+    if backend != "auto":
+        if backend not in _SERVES:
+            raise ValueError(f"backend: expected one of {', '.join(('auto', *ORDER))}, got {backend!r}")
+        reason = why_not(backend, operation, device=device, dtype=dtype, **facts)
+        if reason:
+            raise RuntimeError(f"backend={backend!r} cannot serve {operation}: {reason}")
+        return backend
+    for name in ORDER:
+        if not why_not(name, operation, device=device, dtype=dtype, **facts):
+            return name
+        if name == device.type and compiled.load_error(name) and operation in _SERVES[name]:
+            _warn_slow(name, compiled.load_error(name))
+    raise RuntimeError(explain(operation, device, dtype, **facts))
+
+
+@functools.cache
+def _warn_slow(name: str, reason: str) -> None:
+    # Once: what is missing stays missing for as long as the process lives.
+    warnings.warn(
+        f"fastguide runs on {name} tensors without its compiled kernels, slowly: {reason}. "
+        "`fastguide doctor` tells more.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def explain(operation: str, device: torch.device | str, dtype: torch.dtype, **facts: Any) -> str:
+    """What ``auto`` chooses for a call, and why it passes over each faster backend."""
+    device = torch.device(device)
+    call = f"{operation} on {device}, {dtype}"
+    lines: list[str] = []
+    for name in ORDER:
+        reason = why_not(name, operation, device=device, dtype=dtype, **facts)
+        if not reason:
+            return "\n".join([f"{call}: {name}", *lines])
+        lines.append(f"  not {name}: {reason}")
+    return "\n".join([f"{call}: no backend", *lines])

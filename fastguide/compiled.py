@@ -1,0 +1,92 @@
+"""The compiled modules, and a thin caller for each of their kernels.
+
+A caller takes contiguous tensors whose device and dtype `fastguide.backends` has checked, and passes on
+pointers, sizes and the stream: the modules know no PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch  # before the modules: the libgomp.so.1 that they ask for is then torch's, and so are the threads
+from torch import Tensor
+
+__all__ = ["CPU_DTYPES", "CUDA_DTYPES", "build_record", "load_error", "module", "randn_cpu", "randn_cuda"]
+
+# The codes of csrc/common/dtype.h.
+CPU_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+CUDA_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def build_record() -> dict[str, Any]:
+    """What setup.py wrote of the build: compiler, flags, what became of CUDA. Empty without a build."""
+    path = Path(__file__).with_name("_build.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """The module, or why it is not there."""
+    full = f"fastguide._{name}"
+    try:
+        return importlib.import_module(full), ""
+    except ModuleNotFoundError as error:
+        if error.name != full:
+            return None, f"{full} did not load: {error}"
+    except ImportError as error:
+        return None, f"{full} did not load: {error}"
+    record = build_record()
+    if not record:
+        return None, f"{full} was not built: no build has run here (pip install . builds it)"
+    cuda = record["cuda"]
+    if name == "cuda" and cuda["status"] != "built":
+        return None, f"{full} was not built: {cuda['status']}, {cuda['reason']}"
+    return None, f"{full} was built and is gone, or was built for another Python"
+
+
+_modules = {name: _load(name) for name in ("cpu", "cuda")}
+
+
+def load_error(name: str) -> str:
+    """Why the module of backend ``name`` is not there, or ``""``."""
+    return _modules[name][1]
+
+
+def module(name: str) -> ModuleType:
+    """The module of backend ``name``, "cpu" or "cuda"."""
+    loaded, error = _modules[name]
+    if loaded is None:
+        raise RuntimeError(error)
+    return loaded
+
+
+def _rows(out: Tensor) -> tuple[int, int]:
+    if not out.is_contiguous():
+        raise ValueError(
+            f"out: expected a contiguous tensor, got strides {out.stride()} for shape {list(out.shape)}"
+        )
+    particles = out.shape[0]
+    return particles, out.numel() // particles if particles else 0
+
+
+def randn_cpu(out: Tensor, seed: int, step: int, stream: int, first_particle: int) -> None:
+    """Fill ``out [N, *event]``, on the CPU, with the standard normals of `fastguide.ops.randn`."""
+    particles, elements = _rows(out)
+    code, threads = CPU_DTYPES[out.dtype], torch.get_num_threads()
+    module("cpu").randn(
+        out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, threads
+    )
+
+
+def randn_cuda(out: Tensor, seed: int, step: int, stream: int, first_particle: int) -> None:
+    """Fill ``out [N, *event]``, on a CUDA device, on the current stream; returns at once."""
+    particles, elements = _rows(out)
+    code = CUDA_DTYPES[out.dtype]
+    with torch.cuda.device(out.device):
+        queue = torch.cuda.current_stream().cuda_stream
+        module("cuda").randn(
+            out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, queue
+        )

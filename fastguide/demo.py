@@ -1,0 +1,437 @@
+"""``fastguide demo``: every algorithm on held-out handwritten digits, and a mixture whose posterior is known.
+
+Each task measures some real digits that the prior has never seen; each method draws samples of what they may have
+been. Writes one picture a task and prints one table row a method.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import digits, likelihoods, operators, schedules
+from .denoiser import Denoiser
+from .guidance import DPS, FK, TDS, LatentPnP, PiGDM, PnP
+from .likelihoods import Likelihood
+from .operators import Operator
+from .sampling import Samples, sample
+
+EVENT = (1, 8, 8)
+SAMPLES = 4  # shown for each digit
+SHOWN = (0, 5, 9)  # held-out digits
+METHODS = ("plain", "dps", "pnp", "pigdm", "latent-pnp", "tds", "fk")
+NOISE = 0.1
+
+
+@dataclass
+class Task:
+    """A measurement of some held-out digits."""
+
+    name: str
+    title: str
+    operator: Operator
+    error: Callable[[Tensor], Likelihood]  # of y
+    draw: Callable[[torch.Generator, torch.Size], Tensor]  # the measurement's noise
+    spread: float  # its standard deviation
+    truth: Tensor = field(init=False)  # [B, 1, 8, 8]
+    y: Tensor = field(init=False)
+
+    def measure(self, seed: int) -> Task:
+        self.truth = digits.held_out()[0][list(SHOWN)]
+        z = self.operator(self.truth)
+        self.y = z + self.draw(torch.Generator().manual_seed(seed), z.shape)
+        return self
+
+
+def _gaussian_task(name: str, title: str, operator: Operator) -> Task:
+    def draw(generator: torch.Generator, shape: torch.Size) -> Tensor:
+        return NOISE * torch.randn(shape, generator=generator)
+
+    return Task(name, title, operator, lambda y: likelihoods.Gaussian(y, operator, NOISE), draw, NOISE)
+
+
+def _blur_task() -> Task:
+    df = 3.0
+    g = torch.exp(-0.5 * torch.arange(-1.0, 2.0) ** 2)
+    operator = operators.Blur(torch.outer(g, g) / g.sum() ** 2, padding="zeros")
+
+    def draw(generator: torch.Generator, shape: torch.Size) -> Tensor:
+        # Student's t: a normal over the root of a chi-squared of df = 3, itself of three normals
+        z = torch.randn((4, *shape), generator=generator)
+        return NOISE * z[0] / (z[1:].square().sum(0) / df).sqrt()
+
+    return Task(
+        "blur",
+        "3x3 blur, Student-t noise",
+        operator,
+        lambda y: likelihoods.StudentT(y, operator, NOISE, df=df),
+        draw,
+        NOISE * math.sqrt(df / (df - 2)),
+    )
+
+
+def tasks() -> dict[str, Task]:
+    """Every imaging task, by name."""
+    mask = torch.zeros(EVENT, dtype=torch.bool)
+    mask[:, :4] = True
+    found = [
+        _gaussian_task("half", "lower half missing", operators.Inpainting(mask)),
+        _gaussian_task("pool2", "2x2 average pooling", operators.AveragePool(2)),
+        _gaussian_task("pool4", "4x4 average pooling", operators.AveragePool(4)),
+        _blur_task(),
+    ]
+    return {task.name: task for task in found}
+
+
+@dataclass
+class Result:
+    """Samples of one method, and what the table says of them."""
+
+    x: Tensor  # [B, S, 1, 8, 8]
+    seconds: float
+    log_evidence: Tensor | None = None
+    ess: Tensor | None = None  # [steps + 1, B]
+    particles: int = 0
+
+
+def _times(prior: Denoiser, steps: int) -> list[float]:
+    """Uniform in the log signal-to-noise ratio, from where the signal begins to show."""
+    levels = prior.schedule.levels(steps, spacing="logsnr")[:-1]
+    return [level.t for level in levels if level.alpha > 0.03 * level.sigma]
+
+
+def _with_bar(description: str, prior: Denoiser, shape: tuple[int, ...], steps: list[float], **options) -> Samples:
+    with tqdm(total=len(steps), desc=description, unit="step", leave=False) as bar:
+        return sample(prior, shape, steps=steps, callback=lambda _: bar.update(), **options)
+
+
+def solve(task: Task, method: str, seed: int) -> Result:
+    """Draw posterior samples of a task's digits by one method."""
+    prior = digits.prior()
+    steps = _times(prior, 90)
+    batch = len(task.truth)
+    repeated = task.error(task.y.repeat_interleave(SAMPLES, 0))  # SAMPLES independent runs of each digit
+    start = time.perf_counter()
+
+    if method in ("tds", "fk"):
+        guidance = (
+            TDS(task.error(task.y), particles=128)
+            if method == "tds"
+            else FK(_rounded(task, prior), particles=512, potential="difference")
+        )
+        out = _with_bar(
+            f"{task.name} {method}", prior, (batch, *EVENT), steps, guidance=guidance, seed=seed, eta=1.0
+        )
+        seconds = time.perf_counter() - start
+        return Result(out.draw(SAMPLES, seed=seed), seconds, out.log_evidence, out.ess, guidance.particles)
+
+    decode: Callable[[Tensor], Tensor] = lambda z: z  # noqa: E731
+    event = EVENT
+    if method == "plain":
+        guidance = None
+    elif method == "dps":
+        guidance = DPS(repeated, zeta=0.25)
+    elif method == "pnp":
+        guidance = PnP(repeated, zeta=1.0)
+    elif method == "pigdm":  # knows Gaussian noise alone: take that of the same variance
+        guidance = PiGDM(likelihoods.Gaussian(repeated.y, task.operator, task.spread))
+    else:
+        prior, _, decode = digits.latent_prior()
+        event = (2, 4, 4)
+        guidance = LatentPnP(repeated, decode, zeta=1.0)
+    out = _with_bar(
+        f"{task.name} {method}", prior, (batch * SAMPLES, *event), steps, guidance=guidance, seed=seed
+    )
+    seconds = time.perf_counter() - start
+    return Result(decode(out.x).reshape(batch, SAMPLES, *EVENT), seconds)
+
+
+def _rounded(task: Task, prior: Denoiser) -> Likelihood:
+    """The likelihood of the image as the scanner counts ink, in whole steps of 1/8: without a derivative. Its scale
+    follows the noise of ``x0_hat``, else the first levels would kill all particles but one."""
+    exact = task.error(task.y)
+
+    def log_prob(x0: Tensor, y: Tensor, scale: float) -> Tensor:
+        grey = (x0.clamp(-1, 1) * 8).round() / 8
+        return exact.log_prob_and_gradient(task.operator(grey), y, scale)[0]
+
+    def scale(t: float) -> float:
+        sigma = prior.schedule.sigma(t)
+        return math.sqrt(NOISE**2 + sigma**2)
+
+    return likelihoods.Callable(log_prob, y=task.y, scale=scale)
+
+
+# --- table --------------------------------------------------------------------------------------------------
+
+_HEADER = f"{'task':8s}{'method':12s}{'PSNR':>7s}{'residual':>10s}{'spread':>8s}{'log p(y)':>10s}{'seconds':>9s}"
+
+
+def row(task: Task, method: str, result: Result) -> str:
+    """PSNR (dB) of the samples' mean, the residual norm over the noise's, the samples' standard deviation per pixel,
+    the mean estimate of ``log p(y)``, and seconds."""
+    x = result.x
+    psnr = 10 * math.log10(4.0 / (x.mean(1) - task.truth).square().mean().item())
+    residual = task.operator(x.flatten(0, 1)) - task.y.repeat_interleave(SAMPLES, 0)
+    ratio = residual.square().mean().sqrt().item() / task.spread
+    evidence = "" if result.log_evidence is None else f"{result.log_evidence.mean().item():.1f}"
+    spread = x.std(1).mean().item()
+    return f"{task.name:8s}{method:12s}{psnr:7.1f}{ratio:10.2f}{spread:8.2f}{evidence:>10s}{result.seconds:9.1f}"
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+def _image(axis, image: Tensor | np.ndarray, **options) -> None:
+    axis.imshow(np.asarray(image), interpolation="nearest", **{"cmap": "gray", "vmin": -1, "vmax": 1, **options})
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def _measurement(task: Task, b: int) -> np.ndarray:
+    """What was measured, as an image; NaN where nothing was."""
+    if isinstance(task.operator, operators.Inpainting):
+        image = torch.full((1, 64), math.nan)
+        image[:, task.operator.index] = task.y[b]
+        return image.reshape(8, 8).numpy()
+    return task.y[b, 0].numpy()
+
+
+def draw_task(task: Task, results: dict[str, Result], path: Path) -> None:
+    """Truth and measurement above; below, a row for each method: samples and their standard deviation."""
+    blocks, width = len(SHOWN), SAMPLES + 1
+    figure, axes = plt.subplots(
+        len(results) + 1,
+        blocks * (width + 1) - 1,
+        figsize=(0.62 * (blocks * (width + 1) + 1), 0.66 * (len(results) + 2)),
+        squeeze=False,
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for b in range(blocks):
+        left = b * (width + 1)
+        for column, (name, image) in enumerate(
+            (("truth", task.truth[b, 0]), ("measured", _measurement(task, b)))
+        ):
+            axis = axes[0, left + column]
+            axis.axis("on")
+            axis.set_facecolor("#7a3b3b")  # where nothing was measured
+            _image(axis, image)
+            axis.set_title(name, fontsize=8)
+        for r, (method, result) in enumerate(results.items(), start=1):
+            for s in range(SAMPLES):
+                axis = axes[r, left + s]
+                axis.axis("on")
+                _image(axis, result.x[b, s, 0])
+                if s == 0 and b == 0:
+                    axis.set_ylabel(method, rotation=0, ha="right", va="center", fontsize=8)
+            axis = axes[r, left + SAMPLES]
+            axis.axis("on")
+            _image(axis, result.x[b, :, 0].std(0), cmap="magma", vmin=0, vmax=1)
+            if r == 1:
+                axis.set_title("std", fontsize=8)
+                axes[r, left].set_title("samples", fontsize=8, loc="left")
+    figure.suptitle(f"{task.title}, noise {NOISE:g}: {SAMPLES} samples of each method", fontsize=9)
+    figure.subplots_adjust(left=0.09, right=0.99, bottom=0.02, top=0.88, wspace=0.08, hspace=0.12)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_ess(results: dict[str, dict[str, Result]], path: Path) -> None:
+    """Effective sample size over the steps, of the particle methods."""
+    figure, axes = plt.subplots(1, len(results), figsize=(3.4 * len(results), 2.6), squeeze=False)
+    for axis, (name, by_method) in zip(axes[0], results.items(), strict=True):
+        for method, color in (("tds", "C0"), ("fk", "C1")):
+            result = by_method.get(method)
+            if result is None or result.ess is None:
+                continue
+            share = result.ess / result.particles
+            for b in range(share.shape[1]):
+                label = f"{method}, K = {result.particles}" if b == 0 else None
+                axis.plot(share[:, b], color=color, lw=0.9, alpha=0.8, label=label)
+        axis.axhline(0.5, color="gray", lw=0.6, ls=":")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.set_ylim(0, 1.02)
+        axis.tick_params(labelsize=7)
+        axis.legend(fontsize=7, loc="lower left")
+    axes[0, 0].set_ylabel("ESS / K", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# --- a reward without a derivative --------------------------------------------------------------------------
+
+
+def steer(seed: int, path: Path, wanted: int = 7) -> str:
+    """Feynman-Kac steering of the prior to one digit, by a classifier's decision: a step function of the image."""
+    prior, classifier = digits.prior(), digits.classifier()
+    steps, count, particles = _times(prior, 90), 24, 16
+
+    def reward(x0: Tensor) -> Tensor:
+        return (classifier(x0).argmax(1) == wanted).float()
+
+    start = time.perf_counter()
+    plain = _with_bar("reward plain", prior, (count, *EVENT), steps, seed=seed).x
+    steered = _with_bar(
+        "reward fk",
+        prior,
+        (count, *EVENT),
+        steps,
+        guidance=FK(reward, particles=particles, potential="max", strength=6.0),
+        seed=seed,
+    ).draw(1, seed=seed)[:, 0]
+    seconds = time.perf_counter() - start
+    figure, axes = plt.subplots(4, 12, figsize=(7.6, 3.2))
+    for axis, image in zip(axes.flat, torch.cat([plain, steered]), strict=True):
+        _image(axis, image[0])
+    axes[0, 0].set_title("the prior", fontsize=8, loc="left")
+    axes[2, 0].set_title(f"steered by FK, K = {particles}: the classifier says {wanted}", fontsize=8, loc="left")
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.92, wspace=0.06, hspace=0.16)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    shares = [reward(x).mean().item() for x in (plain, steered)]
+    return f"reward  fk          the classifier sees {wanted}: prior {shares[0]:.0%}, steered {shares[1]:.0%}{seconds:13.1f}"
+
+
+# --- a mixture whose posterior is known ---------------------------------------------------------------------
+
+
+class Mixture:
+    """Equal isotropic Gaussians at ``means`` ``[M, D]`` with standard deviation ``width``: the exact denoiser of any
+    schedule, and the exact posterior under ``y = A x + scale * noise``."""
+
+    def __init__(self, means: Tensor, width: float, schedule: schedules.Schedule):
+        self.means, self.width, self.schedule = means, width, schedule
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """``E[x_0 | x_t]``; all of a batch is at one level."""
+        level = self.schedule.level(float(t[0]))
+        means = self.means.to(x)
+        total = (level.alpha * self.width) ** 2 + level.sigma**2
+        residual = x[:, None] - level.alpha * means  # [N, M, D]
+        share = torch.softmax(-0.5 * residual.square().sum(-1) / total, dim=1)[..., None]
+        return (share * (means + level.alpha * self.width**2 / total * residual)).sum(1)
+
+    def posterior(self, matrix: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Weights ``[M]``, means ``[M, D]`` and the common covariance of ``p(x | y)``, and ``log p(y)``; float64."""
+        a, means, y = matrix.double(), self.means.double(), y.double()
+        gram = self.width**2 * a @ a.T + scale**2 * torch.eye(len(a), dtype=torch.float64)
+        gain = self.width**2 * a.T @ torch.linalg.inv(gram)
+        residual = y - means @ a.T
+        log_weights = torch.distributions.MultivariateNormal(torch.zeros_like(y), gram).log_prob(residual)
+        eye = torch.eye(self.means.shape[1], dtype=torch.float64)
+        evidence = torch.logsumexp(log_weights, 0).item() - math.log(len(means))
+        return (
+            torch.softmax(log_weights, 0),
+            means + residual @ gain.T,
+            self.width**2 * (eye - gain @ a),
+            evidence,
+        )
+
+
+def mixture(seed: int, path: Path) -> list[str]:
+    """Samples of each method against the exact posterior of a 2-D mixture of 25 modes; one row each."""
+    grid = torch.arange(-2.0, 3.0)
+    model = Mixture(torch.cartesian_prod(grid, grid), 0.15, schedules.flow())
+    prior = Denoiser(model, model.schedule, "sample")
+    matrix, scale, count = torch.tensor([[1.0, 0.6]]), 0.25, 1000
+    y = torch.tensor([[0.9]])
+    operator = operators.Matrix(matrix)
+    likelihood = likelihoods.Gaussian(y, operator, scale)
+    weights, means, covariance, evidence = model.posterior(matrix, y[0], scale)
+
+    def exact(generator_seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(generator_seed)
+        modes = torch.multinomial(weights, count, replacement=True, generator=generator)
+        noise = torch.randn(count, 2, dtype=torch.float64, generator=generator)
+        return means[modes] + noise @ torch.linalg.cholesky(covariance).T
+
+    truth = exact(seed)
+    clouds, rows = {"exact": truth}, []
+    for name, guidance in (
+        ("tds", TDS(likelihood, particles=count)),
+        ("fk", FK(likelihood, particles=count, potential="difference", covariance="isotropic")),
+        ("dps", DPS(likelihood, zeta=0.05)),
+        ("pnp", PnP(likelihood, zeta=1.0)),
+        ("pigdm", PiGDM(likelihood)),
+    ):
+        start = time.perf_counter()
+        weighted = name in ("tds", "fk")
+        out = sample(prior, (1 if weighted else count, 2), guidance=guidance, steps=100, seed=seed)
+        clouds[name] = (out.draw(count, seed=seed)[0] if weighted else out.x).double()
+        estimate = f"{out.log_evidence.item():.2f} ({evidence:.2f})" if out.log_evidence is not None else ""
+        distance = sliced_wasserstein(clouds[name], truth)
+        rows.append(
+            f"mixture {name:12s}distance {distance:.3f}  log p(y) {estimate:16s}{time.perf_counter() - start:9.1f}"
+        )
+    rows.insert(0, f"mixture exact       distance {sliced_wasserstein(exact(seed + 1), truth):.3f}  (two exact draws)")
+
+    figure, axes = plt.subplots(1, len(clouds), figsize=(2.1 * len(clouds), 2.4), sharex=True, sharey=True)
+    line = np.linspace(-3, 3, 2)
+    for axis, (name, cloud) in zip(axes, clouds.items(), strict=True):
+        axis.plot(line, (y.item() - matrix[0, 0].item() * line) / matrix[0, 1].item(), color="C1", lw=0.7)
+        axis.scatter(*model.means.T, s=6, marker="+", color="gray", lw=0.5)
+        axis.scatter(*cloud.T, s=1.2, alpha=0.5, lw=0)
+        axis.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")
+        axis.set_title(name, fontsize=9)
+    figure.suptitle("posterior of a 25-mode mixture: + its modes, the line is A x = y", fontsize=8, y=0.04)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.08, top=0.9, wspace=0.05)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return rows
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 64) -> float:
+    """Mean 1-D Wasserstein distance of two clouds ``[n, 2]`` of one size over evenly spread directions."""
+    angle = torch.arange(directions, dtype=torch.float64) * (math.pi / directions)
+    axes = torch.stack([angle.cos(), angle.sin()])  # [2, directions]
+    return ((a @ axes).sort(0).values - (b @ axes).sort(0).values).abs().mean().item()
+
+
+# --- all of it ----------------------------------------------------------------------------------------------
+
+
+def run(task: str, method: str, out: Path, seed: int) -> None:
+    """Run the tasks and methods asked for, print the table, and write the pictures into ``out``."""
+    imaging = tasks()
+    names = ["half", "pool4", "blur", "reward", "mixture"] if task == "all" else [task]
+    if unknown := set(names) - {*imaging, "reward", "mixture"}:
+        raise ValueError(f"--task: expected one of {[*imaging, 'reward', 'mixture', 'all']}, got {unknown.pop()!r}")
+    methods = METHODS if method == "all" else (method,)
+    if unknown := set(methods) - set(METHODS):
+        raise ValueError(f"--method: expected one of {[*METHODS, 'all']}, got {unknown.pop()!r}")
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    print(_HEADER, flush=True)
+    all_results: dict[str, dict[str, Result]] = {}
+    for name in names:
+        if name == "reward":
+            print(steer(seed, out / "reward.png"), flush=True)
+        elif name == "mixture":
+            print("\n".join(mixture(seed, out / "mixture.png")), flush=True)
+        else:
+            measured = imaging[name].measure(seed)
+            results = all_results[name] = {}
+            for one in methods:
+                results[one] = solve(measured, one, seed)
+                print(row(measured, one, results[one]), flush=True)
+            draw_task(measured, results, out / f"{name}.png")
+    with_ess = {n: r for n, r in all_results.items() if any(x.ess is not None for x in r.values())}
+    if with_ess:
+        draw_ess(with_ess, out / "ess.png")
+    print(f"\nPSNR in dB of the mean of {SAMPLES} samples; residual and spread: see fastguide.demo.row.")
+    print(f"Pictures in {out}/: {', '.join(sorted(p.name for p in out.glob('*.png')))}. {time.perf_counter() - start:.0f} s.")

@@ -1,0 +1,106 @@
+"""A trained network and its schedule, as what every sampler asks for: ``x0_hat = E[x_0 | x_t]``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .schedules import Level, Schedule
+
+__all__ = ["Denoiser"]
+
+Net = Callable[[Tensor, Tensor], Tensor]
+
+
+class Denoiser:
+    """A network with its schedule and what it predicts.
+
+    ``net(x, t)``: ``x`` is ``[N, *event]``, ``t`` is ``[N]`` in the schedule's own time (int64 step index of
+    a table, else a float: sigma for VE/EDM, [0, 1] for flow); returns a tensor like ``x``.
+
+    ``prediction``, with ``x_t = alpha x_0 + sigma eps``: ``"epsilon"`` eps; ``"sample"`` x_0; ``"score"``
+    ``-eps / sigma``; ``"v"`` ``alpha eps - sigma x_0``; ``"flow"`` ``eps - x_0``.
+
+    ``unconditional``: a second network of the same kind; then the prediction is
+    ``unconditional + guidance_scale * (net - unconditional)``, classifier-free guidance (Ho & Salimans 2021).
+
+    Samplers differentiate through ``net``; its parameters take no part, so freeze them to save memory.
+    """
+
+    def __init__(
+        self,
+        net: Net,
+        schedule: Schedule,
+        prediction: str = "epsilon",
+        *,
+        unconditional: Net | None = None,
+        guidance_scale: float | None = None,
+    ):
+        if not callable(net):
+            raise TypeError(f"net: expected a callable net(x, t), got {type(net).__name__}")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule: expected a fastguide.schedules schedule, got {type(schedule).__name__}")
+        if prediction not in reference.PREDICTIONS:
+            raise ValueError(f"prediction: expected one of {reference.PREDICTIONS}, got {prediction!r}")
+        if unconditional is not None and not callable(unconditional):
+            raise TypeError(f"unconditional: expected a callable net(x, t), got {type(unconditional).__name__}")
+        if (unconditional is None) != (guidance_scale is None):
+            raise ValueError(
+                "unconditional, guidance_scale: expected both or neither, "
+                f"got unconditional={unconditional!r}, guidance_scale={guidance_scale!r}"
+            )
+        self.net = net
+        self.schedule = schedule
+        self.prediction = prediction
+        self.unconditional = unconditional
+        self.guidance_scale = guidance_scale
+
+    def __repr__(self) -> str:
+        return f"Denoiser({type(self.net).__name__}, {self.schedule}, {self.prediction!r})"
+
+    def __call__(self, x: Tensor, level: Level) -> Tensor:
+        """The network's prediction at one level for ``x`` ``[N, *event]``; shape and dtype of ``x``."""
+        self.check_level(level)
+        dtype = torch.int64 if self.schedule.discrete else x.dtype
+        t = torch.full((x.shape[0],), level.t, dtype=dtype, device=x.device)
+        output = self._evaluate("net", self.net, x, t)
+        if self.unconditional is not None:
+            base = self._evaluate("unconditional", self.unconditional, x, t)
+            output = base + self.guidance_scale * (output - base)
+        return output
+
+    def x0_hat(self, x: Tensor, level: Level) -> Tensor:
+        """``E[x_0 | x_t]`` (Tweedie's formula) for ``x`` ``[N, *event]`` at one level."""
+        output = self(x, level)
+        # In float32 also for halves: x / alpha alone leaves float16 where alpha is small.
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x0 = reference.x0_from_output(x.to(dtype), output.to(dtype), level.alpha, level.sigma, self.prediction)
+        return x0.to(x.dtype)
+
+    def check_level(self, level: Level) -> None:
+        """Raise if ``x0_hat`` cannot be had from this prediction type at a level."""
+        if level.alpha == 0.0 and self.prediction in ("epsilon", "score"):
+            raise ValueError(
+                f"prediction: {self.prediction!r} does not determine x_0 where alpha = 0 (t = {level.t} of "
+                f"{self.schedule}): expected 'sample', 'v' or 'flow' there, or levels that start below it"
+            )
+
+    @staticmethod
+    def _evaluate(name: str, net: Net, x: Tensor, t: Tensor) -> Tensor:
+        output = net(x, t)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"{name}: expected it to return a tensor, got {type(output).__name__}")
+        if output.shape != x.shape or output.device != x.device or not output.is_floating_point():
+            raise ValueError(
+                f"{name}: expected it to return a floating tensor of shape {list(x.shape)} on {x.device}, "
+                f"got {output.dtype} of shape {list(output.shape)} on {output.device}"
+            )
+        if x.requires_grad and torch.is_grad_enabled() and not output.requires_grad:
+            # x0_hat would keep a graph through x alone, and a gradient without the network's part
+            raise ValueError(
+                f"{name}: expected a network that autograd can differentiate, got an output without a graph"
+            )
+        return output.to(x.dtype)

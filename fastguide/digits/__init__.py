@@ -1,0 +1,127 @@
+"""A real prior, shipped: a small U-Net trained on handwritten digits, for demonstrations and tests.
+
+    images, labels = digits.held_out()          # real digits that no training has seen
+    samples = fastguide.sample(digits.prior(), (64, 1, 8, 8), steps=100)
+
+Data: "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository
+(1998), https://doi.org/10.24432/C50P49, licence CC BY 4.0; the 1,797 images that scikit-learn distributes.
+Each pixel counts the ink in a 4x4 block of a 32x32 bitmap, 0..16, here mapped to [-1, 1]. A stratified,
+seeded 297 of them are held out: `held_out.safetensors` has their images, labels and indices in scikit-learn's
+order. The split is by image, so a held-out digit's writer may have written training digits too.
+
+Networks and the script that trained them: `networks`, and `python -m fastguide.digits.train`. The files'
+metadata carry the configuration and what was measured. Needs safetensors: `pip install fastguide[demo]`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import Denoiser
+from ..schedules import vp_cosine
+from .networks import CLASSES, Autoencoder, Classifier, UNet
+
+__all__ = ["CLASSES", "classifier", "held_out", "latent_prior", "prior"]
+
+_FOLDER = Path(__file__).parent
+_Net = TypeVar("_Net", bound=nn.Module)
+
+
+def held_out(
+    *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """The real digits that no training has seen: images [297, 1, 8, 8] in [-1, 1], background -1, and labels
+    [297] int64, 0..9."""
+    tensors, _ = _read("held_out.safetensors")
+    images = tensors["images"].to(device=device, dtype=dtype) / 8 - 1
+    return images, tensors["labels"].to(device=device, dtype=torch.int64)
+
+
+def prior(
+    label: int | Tensor | None = None,
+    guidance_scale: float | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Denoiser:
+    """Denoiser of images [N, 1, 8, 8] in [-1, 1]; predicts `v` on `vp_cosine(1000)`.
+
+    `label`: the digit asked for, 0..9; an int, or a tensor [N] with one for each row of the batch. None: any
+    digit. `guidance_scale`: classifier-free guidance, `unconditional + scale * (conditional -
+    unconditional)`, at the cost of a second evaluation; needs a label. None or 1: the conditional prediction.
+    """
+    if guidance_scale is not None and label is None:
+        raise ValueError(f"guidance_scale: expected None without a label, got {guidance_scale!r}")
+    net = _load(UNet, "prior", device, dtype)
+    schedule = vp_cosine(1000)
+    if label is None:
+        return Denoiser(net, schedule, prediction="v")
+    conditional = _OfClass(net, label).to(device)
+    if guidance_scale is None or guidance_scale == 1:
+        return Denoiser(conditional, schedule, prediction="v")
+    return Denoiser(conditional, schedule, prediction="v", unconditional=net, guidance_scale=guidance_scale)
+
+
+def latent_prior(
+    *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Denoiser, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Denoiser of latents, `encode` and `decode`.
+
+    Latents are [N, C, 4, 4] with mean 0 and variance 1 per channel; the denoiser predicts `v` on
+    `vp_cosine(1000)`. `encode(images [N, 1, 8, 8] in [-1, 1])` and `decode(latents)` are smooth; `decode` is
+    not clamped to [-1, 1].
+    """
+    autoencoder = _load(Autoencoder, "autoencoder", device, dtype)
+    denoiser = Denoiser(_load(UNet, "latent_prior", device, dtype), vp_cosine(1000), prediction="v")
+    return denoiser, autoencoder.encode, autoencoder.decode
+
+
+def classifier(*, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Classifier:
+    """Network from images [N, 1, 8, 8] in [-1, 1] to logits [N, 10]; smooth, so that it can guide too."""
+    return _load(Classifier, "classifier", device, dtype)
+
+
+class _OfClass(nn.Module):
+    """`net(x, t)` with the label filled in."""
+
+    label: Tensor  # [] or [N]
+
+    def __init__(self, net: UNet, label: int | Tensor) -> None:
+        super().__init__()
+        labels = torch.as_tensor(label)
+        if labels.dtype.is_floating_point or labels.ndim > 1 or labels.min() < 0 or labels.max() >= CLASSES:
+            raise ValueError(f"label: expected integers 0..{CLASSES - 1}, one or one per row, got {label}")
+        self.net = net
+        self.register_buffer("label", labels.to(torch.int64), persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.label.ndim == 1 and len(self.label) != len(x):
+            raise ValueError(f"label: expected one for each of the {len(x)} rows of x, got {len(self.label)}")
+        return self.net(x, t, self.label.expand(len(x)))
+
+
+def _load(kind: type[_Net], name: str, device: torch.device | str, dtype: torch.dtype) -> _Net:
+    """A fresh network with the shipped weights, frozen, in eval mode."""
+    tensors, metadata = _read("weights.safetensors")
+    prefix = name + "."
+    net = kind(**json.loads(metadata["config"])[name])
+    net.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    return net.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+@functools.cache
+def _read(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (shared, never written to) and metadata of a shipped file."""
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ImportError("fastguide.digits needs safetensors: pip install fastguide[demo]") from error
+    with safe_open(_FOLDER / file, framework="pt") as f:
+        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata()  # noqa: SIM118

@@ -1,0 +1,211 @@
+"""Small networks for 8x8 images: U-Net denoiser, classifier, autoencoder.
+
+All are smooth (SiLU, no max-pooling), since guidance differentiates through them, and take whatever floating
+dtype they are cast to. Images are [N, 1, 8, 8] in [-1, 1]; latents are [N, C, 4, 4] of about unit variance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CLASSES = 10
+
+
+def _zero(conv: nn.Conv2d) -> nn.Conv2d:
+    """Zero weights: a residual branch that ends in it starts as nothing, the block as the identity."""
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
+
+
+class _ResBlock(nn.Module):
+    """Two 3x3 convolutions with a residual; the embedding scales and shifts the second normalisation."""
+
+    def __init__(self, width_in: int, width: int, width_embedding: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.film = nn.Linear(width_embedding, 2 * width)
+        self.norm2 = nn.GroupNorm(8, width)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero(nn.Conv2d(width, width, 3, padding=1))
+        self.skip = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class _Attention(nn.Module):
+    """Self-attention over the pixels, written out: 16 tokens, and every derivative of any order exists."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.out = _zero(nn.Conv2d(width, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(n, 3, self.heads, c // self.heads, height * width).unbind(1)
+        weights = torch.softmax(q.transpose(-1, -2) @ k / math.sqrt(c // self.heads), dim=-1)  # [N, H, P, P]
+        h = v @ weights.transpose(-1, -2)  # [N, H, C/H, P]
+        return x + self.out(h.reshape(n, c, height, width))
+
+
+class UNet(nn.Module):
+    """Denoiser with one resolution per entry of `widths`, each half of the one before.
+
+    `net(x, t, label=None)`:
+
+    - `x`      [N, channels, H, W], the noisy state, H and W divisible by `2 ** (len(widths) - 1)`
+    - `t`      [N] int64, index into the discrete noise table, 0 (almost clean) .. `steps - 1` (noise)
+    - `label`  [N] int64, 0..9, or 10 for "no class"; None is "no class" for all, the unconditional prediction
+
+    and returns the prediction, shaped like `x`. The shipped weights predict `v = alpha * eps - sigma * x0`.
+    """
+
+    time_table: Tensor  # [T, E]
+
+    def __init__(
+        self,
+        channels: int = 1,
+        widths: tuple[int, ...] = (32, 56),
+        *,
+        embedding: int = 64,
+        heads: int = 2,
+        steps: int = 1000,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        half = embedding // 2
+        frequencies = torch.exp(-math.log(1000.0) * torch.arange(half, dtype=torch.float64) / (half - 1))
+        angles = (
+            torch.arange(steps, dtype=torch.float64)[:, None] * (1000.0 / steps) * frequencies
+        )  # [T, E/2]
+        # A table of sines, not of angles, so that a cast to half precision costs no more than its rounding.
+        table = torch.cat([angles.sin(), angles.cos()], dim=1).float()
+        self.register_buffer("time_table", table, persistent=False)  # [T, E]
+        self.time = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.label = nn.Embedding(CLASSES + 1, embedding)
+
+        def block(width_in: int, width: int) -> _ResBlock:
+            return _ResBlock(width_in, width, embedding, dropout)
+
+        last = widths[-1]
+        self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(block(w, w) for w in widths[:-1])
+        self.shrink = nn.ModuleList(
+            nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in itertools.pairwise(widths)
+        )
+        self.middle = nn.ModuleList([block(last, last), block(last, last)])
+        self.attention = _Attention(last, heads)
+        self.grow = nn.ModuleList(
+            nn.Conv2d(coarse, fine, 3, padding=1) for fine, coarse in itertools.pairwise(widths)
+        )
+        self.up = nn.ModuleList(block(2 * w, w) for w in widths[:-1])
+        self.norm = nn.GroupNorm(8, widths[0])
+        self.out = _zero(nn.Conv2d(widths[0], channels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        # The row of "no class" is picked by a host constant: a tensor made here would bar CUDA graphs.
+        of_label = self.label.weight[CLASSES] if label is None else self.label(label)
+        embedding = F.silu(self.time(self.time_table[t]) + of_label)  # [N, E]
+
+        h = self.stem(x)
+        skips = []
+        for block, shrink in zip(self.down, self.shrink, strict=True):
+            h = block(h, embedding)
+            skips.append(h)
+            h = shrink(h)
+        h = self.middle[0](h, embedding)
+        h = self.middle[1](self.attention(h), embedding)
+        for block, grow in zip(reversed(self.up), reversed(self.grow), strict=True):
+            # Convolving before the enlargement costs a quarter of convolving after it.
+            h = F.interpolate(grow(h), scale_factor=2.0, mode="nearest")
+            h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+        return self.out(F.silu(self.norm(h)))
+
+
+class Classifier(nn.Module):
+    """Which digit: `net(images [N, 1, 8, 8] in [-1, 1])` gives logits [N, 10]."""
+
+    def __init__(self, width: int = 32, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.GroupNorm(4, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(4, width),
+            nn.SiLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),  # 4 x 4
+            nn.GroupNorm(4, 2 * width),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),  # 2 x 2
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+        )
+        self.head = nn.Linear(8 * width, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+class Autoencoder(nn.Module):
+    """Images to latents and back.
+
+    `encode(images [N, 1, 8, 8] in [-1, 1]) -> [N, C, 4, 4]`, standardised by `shift` and `scale` (set after
+    training) to mean 0 and variance 1 per channel; `decode` is its approximate inverse. The decoder's output
+    is not clamped: a clamp would have no gradient where most pixels of a digit lie, at -1.
+    """
+
+    shift: Tensor  # [C, 1, 1], of the raw latents
+    scale: Tensor  # [C, 1, 1]
+
+    def __init__(self, latent_channels: int = 2, width: int = 32) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, latent_channels, 3, padding=1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent_channels, width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, 4 * width, 1),
+            nn.PixelShuffle(2),  # 8 x 8
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, 1, 3, padding=1),
+        )
+        self.register_buffer("shift", torch.zeros(latent_channels, 1, 1))
+        self.register_buffer("scale", torch.ones(latent_channels, 1, 1))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """[N, 1, 8, 8] in [-1, 1] -> latents [N, C, 4, 4], about standard normal in scale."""
+        return (self.encoder(images) - self.shift) / self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [N, C, 4, 4] -> images [N, 1, 8, 8], about [-1, 1], not clamped."""
+        return self.decoder(latents * self.scale + self.shift)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Reconstruction: `decode(encode(images))`."""
+        return self.decode(self.encode(images))

@@ -1,0 +1,289 @@
+"""What every algorithm shares: one run's constants, the network in chunks, and ``log p(y | x_t)``.
+
+An algorithm is a dataclass with ``start(run) -> State`` and ``step(run, state, i) -> State``, pure but for the states'
+memory; the loop belongs to `fastguide.sample`. Nothing here asks the device a question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..denoiser import Denoiser
+from ..likelihoods import Likelihood
+from ..reference import Clip, Coefficients, step_coefficients
+from ..schedules import Level
+
+STREAM_STEP, STREAM_INITIAL, STREAM_RESAMPLE, STREAM_RENOISE = 0, 1, 2, 3
+
+COVARIANCES = ("point", "isotropic", "moment")
+
+_VANISHING = 0.01  # alpha / sigma below which x_t holds no derivative worth dividing by alpha
+
+Schedulable = float | Sequence[float] | Callable[[float], float]
+
+
+def at(value: Schedulable, levels: Sequence[Level], i: int) -> float:
+    """Entry ``i`` of a number, a table with one entry per step, or a function of the schedule's time."""
+    if callable(value):
+        return float(value(levels[i].t))
+    return float(value[i]) if isinstance(value, Sequence) else float(value)
+
+
+def check_schedulable(name: str, value: Schedulable, levels: Sequence[Level], low: float, high: float) -> None:
+    """Raise unless every step's value lies in ``[low, high]``."""
+    steps = len(levels) - 1
+    if isinstance(value, Sequence) and len(value) != steps:
+        raise ValueError(f"{name}: expected a table of {steps} steps, got {len(value)} entries")
+    for i in range(steps):
+        if not low <= at(value, levels, i) <= high:
+            raise ValueError(
+                f"{name}: expected values in [{low:g}, {high:g}], got {at(value, levels, i)} at t = {levels[i].t}"
+            )
+
+
+@dataclass
+class State:
+    """What a run carries from step to step. ``x``: ``[B * K, *event]``; the rest belongs to the algorithm, each
+    particle's own in ``particles`` (tensors ``[B * K, ...]``), and ``log_weights`` is ``[B, K]`` or None."""
+
+    x: Tensor
+    log_weights: Tensor | None = None
+    particles: dict[str, Tensor] = field(default_factory=dict)
+    ess: Tensor | None = None  # [B], of the last resampling decision
+    ancestors: Tensor | None = None  # [B, K]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The constants of one call of `fastguide.sample`."""
+
+    denoiser: Denoiser
+    levels: tuple[Level, ...]
+    taus: tuple[float, ...]  # noise of each step
+    observations: int  # B
+    particles: int  # K
+    event: tuple[int, ...]
+    seed: int
+    clip: Clip
+    chunk_size: int | None
+    dtype: torch.dtype
+    device: torch.device
+    x_T: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.levels) - 1
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def coefficients(self, i: int, tau: float | None = None) -> Coefficients:
+        t, s = self.levels[i], self.levels[i + 1]
+        return t.alpha, t.sigma, s.alpha, s.sigma, self.taus[i] if tau is None else tau
+
+    def x0_weight(self, i: int) -> float:
+        """How far the mean of step ``i`` moves with ``x0_hat``: the ``b`` of ``a x_t + b x0_hat``. Guidance moves
+        ``x0_hat`` by ``(sigma_t^2 / alpha_t) g``, so this times that is its displacement of the mean."""
+        return float(step_coefficients(self.coefficients(i))[1])
+
+    def initial(self) -> Tensor:
+        """``x_T`` of the prior, of the variance that data of unit variance has at the first level."""
+        if self.x_T is not None:
+            return self.x_T.to(self.device, self.dtype, copy=True)
+        top = self.levels[0]
+        z = ops.randn(
+            (self.observations * self.particles, *self.event),
+            seed=self.seed,
+            stream=STREAM_INITIAL,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        return z * (top.alpha**2 + top.sigma**2) ** 0.5
+
+    def reverse_step(self, x: Tensor, x0_hat: Tensor, i: int, **options) -> Tensor:
+        """Step ``i`` from a predicted clean sample."""
+        tau = options.pop("tau", None)
+        return ops.reverse_step(
+            x, x0_hat, self.coefficients(i, tau), prediction="sample", seed=self.seed, step=i, **options
+        )
+
+    def in_chunks(self, f: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """``f(rows, *chunks)`` over chunks of the leading dimension, its outputs put together again."""
+        n = tensors[0].shape[0]
+        size = n if self.chunk_size is None else self.chunk_size
+        parts = []
+        for low in range(0, n, size):
+            high = min(low + size, n)
+            rows = torch.arange(low, high, device=self.device) // self.particles
+            parts.append(f(rows, *(t[low:high] for t in tensors)))
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(p) for p in zip(*parts, strict=True))
+
+    def x0_hat(self, x: Tensor, i: int) -> Tensor:
+        """``E[x_0 | x_t]`` at level ``i``, without a graph."""
+        with torch.no_grad():
+            return self.in_chunks(lambda rows, chunk: (self.denoiser.x0_hat(chunk, self.levels[i]),), x)[0]
+
+    def likelihood_score(
+        self, likelihood: Likelihood, covariance: str, x: Tensor, i: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``x0_hat``, its shift ``C_t A^T grad_z log p~``, ``log p~(y | x_t)`` ``[n]`` and the norm of ``grad_z`` ``[n]``.
+
+        ``p~`` approximates ``p(y | x_t)`` with the covariance named; ``z = A x0_hat``. The shift is
+        ``(sigma_t^2 / alpha_t)`` times the gradient in ``x_t``, through the network.
+        """
+        level = self.levels[i]
+        scale = likelihood.scale_at(level.t)
+        score = moment_score if covariance == "moment" else direct_score
+        spread = isotropic_variance(level) if covariance == "isotropic" else 0.0
+
+        def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+            pull_back = PullBack(self.denoiser, x, level, self.compute_dtype)
+            y = likelihood.rows_of_y(rows)
+            shift, log_prob, gradient = score(pull_back, likelihood, y, scale, spread)
+            return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype), log_prob, gradient.flatten(1).norm(dim=1)
+
+        x0_hat, shift, log_prob, norm = self.in_chunks(chunk, x)
+        return x0_hat, shift, log_prob, norm
+
+    def likelihood_value(
+        self, likelihood: Likelihood, covariance: str, x: Tensor, i: int
+    ) -> tuple[Tensor, Tensor]:
+        """``x0_hat`` and ``log p~(y | x_t)`` alone, without a derivative; not for ``"moment"``, which is made of them."""
+        level = self.levels[i]
+        scale = likelihood.scale_at(level.t)
+        spread = isotropic_variance(level) if covariance == "isotropic" else 0.0
+
+        def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            x0_hat = self.denoiser.x0_hat(x, level)
+            return x0_hat, likelihood.value(x0_hat.to(self.compute_dtype), rows, scale, spread)
+
+        with torch.no_grad():
+            x0_hat, log_prob = self.in_chunks(chunk, x)
+        return x0_hat, log_prob
+
+    def exact_log_prob(self, likelihood: Likelihood, x: Tensor) -> Tensor:
+        """``log p(y | x_0)`` ``[n]`` of the clean samples ``x``."""
+        scale = likelihood.scale_at(self.levels[-1].t)
+
+        def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor]:
+            return (likelihood.value(x.to(self.compute_dtype), rows, scale),)
+
+        with torch.no_grad():
+            return self.in_chunks(chunk, x)[0]
+
+
+def isotropic_variance(level: Level) -> float:
+    """``r_t^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2)``: the variance of ``x_0`` given ``x_t`` for unit-variance data
+    (Song et al. 2023, PiGDM)."""
+    return level.sigma**2 / (level.alpha**2 + level.sigma**2)
+
+
+class PullBack:
+    """``x0_hat(x_t)`` with its graph, and ``v -> C_t v = (sigma_t^2 / alpha_t) (d x0_hat / d x_t)^T v``, the second-order
+    Tweedie covariance (Boys et al. 2023) times a vector.
+
+    As ``alpha_t`` tends to 0 the state says nothing of ``x_0`` and the Jacobian vanishes; divided by ``alpha_t``, what is left
+    of a network's is its error. Where ``alpha_t < 0.01 sigma_t`` the limit is taken instead: ``C_t`` is the isotropic
+    model's, ``r_t^2 I = I``, that of unit-variance data.
+    """
+
+    def __init__(self, denoiser: Denoiser, x: Tensor, level: Level, dtype: torch.dtype):
+        self.x = x.detach().requires_grad_()
+        self.level = level
+        with torch.enable_grad():
+            self.x0 = denoiser.x0_hat(self.x, level).to(dtype)
+        if not self.x0.requires_grad:
+            raise ValueError("net: expected a network that autograd can differentiate, got an output without a graph")
+
+    def __call__(self, output: Tensor, v: Tensor, retain_graph: bool = False) -> Tensor:
+        """``C_t`` times the pull-back of ``v`` from ``output`` (a function of ``x0``) to ``x0``; ``[n, *event]``."""
+        if self.level.alpha < _VANISHING * self.level.sigma:
+            (g,) = torch.autograd.grad(output, self.x0, v, retain_graph=retain_graph)
+            return isotropic_variance(self.level) * g
+        (g,) = torch.autograd.grad(output, self.x, v, retain_graph=retain_graph)
+        return (self.level.sigma**2 / self.level.alpha) * g
+
+
+def measure(likelihood: Likelihood, x0: Tensor) -> Tensor:
+    """``A x0`` with its graph."""
+    with torch.enable_grad():
+        z = likelihood.operator(x0)
+    if not z.requires_grad:
+        raise ValueError(
+            f"operator: expected one that autograd can differentiate, got {likelihood.operator}; "
+            "PiGDM takes its pseudo-inverse, FK with the base proposal needs no derivative"
+        )
+    return z
+
+
+def direct_score(
+    pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float, spread: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = measure(likelihood, pull_back.x0)
+    log_prob, gradient = likelihood.log_prob_and_gradient(z.detach(), y, scale, spread)
+    return pull_back(z, gradient.to(z.dtype)), log_prob, gradient
+
+
+def moment_score(
+    pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float, spread: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pull-back per measurement gives the columns of ``C_t A^T``; the gradient is a combination of them."""
+    z = measure(likelihood, pull_back.x0)
+    flat = z.flatten(1)
+    columns = []
+    for j in range(flat.shape[1]):
+        unit = torch.zeros_like(flat)
+        unit[:, j] = 1.0
+        columns.append(pull_back(flat, unit, retain_graph=j + 1 < flat.shape[1]))
+    with torch.no_grad():
+        gram = torch.stack([likelihood.operator(c.to(z.dtype)).flatten(1) for c in columns], dim=2)
+        log_prob, gradient = likelihood.moment(z.detach(), y, scale, gram)  # type: ignore[attr-defined]
+        weights = gradient.flatten(1).to(columns[0].dtype)
+        shift = sum(c * weights[:, j].reshape(-1, *(1,) * (c.ndim - 1)) for j, c in enumerate(columns))
+    assert isinstance(shift, Tensor)
+    return shift, log_prob, gradient
+
+
+def default_covariance(likelihood: Likelihood, measurements: int) -> str:
+    """``"moment"`` where it can be had, else ``"isotropic"``, else ``"point"``."""
+    for covariance in ("moment", "isotropic"):
+        if not likelihood.supports(covariance, measurements):
+            return covariance
+    return "point"
+
+
+def check_covariance(likelihood: Likelihood, covariance: str, measurements: int) -> None:
+    if covariance not in COVARIANCES:
+        raise ValueError(f"covariance: expected one of {COVARIANCES}, got {covariance!r}")
+    reason = likelihood.supports(covariance, measurements)
+    if reason:
+        raise ValueError(f"covariance: {reason}")
+
+
+def check_likelihood(run: Run, likelihood: Likelihood) -> int:
+    """Raise unless ``y`` has the shape of a measurement and one row or one per observation; returns the number of
+    measurements."""
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(f"likelihood: expected a fastguide.likelihoods likelihood, got {type(likelihood).__name__}")
+    rows = likelihood.y.shape[0]
+    if rows not in (1, run.observations):
+        raise ValueError(f"y: expected 1 row or {run.observations}, as shape says, got {rows}")
+    for level in run.levels:
+        likelihood.scale_at(level.t)
+    if type(likelihood).__name__ == "Callable":
+        return 0
+    probe = torch.zeros(1, *run.event, dtype=run.compute_dtype, device=run.device)
+    with torch.no_grad():
+        z = likelihood.operator(probe)
+    if z.shape[1:] != likelihood.y.shape[1:]:
+        raise ValueError(
+            f"y: expected shape [B, {', '.join(map(str, z.shape[1:]))}], what {likelihood.operator} makes of an event "
+            f"{list(run.event)}, got {list(likelihood.y.shape)}"
+        )
+    return z[0].numel()

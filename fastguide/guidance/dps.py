@@ -1,0 +1,67 @@
+"""Diffusion posterior sampling (Chung et al. 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..likelihoods import Likelihood
+from .base import Run, Schedulable, State, at, check_covariance, check_likelihood, check_schedulable
+
+
+@dataclass(frozen=True)
+class DPS:
+    """``x_s = reverse_step(x_t) + zeta(t) grad_{x_t} log p(y | x_t)``: the guidance ascends the log-likelihood.
+
+    - ``zeta``: a number, a table of one entry per step, or a function of the schedule's time; ``"score"`` gives the
+      gradient the weight with which the score enters the mean, so that the step is the guided one.
+    - ``normalize``: divide by half the norm of the gradient in ``A x0_hat``. For a Gaussian that is
+      ``zeta / norm(y - A x0_hat) * -grad norm(y - A x0_hat)^2``, the step of the paper's algorithm 1.
+    - ``covariance``: of ``x_0`` given ``x_t``: ``"point"`` as published, ``"isotropic"``, ``"moment"`` (with
+      ``zeta="score"``: TMPD, Boys et al. 2023).
+
+    Not exact: its samples are no draws of ``p(x | y)``, however many steps. TDS's are.
+    """
+
+    likelihood: Likelihood
+    zeta: Schedulable | str = 1.0
+    normalize: bool = True
+    covariance: str = "point"
+
+    def prepare(self, run: Run) -> DPS:
+        guidance = replace(self, likelihood=self.likelihood.to(run.device, run.compute_dtype))
+        measurements = check_likelihood(run, guidance.likelihood)
+        check_covariance(guidance.likelihood, self.covariance, measurements)
+        if isinstance(self.zeta, str):
+            if self.zeta != "score":
+                raise ValueError(f"zeta: expected a number, a table, a function or 'score', got {self.zeta!r}")
+            if self.normalize:
+                raise ValueError("normalize: expected False with zeta='score', which fixes the weight, got True")
+        else:
+            check_schedulable("zeta", self.zeta, run.levels, 0.0, float("inf"))
+        return guidance
+
+    def start(self, run: Run) -> State:
+        return State(run.initial())
+
+    def step(self, run: Run, state: State, i: int) -> State:
+        x0_hat, shift, _, norm = run.likelihood_score(self.likelihood, self.covariance, state.x, i)
+        displacement = shift * self._weight(run, i)
+        if self.normalize:
+            displacement *= inverse(0.5 * norm, displacement)
+        return State(run.reverse_step(state.x, x0_hat, i, clip=run.clip, displacement=displacement))
+
+    def _weight(self, run: Run, i: int) -> float:
+        """Of the shift, which is ``sigma_t^2 / alpha_t`` times the gradient."""
+        if isinstance(self.zeta, str):
+            return run.x0_weight(i)
+        level = run.levels[i]
+        return at(self.zeta, run.levels, i) * level.alpha / level.sigma**2
+
+
+def inverse(norm: Tensor, like: Tensor) -> Tensor:
+    """``1 / norm`` ``[n]`` shaped to multiply ``like`` ``[n, *event]``; 0 where the norm is 0."""
+    safe = torch.where(norm > 0, 1.0 / norm, 0.0)
+    return safe.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))

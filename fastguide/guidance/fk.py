@@ -1,0 +1,180 @@
+"""Feynman-Kac steering (Singhal et al. 2025): particles that follow any reward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..likelihoods import Likelihood
+from ..reference import Coefficients
+from .base import PullBack, Run, State, check_covariance, check_likelihood, default_covariance
+from .particles import check_particles, log_ratio, propose_guided, resample_particles
+
+POTENTIALS = ("difference", "max", "sum")
+PROPOSALS = ("base", "guided")
+
+Reward = Likelihood | Callable[[Tensor], Tensor]
+Potential = Callable[[Tensor, Tensor | None], Tensor]
+Proposal = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class FK:
+    """``particles`` weighted particles per observation whose target is ``p(x_0) exp(strength * r(x_0))``.
+
+    - ``reward``: ``r(x0 [n, *event]) -> [n]``, differentiable or not, taken at ``x0_hat`` on the way and at ``x_0`` at the
+      end; or a likelihood, ``r = log p(y | x_0)``, approximated on the way with ``covariance`` as in TDS.
+    - ``potential``, the log-weight of a step: ``"difference"`` ``strength * (r_s - r_t)``; ``"max"`` and ``"sum"``
+      ``strength *`` the largest reward, or their sum, so far; or ``f(r_s [n], r_t [n] or None at the first level) ->
+      log-potential [n]``. The last one always makes the product ``exp(strength * r(x_0))``.
+    - ``proposal``: ``"base"`` the reverse step; ``"guided"`` that of TDS, with the gradient of the reward; or
+      ``f(x, x0_hat, coefficients, *, seed, step) -> (x_s, log_ratio [n])``, ``log_ratio`` the base kernel's
+      log-density minus its own.
+    - Resampling at ``resample_steps`` (None: every step; an integer: every so many; a list of steps), of the rows whose
+      effective sample size is below ``ess_threshold * particles`` (None: of all).
+
+    With a likelihood, ``"difference"`` and ``"guided"`` this is `TDS`, number for number.
+    """
+
+    reward: Reward
+    particles: int
+    potential: str | Potential = "difference"
+    strength: float = 1.0
+    proposal: str | Proposal = "base"
+    covariance: str | None = None
+    resampler: str = "systematic"
+    ess_threshold: float | None = 0.5
+    resample_steps: int | Sequence[int] | None = None
+
+    def prepare(self, run: Run) -> FK:
+        reward, covariance = self.reward, self.covariance
+        if isinstance(reward, Likelihood):
+            reward = reward.to(run.device, run.compute_dtype)
+            measurements = check_likelihood(run, reward)
+            covariance = covariance or default_covariance(reward, measurements)
+            check_covariance(reward, covariance, measurements)
+        elif not callable(reward):
+            raise TypeError(f"reward: expected a callable or a likelihood, got {type(reward).__name__}")
+        elif covariance is not None:
+            raise ValueError(f"covariance: expected None with a reward that is no likelihood, got {covariance!r}")
+        if not callable(self.potential) and self.potential not in POTENTIALS:
+            raise ValueError(f"potential: expected one of {POTENTIALS} or a callable, got {self.potential!r}")
+        if not callable(self.proposal) and self.proposal not in PROPOSALS:
+            raise ValueError(f"proposal: expected one of {PROPOSALS} or a callable, got {self.proposal!r}")
+        if not 0.0 < self.strength < float("inf"):
+            raise ValueError(f"strength: expected a finite number > 0, got {self.strength}")
+        interval = self.resample_steps
+        if isinstance(interval, int) and interval < 1:
+            raise ValueError(f"resample_steps: expected an interval >= 1, got {interval}")
+        if isinstance(interval, Sequence) and not all(0 <= i < run.steps for i in interval):
+            raise ValueError(f"resample_steps: expected steps in [0, {run.steps - 1}], got {list(interval)}")
+        check_particles(run, self.resampler, self.ess_threshold, guided=self.proposal == "guided")
+        return replace(self, reward=reward, covariance=covariance)
+
+    def start(self, run: Run) -> State:
+        x = run.initial()
+        particles = self._evaluate(run, x, 0)
+        log_potential = self._log_potential(particles, None, last=False)
+        return State(x, log_potential.reshape(run.observations, run.particles).clone(), particles)
+
+    def step(self, run: Run, state: State, i: int) -> State:
+        threshold = self.ess_threshold if self._resamples(i) else 0.0
+        ancestors, log_weights, ess = resample_particles(run, state, i, self.resampler, threshold)
+        x, log_weights = self._propose(run, state, log_weights, i)
+        last = i + 1 == run.steps
+        particles = {"reward": self._final_reward(run, x)} if last else self._evaluate(run, x, i + 1)
+        log_potential = self._log_potential(particles, state.particles, last)
+        return State(x, log_weights + log_potential.reshape(log_weights.shape), particles, ess, ancestors)
+
+    def _resamples(self, i: int) -> bool:
+        if self.resample_steps is None:
+            return True
+        if isinstance(self.resample_steps, int):
+            return i > 0 and i % self.resample_steps == 0
+        return i in self.resample_steps
+
+    def _propose(self, run: Run, state: State, log_weights: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        x0_hat = state.particles["x0_hat"]
+        if self.proposal == "base":
+            return run.reverse_step(state.x, x0_hat, i, clip=run.clip), log_weights
+        if self.proposal == "guided":
+            return propose_guided(run, state, log_weights, i)
+        assert callable(self.proposal)
+        coefficients: Coefficients = run.coefficients(i)
+        x, ratio = self.proposal(state.x, x0_hat, coefficients, seed=run.seed, step=i)
+        if x.shape != state.x.shape or ratio.shape != state.x.shape[:1]:
+            raise ValueError(
+                f"proposal: expected it to return shapes {list(state.x.shape)} and [{state.x.shape[0]}], "
+                f"got {list(x.shape)} and {list(ratio.shape)}"
+            )
+        return x, log_weights + ratio.reshape(log_weights.shape)
+
+    def _evaluate(self, run: Run, x: Tensor, i: int) -> dict[str, Tensor]:
+        """``x0_hat``, its reward and, for the guided proposal, its shift."""
+        if isinstance(self.reward, Likelihood):
+            assert self.covariance is not None
+            if self.proposal == "guided" or self.covariance == "moment":
+                x0_hat, shift, reward, _ = run.likelihood_score(self.reward, self.covariance, x, i)
+                shift = shift * self.strength
+            else:
+                x0_hat, reward = run.likelihood_value(self.reward, self.covariance, x, i)
+        elif self.proposal == "guided":
+            x0_hat, shift, reward = run.in_chunks(lambda rows, x: self._reward_score(run, x, i), x)
+        else:
+            x0_hat = run.x0_hat(x, i)
+            reward = self._reward(x0_hat)
+        particles = {"x0_hat": x0_hat, "reward": reward}
+        return {**particles, "shift": shift} if self.proposal == "guided" else particles
+
+    def _reward_score(self, run: Run, x: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        pull_back = PullBack(run.denoiser, x, run.levels[i], run.compute_dtype)
+        with torch.enable_grad():
+            reward = self._call_reward(pull_back.x0)
+        if not reward.requires_grad:
+            raise ValueError("reward: expected one that autograd can differentiate for the guided proposal")
+        shift = pull_back(reward, torch.full_like(reward, self.strength))
+        return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype), reward.detach().double()
+
+    def _reward(self, x0: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._call_reward(x0).double()
+
+    def _call_reward(self, x0: Tensor) -> Tensor:
+        assert not isinstance(self.reward, Likelihood)
+        reward = self.reward(x0)
+        if not isinstance(reward, Tensor) or reward.shape != x0.shape[:1]:
+            got = list(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
+            raise ValueError(f"reward: expected it to return a tensor of shape [{x0.shape[0]}], got {got}")
+        return reward
+
+    def _final_reward(self, run: Run, x: Tensor) -> Tensor:
+        if isinstance(self.reward, Likelihood):
+            return run.exact_log_prob(self.reward, x)
+        return run.in_chunks(lambda rows, x: (self._reward(x),), x)[0]
+
+    def _log_potential(self, new: dict[str, Tensor], old: dict[str, Tensor] | None, last: bool) -> Tensor:
+        """``[n]``; what later levels need of the rewards so far joins ``new``."""
+        reward = new["reward"]
+        if self.potential == "difference":
+            return self.strength * (reward if old is None else log_ratio(reward, old["reward"]))
+        if last:
+            assert old is not None
+            return log_ratio(self.strength * reward, old["log_product"])
+        if self.potential == "max":
+            new["so_far"] = reward if old is None else torch.maximum(reward, old["so_far"])
+            log_potential = self.strength * new["so_far"]
+        elif self.potential == "sum":
+            new["so_far"] = reward if old is None else reward + old["so_far"]
+            log_potential = self.strength * new["so_far"]
+        else:
+            assert callable(self.potential)
+            log_potential = self.potential(reward, None if old is None else old["reward"])
+            if log_potential.shape != reward.shape:
+                raise ValueError(
+                    f"potential: expected it to return shape {list(reward.shape)}, got {list(log_potential.shape)}"
+                )
+        new["log_product"] = log_potential if old is None else old["log_product"] + log_potential
+        return log_potential

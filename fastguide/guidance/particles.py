@@ -1,0 +1,60 @@
+"""What the particle methods, TDS and FK, share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..reference import SCHEMES, clip_x0
+from .base import STREAM_RESAMPLE, Run, State
+
+
+def check_particles(run: Run, resampler: str, ess_threshold: float | None, guided: bool) -> None:
+    if resampler not in SCHEMES:
+        raise ValueError(f"resampler: expected one of {SCHEMES}, got {resampler!r}")
+    if ess_threshold is not None and not 0.0 <= ess_threshold <= 1.0:
+        raise ValueError(f"ess_threshold: expected a share of the particles in [0, 1], got {ess_threshold}")
+    if guided and not any(tau > 0 for tau in run.taus):
+        raise ValueError("eta: expected > 0, since the guided proposal is weighed by its noise; got 0 at every step")
+
+
+def resample_particles(
+    run: Run, state: State, i: int, resampler: str, ess_threshold: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ancestors ``[B, K]``, log-weights and ESS ``[B]``; the state's particles are moved in place."""
+    assert state.log_weights is not None
+    ancestors, log_weights, _, ess = ops.resample(
+        state.log_weights,
+        scheme=resampler,
+        ess_threshold=ess_threshold,
+        seed=run.seed,
+        step=i,
+        stream=STREAM_RESAMPLE,
+        sorted=False,
+        check=False,  # looked at once, after the loop
+    )
+    shape = (run.observations, run.particles)
+    views = [t.view(*shape, *t.shape[1:]) for t in (state.x, *state.particles.values())]
+    ops.gather_particles_(ancestors, *views, check=False)
+    return ancestors, log_weights, ess
+
+
+def propose_guided(run: Run, state: State, log_weights: Tensor, i: int) -> tuple[Tensor, Tensor]:
+    """``x_s ~ N(m_y, tau^2)`` and the log-weights with ``log N(x_s; m, tau^2) - log N(x_s; m_y, tau^2)`` added."""
+    return ops.propose_and_weigh(
+        state.x,
+        clip_x0(state.particles["x0_hat"], run.clip),
+        state.particles["shift"] * run.x0_weight(i),
+        log_weights,
+        run.coefficients(i),
+        seed=run.seed,
+        step=i,
+    )
+
+
+def log_ratio(new: Tensor, old: Tensor) -> Tensor:
+    """``new - old``, and ``-inf`` for a particle that is dead already."""
+    return torch.where(old == -math.inf, -math.inf, new - old)

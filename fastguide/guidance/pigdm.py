@@ -1,0 +1,68 @@
+"""Pseudo-inverse guidance (Song et al. 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..likelihoods import Gaussian
+from ..operators import LinearOperator
+from .base import PullBack, Run, Schedulable, State, at, check_likelihood, check_schedulable, isotropic_variance
+
+
+@dataclass(frozen=True)
+class PiGDM:
+    """The reverse step with ``g = r_t^-2 (d x0_hat / d x_t)^T v`` added to the score, where
+
+    - ``v = h^+(y) - h^+(h(x0_hat))`` for an exact measurement, ``Gaussian(..., scale=0)``, with any operator that has a
+      pseudo-inverse: quantisation, JPEG and the like need no derivative;
+    - ``v = r_t^2 A^T (r_t^2 A A^T + scale^2 I)^-1 (y - A x0_hat)`` with noise, for linear operators with a known
+      spectrum; it tends to the first as ``scale`` tends to 0.
+
+    ``r_t^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2)``. ``zeta`` multiplies the guidance: a number, a table, a function of
+    the schedule's time. At 1 the step is the guided mean of the isotropic approximation.
+    """
+
+    likelihood: Gaussian
+    zeta: Schedulable = 1.0
+
+    def prepare(self, run: Run) -> PiGDM:
+        if not isinstance(self.likelihood, Gaussian):
+            raise TypeError(f"likelihood: expected a Gaussian for PiGDM, got {self.likelihood!r}")
+        guidance = replace(self, likelihood=self.likelihood.to(run.device, run.compute_dtype))
+        check_likelihood(run, guidance.likelihood)
+        check_schedulable("zeta", self.zeta, run.levels, 0.0, float("inf"))
+        operator = guidance.likelihood.operator
+        noisy = any(guidance.likelihood.scale_at(level.t) > 0 for level in run.levels[:-1])
+        if noisy and not (isinstance(operator, LinearOperator) and operator.spectral):
+            raise ValueError(f"likelihood: with scale > 0 expected a linear operator of known spectrum, got {operator}")
+        return guidance
+
+    def start(self, run: Run) -> State:
+        return State(run.initial())
+
+    def step(self, run: Run, state: State, i: int) -> State:
+        level = run.levels[i]
+        scale = self.likelihood.scale_at(level.t)
+        spread = isotropic_variance(level)
+
+        def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            pull_back = PullBack(run.denoiser, x, level, run.compute_dtype)
+            with torch.no_grad():
+                v = self.vector(pull_back.x0.detach(), self.likelihood.rows_of_y(rows), scale, spread)
+            shift = pull_back(pull_back.x0, v / spread)
+            return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype)
+
+        x0_hat, shift = run.in_chunks(chunk, state.x)
+        displacement = shift * (at(self.zeta, run.levels, i) * run.x0_weight(i))
+        return State(run.reverse_step(state.x, x0_hat, i, clip=run.clip, displacement=displacement))
+
+    def vector(self, x0_hat: Tensor, y: Tensor, scale: float, spread: float) -> Tensor:
+        """``v`` above, ``[n, *event]``."""
+        operator = self.likelihood.operator
+        if scale == 0.0:
+            return operator.pseudo_inverse(y) - operator.pseudo_inverse(operator(x0_hat))
+        assert isinstance(operator, LinearOperator)
+        return operator.adjoint(operator.solve_gram(y - operator(x0_hat), spread, scale**2)) * spread

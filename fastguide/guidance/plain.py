@@ -1,0 +1,36 @@
+"""Sampling the prior itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import ops
+from .base import Run, State
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The reverse step alone: DDIM at ``eta = 0``, DDPM at ``eta = 1`` (Song, Meng, Ermon 2021)."""
+
+    def prepare(self, run: Run) -> Plain:
+        return self
+
+    def start(self, run: Run) -> State:
+        return State(run.initial())
+
+    def step(self, run: Run, state: State, i: int) -> State:
+        denoiser, level = run.denoiser, run.levels[i]
+        with torch.no_grad():
+            (output,) = run.in_chunks(lambda rows, x: (denoiser(x, level),), state.x)
+        x = ops.reverse_step(
+            state.x,
+            output,
+            run.coefficients(i),
+            prediction=denoiser.prediction,
+            clip=run.clip,
+            seed=run.seed,
+            step=i,
+        )
+        return State(x)

@@ -1,0 +1,187 @@
+"""Plug-and-play by half-quadratic splitting (Zhu et al. 2023, DiffPIR)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..likelihoods import Callable as CallableLikelihood
+from ..likelihoods import Gaussian, Likelihood
+from ..operators import LinearOperator
+from .base import Run, Schedulable, State, at, check_likelihood, check_schedulable, isotropic_variance
+
+SOLVERS = ("auto", "closed", "cg", "gauss-newton", "gradient")
+_ITERATIONS = {"closed": 1, "cg": 32, "gauss-newton": 4, "gradient": 32}
+
+
+@dataclass(frozen=True)
+class PnP:
+    """``x0* = argmin_x -log p(y | x; scale(t)) + rho(t)/2 norm(x - x0_hat)^2``, then the reverse step from ``x0*``.
+
+    - ``rho``: a number, a table or a function of the schedule's time; None is ``1 / r_t^2``, the precision of ``x_0`` given
+      ``x_t`` for unit-variance data (at low noise ``(alpha_t / sigma_t)^2``, DiffPIR's with ``lambda = 1``).
+    - ``zeta`` in ``[0, 1]`` splits the noise of the step: ``tau = sigma_s sqrt(zeta)`` is fresh, the rest is the predicted
+      ``eps``. It takes the place of ``eta``.
+    - ``solver``: ``"closed"`` (Gaussian, linear, known spectrum), ``"cg"`` (Gaussian, linear; ``iterations`` of conjugate
+      gradients), ``"gauss-newton"`` (``iterations`` of 16 conjugate gradients each; reweighted least squares where the
+      error is not Gaussian), ``"gradient"`` (``iterations`` with Barzilai-Borwein lengths; needs only derivatives of
+      the log-density); ``"auto"`` takes the first that applies. All start at ``x0_hat`` and run a fixed number.
+    """
+
+    likelihood: Likelihood
+    rho: Schedulable | None = None
+    zeta: Schedulable = 0.5
+    solver: str = "auto"
+    iterations: int | None = None
+
+    takes_eta = False
+
+    def prepare(self, run: Run) -> PnP:
+        likelihood = self.likelihood.to(run.device, run.compute_dtype)
+        check_likelihood(run, likelihood)
+        check_schedulable("zeta", self.zeta, run.levels, 0.0, 1.0)
+        if self.rho is not None:
+            check_schedulable("rho", self.rho, run.levels, 0.0, float("inf"))
+        solver = choose_solver(likelihood, self.solver)
+        if self.iterations is not None and (self.iterations < 1 or solver == "closed"):
+            expected = "None with the closed form" if solver == "closed" else "an integer >= 1"
+            raise ValueError(f"iterations: expected {expected}, got {self.iterations}")
+        return replace(self, likelihood=likelihood, solver=solver, iterations=self.iterations or _ITERATIONS[solver])
+
+    def start(self, run: Run) -> State:
+        return State(run.initial())
+
+    def step(self, run: Run, state: State, i: int) -> State:
+        x0_hat = run.x0_hat(state.x, i)
+        x0 = self.data_step(run, x0_hat, i)
+        return State(run.reverse_step(state.x, x0, i, tau=self.fresh_noise(run, i), clip=run.clip))
+
+    def fresh_noise(self, run: Run, i: int) -> float:
+        return run.levels[i + 1].sigma * at(self.zeta, run.levels, i) ** 0.5
+
+    def data_step(self, run: Run, x0_hat: Tensor, i: int) -> Tensor:
+        """``x0*`` for ``x0_hat`` ``[n, *event]`` at level ``i``."""
+        level = run.levels[i]
+        scale = self.likelihood.scale_at(level.t)
+        rho = 1.0 / isotropic_variance(level) if self.rho is None else at(self.rho, run.levels, i)
+        assert self.iterations is not None
+
+        def chunk(rows: Tensor, x0: Tensor) -> tuple[Tensor]:
+            y = self.likelihood.rows_of_y(rows)
+            x = solve(self.likelihood, x0.to(run.compute_dtype), y, scale, rho, self.solver, self.iterations)
+            return (x.to(x0.dtype),)
+
+        return run.in_chunks(chunk, x0_hat)[0]
+
+
+def choose_solver(likelihood: Likelihood, solver: str) -> str:
+    """The solver to use, or a ValueError that says why the one named cannot serve."""
+    operator = likelihood.operator
+    linear = isinstance(likelihood, Gaussian) and isinstance(operator, LinearOperator)
+    serves = {
+        "closed": linear and operator.spectral,  # type: ignore[attr-defined]
+        "cg": linear,
+        "gauss-newton": not isinstance(likelihood, CallableLikelihood),
+        "gradient": True,
+    }
+    if solver == "auto":
+        return next(name for name, serving in serves.items() if serving)
+    if solver not in serves:
+        raise ValueError(f"solver: expected one of {SOLVERS}, got {solver!r}")
+    if not serves[solver]:
+        needs = {
+            "closed": "a Gaussian likelihood and a linear operator of known spectrum",
+            "cg": "a Gaussian likelihood and a linear operator",
+            "gauss-newton": "an error model around an operator",
+        }
+        raise ValueError(f"solver: {solver!r} needs {needs[solver]}, got {likelihood!r}")
+    return solver
+
+
+@torch.no_grad()
+def solve(
+    likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: float, solver: str, iterations: int
+) -> Tensor:
+    """``argmin_x -log p(y | x) + rho/2 norm(x - x0)^2`` for ``x0`` ``[n, *event]`` and its rows of ``y``."""
+    operator = likelihood.operator
+    if solver == "closed":
+        assert isinstance(operator, LinearOperator)
+        return x0 + operator.adjoint(operator.solve_gram(y - operator(x0), 1.0, scale**2 * rho))
+    if solver == "gradient":
+        return _gradient(likelihood, x0, y, scale, rho, iterations)
+    outer, inner = (1, iterations) if solver == "cg" else (iterations, 16)
+    x = x0
+    for _ in range(outer):
+        z, forward, adjoint = _linearise(likelihood, x)
+        weight = likelihood.curvature(z, y, scale)
+        gradient = likelihood.log_prob_and_gradient(z, y, scale)[1]
+
+        def normal(p: Tensor, forward=forward, adjoint=adjoint, weight=weight) -> Tensor:
+            return adjoint(weight * forward(p)) + rho * p
+
+        x = x + conjugate_gradients(normal, adjoint(gradient) - rho * (x - x0), inner)
+    return x
+
+
+def _linearise(
+    likelihood: Likelihood, x: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """``A(x)`` and the products with its Jacobian there and with the transpose."""
+    operator = likelihood.operator
+    if isinstance(operator, LinearOperator):
+        return operator(x), operator, operator.adjoint
+    z, pull_back = torch.func.vjp(operator, x)
+    return z, lambda p: torch.func.jvp(operator, (x,), (p,))[1], lambda v: pull_back(v)[0]
+
+
+def conjugate_gradients(a: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
+    """``a^-1 b`` for a positive definite ``a`` on each row of ``b`` ``[n, *event]``, from zero, without a stopping rule
+    that the host would have to wait for: a row that has converged stays where it is."""
+
+    def dot(u: Tensor, v: Tensor) -> Tensor:
+        return (u * v).flatten(1).sum(1).reshape(-1, *(1,) * (u.ndim - 1))
+
+    x, r = torch.zeros_like(b), b
+    p, rr = r, dot(r, r)
+    floor = rr * torch.finfo(b.dtype).eps ** 2  # below it the residual is rounding
+    for _ in range(iterations):
+        ap = a(p)
+        active = rr > floor
+        length = torch.where(active, rr / dot(p, ap), 0.0)
+        x = x + length * p
+        r = r - length * ap
+        new = dot(r, r)
+        p = r + torch.where(active, new / rr, 0.0) * p
+        rr = new
+    return x
+
+
+def _gradient(likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: float, iterations: int) -> Tensor:
+    """Gradient descent with Barzilai-Borwein lengths per sample, never longer than ``1 / rho``, which is the exact
+    length for the quadratic alone (and an upper bound where the log-density is concave)."""
+
+    def slope(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            z = likelihood.operator(leaf)
+            gradient = likelihood.log_prob_and_gradient(z.detach(), y, scale)[1]
+            (pulled,) = torch.autograd.grad(z, leaf, gradient)
+        return rho * (x - x0) - pulled
+
+    def dot(u: Tensor, v: Tensor) -> Tensor:
+        return (u * v).flatten(1).sum(1).reshape(-1, *(1,) * (u.ndim - 1))
+
+    g = slope(x0)
+    # A first step much shorter than any sensible one, only to learn the curvature.
+    probe = 1e-3 / (g.flatten(1).norm(dim=1).reshape(-1, *(1,) * (g.ndim - 1)) + 1e-12)
+    x, previous_x, previous_g = x0 - probe.clamp(max=1.0 / rho) * g, x0, g
+    for _ in range(iterations):
+        g = slope(x)
+        dx, dg = x - previous_x, g - previous_g
+        curvature = dot(dx, dg) / dot(dx, dx).clamp(min=torch.finfo(x.dtype).tiny)
+        length = 1.0 / curvature.abs().clamp(min=rho)
+        x, previous_x, previous_g = x - length * g, x, g
+    return x

@@ -1,0 +1,61 @@
+"""Twisted diffusion sampling (Wu et al. 2023): a particle filter whose weights make it exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ..likelihoods import Likelihood
+from .base import Run, State, check_covariance, check_likelihood, default_covariance
+from .particles import check_particles, log_ratio, propose_guided, resample_particles
+
+
+@dataclass(frozen=True)
+class TDS:
+    """``particles`` weighted particles per observation, exact for ``p(x_0 | y)`` as their number grows.
+
+    - ``covariance`` of ``x_0`` given ``x_t`` in the twisting function ``p~(y | x_t)``: ``"point"``, ``"isotropic"``,
+      ``"moment"``; None takes ``"moment"`` where it can be had, else ``"isotropic"``, else ``"point"``. It changes the
+      variance, never the limit: the last weight uses the exact ``p(y | x_0)``.
+    - ``resampler``: ``"systematic"``, ``"stratified"``, ``"multinomial"``, ``"residual"``; a row is resampled where its
+      effective sample size is below ``ess_threshold * particles`` (in ``[0, 1]``).
+
+    Needs ``eta > 0``.
+    """
+
+    likelihood: Likelihood
+    particles: int
+    covariance: str | None = None
+    resampler: str = "systematic"
+    ess_threshold: float = 0.5
+
+    def prepare(self, run: Run) -> TDS:
+        likelihood = self.likelihood.to(run.device, run.compute_dtype)
+        measurements = check_likelihood(run, likelihood)
+        covariance = self.covariance or default_covariance(likelihood, measurements)
+        check_covariance(likelihood, covariance, measurements)
+        check_particles(run, self.resampler, self.ess_threshold, guided=True)
+        return replace(self, likelihood=likelihood, covariance=covariance)
+
+    def start(self, run: Run) -> State:
+        x = run.initial()  # [B*K, *event]
+        twist = self._twist(run, x, 0)
+        return State(x, twist["log_prob"].reshape(run.observations, run.particles).clone(), twist)
+
+    def step(self, run: Run, state: State, i: int) -> State:
+        ancestors, log_weights, ess = resample_particles(run, state, i, self.resampler, self.ess_threshold)
+        x, log_weights = propose_guided(run, state, log_weights, i)
+        if i + 1 < run.steps:
+            twist = self._twist(run, x, i + 1)
+        else:  # x is x_0: the exact likelihood
+            twist = {"log_prob": run.exact_log_prob(self.likelihood, x)}
+        change = log_ratio(twist["log_prob"], state.particles["log_prob"])
+        return State(x, log_weights + change.reshape(log_weights.shape), twist, ess, ancestors)
+
+    def _twist(self, run: Run, x: Tensor, i: int) -> dict[str, Tensor]:
+        """``x0_hat``, its guided shift and ``log p~(y | x_t)``: one evaluation of the network serves the weight of this
+        step and the proposal of the next."""
+        assert self.covariance is not None
+        x0_hat, shift, log_prob, _ = run.likelihood_score(self.likelihood, self.covariance, x, i)
+        return {"x0_hat": x0_hat, "shift": shift, "log_prob": log_prob}

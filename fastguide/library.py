@@ -1,0 +1,308 @@
+"""The operations as ``torch.ops.fastguide.*``, so that ``torch.compile`` and fake tensors see one operator each.
+
+Defined with ``torch.library``'s define and impl (``custom_op`` costs five times as much a call). The public functions of
+`fastguide.ops` come here while a graph is traced; the implementations go back to them with real tensors.
+
+Schemas know no unions, so coefficients travel as five floats and, where any of them is per sample, a float64 table
+``[N, 5]`` in their place; the clip as ``[]``, ``[low, high]`` or ``[ratio, max_value, 0]`` (dynamic threshold).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .reference import Clip, Coefficients, DynamicThreshold
+
+_library = torch.library.Library("fastguide", "DEF")
+
+_COUNTER = "int seed, int step, int stream, int first_particle"
+for schema in (
+    f"randn(SymInt[] shape, {_COUNTER}, ScalarType dtype, Device device, str backend) -> Tensor",
+    "reverse_step(Tensor x, Tensor model_output, float[] coefficients, Tensor? table, str prediction, float[] clip, "
+    f"Tensor? displacement, {_COUNTER}, bool return_x0, str backend) -> (Tensor, Tensor)",
+    "propose_and_weigh(Tensor x, Tensor x0_hat, Tensor displacement, Tensor log_weights, float[] coefficients, "
+    f"Tensor? table, {_COUNTER}, str backend) -> (Tensor, Tensor)",
+    "resample(Tensor log_weights, str scheme, SymInt num, float? ess_threshold, int seed, int step, int stream, "
+    "bool sorted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "gather_particles_(Tensor ancestors, Tensor(a!)[] states, str backend) -> ()",
+):
+    _library.define(schema)
+
+
+def _pack(coefficients: Coefficients, x: Tensor) -> tuple[list[float], Tensor | None]:
+    if not any(isinstance(c, Tensor) for c in coefficients):
+        return [float(c) for c in coefficients], None
+    columns = [
+        c.double() if isinstance(c, Tensor) else torch.full((x.shape[0],), c, dtype=torch.float64, device=x.device)
+        for c in coefficients
+    ]
+    return [], torch.stack(columns, dim=1)
+
+
+def _unpack(coefficients: list[float], table: Tensor | None) -> Any:
+    return tuple(coefficients) if table is None else tuple(table.unbind(1))
+
+
+def _pack_clip(clip: Clip) -> list[float]:
+    if clip is None:
+        return []
+    if isinstance(clip, DynamicThreshold):
+        return [clip.ratio, clip.max_value, 0.0]
+    return list(clip) if isinstance(clip, tuple) else [-clip, clip]
+
+
+def _unpack_clip(clip: list[float]) -> Clip:
+    if not clip:
+        return None
+    return DynamicThreshold(*clip[:2]) if len(clip) == 3 else (clip[0], clip[1])
+
+
+def _seed(seed: int) -> int:
+    """A schema's int is signed."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
+def _unsigned(seed: int) -> int:
+    return seed & (1 << 64) - 1
+
+
+# --- randn --------------------------------------------------------------------------------------------------
+
+
+def call_randn(
+    shape: Sequence[int],
+    counter: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+) -> Tensor:
+    return torch.ops.fastguide.randn(shape, _seed(counter[0]), *counter[1:], dtype, device, backend)
+
+
+def _randn(shape, seed, step, stream, first_particle, dtype, device, backend):
+    return ops.randn(
+        shape,
+        seed=_unsigned(seed),
+        step=step,
+        stream=stream,
+        first_particle=first_particle,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+    )
+
+
+def _randn_fake(shape, seed, step, stream, first_particle, dtype, device, backend):
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+# --- reverse_step -------------------------------------------------------------------------------------------
+
+
+def call_reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Coefficients,
+    prediction: str,
+    clip: Clip,
+    displacement: Tensor | None,
+    counter: tuple[int, int, int, int],
+    return_x0: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    values, table = _pack(coefficients, x)
+    return torch.ops.fastguide.reverse_step(
+        x, model_output, values, table, prediction, _pack_clip(clip), displacement,
+        _seed(counter[0]), *counter[1:], return_x0, backend,
+    )  # fmt: skip
+
+
+def _reverse_step(
+    x, model_output, coefficients, table, prediction, clip, displacement,
+    seed, step, stream, first_particle, return_x0, backend,
+):  # fmt: skip
+    out = ops.reverse_step(
+        x,
+        model_output,
+        _unpack(coefficients, table),
+        prediction=prediction,
+        clip=_unpack_clip(clip),
+        displacement=displacement,
+        seed=_unsigned(seed),
+        step=step,
+        stream=stream,
+        first_particle=first_particle,
+        return_x0=return_x0,
+        backend=backend,
+    )
+    return out if return_x0 else (out, x.new_empty(0))
+
+
+def _reverse_step_fake(
+    x, model_output, coefficients, table, prediction, clip, displacement,
+    seed, step, stream, first_particle, return_x0, backend,
+):  # fmt: skip
+    x_s = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x_s, torch.empty_like(x_s) if return_x0 else x.new_empty(0)
+
+
+def _reverse_step_setup(ctx, inputs, output):
+    x, model_output, coefficients, table, prediction, clip, displacement = inputs[:7]
+    ctx.save_for_backward(x, model_output, table)
+    ctx.coefficients, ctx.prediction, ctx.clip = coefficients, prediction, clip
+    ctx.displacement_dtype = None if displacement is None else displacement.dtype
+    ctx.return_x0 = inputs[11]
+
+
+def _reverse_step_backward(ctx, grad_x_s, grad_x0):
+    """The noise is additive, so the derivative is that of the deterministic step with the same ``a`` and ``b``."""
+    x, model_output, table = ctx.saved_tensors
+    grad_x, grad_output = torch.ops.fastguide.reverse_step_backward(
+        grad_x_s, grad_x0 if ctx.return_x0 else None, x, model_output, ctx.coefficients, table, ctx.prediction, ctx.clip
+    )
+    grad_displacement = None if ctx.displacement_dtype is None else grad_x_s.to(ctx.displacement_dtype)
+    return grad_x, grad_output, None, None, None, None, grad_displacement, None, None, None, None, None, None
+
+
+_library.define(
+    "reverse_step_backward(Tensor grad_x_s, Tensor? grad_x0, Tensor x, Tensor model_output, float[] coefficients, "
+    "Tensor? table, str prediction, float[] clip) -> (Tensor, Tensor)"
+)
+
+
+def _reverse_step_vjp(grad_x_s, grad_x0, x, model_output, coefficients, table, prediction, clip):
+    with torch.enable_grad():
+        x, model_output = x.detach().requires_grad_(), model_output.detach().requires_grad_()
+        x_s, x0 = reference.reverse_mean(
+            x, model_output, _unpack(coefficients, table), prediction, _unpack_clip(clip)
+        )
+        x_s, x0 = x_s.to(x.dtype), x0.to(x.dtype)
+    outputs, gradients = ([x_s, x0], [grad_x_s, grad_x0]) if grad_x0 is not None else ([x_s], [grad_x_s])
+    grads = torch.autograd.grad(outputs, (x, model_output), gradients, allow_unused=True)
+    return tuple(torch.zeros_like(i) if g is None else g for g, i in zip(grads, (x, model_output), strict=True))
+
+
+def _reverse_step_vjp_fake(grad_x_s, grad_x0, x, model_output, coefficients, table, prediction, clip):
+    return torch.empty_like(x), torch.empty_like(model_output)
+
+
+# --- propose_and_weigh --------------------------------------------------------------------------------------
+
+
+def call_propose_and_weigh(
+    x: Tensor,
+    x0_hat: Tensor,
+    displacement: Tensor,
+    log_weights: Tensor,
+    coefficients: Coefficients,
+    counter: tuple[int, int, int, int],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    values, table = _pack(coefficients, x)
+    return torch.ops.fastguide.propose_and_weigh(
+        x, x0_hat, displacement, log_weights, values, table, _seed(counter[0]), *counter[1:], backend
+    )
+
+
+def _propose_and_weigh(
+    x, x0_hat, displacement, log_weights, coefficients, table, seed, step, stream, first_particle, backend
+):
+    return ops.propose_and_weigh(
+        x,
+        x0_hat,
+        displacement,
+        log_weights,
+        _unpack(coefficients, table),
+        seed=_unsigned(seed),
+        step=step,
+        stream=stream,
+        first_particle=first_particle,
+        backend=backend,
+    )
+
+
+def _propose_and_weigh_fake(
+    x, x0_hat, displacement, log_weights, coefficients, table, seed, step, stream, first_particle, backend
+):
+    contiguous = torch.contiguous_format
+    return torch.empty_like(x, memory_format=contiguous), torch.empty_like(log_weights, memory_format=contiguous)
+
+
+# --- resample -----------------------------------------------------------------------------------------------
+
+
+def call_resample(
+    log_weights: Tensor,
+    scheme: str,
+    num: int | None,
+    ess_threshold: float | None,
+    counter: tuple[int, int, int],
+    sorted: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    number = log_weights.shape[-1] if num is None else num
+    return torch.ops.fastguide.resample(
+        log_weights, scheme, number, ess_threshold, _seed(counter[0]), *counter[1:], sorted, backend
+    )
+
+
+def _resample(log_weights, scheme, num, ess_threshold, seed, step, stream, sorted, backend):
+    return ops.resample(
+        log_weights,
+        scheme=scheme,
+        num=num,
+        ess_threshold=ess_threshold,
+        seed=_unsigned(seed),
+        step=step,
+        stream=stream,
+        sorted=sorted,
+        check=False,
+        backend=backend,
+    )
+
+
+def _resample_fake(log_weights, scheme, num, ess_threshold, seed, step, stream, sorted, backend):
+    rows = log_weights.shape[:-1]
+    index_dtype = torch.int32 if log_weights.shape[-1] < 2**31 else torch.int64
+    return (
+        log_weights.new_empty((*rows, num), dtype=index_dtype),
+        log_weights.new_empty((*rows, num)),
+        log_weights.new_empty(rows, dtype=torch.float64),
+        log_weights.new_empty(rows, dtype=torch.float64),
+    )
+
+
+# --- gather_particles_ --------------------------------------------------------------------------------------
+
+
+def call_gather_particles_(ancestors: Tensor, states: tuple[Tensor, ...], backend: str) -> None:
+    torch.ops.fastguide.gather_particles_(ancestors, list(states), backend)
+
+
+def _gather_particles_(ancestors, states, backend):
+    ops.gather_particles_(ancestors, *states, check=False, backend=backend)
+
+
+def _gather_particles_fake_(ancestors, states, backend):
+    return None
+
+
+for name, implementation, fake in (
+    ("randn", _randn, _randn_fake),
+    ("reverse_step", _reverse_step, _reverse_step_fake),
+    ("reverse_step_backward", _reverse_step_vjp, _reverse_step_vjp_fake),
+    ("propose_and_weigh", _propose_and_weigh, _propose_and_weigh_fake),
+    ("resample", _resample, _resample_fake),
+    ("gather_particles_", _gather_particles_, _gather_particles_fake_),
+):
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastguide::{name}", fake, lib=_library)
+
+torch.library.register_autograd(
+    "fastguide::reverse_step", _reverse_step_backward, setup_context=_reverse_step_setup, lib=_library
+)

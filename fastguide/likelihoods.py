@@ -1,0 +1,336 @@
+"""Error models ``p(y | x_0)`` around a forward model, each with a schedule of its scale.
+
+Shapes: ``y`` ``[B, *measurement]``, or one row for all; ``x0`` ``[n, *event]``; ``z = A x0``
+``[n, *measurement]``; log-densities ``[n]`` in float64, every normalising constant kept. ``rows`` ``[n]`` (int64) says
+which observation each sample belongs to; None where there is one row or sample ``i`` has row ``i``.
+
+``scale`` is a positive number, or a function of the schedule's own time ``t``; the value at the clean time is
+the exact model's, which the last step of every particle method uses.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable as Fn
+
+import torch
+from torch import Tensor
+
+from .operators import Identity, LinearOperator, Operator
+
+__all__ = ["Callable", "Gaussian", "Laplace", "Likelihood", "Poisson", "StudentT"]
+
+Scale = float | Fn[[float], float]
+
+MOMENT_LIMIT = 16  # measurements up to which the exact second moment is affordable: one pull-back each
+
+
+class Likelihood:
+    """Common part of the error models: the observation, the operator and the scale's schedule."""
+
+    _least_dimensions = 2  # of y
+
+    def __init__(self, y: Tensor, operator: Operator, scale: Scale):
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            got = y.dtype if isinstance(y, Tensor) else type(y).__name__
+            raise TypeError(f"y: expected a floating tensor [B, *measurement], got {got}")
+        if y.ndim < self._least_dimensions or y.shape[0] < 1:
+            raise ValueError(
+                f"y: expected shape [B, *measurement] with B >= 1 ([B, 1] for one number each), got {list(y.shape)}"
+            )
+        if not torch.isfinite(y).all():
+            bad = int((~torch.isfinite(y)).nonzero()[0, 0])
+            raise ValueError(f"y: expected finite values, got NaN or infinity in row {bad}")
+        if not isinstance(operator, Operator):
+            raise TypeError(f"operator: expected a fastguide.operators operator, got {type(operator).__name__}")
+        if not callable(scale):
+            self._check_scale(float(scale), "scale")
+        self.y = y
+        self.operator = operator
+        self.scale = scale
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.operator}, y={list(self.y.shape)})"
+
+    def _check_scale(self, value: float, name: str) -> None:
+        if not (0.0 < value < math.inf):
+            raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+
+    def scale_at(self, t: float) -> float:
+        """The scale at time ``t``."""
+        if not callable(self.scale):
+            return float(self.scale)
+        value = float(self.scale(t))
+        self._check_scale(value, f"scale({t})")
+        return value
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Likelihood:
+        """A copy on ``device``, computing in ``dtype``."""
+        moved = copy.copy(self)
+        moved.y = self.y.to(device, dtype)
+        moved.operator = self.operator.to(device, dtype)
+        return moved
+
+    def rows_of_y(self, rows: Tensor | None) -> Tensor:
+        """The observation of each sample."""
+        return self.y if rows is None or self.y.shape[0] == 1 else self.y[rows]
+
+    def log_prob(self, x0: Tensor, rows: Tensor | None = None, *, t: float | None = None) -> Tensor:
+        """``log p(y | x0)`` ``[n]``, at the clean time's scale or that of ``t`` where the scale follows one."""
+        if t is None and callable(self.scale):
+            raise ValueError("t: expected the time whose scale to use, since scale is a function; got None")
+        return self.value(x0, rows, self.scale_at(0.0 if t is None else t))
+
+    def value(self, x0: Tensor, rows: Tensor | None, scale: float, spread: float = 0.0) -> Tensor:
+        """`log_prob` with the scale given, and with the covariance ``spread`` of `log_prob_and_gradient`."""
+        z, y = self.operator(x0), self.rows_of_y(rows)
+        if z.shape[1:] != y.shape[1:] or y.shape[0] not in (1, z.shape[0]):
+            raise ValueError(
+                f"y: expected {z.shape[0]} rows or 1, each of shape {list(z.shape[1:])}, got {list(y.shape)}"
+            )
+        return self.log_prob_and_gradient(z, y, scale, spread)[0]
+
+    def log_prob_and_gradient(
+        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """``log p(y | z)`` ``[n]`` and its gradient in ``z``. ``spread`` is the variance ``r^2`` of ``x_0`` about its
+        prediction: the ``"isotropic"`` covariance adds ``r^2 A A^T`` to that of the noise."""
+        raise NotImplementedError
+
+    def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
+        """A positive weight per measurement, like ``z``: that of Gauss-Newton and of reweighted least squares."""
+        raise ValueError(f"likelihood: {self} has no Gauss-Newton weight")
+
+    def supports(self, covariance: str, measurements: int | None = None) -> str:
+        """Empty, or the reason why ``log p(y | x_t)`` cannot be approximated with this covariance."""
+        if covariance == "point":
+            return ""
+        if not isinstance(self.operator, LinearOperator):
+            return f"covariance={covariance!r} needs a linear operator, and {self.operator} is not"
+        if covariance == "moment" and measurements is not None and measurements > MOMENT_LIMIT:
+            return f"covariance='moment' serves up to {MOMENT_LIMIT} measurements, and there are {measurements}"
+        return ""
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Per-sample sum in float64: log-densities of large events cancel to a few units between levels."""
+    return values.flatten(1).sum(1, dtype=torch.float64)
+
+
+class Gaussian(Likelihood):
+    """``y = A x_0 + scale * noise``. ``scale = 0``, an exact measurement, serves PiGDM and the closed
+    form of PnP alone."""
+
+    def __init__(self, y: Tensor, operator: Operator, scale: Scale):
+        super().__init__(y, operator, scale)
+
+    def _check_scale(self, value: float, name: str) -> None:
+        if not (0.0 <= value < math.inf):
+            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+
+    def supports(self, covariance: str, measurements: int | None = None) -> str:
+        reason = super().supports(covariance, measurements)
+        if not reason and covariance == "isotropic" and not self.operator.spectral:  # type: ignore[attr-defined]
+            return f"covariance='isotropic' needs the spectrum of A A^T, which {self.operator} does not know"
+        return reason
+
+    def log_prob_and_gradient(
+        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        self._check_noise(scale)
+        residual = y - z
+        count = residual[0].numel()
+        if spread == 0.0:
+            gradient = residual / scale**2
+            logdet: Tensor | float = 2.0 * count * math.log(scale)
+        else:
+            operator = self.operator
+            assert isinstance(operator, LinearOperator)
+            gradient = operator.solve_gram(residual, spread, scale**2)
+            logdet = operator.gram_logdet(residual, spread, scale**2)
+        log_prob = -0.5 * (_sum(residual * gradient) + logdet + count * math.log(2 * math.pi))
+        return log_prob, gradient
+
+    def moment(self, z: Tensor, y: Tensor, scale: float, gram: Tensor) -> tuple[Tensor, Tensor]:
+        """As `log_prob_and_gradient` with the covariance ``scale^2 I + gram``, ``gram = A C_t A^T`` ``[n, m, m]``,
+        eigenvalues of the sum held at ``>= scale^2``."""
+        self._check_noise(scale)
+        residual = (y - z).flatten(1).double()
+        gram = 0.5 * (gram + gram.mT).double()
+        finite = torch.isfinite(gram)
+        eigenvalues, basis = torch.linalg.eigh(torch.where(finite, gram, 0.0))  # which raises for what is not
+        eigenvalues = eigenvalues.clamp(min=0) + scale**2
+        c = (basis.mT @ residual[..., None])[..., 0]
+        gradient = (basis @ (c / eigenvalues)[..., None])[..., 0]
+        log_prob = -0.5 * ((c * c / eigenvalues).sum(1) + torch.log(2 * math.pi * eigenvalues).sum(1))
+        log_prob = torch.where(finite.flatten(1).all(1), log_prob, math.nan)
+        return log_prob, gradient.to(z.dtype).reshape(z.shape)
+
+    @staticmethod
+    def _check_noise(scale: float) -> None:
+        if scale == 0.0:
+            raise ValueError("scale: expected > 0 where a density is needed, got 0 (PiGDM and the closed form of PnP take 0)")
+
+    def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
+        self._check_noise(scale)
+        return torch.full_like(z, scale**-2)
+
+
+class _Elementwise(Likelihood):
+    """Independent heavy-tailed errors. The covariance of ``x_0`` widens each measurement's own scale: the
+    variances add, the shape of the tails stays."""
+
+    def _density(self, residual: Tensor, variance: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Log-density and its derivative in ``z`` for ``residual = y - z``; ``variance`` is that of ``scale``, squared."""
+        raise NotImplementedError
+
+    def supports(self, covariance: str, measurements: int | None = None) -> str:
+        reason = super().supports(covariance, measurements)
+        if reason or covariance != "isotropic":
+            return reason
+        if type(self.operator).gram_diagonal is LinearOperator.gram_diagonal:  # type: ignore[attr-defined]
+            return f"covariance='isotropic' needs the diagonal of A A^T, which {self.operator} does not know"
+        return ""
+
+    def log_prob_and_gradient(
+        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        variance: Tensor | float = scale**2
+        if spread:
+            assert isinstance(self.operator, LinearOperator)
+            variance = variance + spread * self.operator.gram_diagonal(z)
+        log_density, gradient = self._density(y - z, variance)
+        return _sum(log_density), gradient
+
+    def moment(self, z: Tensor, y: Tensor, scale: float, gram: Tensor) -> tuple[Tensor, Tensor]:
+        """As `log_prob_and_gradient` with the diagonal of ``gram = A C_t A^T`` ``[n, m, m]`` as added variances."""
+        added = gram.diagonal(dim1=1, dim2=2).clamp(min=0).reshape(z.shape)
+        log_density, gradient = self._density(y - z, scale**2 + added)
+        return _sum(log_density), gradient
+
+
+class StudentT(_Elementwise):
+    """``y = A x_0 + scale * t``, ``t`` of Student's distribution with ``df > 0`` degrees of freedom."""
+
+    def __init__(self, y: Tensor, operator: Operator, scale: Scale, df: float):
+        super().__init__(y, operator, scale)
+        if not (0.0 < df < math.inf):
+            raise ValueError(f"df: expected a finite number > 0, got {df}")
+        self.df = float(df)
+
+    def _density(self, residual: Tensor, variance: Tensor | float) -> tuple[Tensor, Tensor]:
+        df = self.df
+        if df < 1e6:
+            constant = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+        else:  # the two cancel; to O(1 / df^3)
+            constant = -0.5 * math.log(2 * math.pi) - 0.25 / df
+        log_variance = torch.log(variance) if isinstance(variance, Tensor) else math.log(variance)
+        square = residual * residual
+        log_density = constant - 0.5 * log_variance - (df + 1) / 2 * torch.log1p(square / (df * variance))
+        return log_density, (df + 1) * residual / (df * variance + square)
+
+    def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
+        return (self.df + 1) / (self.df * scale**2 + (y - z) ** 2)
+
+
+class Laplace(_Elementwise):
+    """``p(y | z) = exp(-|y - z| / scale) / (2 scale)``; its variance is ``2 scale^2``."""
+
+    def __init__(self, y: Tensor, operator: Operator, scale: Scale):
+        super().__init__(y, operator, scale)
+
+    def log_prob_and_gradient(
+        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        return super().log_prob_and_gradient(z, y, scale, spread / 2)
+
+    def moment(self, z: Tensor, y: Tensor, scale: float, gram: Tensor) -> tuple[Tensor, Tensor]:
+        """As `log_prob_and_gradient` with the diagonal of ``gram = A C_t A^T`` ``[n, m, m]`` as added variances."""
+        return super().moment(z, y, scale, gram / 2)
+
+    def _density(self, residual: Tensor, variance: Tensor | float) -> tuple[Tensor, Tensor]:
+        if isinstance(variance, Tensor):
+            scale = variance.sqrt()
+            return -residual.abs() / scale - torch.log(2 * scale), residual.sign() / scale
+        b = math.sqrt(variance)
+        return -residual.abs() / b - math.log(2 * b), residual.sign() / b
+
+    def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
+        return 1.0 / (scale * (y - z).abs().clamp(min=1e-3 * scale))
+
+
+class Poisson(Likelihood):
+    """Counts: ``y / scale ~ Poisson((A x_0 + background) / scale)``, so that ``scale`` is the gain: the mean of ``y``
+    is ``A x_0 + background`` and its variance ``scale`` times that. ``y >= 0``; rates are held at ``>= 1e-6`` counts."""
+
+    _FLOOR = 1e-6
+
+    def __init__(self, y: Tensor, operator: Operator, scale: Scale = 1.0, background: float = 0.0):
+        super().__init__(y, operator, scale)
+        if (y < 0).any():
+            raise ValueError(f"y: expected counts >= 0, got {y.min().item():g}")
+        if not (0.0 <= background < math.inf):
+            raise ValueError(f"background: expected a finite number >= 0, got {background}")
+        self.background = float(background)
+
+    def supports(self, covariance: str, measurements: int | None = None) -> str:
+        return "" if covariance == "point" else f"covariance={covariance!r} is not defined for Poisson counts"
+
+    def log_prob_and_gradient(
+        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        # In float64: counts of 1e4 have terms of 1e5, which cancel to a few units.
+        counts = y.double() / scale
+        rate = (z.double() + self.background) / scale
+        held = rate.clamp(min=self._FLOOR)
+        log_prob = torch.xlogy(counts, held) - held - torch.lgamma(counts + 1)
+        # The gradient does not stop at the floor, so that a negative rate is still driven back.
+        return _sum(log_prob), ((counts / held - 1.0) / scale).to(z.dtype)
+
+    def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
+        return 1.0 / (scale * (z + self.background).clamp(min=self._FLOOR * scale))
+
+
+class Callable(Likelihood):
+    """Any ``f(x0 [n, *event]) -> log p(y | x_0) [n]``, of each sample alone.
+
+    With ``y`` ``[B, *any]`` it is called as ``f(x0, y=rows of y)``; with ``scale`` as ``f(x0, scale=scale(t))``; with
+    both, so. Where gradients are needed they come from autograd.
+    """
+
+    _least_dimensions = 1
+
+    def __init__(self, f: Fn[..., Tensor], y: Tensor | None = None, scale: Scale | None = None):
+        if not callable(f):
+            raise TypeError(f"f: expected a callable, got {type(f).__name__}")
+        self._has_y, self._has_scale = y is not None, scale is not None
+        super().__init__(torch.zeros(1) if y is None else y, Identity(), 1.0 if scale is None else scale)
+        self.f = f
+
+    def supports(self, covariance: str, measurements: int | None = None) -> str:
+        return "" if covariance == "point" else f"covariance={covariance!r} is not defined for a callable"
+
+    def value(self, x0: Tensor, rows: Tensor | None, scale: float, spread: float = 0.0) -> Tensor:
+        return self._call(x0, self.rows_of_y(rows), scale).double()
+
+    def _call(self, x0: Tensor, y: Tensor, scale: float) -> Tensor:
+        kwargs: dict = {"y": y} if self._has_y else {}
+        if self._has_scale:
+            kwargs["scale"] = scale
+        value = self.f(x0, **kwargs)
+        if not isinstance(value, Tensor) or value.shape != x0.shape[:1]:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"f: expected it to return log-densities of shape [{x0.shape[0]}], got {got}")
+        return value
+
+    def log_prob_and_gradient(
+        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            value = self._call(z, y, scale)
+            if not value.requires_grad:
+                raise ValueError("f: expected a function that autograd can differentiate where a gradient is needed")
+            (gradient,) = torch.autograd.grad(value.sum(), z)
+        return value.detach().double(), gradient

@@ -1,0 +1,422 @@
+"""Forward models ``A``: what a measurement does to a clean sample.
+
+An operator maps ``x`` ``[n, *event]`` to ``[n, *measurement]``. A linear one also states its adjoint, its
+pseudo-inverse and, where ``A A^T`` has a known eigenbasis, its spectrum, from which closed forms follow:
+``solve_gram(v, a, b) = (a A A^T + b I)^-1 v`` is all that PnP, PiGDM and the isotropic covariance need.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from numbers import Integral
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["AveragePool", "Blur", "Function", "Identity", "Inpainting", "LinearOperator", "Matrix", "Operator"]
+
+_DENSE_LIMIT = 4096  # elements of an event up to which a dense matrix may stand in for an operator
+
+
+class Operator:
+    """Any forward model. ``to`` returns a copy whose tensors are elsewhere; nothing is moved in place."""
+
+    linear = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x`` ``[n, *event]`` -> ``[n, *measurement]``."""
+        raise NotImplementedError
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """``h^+(y)``, with ``h(h^+(h(x))) = h(x)``; ``[n, *measurement]`` -> ``[n, *event]``."""
+        raise ValueError(f"operator: {self} has no pseudo-inverse")
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Operator:
+        """A copy with its tensors on ``device``, the floating ones in ``dtype``."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.to(device, dtype if value.is_floating_point() else None))
+        return moved
+
+    def __repr__(self) -> str:
+        return type(self).__name__
+
+
+class LinearOperator(Operator):
+    """A linear forward model. Subclasses give `adjoint` and, where they can, the eigenbasis of ``A A^T``."""
+
+    linear = True
+    spectral = True  # whether eigenvalues, transform and inverse_transform are known
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """``A^T y``: ``[n, *measurement]`` -> ``[n, *event]``."""
+        raise NotImplementedError
+
+    def eigenvalues(self, y: Tensor) -> Tensor | float:
+        """Of ``A A^T``, in the order of ``transform(y)`` and broadcastable to one row of it."""
+        raise NotImplementedError(f"operator: the spectrum of {self} is not known")
+
+    def transform(self, y: Tensor) -> Tensor:
+        """Orthonormal change to the eigenbasis of ``A A^T``."""
+        return y
+
+    def inverse_transform(self, c: Tensor) -> Tensor:
+        """Back from the eigenbasis."""
+        return c
+
+    def gram_diagonal(self, y: Tensor) -> Tensor | float:
+        """Diagonal of ``A A^T``, broadcastable to one row of ``y``."""
+        raise NotImplementedError(f"operator: the diagonal of A A^T of {self} is not known")
+
+    def solve_gram(self, v: Tensor, a: float, b: float) -> Tensor:
+        """``(a A A^T + b I)^-1 v`` for ``v`` ``[n, *measurement]``, ``a > 0``, ``b >= 0``; at ``b = 0`` the
+        pseudo-inverse of ``a A A^T``, eigenvalues below 8 units of rounding of the largest taken for 0."""
+        eigenvalues = self.eigenvalues(v)
+        denominator = torch.as_tensor(a * eigenvalues + b, dtype=v.dtype, device=v.device)
+        if b > 0.0:
+            inverse = 1.0 / denominator
+        else:
+            # Not a multiple of the size, as for a dense matrix: at 256 x 256 in float32 that would drop a
+            # blur's singular values below a tenth of the largest. The spectra are right to a few units.
+            floor = denominator.amax() * (8.0 * torch.finfo(v.dtype).eps)
+            inverse = torch.where(denominator > floor, 1.0 / denominator, 0.0)
+        return self.inverse_transform(self.transform(v) * inverse)
+
+    def gram_logdet(self, v: Tensor, a: float, b: float) -> Tensor:
+        """``log det(a A A^T + b I)`` over the measurements of one row of ``v``, float64, shape ``[]``."""
+        eigenvalues = torch.as_tensor(self.eigenvalues(v), dtype=torch.float64, device=v.device)
+        return torch.log(a * eigenvalues + b).expand(v.shape[1:]).sum()
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """``A^+ y = A^T (A A^T)^+ y``."""
+        return self.adjoint(self.solve_gram(y, 1.0, 0.0))
+
+    def matrix(
+        self,
+        event: Sequence[int],
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """The dense matrix ``[m, d]`` for events of this shape, ``d <= 4096``."""
+        size = int(torch.Size(event).numel())
+        if size > _DENSE_LIMIT:
+            raise ValueError(f"event: expected at most {_DENSE_LIMIT} elements for a dense matrix, got {size}")
+        basis = torch.eye(size, dtype=dtype, device=device).reshape(size, *event)
+        with torch.no_grad():
+            return self.to(device, dtype)(basis).flatten(1).T  # type: ignore[operator]
+
+
+class Identity(LinearOperator):
+    """``A x = x``."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return y
+
+    def eigenvalues(self, y: Tensor) -> float:
+        return 1.0
+
+    def gram_diagonal(self, y: Tensor) -> float:
+        return 1.0
+
+
+class Inpainting(LinearOperator):
+    """The elements where ``mask`` is true, as ``[n, m]`` (only what was measured, so that densities count it
+    alone). ``mask``: bool, the shape of an event."""
+
+    def __init__(self, mask: Tensor):
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask: expected a bool tensor, got {got}")
+        if not mask.any():
+            raise ValueError("mask: expected at least one measured element, got none")
+        self.event = tuple(mask.shape)
+        self.index = mask.flatten().nonzero()[:, 0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != self.event:
+            raise ValueError(f"mask: expected the shape of an event, {list(x.shape[1:])}, got {list(self.event)}")
+        return x.flatten(1)[:, self.index]
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        flat = y.new_zeros(y.shape[0], int(torch.Size(self.event).numel()))
+        return flat.index_copy(1, self.index, y).reshape(-1, *self.event)
+
+    def eigenvalues(self, y: Tensor) -> float:
+        return 1.0
+
+    def gram_diagonal(self, y: Tensor) -> float:
+        return 1.0
+
+
+class AveragePool(LinearOperator):
+    """Means of ``factor x factor`` blocks of the last two dimensions, which it must divide."""
+
+    def __init__(self, factor: int):
+        if isinstance(factor, bool) or not isinstance(factor, Integral) or factor < 1:
+            raise ValueError(f"factor: expected an integer >= 1, got {factor!r}")
+        self.factor = int(factor)
+
+    def __repr__(self) -> str:
+        return f"AveragePool({self.factor})"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        f = self.factor
+        if x.ndim < 3 or x.shape[-1] % f or x.shape[-2] % f:
+            raise ValueError(f"factor: expected a divisor of the last two dimensions of {list(x.shape)}, got {f}")
+        blocks = x.reshape(*x.shape[:-2], x.shape[-2] // f, f, x.shape[-1] // f, f)
+        return blocks.mean(dim=(-3, -1))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        f = self.factor
+        return y.repeat_interleave(f, -2).repeat_interleave(f, -1) / (f * f)
+
+    def eigenvalues(self, y: Tensor) -> float:
+        return self.factor**-2.0
+
+    def gram_diagonal(self, y: Tensor) -> float:
+        return self.factor**-2.0
+
+
+class Blur(LinearOperator):
+    """Convolution of the last two dimensions with one kernel, the output as large as the input.
+
+    ``kernel``: ``[h, w]``, odd sizes. ``padding``: ``"circular"`` (diagonal in the Fourier basis) or ``"zeros"``
+    (a closed form where the kernel is an outer product, as a Gaussian or a box is).
+    """
+
+    def __init__(self, kernel: Tensor, padding: str = "circular"):
+        kernel = torch.as_tensor(kernel)
+        if kernel.ndim != 2 or kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
+            raise ValueError(f"kernel: expected two odd dimensions, got shape {list(kernel.shape)}")
+        if not torch.isfinite(kernel).all():
+            raise ValueError("kernel: expected finite values, got NaN or infinity")
+        if padding not in ("circular", "zeros"):
+            raise ValueError(f"padding: expected 'circular' or 'zeros', got {padding!r}")
+        self.kernel = kernel if kernel.is_floating_point() else kernel.float()
+        self.padding = padding
+        self.spectral = True
+        self._factors: tuple[Tensor, Tensor] | None = None
+        if padding == "zeros":
+            u, s, vh = torch.linalg.svd(self.kernel.double())
+            self.spectral = bool((s[1:] <= 1e-6 * s[0]).all())
+            if self.spectral:
+                self._factors = (u[:, 0] * s[0], vh[0])
+        self._cache: dict = {}
+
+    def __repr__(self) -> str:
+        return f"Blur({'x'.join(map(str, self.kernel.shape))}, {self.padding!r})"
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Operator:
+        moved = super().to(device, dtype)
+        moved._cache = {}  # type: ignore[attr-defined]
+        return moved
+
+    def _check(self, x: Tensor) -> None:
+        h, w = self.kernel.shape
+        if x.ndim < 3 or x.shape[-2] < h or x.shape[-1] < w:
+            raise ValueError(f"kernel: expected at most the last two dimensions of {list(x.shape)}, got {h} x {w}")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self._check(x)
+        if self.padding == "circular":
+            return torch.fft.ifft2(torch.fft.fft2(x) * self._transfer(x)).real
+        return self._convolve(x, self.kernel.flip(0, 1))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        self._check(y)
+        if self.padding == "circular":
+            return torch.fft.ifft2(torch.fft.fft2(y) * self._transfer(y).conj()).real
+        return self._convolve(y, self.kernel)
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        flat = x.reshape(-1, 1, *x.shape[-2:])
+        h, w = weight.shape
+        weight = weight.to(x.dtype)[None, None]
+        return F.conv2d(flat, weight, padding=(h // 2, w // 2)).reshape(x.shape)
+
+    def _transfer(self, x: Tensor) -> Tensor:
+        """The kernel's Fourier transform on the grid of ``x``, ``[H, W]``."""
+
+        def make() -> Tensor:
+            h, w = self.kernel.shape
+            grid = torch.zeros(x.shape[-2:], dtype=torch.float64)
+            grid[:h, :w] = self.kernel.double().cpu()
+            return torch.fft.fft2(grid.roll((-(h // 2), -(w // 2)), (0, 1)))
+
+        return self._cached("transfer", x, make, complex_=True)
+
+    def _cached(self, name: str, x: Tensor, make: Callable[[], Tensor], complex_: bool = False) -> Tensor:
+        key = (name, x.shape[-2:], x.dtype, x.device)
+        if key not in self._cache:
+            self._cache[key] = make().to(x.device, x.dtype.to_complex() if complex_ else x.dtype)
+        return self._cache[key]
+
+    def _axis(self, axis: int, size: int) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors of ``T T^T``, ``T`` the zero-padded convolution along one axis."""
+        assert self._factors is not None
+        key = (axis, size)
+        if key in self._cache:
+            return self._cache[key]
+        taps = self._factors[axis].cpu()
+        offset = torch.arange(size)[:, None] - torch.arange(size)[None, :] + len(taps) // 2
+        inside = (offset >= 0) & (offset < len(taps))
+        toeplitz = torch.where(inside, taps[offset.clamp(0, len(taps) - 1)], 0.0)
+        u, s, _ = torch.linalg.svd(toeplitz)  # of T: that of T T^T would lose the small ones
+        self._cache[key] = s * s, u
+        return self._cache[key]
+
+    def eigenvalues(self, y: Tensor) -> Tensor:
+        if self.padding == "circular":
+            return self._cached("eigenvalues", y, lambda: self._transfer(y.double()).abs() ** 2)
+        if not self.spectral:
+            return super().eigenvalues(y)  # type: ignore[return-value]
+
+        def make() -> Tensor:
+            rows, columns = (self._axis(i, y.shape[-2 + i])[0] for i in (0, 1))
+            return rows[:, None] * columns[None, :]
+
+        return self._cached("eigenvalues", y, make)
+
+    def _basis(self, y: Tensor, axis: int) -> Tensor:
+        return self._cached(f"basis{axis}", y, lambda: self._axis(axis, y.shape[-2 + axis])[1])
+
+    def transform(self, y: Tensor) -> Tensor:
+        if self.padding == "circular":
+            return torch.fft.fft2(y, norm="ortho")
+        return self._basis(y, 0).T @ y @ self._basis(y, 1)
+
+    def inverse_transform(self, c: Tensor) -> Tensor:
+        if self.padding == "circular":
+            return torch.fft.ifft2(c, norm="ortho").real
+        return self._basis(c, 0) @ c @ self._basis(c, 1).T
+
+    def gram_diagonal(self, y: Tensor) -> Tensor | float:
+        if self.padding == "circular":
+            return float((self.kernel.double() ** 2).sum())
+        ones = torch.ones_like(y[:1, ...])
+        return self._convolve(ones, self.kernel.flip(0, 1) ** 2)[0]
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        if self.spectral:
+            return super().pseudo_inverse(y)
+        self._check(y)
+        event = tuple(y.shape[-2:])  # each channel alone
+
+        def make() -> Tensor:
+            leading = (1,) * (y.ndim - 3)
+            return torch.linalg.pinv(self.matrix((*leading, *event)))
+
+        return (y.flatten(-2) @ self._cached("pseudo_inverse", y, make).T).reshape(y.shape)
+
+
+class Matrix(LinearOperator):
+    """``A x`` for a matrix ``[m, d]``; ``event`` is the shape that ``d`` elements have, ``(d,)`` by default."""
+
+    def __init__(self, matrix: Tensor, event: Sequence[int] | None = None):
+        matrix = torch.as_tensor(matrix)
+        if matrix.ndim != 2 or not matrix.is_floating_point() or not torch.isfinite(matrix).all() or not len(matrix):
+            raise ValueError(
+                f"matrix: expected finite floating values of shape [m, d], got {matrix.dtype} {list(matrix.shape)}"
+            )
+        self.event = (matrix.shape[1],) if event is None else tuple(event)
+        if torch.Size(self.event).numel() != matrix.shape[1]:
+            raise ValueError(f"event: expected {matrix.shape[1]} elements, got shape {list(self.event)}")
+        self.weight = matrix
+        m, d = matrix.shape
+        u, s, _ = torch.linalg.svd(matrix.double(), full_matrices=m > d)
+        rounding = 16.0 * torch.finfo(matrix.dtype).eps * s.amax()  # of a matrix of lower rank, as it is held
+        self._basis = u
+        self._eigenvalues = F.pad(torch.where(s > rounding, s * s, 0.0), (0, m - len(s)))
+
+    def __repr__(self) -> str:
+        return f"Matrix({list(self.weight.shape)})"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != self.event:
+            raise ValueError(f"matrix: expected events of shape {list(self.event)}, got {list(x.shape[1:])}")
+        return x.flatten(1) @ self.weight.to(x.dtype).T
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return (y @ self.weight.to(y.dtype)).reshape(-1, *self.event)
+
+    def eigenvalues(self, y: Tensor) -> Tensor:
+        return self._eigenvalues.to(y.dtype)
+
+    def transform(self, y: Tensor) -> Tensor:
+        return y @ self._basis.to(y.dtype)
+
+    def inverse_transform(self, c: Tensor) -> Tensor:
+        return c @ self._basis.to(c.dtype).T
+
+    def gram_diagonal(self, y: Tensor) -> Tensor:
+        return (self.weight.to(y.dtype) ** 2).sum(1)
+
+
+class Function(Operator):
+    """Any function ``f(x [n, *event]) -> [n, *measurement]`` of each sample alone.
+
+    ``pseudo_inverse``: ``h^+``, which serves PiGDM also where ``f`` has no derivative. With ``linear=True`` it is
+    solved by conjugate gradients, through ``adjoint`` or, given the shape ``event``, through autograd.
+    """
+
+    def __new__(cls, *args, linear: bool = False, **kwargs):  # copies are made without arguments
+        return super().__new__(_LinearFunction if linear else cls)
+
+    def __init__(
+        self,
+        f: Callable[[Tensor], Tensor],
+        *,
+        linear: bool = False,
+        event: Sequence[int] | None = None,
+        adjoint: Callable[[Tensor], Tensor] | None = None,
+        pseudo_inverse: Callable[[Tensor], Tensor] | None = None,
+    ):
+        if not callable(f):
+            raise TypeError(f"f: expected a callable, got {type(f).__name__}")
+        if linear and adjoint is None and event is None:
+            raise ValueError("event: expected the shape of an event, or an adjoint, for a linear function; got neither")
+        if not linear and (adjoint is not None or event is not None):
+            raise ValueError("adjoint, event: expected linear=True with them")
+        self.f = f
+        self.event = None if event is None else tuple(event)
+        self._adjoint = adjoint
+        self._pseudo_inverse = pseudo_inverse
+
+    def __repr__(self) -> str:
+        return f"Function({getattr(self.f, '__name__', type(self.f).__name__)})"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.f(x)
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        if self._pseudo_inverse is None:
+            raise ValueError("pseudo_inverse: expected Function(f, pseudo_inverse=...), got none")
+        return self._pseudo_inverse(y)
+
+
+class _LinearFunction(Function, LinearOperator):
+    linear = True
+    spectral = False
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        if self._adjoint is not None:
+            return self._adjoint(y)
+        assert self.event is not None
+        with torch.enable_grad():
+            x = y.new_zeros(y.shape[0], *self.event, requires_grad=True)
+            (gradient,) = torch.autograd.grad(self.f(x), x, y)
+        return gradient
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        if self._pseudo_inverse is not None or self.event is None:
+            return super().pseudo_inverse(y)
+        # The matrix is made where y is and in its dtype: what f holds on to need not be elsewhere.
+        matrix = self.matrix(self.event, y.dtype, y.device)
+        inverse = torch.linalg.pinv(matrix.double(), rtol=max(matrix.shape) * torch.finfo(y.dtype).eps)
+        return (y.flatten(1) @ inverse.to(y.dtype).T).reshape(-1, *self.event)

@@ -1,0 +1,379 @@
+"""The five operations: check the arguments, choose a backend, call it.
+
+`fastguide.reference` says in plain PyTorch what each must compute; `fastguide.backends` says who can serve a call.
+``backend="auto"`` takes the fastest that can, a named one that cannot raises its reason.
+
+While ``torch.compile`` traces, and for fake tensors, a call goes through the operator registered in
+`fastguide.library`; otherwise it skips the dispatcher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import compiled, reference
+from .backends import select
+from .reference import SCHEMES, Clip, Coefficients, DynamicThreshold
+
+__all__ = ["DynamicThreshold", "gather_particles_", "propose_and_weigh", "randn", "resample", "reverse_step"]
+
+STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+# --- checks -------------------------------------------------------------------------------------------------
+
+
+def _check_state(name: str, value: Tensor, like: Tensor | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in STATE_DTYPES:
+        raise TypeError(f"{name}: expected one of float32, float16, bfloat16, float64, got {value.dtype}")
+    if like is None:
+        if value.ndim == 0:
+            raise ValueError(f"{name}: expected shape [N, *event], got a scalar")
+    elif value.shape != like.shape:
+        raise ValueError(f"{name}: expected shape {list(like.shape)}, that of x, got {list(value.shape)}")
+    elif value.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, where x is, got {value.device}")
+
+
+def _check_counter(seed: int, step: int, stream: int, first_particle: int, particles: int, elements: int) -> None:
+    for name, value, bits in (
+        ("seed", seed, 64),
+        ("step", step, 32),
+        ("stream", stream, 16),
+        ("first_particle", first_particle, 48),
+    ):
+        if not isinstance(value, int) or not 0 <= value < 1 << bits:
+            raise ValueError(f"{name}: expected an integer in [0, 2^{bits}), got {value!r}")
+    if first_particle + particles > 1 << 48 or elements > 1 << 34:
+        raise ValueError(
+            "shape: expected particles below 2^48 and at most 2^34 elements in each, "
+            f"got particles up to {first_particle + particles} of {elements}"
+        )
+
+
+def _check_coefficients(coefficients: Coefficients, x: Tensor, prediction: str) -> None:
+    names = ("alpha_t", "sigma_t", "alpha_s", "sigma_s", "tau")
+    if len(coefficients) != 5:
+        raise ValueError(f"coefficients: expected {', '.join(names)}, got {len(coefficients)} values")
+    readable = True  # values on a device are not looked at: that would wait for it
+    for name, value in zip(names, coefficients, strict=True):
+        if not isinstance(value, Tensor):
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"coefficients: expected a finite {name} >= 0, got {value}")
+            continue
+        if value.shape != x.shape[:1] or not value.is_floating_point() or value.device != x.device:
+            raise ValueError(
+                f"coefficients: expected {name} a float or a floating tensor [{x.shape[0]}] on {x.device}, "
+                f"got {value.dtype} {list(value.shape)} on {value.device}"
+            )
+        readable = readable and value.device.type == "cpu" and not _through_dispatcher(value)
+    if not readable:
+        return
+    alpha_t, sigma_t, _, sigma_s, tau = coefficients
+    if _any(sigma_t <= 0.0):
+        raise ValueError(f"coefficients: expected sigma_t > 0, got {sigma_t}")
+    if _any(tau > sigma_s * (1 + 1e-6)):
+        raise ValueError(f"coefficients: expected tau <= sigma_s = {sigma_s}, got {tau}")
+    if prediction in ("epsilon", "score") and _any(alpha_t == 0.0):
+        raise ValueError(f"prediction: {prediction!r} does not determine x_0 where alpha_t = 0")
+
+
+def _any(condition: bool | Tensor) -> bool:
+    return bool(condition.any()) if isinstance(condition, Tensor) else condition
+
+
+def check_clip(clip: Clip) -> None:
+    """Raise unless ``clip`` is one that `reverse_step` takes."""
+    if clip is None:
+        return
+    if isinstance(clip, DynamicThreshold):
+        if not (0.0 <= clip.ratio <= 1.0 and clip.max_value >= 1.0):
+            raise ValueError(f"clip: expected 0 <= ratio <= 1 and max_value >= 1, got {clip}")
+        return
+    low, high = clip if isinstance(clip, tuple) else (-clip, clip)
+    if not low < high:
+        raise ValueError(f"clip: expected a number > 0, (low, high) with low < high, or a DynamicThreshold, got {clip}")
+
+
+# --- operations ---------------------------------------------------------------------------------------------
+
+
+def randn(
+    shape: Sequence[int],
+    *,
+    seed: int,
+    step: int = 0,
+    stream: int = 0,
+    first_particle: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> Tensor:
+    """Standard normals ``shape = [N, *event]`` from counters: Philox4x32-10 (Salmon et al. 2011) and Box-Muller.
+
+    The value of particle ``first_particle + n`` at an element depends on ``seed`` (below 2^64), ``step`` (2^32), ``stream``
+    (2^16), that global index and the element's place in the event, and on nothing else: not on ``N``, the backend
+    (to 4 ulp of float32), the thread count or what was drawn before. ``|z|`` reaches 6.66. float16 and bfloat16 are
+    the float32 values rounded.
+    """
+    if len(shape) == 0 or min(shape) < 0:
+        raise ValueError(f"shape: expected [N, *event], got {list(shape)}")
+    if dtype not in STATE_DTYPES:
+        raise TypeError(f"dtype: expected one of float32, float16, bfloat16, float64, got {dtype}")
+    _check_counter(seed, step, stream, first_particle, shape[0], math.prod(shape[1:]))
+    device = torch.device(device)
+    if torch.compiler.is_compiling():
+        from . import library
+
+        return library.call_randn(shape, (seed, step, stream, first_particle), dtype, device, backend)
+    chosen = select("randn", backend, device=device, dtype=dtype)
+    if chosen == "reference":
+        return reference.randn(
+            shape, seed=seed, step=step, stream=stream, first_particle=first_particle, dtype=dtype, device=device
+        )
+    out = torch.empty(tuple(shape), dtype=dtype, device=device)
+    if type(out) is not Tensor:  # a fake one has no memory to fill
+        return out
+    fill = compiled.randn_cpu if chosen == "cpu" else compiled.randn_cuda
+    fill(out, seed, step, stream, first_particle)
+    return out
+
+
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Coefficients,
+    *,
+    prediction: str = "epsilon",
+    clip: Clip = None,
+    displacement: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    stream: int = 0,
+    first_particle: int = 0,
+    return_x0: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One step from level ``t`` to the lower level ``s``; DDIM, DDPM, Euler and Euler-ancestral are this formula with
+    their ``tau`` (Song, Meng, Ermon 2021, eq. 12)::
+
+        x0_hat  from model_output and prediction, then clipped
+        eps_hat = (x - alpha_t x0_hat) / sigma_t
+        x_s     = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat + displacement + tau z
+
+    - ``x`` ``[N, *event]``; ``model_output`` and ``displacement`` of the same shape, any of the four dtypes.
+    - ``coefficients = (alpha_t, sigma_t, alpha_s, sigma_s, tau)``, each a float or a tensor ``[N]``, with
+      ``sigma_t > 0`` and ``0 <= tau <= sigma_s``. Values on a GPU are not checked. ``"epsilon"`` and ``"score"`` need
+      ``alpha_t > 0``.
+    - ``clip``: None, a number ``c`` for ``[-c, c]``, ``(low, high)``, or a `DynamicThreshold`.
+    - ``z``: `randn` of ``seed, step, stream, first_particle``; none is drawn where ``tau = 0``.
+
+    Returns ``x_s`` in the dtype of ``x``, and the clipped ``x0_hat`` if ``return_x0``. Differentiable in the three tensors.
+    """
+    _check_state("x", x)
+    _check_state("model_output", model_output, x)
+    if displacement is not None:
+        _check_state("displacement", displacement, x)
+    if prediction not in reference.PREDICTIONS:
+        raise ValueError(f"prediction: expected one of {reference.PREDICTIONS}, got {prediction!r}")
+    _check_coefficients(coefficients, x, prediction)
+    check_clip(clip)
+    _check_counter(seed, step, stream, first_particle, x.shape[0], math.prod(x.shape[1:]))
+    if _through_dispatcher(x):
+        from . import library
+
+        x_s, x0 = library.call_reverse_step(
+            x, model_output, coefficients, prediction, clip, displacement, (seed, step, stream, first_particle),
+            return_x0, backend,
+        )  # fmt: skip
+        return (x_s, x0) if return_x0 else x_s
+    select("reverse_step", backend, device=x.device, dtype=x.dtype)
+    return reference.reverse_step(
+        x,
+        model_output,
+        coefficients,
+        prediction=prediction,
+        clip=clip,
+        displacement=displacement,
+        seed=seed,
+        step=step,
+        stream=stream,
+        first_particle=first_particle,
+        return_x0=return_x0,
+    )
+
+
+def propose_and_weigh(
+    x: Tensor,
+    x0_hat: Tensor,
+    displacement: Tensor,
+    log_weights: Tensor,
+    coefficients: Coefficients,
+    *,
+    seed: int,
+    step: int = 0,
+    stream: int = 0,
+    first_particle: int = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The guided step of twisted diffusion sampling and its part of the weight (Wu et al. 2023, algorithm 1)::
+
+        m           = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat
+        x_s         = m + displacement + tau z
+        log_weights + log N(x_s; m, tau^2) - log N(x_s; m + displacement, tau^2)
+
+    ``x``, ``x0_hat``, ``displacement``: ``[N, *event]``; ``log_weights``: ``N`` values of any shape, float32 or float64;
+    ``coefficients`` and counters as in `reverse_step`. Where ``tau = 0`` the step is the base kernel's, without the
+    displacement, and the ratio is 1. Returns new tensors.
+    """
+    _check_state("x", x)
+    _check_state("x0_hat", x0_hat, x)
+    _check_state("displacement", displacement, x)
+    _check_coefficients(coefficients, x, "sample")
+    _check_counter(seed, step, stream, first_particle, x.shape[0], math.prod(x.shape[1:]))
+    if log_weights.numel() != x.shape[0] or log_weights.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"log_weights: expected {x.shape[0]} float32 or float64 values, "
+            f"got {log_weights.dtype} {list(log_weights.shape)}"
+        )
+    if log_weights.device != x.device:
+        raise ValueError(f"log_weights: expected a tensor on {x.device}, where x is, got {log_weights.device}")
+    if _through_dispatcher(x):
+        from . import library
+
+        return library.call_propose_and_weigh(
+            x, x0_hat, displacement, log_weights, coefficients, (seed, step, stream, first_particle), backend
+        )
+    select("propose_and_weigh", backend, device=x.device, dtype=x.dtype)
+    return reference.propose_and_weigh(
+        x,
+        x0_hat,
+        displacement,
+        log_weights,
+        coefficients,
+        seed=seed,
+        step=step,
+        stream=stream,
+        first_particle=first_particle,
+    )
+
+
+def resample(
+    log_weights: Tensor,
+    *,
+    scheme: str = "systematic",
+    num: int | None = None,
+    ess_threshold: float | None = None,
+    seed: int = 0,
+    step: int = 0,
+    stream: int = 0,
+    sorted: bool = True,
+    check: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw ``num`` (default ``K``) ancestors for each row of ``log_weights`` ``[B, K]`` or ``[K]``, float32 or float64,
+    unnormalised (Chopin & Papaspiliopoulos 2020, chapter 9).
+
+    - ``scheme``: ``"systematic"``, ``"stratified"``, ``"multinomial"``, ``"residual"`` (multinomial remainders).
+    - ``ess_threshold`` in ``[0, 1]``: rows whose effective sample size is at least that share of ``K`` keep their
+      particles (identity) and weights; None resamples all. Decided on the device; needs ``num == K``.
+    - ``sorted``: ascending ancestors; False permutes them so that every survivor stays in its place (needs ``num == K``),
+      which is what `gather_particles_` moves least for.
+    - ``check``: raise for a row without a usable weight: a NaN, ``+inf``, or all ``-inf`` (which waits for a GPU). With
+      False such a row keeps its particles (where ``num == K``; else its ancestors mean nothing), and its mean weight
+      and ESS are NaN.
+
+    Returns ``ancestors`` ``[B, num]`` (int32 below 2^31), ``log_weights`` ``[B, num]`` (of a resampled row, all the log of
+    its mean weight, so that the mean weight never changes), ``log_mean_weight`` ``[B]`` and ``ess`` ``[B]`` in float64.
+
+    Weights are integers inside (`reference.integer_weights`), so the result does not depend on how sums are split.
+    """
+    if not isinstance(log_weights, Tensor) or log_weights.dtype not in (torch.float32, torch.float64):
+        got = log_weights.dtype if isinstance(log_weights, Tensor) else type(log_weights).__name__
+        raise TypeError(f"log_weights: expected a float32 or float64 tensor, got {got}")
+    if log_weights.ndim not in (1, 2) or log_weights.shape[-1] == 0:
+        raise ValueError(f"log_weights: expected shape [B, K] or [K] with K >= 1, got {list(log_weights.shape)}")
+    particles = log_weights.shape[-1]
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme: expected one of {SCHEMES}, got {scheme!r}")
+    if num is not None and (not isinstance(num, int) or not 1 <= num < 1 << 31):
+        raise ValueError(f"num: expected an integer in [1, 2^31), got {num!r}")
+    if num is not None and num != particles and (ess_threshold is not None or not sorted):
+        raise ValueError(f"num: expected {particles} with ess_threshold or sorted=False, got {num}")
+    if ess_threshold is not None and not 0.0 <= ess_threshold <= 1.0:
+        raise ValueError(f"ess_threshold: expected a share of the particles in [0, 1], got {ess_threshold}")
+    _check_counter(seed, step, stream, 0, log_weights[..., 0].numel(), 4 * max(particles, num or 0))
+    if check:
+        if torch.compiler.is_compiling():
+            raise ValueError("check: expected False inside torch.compile, since it looks at values, got True")
+        _check_weights(log_weights)
+    if _through_dispatcher(log_weights):
+        from . import library
+
+        return library.call_resample(log_weights, scheme, num, ess_threshold, (seed, step, stream), sorted, backend)
+    select("resample", backend, device=log_weights.device, dtype=log_weights.dtype)
+    return reference.resample(
+        log_weights,
+        scheme=scheme,
+        num=num,
+        ess_threshold=ess_threshold,
+        seed=seed,
+        step=step,
+        stream=stream,
+        sorted=sorted,
+    )
+
+
+def _check_weights(log_weights: Tensor) -> None:
+    top = log_weights.amax(dim=-1)
+    if torch.isfinite(top).all():
+        return
+    row = int((~torch.isfinite(top)).reshape(-1).nonzero()[0])
+    value = top.reshape(-1)[row].item()
+    what = "NaN" if math.isnan(value) else "+inf" if value > 0 else "no live particle (all are -inf)"
+    raise ValueError(f"log_weights: expected a finite largest weight in every row, got {what} in row {row}")
+
+
+def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, backend: str = "auto") -> None:
+    """``state[b, k] = state[b, ancestors[b, k]]``, in place, for every state.
+
+    ``ancestors``: ``[B, K]`` or ``[K]``, int32 or int64 in ``[0, K)``, which ``check`` makes sure of (that waits for a GPU);
+    each state ``[B, K, *event]`` or ``[K, *event]``.
+    """
+    if not isinstance(ancestors, Tensor) or ancestors.dtype not in (torch.int32, torch.int64):
+        got = ancestors.dtype if isinstance(ancestors, Tensor) else type(ancestors).__name__
+        raise TypeError(f"ancestors: expected an int32 or int64 tensor, got {got}")
+    if ancestors.ndim not in (1, 2):
+        raise ValueError(f"ancestors: expected shape [B, K] or [K], got {list(ancestors.shape)}")
+    for i, state in enumerate(states):
+        if not isinstance(state, Tensor):
+            raise TypeError(f"states[{i}]: expected a tensor, got {type(state).__name__}")
+        if state.shape[: ancestors.ndim] != ancestors.shape or state.device != ancestors.device:
+            raise ValueError(
+                f"states[{i}]: expected shape {list(ancestors.shape)} + event on {ancestors.device}, "
+                f"got {list(state.shape)} on {state.device}"
+            )
+        if state.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"states[{i}]: expected a tensor that needs no gradient, since it is changed in place")
+    if _through_dispatcher(ancestors):
+        from . import library
+
+        return library.call_gather_particles_(ancestors, states, backend)
+    if check and ancestors.numel():
+        low, high = ancestors.aminmax()
+        if low < 0 or high >= ancestors.shape[-1]:
+            raise ValueError(
+                f"ancestors: expected values in [0, {ancestors.shape[-1]}), got {int(low)} to {int(high)}"
+            )
+    select("gather_particles_", backend, device=ancestors.device, dtype=ancestors.dtype)
+    reference.gather_particles_(ancestors, *states)
+
+
+def _through_dispatcher(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)

@@ -1,0 +1,470 @@
+"""The operations in plain PyTorch: what every kernel must compute.
+
+Symbols, the same in every backend:
+
+- ``N`` samples or particles, ``*event`` the shape of one, ``B`` observations, ``K`` particles each.
+- ``x_t = alpha_t x_0 + sigma_t eps``; a step goes from level ``t`` to the lower level ``s``.
+- ``coefficients = (alpha_t, sigma_t, alpha_s, sigma_s, tau)``, each a float or a tensor ``[N]``.
+- ``z`` standard normals from counters, `randn`.
+
+States are float16, bfloat16, float32 (arithmetic in float32) or float64 (in float64).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "PREDICTIONS",
+    "SCHEMES",
+    "DynamicThreshold",
+    "clip_x0",
+    "gather_particles_",
+    "integer_weights",
+    "output_from_x0",
+    "philox",
+    "propose_and_weigh",
+    "randn",
+    "resample",
+    "reverse_step",
+    "step_coefficients",
+    "x0_from_output",
+]
+
+Scalar = float | Tensor
+Coefficients = tuple[Scalar, Scalar, Scalar, Scalar, Scalar]
+
+PREDICTIONS = ("epsilon", "sample", "score", "v", "flow")
+SCHEMES = ("systematic", "stratified", "multinomial", "residual")
+
+
+# --- random numbers -----------------------------------------------------------------------------------------
+
+_MASK32 = 0xFFFFFFFF
+
+
+def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low words of the 64-bit product; int64 wraps, and its bits are the right ones."""
+    product = a * b
+    return (product >> 32) & _MASK32, product & _MASK32
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al. 2011): four words from a counter of four and a key of two, each word an
+    int64 in ``[0, 2^32)``."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        hi0, lo0 = _mulhilo(0xD2511F53, c0)
+        hi1, lo1 = _mulhilo(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return c0, c1, c2, c3
+
+
+def _words(
+    particles: int, groups: int, seed: int, step: int, stream: int, first_particle: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Four words ``[particles, groups]`` for each particle and group of four elements.
+
+    Counter: group, particle's low word, particle's next 16 bits with the stream above them, step; key: seed.
+    """
+    particle = torch.arange(first_particle, first_particle + particles, device=device)[:, None]
+    group = torch.arange(groups, device=device)[None, :]
+    zero = torch.zeros_like(particle + group)
+    counter = (
+        zero + group,
+        zero + (particle & _MASK32),
+        zero + ((particle >> 32) | (stream << 16)),
+        zero + step,
+    )
+    return philox(counter, (seed & _MASK32, seed >> 32))
+
+
+def _box_muller(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float64 normals ``r cos, r sin`` from two words: ``r = sqrt(-2 log((w0 + 1) / 2^32))``, angle
+    ``2 pi w1 / 2^32``. The quadrant is taken off in integers, so that both keep their relative accuracy."""
+    r = torch.sqrt(-2.0 * torch.log((w0 + 1).double() * 2.0**-32))
+    quadrant = (w1 + (1 << 29)) >> 30
+    angle = (w1 - (quadrant << 30)).double() * (2.0 * math.pi * 2.0**-32)
+    c, s = torch.cos(angle), torch.sin(angle)
+    odd, quadrant = (quadrant & 1).bool(), quadrant & 3
+    cos = torch.where(odd, s, c) * torch.where((quadrant == 1) | (quadrant == 2), -1.0, 1.0).double()
+    sin = torch.where(odd, c, s) * torch.where(quadrant >= 2, -1.0, 1.0).double()
+    return r * cos, r * sin
+
+
+def randn(
+    shape: Sequence[int],
+    *,
+    seed: int,
+    step: int = 0,
+    stream: int = 0,
+    first_particle: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Standard normals ``shape``; ``shape[0]`` counts particles. A value depends on the seed, the stream, the
+    step, the global particle and the element within it, and on nothing else. See `fastguide.ops.randn`."""
+    device = torch.device(device)
+    particles, elements = shape[0], math.prod(shape[1:])
+    w0, w1, w2, w3 = _words(particles, (elements + 3) // 4, seed, step, stream, first_particle, device)
+    z = torch.stack([*_box_muller(w0, w1), *_box_muller(w2, w3)], dim=-1).flatten(1)[:, :elements]
+    if dtype in (torch.float16, torch.bfloat16):
+        z = z.float()  # what a kernel rounds is its float32 value
+    return z.to(dtype).reshape(tuple(shape)).contiguous()
+
+
+# --- the reverse step ---------------------------------------------------------------------------------------
+
+
+class DynamicThreshold(NamedTuple):
+    """Dynamic thresholding (Saharia et al. 2022): clip to the ``ratio`` quantile of ``|x0|`` of each sample,
+    held in ``[1, max_value]``, and divide by it."""
+
+    ratio: float = 0.995
+    max_value: float = 1.0
+
+
+Clip = float | tuple[float, float] | DynamicThreshold | None
+
+
+def _sqrt(value: Scalar) -> Scalar:
+    return value.clamp(min=0).sqrt() if isinstance(value, Tensor) else math.sqrt(max(value, 0.0))
+
+
+def _x0_coefficients(prediction: str, alpha: Scalar, sigma: Scalar) -> tuple[Scalar, Scalar]:
+    """``(p, q)`` with ``x0_hat = p x + q output``."""
+    if prediction == "sample":
+        return 0.0, 1.0
+    if prediction == "v":
+        total = alpha * alpha + sigma * sigma
+        return alpha / total, -sigma / total
+    if prediction == "flow":
+        return 1.0 / (alpha + sigma), -sigma / (alpha + sigma)
+    if not isinstance(alpha, Tensor) and alpha == 0.0:
+        raise ValueError(f"prediction: {prediction!r} does not determine x_0 where alpha_t = 0")
+    if prediction == "epsilon":
+        return 1.0 / alpha, -sigma / alpha
+    if prediction == "score":
+        return 1.0 / alpha, sigma * sigma / alpha
+    raise ValueError(f"prediction: expected one of {PREDICTIONS}, got {prediction!r}")
+
+
+def _columns(values: Sequence[Scalar], x: Tensor, dtype: torch.dtype) -> list[Scalar]:
+    """Coefficients as floats, or as ``[N, 1, ...]`` in ``dtype`` to multiply a state ``x`` ``[N, *event]``."""
+    shape = (-1,) + (1,) * (x.ndim - 1)
+    return [v.to(dtype).reshape(shape) if isinstance(v, Tensor) else v for v in values]
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def x0_from_output(x: Tensor, output: Tensor, alpha: Scalar, sigma: Scalar, prediction: str) -> Tensor:
+    """``x0_hat`` from a network's output of any prediction type; all ``[N, *event]``."""
+    p, q = _columns(_x0_coefficients(prediction, alpha, sigma), x, x.dtype)
+    return output if prediction == "sample" else p * x + q * output
+
+
+def output_from_x0(x: Tensor, x0: Tensor, alpha: Scalar, sigma: Scalar, prediction: str) -> Tensor:
+    """The inverse of `x0_from_output`: what a network of this type would have said; needs ``sigma > 0``."""
+    alpha, sigma = _columns((alpha, sigma), x, x.dtype)
+    if prediction == "sample":
+        return x0
+    eps = (x - alpha * x0) / sigma
+    if prediction == "epsilon":
+        return eps
+    if prediction == "score":
+        return -eps / sigma
+    if prediction == "v":
+        return alpha * eps - sigma * x0
+    if prediction == "flow":
+        return eps - x0
+    raise ValueError(f"prediction: expected one of {PREDICTIONS}, got {prediction!r}")
+
+
+def step_coefficients(coefficients: Coefficients) -> tuple[Scalar, Scalar, Scalar]:
+    """``(a, b, tau)`` of ``x_s = a x_t + b x0_hat + tau z``: the step
+    ``alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat + tau z`` with ``eps_hat = (x_t - alpha_t x0_hat) / sigma_t``."""
+    alpha_t, sigma_t, alpha_s, sigma_s, tau = (
+        c.double() if isinstance(c, Tensor) else c for c in coefficients
+    )
+    a = _sqrt(sigma_s * sigma_s - tau * tau) / sigma_t
+    return a, alpha_s - alpha_t * a, tau
+
+
+def clip_x0(x0: Tensor, clip: Clip) -> Tensor:
+    """``x0`` ``[N, *event]`` clipped; ``clip`` as in `reverse_step`."""
+    if clip is None:
+        return x0
+    if isinstance(clip, DynamicThreshold):
+        flat = x0.reshape(x0.shape[0], math.prod(x0.shape[1:]))
+        if flat.numel() == 0:
+            return x0
+        ordered = flat.abs().sort(dim=1).values
+        rank = clip.ratio * (flat.shape[1] - 1)
+        low = int(rank)
+        high = min(low + 1, flat.shape[1] - 1)
+        bound = torch.lerp(ordered[:, low], ordered[:, high], rank - low)
+        bound = bound.clamp(1.0, clip.max_value)[:, None]
+        return (torch.minimum(torch.maximum(flat, -bound), bound) / bound).reshape(x0.shape)
+    low, high = clip if isinstance(clip, tuple) else (-clip, clip)
+    return x0.clamp(low, high)
+
+
+def _has_noise(tau: Scalar) -> bool:
+    return isinstance(tau, Tensor) or tau > 0.0
+
+
+def reverse_mean(
+    x: Tensor, model_output: Tensor, coefficients: Coefficients, prediction: str, clip: Clip
+) -> tuple[Tensor, Tensor]:
+    """``a x_t + b clip(x0_hat)`` and ``clip(x0_hat)``, in float32 or float64: `reverse_step` without what it adds."""
+    dtype = _compute_dtype(x)
+    alpha_t, sigma_t = (c.double() if isinstance(c, Tensor) else c for c in coefficients[:2])
+    p, q = _columns(_x0_coefficients(prediction, alpha_t, sigma_t), x, dtype)
+    a, b, _ = _columns(step_coefficients(coefficients), x, dtype)
+    state, output = x.to(dtype), model_output.to(dtype)
+    x0 = clip_x0(output if prediction == "sample" else p * state + q * output, clip)
+    return a * state + b * x0, x0
+
+
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Coefficients,
+    *,
+    prediction: str = "epsilon",
+    clip: Clip = None,
+    displacement: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    stream: int = 0,
+    first_particle: int = 0,
+    return_x0: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``x_s = a x_t + b clip(x0_hat) + displacement + tau z``. See `fastguide.ops.reverse_step`."""
+    x_s, x0 = reverse_mean(x, model_output, coefficients, prediction, clip)
+    (tau,) = _columns(coefficients[4:], x, x_s.dtype)
+    if displacement is not None:
+        x_s = x_s + displacement.to(x_s.dtype)
+    if _has_noise(tau):
+        x_s = x_s + tau * randn(
+            x.shape,
+            seed=seed,
+            step=step,
+            stream=stream,
+            first_particle=first_particle,
+            dtype=x_s.dtype,
+            device=x.device,
+        )
+    x_s = x_s.to(x.dtype).contiguous()
+    # x0 may be model_output itself: what is returned shares no memory with what was given
+    return (x_s, x0.to(x.dtype).clone(memory_format=torch.contiguous_format)) if return_x0 else x_s
+
+
+def propose_and_weigh(
+    x: Tensor,
+    x0_hat: Tensor,
+    displacement: Tensor,
+    log_weights: Tensor,
+    coefficients: Coefficients,
+    *,
+    seed: int,
+    step: int = 0,
+    stream: int = 0,
+    first_particle: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """``x_s = m + displacement + tau z`` with ``m = a x_t + b x0_hat``, and ``log_weights`` with the log of
+    ``N(x_s; m, tau^2) / N(x_s; m + displacement, tau^2)`` added: with ``delta = displacement / tau`` that is
+    ``-(sum(delta z) + sum(delta^2) / 2)``. Where ``tau = 0`` the step is the base kernel's and the ratio is 1.
+    See `fastguide.ops.propose_and_weigh`."""
+    dtype = _compute_dtype(x)
+    a, b, tau = _columns(step_coefficients(coefficients), x, dtype)
+    mean = a * x.to(dtype) + b * x0_hat.to(dtype)
+    if not _has_noise(tau):
+        return mean.to(x.dtype).contiguous(), log_weights.clone(memory_format=torch.contiguous_format)
+    z = randn(
+        x.shape,
+        seed=seed,
+        step=step,
+        stream=stream,
+        first_particle=first_particle,
+        dtype=dtype,
+        device=x.device,
+    )
+    if isinstance(tau, Tensor):
+        delta = torch.where(tau > 0, displacement.to(dtype) / tau, 0.0)
+    else:
+        delta = displacement.to(dtype) / tau
+    terms = delta.double() * (z.double() + 0.5 * delta.double())
+    ratio = -terms.reshape(x.shape[0], math.prod(x.shape[1:])).sum(1)
+    log_weights = (log_weights.double() + ratio.reshape(log_weights.shape)).to(log_weights.dtype)
+    return (mean + tau * (delta + z)).to(x.dtype).contiguous(), log_weights.contiguous()
+
+
+# --- resampling ---------------------------------------------------------------------------------------------
+
+_LOG2_E = 1.4426950408889634
+_LN2_HIGH = 0.693147180369123816490  # ln 2 in two parts; the high one has 32 bits, so n * high is exact
+_LN2_LOW = 1.90821492927058770002e-10
+_EXP = [1.0 / math.factorial(k) for k in range(13, -1, -1)]  # on |f| <= ln(2)/2 the next term is 5e-18
+
+
+def integer_weights(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Weights ``[B, K]`` as integers, ``q = round(exp(log_w - max) 2^S)``, with ``S = 62 - ceil(log2 K)``, so that
+    sums of them are exact and do not depend on their order.
+
+    Returns ``q``, ``v = round(exp(2 (log_w - max)) 2^S)`` for the effective sample size (both int64 ``[B, K]``),
+    the row maxima ``[B]`` in float64, and ``S``. Every step is one IEEE operation on float64, none fused, so
+    that all backends get the same integers. A row whose maximum is not finite gets ones.
+    """
+    scale = 62 - max(log_weights.shape[1] - 1, 0).bit_length()
+    lw = log_weights.double().contiguous()
+    top = lw.amax(dim=1)
+    good = torch.isfinite(top)[:, None]
+    d = torch.where(good, lw - torch.where(good, top[:, None], 0.0), 0.0).clamp(min=-700.0)
+    n = torch.round(d * _LOG2_E)
+    f = (d - n * _LN2_HIGH) - n * _LN2_LOW
+    e = torch.full_like(f, _EXP[0])
+    for coefficient in _EXP[1:]:
+        e = e * f
+        e = e + coefficient
+    n = n.long()
+    q = torch.round(e * _power_of_two(n + scale)).long()
+    v = torch.round((e * e) * _power_of_two((2 * n + scale).clamp(min=-1000))).long()
+    return q, v, top, scale
+
+
+def _power_of_two(n: Tensor) -> Tensor:
+    return ((n + 1023) << 52).view(torch.float64)
+
+
+def _uniform_below(q: Tensor, w0: Tensor, w1: Tensor) -> Tensor:
+    """``floor(u q / 2^64)`` for the 64-bit ``u`` with words ``(w0, w1)`` and ``0 <= q <= 2^62``, in 32-bit limbs."""
+    q0, q1 = q & _MASK32, q >> 32
+    cross = w1 * q0  # up to 2^64: its bits are right, its sign is not
+    middle = (((w0 * q0) >> 32) & _MASK32) + (cross & _MASK32) + ((w0 * q1) & _MASK32)
+    return w1 * q1 + ((cross >> 32) & _MASK32) + ((w0 * q1) >> 32) + (middle >> 32)
+
+
+def _uniforms(rows: int, number: int, seed: int, step: int, stream: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Words of ``[rows, number]`` 64-bit uniforms; row ``b`` is the counter's particle ``b``."""
+    words = _words(rows, (number + 1) // 2, seed, step, stream, 0, device)
+    w0 = torch.stack([words[0], words[2]], dim=-1).flatten(1)[:, :number]
+    w1 = torch.stack([words[1], words[3]], dim=-1).flatten(1)[:, :number]
+    return w0, w1
+
+
+def _search(q: Tensor, positions: Tensor) -> Tensor:
+    """First particle whose inclusive prefix sum exceeds the position."""
+    index = torch.searchsorted(q.cumsum(1), positions.contiguous(), right=True)
+    return index.clamp(max=q.shape[1] - 1)
+
+
+def _stratum_positions(total: Tensor, number: int, r: Tensor) -> Tensor:
+    """``floor((i Q + r) / N)`` for ``i = 0..N-1`` without leaving int64: ``Q = N h + g``."""
+    i = torch.arange(number, device=total.device)[None, :]
+    h, g = total // number, total % number
+    return i * h + (i * g + r) // number
+
+
+def _residual(q: Tensor, total: Tensor, number: int, w0: Tensor, w1: Tensor) -> Tensor:
+    """``floor(N w)`` copies of each, the rest multinomial from the remainders; sorted."""
+    # floor(N q / Q) from floating point is off by one at most; the remainder, exact modulo 2^64, mends it.
+    copies = torch.floor(number * (q.double() / total.double())).long()
+    remainder = number * q - copies * total
+    shift = (remainder >= total).long() - (remainder < 0).long()
+    copies, remainder = copies + shift, remainder - shift * total
+    slots = torch.arange(number, device=q.device).expand(q.shape[0], -1).contiguous()
+    sure = _search(copies, slots)
+    # Their sum is left * Q: where that passes 2^62, and only there, their lowest bits give way.
+    left = number - copies.sum(1, keepdim=True)
+    remainder = remainder >> (torch.frexp(left.double() * total.double()).exponent - 62).clamp(min=0)
+    chance = _search(remainder, _uniform_below(remainder.sum(1, keepdim=True), w0, w1))
+    return torch.where(slots < copies.sum(1, keepdim=True), sure, chance).sort(dim=1).values
+
+
+def _keep_in_place(ancestors: Tensor) -> Tensor:
+    """The same ancestors ``[B, K]``, permuted so that every survivor keeps its place (Murray et al. 2016)."""
+    particles = ancestors.shape[1]
+    counts = torch.zeros_like(ancestors).scatter_add_(1, ancestors, torch.ones_like(ancestors))
+    alive = counts > 0
+    rank = (~alive).cumsum(1) - 1  # of a dead slot among the dead
+    spare = _search((counts - 1).clamp(min=0), rank.clamp(min=0))
+    return torch.where(alive, torch.arange(particles, device=ancestors.device), spare)
+
+
+def resample(
+    log_weights: Tensor,
+    *,
+    scheme: str = "systematic",
+    num: int | None = None,
+    ess_threshold: float | None = None,
+    seed: int = 0,
+    step: int = 0,
+    stream: int = 0,
+    sorted: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(ancestors, log_weights, log_mean_weight, ess)`` of ``[B, K]`` or ``[K]``. A row without a usable weight
+    keeps its particles, and its mean weight and ESS are NaN. See `fastguide.ops.resample`."""
+    if log_weights.ndim == 1:
+        out = resample(
+            log_weights[None],
+            scheme=scheme,
+            num=num,
+            ess_threshold=ess_threshold,
+            seed=seed,
+            step=step,
+            stream=stream,
+            sorted=sorted,
+        )
+        return out[0][0], out[1][0], out[2][0], out[3][0]
+    rows, particles = log_weights.shape
+    number = particles if num is None else num
+    q, v, top, scale = integer_weights(log_weights)
+    total = q.sum(1, keepdim=True)
+    w = total[:, 0].double() * 2.0**-scale  # sum of exp(log_w - max)
+    bad = ~torch.isfinite(top)  # NaN, +inf, or no live particle
+    ess = torch.where(bad, math.nan, w * w / (v.sum(1).double() * 2.0**-scale))
+    log_mean_weight = torch.where(bad, math.nan, top + torch.log(w / particles))
+
+    if scheme == "systematic":
+        w0, w1 = _uniforms(rows, 1, seed, step, stream, log_weights.device)
+        ancestors = _search(q, _stratum_positions(total, number, _uniform_below(total, w0, w1)))
+    else:
+        w0, w1 = _uniforms(rows, number, seed, step, stream, log_weights.device)
+        if scheme == "stratified":
+            ancestors = _search(q, _stratum_positions(total, number, _uniform_below(total, w0, w1)))
+        elif scheme == "multinomial":
+            ancestors = _search(q, _uniform_below(total, w0, w1).sort(dim=1).values)
+        elif scheme == "residual":
+            ancestors = _residual(q, total, number, w0, w1)
+        else:
+            raise ValueError(f"scheme: expected one of {SCHEMES}, got {scheme!r}")
+    if not sorted:
+        ancestors = _keep_in_place(ancestors)
+
+    after = log_mean_weight[:, None].to(log_weights.dtype).expand(rows, number)
+    if number == particles:  # else a bad row's identity has no meaning, and the caller sees its NaN
+        keep = bad if ess_threshold is None else bad | (ess >= ess_threshold * particles)
+        identity = torch.arange(particles, device=log_weights.device)
+        ancestors = torch.where(keep[:, None], identity, ancestors)
+        after = torch.where(keep[:, None], log_weights, after)
+    index_dtype = torch.int32 if particles < 2**31 else torch.int64
+    return ancestors.to(index_dtype), after.contiguous(), log_mean_weight, ess
+
+
+def gather_particles_(ancestors: Tensor, *states: Tensor) -> None:
+    """``state[b, k] = state[b, ancestors[b, k]]`` in place for each ``state`` ``[B, K, *event]`` with ancestors
+    ``[B, K]``, or ``[K, *event]`` with ``[K]``. See `fastguide.ops.gather_particles_`."""
+    for state in states:
+        dim = ancestors.ndim - 1
+        index = ancestors.long().reshape(ancestors.shape + (1,) * (state.ndim - ancestors.ndim))
+        state.copy_(torch.gather(state, dim, index.expand(state.shape)))

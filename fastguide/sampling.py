@@ -1,0 +1,280 @@
+"""`sample`: one loop for every algorithm."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .denoiser import Denoiser
+from .guidance.base import Run, Schedulable, State, at, check_schedulable
+from .guidance.plain import Plain
+from .reference import Clip
+from .schedules import Level
+
+__all__ = ["Progress", "Samples", "sample"]
+
+
+class Progress(NamedTuple):
+    """What a callback is given after each step. ``x`` ``[B, *event]`` or ``[B, K, *event]`` is the loop's own memory."""
+
+    step: int
+    level: Level  # the one x is at
+    x: Tensor
+    log_weights: Tensor | None  # [B, K]
+    ess: Tensor | None  # [B], when the step decided whether to resample
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What `sample` returns. For TDS and FK every particle carries a weight; nothing is resampled at the end."""
+
+    x: Tensor  # [B, *event], or [B, K, *event]
+    log_weights: Tensor | None = None  # [B, K] float64, unnormalised
+    log_evidence: Tensor | None = None  # [B] float64: log mean weight, the estimate of log p(y)
+    ess: Tensor | None = None  # [steps + 1, B] float64: before each step, and of the final weights
+    ancestors: Tensor | None = None  # [steps, B, K] int32, with keep_ancestors=True
+
+    @property
+    def weights(self) -> Tensor:
+        """``[B, K]``, each row adding to 1."""
+        return torch.softmax(self._log_weights(), dim=1)
+
+    def mean(self) -> Tensor:
+        """Posterior mean ``[B, *event]``, float64."""
+        return (self._column_weights() * self.x.double()).sum(1)
+
+    def variance(self) -> Tensor:
+        """Posterior variance of each element ``[B, *event]``, float64."""
+        return (self._column_weights() * (self.x.double() - self.mean()[:, None]) ** 2).sum(1)
+
+    def draw(self, num: int, seed: int = 0) -> Tensor:
+        """``num`` equally weighted draws ``[B, num, *event]`` by systematic resampling."""
+        ancestors = ops.resample(self._log_weights(), num=num, seed=seed)[0].long()  # [B, num]
+        return self.x[torch.arange(self.x.shape[0], device=self.x.device)[:, None], ancestors]
+
+    def _log_weights(self) -> Tensor:
+        if self.log_weights is None:
+            raise ValueError("samples: expected the weighted particles of TDS or FK, got samples without weights")
+        return self.log_weights
+
+    def _column_weights(self) -> Tensor:
+        weights = self.weights
+        return weights.reshape(*weights.shape, *(1,) * (self.x.ndim - 2))
+
+
+def sample(
+    prior: Denoiser,
+    shape: Sequence[int],
+    *,
+    guidance: Any = None,
+    steps: int | Sequence[float] = 50,
+    spacing: str | None = None,
+    eta: Schedulable | None = None,
+    clip: Clip = None,
+    seed: int = 0,
+    x_T: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    chunk_size: int | None = None,
+    keep_ancestors: bool = False,
+    progress: bool = False,
+    callback: Callable[[Progress], None] | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int = 10,
+) -> Samples:
+    """Draw samples of the prior, or of ``x | y`` with a guidance object.
+
+    - ``shape = (B, *event)``: B samples, or B observations with the particles of TDS and FK. ``y`` has B rows, or one for
+      all.
+    - ``guidance``: None, `DPS`, `PnP`, `PiGDM`, `LatentPnP`, `TDS` or `FK`.
+    - ``steps``, ``spacing``: see `Schedule.levels`; or the times themselves.
+    - ``eta`` in ``[0, 1]``: a number, a table with one entry per step, or a function of the schedule's time; 0 is DDIM, 1 (the
+      default) DDPM. PnP and LatentPnP split their noise by ``zeta`` instead.
+    - ``clip``: of ``x0_hat`` in the reverse step, see `fastguide.ops.reverse_step`.
+    - ``seed`` below 2^64. Noise depends on the seed, the step and the sample's index alone: a sample is the same in whatever
+      batch (up to the network's own rounding).
+    - ``x_T``: the start, ``[B, *event]`` (``[B, K, *event]`` for particles), in place of the prior's noise.
+    - ``chunk_size``: the most samples that the network sees at once.
+    - ``keep_ancestors``: return the ancestors of every step, ``[steps, B, K]``.
+    - ``progress``: a tqdm bar (needs tqdm). ``callback``: called with a `Progress` after each step.
+    - ``checkpoint``: a file to write the state to, atomically, every ``checkpoint_every`` steps; where it exists the run
+      goes on from it, to the same bits; removed at the end.
+
+    ``device``: that of ``x_T``, else the CPU.
+    """
+    shape = tuple(shape)
+    guidance = Plain() if guidance is None else guidance
+    run = _prepare_run(prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size)
+    if isinstance(checkpoint_every, bool) or checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every: expected an integer >= 1, got {checkpoint_every!r}")
+    guidance = guidance.prepare(run)
+    weighted = run.particles > 1 or hasattr(guidance, "particles")
+    if keep_ancestors and not weighted:
+        raise ValueError("keep_ancestors: expected False without particles (TDS, FK), got True")
+
+    state, first, ess, ancestors = None, 0, [], []
+    if checkpoint is not None and os.path.exists(checkpoint):
+        state, first, ess, ancestors = _load(checkpoint, run, guidance, keep_ancestors)
+    if state is None:
+        state = guidance.start(run)
+    for i in _progress_bar(range(first, run.steps), run.steps, first, progress):
+        state = guidance.step(run, state, i)
+        if weighted:
+            ess.append(state.ess)
+        if keep_ancestors:
+            ancestors.append(state.ancestors)
+        if callback is not None:
+            callback(Progress(i, run.levels[i + 1], _shaped(state.x, run, weighted), state.log_weights, state.ess))
+        if checkpoint is not None and (i + 1) % checkpoint_every == 0 and i + 1 < run.steps:
+            _save(checkpoint, run, guidance, keep_ancestors, (state, i + 1, ess, ancestors))
+    if checkpoint is not None and os.path.exists(checkpoint):
+        os.remove(checkpoint)
+
+    x = _shaped(state.x, run, weighted)
+    if not weighted:
+        return Samples(x)
+    assert state.log_weights is not None
+    _, _, log_evidence, last_ess = ops.resample(state.log_weights, ess_threshold=0.0, check=False)
+    ess = torch.stack([*ess, last_ess])
+    _check_particles(ess, state.log_weights)
+    return Samples(x, state.log_weights, log_evidence, ess, torch.stack(ancestors) if keep_ancestors else None)
+
+
+def _prepare_run(
+    prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size
+) -> Run:
+    if not isinstance(prior, Denoiser):
+        raise TypeError(f"prior: expected a fastguide.Denoiser, got {type(prior).__name__}")
+    if len(shape) < 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"shape: expected (B, *event) with every size >= 1, got {list(shape)}")
+    if not all(hasattr(guidance, name) for name in ("prepare", "start", "step")):
+        raise TypeError(
+            f"guidance: expected DPS, PnP, PiGDM, LatentPnP, TDS, FK or None, got {type(guidance).__name__}"
+        )
+    if dtype not in ops.STATE_DTYPES:
+        raise TypeError(f"dtype: expected one of float32, float16, bfloat16, float64, got {dtype}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed: expected an integer in [0, 2^64), got {seed!r}")
+    if chunk_size is not None and (isinstance(chunk_size, bool) or chunk_size < 1):
+        raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size!r}")
+    ops.check_clip(clip)
+    particles = getattr(guidance, "particles", 1)
+    if isinstance(particles, bool) or not isinstance(particles, int) or particles < 1:
+        raise ValueError(f"particles: expected an integer >= 1, got {particles!r}")
+    device = torch.device(device) if device is not None else (x_T.device if x_T is not None else torch.device("cpu"))
+    if x_T is not None:
+        expected = (shape[0], particles, *shape[1:]) if hasattr(guidance, "particles") else shape
+        if tuple(x_T.shape) != expected:
+            raise ValueError(f"x_T: expected shape {list(expected)}, got {list(x_T.shape)}")
+        if not torch.isfinite(x_T).all():
+            raise ValueError("x_T: expected finite values, got NaN or infinity")
+        x_T = x_T.reshape(-1, *shape[1:])
+    levels = prior.schedule.levels(steps, spacing)
+    for level in levels[:-1]:
+        prior.check_level(level)
+    if eta is not None and not getattr(guidance, "takes_eta", True):
+        raise ValueError(f"eta: expected None with {type(guidance).__name__}, whose zeta splits the noise, got {eta!r}")
+    eta = 1.0 if eta is None else eta
+    check_schedulable("eta", eta, levels, 0.0, 1.0)
+    taus = tuple(noise(levels[i], levels[i + 1], at(eta, levels, i)) for i in range(len(levels) - 1))
+    return Run(
+        prior, levels, taus, shape[0], particles, shape[1:], seed, clip, chunk_size, dtype, device, x_T
+    )
+
+
+def noise(t: Level, s: Level, eta: float) -> float:
+    """``tau = eta sqrt(Var(x_s | x_t, x_0))`` of the step from level ``t`` to ``s``."""
+    given = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2  # variance of x_t given x_s
+    return min(eta * math.sqrt(max(given, 0.0)) * s.sigma / t.sigma, s.sigma)
+
+
+def _shaped(x: Tensor, run: Run, weighted: bool) -> Tensor:
+    return x.view(run.observations, run.particles, *run.event) if weighted else x
+
+
+def _check_particles(ess: Tensor, log_weights: Tensor) -> None:
+    """The flag of a row that lost its weights, looked at once and after the loop."""
+    bad = torch.isnan(ess)
+    if not bad.any():
+        return
+    step, row = (int(v) for v in bad.nonzero()[0])
+    when = "after the last step" if step == ess.shape[0] - 1 else f"before step {step}"
+    weights = log_weights[row]
+    what = "a weight is NaN" if torch.isnan(weights).any() else "no particle is alive (all weights are 0)"
+    if (weights == math.inf).any():
+        what = "a weight is infinite"
+    raise FloatingPointError(
+        f"log_weights: expected a finite largest weight, got none for observation {row} {when}: {what}. "
+        "More particles, another covariance or a likelihood with a wider scale at high noise may help"
+    )
+
+
+def _progress_bar(steps: range, total: int, first: int, show: bool):
+    if not show:
+        return steps
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress: expected tqdm to be installed (pip install 'fastguide[demo]')") from error
+    return tqdm(steps, total=total, initial=first, desc="sampling", unit="step")
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+def _fingerprint(run: Run, guidance: Any, keep_ancestors: bool) -> str:
+    """What must be the same for a checkpoint to be this run's."""
+    return repr(
+        (
+            [tuple(level) for level in run.levels],
+            run.taus,
+            run.observations,
+            run.particles,
+            run.event,
+            run.seed,
+            run.clip,
+            run.chunk_size,
+            str(run.dtype),
+            run.denoiser.prediction,
+            type(guidance).__name__,
+            keep_ancestors,
+        )
+    )
+
+
+def _save(path, run: Run, guidance: Any, keep_ancestors: bool, content: tuple[State, int, list, list]) -> None:
+    """Written beside the file and renamed, so that a run that is killed leaves the last whole one."""
+    state, done, ess, ancestors = content
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".fastguide-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(
+                {
+                    "fingerprint": _fingerprint(run, guidance, keep_ancestors),
+                    "done": done,
+                    "state": vars(state),
+                    "ess": ess,
+                    "ancestors": ancestors,
+                },
+                file,
+            )
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _load(path, run: Run, guidance: Any, keep_ancestors: bool) -> tuple[State, int, list, list]:
+    saved = torch.load(path, map_location=run.device, weights_only=True)
+    if saved["fingerprint"] != _fingerprint(run, guidance, keep_ancestors):
+        raise ValueError(f"checkpoint: expected a file of this very run, got {os.fspath(path)} of another one")
+    return State(**saved["state"]), saved["done"], saved["ess"], saved["ancestors"]

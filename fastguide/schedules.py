@@ -1,0 +1,299 @@
+"""Noise schedules: tables of ``(alpha, sigma)`` with ``x_t = alpha_t x_0 + sigma_t eps``.
+
+Each schedule has its own time ``t``, the one its networks are called with:
+
+=====================  =========================  ==============================================
+schedule               ``t``                      ``alpha, sigma``
+=====================  =========================  ==============================================
+`vp_linear` and kin    step index, ``0..n-1``     ``sqrt(abar_t), sqrt(1 - abar_t)``; -1 is clean
+`ve`, `edm`            the noise level itself     ``1, t``; 0 is clean
+`flow`                 ``[0, 1]``                 ``1 - t, t``; 0 is clean
+=====================  =========================  ==============================================
+
+Everything here is float64 on the host; a sampling loop reads only the floats of `Schedule.levels`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Level",
+    "Schedule",
+    "edm",
+    "flow",
+    "from_alphas_cumprod",
+    "ve",
+    "vp_cosine",
+    "vp_linear",
+    "vp_scaled_linear",
+]
+
+SPACINGS = ("uniform", "karras", "logsnr")
+_KARRAS_RHO = 7.0
+
+
+class Level(NamedTuple):
+    """One noise level: the schedule's own time and ``x_t = alpha x_0 + sigma eps``."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+
+class Schedule:
+    """A family of noise levels. `alpha` and `sigma` take a number, an array or a tensor of times and
+    return float64 of the same kind and shape; `levels` picks the ones a sampler visits.
+    """
+
+    discrete: bool = False  # times are indices of a table, and networks are given int64
+    clean: float = 0.0  # the time with alpha = 1 and sigma = 0
+    t_max: float
+    t_min: float  # the last level a network is called at
+    default_spacing: str
+
+    def _alpha_sigma(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        raise NotImplementedError
+
+    def _time_of_ratio(self, ratio: np.ndarray) -> np.ndarray:
+        """Times with the given ``sigma / alpha``."""
+        raise NotImplementedError
+
+    def alpha(self, t: Any) -> Any:
+        """Signal scale at the times ``t``."""
+        return self._evaluate(t, 0)
+
+    def sigma(self, t: Any) -> Any:
+        """Standard deviation of the noise at the times ``t``."""
+        return self._evaluate(t, 1)
+
+    def _evaluate(self, t: Any, which: int) -> Any:
+        times = _float64(t)
+        lowest = min(self.clean, self.t_min)
+        if not (np.all(times >= lowest) and np.all(times <= self.t_max)):
+            raise ValueError(f"t: expected times in [{lowest:g}, {self.t_max:g}] of {self}, got {t}")
+        value = self._alpha_sigma(times)[which]
+        if isinstance(t, Tensor):
+            return torch.as_tensor(value, dtype=torch.float64, device=t.device)
+        return float(value) if value.ndim == 0 else value
+
+    def level(self, t: float) -> Level:
+        """The level at time ``t``."""
+        alpha, sigma = self.alpha(float(t)), self.sigma(float(t))  # raises where t is no time of it
+        return Level(int(t) if self.discrete else float(t), alpha, sigma)
+
+    def levels(
+        self, steps: int | Sequence[float] | np.ndarray | Tensor, spacing: str | None = None
+    ) -> tuple[Level, ...]:
+        """The ``steps + 1`` levels from the noisiest to the clean one, which ends every list.
+
+        ``spacing``: ``"uniform"`` in the schedule's own time; ``"karras"``, uniform in
+        ``(sigma / alpha)^(1/7)`` (Karras et al. 2022, eq. 5); ``"logsnr"``, uniform in
+        ``log(alpha / sigma)``; None takes the schedule's usual one. A table gives its nearest distinct
+        entries. ``steps`` may also be the decreasing times themselves; the clean one is added.
+        """
+        if isinstance(steps, Sequence | np.ndarray | Tensor) and not isinstance(steps, str):
+            if spacing is not None:
+                raise ValueError(f"spacing: expected None when steps lists the times, got {spacing!r}")
+            times = _float64(steps)
+            if times.ndim == 1 and times.size and times[-1] == self.clean:
+                times = times[:-1]
+            if times.ndim != 1 or not times.size or not np.all(np.diff(times) < 0):
+                raise ValueError(f"steps: expected a number or strictly decreasing times, got {steps}")
+        else:
+            if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+                raise ValueError(f"steps: expected an integer >= 1 or a sequence of times, got {steps!r}")
+            times = self._times(int(steps), self.default_spacing if spacing is None else spacing)
+        return (*(self.level(t) for t in times), self.level(self.clean))
+
+    def _times(self, steps: int, spacing: str) -> np.ndarray:
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing: expected one of {SPACINGS}, got {spacing!r}")
+        if spacing == "uniform":
+            return self._distinct(np.linspace(self.t_max, self.t_min, steps))
+        top = self.level(self.t_max)
+        head = []
+        if top.alpha == 0.0:  # the ratio is infinite there: visit it, then start from a finite one
+            head, steps = [self.t_max], steps - 1
+            if steps == 0:
+                return np.asarray(head)
+        largest, smallest = self._finite_ratios()
+        u = np.linspace(0.0, 1.0, steps)
+        if spacing == "karras":
+            a, b = largest ** (1 / _KARRAS_RHO), smallest ** (1 / _KARRAS_RHO)
+            ratio = (a + u * (b - a)) ** _KARRAS_RHO
+        else:
+            ratio = np.exp(math.log(largest) + u * (math.log(smallest) - math.log(largest)))
+        ratio[-1], ratio[0] = smallest, largest  # not to rounding: a list starts where the prior's noise is
+        inner = np.clip(self._time_of_ratio(ratio), self.t_min, self.t_max)
+        return self._distinct(np.concatenate([head, inner]))
+
+    def _finite_ratios(self) -> tuple[float, float]:
+        """Largest and smallest finite ``sigma / alpha``."""
+        top, bottom = self.level(self.t_max), self.level(self.t_min)
+        return top.sigma / top.alpha, bottom.sigma / bottom.alpha
+
+    def _distinct(self, times: np.ndarray) -> np.ndarray:
+        return times
+
+
+def _float64(values: Any) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().double().cpu()
+    return np.asarray(values, dtype=np.float64)
+
+
+class _Table(Schedule):
+    """A discrete variance-preserving table."""
+
+    discrete = True
+    clean = -1
+    t_min = 0
+    default_spacing = "uniform"
+
+    def __init__(self, alphas_cumprod: Any, name: str):
+        table = _float64(alphas_cumprod)
+        if table.ndim != 1 or table.size == 0:
+            raise ValueError(f"alphas_cumprod: expected a table of shape [n], got shape {list(table.shape)}")
+        if not (np.all(table >= 0) and np.all(table < 1) and np.all(np.diff(table) < 0)):
+            raise ValueError("alphas_cumprod: expected values in [0, 1) that strictly decrease")
+        self.alphas_cumprod = table
+        self.t_max = table.size - 1
+        self._name = name
+        padded = np.append(table, 1.0)  # index -1 is the clean level
+        self._alpha, self._sigma = np.sqrt(padded), np.sqrt(1.0 - padded)
+
+    def __repr__(self) -> str:
+        return f"{self._name}({self.alphas_cumprod.size})"
+
+    def _alpha_sigma(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        index = t.astype(np.int64)
+        if not np.all(index == t):
+            raise ValueError(f"t: expected step indices of {self}, got {t}")
+        return self._alpha[index], self._sigma[index]
+
+    def _time_of_ratio(self, ratio: np.ndarray) -> np.ndarray:
+        table = np.log(self._sigma[:-1]) - np.log(np.maximum(self._alpha[:-1], 1e-300))
+        return np.interp(np.log(ratio), table, np.arange(table.size))
+
+    def _times(self, steps: int, spacing: str) -> np.ndarray:
+        if steps > self.alphas_cumprod.size:
+            raise ValueError(f"steps: expected at most {self.alphas_cumprod.size} for {self}, got {steps}")
+        return super()._times(steps, spacing)
+
+    def _finite_ratios(self) -> tuple[float, float]:
+        top = self.t_max if self._alpha[self.t_max] > 0 else self.t_max - 1
+        return self._sigma[top] / self._alpha[top], self._sigma[0] / self._alpha[0]
+
+    def _distinct(self, times: np.ndarray) -> np.ndarray:
+        index = np.round(times).astype(np.int64)
+        for i in range(index.size - 2, -1, -1):  # push equal entries up, then back below the top
+            index[i] = max(index[i], index[i + 1] + 1)
+        index[0] = min(index[0], self.t_max)
+        for i in range(1, index.size):
+            index[i] = min(index[i], index[i - 1] - 1)
+        return index
+
+
+def from_alphas_cumprod(table: Any) -> Schedule:
+    """VP schedule of a table ``alphas_cumprod``, shape ``[n]``, as diffusers keeps it: strictly decreasing
+    in ``[0, 1)``; the last entry may be 0 (zero terminal signal-to-noise ratio)."""
+    return _Table(table, "from_alphas_cumprod")
+
+
+def _from_betas(betas: np.ndarray, name: str, arguments: str) -> Schedule:
+    if not (np.all(betas > 0) and np.all(betas < 1)):
+        raise ValueError(f"{arguments}: expected betas in (0, 1), got {betas.min():g} to {betas.max():g}")
+    return _Table(np.cumprod(1.0 - betas), name)
+
+
+def vp_linear(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+    """VP with linear betas (Ho et al. 2020)."""
+    betas = np.linspace(beta_start, beta_end, _table_size(steps))
+    return _from_betas(betas, "vp_linear", "beta_start, beta_end")
+
+
+def vp_scaled_linear(steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Schedule:
+    """VP with betas linear in their square root (latent diffusion)."""
+    if not (0 < beta_start < 1 and 0 < beta_end < 1):
+        raise ValueError(f"beta_start, beta_end: expected betas in (0, 1), got {beta_start}, {beta_end}")
+    root = np.linspace(beta_start**0.5, beta_end**0.5, _table_size(steps))
+    return _from_betas(root**2, "vp_scaled_linear", "beta_start, beta_end")
+
+
+def vp_cosine(steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> Schedule:
+    """VP with the cosine schedule (Nichol & Dhariwal 2021, eq. 17), betas at most ``beta_max``."""
+    u = np.arange(_table_size(steps) + 1) / steps
+    bar = np.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
+    return _from_betas(np.minimum(1.0 - bar[1:] / bar[:-1], beta_max), "vp_cosine", "offset, beta_max")
+
+
+def _table_size(steps: int) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f"steps: expected the table's length, an integer >= 1, got {steps!r}")
+    return int(steps)
+
+
+class _VarianceExploding(Schedule):
+    """``alpha = 1``, ``sigma = t``."""
+
+    def __init__(self, sigma_min: float, sigma_max: float, spacing: str, name: str):
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise ValueError(f"sigma_min, sigma_max: expected 0 < min < max, got {sigma_min}, {sigma_max}")
+        self.t_min, self.t_max, self.default_spacing, self._name = sigma_min, sigma_max, spacing, name
+
+    def __repr__(self) -> str:
+        return f"{self._name}(sigma_min={self.t_min:g}, sigma_max={self.t_max:g})"
+
+    def _alpha_sigma(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.ones_like(t), t.copy()
+
+    def _time_of_ratio(self, ratio: np.ndarray) -> np.ndarray:
+        return ratio
+
+
+def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Schedule:
+    """Variance exploding (Song et al. 2021), geometric levels by default."""
+    return _VarianceExploding(sigma_min, sigma_max, "logsnr", "ve")
+
+
+def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Schedule:
+    """EDM (Karras et al. 2022): variance exploding with their spacing of the levels by default."""
+    return _VarianceExploding(sigma_min, sigma_max, "karras", "edm")
+
+
+class _Flow(Schedule):
+    """``alpha = 1 - t``, ``sigma = t``."""
+
+    t_min, t_max = 0.0, 1.0
+    default_spacing = "uniform"
+    _edge = 1e-3  # the ratio's range where a spacing in it needs finite ends
+
+    def __repr__(self) -> str:
+        return "flow()"
+
+    def _alpha_sigma(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return 1.0 - t, t.copy()
+
+    def _time_of_ratio(self, ratio: np.ndarray) -> np.ndarray:
+        return ratio / (1.0 + ratio)
+
+    def _finite_ratios(self) -> tuple[float, float]:
+        return (1.0 - self._edge) / self._edge, self._edge / (1.0 - self._edge)
+
+    def _times(self, steps: int, spacing: str) -> np.ndarray:
+        if spacing == "uniform":
+            return np.linspace(1.0, 0.0, steps + 1)[:-1]
+        return super()._times(steps, spacing)
+
+
+def flow() -> Schedule:
+    """Flow matching with straight paths (Lipman et al. 2023; Liu et al. 2023). ``alpha`` is 0 at ``t = 1``."""
+    return _Flow()

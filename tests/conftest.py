@@ -1,0 +1,54 @@
+"""What all tests share: memory that is poisoned before it is written, thread counts, tolerances."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+# Relative and absolute, for one pass over states of order one: the arithmetic is in float32 and rounded once
+# to the state's dtype (in float64 throughout for float64).
+TOLERANCES = {
+    torch.float64: dict(rtol=1e-12, atol=1e-12),
+    torch.float32: dict(rtol=2e-6, atol=2e-6),
+    torch.float16: dict(rtol=2**-10, atol=2**-10),
+    torch.bfloat16: dict(rtol=2**-7, atol=2**-7),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """``torch.empty`` and kin return NaN, or the largest integer, so that an element nobody wrote is seen."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # what the filling hangs on
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.set_deterministic_debug_mode(before)
+
+
+@pytest.fixture
+def threads():
+    """``with threads(n):`` runs its body on ``n`` threads."""
+
+    @contextlib.contextmanager
+    def using(number: int):
+        before = torch.get_num_threads()
+        torch.set_num_threads(number)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    return using
+
+
+@pytest.fixture
+def assert_close():
+    """``assert_close(got, expected)``: equal to the tolerance of ``got``'s dtype, ``expected`` in float64."""
+
+    def check(got: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
+        tolerance = {name: factor * value for name, value in TOLERANCES[got.dtype].items()}
+        torch.testing.assert_close(got.double(), expected.double(), **tolerance)
+
+    return check

@@ -1,0 +1,230 @@
+"""What was built, what loads, and what is said of the rest."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastguide import compiled, doctor
+from fastguide.backends import OPERATIONS, ORDER, Backend, _warn_slow, backends, explain, select, why_not
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def test_cpu_module_is_built_and_loaded():
+    assert backends()["cpu"] == Backend("cpu", True, "", ("randn",), backends()["cpu"].details)
+    assert backends()["cpu"].details["instruction_set"]
+    flags = compiled.build_record()["cxxflags"]
+    assert "-ffp-contract=off" in flags and "fast-math" not in flags
+
+
+def test_every_backend_says_why_it_cannot():
+    found = backends()
+    assert tuple(found) == ORDER
+    assert found["reference"].operations == OPERATIONS
+    cuda = found["cuda"]
+    if not torch.cuda.is_available():
+        assert cuda.reason
+    if not cuda.loaded:
+        assert "was not built" in cuda.reason or "did not load" in cuda.reason
+
+
+def test_only_torchs_libgomp_is_mapped():
+    # In a process of its own: what pytest's plugins have loaded is not our concern.
+    code = """
+import torch, fastguide.compiled as c
+out = torch.empty(4, 200_000)
+c.randn_cpu(out, 0, 0, 0, 0)
+print(sorted({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}))
+print(torch.__file__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    maps, torch_file = done.stdout.splitlines()
+    libraries = json.loads(maps.replace("'", '"'))
+    assert len(libraries) == 1, libraries
+    assert Path(torch_file).parents[1] in Path(libraries[0]).parents
+
+
+def test_import_touches_no_gpu():
+    code = """
+import torch
+def refuse(*a, **k): raise AssertionError("the GPU was asked for")
+torch.cuda.is_available = torch.cuda._lazy_init = torch._C._cuda_getDeviceCount = refuse
+import fastguide.backends, fastguide.doctor
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# --- choosing -----------------------------------------------------------------------------------------------
+
+
+def test_select():
+    assert select("randn", device=CPU, dtype=torch.float64) == "cpu"
+    assert select("randn", device=CPU, dtype=torch.int32) == "reference"
+    assert select("resample", device=CPU, dtype=torch.float32) == "reference"
+    assert select("randn", "reference", device=CPU, dtype=torch.float32) == "reference"
+    assert select("randn", device=torch.device("meta"), dtype=torch.float32) == "reference"
+
+
+def test_select_refuses_with_the_reason():
+    with pytest.raises(ValueError, match=r"backend: expected one of auto, .*, got 'cudnn'"):
+        select("randn", "cudnn", device=CPU, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="cpu has no kernel for resample"):
+        select("resample", "cpu", device=CPU, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="cuda serves tensors on cuda, and"):
+        select("randn", "cuda", device=CPU, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"this is torch\.int64"):
+        select("randn", "cpu", device=CPU, dtype=torch.int64)
+    assert "float64" in why_not("cuda", "randn", device=torch.device("cuda"), dtype=torch.float64)
+
+
+def test_explain_tells_what_was_passed_over():
+    text = explain("reverse_step", "cpu", torch.float32)
+    assert text.splitlines()[0] == "reverse_step on cpu, torch.float32: reference"
+    assert "not cuda: " in text and "not cpu: cpu has no kernel" in text
+
+
+def test_a_missing_module_warns_once_and_only_once(monkeypatch, recwarn):
+    monkeypatch.setitem(compiled._modules, "cpu", (None, "fastguide._cpu did not load: broken on purpose"))
+    _warn_slow.cache_clear()
+    for _ in range(3):
+        assert select("randn", device=CPU, dtype=torch.float32) == "reference"
+    assert [str(w.message) for w in recwarn if "broken on purpose" in str(w.message)] == [
+        "fastguide runs on cpu tensors without its compiled kernels, slowly: fastguide._cpu did not load: "
+        "broken on purpose. `fastguide doctor` tells more."
+    ]
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        select("randn", "cpu", device=CPU, dtype=torch.float32)
+    assert not backends()["cpu"].loaded and backends()["cpu"].reason.endswith("broken on purpose")
+    _warn_slow.cache_clear()
+
+
+# --- callers ------------------------------------------------------------------------------------------------
+
+
+def test_caller_refuses_strides():
+    with pytest.raises(ValueError, match="contiguous"):
+        compiled.randn_cpu(torch.empty(4, 6).T, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("shape", ((0,), (0, 3), (3, 0), (5,), (5, 2, 3)))
+def test_caller_takes_any_event(shape):
+    out = torch.full(shape, float("nan"))
+    compiled.randn_cpu(out, 1, 2, 3, 4)
+    assert not out.isnan().any()
+
+
+# --- doctor -------------------------------------------------------------------------------------------------
+
+
+def test_doctor_names_every_backend():
+    text = doctor.report()
+    for name, backend in backends().items():
+        assert f"backend {name}: " in text
+        assert not backend.reason or backend.reason in text
+    assert text.count("self-check   passed") == sum(not b.reason for b in backends().values())
+    assert torch.__version__ in text and "threads" in text
+
+
+def test_doctor_shows_a_wrong_count(monkeypatch):
+    monkeypatch.setitem(doctor._PHILOX, "cpu", lambda counter, key: (1, 2, 3, 4))
+    assert "FAILED: Philox gives 00000001 00000002 00000003 00000004, expected 6627e8d5" in doctor.report()
+
+
+def test_doctor_shows_why_cuda_was_not_built(monkeypatch):
+    cuda = {
+        "status": "failed",
+        "reason": "compilation failed",
+        "nvcc": "13.0",
+        "archs": ["90"],
+        "error": ["x.cu: no"],
+    }
+    monkeypatch.setattr(compiled, "build_record", lambda: {"compiler": "g++ 12", "cuda": cuda})
+    text = doctor.report()
+    assert "failed compilation failed" in text and "x.cu: no" in text and "13.0, for sm_90" in text
+
+
+# --- the build itself ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.name)
+def test_cuda_compiles_without_warnings_or_spills(source, tmp_path):
+    flags = re.search(r"^nvccflags = (.*)$", (ROOT / "csrc" / "rules.ninja").read_text(), re.M)[1].split()
+    known = subprocess.run(
+        ["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    archs = [arch for arch in ("80", "90", "100") if f"compute_{arch}" in known]
+    assert archs
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    command = ["nvcc", *flags, *gencode, "-Xptxas=-v", "-c", str(source), "-o", str(tmp_path / "out.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    words = done.stdout + done.stderr
+    assert done.returncode == 0, words
+    assert "warning" not in words, words
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", words)
+    assert len(spills) >= len(archs)
+    assert set(spills) == {("0", "0", "0")}, words
+
+
+def fake_nvcc(folder, body):
+    path = folder / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return folder
+
+
+BREAKS = 'case "$1" in --version) echo "release 13.0, V13.0.1";; --list*) echo compute_90;; '
+BREAKS += '*) echo "this compiler is broken" >&2; exit 1;; esac'
+
+
+@pytest.mark.parametrize(
+    ("wish", "nvcc", "status", "words"),
+    (
+        ("0", "exit 1", "skipped", "FASTGUIDE_CUDA=0"),
+        ("auto", "exit 1", "failed", "nvcc names no version or arch"),
+        ("auto", BREAKS, "failed", "this compiler is broken"),
+        ("1", BREAKS, None, "this compiler is broken"),
+        ("maybe", "exit 1", None, "FASTGUIDE_CUDA: expected 0, 1 or auto, got 'maybe'"),
+    ),
+)
+def test_setup_without_cuda(wish, nvcc, status, words, tmp_path):
+    # A stand-in for the host compiler as well: the bookkeeping is what is tested, and g++ would take seconds.
+    for module in ("pybind11", "ninja", "setuptools"):
+        pytest.importorskip(module, reason="setup.py needs it")
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "csrc"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    (tmp_path / "fastguide").mkdir()
+    (tmp_path / "fastguide" / "__init__.py").touch()
+    cxx = tmp_path / "cxx"
+    cxx.write_text(  # answers for the compiler's macros, and leaves an empty file at each -o and -MF
+        "#!/bin/sh\n"
+        'case "$*" in *-dM*) echo "#define __VERSION__ \\"1.2\\""; echo "#define _OPENMP 201511";; esac\n'
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; [ "$1" = -MF ] && : > "$2"; shift; done\n'
+    )
+    cxx.chmod(0o755)
+    home = fake_nvcc(tmp_path / "home", nvcc)
+    environment = os.environ | {"FASTGUIDE_CUDA": wish, "CUDA_HOME": str(home), "CXX": str(cxx)}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    record = tmp_path / "fastguide" / "_build.json"
+    if status is None:
+        assert done.returncode != 0 and words in done.stdout + done.stderr
+        assert not record.exists()
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+    cuda = json.loads(record.read_text())["cuda"]
+    assert cuda["status"] == status
+    assert words in " ".join([cuda["reason"], *cuda["error"]])
+    assert list((tmp_path / "fastguide").glob("_cpu*.so")) and not list(
+        (tmp_path / "fastguide").glob("_cuda*.so")
+    )

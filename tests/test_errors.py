@@ -1,0 +1,505 @@
+"""What `fastguide.sample` says to wrong arguments: their name, what was expected and what came."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fastguide
+from fastguide import DPS, FK, TDS, Denoiser, LatentPnP, PiGDM, PnP, schedules
+from fastguide.likelihoods import Callable, Gaussian, Laplace, Poisson, StudentT
+from fastguide.operators import AveragePool, Function, Identity, Matrix
+
+SCHEDULE = schedules.vp_cosine(20)
+STEPS = 4
+
+
+def net(x, t):
+    return 0.1 * x
+
+
+PRIOR = Denoiser(net, SCHEDULE, "v")
+Y = torch.zeros(1, 3)
+LIKELIHOOD = Gaussian(Y, Identity(), 1.0)
+EXP = Function(torch.exp)
+
+
+def reward(x0):
+    return x0.sum(1)
+
+
+def sample(prior=PRIOR, shape=(2, 3), steps=STEPS, **options):
+    return fastguide.sample(prior, shape, steps=steps, **options)
+
+
+def check(error, message, **options):
+    with pytest.raises(error, match=message):
+        sample(**options)
+
+
+# --- arguments of sample ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, message, options",
+    [
+        (TypeError, "prior: expected a fastguide.Denoiser, got function", dict(prior=net)),
+        (ValueError, r"shape: expected \(B, \*event\) with every size >= 1, got \[2\]", dict(shape=(2,))),
+        (ValueError, r"shape: .*got \[0, 3\]", dict(shape=(0, 3))),
+        (ValueError, r"shape: .*got \[2, 3.0\]", dict(shape=(2, 3.0))),
+        (ValueError, r"shape: .*got \[True, 3\]", dict(shape=(True, 3))),
+        (TypeError, "dtype: expected one of float32, .*float64, got torch.int32", dict(dtype=torch.int32)),
+        (TypeError, "dtype: .*got torch.complex64", dict(dtype=torch.complex64)),
+        (TypeError, "dtype: .*got float32", dict(dtype="float32")),
+        (ValueError, r"seed: expected an integer in \[0, 2\^64\), got -1", dict(seed=-1)),
+        (ValueError, f"seed: .*got {1 << 64}", dict(seed=1 << 64)),
+        (ValueError, "seed: .*got 1.5", dict(seed=1.5)),
+        (ValueError, "seed: .*got True", dict(seed=True)),
+        (ValueError, "chunk_size: expected an integer >= 1, got 0", dict(chunk_size=0)),
+        (ValueError, "chunk_size: .*got True", dict(chunk_size=True)),
+        (ValueError, "steps: expected an integer >= 1 or a sequence of times, got 0", dict(steps=0)),
+        (ValueError, r"steps: expected at most 20 for vp_cosine\(20\), got 21", dict(steps=21)),
+        (ValueError, "steps: .*strictly decreasing", dict(steps=[3, 10])),
+        (ValueError, "spacing: expected one of .*'logsnr'.*got 'log'", dict(spacing="log")),
+        (ValueError, r"eta: expected values in \[0, 1\], got 1.5 at t = 19", dict(eta=1.5)),
+        (ValueError, r"eta: expected values in \[0, 1\], got -0.1", dict(eta=-0.1)),
+        (ValueError, "eta: .*got nan", dict(eta=math.nan)),
+        (ValueError, "eta: .*got 2.0 at t = 13", dict(eta=[0.0, 2.0, 0.0, 0.0])),
+        (ValueError, "eta: expected a table of 4 steps, got 2 entries", dict(eta=[1.0, 0.5])),
+        (ValueError, "eta: .*got 19.0 at t = 19", dict(eta=lambda t: t)),
+        (ValueError, "clip: expected a number > 0, .*got -1.0", dict(clip=-1.0)),
+        (ValueError, r"clip: .*low < high.*got \(1.0, -1.0\)", dict(clip=(1.0, -1.0))),
+        (ValueError, "clip: .*got nan", dict(clip=math.nan)),
+        (
+            ValueError,
+            "clip: expected 0 <= ratio <= 1 and max_value >= 1",
+            dict(clip=fastguide.ops.DynamicThreshold(ratio=1.5)),
+        ),
+        (ValueError, r"x_T: expected shape \[2, 3\], got \[3, 2\]", dict(x_T=torch.zeros(3, 2))),
+        (ValueError, "x_T: expected finite values", dict(x_T=torch.full((2, 3), math.nan))),
+        (
+            ValueError,
+            r"x_T: expected shape \[2, 5, 3\], got \[2, 3\]",
+            dict(x_T=torch.zeros(2, 3), guidance=TDS(LIKELIHOOD, 5)),
+        ),
+        (TypeError, "guidance: expected DPS, .*or None, got Gaussian", dict(guidance=LIKELIHOOD)),
+        (TypeError, "guidance: .*got str", dict(guidance="TDS")),
+        (
+            ValueError,
+            r"keep_ancestors: expected False without particles \(TDS, FK\)",
+            dict(keep_ancestors=True),
+        ),
+        (ValueError, "checkpoint_every: expected an integer >= 1, got 0", dict(checkpoint_every=0)),
+    ],
+)
+def test_arguments_of_sample(error, message, options):
+    check(error, message, **options)
+
+
+def test_a_device_that_is_not_there():
+    with pytest.raises(RuntimeError, match="bogus"):
+        sample(device="bogus")
+
+
+def test_a_prediction_that_says_nothing_without_signal():
+    check(
+        ValueError,
+        r"prediction: 'epsilon' does not determine x_0 where alpha = 0 \(t = 1.0 of flow.*expected 'sample'",
+        prior=Denoiser(net, schedules.flow(), "epsilon"),
+    )
+
+
+def test_samples_without_weights():
+    out = sample()
+    for use in (out.mean, out.variance, lambda: out.weights, lambda: out.draw(3)):
+        with pytest.raises(ValueError, match="samples: expected the weighted particles of TDS or FK"):
+            use()
+    with pytest.raises(ValueError, match=r"num: expected an integer in \[1, 2\^31\), got 0"):
+        sample(guidance=TDS(LIKELIHOOD, 2)).draw(0)
+
+
+# --- the network --------------------------------------------------------------------------------------------
+
+GUIDANCES = {
+    "none": None,
+    "DPS": DPS(LIKELIHOOD),
+    "PnP": PnP(LIKELIHOOD),
+    "PiGDM": PiGDM(LIKELIHOOD),
+    "TDS": TDS(LIKELIHOOD, 2),
+    "FK": FK(reward, 2),
+}
+every_guidance = pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES.keys())
+
+
+@every_guidance
+@pytest.mark.parametrize(
+    "network, error, message",
+    [
+        (
+            lambda x, t: x[:, :2],
+            ValueError,
+            r"net: expected it to return .*\[\d, 3\] on cpu, got .*\[\d, 2\]",
+        ),
+        (lambda x, t: (x, t), TypeError, "net: expected it to return a tensor, got tuple"),
+        (lambda x, t: x > 0, ValueError, "net: expected it to return a floating tensor.*got torch.bool"),
+    ],
+)
+def test_a_network_that_returns_something_else(guidance, network, error, message):
+    check(error, message, prior=Denoiser(network, SCHEDULE, "v"), guidance=guidance)
+
+
+@pytest.mark.parametrize("prediction", ["v", "epsilon", "sample"])
+@pytest.mark.parametrize(
+    "guidance",
+    [DPS(LIKELIHOOD), PiGDM(LIKELIHOOD), TDS(LIKELIHOOD, 2), FK(reward, 2, proposal="guided")],
+    ids=lambda guidance: type(guidance).__name__,
+)
+def test_a_network_without_a_graph_under_guidance(guidance, prediction):
+    prior = Denoiser(lambda x, t: net(x, t).detach(), SCHEDULE, prediction)
+    check(
+        ValueError, "net: expected a network that autograd can differentiate", prior=prior, guidance=guidance
+    )
+
+
+@pytest.mark.parametrize("guidance", [None, PnP(LIKELIHOOD), FK(reward, 2)], ids=["none", "PnP", "FK"])
+def test_a_network_without_a_graph_serves_what_needs_none(guidance):
+    prior = Denoiser(lambda x, t: net(x, t).detach(), SCHEDULE, "v")
+    assert torch.equal(sample(prior=prior, guidance=guidance).x, sample(guidance=guidance).x)
+
+
+# --- likelihoods and operators in a run ---------------------------------------------------------------------
+
+LIKELIHOOD_GUIDANCES = {
+    "DPS": DPS,
+    "PnP": PnP,
+    "PiGDM": PiGDM,
+    "TDS": lambda likelihood: TDS(likelihood, 2),
+    "FK": lambda likelihood: FK(likelihood, 2),
+    "LatentPnP": lambda likelihood: LatentPnP(likelihood, decoder=lambda z: z),
+}
+
+
+@pytest.mark.parametrize("make", LIKELIHOOD_GUIDANCES.values(), ids=LIKELIHOOD_GUIDANCES.keys())
+@pytest.mark.parametrize(
+    "y, operator, scale, message",
+    [
+        (torch.zeros(5, 3), Identity(), 1.0, "y: expected 1 row or 2, as shape says, got 5"),
+        (torch.zeros(2, 4), Identity(), 1.0, r"y: expected shape \[B, 3\], what .*\[3\], got \[2, 4\]"),
+        (torch.zeros(2, 1, 3), Identity(), 1.0, r"y: expected shape \[B, 3\], .*got \[2, 1, 3\]"),
+        (
+            torch.zeros(2, 4),
+            Matrix(torch.ones(4, 7)),
+            1.0,
+            r"matrix: expected events of shape \[7\], got \[3\]",
+        ),
+        (torch.zeros(2, 4), AveragePool(2), 1.0, r"factor: expected a divisor .*\[1, 3\], got 2"),
+        (Y, Identity(), lambda t: -1.0, r"scale\(19\): expected a finite number >= 0, got -1.0"),
+    ],
+)
+def test_observations_and_operators(make, y, operator, scale, message):
+    check(ValueError, message, guidance=make(Gaussian(y, operator, scale)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_in_y(bad):
+    y = torch.zeros(2, 3)
+    y[1, 2] = bad
+    for make in (Gaussian, Laplace):
+        with pytest.raises(ValueError, match="y: expected finite values, got NaN or infinity in row 1"):
+            make(y, Identity(), 1.0)
+
+
+@pytest.mark.parametrize(
+    "message, guidance",
+    [
+        ("scale: expected > 0 where a density is needed, got 0", DPS(Gaussian(Y, Identity(), 0.0))),
+        ("scale: expected > 0", TDS(Gaussian(Y, Identity(), 0.0), 2)),
+        ("scale: expected > 0", PnP(Gaussian(Y, Identity(), 0.0), solver="cg")),
+        (
+            r"operator: expected one that autograd can differentiate, got Function\(round_detached\)",
+            DPS(Gaussian(Y, Function(lambda x: x.detach().round()), 1.0)),
+        ),
+        ("pseudo_inverse: expected Function.*got none", PiGDM(Gaussian(Y, EXP, 0.0))),
+        (
+            "likelihood: with scale > 0 expected a linear operator of known spectrum",
+            PiGDM(Gaussian(Y, EXP, 1.0)),
+        ),
+        ("likelihood: expected a Gaussian for PiGDM, got Laplace", PiGDM(Laplace(Y, Identity(), 1.0))),
+        (
+            "covariance: .*'isotropic' needs a linear operator",
+            DPS(Gaussian(Y, EXP, 1.0), covariance="isotropic"),
+        ),
+        ("covariance: .*not defined for Poisson", DPS(Poisson(Y, Identity()), covariance="moment")),
+        ("covariance: .*not defined for a callable", TDS(Callable(reward), 2, covariance="isotropic")),
+        (
+            "covariance: .*up to 16 measurements, and there are 20",
+            TDS(Gaussian(torch.zeros(1, 20), Matrix(torch.ones(20, 3)), 1.0), 2, covariance="moment"),
+        ),
+        (
+            r"f: expected it to return log-densities of shape \[4\], got \[4, 3\]",
+            TDS(Callable(lambda x: x), 2),
+        ),
+        (
+            "f: expected a function that autograd can differentiate",
+            DPS(Callable(lambda x: x.detach().sum(1))),
+        ),
+    ],
+)
+def test_likelihoods_that_a_method_cannot_serve(message, guidance):
+    if isinstance(guidance.likelihood.operator, Function) and guidance.likelihood.operator is not EXP:
+        guidance.likelihood.operator.f.__name__ = "round_detached"
+    with pytest.raises((ValueError, TypeError), match=message):
+        sample(guidance=guidance)
+
+
+def test_heavy_tails_around_a_nonlinear_operator_are_served():
+    for guidance in (
+        DPS(StudentT(Y, EXP, 1.0, 3.0)),
+        TDS(Laplace(Y, EXP, 1.0), 2),
+        PnP(StudentT(Y, EXP, 1.0, 3.0)),
+    ):
+        assert torch.isfinite(sample(guidance=guidance).x).all()
+
+
+# --- guidance objects ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "message, guidance",
+    [
+        (r"zeta: expected values in \[0, inf\], got -1.0 at t = 19", DPS(LIKELIHOOD, zeta=-1.0)),
+        (
+            "zeta: expected a number, a table, a function or 'score', got 'paper'",
+            DPS(LIKELIHOOD, zeta="paper"),
+        ),
+        ("zeta: expected a table of 4 steps, got 1 entries", DPS(LIKELIHOOD, zeta=[1.0])),
+        ("normalize: expected False with zeta='score'", DPS(LIKELIHOOD, zeta="score")),
+        ("covariance: expected one of .*'moment'.*got 'full'", DPS(LIKELIHOOD, covariance="full")),
+        ("zeta: .*got -0.5", PiGDM(LIKELIHOOD, zeta=-0.5)),
+        (r"zeta: expected values in \[0, 1\], got 1.5 at t = 19", PnP(LIKELIHOOD, zeta=1.5)),
+        (r"rho: expected values in \[0, inf\], got -1.0", PnP(LIKELIHOOD, rho=-1.0)),
+        ("solver: expected one of .*'cg'.*got 'newton'", PnP(LIKELIHOOD, solver="newton")),
+        (
+            "solver: 'closed' needs a Gaussian likelihood and a linear operator.*, got Laplace",
+            PnP(Laplace(Y, Identity(), 1.0), solver="closed"),
+        ),
+        ("solver: 'cg' needs a Gaussian.*linear", PnP(Gaussian(Y, EXP, 1.0), solver="cg")),
+        ("solver: 'gauss-newton' needs an error model", PnP(Callable(reward), solver="gauss-newton")),
+        ("iterations: expected an integer >= 1, got 0", PnP(LIKELIHOOD, solver="cg", iterations=0)),
+        ("iterations: expected None with the closed form, got 5", PnP(LIKELIHOOD, iterations=5)),
+        ("space: expected one of .*'pixel'.*got 'image'", LatentPnP(LIKELIHOOD, abs, space="image")),
+        (
+            "encoder: expected an encoder with space='pixel', got None",
+            LatentPnP(LIKELIHOOD, abs, space="pixel"),
+        ),
+        ("encoder: expected None with space='latent'", LatentPnP(LIKELIHOOD, abs, encoder=abs)),
+        (
+            r"encoder: expected latents of shape \[3\], got \[2\]",
+            LatentPnP(LIKELIHOOD, abs, encoder=lambda x: x[:, :2], space="pixel"),
+        ),
+        ("gamma: expected a finite number > 0, got 0.0", LatentPnP(LIKELIHOOD, abs, gamma=0.0)),
+        ("particles: expected an integer >= 1, got 0", TDS(LIKELIHOOD, 0)),
+        ("particles: .*got 2.5", TDS(LIKELIHOOD, 2.5)),
+        ("particles: .*got True", FK(reward, True)),
+        ("covariance: expected one of .*got 'full'", TDS(LIKELIHOOD, 2, covariance="full")),
+        ("resampler: expected one of .*'residual'.*got 'best'", TDS(LIKELIHOOD, 2, resampler="best")),
+        (r"ess_threshold: .*in \[0, 1\], got -0.1", TDS(LIKELIHOOD, 2, ess_threshold=-0.1)),
+        ("ess_threshold: .*got 1.5", FK(reward, 2, ess_threshold=1.5)),
+        ("ess_threshold: .*got nan", FK(reward, 2, ess_threshold=math.nan)),
+        ("resampler: .*got 'best'", FK(reward, 2, resampler="best")),
+        ("potential: expected one of .*'max'.*or a callable, got 'min'", FK(reward, 2, potential="min")),
+        ("proposal: expected one of .*'guided'.*or a callable, got 'best'", FK(reward, 2, proposal="best")),
+        ("strength: expected a finite number > 0, got 0.0", FK(reward, 2, strength=0.0)),
+        ("strength: .*got inf", FK(reward, 2, strength=math.inf)),
+        ("resample_steps: expected an interval >= 1, got 0", FK(reward, 2, resample_steps=0)),
+        (r"resample_steps: expected steps in \[0, 3\], got \[1, 4\]", FK(reward, 2, resample_steps=[1, 4])),
+        ("reward: expected a callable or a likelihood, got NoneType", FK(None, 2)),
+        ("covariance: expected None with a reward that is no likelihood", FK(reward, 2, covariance="point")),
+    ],
+)
+def test_guidance_objects(message, guidance):
+    with pytest.raises((ValueError, TypeError), match=message):
+        sample(guidance=guidance)
+
+
+@pytest.mark.parametrize("make", [PnP, lambda likelihood: LatentPnP(likelihood, decoder=abs)])
+def test_eta_where_zeta_splits_the_noise(make):
+    check(
+        ValueError,
+        r"eta: expected None with (Latent)?PnP, whose zeta splits the noise, got 0.5",
+        guidance=make(LIKELIHOOD),
+        eta=0.5,
+    )
+
+
+@pytest.mark.parametrize("guidance", [TDS(LIKELIHOOD, 2), FK(reward, 2, proposal="guided")])
+@pytest.mark.parametrize("eta", [0.0, [0.0] * STEPS, lambda t: 0.0])
+def test_the_guided_proposal_needs_noise(guidance, eta):
+    check(
+        ValueError,
+        "eta: expected > 0, since the guided proposal is weighed by its noise; got 0",
+        guidance=guidance,
+        eta=eta,
+    )
+
+
+# --- rewards, potentials, proposals -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proposal", ["base", "guided"])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (lambda x0: x0, r"reward: expected it to return a tensor of shape \[4\], got \[4, 3\]"),
+        (lambda x0: x0.sum(), r"reward: .*shape \[4\], got \[\]"),
+        (lambda x0: 3.0, r"reward: .*shape \[4\], got float"),
+    ],
+)
+def test_a_reward_of_another_shape(bad, message, proposal):
+    check(ValueError, message, guidance=FK(bad, 2, proposal=proposal))
+
+
+def test_a_reward_without_a_graph():
+    guidance = FK(lambda x0: x0.detach().sum(1), 2, proposal="guided")
+    check(
+        ValueError,
+        "reward: expected one that autograd can differentiate for the guided proposal",
+        guidance=guidance,
+    )
+
+
+def test_potentials_and_proposals_of_another_shape():
+    check(
+        ValueError,
+        r"potential: expected it to return shape \[4\], got \[\]",
+        guidance=FK(reward, 2, potential=lambda new, old: new.sum()),
+    )
+    check(
+        ValueError,
+        r"proposal: expected it to return shapes \[4, 3\] and \[4\], got \[4, 3\] and \[4, 3\]",
+        guidance=FK(reward, 2, proposal=lambda x, x0, c, *, seed, step: (x, x)),
+    )
+
+
+def reward_of_one_row(value, from_call):
+    """Zero, but ``value`` for observation 1 from this call on; one is made at the start, one in each step."""
+    calls = []
+
+    def f(x0):
+        calls.append(None)
+        out = torch.zeros(x0.shape[0])
+        if len(calls) > from_call:
+            out[x0.shape[0] // 2 :] = value
+        return out
+
+    return f
+
+
+@pytest.mark.parametrize(
+    "value, what", [(math.nan, "a weight is NaN"), (-math.inf, r"no particle is alive \(all weights are 0\)")]
+)
+@pytest.mark.parametrize(
+    "from_call, when", [(0, "before step 0"), (2, "before step 2"), (STEPS, "after the last step")]
+)
+def test_weights_that_are_lost_name_observation_and_step(value, what, from_call, when):
+    guidance = FK(reward_of_one_row(value, from_call), 3)
+    check(
+        FloatingPointError,
+        f"log_weights: expected a finite largest weight, got none for observation 1 {when}: {what}",
+        guidance=guidance,
+    )
+
+
+@pytest.mark.parametrize("covariance", ["point", "isotropic", "moment"])
+def test_a_network_that_diverges_is_reported_by_the_weights(covariance):
+    prior = Denoiser(lambda x, t: x * math.nan, SCHEDULE, "v")
+    check(
+        FloatingPointError,
+        "observation 0 before step 0: a weight is NaN",
+        prior=prior,
+        guidance=TDS(LIKELIHOOD, 2, covariance=covariance),
+    )
+
+
+def test_one_dead_particle_is_no_error():
+    def some_die(x0):
+        out = torch.zeros(x0.shape[0])
+        out[0] = -math.inf
+        return out
+
+    out = sample(guidance=FK(some_die, 4))
+    assert torch.isfinite(out.x).all() and torch.isfinite(out.log_evidence).all()
+    assert out.weights[0, 0] == 0.0
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_another_run(tmp_path):
+    path = tmp_path / "run.pt"
+
+    def stop(progress):
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(checkpoint=path, checkpoint_every=1, callback=stop)
+    assert path.exists()
+    check(
+        ValueError,
+        "checkpoint: expected a file of this very run, got .*run.pt of another one",
+        checkpoint=path,
+        seed=1,
+    )
+    assert torch.equal(sample(checkpoint=path).x, sample().x)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- not yet: errors that come from deeper down, without the argument's name -------------------------------
+
+
+@pytest.mark.xfail(reason="no check of its own yet")
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("shape", dict(shape=5)),
+        ("chunk_size", dict(chunk_size=2.5)),
+        ("chunk_size", dict(chunk_size="2")),
+        ("x_T", dict(x_T=[1.0, 2.0])),
+        ("eta", dict(eta="four")),
+        ("clip", dict(clip="x")),
+        ("clip", dict(clip=(1.0, 2.0, 3.0))),
+        ("checkpoint_every", dict(checkpoint_every=2.5)),
+        ("guidance", dict(guidance=TDS)),
+        ("likelihood", dict(guidance=DPS(5))),
+        ("likelihood", dict(guidance=PnP(5))),
+        ("likelihood", dict(guidance=TDS(reward, 2))),
+        ("likelihood", dict(guidance=LatentPnP(5, decoder=abs))),
+        ("decoder", dict(guidance=LatentPnP(LIKELIHOOD, decoder=5))),
+        ("iterations", dict(guidance=PnP(LIKELIHOOD, solver="cg", iterations=2.5))),
+        ("resample_steps", dict(guidance=FK(reward, 2, resample_steps=1.5))),
+        ("strength", dict(guidance=FK(reward, 2, strength="1"))),
+        ("potential", dict(guidance=FK(reward, 2, potential=lambda new, old: 3.0))),
+        ("proposal", dict(guidance=FK(reward, 2, proposal=lambda x, *a, **k: x))),
+        ("zeta", dict(guidance=DPS(LIKELIHOOD, zeta=math.inf))),
+    ],
+)
+def test_wrong_types_name_the_argument(name, options):
+    with pytest.raises((ValueError, TypeError), match=f"^{name}: expected .*, got "):
+        sample(**options)
+
+
+@pytest.mark.xfail(reason="no numbers and tables of numpy or torch yet")
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(shape=(np.int64(2), 3)),
+        dict(seed=np.int64(3)),
+        dict(eta=np.ones(STEPS)),
+        dict(eta=torch.ones(STEPS)),
+        dict(guidance=TDS(LIKELIHOOD, np.int64(2))),
+    ],
+)
+def test_numbers_and_tables_of_numpy(options):
+    assert torch.isfinite(sample(**options).x).all()

@@ -1,0 +1,273 @@
+"""DPS, PnP, PiGDM and LatentPnP, step by step against closed forms on a Gaussian prior."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from gaussian import MATRIX, SCALE, Y, example, gaussian_likelihood, posterior
+
+import fastguide as fg
+from fastguide.guidance.base import PullBack, Run
+from fastguide.guidance.pnp import solve
+
+KERNEL = torch.tensor([[0.05, 0.1, 0.05], [0.1, 0.4, 0.1], [0.05, 0.1, 0.05]], dtype=torch.float64)
+
+
+def make_run(steps: int = 8, eta: float = 1.0, observations: int = 2, **changes) -> Run:
+    prior = example()
+    levels = prior.schedule.levels(steps)
+    taus = tuple(fg.sampling.noise(t, s, eta) for t, s in zip(levels, levels[1:], strict=False))
+    return replace(
+        Run(
+            prior.denoiser(), levels, taus, observations, 1, (3,), 0, None, None, torch.float64, torch.device("cpu")
+        ),
+        **changes,
+    )
+
+
+def step_by_hand(run: Run, x: torch.Tensor, i: int, x0_hat: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """The guided mean of design section 1: x0_hat moves by ``shift``, eps_hat by ``-alpha/sigma`` of it."""
+    t, s, tau = run.levels[i], run.levels[i + 1], run.taus[i]
+    eps = (x - t.alpha * x0_hat) / t.sigma - t.alpha / t.sigma * shift
+    z = fg.reference.randn(x.shape, seed=run.seed, step=i, dtype=x.dtype)
+    return s.alpha * (x0_hat + shift) + math.sqrt(s.sigma**2 - tau**2) * eps + tau * z
+
+
+@pytest.mark.parametrize("i", [1, 4, 7])
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_pigdm_equals_its_closed_form(i, scale):
+    run = make_run()
+    guidance = fg.PiGDM(gaussian_likelihood(scale=scale)).prepare(run)
+    x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+    got = guidance.step(run, fg.guidance.base.State(x), i).x
+
+    t = run.levels[i]
+    gain = example().gain(t.alpha, t.sigma)  # d x0_hat / d x_t
+    x0_hat = run.denoiser.x0_hat(x, t)
+    r2 = t.sigma**2 / (t.alpha**2 + t.sigma**2)
+    gram = r2 * MATRIX @ MATRIX.T + scale**2 * torch.eye(2, dtype=torch.float64)
+    score = (Y - x0_hat @ MATRIX.T) @ torch.linalg.inv(gram) @ MATRIX @ gain  # of the isotropic approximation
+    wanted = step_by_hand(run, x, i, x0_hat, t.sigma**2 / t.alpha * score)
+    assert torch.allclose(got, wanted, atol=1e-10)
+
+
+@pytest.mark.parametrize("covariance", ["point", "isotropic", "moment"])
+def test_the_guided_step_equals_its_closed_form(covariance):
+    """DPS with the score's own weight; "moment" is exact for a Gaussian prior: the gradient of the true
+    ``log p(y | x_t)``."""
+    run, i = make_run(), 4
+    guidance = fg.DPS(gaussian_likelihood(), zeta="score", normalize=False, covariance=covariance).prepare(run)
+    x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = guidance.step(run, fg.guidance.base.State(x), i).x
+
+    t, prior = run.levels[i], example()
+    gain = prior.gain(t.alpha, t.sigma)
+    x0_hat = run.denoiser.x0_hat(x, t)
+    r2 = t.sigma**2 / (t.alpha**2 + t.sigma**2)
+    exact = prior.covariance - t.alpha * gain @ prior.covariance  # Cov(x_0 | x_t)
+    spread = {"point": 0 * exact, "isotropic": r2 * prior.eye, "moment": exact}[covariance]
+    gram = MATRIX @ spread @ MATRIX.T + SCALE**2 * torch.eye(2, dtype=torch.float64)
+    score = (Y - x0_hat @ MATRIX.T) @ torch.linalg.inv(gram) @ MATRIX @ gain
+    assert torch.allclose(got, step_by_hand(run, x, i, x0_hat, t.sigma**2 / t.alpha * score), atol=1e-9)
+
+
+@pytest.mark.parametrize("zeta", [0.7, [0.1 * k for k in range(8)], lambda t: 2 * t])
+def test_dps_step_of_the_paper(zeta):
+    """Algorithm 1 of Chung et al. 2023: ``x_s - zeta' / norm(r) grad norm(r)^2``, by autograd in the test."""
+    run, i = make_run(), 4
+    guidance = fg.DPS(gaussian_likelihood(), zeta=zeta).prepare(run)
+    x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = guidance.step(run, fg.guidance.base.State(x), i).x
+    leaf = x.clone().requires_grad_()
+    norm2 = (Y - run.denoiser.x0_hat(leaf, run.levels[i]) @ MATRIX.T).square().sum(1)
+    (gradient,) = torch.autograd.grad(norm2.sum(), leaf)
+    x0_hat = run.denoiser.x0_hat(x, run.levels[i])
+    plain = step_by_hand(run, x, i, x0_hat, torch.zeros_like(x))
+    value = zeta(run.levels[i].t) if callable(zeta) else zeta[i] if isinstance(zeta, list) else zeta
+    wanted = plain - value * gradient / norm2.detach().sqrt()[:, None]
+    assert torch.allclose(got, wanted, atol=1e-9)
+
+
+def test_dps_ascends_the_likelihood():
+    run = make_run(eta=0.0)
+    likelihood = gaussian_likelihood()
+    x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for i in (2, 5):
+        values = []
+        for zeta in (0.0, 0.01):
+            guidance = fg.DPS(likelihood, zeta=zeta).prepare(run)
+            x_s = guidance.step(run, fg.guidance.base.State(x), i).x
+            values.append(likelihood.log_prob(run.denoiser.x0_hat(x_s, run.levels[i + 1])))
+        assert (values[1] > values[0]).all()
+
+
+def test_pull_back_is_the_second_order_tweedie_covariance():
+    """``(sigma^2 / alpha) d x0_hat / d x_t = Cov(x_0 | x_t)``."""
+    run, prior = make_run(), example()
+    t = run.levels[3]
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = prior.covariance - t.alpha * prior.gain(t.alpha, t.sigma) @ prior.covariance
+    v = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    pull_back = PullBack(run.denoiser, x, t, torch.float64)
+    assert torch.allclose(pull_back(pull_back.x0, v), v @ exact, atol=1e-10)
+
+
+@pytest.mark.parametrize("guidance", [fg.DPS, fg.PiGDM, lambda lik: fg.TDS(lik, 32)], ids=["dps", "pigdm", "tds"])
+def test_a_level_without_signal_is_finite(guidance):
+    """Flow starts at ``alpha = 0``."""
+    prior = example()
+    assert prior.schedule.levels(5)[0].alpha == 0.0
+    out = fg.sample(prior.denoiser(), (2, 3), guidance=guidance(gaussian_likelihood()), steps=5)
+    assert torch.isfinite(out.x).all()
+
+
+# --- plug-and-play ------------------------------------------------------------------------------------------
+
+
+def image_operators():
+    mask = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.4
+    matrix = torch.randn(9, 72, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) / 8
+    return {
+        "identity": fg.operators.Identity(),
+        "inpainting": fg.operators.Inpainting(mask),
+        "pool": fg.operators.AveragePool(2),
+        "circular": fg.operators.Blur(KERNEL),
+        "zeros": fg.operators.Blur(KERNEL, padding="zeros"),
+        "matrix": fg.operators.Matrix(matrix, event=(2, 6, 6)),
+        "function": fg.operators.Function(lambda x: x[..., ::2] * 2, linear=True, event=(2, 6, 6)),
+    }
+
+
+@pytest.mark.parametrize("name", list(image_operators()))
+@pytest.mark.parametrize("solver", ["closed", "cg", "gauss-newton", "gradient"])
+@pytest.mark.parametrize("rho", [0.5, 30.0])
+def test_pnp_inner_solution_equals_the_closed_form(name, solver, rho):
+    operator = image_operators()[name]
+    if solver == "closed" and not operator.spectral:
+        pytest.skip("no known spectrum")
+    scale = 0.5
+    generator = torch.Generator().manual_seed(2)
+    x0 = torch.randn(3, 2, 6, 6, dtype=torch.float64, generator=generator)
+    y = operator(torch.randn(3, 2, 6, 6, dtype=torch.float64, generator=generator))
+    dense = operator.matrix((2, 6, 6))
+    normal = dense.T @ dense / scale**2 + rho * torch.eye(72, dtype=torch.float64)
+    wanted = torch.linalg.solve(normal, (y.flatten(1) @ dense / scale**2 + rho * x0.flatten(1)).T).T
+    likelihood = fg.likelihoods.Gaussian(y, operator, scale)
+    iterations = {"closed": 1, "cg": 60, "gauss-newton": 4, "gradient": 150}[solver]
+    got = solve(likelihood, x0, y, scale, rho, solver, iterations).flatten(1)
+    assert (got - wanted).norm() / wanted.norm() < 1e-5
+
+
+def test_pnp_reweighted_least_squares_finds_the_minimum():
+    """Student-t and Poisson errors: at the solution the objective's gradient vanishes."""
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.rand(3, 1, 6, 6, dtype=torch.float64, generator=generator) + 0.5
+    operator = fg.operators.Blur(KERNEL, padding="zeros")
+    y = operator(x0) + 0.2 * torch.randn(3, 1, 6, 6, dtype=torch.float64, generator=generator)
+    for likelihood in (
+        fg.likelihoods.StudentT(y, operator, 0.1, df=3.0),
+        fg.likelihoods.Poisson(y.clamp(min=0) * 20, operator, 1.0),
+    ):
+        x = solve(likelihood, x0, likelihood.y, likelihood.scale_at(0), 20.0, "gauss-newton", 40)
+        z = operator(x)
+        pulled = operator.adjoint(likelihood.log_prob_and_gradient(z, likelihood.y, likelihood.scale_at(0))[1])
+        slope = 20.0 * (x - x0) - pulled
+        start = operator.adjoint(likelihood.log_prob_and_gradient(operator(x0), likelihood.y, likelihood.scale_at(0))[1])
+        assert slope.norm() < 1e-5 * start.norm()
+
+
+def test_pnp_nonlinear_solvers_agree():
+    """A nonlinear operator, Gauss-Newton against plain gradient steps."""
+    generator = torch.Generator().manual_seed(0)
+    x0 = 0.5 * torch.randn(4, 5, dtype=torch.float64, generator=generator)
+    operator = fg.operators.Function(lambda x: torch.tanh(x[:, :3]) * (1 + 0.1 * x[:, 2:5]))
+    y = operator(x0 + 0.3)
+    likelihood = fg.likelihoods.Gaussian(y, operator, 0.3)
+    a = solve(likelihood, x0, y, 0.3, 2.0, "gauss-newton", 12)
+    b = solve(likelihood, x0, y, 0.3, 2.0, "gradient", 300)
+    assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("zeta", [0.0, 0.3, 1.0])
+def test_pnp_step_splits_the_noise_as_diffpir(zeta):
+    run, i, rho = make_run(), 4, 3.0
+    guidance = fg.PnP(gaussian_likelihood(), rho=rho, zeta=zeta).prepare(run)
+    x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = guidance.step(run, fg.guidance.base.State(x), i).x
+    t, s = run.levels[i], run.levels[i + 1]
+    x0_hat = run.denoiser.x0_hat(x, t)
+    normal = MATRIX.T @ MATRIX / SCALE**2 + rho * torch.eye(3, dtype=torch.float64)
+    x0 = torch.linalg.solve(normal, (Y @ MATRIX / SCALE**2 + rho * x0_hat).T).T
+    eps = (x - t.alpha * x0) / t.sigma
+    z = fg.reference.randn(x.shape, seed=0, step=i, dtype=x.dtype)
+    wanted = s.alpha * x0 + s.sigma * (math.sqrt(1 - zeta) * eps + math.sqrt(zeta) * z)
+    assert torch.allclose(got, wanted, atol=1e-10)
+
+
+def test_latent_pnp_in_a_linear_latent_space_is_pnp():
+    """With an invertible linear decoder both spaces have closed forms."""
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.eye(3, dtype=torch.float64) + 0.3 * torch.randn(3, 3, dtype=torch.float64, generator=generator)
+    inverse = torch.linalg.inv(mixing)
+    run, i, rho = make_run(), 4, 2.0
+    x = torch.randn(2, 3, dtype=torch.float64, generator=generator)
+    t, s = run.levels[i], run.levels[i + 1]
+    z_hat = run.denoiser.x0_hat(x, t)
+
+    def argmin(matrix, start):
+        normal = matrix.T @ matrix / SCALE**2 + rho * torch.eye(3, dtype=torch.float64)
+        return torch.linalg.solve(normal, (Y @ matrix / SCALE**2 + rho * start).T).T
+
+    likelihood = gaussian_likelihood()
+    latent = fg.LatentPnP(likelihood, lambda z: z @ mixing.T, rho=rho, zeta=0.0)
+    pixel = fg.LatentPnP(
+        likelihood, lambda z: z @ mixing.T, lambda v: v @ inverse.T, space="pixel", rho=rho, zeta=0.0
+    )
+    for guidance, z0 in (
+        (latent, argmin(MATRIX @ mixing, z_hat)),
+        (pixel, argmin(MATRIX, z_hat @ mixing.T) @ inverse.T),
+    ):
+        got = guidance.prepare(run).step(run, fg.guidance.base.State(x), i).x
+        wanted = s.alpha * z0 + s.sigma * (x - t.alpha * z0) / t.sigma
+        assert torch.allclose(got, wanted, atol=1e-8)
+
+
+def test_latent_pnp_resample_draws_from_the_product():
+    """ReSample's proposition 1 in VP notation, by hand."""
+    gamma, rho, i = 40.0, 2.0, 3
+    schedule = fg.schedules.vp_cosine(100)
+    prior = example(schedule)
+    levels = schedule.levels(6)
+    taus = tuple(fg.sampling.noise(t, s, 0.5) for t, s in zip(levels, levels[1:], strict=False))
+    run = make_run(denoiser=prior.denoiser(), levels=levels, taus=taus)
+    guidance = fg.LatentPnP(gaussian_likelihood(), lambda z: z, rho=rho, gamma=gamma).prepare(run)
+    x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = guidance.step(run, fg.guidance.base.State(x), i).x
+
+    t, s = levels[i], levels[i + 1]
+    x0_hat = run.denoiser.x0_hat(x, t)
+    normal = MATRIX.T @ MATRIX / SCALE**2 + rho * torch.eye(3, dtype=torch.float64)
+    z0 = torch.linalg.solve(normal, (Y @ MATRIX / SCALE**2 + rho * x0_hat).T).T
+    plain = step_by_hand(run, x, i, x0_hat, torch.zeros_like(x))
+    bar_t, bar_s = t.alpha**2, s.alpha**2
+    variance = gamma * (1 - bar_s) / bar_t * (1 - bar_t / bar_s)
+    mean = (variance * math.sqrt(bar_s) * z0 + (1 - bar_s) * plain) / (variance + 1 - bar_s)
+    sd = math.sqrt(variance * (1 - bar_s) / (variance + 1 - bar_s))
+    z = fg.reference.randn(x.shape, seed=0, step=i, stream=fg.guidance.base.STREAM_RENOISE, dtype=x.dtype)
+    assert torch.allclose(got, mean + sd * z, atol=1e-8)
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------
+
+
+def test_tmpd_on_a_gaussian_prior_draws_from_the_posterior():
+    """With the exact covariance the guided step is the exact conditional one, up to the step's own error."""
+    prior, count = example(), 4000
+    means, covariance, _ = posterior(prior.mean, prior.covariance, MATRIX, Y, SCALE)
+    guidance = fg.DPS(gaussian_likelihood(Y[:1]), zeta="score", normalize=False, covariance="moment")
+    x = fg.sample(prior.denoiser(), (count, 3), guidance=guidance, steps=200, dtype=torch.float64).x
+    assert torch.allclose(x.mean(0), means[0], atol=0.03)
+    assert torch.allclose(torch.cov(x.T), covariance, atol=0.04)

@@ -1,0 +1,534 @@
+"""Error models against the densities of scipy.stats, constants included; their gradients against autograd."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import special, stats
+
+from fastguide.likelihoods import MOMENT_LIMIT, Callable, Gaussian, Laplace, Likelihood, Poisson, StudentT
+from fastguide.operators import AveragePool, Blur, Function, Identity, Inpainting, Matrix
+
+RANDOM = np.random.default_rng(5)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+# name: (operator, event, measurement)
+OPERATORS = {
+    "identity": (Identity(), (2, 3), (2, 3)),
+    "inpainting": (Inpainting(torch.arange(8).reshape(2, 4) % 3 == 0), (2, 4), (3,)),
+    "pool": (AveragePool(2), (1, 4, 4), (1, 2, 2)),
+    "circular blur": (Blur(normal(3, 3, seed=1)), (1, 3, 4), (1, 3, 4)),
+    "zeros blur": (
+        Blur(torch.outer(normal(3, seed=2), normal(3, seed=3)), "zeros"),
+        (2, 3, 3),
+        (2, 3, 3),
+    ),
+    "wide": (Matrix(normal(3, 5, seed=4)), (5,), (3,)),
+    "tall, rank 2": (Matrix(normal(5, 2, seed=5) @ normal(2, 4, seed=6)), (4,), (5,)),
+}
+every_operator = pytest.mark.parametrize(
+    "operator, event, measurement", OPERATORS.values(), ids=OPERATORS.keys()
+)
+
+SCALE = 0.7
+# name: (likelihood of (y, operator), log-density of y with location z elementwise)
+MODELS = {
+    "gaussian": (
+        lambda y, operator, scale=SCALE: Gaussian(y, operator, scale),
+        lambda y, z, s: stats.norm.logpdf(y, z, s),
+    ),
+    "student 1": (
+        lambda y, operator, scale=SCALE: StudentT(y, operator, scale, df=1.0),
+        lambda y, z, s: stats.cauchy.logpdf(y, z, s),
+    ),
+    "student 4.5": (
+        lambda y, operator, scale=SCALE: StudentT(y, operator, scale, df=4.5),
+        lambda y, z, s: stats.t.logpdf(y, 4.5, z, s),
+    ),
+    "laplace": (
+        lambda y, operator, scale=SCALE: Laplace(y, operator, scale),
+        lambda y, z, s: stats.laplace.logpdf(y, z, s),
+    ),
+}
+every_model = pytest.mark.parametrize("make, density", MODELS.values(), ids=MODELS.keys())
+
+
+def per_row(values):
+    return torch.as_tensor(values).flatten(1).sum(1)
+
+
+def check(got, expected, rtol=1e-11):
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, torch.as_tensor(expected, dtype=torch.float64), rtol=rtol, atol=rtol)
+
+
+def check_gradient(f, z, rtol=1e-10):
+    """``f(z) -> (log_prob, gradient)``: the gradient is that of the log-density."""
+    leaf = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(f(leaf)[0].sum(), leaf)
+    gradient = f(z)[1]
+    assert gradient.shape == z.shape and gradient.dtype == z.dtype
+    torch.testing.assert_close(gradient, expected, rtol=rtol, atol=rtol)
+
+
+# --- densities ----------------------------------------------------------------------------------------------
+
+
+@every_operator
+@every_model
+def test_log_density(make, density, operator, event, measurement):
+    x, y = normal(4, *event), normal(4, *measurement, seed=1)
+    z = operator(x)
+    check(make(y, operator).log_prob(x), per_row(density(y.numpy(), z.numpy(), SCALE)))
+    one = make(y[:1], operator)  # one observation for all
+    check(one.log_prob(x), per_row(density(y[:1].numpy(), z.numpy(), SCALE)))
+    rows = torch.tensor([3, 0, 0, 2])
+    check(make(y, operator).log_prob(x, rows), per_row(density(y[rows].numpy(), z.numpy(), SCALE)))
+    check(one.log_prob(x, torch.zeros(4, dtype=torch.int64)), one.log_prob(x))
+
+
+@every_model
+def test_gradient(make, density):
+    y, z = normal(3, 2, 4), normal(3, 2, 4, seed=1)
+    likelihood = make(y, Identity())
+    check_gradient(lambda z: likelihood.log_prob_and_gradient(z, y, SCALE), z)
+    step = 1e-6 * normal(3, 2, 4, seed=2)
+    difference = likelihood.value(z + step, None, SCALE) - likelihood.value(z - step, None, SCALE)
+    slope = 2 * per_row(likelihood.log_prob_and_gradient(z, y, SCALE)[1] * step)
+    torch.testing.assert_close(difference, slope, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, 3.0])
+@pytest.mark.parametrize("background", [0.0, 0.5])
+def test_poisson(scale, background):
+    rate = torch.as_tensor(RANDOM.uniform(0.2, 30.0, (5, 2, 3)))
+    counts = torch.as_tensor(RANDOM.poisson(rate.numpy())).double()
+    counts[0, 0, 0] = 0.0
+    z, y = scale * rate - background, scale * counts
+    likelihood = Poisson(y, Identity(), scale, background)
+    check(likelihood.log_prob(z), per_row(stats.poisson.logpmf(counts.numpy(), rate.numpy())))
+    check_gradient(lambda z: likelihood.log_prob_and_gradient(z, y, scale), z)
+
+
+def test_poisson_of_counts_between_integers():
+    y, z = torch.tensor([[2.5, 0.0]]).double(), torch.tensor([[1.7, 0.4]]).double()
+    expected = special.xlogy(y.numpy(), z.numpy()) - z.numpy() - special.gammaln(y.numpy() + 1)
+    check(Poisson(y, Identity()).log_prob(z), per_row(expected))
+
+
+def test_poisson_of_large_counts_keeps_its_precision_in_float32():
+    """Terms of 1e6 cancel to about ten."""
+    counts = torch.as_tensor(RANDOM.poisson(1e5, (3, 1000))).float()
+    rate = torch.as_tensor(RANDOM.normal(1e5, 300, (3, 1000))).float()
+    expected = per_row(stats.poisson.logpmf(counts.double().numpy(), rate.double().numpy()))
+    check(Poisson(counts, Identity()).log_prob(rate), expected, rtol=1e-9)
+    gradient = Poisson(counts, Identity()).log_prob_and_gradient(rate, counts, 1.0)[1]
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, (counts.double() / rate.double() - 1).float())
+
+
+def test_poisson_rates_below_the_floor_are_finite_and_pushed_back():
+    y, z = torch.tensor([[3.0, 0.0]]).double(), torch.tensor([[-2.0, -1.0]]).double()
+    likelihood = Poisson(y, Identity())
+    log_prob, gradient = likelihood.log_prob_and_gradient(z, y, 1.0)
+    check(log_prob, [float(stats.poisson.logpmf([3, 0], 1e-6).sum())])
+    assert gradient[0, 0] > 1e5  # up, where counts were seen
+    assert gradient[0, 1] == -1.0
+    assert torch.isfinite(likelihood.curvature(z, y, 1.0)).all()
+
+
+@pytest.mark.parametrize("df", [1e5, 1e6 * (1 - 1e-9), 1e6, 1e10, 1e16, 1e300])
+def test_student_with_many_degrees_of_freedom(df):
+    y, z = normal(2, 6), normal(2, 6, seed=1)
+    got = StudentT(y, Identity(), SCALE, df).log_prob(z)
+    r = ((y - z) / SCALE).numpy()
+    # the expansion of log t in 1 / df, to the second order
+    correction = (r**4 - 2 * r**2 - 1) / (4 * df) - (2 * r**6 - 3 * r**4) / (12 * df) / df
+    check(got, per_row(stats.norm.logpdf(r) - math.log(SCALE) + correction), rtol=2e-9)
+
+
+@every_model
+def test_float32_computes_to_float32(make, density):
+    y, z = normal(3, 1000, dtype=torch.float32), normal(3, 1000, seed=1, dtype=torch.float32)
+    expected = per_row(density(y.double().numpy(), z.double().numpy(), SCALE))
+    check(make(y, Identity()).log_prob(z), expected, rtol=1e-6)
+
+
+# --- covariances of x_0 given x_t ---------------------------------------------------------------------------
+
+
+@every_operator
+@pytest.mark.parametrize("scale, spread", [(0.7, 0.3), (0.05, 0.9), (2.0, 1e-3)])
+def test_isotropic_gaussian(operator, event, measurement, scale, spread):
+    """A dense normal of covariance ``s^2 I + r^2 A A^T``."""
+    x, y = normal(4, *event), normal(4, *measurement, seed=1)
+    likelihood = Gaussian(y, operator, scale)
+    a = operator.matrix(event).numpy()
+    covariance = scale**2 * np.eye(len(a)) + spread * a @ a.T
+    z = operator(x)
+    expected = [
+        stats.multivariate_normal.logpdf(v.numpy(), m.numpy(), covariance)
+        for v, m in zip(y.flatten(1), z.flatten(1), strict=True)
+    ]
+    log_prob, gradient = likelihood.log_prob_and_gradient(z, y, scale, spread)
+    check(log_prob, expected, rtol=1e-9)
+    check(likelihood.value(x, None, scale, spread), expected, rtol=1e-9)
+    expected = np.linalg.solve(covariance, (y - z).flatten(1).numpy().T).T
+    torch.testing.assert_close(gradient.flatten(1), torch.as_tensor(expected), rtol=1e-9, atol=1e-9)
+    check_gradient(lambda z: likelihood.log_prob_and_gradient(z, y, scale, spread), z, rtol=1e-8)
+
+
+@every_operator
+@pytest.mark.parametrize("name", ["student 4.5", "student 1", "laplace"])
+def test_isotropic_variances_add(operator, event, measurement, name):
+    make, density = MODELS[name]
+    spread = 0.4
+    x, y = normal(4, *event), normal(4, *measurement, seed=1)
+    likelihood = make(y, operator)
+    a = operator.matrix(event)
+    share = 0.5 if name == "laplace" else 1.0  # a Laplace variable's variance is twice its squared scale
+    widened = (SCALE**2 + share * spread * (a * a).sum(1)).sqrt().reshape(measurement).numpy()
+    z = operator(x)
+    log_prob, _ = likelihood.log_prob_and_gradient(z, y, SCALE, spread)
+    check(log_prob, per_row(density(y.numpy(), z.numpy(), widened)), rtol=1e-10)
+    check_gradient(lambda z: likelihood.log_prob_and_gradient(z, y, SCALE, spread), z)
+
+
+def grams(n, m, seed=7):
+    root = normal(n, m, m, seed=seed)
+    return root @ root.mT
+
+
+@pytest.mark.parametrize("measurement", [(1,), (4,), (2, 2)])
+def test_moment_gaussian(measurement):
+    m = math.prod(measurement)
+    y, z, gram = normal(5, *measurement), normal(5, *measurement, seed=1), grams(5, m)
+    likelihood = Gaussian(y, Identity(), SCALE)
+    log_prob, gradient = likelihood.moment(z, y, SCALE, gram)
+    covariance = SCALE**2 * np.eye(m) + gram.numpy()
+    triples = zip(y.flatten(1).numpy(), z.flatten(1).numpy(), covariance, strict=True)
+    check(log_prob, [stats.multivariate_normal.logpdf(v, u, c) for v, u, c in triples])
+    expected = np.linalg.solve(covariance, (y - z).flatten(1).numpy()[..., None])[..., 0]
+    torch.testing.assert_close(gradient.flatten(1), torch.as_tensor(expected), rtol=1e-11, atol=1e-11)
+    check_gradient(lambda z: likelihood.moment(z, y, SCALE, gram), z)
+    # only the symmetric part counts
+    skew = normal(5, m, m, seed=9)
+    check(likelihood.moment(z, y, SCALE, gram + skew - skew.mT)[0], log_prob)
+
+
+def test_moment_holds_the_eigenvalues_of_an_indefinite_gram():
+    basis = torch.linalg.qr(normal(4, 4)).Q
+    gram = (basis @ torch.diag(torch.tensor([2.0, 0.3, -0.1, -50.0]).double()) @ basis.T)[None]
+    held = (basis @ torch.diag(torch.tensor([2.0, 0.3, 0.0, 0.0]).double()) @ basis.T).numpy()
+    y, z = normal(1, 4, seed=1), normal(1, 4, seed=2)
+    log_prob, gradient = Gaussian(y, Identity(), SCALE).moment(z, y, SCALE, gram)
+    covariance = SCALE**2 * np.eye(4) + held
+    check(log_prob, [stats.multivariate_normal.logpdf(y[0].numpy(), z[0].numpy(), covariance)])
+    expected = np.linalg.solve(covariance, (y - z)[0].numpy())
+    torch.testing.assert_close(gradient[0], torch.as_tensor(expected), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_moment_of_a_gram_that_is_not_finite(bad):
+    """That row's density is NaN, which a particle filter reports; the others are as they were."""
+    y, z, gram = normal(3, 4), normal(3, 4, seed=1), grams(3, 4)
+    likelihood = Gaussian(y, Identity(), SCALE)
+    log_prob, gradient = likelihood.moment(z, y, SCALE, gram)
+    gram[1, 0, 2] = bad
+    got, slope = likelihood.moment(z, y, SCALE, gram)
+    assert torch.isnan(got).tolist() == [False, True, False]
+    torch.testing.assert_close(got[::2], log_prob[::2])
+    torch.testing.assert_close(slope[::2], gradient[::2])
+
+
+def test_moment_is_isotropic_for_that_gram():
+    operator, event, measurement = OPERATORS["wide"]
+    x, y = normal(3, *event), normal(3, *measurement, seed=1)
+    a, spread = operator.matrix(event), 0.6
+    likelihood = Gaussian(y, operator, SCALE)
+    z, gram = operator(x), (spread * a @ a.T).expand(3, -1, -1)
+    for got, expected in zip(
+        likelihood.moment(z, y, SCALE, gram),
+        likelihood.log_prob_and_gradient(z, y, SCALE, spread),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["student 4.5", "laplace"])
+def test_moment_adds_the_diagonal(name):
+    make, density = MODELS[name]
+    y, z, gram = normal(4, 2, 2), normal(4, 2, 2, seed=1), grams(4, 4)
+    gram[0, 0, 0] = -3.0  # a variance that is none adds nothing
+    share = 0.5 if name == "laplace" else 1.0
+    added = share * gram.diagonal(dim1=1, dim2=2).clamp(min=0).reshape(4, 2, 2)
+    likelihood = make(y, Identity())
+    log_prob, _ = likelihood.moment(z, y, SCALE, gram)
+    check(log_prob, per_row(density(y.numpy(), z.numpy(), (SCALE**2 + added).sqrt().numpy())))
+    check_gradient(lambda z: likelihood.moment(z, y, SCALE, gram), z)
+
+
+def test_moment_in_float32_returns_float32_gradients():
+    y, z, gram = (v.float() for v in (normal(3, 4), normal(3, 4, seed=1), grams(3, 4)))
+    for make, _ in MODELS.values():
+        likelihood = make(y, Identity())
+        log_prob, gradient = likelihood.moment(z, y, SCALE, gram)
+        exact = likelihood.moment(z.double(), y.double(), SCALE, gram.double())
+        assert log_prob.dtype == torch.float64 and gradient.dtype == torch.float32
+        torch.testing.assert_close(log_prob, exact[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient.double(), exact[1], rtol=1e-5, atol=1e-5)
+
+
+LINEAR_UNKNOWN = Function(lambda x: 2 * x, linear=True, event=(3,))
+NONLINEAR = Function(torch.exp)
+
+
+@pytest.mark.parametrize(
+    "operator, serves",
+    [
+        (Identity(), {"gaussian": True, "student 4.5": True}),
+        (LINEAR_UNKNOWN, {"gaussian": "needs the spectrum", "student 4.5": "needs the diagonal"}),
+        (NONLINEAR, {"gaussian": "needs a linear operator", "student 4.5": "needs a linear operator"}),
+        (
+            Blur(normal(3, 3, seed=4), "zeros"),  # no spectrum, but a diagonal
+            {"gaussian": "needs the spectrum", "student 4.5": True},
+        ),
+    ],
+    ids=["identity", "linear function", "function", "blur"],
+)
+def test_which_covariances_are_supported(operator, serves):
+    y = torch.ones(1, 3)
+    for name, isotropic in serves.items():
+        likelihood = MODELS[name][0](y, operator)
+        assert likelihood.supports("point") == ""
+        reason = likelihood.supports("isotropic")
+        assert (
+            reason == "" if isotropic is True else isotropic in reason and "covariance='isotropic'" in reason
+        )
+        linear = operator.linear
+        assert (likelihood.supports("moment", MOMENT_LIMIT) == "") is linear
+        if linear:
+            assert (
+                f"up to {MOMENT_LIMIT} measurements, and there are {MOMENT_LIMIT + 1}"
+                in likelihood.supports("moment", MOMENT_LIMIT + 1)
+            )
+    for likelihood in (Poisson(y, operator), Callable(lambda x: x.sum(1))):
+        assert likelihood.supports("point") == ""
+        assert "is not defined for" in likelihood.supports("isotropic")
+        assert "is not defined for" in likelihood.supports("moment", 1)
+
+
+# --- curvature ----------------------------------------------------------------------------------------------
+
+
+def test_curvature_of_a_gaussian_is_its_hessian():
+    y, z = normal(1, 3), normal(1, 3, seed=1)
+    likelihood = Gaussian(y, Identity(), SCALE)
+    hessian = torch.autograd.functional.hessian(lambda z: likelihood.value(z[None], None, SCALE)[0], z[0])
+    torch.testing.assert_close(torch.diag(likelihood.curvature(z, y, SCALE)[0]), -hessian)
+
+
+@every_model
+def test_gradient_is_curvature_times_residual(make, density):
+    """What makes reweighted least squares a descent: the weight of each residual is its slope."""
+    y, z = normal(4, 6), normal(4, 6, seed=1)
+    likelihood = make(y, Identity())
+    weight = likelihood.curvature(z, y, SCALE)
+    assert (weight > 0).all() and (y - z).abs().min() > 1e-3 * SCALE
+    gradient = likelihood.log_prob_and_gradient(z, y, SCALE)[1]
+    torch.testing.assert_close(gradient, weight * (y - z), rtol=1e-12, atol=1e-12)
+
+
+def test_curvature_of_laplace_is_held_where_the_residual_vanishes():
+    y = torch.zeros(1, 1)
+    weight = Laplace(y, Identity(), SCALE).curvature(y, y, SCALE)
+    assert weight.item() == pytest.approx(1e3 / SCALE**2)
+
+
+@pytest.mark.parametrize("scale, background", [(1.0, 0.0), (0.5, 2.0)])
+def test_curvature_of_poisson_is_its_information(scale, background):
+    """``E[(d log p / dz)^2]`` over the counts."""
+    z = torch.tensor([[0.3, 4.0, 20.0]]).double()
+    rate = (z + background) / scale
+    counts = torch.arange(200.0).double()[:, None]
+    likelihood = Poisson(scale * counts, Identity(), scale, background)
+    slope = likelihood.log_prob_and_gradient(z, scale * counts, scale)[1]
+    information = (torch.as_tensor(stats.poisson.pmf(counts.numpy(), rate.numpy())) * slope**2).sum(0)
+    torch.testing.assert_close(likelihood.curvature(z, scale * counts, scale)[0], information)
+
+
+# --- schedules of the scale, callables, copies --------------------------------------------------------------
+
+
+def test_scale_may_follow_the_time():
+    y, x = normal(2, 3), normal(2, 3, seed=1)
+    likelihood = Gaussian(y, Identity(), lambda t: 0.5 + t)
+    assert likelihood.scale_at(0.25) == 0.75
+    for t in (0.0, 1.5):
+        check(likelihood.log_prob(x, t=t), Gaussian(y, Identity(), 0.5 + t).log_prob(x))
+    with pytest.raises(ValueError, match="t: expected the time whose scale to use"):
+        likelihood.log_prob(x)
+    check(Gaussian(y, Identity(), 0.5).log_prob(x, t=7.0), Gaussian(y, Identity(), 0.5).log_prob(x))
+
+
+@pytest.mark.parametrize(
+    "scale", [SCALE, np.float32(SCALE), torch.tensor(SCALE), lambda t: np.float64(SCALE)]
+)
+def test_scale_may_be_any_number(scale):
+    y, x = normal(2, 3), normal(2, 3, seed=1)
+    got = Gaussian(y, Identity(), scale).log_prob(x, t=0.0)
+    check(got, Gaussian(y, Identity(), SCALE).log_prob(x), rtol=1e-6)
+
+
+def test_callable():
+    def f(x0, **given):
+        seen.append(given)
+        weight = given["y"] if "y" in given else torch.ones(1, 3)
+        return -(weight * x0**4).sum(1) / given.get("scale", 1.0)
+
+    x, y = normal(3, 3), normal(3, 3, seed=1)
+    rows = torch.tensor([2, 2, 0])
+    for likelihood, weight, scale in (
+        (Callable(f), torch.ones(3, 3), 1.0),
+        (Callable(f, y=y), y[rows], 1.0),
+        (Callable(f, y=y[:1]), y[:1], 1.0),
+        (Callable(f, scale=lambda t: 2 + t), torch.ones(3, 3), 2.5),
+        (Callable(f, y=y, scale=3.0), y[rows], 3.0),
+    ):
+        seen = []
+        check(likelihood.log_prob(x, rows, t=0.5), -(weight * x**4).sum(1) / scale)
+        (given,) = seen
+        assert ("scale" in given) == likelihood._has_scale and ("y" in given) == likelihood._has_y
+        log_prob, gradient = likelihood.log_prob_and_gradient(x, likelihood.rows_of_y(rows), scale)
+        check(log_prob, -(weight * x**4).sum(1) / scale)
+        assert not log_prob.requires_grad
+        torch.testing.assert_close(gradient, -4 * weight * x**3 / scale)
+
+
+def test_callable_is_differentiated_without_grad_mode():
+    likelihood = Callable(lambda x0: -(x0**2).sum(1))
+    with torch.no_grad():
+        gradient = likelihood.log_prob_and_gradient(torch.ones(2, 3), likelihood.rows_of_y(None), 1.0)[1]
+    assert torch.equal(gradient, torch.full((2, 3), -2.0))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_to_returns_a_copy(name):
+    operator, event, measurement = OPERATORS[name]
+    x, y = normal(3, *event), normal(3, *measurement, seed=1)
+    for make, _ in MODELS.values():
+        likelihood = make(y, operator)
+        single = likelihood.to("cpu", torch.float32)
+        assert single.y.dtype == torch.float32 and likelihood.y.dtype == torch.float64
+        torch.testing.assert_close(single.log_prob(x.float()), likelihood.log_prob(x), rtol=1e-5, atol=1e-4)
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+Y = torch.ones(2, 3)
+WITH_NAN = torch.tensor([[1.0, 2.0], [3.0, math.nan]])
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: Gaussian(WITH_NAN, Identity(), 1.0),
+            ValueError,
+            "y: expected finite values, got NaN.*in row 1",
+        ),
+        (lambda: Poisson(Y / 0, Identity()), ValueError, "y: expected finite.*row 0"),
+        (lambda: Callable(abs, y=WITH_NAN[:, 1]), ValueError, "y: expected finite.*row 1"),
+        (
+            lambda: Gaussian(Y.long(), Identity(), 1.0),
+            TypeError,
+            "y: expected a floating tensor.*torch.int64",
+        ),
+        (
+            lambda: Gaussian(Y.numpy(), Identity(), 1.0),
+            TypeError,
+            "y: expected a floating tensor.*got ndarray",
+        ),
+        (
+            lambda: Gaussian(torch.tensor(1.0), Identity(), 1.0),
+            ValueError,
+            r"y: .*\[B, \*measurement\].*got \[\]",
+        ),
+        (
+            lambda: Gaussian(torch.ones(4), Identity(), 1.0),
+            ValueError,
+            r"y: .*\[B, 1\] for one number.*got \[4\]",
+        ),
+        (lambda: Gaussian(torch.ones(0, 3), Identity(), 1.0), ValueError, r"y: .*B >= 1.*got \[0, 3\]"),
+        (
+            lambda: Gaussian(Y, torch.eye(3), 1.0),
+            TypeError,
+            "operator: expected a fastguide.operators.*got Tensor",
+        ),
+        (lambda: Gaussian(Y, Identity(), -1.0), ValueError, "scale: expected a finite number >= 0, got -1.0"),
+        (lambda: Gaussian(Y, Identity(), math.nan), ValueError, "scale: .*got nan"),
+        (lambda: Gaussian(Y, Identity(), math.inf), ValueError, "scale: .*got inf"),
+        (lambda: Laplace(Y, Identity(), 0.0), ValueError, "scale: expected a finite number > 0, got 0.0"),
+        (lambda: StudentT(Y, Identity(), 0.0, df=3), ValueError, "scale: expected a finite number > 0"),
+        (lambda: StudentT(Y, Identity(), 1.0, df=0), ValueError, "df: expected a finite number > 0, got 0"),
+        (lambda: StudentT(Y, Identity(), 1.0, df=math.inf), ValueError, "df: .*got inf"),
+        (lambda: StudentT(Y, Identity(), 1.0, df=math.nan), ValueError, "df: .*got nan"),
+        (lambda: Poisson(-Y, Identity()), ValueError, "y: expected counts >= 0, got -1"),
+        (lambda: Poisson(Y, Identity(), 0.0), ValueError, "scale: expected a finite number > 0"),
+        (lambda: Poisson(Y, Identity(), 1.0, -0.1), ValueError, "background: .*>= 0, got -0.1"),
+        (lambda: Callable(3), TypeError, "f: expected a callable, got int"),
+        (lambda: Gaussian(Y, Identity(), 0.0).log_prob(Y), ValueError, "scale: expected > 0 where a density"),
+        (lambda: Gaussian(Y, Identity(), 0.0).curvature(Y, Y, 0.0), ValueError, "scale: expected > 0"),
+        (
+            lambda: Gaussian(Y, Identity(), 0.0).moment(Y, Y, 0.0, torch.zeros(2, 3, 3)),
+            ValueError,
+            "scale: expected > 0",
+        ),
+        (
+            lambda: Laplace(Y, Identity(), lambda t: t - 1).log_prob(Y, t=0.5),
+            ValueError,
+            r"scale\(0.5\): expected a finite number > 0, got -0.5",
+        ),
+        (
+            lambda: Gaussian(Y, Identity(), 1.0).log_prob(torch.ones(2, 1, 3)),
+            ValueError,
+            r"y: expected 2 rows or 1, each of shape \[1, 3\], got \[2, 3\]",
+        ),
+        (
+            lambda: Gaussian(Y, Identity(), 1.0).log_prob(torch.ones(5, 3)),
+            ValueError,
+            r"y: expected 5 rows or 1, each of shape \[3\], got \[2, 3\]",
+        ),
+        (
+            lambda: Callable(lambda x: x).log_prob(Y),
+            ValueError,
+            r"f: expected it to return log-densities of shape \[2\], got \[2, 3\]",
+        ),
+        (lambda: Callable(lambda x: 3.0).log_prob(Y), ValueError, r"f: .*shape \[2\], got float"),
+        (
+            lambda: Callable(lambda x: x.detach().sum(1)).log_prob_and_gradient(Y, Y, 1.0),
+            ValueError,
+            "f: expected a function that autograd can differentiate",
+        ),
+        (
+            lambda: Callable(lambda x: x.sum(1)).curvature(Y, Y, 1.0),
+            ValueError,
+            "likelihood: Callable.* has no Gauss-Newton weight",
+        ),
+    ],
+)
+def test_errors_name_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_repr_and_base_class():
+    assert repr(Gaussian(Y, AveragePool(2), 1.0)) == "Gaussian(AveragePool(2), y=[2, 3])"
+    with pytest.raises(NotImplementedError):
+        Likelihood(Y, Identity(), 1.0).log_prob(Y)

@@ -1,0 +1,546 @@
+"""Operators against their dense matrices, against scipy, and by what an adjoint and a pseudo-inverse are."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from fastguide.operators import (
+    AveragePool,
+    Blur,
+    Function,
+    Identity,
+    Inpainting,
+    LinearOperator,
+    Matrix,
+    Operator,
+)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def stride_and_mix(x):
+    """A linear function with more columns than rows: each second element plus thrice the next."""
+    return x[:, ::2] + 3.0 * x.roll(-1, 1)[:, ::2]
+
+
+def stride_and_mix_adjoint(y):
+    x = y.new_zeros(y.shape[0], 2 * y.shape[1])
+    x[:, ::2] = y
+    return x + 3.0 * x.roll(1, 1)
+
+
+ROWS = torch.tensor([0.2, 0.7, -0.3], dtype=torch.float64)
+COLUMNS = torch.tensor([0.1, 0.5, 0.9, -0.2, 0.3], dtype=torch.float64)
+RANK_TWO = normal(5, 2, seed=1) @ normal(2, 7, seed=2)
+
+# name: (operator, event, measurement, rank)
+OPERATORS = {
+    "identity": (Identity(), (2, 3), (2, 3), 6),
+    "inpainting": (Inpainting(torch.arange(40).reshape(2, 4, 5) % 3 == 1), (2, 4, 5), (13,), 13),
+    "inpainting, flat": (Inpainting(torch.arange(9) % 3 == 0), (9,), (3,), 3),
+    "pool": (AveragePool(2), (3, 4, 6), (3, 2, 3), 18),
+    "pool, one channel": (AveragePool(3), (6, 3), (2, 1), 2),
+    "pool by 1": (AveragePool(1), (1, 2, 3), (1, 2, 3), 6),
+    "circular": (Blur(normal(3, 5, seed=4)), (2, 6, 7), (2, 6, 7), 84),
+    "circular, as large as the image": (Blur(normal(5, 3, seed=5)), (1, 5, 3), (1, 5, 3), 15),
+    "circular, singular": (Blur(torch.tensor([[-1.0, 0.0, 1.0]])), (2, 4, 6), (2, 4, 6), 32),
+    "circular, zero": (Blur(torch.zeros(3, 3)), (1, 4, 4), (1, 4, 4), 0),
+    "zeros": (Blur(torch.outer(ROWS, COLUMNS), "zeros"), (2, 6, 7), (2, 6, 7), 84),
+    "zeros, singular": (Blur(torch.tensor([[1.0, 0.0, 0.0]]), "zeros"), (2, 4, 5), (2, 4, 5), 32),
+    "zeros, not separable": (Blur(normal(3, 5, seed=6), "zeros"), (2, 6, 7), (2, 6, 7), 84),
+    "zeros, not separable, flat": (Blur(normal(3, 3, seed=7), "zeros"), (4, 5), (4, 5), 20),
+    "wide": (Matrix(normal(4, 9, seed=8)), (9,), (4,), 4),
+    "tall": (Matrix(normal(9, 4, seed=9), event=(2, 2)), (2, 2), (9,), 4),
+    "square": (Matrix(normal(6, 6, seed=10)), (6,), (6,), 6),
+    "rank 2": (Matrix(RANK_TWO), (7,), (5,), 2),
+    "rank 2, tall": (Matrix(RANK_TWO.T.contiguous()), (5,), (7,), 2),
+    "one row": (Matrix(normal(1, 8, seed=11)), (8,), (1,), 1),
+    "function": (Function(stride_and_mix, linear=True, event=(8,)), (8,), (4,), 4),
+    "function with adjoint": (
+        Function(stride_and_mix, linear=True, event=(8,), adjoint=stride_and_mix_adjoint), (8,), (4,), 4,
+    ),
+}  # fmt: skip
+
+SPECTRAL = [n for n, (operator, *_) in OPERATORS.items() if operator.spectral]
+DIAGONAL = [n for n in OPERATORS if not n.startswith("function")]
+
+
+def cases(names=OPERATORS):
+    return pytest.mark.parametrize(
+        "operator, event, measurement, rank", [OPERATORS[n] for n in names], ids=names
+    )
+
+
+precision = pytest.mark.parametrize(
+    "dtype, rtol", [(torch.float64, 1e-11), (torch.float32, 2e-5)], ids=["float64", "float32"]
+)
+
+
+def dense_of(f, shape):
+    """The matrix of a linear function of rows of this shape."""
+    size = math.prod(shape)
+    return f(torch.eye(size, dtype=torch.float64).reshape(size, *shape)).flatten(1).T
+
+
+def close(got, expected, rtol, scale=None):
+    """Equal to ``rtol`` of the largest element, since elements cancel."""
+    scale = float(expected.abs().max()) if scale is None else scale
+    torch.testing.assert_close(
+        got.double(), expected.double(), rtol=0, atol=rtol * max(scale, 1e-300) + 1e-300
+    )
+
+
+# --- adjoint, matrix ----------------------------------------------------------------------------------------
+
+
+@cases()
+@precision
+def test_adjoint(operator, event, measurement, rank, dtype, rtol):
+    operator = operator.to(dtype=dtype)
+    x, y = normal(4, *event, dtype=dtype), normal(4, *measurement, seed=1, dtype=dtype)
+    z, back = operator(x), operator.adjoint(y)
+    assert z.dtype == back.dtype == dtype
+    assert z.shape == y.shape and back.shape == x.shape
+    left, right = (z.double() * y).flatten(1).sum(1), (x.double() * back).flatten(1).sum(1)
+    bound = (z.flatten(1).norm(dim=1) * y.flatten(1).norm(dim=1)).max()
+    close(left, right, rtol, float(bound))
+
+
+@cases()
+@precision
+def test_dense_matrix(operator, event, measurement, rank, dtype, rtol):
+    a = operator.matrix(event, dtype)
+    assert a.dtype == dtype and a.shape == (math.prod(measurement), math.prod(event))
+    x, y = normal(3, *event), normal(3, *measurement, seed=1)
+    close(x.flatten(1) @ a.double().T, operator(x).flatten(1), rtol)
+    close(y.flatten(1) @ a.double(), operator.adjoint(y).flatten(1), rtol)
+    assert torch.linalg.matrix_rank(a) == rank
+
+
+def test_average_pool_is_a_mean_of_blocks():
+    x = normal(2, 3, 6, 8)
+    expected = x.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(-2, -1))
+    close(AveragePool(2)(x), expected, 1e-15)
+    close(AveragePool(2)(x), F.avg_pool2d(x, 2), 1e-15)
+
+
+def test_inpainting_keeps_what_the_mask_shows():
+    mask = normal(2, 3, seed=3) > 0
+    x = normal(4, 2, 3)
+    operator = Inpainting(mask)
+    assert torch.equal(operator(x), torch.stack([row[mask] for row in x]))
+    assert torch.equal(operator.adjoint(operator(x)), torch.where(mask, x, 0.0))
+    assert torch.equal(operator.pseudo_inverse(operator(x)), torch.where(mask, x, 0.0))
+
+
+@pytest.mark.parametrize("padding, mode", [("circular", "wrap"), ("zeros", "constant")])
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (3, 5), (7, 1), (1, 7), (7, 7)])
+def test_blur_is_the_convolution_of_scipy(padding, mode, size):
+    kernel = np.random.default_rng(0).standard_normal(size)
+    operator = Blur(torch.as_tensor(kernel), padding)
+    x = normal(2, 3, 7, 9)
+    expected = [[ndimage.convolve(image, kernel, mode=mode) for image in sample] for sample in x.numpy()]
+    close(operator(x), torch.as_tensor(np.array(expected)), 1e-13)
+    expected = [[ndimage.correlate(image, kernel, mode=mode) for image in sample] for sample in x.numpy()]
+    close(operator.adjoint(x), torch.as_tensor(np.array(expected)), 1e-13)
+
+
+# --- spectrum -----------------------------------------------------------------------------------------------
+
+
+@cases(SPECTRAL)
+def test_eigenvalues_are_those_of_the_gram_matrix(operator, event, measurement, rank):
+    a = operator.matrix(event)
+    y = normal(2, *measurement)
+    eigenvalues = torch.as_tensor(operator.eigenvalues(y), dtype=torch.float64)
+    assert eigenvalues.min() >= 0
+    got = eigenvalues.expand(measurement).flatten().sort().values
+    close(got, torch.linalg.eigvalsh(a @ a.T), 1e-13)
+
+
+@cases(SPECTRAL)
+@precision
+def test_transform_diagonalises_the_gram_matrix(operator, event, measurement, rank, dtype, rtol):
+    operator = operator.to(dtype=dtype)
+    y = normal(2, *measurement, dtype=dtype)
+    c = operator.transform(y)
+    torch.testing.assert_close(
+        c.abs().square().flatten(1).sum(1), y.square().flatten(1).sum(1)
+    )  # orthonormal
+    back = operator.inverse_transform(c)
+    assert back.dtype == dtype
+    close(back, y, rtol)
+    gram = operator(operator.adjoint(y))
+    close(
+        operator.inverse_transform(c * operator.eigenvalues(y)), gram, rtol, float(gram.abs().max()) + 1e-12
+    )
+
+
+@cases(SPECTRAL)
+@pytest.mark.parametrize("a, b", [(1.0, 1.0), (0.3, 1e-3), (2.0, 50.0)])
+@precision
+def test_solve_gram(operator, event, measurement, rank, a, b, dtype, rtol):
+    dense = operator.matrix(event)
+    v = normal(3, *measurement)
+    matrix = a * dense @ dense.T + b * torch.eye(dense.shape[0], dtype=torch.float64)
+    expected = torch.linalg.solve(matrix, v.flatten(1).T).T.reshape(v.shape)
+    operator = operator.to(dtype=dtype)
+    got = operator.solve_gram(v.to(dtype), a, b)
+    assert got.dtype == dtype
+    close(got, expected, rtol)
+
+
+@cases(SPECTRAL)
+@pytest.mark.parametrize("a", [1.0, 0.3])
+@precision
+def test_solve_gram_without_noise_is_the_pseudo_inverse(operator, event, measurement, rank, a, dtype, rtol):
+    dense = operator.matrix(event)
+    v = normal(3, *measurement)
+    expected = v.flatten(1) @ torch.linalg.pinv(a * dense @ dense.T, rtol=1e-11, hermitian=True)
+    got = operator.to(dtype=dtype).solve_gram(v.to(dtype), a, 0.0)
+    # The condition of the gram matrices here is below 1e4.
+    close(got.flatten(1), expected, rtol if dtype == torch.float64 else 1e-3)
+
+
+@cases(SPECTRAL)
+def test_gram_logdet(operator, event, measurement, rank):
+    dense = operator.matrix(event)
+    gram = dense @ dense.T
+    for a, b in [(1.0, 1.0), (0.2, 1e-4), (1.0, 0.0)]:
+        expected = torch.linalg.slogdet(a * gram + b * torch.eye(len(gram), dtype=torch.float64)).logabsdet
+        got = operator.gram_logdet(normal(2, *measurement), a, b)
+        assert got.dtype == torch.float64 and got.shape == ()
+        if b == 0.0 and rank < len(gram):
+            assert got < -60 * (len(gram) - rank)  # -inf, but for the rounding of eigenvalues that are 0
+        else:
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    single = operator.to(dtype=torch.float32).gram_logdet(
+        normal(2, *measurement, dtype=torch.float32), 1.0, 1e-2
+    )
+    expected = torch.linalg.slogdet(gram + 1e-2 * torch.eye(len(gram), dtype=torch.float64)).logabsdet
+    torch.testing.assert_close(single, expected, rtol=1e-5, atol=1e-5)
+
+
+@cases(DIAGONAL)
+@precision
+def test_gram_diagonal(operator, event, measurement, rank, dtype, rtol):
+    a = operator.matrix(event)
+    y = normal(2, *measurement, dtype=dtype)
+    diagonal = torch.as_tensor(operator.to(dtype=dtype).gram_diagonal(y), dtype=torch.float64)
+    close(diagonal.expand(measurement).flatten(), (a * a).sum(1), rtol)
+
+
+def test_unknown_spectrum_and_diagonal():
+    function, blur = OPERATORS["function"][0], OPERATORS["zeros, not separable"][0]
+    assert not function.spectral and not blur.spectral
+    for operator in (function, blur):
+        with pytest.raises(NotImplementedError, match=r"operator: the spectrum of .* is not known"):
+            operator.solve_gram(normal(1, 2, 6, 7), 1.0, 1.0)
+    with pytest.raises(
+        NotImplementedError, match=r"operator: the diagonal of A A.T of Function.* is not known"
+    ):
+        function.gram_diagonal(normal(1, 4))
+
+
+# --- pseudo-inverse -----------------------------------------------------------------------------------------
+
+
+@cases()
+def test_pseudo_inverse(operator, event, measurement, rank):
+    a = operator.matrix(event)
+    p = dense_of(operator.pseudo_inverse, measurement)
+    close(p, torch.linalg.pinv(a), 1e-9)
+    scale = float(p.abs().max()) * float(a.abs().max()) + 1e-30
+    close(a @ p @ a, a, 1e-9, scale * float(a.abs().max()) + 1e-30)  # Moore and Penrose
+    close(p @ a @ p, p, 1e-9, scale * float(p.abs().max()) + 1e-30)
+    close(a @ p, (a @ p).T, 1e-9, scale)
+    close(p @ a, (p @ a).T, 1e-9, scale)
+
+
+@cases()
+def test_pseudo_inverse_in_float32(operator, event, measurement, rank):
+    operator32 = operator.to(dtype=torch.float32)
+    x = normal(3, *event)
+    y = operator(x)
+    back = operator32.pseudo_inverse(y.float())
+    assert back.dtype == torch.float32 and back.shape == x.shape
+    close(operator32(back), y, 1e-3)
+    close(back, operator.pseudo_inverse(y), 1e-3)
+
+
+@pytest.mark.parametrize("padding", ["circular", "zeros"])
+@pytest.mark.parametrize("size", [16, 128])
+def test_blur_pseudo_inverse_does_not_lose_modes_with_the_size(padding, size):
+    """A Gaussian of 0.7 pixels has singular values down to 0.8 %, well above rounding: all come back, in
+    float32 and at any size."""
+    taps = torch.exp(-0.5 * (torch.arange(-4, 5) / 0.7) ** 2)
+    operator = Blur(torch.outer(taps / taps.sum(), taps / taps.sum()), padding)
+    x = normal(1, 1, size, size, dtype=torch.float32)
+    close(operator.pseudo_inverse(operator(x)), x, 2e-3)
+
+
+@pytest.mark.parametrize("padding", ["circular", "zeros"])
+def test_blur_pseudo_inverse_stays_bounded_in_float32(padding):
+    """A wide Gaussian's smallest singular values, 1e-16 of the largest and less, are rounding: they are left
+    out, and what is measured is met."""
+    taps = torch.exp(-0.5 * (torch.arange(-7, 8) / 2.0) ** 2)
+    operator = Blur(torch.outer(taps / taps.sum(), taps / taps.sum()), padding)
+    x = normal(1, 2, 64, 64, dtype=torch.float32)
+    y = operator(x)
+    back = operator.pseudo_inverse(y)
+    assert back.norm() < 1.01 * x.norm()  # a projection of x
+    close(operator(back), y, 2e-3)
+    noise = 1e-3 * normal(1, 2, 64, 64, seed=1, dtype=torch.float32)
+    # nothing is amplified by more than the least singular value kept, sqrt(8 eps)
+    assert operator.pseudo_inverse(noise).norm() < noise.norm() / math.sqrt(
+        8 * torch.finfo(torch.float32).eps
+    )
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_a_low_rank_matrix_of_float32_keeps_its_rank_in_float64(shape):
+    """Its null singular values are the rounding of its elements, not information."""
+    m, d = shape
+    matrix = (normal(m, 3, seed=1) @ normal(3, d, seed=2)).float()
+    operator = Matrix(matrix)
+    y = operator(normal(2, d, seed=3))
+    assert (operator.eigenvalues(y) > 0).sum() == 3
+    back = operator.pseudo_inverse(y)
+    close(operator(back), y, 1e-5)
+    close(back, y @ torch.linalg.pinv(matrix.double(), rtol=1e-5).T, 1e-5)
+
+
+def test_an_ill_conditioned_matrix():
+    """Singular values over six decades: those of ``A A^T``, over twelve, would be lost by forming it."""
+    u, v = torch.linalg.qr(normal(6, 6, seed=1)).Q, torch.linalg.qr(normal(6, 6, seed=2)).Q
+    s = torch.logspace(0, -6, 6, dtype=torch.float64)
+    operator = Matrix(u @ torch.diag(s) @ v.T)
+    eigenvalues = operator.eigenvalues(normal(1, 6)).sort(descending=True).values
+    torch.testing.assert_close(eigenvalues, s**2, rtol=1e-8, atol=0)
+    x = normal(2, 6, seed=3)
+    close(operator.pseudo_inverse(operator(x)), x, 1e-3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(m=st.integers(1, 6), d=st.integers(1, 6), rank=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_pseudo_inverse_of_any_matrix(m, d, rank, seed):
+    rank = min(rank, m, d)
+    u, v = (torch.linalg.qr(normal(n, rank, seed=seed + i)).Q for i, n in enumerate((m, d)))
+    matrix = u @ torch.diag(torch.linspace(1.0, 0.1, rank, dtype=torch.float64)) @ v.T
+    p = dense_of(Matrix(matrix).pseudo_inverse, (m,))
+    close(p, torch.linalg.pinv(matrix, rtol=1e-10), 1e-11)
+
+
+@pytest.mark.parametrize(
+    "h, inverse",
+    [
+        (lambda x: torch.round(x * 4) / 4, lambda y: y),
+        (lambda x: torch.sign(x), lambda y: 0.3 * y),
+        (lambda x: torch.round(F.avg_pool2d(x, 2) * 8), lambda y: F.interpolate(y / 8, scale_factor=2)),
+        (lambda x: x.abs(), lambda y: y),
+    ],
+    ids=["quantised", "sign", "pooled and quantised", "modulus"],
+)  # fmt: skip
+def test_pseudo_inverse_of_a_function(h, inverse):
+    operator = Function(h, pseudo_inverse=inverse)
+    x = normal(3, 2, 4, 4)
+    z = operator(x)
+    assert torch.equal(z, h(x))
+    assert torch.equal(operator(operator.pseudo_inverse(z)), z)
+    assert not torch.allclose(operator.pseudo_inverse(z), x)
+
+
+def test_pseudo_inverse_given_to_a_linear_function():
+    operator = Function(lambda x: 2 * x, linear=True, event=(3,), pseudo_inverse=lambda y: y / 2)
+    x = normal(2, 3)
+    assert torch.equal(operator.pseudo_inverse(operator(x)), x)
+
+
+def test_a_linear_function_may_hold_float32_weights():
+    weight = normal(2, 1, 3, 3, dtype=torch.float32)
+    operator = Function(lambda x: F.conv2d(x, weight), linear=True, event=(1, 4, 5))
+    x = normal(2, 1, 4, 5, dtype=torch.float32)
+    y = operator(x)
+    dense = operator.matrix((1, 4, 5), torch.float32).double()
+    expected = y.flatten(1).double() @ torch.linalg.pinv(dense, rtol=1e-5).T
+    close(operator.pseudo_inverse(y).flatten(1), expected, 1e-5)
+    close(operator(operator.pseudo_inverse(y)), y, 1e-5)
+
+
+# --- copies, gradients, caches ------------------------------------------------------------------------------
+
+
+@cases()
+def test_to_returns_a_copy_in_the_dtype(operator, event, measurement, rank):
+    before = {name: value.dtype for name, value in vars(operator).items() if isinstance(value, torch.Tensor)}
+    single = operator.to("cpu", torch.float32)
+    assert type(single) is type(operator) and single is not operator
+    for name, value in vars(single).items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == (torch.float32 if value.is_floating_point() else torch.int64), name
+    assert before == {n: v.dtype for n, v in vars(operator).items() if isinstance(v, torch.Tensor)}
+    x = normal(2, *event)
+    close(single(x.float()), operator(x), 2e-6)
+    unchanged = operator.to()
+    assert torch.equal(unchanged(x), operator(x))
+
+
+def test_functions_can_be_copied():
+    """`Likelihood.to`, which every run of a sampler calls, copies its operator."""
+    nonlinear = Function(torch.exp, pseudo_inverse=torch.log)
+    linear = OPERATORS["function with adjoint"][0]
+    for operator, x in ((nonlinear, normal(2, 3)), (linear, normal(2, 8))):
+        copied = operator.to("cpu", torch.float64)
+        assert type(copied) is type(operator) and copied.linear == operator.linear
+        assert torch.equal(copied(x), operator(x))
+        close(copied.pseudo_inverse(copied(x)), operator.pseudo_inverse(operator(x)), 1e-15)
+    assert isinstance(linear, LinearOperator) and not isinstance(nonlinear, LinearOperator)
+
+
+@cases()
+def test_gradient_is_the_adjoint(operator, event, measurement, rank):
+    x, y = normal(3, *event).requires_grad_(), normal(3, *measurement, seed=1)
+    (gradient,) = torch.autograd.grad(operator(x), x, y)
+    close(gradient, operator.adjoint(y), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["circular", "zeros", "zeros, not separable"])
+def test_one_blur_serves_every_size_and_dtype_in_turn(name):
+    operator = OPERATORS[name][0]
+    fresh = {}
+    for event in ((2, 6, 7), (1, 7, 6), (6, 7)):
+        for dtype in (torch.float64, torch.float32):
+            y = normal(2, *event, dtype=dtype)
+            alone = Blur(operator.kernel, operator.padding)
+            fresh[event, dtype] = (y, alone(y), alone.adjoint(y), alone.pseudo_inverse(y))
+    for _ in range(2):
+        for y, z, back, inverse in fresh.values():
+            assert torch.equal(operator(y), z) and torch.equal(operator.adjoint(y), back)
+            assert torch.equal(operator.pseudo_inverse(y), inverse) and inverse.dtype == y.dtype
+    moved = operator.to(dtype=torch.float32)
+    y, z, *_ = fresh[(2, 6, 7), torch.float32]
+    close(moved(y), z, 1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@cases()
+def test_on_a_gpu(operator, event, measurement, rank):
+    moved = operator.to("cuda")
+    x, y = normal(2, *event), normal(2, *measurement)
+    for method, argument in (("__call__", x), ("adjoint", y), ("pseudo_inverse", y)):
+        expected = getattr(operator, method)(argument)
+        got = getattr(moved, method)(argument.cuda())
+        assert got.device.type == "cuda"
+        close(got.cpu(), expected, 1e-9)
+    close(moved.to("cpu")(x), operator(x), 1e-12)
+
+
+def test_numbers_of_numpy():
+    assert AveragePool(np.int64(2)).factor == 2
+    kernel = np.outer([1.0, 2.0, 1.0], [0.5, 0.0, -0.5])
+    x = normal(1, 4, 4)
+    assert torch.equal(Blur(kernel)(x), Blur(torch.as_tensor(kernel))(x))
+    assert Blur(torch.tensor([[1, 2, 1]])).kernel.dtype == torch.float32
+    assert Matrix(np.eye(3)).weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("noise, separable", [(1e-8, True), (1e-3, False)])
+def test_a_kernel_is_separable_to_rounding(noise, separable):
+    kernel = torch.outer(ROWS, COLUMNS)
+    assert Blur(kernel + noise * normal(3, 5), "zeros").spectral is separable
+    assert Blur(kernel + noise * normal(3, 5), "circular").spectral
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: Inpainting(torch.ones(3)), TypeError, "mask: expected a bool tensor, got torch.float32"),
+        (lambda: Inpainting([True]), TypeError, "mask: expected a bool tensor, got list"),
+        (
+            lambda: Inpainting(torch.zeros(3, dtype=torch.bool)),
+            ValueError,
+            "mask: expected at least one measured",
+        ),
+        (
+            lambda: Inpainting(torch.ones(1, 3, dtype=torch.bool))(normal(2, 3, 1)),
+            ValueError,
+            r"mask: expected the shape of an event, \[3, 1\], got \[1, 3\]",
+        ),
+        (lambda: AveragePool(0), ValueError, "factor: expected an integer >= 1, got 0"),
+        (lambda: AveragePool(2.0), ValueError, "factor: expected an integer >= 1, got 2.0"),
+        (lambda: AveragePool(True), ValueError, "factor: .*got True"),
+        (lambda: AveragePool(3)(normal(2, 6, 8)), ValueError, r"factor: .*divisor.*\[2, 6, 8\], got 3"),
+        (lambda: AveragePool(1)(normal(2, 6)), ValueError, r"factor: .*\[2, 6\]"),
+        (
+            lambda: Blur(torch.ones(2, 3)),
+            ValueError,
+            r"kernel: expected two odd dimensions, got shape \[2, 3\]",
+        ),
+        (lambda: Blur(torch.ones(3)), ValueError, r"kernel: expected two odd dimensions, got shape \[3\]"),
+        (lambda: Blur(torch.full((3, 3), math.nan)), ValueError, "kernel: expected finite values"),
+        (lambda: Blur(torch.ones(3, 3), "same"), ValueError, "padding: .*'circular' or 'zeros', got 'same'"),
+        (lambda: Blur(torch.ones(5, 3))(normal(1, 4, 4)), ValueError, r"kernel: .*\[1, 4, 4\], got 5 x 3"),
+        (lambda: Blur(torch.ones(1, 1))(normal(4, 4)), ValueError, "kernel: expected at most"),
+        (lambda: Matrix(torch.ones(3)), ValueError, r"matrix: .*shape \[m, d\], got torch.float32 \[3\]"),
+        (
+            lambda: Matrix(torch.ones(3, 3, dtype=torch.int64)),
+            ValueError,
+            "matrix: .*floating.*got torch.int64",
+        ),
+        (lambda: Matrix(torch.full((2, 2), math.inf)), ValueError, "matrix: expected finite"),
+        (lambda: Matrix(torch.ones(0, 3)), ValueError, r"matrix: .*got torch.float32 \[0, 3\]"),
+        (
+            lambda: Matrix(torch.ones(2, 6), event=(2, 2)),
+            ValueError,
+            r"event: expected 6 elements, got shape \[2, 2\]",
+        ),
+        (
+            lambda: Matrix(torch.ones(2, 6))(normal(1, 2, 3)),
+            ValueError,
+            r"matrix: .*shape \[6\], got \[2, 3\]",
+        ),
+        (lambda: Function(3), TypeError, "f: expected a callable, got int"),
+        (lambda: Function(abs, linear=True), ValueError, "event: .*or an adjoint.*got neither"),
+        (lambda: Function(abs, event=(3,)), ValueError, "adjoint, event: expected linear=True"),
+        (lambda: Function(abs, adjoint=abs), ValueError, "adjoint, event: expected linear=True"),
+        (
+            lambda: Function(abs).pseudo_inverse(normal(1)),
+            ValueError,
+            r"pseudo_inverse: expected Function\(f, pseudo",
+        ),
+        (
+            lambda: Function(abs, linear=True, adjoint=abs).pseudo_inverse(normal(1)),
+            ValueError,
+            "pseudo_inverse: .*got none",
+        ),
+        (
+            lambda: Operator().pseudo_inverse(normal(1)),
+            ValueError,
+            "operator: Operator has no pseudo-inverse",
+        ),
+        (lambda: Identity().matrix((5000,)), ValueError, "event: expected at most 4096 elements.*got 5000"),
+    ],
+)
+def test_errors_name_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_repr():
+    assert repr(Blur(torch.ones(3, 5), "zeros")) == "Blur(3x5, 'zeros')"
+    assert repr(AveragePool(4)) == "AveragePool(4)"
+    assert repr(Matrix(torch.ones(2, 3))) == "Matrix([2, 3])"
+    assert repr(Function(torch.exp)) == "Function(exp)"
+    assert repr(Function(stride_and_mix, linear=True, event=(8,))) == "Function(stride_and_mix)"

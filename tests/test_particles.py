@@ -1,0 +1,231 @@
+"""TDS and FK against closed forms: Gaussian prior x linear-Gaussian likelihood, and a mixture."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from gaussian import MATRIX, SCALE, Y, GaussianPrior, example, gaussian_likelihood, posterior
+
+import fastguide as fg
+from fastguide.demo import Mixture
+
+STEPS = 20
+
+
+def run(guidance, seed: int = 0, prior: GaussianPrior | None = None, **options) -> fg.Samples:
+    prior = prior or example()
+    return fg.sample(
+        prior.denoiser(), (2, 3), guidance=guidance, steps=STEPS, seed=seed, dtype=torch.float64, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def closed_form():
+    mean, covariance = example().chain(STEPS)
+    return posterior(mean, covariance, MATRIX, Y, SCALE)
+
+
+def errors(guidance_of, particles: int, seeds: range, closed_form) -> tuple[float, float, float]:
+    """Root mean square errors of posterior mean, variance and log-evidence over seeds and observations."""
+    means, covariance, evidence = closed_form
+    squares = []
+    for seed in seeds:
+        out = run(guidance_of(particles), seed)
+        squares.append(
+            (
+                (out.mean() - means).square().mean(),
+                (out.variance() - covariance.diagonal()).square().mean(),
+                (out.log_evidence - evidence).square().mean(),
+            )
+        )
+    return tuple(math.sqrt(sum(s[i].item() for s in squares) / len(squares)) for i in range(3))
+
+
+@pytest.mark.parametrize("method", ["tds", "fk"])
+def test_reaches_the_closed_form_like_one_over_root_k(method, closed_form):
+    def guidance_of(particles):
+        likelihood = gaussian_likelihood()
+        if method == "tds":
+            return fg.TDS(likelihood, particles)
+        return fg.FK(likelihood, particles, proposal="guided", potential="difference", resample_steps=3)
+
+    sizes = (64, 256, 1024, 4096)
+    table = torch.tensor([errors(guidance_of, k, range(10), closed_form) for k in sizes])
+    print(f"\n{method}: K, rms error of mean, variance, log-evidence\n", torch.cat([torch.tensor(sizes)[:, None], table], 1))
+    logs = torch.log(torch.tensor(sizes, dtype=torch.float64))
+    centred = logs - logs.mean()
+    slopes = (centred[:, None] * table.double().log()).sum(0) / centred.square().sum()
+    assert ((slopes > -0.7) & (slopes < -0.3)).all(), slopes  # 1/sqrt(K) is -0.5
+    assert (table[-1] < torch.tensor([0.05, 0.05, 0.06])).all(), table[-1]
+
+
+@pytest.mark.parametrize("covariance", ["point", "isotropic", "moment"])
+@pytest.mark.parametrize("resampler", ["systematic", "stratified", "multinomial", "residual"])
+def test_every_covariance_and_resampler_has_the_same_limit(covariance, resampler, closed_form):
+    # A wide likelihood, so that "point" too is usable: what changes is the variance, not the limit.
+    prior, scale = example(), 1.5
+    means, variance, evidence = posterior(*prior.chain(STEPS), MATRIX, Y, scale)
+    out = run(fg.TDS(gaussian_likelihood(scale=scale), 4096, covariance=covariance, resampler=resampler))
+    assert torch.allclose(out.mean(), means, atol=0.08)
+    assert torch.allclose(out.variance(), variance.diagonal().expand_as(means), atol=0.1)
+    assert torch.allclose(out.log_evidence, evidence, atol=0.08)
+
+
+def test_default_covariance_is_moment_for_few_measurements():
+    prior = example()
+    few = run(fg.TDS(gaussian_likelihood(), 64), prior=prior)
+    assert torch.equal(few.x, run(fg.TDS(gaussian_likelihood(), 64, covariance="moment")).x)
+    count = torch.ones(17, dtype=torch.float64)
+    wide = GaussianPrior(0 * count, torch.diag(count), prior.schedule).denoiser()
+    likelihood = fg.likelihoods.Gaussian(torch.zeros(1, 17), fg.operators.Identity(), 0.5)
+    outs = [
+        fg.sample(wide, (1, 17), guidance=fg.TDS(likelihood, 32, covariance=c), steps=5).x for c in (None, "isotropic")
+    ]
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("covariance", ["point", "isotropic", "moment"])
+def test_fk_with_the_guided_proposal_and_difference_is_tds(covariance):
+    likelihood = gaussian_likelihood()
+    tds = run(fg.TDS(likelihood, 50, covariance=covariance), keep_ancestors=True)
+    fk = run(fg.FK(likelihood, 50, proposal="guided", covariance=covariance), keep_ancestors=True)
+    for name in ("x", "log_weights", "log_evidence", "ess", "ancestors"):
+        assert torch.equal(getattr(tds, name), getattr(fk, name)), name
+
+
+@pytest.mark.parametrize("proposal", ["base", "guided"])
+@pytest.mark.parametrize("potential", ["difference", "max", "sum", "callable"])
+def test_every_potential_and_proposal_reaches_the_same_target(potential, proposal):
+    """Target ``N(m, V) exp(r)`` with a quadratic reward: Gaussian again. A mild one for "sum", whose potentials on the
+    way add up to it some two hundred times."""
+    m, v = example().chain(STEPS)
+    centre = torch.tensor([0.3, 0.1, -0.2], dtype=torch.float64)
+    curvature = 0.02 if potential == "sum" else 0.25
+    inverse = torch.linalg.inv(v)
+    precision = inverse + curvature * torch.eye(3, dtype=torch.float64)
+    mean = torch.linalg.solve(precision, inverse @ m + curvature * centre)
+
+    def reward(x0):
+        return -0.5 * curvature * (x0 - centre.to(x0)).square().sum(1) / 2.0  # strength doubles it
+
+    def partial(new, old):
+        return 0.7 * (new if old is None else new - old)
+
+    f = partial if potential == "callable" else potential
+    outs = [run(fg.FK(reward, 8000, potential=f, proposal=proposal, strength=2.0), seed) for seed in range(2)]
+    tolerance = 0.05
+    got = torch.cat([out.mean() for out in outs]).mean(0)
+    assert torch.allclose(got, mean, atol=tolerance), (got, mean)
+    got = torch.cat([out.variance() for out in outs]).mean(0)
+    assert torch.allclose(got, torch.linalg.inv(precision).diagonal(), atol=2 * tolerance)
+    # The normalising constant: integral of N(x; m, V) exp(-curvature/2 |x - centre|^2).
+    wide = torch.distributions.MultivariateNormal(m, v + torch.eye(3, dtype=torch.float64) / curvature)
+    constant = wide.log_prob(centre) + 1.5 * math.log(2 * math.pi / curvature)
+    got = torch.stack([out.log_evidence for out in outs]).mean()
+    assert abs(got.item() - constant.item()) < tolerance
+
+
+def test_own_proposal_with_its_density_ratio(closed_form):
+    """A proposal shifted by a constant, weighed by its ratio, changes nothing in the limit."""
+    shift = torch.tensor([0.4, -0.3, 0.2], dtype=torch.float64)
+
+    def proposal(x, x0_hat, coefficients, *, seed, step):
+        a, b, tau = fg.reference.step_coefficients(coefficients)
+        mean = a * x + b * x0_hat
+        if tau == 0.0:
+            return mean, torch.zeros(len(x), dtype=torch.float64)
+        z = fg.ops.randn(x.shape, seed=seed, step=step, dtype=x.dtype)
+        moved = mean + 0.3 * tau * shift + tau * z
+        density = torch.distributions.Normal
+        ratio = density(mean, tau).log_prob(moved) - density(mean + 0.3 * tau * shift, tau).log_prob(moved)
+        return moved, ratio.sum(1)
+
+    means, _, evidence = closed_form
+    out = run(fg.FK(gaussian_likelihood(), 20000, proposal=proposal, covariance="isotropic"))
+    assert torch.allclose(out.mean(), means, atol=0.06)
+    assert torch.allclose(out.log_evidence, evidence, atol=0.08)
+
+
+def test_strength_tempers_the_likelihood():
+    """``exp(strength log p(y | x))`` is a Gaussian likelihood of variance ``s^2 / strength``, up to a constant."""
+    strength = 0.25
+    prior = example()
+    means, _, _ = posterior(*prior.chain(STEPS), MATRIX, Y, SCALE / strength**0.5)
+    out = run(fg.FK(gaussian_likelihood(), 8000, strength=strength, proposal="guided", covariance="isotropic"))
+    assert torch.allclose(out.mean(), means, atol=0.05)
+
+
+@pytest.mark.parametrize("resample_steps", [None, 4, [2, 5, 11]])
+def test_resampling_happens_at_the_steps_asked_for(resample_steps):
+    out = run(
+        fg.FK(gaussian_likelihood(), 40, ess_threshold=None, resample_steps=resample_steps, covariance="isotropic"),
+        keep_ancestors=True,
+    )
+    identity = torch.arange(40, dtype=torch.int32)
+    moved = [i for i in range(STEPS) if not torch.equal(out.ancestors[i], identity.expand(2, -1))]
+    if resample_steps is None:  # at t = 1 all weights are equal, and resampling moves nobody
+        assert moved == list(range(1, STEPS))
+    else:
+        assert moved == ([4, 8, 12, 16] if resample_steps == 4 else resample_steps)
+
+
+def test_a_row_above_the_threshold_keeps_its_particles():
+    out = run(fg.TDS(gaussian_likelihood(), 100, ess_threshold=0.5), keep_ancestors=True)
+    identity = torch.arange(100, dtype=torch.int32)
+    kept = (out.ancestors == identity).all(2)  # [steps, B]
+    assert torch.equal(kept, out.ess[:-1] >= 50)
+    assert kept.any() and not kept.all()
+
+
+def test_observations_are_independent_of_each_other():
+    """Observation 0 has the same particles whether or not another is run beside it."""
+    both = run(fg.TDS(gaussian_likelihood(), 30))
+    alone = fg.sample(
+        example().denoiser(), (1, 3), guidance=fg.TDS(gaussian_likelihood(Y[:1]), 30), steps=STEPS, dtype=torch.float64
+    )
+    assert torch.allclose(both.x[:1], alone.x, atol=1e-12)
+    assert torch.allclose(both.log_weights[:1], alone.log_weights, atol=1e-9)
+
+
+def test_zero_reward_probability_kills_particles_and_no_more():
+    """A hard constraint on ``x0_hat`` all the way: who once was outside has weight 0 for good. The evidence is that of the
+    paths that stayed inside, at most the share of those that end there."""
+
+    def reward(x0):
+        return torch.where(x0[:, 0] > 0.3, 0.0, -math.inf)
+
+    out = run(fg.FK(reward, 4000, ess_threshold=0.5))
+    alive = out.log_weights > -math.inf
+    assert (out.x[..., 0][alive] > 0.3).all() and alive.any()
+    m, v = example().chain(STEPS)
+    sd = v[0, 0].sqrt()
+    beta = (0.3 - m[0]) / sd
+    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
+    upper = 1 - normal.cdf(beta)
+    assert (out.log_evidence <= torch.log(upper) + 0.05).all()
+
+
+def test_tds_finds_both_modes_with_their_mass_and_dps_does_not():
+    """Two separated modes, unequal masses after the measurement: the exact ones are known."""
+    model = Mixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), 0.25, fg.schedules.flow())
+    prior = fg.Denoiser(model, model.schedule, "sample")
+    matrix, y, scale = torch.tensor([[1.0, 0.5]]), torch.tensor([[0.15]]), 1.0
+    weights, means, _, evidence = model.posterior(matrix, y[0], scale)
+    exact_mass, exact_mean = weights[1].item(), (weights[:, None] * means).sum(0)
+    likelihood = fg.likelihoods.Gaussian(y, fg.operators.Matrix(matrix), scale)
+    options = {"steps": 100, "seed": 1, "dtype": torch.float64}
+
+    out = fg.sample(prior, (1, 2), guidance=fg.TDS(likelihood, 4096), **options)
+    mass = (out.weights * (out.x[..., 0] > 0)).sum().item()
+    dps = fg.sample(prior, (4096, 2), guidance=fg.DPS(likelihood, zeta=1.0, normalize=False), **options).x
+    dps_mass = (dps[:, 0] > 0).double().mean().item()
+    print(f"\nmass of the right mode: exact {exact_mass:.3f}, TDS {mass:.3f}, DPS {dps_mass:.3f} (not exact)")
+    print(f"log p(y): exact {evidence:.3f}, TDS {out.log_evidence.item():.3f}")
+    print(f"mean: exact {exact_mean.tolist()}, TDS {out.mean()[0].tolist()}, DPS {dps.mean(0).tolist()}")
+    assert abs(mass - exact_mass) < 0.03
+    assert abs(out.log_evidence.item() - evidence) < 0.05
+    assert torch.allclose(out.mean()[0], exact_mean, atol=0.12)
+    # Published DPS ignores the covariance of x_0 given x_t: its answer is off by many standard errors.
+    assert abs(dps_mass - exact_mass) > 0.05 or (dps.mean(0) - exact_mean).abs().max() > 0.25

@@ -1,0 +1,266 @@
+"""`propose_and_weigh` against float64 normal densities of ``torch.distributions``, the sum of a million terms
+against ``math.fsum``, and the identity that makes it a weight: its mean under the proposal is 1."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from fastguide import ops, reference
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+LEVELS = {
+    "vp": (0.6, 0.8, 0.8, 0.6, 0.35),
+    "ve": (1.0, 3.0, 1.0, 1.25, 1.1),
+    "flow from noise": (0.0, 1.0, 0.125, 0.875, 0.875),
+    "small tau": (0.8, 0.6, 0.81, 0.586, 1e-3),
+}
+COUNTER = dict(seed=2**64 - 2, step=3, stream=1, first_particle=10)
+
+
+def inputs(shape, dtype=torch.float64, push: float = 0.3, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    x, x0_hat, displacement = torch.randn(3, *shape, generator=generator, dtype=torch.float64).unbind(0)
+    log_weights = torch.randn(shape[0], generator=generator, dtype=torch.float64)
+    return x.to(dtype), x0_hat.to(dtype), (push * displacement).to(dtype), log_weights
+
+
+def expectation(x, x0_hat, displacement, log_weights, coefficients) -> tuple[torch.Tensor, torch.Tensor]:
+    """In float64, with the densities as torch.distributions has them; coefficients are floats, ``tau > 0``."""
+    alpha_t, sigma_t, alpha_s, sigma_s, tau = coefficients
+    x, x0_hat, displacement = (v.double().flatten(1) for v in (x, x0_hat, displacement))
+    eps_hat = (x - alpha_t * x0_hat) / sigma_t
+    mean = alpha_s * x0_hat + math.sqrt(sigma_s**2 - tau**2) * eps_hat
+    x_s = mean + displacement + tau * ops.randn(x.shape, dtype=torch.float64, **COUNTER)
+    ratio = Normal(mean, tau).log_prob(x_s) - Normal(mean + displacement, tau).log_prob(x_s)
+    return x_s, log_weights.double().flatten() + ratio.sum(1)
+
+
+# --- the formula --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("shape", [(5, 1), (4, 3, 2, 7), (2, 1009), (7,)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_against_normal_densities(levels, shape, dtype, assert_close):
+    coefficients = LEVELS[levels]
+    tau = coefficients[4]
+    x, x0_hat, displacement, log_weights = inputs(shape, dtype, push=0.5 * tau)
+    x_s, weights = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, coefficients, **COUNTER)
+    columns = (v.reshape(shape[0], -1) for v in (x, x0_hat, displacement))
+    expected_x, expected_weights = expectation(*columns, log_weights, coefficients)
+    assert x_s.dtype == dtype and x_s.shape == shape
+    assert_close(x_s.reshape(shape[0], -1), expected_x, 2.0)
+    # delta and z are float32, or float64, whatever the state is kept in
+    eps = 2e-15 if dtype == torch.float64 else 3e-7
+    if dtype == torch.float64 and levels == "small tau":
+        eps = 1e-12  # of the expectation: it subtracts two quadratics
+    torch.testing.assert_close(
+        weights, expected_weights, rtol=eps, atol=eps * math.sqrt(math.prod(shape[1:]))
+    )
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_per_sample_coefficients_and_rows_without_noise(dtype, assert_close):
+    rows = [*LEVELS.values(), (0.8, 0.6, 1.0, 0.0, 0.0), (0.6, 0.8, 0.8, 0.6, 0.0)]
+    columns = tuple(torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+    x, x0_hat, displacement, log_weights = inputs((len(rows), 11), dtype)
+    displacement = displacement * columns[4].clamp(max=1.0)[:, None].to(dtype)
+    displacement[4:] = 0.5  # ignored where tau = 0
+    x_s, weights = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, columns, **COUNTER)
+    for i, row in enumerate(rows):
+        one = slice(i, i + 1)
+        counter = {**COUNTER, "first_particle": COUNTER["first_particle"] + i}
+        expected_x, expected_weights = ops.propose_and_weigh(
+            x[one], x0_hat[one], displacement[one], log_weights[one], row, **counter
+        )
+        assert_close(x_s[one], expected_x)
+        assert_close(weights[one], expected_weights, 10.0)
+    assert torch.equal(weights[4:], log_weights[4:])
+    assert_close(x_s[4], x0_hat[4])  # the last step, to alpha = 1 and sigma = 0
+    assert torch.isfinite(x_s).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_without_noise_it_is_the_base_step(dtype, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("drew noise")
+
+    monkeypatch.setattr(reference, "randn", refuse)
+    x, x0_hat, displacement, log_weights = inputs((3, 5), dtype)
+    for coefficients in ((0.8, 0.6, 1.0, 0.0, 0.0), (0.6, 0.8, 0.8, 0.6, 0.0)):
+        x_s, weights = ops.propose_and_weigh(
+            x, x0_hat, displacement, log_weights, coefficients, seed=1, backend="reference"
+        )
+        assert torch.equal(x_s, ops.reverse_step(x, x0_hat, coefficients, prediction="sample"))
+        assert torch.equal(weights, log_weights) and weights.data_ptr() != log_weights.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_state_is_that_of_reverse_step(dtype, assert_close):
+    x, x0_hat, displacement, log_weights = inputs((3, 50), dtype)
+    x_s, _ = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, LEVELS["vp"], **COUNTER)
+    expected = ops.reverse_step(
+        x, x0_hat, LEVELS["vp"], prediction="sample", displacement=displacement, **COUNTER
+    )
+    assert_close(x_s, expected)
+
+
+def test_no_displacement_no_weight():
+    x, x0_hat, displacement, log_weights = inputs((3, 50), torch.float32)
+    _, weights = ops.propose_and_weigh(x, x0_hat, 0 * displacement, log_weights, LEVELS["vp"], **COUNTER)
+    assert torch.equal(weights, log_weights)
+
+
+# --- the reduction ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("elements", [1, 10, 1000, 100_003, 1_000_000])
+def test_large_states_lose_nothing(elements):
+    """Against the correctly rounded sum of the same float32 terms' float64 products. A float32 running sum of a
+    million terms is off by 1e-3 here."""
+    x, x0_hat, displacement, log_weights = inputs((2, elements), torch.float32, push=0.01)
+    tau = 0.25  # a power of two, so that delta is exact
+    _, weights = ops.propose_and_weigh(
+        x, x0_hat, displacement, log_weights, (0.6, 0.8, 0.8, 0.6, tau), **COUNTER
+    )
+    z = ops.randn(x.shape, **COUNTER).double().numpy()
+    delta = (displacement / tau).double().numpy()
+    for i in range(2):
+        expected = float(log_weights[i]) - math.fsum(delta[i] * z[i] + 0.5 * delta[i] ** 2)
+        magnitude = math.fsum(abs(delta[i] * z[i]))
+        # float32 products and a tree of compensated float32 sums would also do
+        assert abs(float(weights[i]) - expected) < 2e-7 * magnitude**0.5 + 1e-9, float(weights[i]) - expected
+
+
+def test_no_cancellation_of_large_quadratics():
+    """A million elements beside tau = 1e-3: the densities are about 6e6 each, their ratio about 1."""
+    x, x0_hat, displacement, log_weights = inputs((1, 1_000_000), torch.float32, push=1e-6)
+    coefficients = LEVELS["small tau"]
+    _, weights = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, coefficients, **COUNTER)
+    z = ops.randn(x.shape, **COUNTER).double()
+    delta = displacement.double() / coefficients[4]
+    expected = float(log_weights[0]) - math.fsum((delta * (z + 0.5 * delta)).flatten().tolist())
+    assert abs(float(weights[0]) - expected) < 1e-6
+
+
+# --- shapes and memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 6), (6, 1), (1, 2, 3)])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_log_weights_of_any_shape(shape, dtype):
+    x, x0_hat, displacement, log_weights = inputs((6, 9), torch.float32)
+    flat = ops.propose_and_weigh(x, x0_hat, displacement, log_weights.to(dtype), LEVELS["vp"], **COUNTER)
+    shaped = log_weights.to(dtype).reshape(shape)
+    got = ops.propose_and_weigh(x, x0_hat, displacement, shaped, LEVELS["vp"], **COUNTER)
+    assert got[1].shape == shape and got[1].dtype == dtype
+    assert torch.equal(got[0], flat[0]) and torch.equal(got[1].flatten(), flat[1])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0,), (1, 1)])
+def test_empty_and_smallest(shape):
+    x, x0_hat, displacement, log_weights = inputs(shape, torch.float32)
+    x_s, weights = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, LEVELS["vp"], **COUNTER)
+    assert x_s.shape == shape
+    if x.numel() == 0:
+        assert torch.equal(weights, log_weights)  # nothing was displaced
+    else:
+        _, expected = expectation(x, x0_hat, displacement, log_weights, LEVELS["vp"])
+        torch.testing.assert_close(weights, expected, rtol=3e-7, atol=3e-7)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_non_contiguous_inputs_that_stay_as_they_are(dtype):
+    x, x0_hat, displacement, log_weights = inputs((6, 4, 5), dtype)
+    log_weights = log_weights.reshape(2, 3)
+    expected = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, LEVELS["ve"], **COUNTER)
+    turned = [v.transpose(0, 2).contiguous().transpose(0, 2) for v in (x, x0_hat, displacement)]
+    turned.append(log_weights.T.contiguous().T)
+    before = [v.clone() for v in turned]
+    got = ops.propose_and_weigh(*turned, LEVELS["ve"], **COUNTER)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b) and a.is_contiguous()
+        a.fill_(7.0)
+    assert all(torch.equal(a, b) for a, b in zip(turned, before, strict=True))
+
+
+def test_the_bits_do_not_depend_on_threads_or_chunks(threads):
+    x, x0_hat, displacement, log_weights = inputs((5, 40_001), torch.float32)
+    results = []
+    for number in (1, 2):
+        with threads(number):
+            results.append(
+                ops.propose_and_weigh(x, x0_hat, displacement, log_weights, LEVELS["vp"], **COUNTER)
+            )
+    parts = []
+    for rows in (slice(0, 2), slice(2, 5)):
+        counter = {**COUNTER, "first_particle": COUNTER["first_particle"] + rows.start}
+        parts.append(
+            ops.propose_and_weigh(
+                x[rows], x0_hat[rows], displacement[rows], log_weights[rows], LEVELS["vp"], **counter
+            )
+        )
+    results.append(tuple(torch.cat(part) for part in zip(*parts, strict=True)))
+    for x_s, weights in results[1:]:
+        assert torch.equal(x_s, results[0][0])
+        assert torch.equal(weights, results[0][1])
+
+
+# --- what makes it a weight ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", ("vp", "ve", "flow from noise"))
+@pytest.mark.parametrize("push", (0.05, 0.2))
+def test_mean_of_the_ratio_under_the_proposal_is_one(levels, push):
+    """``E_q[p / q] = 1``, whatever the displacement; 200,000 proposals from one state, and the importance-weighted
+    mean of x_s is the base kernel's."""
+    number, elements = 200_000, 6
+    x, x0_hat, displacement, _ = inputs((1, elements), torch.float32, push=push * LEVELS[levels][4] / 0.35)
+    many = [v.expand(number, elements) for v in (x, x0_hat, displacement)]
+    x_s, log_ratio = ops.propose_and_weigh(
+        *many, torch.zeros(number, dtype=torch.float64), LEVELS[levels], seed=5
+    )
+    ratio = log_ratio.exp()
+    error = float(ratio.std()) / math.sqrt(number)
+    assert error < 0.01
+    assert abs(float(ratio.mean()) - 1.0) < 4 * error
+    base = ops.reverse_step(x, x0_hat, LEVELS[levels], prediction="sample", seed=5)
+    base = base - LEVELS[levels][4] * ops.randn((1, elements), seed=5)  # the base kernel's mean
+    weighted = ratio[:, None] * (x_s - base).double()
+    errors = weighted.std(0) / math.sqrt(number)
+    assert (weighted.mean(0).abs() < 4 * errors).all()
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+X = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(x=X.int()), TypeError, "x: expected one of float32"),
+        (dict(x0_hat=X[:2]), ValueError, r"x0_hat: expected shape \[4, 3\]"),
+        (dict(displacement=None), TypeError, "displacement: expected a tensor, got NoneType"),
+        (dict(log_weights=torch.zeros(3)), ValueError, r"log_weights: expected 4 .* values, got .* \[3\]"),
+        (dict(log_weights=torch.zeros(4).half()), ValueError, "log_weights: .* got torch.float16"),
+        (
+            dict(log_weights=torch.zeros(4, device="meta")),
+            ValueError,
+            "log_weights: expected a tensor on cpu",
+        ),
+        (dict(coefficients=(0.6, 0.8, 0.8, 0.6, 0.7)), ValueError, "coefficients: expected tau <= sigma_s"),
+        (dict(seed=2**64), ValueError, "seed: expected an integer"),
+        (dict(backend="cpu!"), ValueError, "backend: expected one of"),
+    ],
+)
+def test_errors(changes, error, message):
+    arguments = dict(
+        x=X, x0_hat=X, displacement=X, log_weights=torch.zeros(4), coefficients=LEVELS["vp"], seed=0
+    )
+    with pytest.raises(error, match=message):
+        ops.propose_and_weigh(**{**arguments, **changes})

@@ -1,0 +1,209 @@
+"""`fastguide.sample`: the loop itself, and the deterministic sampler's order of convergence."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from gaussian import Y, example, gaussian_likelihood
+
+import fastguide as fg
+
+
+def guidances():
+    def likelihood(rows=slice(None)):
+        return gaussian_likelihood(Y[rows])
+
+    return {
+        "plain": lambda rows: None,
+        "dps": lambda rows: fg.DPS(likelihood(rows)),
+        "pnp": lambda rows: fg.PnP(likelihood(rows)),
+        "pigdm": lambda rows: fg.PiGDM(likelihood(rows)),
+        "latent": lambda rows: fg.LatentPnP(likelihood(rows), lambda z: z),
+        "tds": lambda rows: fg.TDS(likelihood(rows), 24),
+        "fk": lambda rows: fg.FK(likelihood(rows), 24, potential="max", covariance="isotropic"),
+        "fk guided": lambda rows: fg.FK(lambda x: -x.square().sum(1), 24, potential="sum", proposal="guided"),
+    }
+
+
+ALL = pytest.mark.parametrize("name", list(guidances()))
+
+
+def run(name: str, rows=slice(None), **options) -> fg.Samples:
+    batch = len(Y[rows])
+    options = {"steps": 12, "seed": 3, "dtype": torch.float64, **options}
+    return fg.sample(example().denoiser(), (batch, 3), guidance=guidances()[name](rows), **options)
+
+
+def assert_same(a: fg.Samples, b: fg.Samples) -> None:
+    for name in ("x", "log_weights", "log_evidence", "ess", "ancestors"):
+        u, v = getattr(a, name), getattr(b, name)
+        assert (u is None and v is None) or torch.equal(u, v), name
+
+
+@ALL
+@pytest.mark.parametrize("chunk_size", [1, 5, 48])
+def test_chunks_change_nothing(name, chunk_size):
+    """The operations' bits do not depend on the chunk; a network's matrix product may, in the last of them."""
+    a, b = run(name), run(name, chunk_size=chunk_size)
+    assert torch.allclose(a.x, b.x, atol=1e-11)
+    assert_same(b, run(name, chunk_size=chunk_size))
+
+
+@ALL
+def test_a_sample_is_the_same_in_any_batch(name):
+    both, first = run(name), run(name, slice(0, 1))
+    assert torch.allclose(both.x[:1], first.x, atol=1e-11)
+
+
+@ALL
+def test_the_seed_alone_decides(name):
+    assert_same(run(name), run(name))
+    assert not torch.equal(run(name).x, run(name, seed=4).x)
+
+
+@ALL
+def test_threads_change_nothing(name):
+    threads = torch.get_num_threads()
+    try:
+        outs = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            outs.append(run(name))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(*outs)
+
+
+@ALL
+@pytest.mark.parametrize("stop", [4, 8])
+def test_a_checkpoint_resumes_to_the_same_bits(name, stop, tmp_path):
+    file = tmp_path / "run.pt"
+    keep = name in ("tds", "fk")
+
+    class Killed(Exception):
+        pass
+
+    def kill(progress):
+        if progress.step == stop:
+            raise Killed
+
+    options = {"checkpoint": file, "checkpoint_every": 3, "keep_ancestors": keep}
+    with pytest.raises(Killed):
+        run(name, callback=kill, **options)
+    assert file.exists() and len(list(tmp_path.iterdir())) == 1
+    steps = []
+    resumed = run(name, callback=lambda p: steps.append(p.step), **options)
+    assert steps[0] == 3 * ((stop) // 3) and steps[-1] == 11
+    assert_same(resumed, run(name, keep_ancestors=keep))
+    assert not file.exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    file = tmp_path / "run.pt"
+
+    def kill(progress):
+        if progress.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("tds", callback=kill, checkpoint=file, checkpoint_every=2)
+    with pytest.raises(ValueError, match="checkpoint: expected a file of this very run"):
+        run("tds", seed=9, checkpoint=file)
+    with pytest.raises(ValueError, match="checkpoint"):
+        run("tds", checkpoint=file, keep_ancestors=True)
+    assert file.exists()
+
+
+def test_the_callback_sees_every_step():
+    seen = []
+    out = run("tds", callback=lambda p: seen.append((p.step, p.level, p.x.clone(), p.log_weights.clone(), p.ess)))
+    assert [s[0] for s in seen] == list(range(12))
+    assert seen[-1][1].sigma == 0.0 and seen[-1][1].alpha == 1.0
+    assert torch.equal(seen[-1][2], out.x) and torch.equal(seen[-1][3], out.log_weights)
+    assert torch.equal(torch.stack([s[4] for s in seen]), out.ess[:-1])
+
+
+def test_weights_evidence_and_draws_agree():
+    out = run("tds")
+    assert torch.allclose(out.weights.sum(1), torch.ones(2, dtype=torch.float64))
+    expected = torch.logsumexp(out.log_weights, 1) - math.log(24)
+    assert torch.allclose(out.log_evidence, expected, atol=1e-12)
+    assert torch.allclose(out.ess[-1], 1 / out.weights.square().sum(1), rtol=1e-9)
+    many = out.draw(20000)
+    assert torch.allclose(many.mean(1), out.mean(), atol=2e-3)
+    assert torch.allclose(many.var(1, correction=0), out.variance(), atol=2e-3)
+
+
+def test_x_T_starts_the_run():
+    x_T = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a = run("plain", x_T=x_T, eta=0.0)
+    assert_same(a, run("plain", x_T=x_T, eta=0.0, seed=99))  # nothing random is left
+    assert torch.equal(x_T, torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("eta", [0.5, [0.5] * 12, lambda t: 0.5], ids=["number", "table", "function"])
+def test_eta_forms_agree(eta):
+    assert_same(run("plain", eta=eta), run("plain", eta=0.5))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        fg.schedules.vp_linear(),
+        fg.schedules.vp_cosine(),
+        fg.schedules.ve(),
+        fg.schedules.edm(),
+        fg.schedules.flow(),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_prior_is_sampled(schedule, eta):
+    """Means and covariances of many plain samples, against the exact ones, for every schedule."""
+    prior = example(schedule)
+    x = fg.sample(prior.denoiser(), (20000, 3), steps=100, eta=eta, dtype=torch.float64).x
+    assert torch.allclose(x.mean(0), prior.mean, atol=0.04)
+    assert torch.allclose(torch.cov(x.T), prior.covariance, atol=0.06)
+
+
+@pytest.mark.parametrize("name, start", [("flow", 0.9), ("edm", 5.0)])
+def test_order_of_convergence_of_the_deterministic_sampler(name, start):
+    """At ``eta = 0`` the step is a first-order integrator of the probability-flow ODE, whose solution for a Gaussian
+    prior is known: in the eigenbasis, ``x_0 - mean`` is ``(x_t - alpha mean) sqrt(lambda / (alpha^2 lambda + sigma^2))``."""
+    schedule = getattr(fg.schedules, name)()
+    prior = example(schedule)
+    level = schedule.level(start)
+    x_t = 2 * torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    values, basis = torch.linalg.eigh(prior.covariance)
+    factor = (values / (level.alpha**2 * values + level.sigma**2)).sqrt()
+    exact = prior.mean + ((x_t - level.alpha * prior.mean) @ basis * factor) @ basis.T
+    errors = []
+    sizes = (40, 80, 160, 320)
+    for steps in sizes:
+        u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+        times = (start * u).tolist()
+        x = fg.sample(prior.denoiser(), (5, 3), steps=times, eta=0.0, x_T=x_t, dtype=torch.float64).x
+        errors.append((x - exact).abs().max().item())
+    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    print(f"\n{name}: errors {errors}, observed orders {orders}")
+    assert all(0.85 < order < 1.15 for order in orders)
+
+
+def test_half_precision_states():
+    prior = example(fg.schedules.vp_cosine())
+    for dtype in (torch.float16, torch.bfloat16):
+        out = fg.sample(prior.denoiser(), (2, 3), guidance=fg.TDS(gaussian_likelihood(), 512), steps=20, dtype=dtype)
+        full = fg.sample(prior.denoiser(), (2, 3), guidance=fg.TDS(gaussian_likelihood(), 512), steps=20)
+        assert out.x.dtype == dtype and out.log_weights.dtype == torch.float64
+        assert torch.allclose(out.mean(), full.mean(), atol=0.15)
+
+
+def test_nothing_of_the_users_is_changed():
+    y, prior = Y.clone(), example()
+    likelihood = gaussian_likelihood(y)
+    guidance = fg.TDS(likelihood, 16)
+    fg.sample(prior.denoiser(), (2, 3), guidance=guidance, steps=4)
+    assert guidance.likelihood is likelihood and likelihood.y is y and torch.equal(y, Y)
+    assert y.dtype == torch.float64 and guidance.covariance is None
