@@ -1,7 +1,7 @@
 """The operations as ``torch.ops.fastguide.*``, so that ``torch.compile`` and fake tensors see one operator each.
 
-Defined with ``torch.library``'s define and impl (``custom_op`` costs five times as much a call). The public functions of
-`fastguide.ops` come here while a graph is traced; the implementations go back to them with real tensors.
+Defined with ``torch.library``'s define and impl (``custom_op`` costs five times as much a call). The public functions
+of `fastguide.ops` come here while a graph is traced; the implementations go back to them with real tensors.
 
 Schemas know no unions, so coefficients travel as five floats and, where any of them is per sample, a float64 table
 ``[N, 5]`` in their place; the clip as ``[]``, ``[low, high]`` or ``[ratio, max_value, 0]`` (dynamic threshold).
@@ -38,7 +38,9 @@ def _pack(coefficients: Coefficients, x: Tensor) -> tuple[list[float], Tensor | 
     if not any(isinstance(c, Tensor) for c in coefficients):
         return [float(c) for c in coefficients], None
     columns = [
-        c.double() if isinstance(c, Tensor) else torch.full((x.shape[0],), c, dtype=torch.float64, device=x.device)
+        c.double()
+        if isinstance(c, Tensor)
+        else torch.full((x.shape[0],), c, dtype=torch.float64, device=x.device)
         for c in coefficients
     ]
     return [], torch.stack(columns, dim=1)
@@ -160,10 +162,16 @@ def _reverse_step_setup(ctx, inputs, output):
 
 
 def _reverse_step_backward(ctx, grad_x_s, grad_x0):
-    """The noise is additive, so the derivative is that of the deterministic step with the same ``a`` and ``b``."""
     x, model_output, table = ctx.saved_tensors
     grad_x, grad_output = torch.ops.fastguide.reverse_step_backward(
-        grad_x_s, grad_x0 if ctx.return_x0 else None, x, model_output, ctx.coefficients, table, ctx.prediction, ctx.clip
+        grad_x_s,
+        grad_x0 if ctx.return_x0 else None,
+        x,
+        model_output,
+        ctx.coefficients,
+        table,
+        ctx.prediction,
+        ctx.clip,
     )
     grad_displacement = None if ctx.displacement_dtype is None else grad_x_s.to(ctx.displacement_dtype)
     return grad_x, grad_output, None, None, None, None, grad_displacement, None, None, None, None, None, None
@@ -176,19 +184,16 @@ _library.define(
 
 
 def _reverse_step_vjp(grad_x_s, grad_x0, x, model_output, coefficients, table, prediction, clip):
-    with torch.enable_grad():
-        x, model_output = x.detach().requires_grad_(), model_output.detach().requires_grad_()
-        x_s, x0 = reference.reverse_mean(
-            x, model_output, _unpack(coefficients, table), prediction, _unpack_clip(clip)
-        )
-        x_s, x0 = x_s.to(x.dtype), x0.to(x.dtype)
-    outputs, gradients = ([x_s, x0], [grad_x_s, grad_x0]) if grad_x0 is not None else ([x_s], [grad_x_s])
-    grads = torch.autograd.grad(outputs, (x, model_output), gradients, allow_unused=True)
-    return tuple(torch.zeros_like(i) if g is None else g for g, i in zip(grads, (x, model_output), strict=True))
+    return reference.reverse_step_vjp(
+        grad_x_s, grad_x0, x, model_output, _unpack(coefficients, table), prediction, _unpack_clip(clip)
+    )
 
 
 def _reverse_step_vjp_fake(grad_x_s, grad_x0, x, model_output, coefficients, table, prediction, clip):
-    return torch.empty_like(x), torch.empty_like(model_output)
+    contiguous = torch.contiguous_format
+    return torch.empty_like(x, memory_format=contiguous), torch.empty_like(
+        model_output, memory_format=contiguous
+    )
 
 
 # --- propose_and_weigh --------------------------------------------------------------------------------------
@@ -230,7 +235,9 @@ def _propose_and_weigh_fake(
     x, x0_hat, displacement, log_weights, coefficients, table, seed, step, stream, first_particle, backend
 ):
     contiguous = torch.contiguous_format
-    return torch.empty_like(x, memory_format=contiguous), torch.empty_like(log_weights, memory_format=contiguous)
+    return torch.empty_like(x, memory_format=contiguous), torch.empty_like(
+        log_weights, memory_format=contiguous
+    )
 
 
 # --- resample -----------------------------------------------------------------------------------------------

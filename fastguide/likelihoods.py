@@ -43,7 +43,9 @@ class Likelihood:
             bad = int((~torch.isfinite(y)).nonzero()[0, 0])
             raise ValueError(f"y: expected finite values, got NaN or infinity in row {bad}")
         if not isinstance(operator, Operator):
-            raise TypeError(f"operator: expected a fastguide.operators operator, got {type(operator).__name__}")
+            raise TypeError(
+                f"operator: expected a fastguide.operators operator, got {type(operator).__name__}"
+            )
         if not callable(scale):
             self._check_scale(float(scale), "scale")
         self.y = y
@@ -109,7 +111,9 @@ class Likelihood:
         if not isinstance(self.operator, LinearOperator):
             return f"covariance={covariance!r} needs a linear operator, and {self.operator} is not"
         if covariance == "moment" and measurements is not None and measurements > MOMENT_LIMIT:
-            return f"covariance='moment' serves up to {MOMENT_LIMIT} measurements, and there are {measurements}"
+            return (
+                f"covariance='moment' serves up to {MOMENT_LIMIT} measurements, and there are {measurements}"
+            )
         return ""
 
 
@@ -170,7 +174,9 @@ class Gaussian(Likelihood):
     @staticmethod
     def _check_noise(scale: float) -> None:
         if scale == 0.0:
-            raise ValueError("scale: expected > 0 where a density is needed, got 0 (PiGDM and the closed form of PnP take 0)")
+            raise ValueError(
+                "scale: expected > 0 where a density is needed, got 0 (PiGDM and the closed form of PnP take 0)"
+            )
 
     def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
         self._check_noise(scale)
@@ -182,7 +188,8 @@ class _Elementwise(Likelihood):
     variances add, the shape of the tails stays."""
 
     def _density(self, residual: Tensor, variance: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Log-density and its derivative in ``z`` for ``residual = y - z``; ``variance`` is that of ``scale``, squared."""
+        """Log-density and its derivative in ``z`` for ``residual = y - z``; ``variance`` is that of ``scale``,
+        squared."""
         raise NotImplementedError
 
     def supports(self, covariance: str, measurements: int | None = None) -> str:
@@ -262,7 +269,8 @@ class Laplace(_Elementwise):
 
 class Poisson(Likelihood):
     """Counts: ``y / scale ~ Poisson((A x_0 + background) / scale)``, so that ``scale`` is the gain: the mean of ``y``
-    is ``A x_0 + background`` and its variance ``scale`` times that. ``y >= 0``; rates are held at ``>= 1e-6`` counts."""
+    is ``A x_0 + background`` and its variance ``scale`` times that. ``y >= 0``; rates are held at ``>= 1e-6``
+    counts."""
 
     _FLOOR = 1e-6
 
@@ -331,6 +339,8 @@ class Callable(Likelihood):
             z = z.detach().requires_grad_()
             value = self._call(z, y, scale)
             if not value.requires_grad:
-                raise ValueError("f: expected a function that autograd can differentiate where a gradient is needed")
+                raise ValueError(
+                    "f: expected a function that autograd can differentiate where a gradient is needed"
+                )
             (gradient,) = torch.autograd.grad(value.sum(), z)
         return value.detach().double(), gradient

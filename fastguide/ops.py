@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -41,7 +42,9 @@ def _check_state(name: str, value: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{name}: expected a tensor on {like.device}, where x is, got {value.device}")
 
 
-def _check_counter(seed: int, step: int, stream: int, first_particle: int, particles: int, elements: int) -> None:
+def _check_counter(
+    seed: int, step: int, stream: int, first_particle: int, particles: int, elements: int
+) -> None:
     for name, value, bits in (
         ("seed", seed, 64),
         ("step", step, 32),
@@ -96,9 +99,13 @@ def check_clip(clip: Clip) -> None:
         if not (0.0 <= clip.ratio <= 1.0 and clip.max_value >= 1.0):
             raise ValueError(f"clip: expected 0 <= ratio <= 1 and max_value >= 1, got {clip}")
         return
-    low, high = clip if isinstance(clip, tuple) else (-clip, clip)
-    if not low < high:
-        raise ValueError(f"clip: expected a number > 0, (low, high) with low < high, or a DynamicThreshold, got {clip}")
+    bounds = clip if isinstance(clip, tuple) else (clip,)
+    if not all(isinstance(bound, Real) for bound in bounds) or not (
+        bounds[0] > 0 if len(bounds) == 1 else len(bounds) == 2 and bounds[0] < bounds[1]
+    ):
+        raise ValueError(
+            f"clip: expected a number > 0, (low, high) with low < high, or a DynamicThreshold, got {clip!r}"
+        )
 
 
 # --- operations ---------------------------------------------------------------------------------------------
@@ -117,10 +124,10 @@ def randn(
 ) -> Tensor:
     """Standard normals ``shape = [N, *event]`` from counters: Philox4x32-10 (Salmon et al. 2011) and Box-Muller.
 
-    The value of particle ``first_particle + n`` at an element depends on ``seed`` (below 2^64), ``step`` (2^32), ``stream``
-    (2^16), that global index and the element's place in the event, and on nothing else: not on ``N``, the backend
-    (to 4 ulp of float32), the thread count or what was drawn before. ``|z|`` reaches 6.66. float16 and bfloat16 are
-    the float32 values rounded.
+    The value of particle ``first_particle + n`` at an element depends on ``seed`` (below 2^64), ``step`` (2^32),
+    ``stream`` (2^16), that global index and the element's place in the event, and on nothing else: not on ``N``, the
+    backend (to 4 ulp of float32), the thread count or what was drawn before. ``|z|`` reaches 6.66. float16 and bfloat16
+    are the float32 values rounded.
     """
     if len(shape) == 0 or min(shape) < 0:
         raise ValueError(f"shape: expected [N, *event], got {list(shape)}")
@@ -135,7 +142,13 @@ def randn(
     chosen = select("randn", backend, device=device, dtype=dtype)
     if chosen == "reference":
         return reference.randn(
-            shape, seed=seed, step=step, stream=stream, first_particle=first_particle, dtype=dtype, device=device
+            shape,
+            seed=seed,
+            step=step,
+            stream=stream,
+            first_particle=first_particle,
+            dtype=dtype,
+            device=device,
         )
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
     if type(out) is not Tensor:  # a fake one has no memory to fill
@@ -174,7 +187,8 @@ def reverse_step(
     - ``clip``: None, a number ``c`` for ``[-c, c]``, ``(low, high)``, or a `DynamicThreshold`.
     - ``z``: `randn` of ``seed, step, stream, first_particle``; none is drawn where ``tau = 0``.
 
-    Returns ``x_s`` in the dtype of ``x``, and the clipped ``x0_hat`` if ``return_x0``. Differentiable in the three tensors.
+    Returns ``x_s`` in the dtype of ``x``, and the clipped ``x0_hat`` if ``return_x0``. Differentiable in the three
+    tensors.
     """
     _check_state("x", x)
     _check_state("model_output", model_output, x)
@@ -228,9 +242,9 @@ def propose_and_weigh(
         x_s         = m + displacement + tau z
         log_weights + log N(x_s; m, tau^2) - log N(x_s; m + displacement, tau^2)
 
-    ``x``, ``x0_hat``, ``displacement``: ``[N, *event]``; ``log_weights``: ``N`` values of any shape, float32 or float64;
-    ``coefficients`` and counters as in `reverse_step`. Where ``tau = 0`` the step is the base kernel's, without the
-    displacement, and the ratio is 1. Returns new tensors.
+    ``x``, ``x0_hat``, ``displacement``: ``[N, *event]``; ``log_weights``: ``N`` values of any shape, float32 or
+    float64; ``coefficients`` and counters as in `reverse_step`. Where ``tau = 0`` the step is the base kernel's,
+    without the displacement, and the ratio is 1. Returns new tensors.
     """
     _check_state("x", x)
     _check_state("x0_hat", x0_hat, x)
@@ -243,7 +257,9 @@ def propose_and_weigh(
             f"got {log_weights.dtype} {list(log_weights.shape)}"
         )
     if log_weights.device != x.device:
-        raise ValueError(f"log_weights: expected a tensor on {x.device}, where x is, got {log_weights.device}")
+        raise ValueError(
+            f"log_weights: expected a tensor on {x.device}, where x is, got {log_weights.device}"
+        )
     if _through_dispatcher(x):
         from . import library
 
@@ -283,14 +299,15 @@ def resample(
     - ``scheme``: ``"systematic"``, ``"stratified"``, ``"multinomial"``, ``"residual"`` (multinomial remainders).
     - ``ess_threshold`` in ``[0, 1]``: rows whose effective sample size is at least that share of ``K`` keep their
       particles (identity) and weights; None resamples all. Decided on the device; needs ``num == K``.
-    - ``sorted``: ascending ancestors; False permutes them so that every survivor stays in its place (needs ``num == K``),
-      which is what `gather_particles_` moves least for.
+    - ``sorted``: ascending ancestors; False permutes them so that every survivor stays in its place (needs ``num ==
+      K``), which is what `gather_particles_` moves least for.
     - ``check``: raise for a row without a usable weight: a NaN, ``+inf``, or all ``-inf`` (which waits for a GPU). With
       False such a row keeps its particles (where ``num == K``; else its ancestors mean nothing), and its mean weight
       and ESS are NaN.
 
-    Returns ``ancestors`` ``[B, num]`` (int32 below 2^31), ``log_weights`` ``[B, num]`` (of a resampled row, all the log of
-    its mean weight, so that the mean weight never changes), ``log_mean_weight`` ``[B]`` and ``ess`` ``[B]`` in float64.
+    Returns ``ancestors`` ``[B, num]`` (int32 below 2^31), ``log_weights`` ``[B, num]`` (of a resampled row, all the log
+    of its mean weight, so that the mean weight never changes), ``log_mean_weight`` ``[B]`` and ``ess`` ``[B]`` in
+    float64.
 
     Weights are integers inside (`reference.integer_weights`), so the result does not depend on how sums are split.
     """
@@ -298,7 +315,9 @@ def resample(
         got = log_weights.dtype if isinstance(log_weights, Tensor) else type(log_weights).__name__
         raise TypeError(f"log_weights: expected a float32 or float64 tensor, got {got}")
     if log_weights.ndim not in (1, 2) or log_weights.shape[-1] == 0:
-        raise ValueError(f"log_weights: expected shape [B, K] or [K] with K >= 1, got {list(log_weights.shape)}")
+        raise ValueError(
+            f"log_weights: expected shape [B, K] or [K] with K >= 1, got {list(log_weights.shape)}"
+        )
     particles = log_weights.shape[-1]
     if scheme not in SCHEMES:
         raise ValueError(f"scheme: expected one of {SCHEMES}, got {scheme!r}")
@@ -316,7 +335,9 @@ def resample(
     if _through_dispatcher(log_weights):
         from . import library
 
-        return library.call_resample(log_weights, scheme, num, ess_threshold, (seed, step, stream), sorted, backend)
+        return library.call_resample(
+            log_weights, scheme, num, ess_threshold, (seed, step, stream), sorted, backend
+        )
     select("resample", backend, device=log_weights.device, dtype=log_weights.dtype)
     return reference.resample(
         log_weights,
@@ -343,8 +364,8 @@ def _check_weights(log_weights: Tensor) -> None:
 def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, backend: str = "auto") -> None:
     """``state[b, k] = state[b, ancestors[b, k]]``, in place, for every state.
 
-    ``ancestors``: ``[B, K]`` or ``[K]``, int32 or int64 in ``[0, K)``, which ``check`` makes sure of (that waits for a GPU);
-    each state ``[B, K, *event]`` or ``[K, *event]``.
+    ``ancestors``: ``[B, K]`` or ``[K]``, int32 or int64 in ``[0, K)``, which ``check`` makes sure of (that waits for a
+    GPU); each state ``[B, K, *event]`` or ``[K, *event]``.
     """
     if not isinstance(ancestors, Tensor) or ancestors.dtype not in (torch.int32, torch.int64):
         got = ancestors.dtype if isinstance(ancestors, Tensor) else type(ancestors).__name__
@@ -360,7 +381,9 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
                 f"got {list(state.shape)} on {state.device}"
             )
         if state.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"states[{i}]: expected a tensor that needs no gradient, since it is changed in place")
+            raise ValueError(
+                f"states[{i}]: expected a tensor that needs no gradient, since it is changed in place"
+            )
     if _through_dispatcher(ancestors):
         from . import library
 

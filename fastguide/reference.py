@@ -207,15 +207,22 @@ def clip_x0(x0: Tensor, clip: Clip) -> Tensor:
         flat = x0.reshape(x0.shape[0], math.prod(x0.shape[1:]))
         if flat.numel() == 0:
             return x0
-        ordered = flat.abs().sort(dim=1).values
-        rank = clip.ratio * (flat.shape[1] - 1)
-        low = int(rank)
-        high = min(low + 1, flat.shape[1] - 1)
-        bound = torch.lerp(ordered[:, low], ordered[:, high], rank - low)
-        bound = bound.clamp(1.0, clip.max_value)[:, None]
+        bound = _quantile(flat.abs(), clip.ratio)[0].clamp(1.0, clip.max_value)[:, None]
         return (torch.minimum(torch.maximum(flat, -bound), bound) / bound).reshape(x0.shape)
     low, high = clip if isinstance(clip, tuple) else (-clip, clip)
     return x0.clamp(low, high)
+
+
+def _quantile(values: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``ratio`` quantile ``[N]`` of each row of ``values`` ``[N, D]``, between its neighbours in order; and where
+    they are and what part each has, ``[N, 2]`` and ``[2]``."""
+    ordered, order = values.sort(dim=1)
+    rank = ratio * (values.shape[1] - 1)
+    low = int(rank)
+    high = min(low + 1, values.shape[1] - 1)
+    quantile = torch.lerp(ordered[:, low], ordered[:, high], rank - low)
+    weight = torch.tensor([1.0 - (rank - low), rank - low], dtype=values.dtype, device=values.device)
+    return quantile, order[:, [low, high]], weight
 
 
 def _has_noise(tau: Scalar) -> bool:
@@ -267,6 +274,49 @@ def reverse_step(
     x_s = x_s.to(x.dtype).contiguous()
     # x0 may be model_output itself: what is returned shares no memory with what was given
     return (x_s, x0.to(x.dtype).clone(memory_format=torch.contiguous_format)) if return_x0 else x_s
+
+
+def reverse_step_vjp(
+    grad_x_s: Tensor,
+    grad_x0: Tensor | None,
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Coefficients,
+    prediction: str,
+    clip: Clip,
+) -> tuple[Tensor, Tensor]:
+    """Gradients in ``x`` and ``model_output`` from those in the results of `reverse_step`. The noise is additive and
+    takes no part; the gradient in ``displacement`` is ``grad_x_s`` itself."""
+    dtype = _compute_dtype(x)
+    alpha_t, sigma_t = (c.double() if isinstance(c, Tensor) else c for c in coefficients[:2])
+    p, q = _columns(_x0_coefficients(prediction, alpha_t, sigma_t), x, dtype)
+    a, b, _ = _columns(step_coefficients(coefficients), x, dtype)
+    grad_x_s, state, output = grad_x_s.to(dtype), x.to(dtype), model_output.to(dtype)
+    grad = b * grad_x_s if grad_x0 is None else b * grad_x_s + grad_x0.to(dtype)
+    grad = _clip_x0_vjp(grad, p * state + q * output, clip)
+    grad_x, grad_output = a * grad_x_s + p * grad, q * grad
+    return grad_x.to(x.dtype).contiguous(), grad_output.to(model_output.dtype).contiguous()
+
+
+def _clip_x0_vjp(grad: Tensor, x0: Tensor, clip: Clip) -> Tensor:
+    """The gradient in ``x0`` from that in ``clip_x0(x0, clip)``."""
+    if clip is None or x0.numel() == 0:
+        return grad
+    if isinstance(clip, DynamicThreshold):  # y = x0 / bound inside; outside +-1, whatever x0 and the bound
+        flat, grad = (v.reshape(v.shape[0], -1) for v in (x0, grad))
+        free, order, weight = _quantile(
+            flat.abs(), clip.ratio
+        )  # of the order statistics that free is made of
+        bound = free.clamp(1.0, clip.max_value)[:, None]
+        grad = torch.where(flat.abs() < bound, grad / bound, 0.0)
+        grad_bound = -(grad * flat).sum(1, keepdim=True) / bound
+        moves = ((free >= 1.0) & (free <= clip.max_value))[:, None]
+        sign = flat.gather(1, order).sign()
+        return grad.scatter_add(1, order, torch.where(moves, grad_bound * sign * weight, 0.0)).reshape(
+            x0.shape
+        )
+    low, high = clip if isinstance(clip, tuple) else (-clip, clip)
+    return torch.where((x0 >= low) & (x0 <= high), grad, 0.0)
 
 
 def propose_and_weigh(
@@ -354,7 +404,9 @@ def _uniform_below(q: Tensor, w0: Tensor, w1: Tensor) -> Tensor:
     return w1 * q1 + ((cross >> 32) & _MASK32) + ((w0 * q1) >> 32) + (middle >> 32)
 
 
-def _uniforms(rows: int, number: int, seed: int, step: int, stream: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _uniforms(
+    rows: int, number: int, seed: int, step: int, stream: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Words of ``[rows, number]`` 64-bit uniforms; row ``b`` is the counter's particle ``b``."""
     words = _words(rows, (number + 1) // 2, seed, step, stream, 0, device)
     w0 = torch.stack([words[0], words[2]], dim=-1).flatten(1)[:, :number]

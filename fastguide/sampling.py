@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import ops
 from .denoiser import Denoiser
-from .guidance.base import Run, Schedulable, State, at, check_schedulable
+from .guidance.base import Run, Schedulable, State, integer, per_step
 from .guidance.plain import Plain
 from .reference import Clip
 from .schedules import Level
@@ -23,7 +23,8 @@ __all__ = ["Progress", "Samples", "sample"]
 
 
 class Progress(NamedTuple):
-    """What a callback is given after each step. ``x`` ``[B, *event]`` or ``[B, K, *event]`` is the loop's own memory."""
+    """What a callback is given after each step. ``x`` ``[B, *event]`` or ``[B, K, *event]`` is the loop's own
+    memory."""
 
     step: int
     level: Level  # the one x is at
@@ -62,7 +63,9 @@ class Samples:
 
     def _log_weights(self) -> Tensor:
         if self.log_weights is None:
-            raise ValueError("samples: expected the weighted particles of TDS or FK, got samples without weights")
+            raise ValueError(
+                "samples: expected the weighted particles of TDS or FK, got samples without weights"
+            )
         return self.log_weights
 
     def _column_weights(self) -> Tensor:
@@ -92,39 +95,38 @@ def sample(
 ) -> Samples:
     """Draw samples of the prior, or of ``x | y`` with a guidance object.
 
-    - ``shape = (B, *event)``: B samples, or B observations with the particles of TDS and FK. ``y`` has B rows, or one for
-      all.
+    - ``shape = (B, *event)``: B samples, or B observations with the particles of TDS and FK. ``y`` has B rows, or one
+      for all.
     - ``guidance``: None, `DPS`, `PnP`, `PiGDM`, `LatentPnP`, `TDS` or `FK`.
     - ``steps``, ``spacing``: see `Schedule.levels`; or the times themselves.
-    - ``eta`` in ``[0, 1]``: a number, a table with one entry per step, or a function of the schedule's time; 0 is DDIM, 1 (the
-      default) DDPM. PnP and LatentPnP split their noise by ``zeta`` instead.
+    - ``eta`` in ``[0, 1]``: a number, a table with one entry per step, or a function of the schedule's time; 0 is DDIM,
+      1 (the default) DDPM. PnP and LatentPnP split their noise by ``zeta`` instead.
     - ``clip``: of ``x0_hat`` in the reverse step, see `fastguide.ops.reverse_step`.
-    - ``seed`` below 2^64. Noise depends on the seed, the step and the sample's index alone: a sample is the same in whatever
-      batch (up to the network's own rounding).
+    - ``seed`` below 2^64. Noise depends on the seed, the step and the sample's index alone: a sample is the same in
+      whatever batch (up to the network's own rounding).
     - ``x_T``: the start, ``[B, *event]`` (``[B, K, *event]`` for particles), in place of the prior's noise.
     - ``chunk_size``: the most samples that the network sees at once.
     - ``keep_ancestors``: return the ancestors of every step, ``[steps, B, K]``.
     - ``progress``: a tqdm bar (needs tqdm). ``callback``: called with a `Progress` after each step.
-    - ``checkpoint``: a file to write the state to, atomically, every ``checkpoint_every`` steps; where it exists the run
-      goes on from it, to the same bits; removed at the end.
+    - ``checkpoint``: a file to write the state to, atomically, every ``checkpoint_every`` steps; where it exists the
+      run goes on from it, to the same bits; removed at the end.
 
     ``device``: that of ``x_T``, else the CPU.
     """
-    shape = tuple(shape)
     guidance = Plain() if guidance is None else guidance
-    run = _prepare_run(prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size)
-    if isinstance(checkpoint_every, bool) or checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every: expected an integer >= 1, got {checkpoint_every!r}")
+    run = _prepare_run(
+        prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size
+    )
+    checkpoint_every = integer("checkpoint_every", checkpoint_every, 1)
     guidance = guidance.prepare(run)
-    weighted = run.particles > 1 or hasattr(guidance, "particles")
+    weighted = hasattr(guidance, "particles")
     if keep_ancestors and not weighted:
         raise ValueError("keep_ancestors: expected False without particles (TDS, FK), got True")
 
-    state, first, ess, ancestors = None, 0, [], []
     if checkpoint is not None and os.path.exists(checkpoint):
         state, first, ess, ancestors = _load(checkpoint, run, guidance, keep_ancestors)
-    if state is None:
-        state = guidance.start(run)
+    else:
+        state, first, ess, ancestors = guidance.start(run), 0, [], []
     for i in _progress_bar(range(first, run.steps), run.steps, first, progress):
         state = guidance.step(run, state, i)
         if weighted:
@@ -132,7 +134,9 @@ def sample(
         if keep_ancestors:
             ancestors.append(state.ancestors)
         if callback is not None:
-            callback(Progress(i, run.levels[i + 1], _shaped(state.x, run, weighted), state.log_weights, state.ess))
+            callback(
+                Progress(i, run.levels[i + 1], _shaped(state.x, run, weighted), state.log_weights, state.ess)
+            )
         if checkpoint is not None and (i + 1) % checkpoint_every == 0 and i + 1 < run.steps:
             _save(checkpoint, run, guidance, keep_ancestors, (state, i + 1, ess, ancestors))
     if checkpoint is not None and os.path.exists(checkpoint):
@@ -143,9 +147,9 @@ def sample(
         return Samples(x)
     assert state.log_weights is not None
     _, _, log_evidence, last_ess = ops.resample(state.log_weights, ess_threshold=0.0, check=False)
-    ess = torch.stack([*ess, last_ess])
-    _check_particles(ess, state.log_weights)
-    return Samples(x, state.log_weights, log_evidence, ess, torch.stack(ancestors) if keep_ancestors else None)
+    history = torch.stack([*ess, last_ess])
+    _check_particles(history, state.log_weights)
+    return Samples(x, state.log_weights, log_evidence, history, torch.stack(ancestors) if keep_ancestors else None)
 
 
 def _prepare_run(
@@ -153,25 +157,33 @@ def _prepare_run(
 ) -> Run:
     if not isinstance(prior, Denoiser):
         raise TypeError(f"prior: expected a fastguide.Denoiser, got {type(prior).__name__}")
-    if len(shape) < 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(f"shape: expected (B, *event) with every size >= 1, got {list(shape)}")
-    if not all(hasattr(guidance, name) for name in ("prepare", "start", "step")):
+    if not isinstance(shape, Sequence) or len(shape) < 2:
+        raise ValueError(f"shape: expected (B, *event), got {shape!r}")
+    shape = tuple(integer("shape", n, 1) for n in shape)
+    if isinstance(guidance, type) or not all(
+        hasattr(guidance, name) for name in ("prepare", "start", "step")
+    ):
+        got = guidance if isinstance(guidance, type) else type(guidance).__name__
         raise TypeError(
-            f"guidance: expected DPS, PnP, PiGDM, LatentPnP, TDS, FK or None, got {type(guidance).__name__}"
+            f"guidance: expected a DPS, PnP, PiGDM, LatentPnP, TDS or FK object, or None, got {got}"
         )
     if dtype not in ops.STATE_DTYPES:
         raise TypeError(f"dtype: expected one of float32, float16, bfloat16, float64, got {dtype}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+    if integer("seed", seed, 0) >= 1 << 64:
         raise ValueError(f"seed: expected an integer in [0, 2^64), got {seed!r}")
-    if chunk_size is not None and (isinstance(chunk_size, bool) or chunk_size < 1):
-        raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size!r}")
+    chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1)
     ops.check_clip(clip)
-    particles = getattr(guidance, "particles", 1)
-    if isinstance(particles, bool) or not isinstance(particles, int) or particles < 1:
-        raise ValueError(f"particles: expected an integer >= 1, got {particles!r}")
-    device = torch.device(device) if device is not None else (x_T.device if x_T is not None else torch.device("cpu"))
+    weighted = hasattr(guidance, "particles")
+    particles = integer("particles", guidance.particles, 1) if weighted else 1
+    if x_T is not None and not isinstance(x_T, Tensor):
+        raise TypeError(f"x_T: expected a tensor, got {type(x_T).__name__}")
+    device = (
+        torch.device(device)
+        if device is not None
+        else (x_T.device if x_T is not None else torch.device("cpu"))
+    )
     if x_T is not None:
-        expected = (shape[0], particles, *shape[1:]) if hasattr(guidance, "particles") else shape
+        expected = (shape[0], particles, *shape[1:]) if weighted else shape
         if tuple(x_T.shape) != expected:
             raise ValueError(f"x_T: expected shape {list(expected)}, got {list(x_T.shape)}")
         if not torch.isfinite(x_T).all():
@@ -181,12 +193,13 @@ def _prepare_run(
     for level in levels[:-1]:
         prior.check_level(level)
     if eta is not None and not getattr(guidance, "takes_eta", True):
-        raise ValueError(f"eta: expected None with {type(guidance).__name__}, whose zeta splits the noise, got {eta!r}")
-    eta = 1.0 if eta is None else eta
-    check_schedulable("eta", eta, levels, 0.0, 1.0)
-    taus = tuple(noise(levels[i], levels[i + 1], at(eta, levels, i)) for i in range(len(levels) - 1))
+        raise ValueError(
+            f"eta: expected None with {type(guidance).__name__}, whose zeta splits the noise, got {eta!r}"
+        )
+    etas = per_step("eta", 1.0 if eta is None else eta, levels, high=1.0)
+    taus = tuple(noise(t, s, e) for t, s, e in zip(levels, levels[1:], etas, strict=False))
     return Run(
-        prior, levels, taus, shape[0], particles, shape[1:], seed, clip, chunk_size, dtype, device, x_T
+        prior, levels, taus, shape[0], particles, shape[1:], int(seed), clip, chunk_size, dtype, device, x_T
     )
 
 
@@ -208,9 +221,9 @@ def _check_particles(ess: Tensor, log_weights: Tensor) -> None:
     step, row = (int(v) for v in bad.nonzero()[0])
     when = "after the last step" if step == ess.shape[0] - 1 else f"before step {step}"
     weights = log_weights[row]
-    what = "a weight is NaN" if torch.isnan(weights).any() else "no particle is alive (all weights are 0)"
-    if (weights == math.inf).any():
-        what = "a weight is infinite"
+    what = "no particle is alive (all weights are 0)"
+    if not (weights == -math.inf).all():
+        what = "a weight is NaN or infinite"
     raise FloatingPointError(
         f"log_weights: expected a finite largest weight, got none for observation {row} {when}: {what}. "
         "More particles, another covariance or a likelihood with a wider scale at high noise may help"
@@ -223,7 +236,9 @@ def _progress_bar(steps: range, total: int, first: int, show: bool):
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError("progress: expected tqdm to be installed (pip install 'fastguide[demo]')") from error
+        raise ImportError(
+            "progress: expected tqdm to be installed (pip install 'fastguide[demo]')"
+        ) from error
     return tqdm(steps, total=total, initial=first, desc="sampling", unit="step")
 
 
@@ -250,7 +265,9 @@ def _fingerprint(run: Run, guidance: Any, keep_ancestors: bool) -> str:
     )
 
 
-def _save(path, run: Run, guidance: Any, keep_ancestors: bool, content: tuple[State, int, list, list]) -> None:
+def _save(
+    path, run: Run, guidance: Any, keep_ancestors: bool, content: tuple[State, int, list, list]
+) -> None:
     """Written beside the file and renamed, so that a run that is killed leaves the last whole one."""
     state, done, ess, ancestors = content
     folder = os.path.dirname(os.path.abspath(path))
@@ -276,5 +293,7 @@ def _save(path, run: Run, guidance: Any, keep_ancestors: bool, content: tuple[St
 def _load(path, run: Run, guidance: Any, keep_ancestors: bool) -> tuple[State, int, list, list]:
     saved = torch.load(path, map_location=run.device, weights_only=True)
     if saved["fingerprint"] != _fingerprint(run, guidance, keep_ancestors):
-        raise ValueError(f"checkpoint: expected a file of this very run, got {os.fspath(path)} of another one")
+        raise ValueError(
+            f"checkpoint: expected a file of this very run, got {os.fspath(path)} of another one"
+        )
     return State(**saved["state"]), saved["done"], saved["ess"], saved["ancestors"]

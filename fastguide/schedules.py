@@ -189,7 +189,8 @@ class _Table(Schedule):
         return super()._times(steps, spacing)
 
     def _finite_ratios(self) -> tuple[float, float]:
-        top = self.t_max if self._alpha[self.t_max] > 0 else self.t_max - 1
+        top = self.alphas_cumprod.size - 1
+        top -= int(self._alpha[top] == 0)
         return self._sigma[top] / self._alpha[top], self._sigma[0] / self._alpha[0]
 
     def _distinct(self, times: np.ndarray) -> np.ndarray:

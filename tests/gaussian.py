@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class GaussianPrior:
         levels = self.schedule.levels(steps)
         m = torch.zeros_like(self.mean)
         v = (levels[0].alpha ** 2 + levels[0].sigma ** 2) * self.eye
-        for t, s in zip(levels, levels[1:], strict=False):
+        for t, s in pairwise(levels):
             given = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2
             tau = eta * math.sqrt(given) * s.sigma / t.sigma
             a = math.sqrt(s.sigma**2 - tau**2) / t.sigma
@@ -48,7 +49,9 @@ class GaussianPrior:
         return m, v
 
 
-def posterior(mean: Tensor, covariance: Tensor, matrix: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def posterior(
+    mean: Tensor, covariance: Tensor, matrix: Tensor, y: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Means ``[B, D]``, covariance ``[D, D]`` and ``log p(y)`` ``[B]`` of ``N(mean, covariance)`` under
     ``y = A x + scale * noise``."""
     gram = matrix @ covariance @ matrix.T + scale**2 * torch.eye(len(matrix), dtype=torch.float64)

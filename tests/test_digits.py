@@ -16,6 +16,15 @@ pytest.importorskip("safetensors")
 FOLDER = Path(digits.__file__).parent
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The networks are small: on a busy machine two threads spend far longer waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def classify():
     return digits.classifier()
@@ -54,9 +63,7 @@ def test_held_out_is_disjoint_from_training():
     shipped, shipped_labels = digits.held_out()
     assert torch.equal(shipped, train.scaled(images[held]))
     assert torch.equal(shipped_labels, torch.from_numpy(labels[held]).long())
-    assert (
-        train.nearest(shipped, train.scaled(images[kept])).min() > 0.5
-    )  # and no duplicate sits on both sides
+    assert train.nearest(shipped, train.scaled(images[kept])).min() > 0.5  # and no duplicate sits on both sides
 
 
 def test_loading_is_deterministic_and_independent():
@@ -110,7 +117,7 @@ def test_samples_are_no_copies_of_training_digits(samples):
     assert train.nearest(samples, known).median() > 0.85 * train.nearest(new, known).median()
 
 
-@pytest.mark.parametrize("scale, share", [(None, 0.9), (2.0, 0.95)])
+@pytest.mark.parametrize("scale, share", [(None, 0.94), (2.0, 0.98)])
 def test_conditional_samples_are_in_the_asked_class(classify, scale, share):
     asked = torch.arange(100) % CLASSES
     drawn = train.draw(digits.prior(asked, scale), (100, 1, 8, 8), steps=50)
@@ -124,11 +131,9 @@ def test_latent_model(classify):
     assert z.shape[0] == 297 and z.shape[2:] == (4, 4) and z[0].numel() < images[0].numel()
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(z.shape[1]), rtol=0, atol=0.1)
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(z.shape[1]), rtol=0, atol=0.1)
-    assert train.psnr(images, decode(z)) > 26
-    share, counts = train.confident(
-        classify, decode(train.draw(latent, (400, *z.shape[1:]), steps=50, seed=7))
-    )
-    assert share >= 0.85
+    assert train.psnr(images, decode(z)) > 29
+    share, counts = train.confident(classify, decode(train.draw(latent, (400, *z.shape[1:]), steps=50, seed=7)))
+    assert share >= 0.9
     assert min(counts) >= 16 and max(counts) <= 80, counts
 
 
@@ -141,9 +146,7 @@ def test_x0_hat_denoises():
         level = prior.schedule.level(t)
         x = level.alpha * images + level.sigma * torch.randn(images.shape, generator=generator)
         errors[t] = (prior.x0_hat(x, level) - images).square().mean().item()
-    spread = (
-        (images - images.mean(0)).square().mean().item()
-    )  # 0.29: of the mean image, all that noise allows
+    spread = (images - images.mean(0)).square().mean().item()  # 0.29: of the mean image, all that noise allows
     assert errors[10] < 0.001 and errors[200] < 0.03 and errors[500] < 0.12, errors
     assert errors[10] < errors[200] < errors[500] < errors[800] < errors[999] < 1.1 * spread, errors
 
@@ -217,11 +220,9 @@ def test_training_learns_and_repeats():
 def test_the_script_runs(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(train, "SAMPLERS", ((3, 1.0), (2, 0.0)))
-    threads = torch.get_num_threads()
     try:
-        train.main(["--scale", "0", "--samples", "10", "--threads", "2", "--out", str(tmp_path)])
+        train.main(["--scale", "0", "--samples", "10", "--threads", "1", "--out", str(tmp_path)])
     finally:
-        torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
     assert (tmp_path / "held_out.safetensors").read_bytes() == (FOLDER / "held_out.safetensors").read_bytes()
     monkeypatch.setattr(digits, "_FOLDER", tmp_path)

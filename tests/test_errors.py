@@ -45,14 +45,14 @@ def check(error, message, **options):
     "error, message, options",
     [
         (TypeError, "prior: expected a fastguide.Denoiser, got function", dict(prior=net)),
-        (ValueError, r"shape: expected \(B, \*event\) with every size >= 1, got \[2\]", dict(shape=(2,))),
-        (ValueError, r"shape: .*got \[0, 3\]", dict(shape=(0, 3))),
-        (ValueError, r"shape: .*got \[2, 3.0\]", dict(shape=(2, 3.0))),
-        (ValueError, r"shape: .*got \[True, 3\]", dict(shape=(True, 3))),
+        (ValueError, r"shape: expected \(B, \*event\), got \(2,\)", dict(shape=(2,))),
+        (ValueError, "shape: expected an integer >= 1, got 0", dict(shape=(0, 3))),
+        (ValueError, "shape: .*got 3.0", dict(shape=(2, 3.0))),
+        (ValueError, "shape: .*got True", dict(shape=(True, 3))),
         (TypeError, "dtype: expected one of float32, .*float64, got torch.int32", dict(dtype=torch.int32)),
         (TypeError, "dtype: .*got torch.complex64", dict(dtype=torch.complex64)),
         (TypeError, "dtype: .*got float32", dict(dtype="float32")),
-        (ValueError, r"seed: expected an integer in \[0, 2\^64\), got -1", dict(seed=-1)),
+        (ValueError, "seed: expected an integer >= 0, got -1", dict(seed=-1)),
         (ValueError, f"seed: .*got {1 << 64}", dict(seed=1 << 64)),
         (ValueError, "seed: .*got 1.5", dict(seed=1.5)),
         (ValueError, "seed: .*got True", dict(seed=True)),
@@ -62,8 +62,8 @@ def check(error, message, **options):
         (ValueError, r"steps: expected at most 20 for vp_cosine\(20\), got 21", dict(steps=21)),
         (ValueError, "steps: .*strictly decreasing", dict(steps=[3, 10])),
         (ValueError, "spacing: expected one of .*'logsnr'.*got 'log'", dict(spacing="log")),
-        (ValueError, r"eta: expected values in \[0, 1\], got 1.5 at t = 19", dict(eta=1.5)),
-        (ValueError, r"eta: expected values in \[0, 1\], got -0.1", dict(eta=-0.1)),
+        (ValueError, r"eta: expected finite values in \[0, 1\], got 1.5 at t = 19", dict(eta=1.5)),
+        (ValueError, r"eta: expected finite values in \[0, 1\], got -0.1", dict(eta=-0.1)),
         (ValueError, "eta: .*got nan", dict(eta=math.nan)),
         (ValueError, "eta: .*got 2.0 at t = 13", dict(eta=[0.0, 2.0, 0.0, 0.0])),
         (ValueError, "eta: expected a table of 4 steps, got 2 entries", dict(eta=[1.0, 0.5])),
@@ -83,7 +83,7 @@ def check(error, message, **options):
             r"x_T: expected shape \[2, 5, 3\], got \[2, 3\]",
             dict(x_T=torch.zeros(2, 3), guidance=TDS(LIKELIHOOD, 5)),
         ),
-        (TypeError, "guidance: expected DPS, .*or None, got Gaussian", dict(guidance=LIKELIHOOD)),
+        (TypeError, "guidance: expected a DPS, .*or None, got Gaussian", dict(guidance=LIKELIHOOD)),
         (TypeError, "guidance: .*got str", dict(guidance="TDS")),
         (
             ValueError,
@@ -268,7 +268,7 @@ def test_heavy_tails_around_a_nonlinear_operator_are_served():
 @pytest.mark.parametrize(
     "message, guidance",
     [
-        (r"zeta: expected values in \[0, inf\], got -1.0 at t = 19", DPS(LIKELIHOOD, zeta=-1.0)),
+        (r"zeta: expected finite values in \[0, inf\], got -1.0 at t = 19", DPS(LIKELIHOOD, zeta=-1.0)),
         (
             "zeta: expected a number, a table, a function or 'score', got 'paper'",
             DPS(LIKELIHOOD, zeta="paper"),
@@ -277,8 +277,8 @@ def test_heavy_tails_around_a_nonlinear_operator_are_served():
         ("normalize: expected False with zeta='score'", DPS(LIKELIHOOD, zeta="score")),
         ("covariance: expected one of .*'moment'.*got 'full'", DPS(LIKELIHOOD, covariance="full")),
         ("zeta: .*got -0.5", PiGDM(LIKELIHOOD, zeta=-0.5)),
-        (r"zeta: expected values in \[0, 1\], got 1.5 at t = 19", PnP(LIKELIHOOD, zeta=1.5)),
-        (r"rho: expected values in \[0, inf\], got -1.0", PnP(LIKELIHOOD, rho=-1.0)),
+        (r"zeta: expected finite values in \[0, 1\], got 1.5 at t = 19", PnP(LIKELIHOOD, zeta=1.5)),
+        (r"rho: expected finite values in \[0, inf\], got -1.0", PnP(LIKELIHOOD, rho=-1.0)),
         ("solver: expected one of .*'cg'.*got 'newton'", PnP(LIKELIHOOD, solver="newton")),
         (
             "solver: 'closed' needs a Gaussian likelihood and a linear operator.*, got Laplace",
@@ -312,8 +312,8 @@ def test_heavy_tails_around_a_nonlinear_operator_are_served():
         ("proposal: expected one of .*'guided'.*or a callable, got 'best'", FK(reward, 2, proposal="best")),
         ("strength: expected a finite number > 0, got 0.0", FK(reward, 2, strength=0.0)),
         ("strength: .*got inf", FK(reward, 2, strength=math.inf)),
-        ("resample_steps: expected an interval >= 1, got 0", FK(reward, 2, resample_steps=0)),
-        (r"resample_steps: expected steps in \[0, 3\], got \[1, 4\]", FK(reward, 2, resample_steps=[1, 4])),
+        ("resample_steps: expected an integer >= 1, got 0", FK(reward, 2, resample_steps=0)),
+        (r"resample_steps: expected an integer in \[0, 3\], got 4", FK(reward, 2, resample_steps=[1, 4])),
         ("reward: expected a callable or a likelihood, got NoneType", FK(None, 2)),
         ("covariance: expected None with a reward that is no likelihood", FK(reward, 2, covariance="point")),
     ],
@@ -372,12 +372,12 @@ def test_a_reward_without_a_graph():
 def test_potentials_and_proposals_of_another_shape():
     check(
         ValueError,
-        r"potential: expected it to return shape \[4\], got \[\]",
+        r"potential: expected it to return a tensor of shape \[4\], got \[\]",
         guidance=FK(reward, 2, potential=lambda new, old: new.sum()),
     )
     check(
         ValueError,
-        r"proposal: expected it to return shapes \[4, 3\] and \[4\], got \[4, 3\] and \[4, 3\]",
+        r"proposal: expected it to return a tensor of shape \[4\], got \[4, 3\]",
         guidance=FK(reward, 2, proposal=lambda x, x0, c, *, seed, step: (x, x)),
     )
 
@@ -397,7 +397,8 @@ def reward_of_one_row(value, from_call):
 
 
 @pytest.mark.parametrize(
-    "value, what", [(math.nan, "a weight is NaN"), (-math.inf, r"no particle is alive \(all weights are 0\)")]
+    "value, what",
+    [(math.nan, "a weight is NaN or infinite"), (-math.inf, r"no particle is alive \(all weights are 0\)")],
 )
 @pytest.mark.parametrize(
     "from_call, when", [(0, "before step 0"), (2, "before step 2"), (STEPS, "after the last step")]
@@ -459,7 +460,6 @@ def test_a_checkpoint_of_another_run(tmp_path):
 # --- not yet: errors that come from deeper down, without the argument's name -------------------------------
 
 
-@pytest.mark.xfail(reason="no check of its own yet")
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -490,7 +490,6 @@ def test_wrong_types_name_the_argument(name, options):
         sample(**options)
 
 
-@pytest.mark.xfail(reason="no numbers and tables of numpy or torch yet")
 @pytest.mark.parametrize(
     "options",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,16 +20,28 @@ KERNEL = torch.tensor([[0.05, 0.1, 0.05], [0.1, 0.4, 0.1], [0.05, 0.1, 0.05]], d
 def make_run(steps: int = 8, eta: float = 1.0, observations: int = 2, **changes) -> Run:
     prior = example()
     levels = prior.schedule.levels(steps)
-    taus = tuple(fg.sampling.noise(t, s, eta) for t, s in zip(levels, levels[1:], strict=False))
+    taus = tuple(fg.sampling.noise(t, s, eta) for t, s in pairwise(levels))
     return replace(
         Run(
-            prior.denoiser(), levels, taus, observations, 1, (3,), 0, None, None, torch.float64, torch.device("cpu")
+            prior.denoiser(),
+            levels,
+            taus,
+            observations,
+            1,
+            (3,),
+            0,
+            None,
+            None,
+            torch.float64,
+            torch.device("cpu"),
         ),
         **changes,
     )
 
 
-def step_by_hand(run: Run, x: torch.Tensor, i: int, x0_hat: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def step_by_hand(
+    run: Run, x: torch.Tensor, i: int, x0_hat: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
     """The guided mean of design section 1: x0_hat moves by ``shift``, eps_hat by ``-alpha/sigma`` of it."""
     t, s, tau = run.levels[i], run.levels[i + 1], run.taus[i]
     eps = (x - t.alpha * x0_hat) / t.sigma - t.alpha / t.sigma * shift
@@ -59,7 +72,9 @@ def test_the_guided_step_equals_its_closed_form(covariance):
     """DPS with the score's own weight; "moment" is exact for a Gaussian prior: the gradient of the true
     ``log p(y | x_t)``."""
     run, i = make_run(), 4
-    guidance = fg.DPS(gaussian_likelihood(), zeta="score", normalize=False, covariance=covariance).prepare(run)
+    guidance = fg.DPS(gaussian_likelihood(), zeta="score", normalize=False, covariance=covariance).prepare(
+        run
+    )
     x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     got = guidance.step(run, fg.guidance.base.State(x), i).x
 
@@ -115,7 +130,9 @@ def test_pull_back_is_the_second_order_tweedie_covariance():
     assert torch.allclose(pull_back(pull_back.x0, v), v @ exact, atol=1e-10)
 
 
-@pytest.mark.parametrize("guidance", [fg.DPS, fg.PiGDM, lambda lik: fg.TDS(lik, 32)], ids=["dps", "pigdm", "tds"])
+@pytest.mark.parametrize(
+    "guidance", [fg.DPS, fg.PiGDM, lambda lik: fg.TDS(lik, 32)], ids=["dps", "pigdm", "tds"]
+)
 def test_a_level_without_signal_is_finite(guidance):
     """Flow starts at ``alpha = 0``."""
     prior = example()
@@ -173,9 +190,13 @@ def test_pnp_reweighted_least_squares_finds_the_minimum():
     ):
         x = solve(likelihood, x0, likelihood.y, likelihood.scale_at(0), 20.0, "gauss-newton", 40)
         z = operator(x)
-        pulled = operator.adjoint(likelihood.log_prob_and_gradient(z, likelihood.y, likelihood.scale_at(0))[1])
+        pulled = operator.adjoint(
+            likelihood.log_prob_and_gradient(z, likelihood.y, likelihood.scale_at(0))[1]
+        )
         slope = 20.0 * (x - x0) - pulled
-        start = operator.adjoint(likelihood.log_prob_and_gradient(operator(x0), likelihood.y, likelihood.scale_at(0))[1])
+        start = operator.adjoint(
+            likelihood.log_prob_and_gradient(operator(x0), likelihood.y, likelihood.scale_at(0))[1]
+        )
         assert slope.norm() < 1e-5 * start.norm()
 
 
@@ -210,7 +231,9 @@ def test_pnp_step_splits_the_noise_as_diffpir(zeta):
 def test_latent_pnp_in_a_linear_latent_space_is_pnp():
     """With an invertible linear decoder both spaces have closed forms."""
     generator = torch.Generator().manual_seed(3)
-    mixing = torch.eye(3, dtype=torch.float64) + 0.3 * torch.randn(3, 3, dtype=torch.float64, generator=generator)
+    mixing = torch.eye(3, dtype=torch.float64) + 0.3 * torch.randn(
+        3, 3, dtype=torch.float64, generator=generator
+    )
     inverse = torch.linalg.inv(mixing)
     run, i, rho = make_run(), 4, 2.0
     x = torch.randn(2, 3, dtype=torch.float64, generator=generator)
@@ -241,7 +264,7 @@ def test_latent_pnp_resample_draws_from_the_product():
     schedule = fg.schedules.vp_cosine(100)
     prior = example(schedule)
     levels = schedule.levels(6)
-    taus = tuple(fg.sampling.noise(t, s, 0.5) for t, s in zip(levels, levels[1:], strict=False))
+    taus = tuple(fg.sampling.noise(t, s, 0.5) for t, s in pairwise(levels))
     run = make_run(denoiser=prior.denoiser(), levels=levels, taus=taus)
     guidance = fg.LatentPnP(gaussian_likelihood(), lambda z: z, rho=rho, gamma=gamma).prepare(run)
     x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

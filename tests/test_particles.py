@@ -53,7 +53,10 @@ def test_reaches_the_closed_form_like_one_over_root_k(method, closed_form):
 
     sizes = (64, 256, 1024, 4096)
     table = torch.tensor([errors(guidance_of, k, range(10), closed_form) for k in sizes])
-    print(f"\n{method}: K, rms error of mean, variance, log-evidence\n", torch.cat([torch.tensor(sizes)[:, None], table], 1))
+    print(
+        f"\n{method}: K, rms error of mean, variance, log-evidence\n",
+        torch.cat([torch.tensor(sizes)[:, None], table], 1),
+    )
     logs = torch.log(torch.tensor(sizes, dtype=torch.float64))
     centred = logs - logs.mean()
     slopes = (centred[:, None] * table.double().log()).sum(0) / centred.square().sum()
@@ -81,7 +84,8 @@ def test_default_covariance_is_moment_for_few_measurements():
     wide = GaussianPrior(0 * count, torch.diag(count), prior.schedule).denoiser()
     likelihood = fg.likelihoods.Gaussian(torch.zeros(1, 17), fg.operators.Identity(), 0.5)
     outs = [
-        fg.sample(wide, (1, 17), guidance=fg.TDS(likelihood, 32, covariance=c), steps=5).x for c in (None, "isotropic")
+        fg.sample(wide, (1, 17), guidance=fg.TDS(likelihood, 32, covariance=c), steps=5).x
+        for c in (None, "isotropic")
     ]
     assert torch.equal(*outs)
 
@@ -153,14 +157,22 @@ def test_strength_tempers_the_likelihood():
     strength = 0.25
     prior = example()
     means, _, _ = posterior(*prior.chain(STEPS), MATRIX, Y, SCALE / strength**0.5)
-    out = run(fg.FK(gaussian_likelihood(), 8000, strength=strength, proposal="guided", covariance="isotropic"))
+    out = run(
+        fg.FK(gaussian_likelihood(), 8000, strength=strength, proposal="guided", covariance="isotropic")
+    )
     assert torch.allclose(out.mean(), means, atol=0.05)
 
 
 @pytest.mark.parametrize("resample_steps", [None, 4, [2, 5, 11]])
 def test_resampling_happens_at_the_steps_asked_for(resample_steps):
     out = run(
-        fg.FK(gaussian_likelihood(), 40, ess_threshold=None, resample_steps=resample_steps, covariance="isotropic"),
+        fg.FK(
+            gaussian_likelihood(),
+            40,
+            ess_threshold=None,
+            resample_steps=resample_steps,
+            covariance="isotropic",
+        ),
         keep_ancestors=True,
     )
     identity = torch.arange(40, dtype=torch.int32)
@@ -183,15 +195,19 @@ def test_observations_are_independent_of_each_other():
     """Observation 0 has the same particles whether or not another is run beside it."""
     both = run(fg.TDS(gaussian_likelihood(), 30))
     alone = fg.sample(
-        example().denoiser(), (1, 3), guidance=fg.TDS(gaussian_likelihood(Y[:1]), 30), steps=STEPS, dtype=torch.float64
+        example().denoiser(),
+        (1, 3),
+        guidance=fg.TDS(gaussian_likelihood(Y[:1]), 30),
+        steps=STEPS,
+        dtype=torch.float64,
     )
     assert torch.allclose(both.x[:1], alone.x, atol=1e-12)
     assert torch.allclose(both.log_weights[:1], alone.log_weights, atol=1e-9)
 
 
 def test_zero_reward_probability_kills_particles_and_no_more():
-    """A hard constraint on ``x0_hat`` all the way: who once was outside has weight 0 for good. The evidence is that of the
-    paths that stayed inside, at most the share of those that end there."""
+    """A hard constraint on ``x0_hat`` all the way: who once was outside has weight 0 for good. The evidence is that of
+    the paths that stayed inside, at most the share of those that end there."""
 
     def reward(x0):
         return torch.where(x0[:, 0] > 0.3, 0.0, -math.inf)

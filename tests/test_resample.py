@@ -153,15 +153,18 @@ def test_residual_copies_are_exact_floors(weights, number):
             assert count == floor
 
 
-def test_residual_chances_of_small_remainders():
-    """One draw from 10^6 particles, of which one has 4/5 of the weight and the others a fifth in parts of
-    2^-22 and less of it: they keep their chance. To drop the low 20 bits of each would leave them none."""
-    particles, draws = 10**6, 200
-    log_weights = torch.full((particles,), math.log(0.25 / particles), dtype=torch.float64)
-    log_weights[0] = 0.0
-    ancestors = [ops.resample(log_weights, scheme="residual", num=1, seed=seed)[0] for seed in range(draws)]
-    others = sum(int(a) != 0 for a in ancestors)
-    assert abs(others - draws / 5) < 4 * math.sqrt(draws * 0.2 * 0.8)
+def test_residual_keeps_small_remainders():
+    """One draw from 10^6 particles, nearly all of the weight on the first and a tenth of it spread over the others,
+    2^-23 each. Room for K sums would cost every remainder its low 20 bits, and them their chance."""
+    log_weights = torch.full((1, 10**6), math.log(0.1 / 10**6), dtype=torch.float64)
+    log_weights[0, 0] = 0.0
+    q, *_ = reference.integer_weights(log_weights)
+    total = q.sum(1, keepdim=True)
+    for w1 in (0, 2**31, int(0.90 * 2**32), int(0.92 * 2**32), 2**32 - 1):
+        words = torch.tensor([[2**32 - 1]]), torch.tensor([[w1]])
+        position = ((w1 << 32 | 2**32 - 1) * int(total)) >> 64
+        expected = max(0, (position - int(q[0, 0])) // int(q[0, 1]) + 1)
+        assert int(reference._residual(q, total, 1, *words)) == expected, w1
 
 
 # --- the laws of the schemes --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -118,7 +119,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 def test_the_callback_sees_every_step():
     seen = []
-    out = run("tds", callback=lambda p: seen.append((p.step, p.level, p.x.clone(), p.log_weights.clone(), p.ess)))
+    out = run(
+        "tds", callback=lambda p: seen.append((p.step, p.level, p.x.clone(), p.log_weights.clone(), p.ess))
+    )
     assert [s[0] for s in seen] == list(range(12))
     assert seen[-1][1].sigma == 0.0 and seen[-1][1].alpha == 1.0
     assert torch.equal(seen[-1][2], out.x) and torch.equal(seen[-1][3], out.log_weights)
@@ -140,7 +143,9 @@ def test_x_T_starts_the_run():
     x_T = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     a = run("plain", x_T=x_T, eta=0.0)
     assert_same(a, run("plain", x_T=x_T, eta=0.0, seed=99))  # nothing random is left
-    assert torch.equal(x_T, torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(
+        x_T, torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )
 
 
 @pytest.mark.parametrize("eta", [0.5, [0.5] * 12, lambda t: 0.5], ids=["number", "table", "function"])
@@ -161,17 +166,23 @@ def test_eta_forms_agree(eta):
 )
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_prior_is_sampled(schedule, eta):
-    """Means and covariances of many plain samples, against the exact ones, for every schedule."""
+    """Means and covariances of many plain samples, for every schedule, against the exact law of the chain, which
+    tends to the prior's."""
     prior = example(schedule)
     x = fg.sample(prior.denoiser(), (20000, 3), steps=100, eta=eta, dtype=torch.float64).x
-    assert torch.allclose(x.mean(0), prior.mean, atol=0.04)
-    assert torch.allclose(torch.cov(x.T), prior.covariance, atol=0.06)
+    mean, covariance = prior.chain(100, eta)
+    assert torch.allclose(x.mean(0), mean, atol=0.03)
+    assert torch.allclose(torch.cov(x.T), covariance, atol=0.04)
+    assert torch.allclose(covariance, prior.covariance, atol=0.13) and torch.allclose(
+        mean, prior.mean, atol=0.02
+    )
 
 
 @pytest.mark.parametrize("name, start", [("flow", 0.9), ("edm", 5.0)])
 def test_order_of_convergence_of_the_deterministic_sampler(name, start):
     """At ``eta = 0`` the step is a first-order integrator of the probability-flow ODE, whose solution for a Gaussian
-    prior is known: in the eigenbasis, ``x_0 - mean`` is ``(x_t - alpha mean) sqrt(lambda / (alpha^2 lambda + sigma^2))``."""
+    prior is known: in the eigenbasis, ``x_0 - mean`` is ``(x_t - alpha mean) sqrt(lambda / (alpha^2 lambda +
+    sigma^2))``."""
     schedule = getattr(fg.schedules, name)()
     prior = example(schedule)
     level = schedule.level(start)
@@ -180,21 +191,21 @@ def test_order_of_convergence_of_the_deterministic_sampler(name, start):
     factor = (values / (level.alpha**2 * values + level.sigma**2)).sqrt()
     exact = prior.mean + ((x_t - level.alpha * prior.mean) @ basis * factor) @ basis.T
     errors = []
-    sizes = (40, 80, 160, 320)
-    for steps in sizes:
-        u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
-        times = (start * u).tolist()
+    for steps in (40, 80, 160, 320):
+        times = (start * torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]).tolist()
         x = fg.sample(prior.denoiser(), (5, 3), steps=times, eta=0.0, x_T=x_t, dtype=torch.float64).x
         errors.append((x - exact).abs().max().item())
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    orders = [math.log2(a / b) for a, b in pairwise(errors)]
     print(f"\n{name}: errors {errors}, observed orders {orders}")
     assert all(0.85 < order < 1.15 for order in orders)
 
 
 def test_half_precision_states():
-    prior = example(fg.schedules.vp_cosine())
+    prior = example()
     for dtype in (torch.float16, torch.bfloat16):
-        out = fg.sample(prior.denoiser(), (2, 3), guidance=fg.TDS(gaussian_likelihood(), 512), steps=20, dtype=dtype)
+        out = fg.sample(
+            prior.denoiser(), (2, 3), guidance=fg.TDS(gaussian_likelihood(), 512), steps=20, dtype=dtype
+        )
         full = fg.sample(prior.denoiser(), (2, 3), guidance=fg.TDS(gaussian_likelihood(), 512), steps=20)
         assert out.x.dtype == dtype and out.log_weights.dtype == torch.float64
         assert torch.allclose(out.mean(), full.mean(), atol=0.15)

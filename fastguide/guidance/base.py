@@ -6,14 +6,18 @@ memory; the loop belongs to `fastguide.sample`. Nothing here asks the device a q
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..denoiser import Denoiser
+from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
 from ..reference import Clip, Coefficients, step_coefficients
 from ..schedules import Level
@@ -27,23 +31,41 @@ _VANISHING = 0.01  # alpha / sigma below which x_t holds no derivative worth div
 Schedulable = float | Sequence[float] | Callable[[float], float]
 
 
-def at(value: Schedulable, levels: Sequence[Level], i: int) -> float:
-    """Entry ``i`` of a number, a table with one entry per step, or a function of the schedule's time."""
-    if callable(value):
-        return float(value(levels[i].t))
-    return float(value[i]) if isinstance(value, Sequence) else float(value)
+def per_step(
+    name: str, value: Schedulable, levels: Sequence[Level], high: float = math.inf
+) -> tuple[float, ...]:
+    """The value of each step: of a number, a table with one entry per step, or a function of the schedule's time;
+    each finite and in ``[0, high]``."""
+    times = [level.t for level in levels[:-1]]
+    try:
+        if callable(value):
+            values = tuple(float(value(t)) for t in times)
+        elif isinstance(value, str) or not hasattr(value, "__len__"):
+            values = (float(value),) * len(times)
+        else:
+            values = tuple(float(v) for v in value)  # type: ignore[union-attr]
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: expected a number, a table or a function of the time, got {value!r}"
+        ) from error
+    if len(values) != len(times):
+        raise ValueError(f"{name}: expected a table of {len(times)} steps, got {len(values)} entries")
+    for t, v in zip(times, values, strict=True):
+        if not (0.0 <= v <= high and math.isfinite(v)):
+            raise ValueError(f"{name}: expected finite values in [0, {high:g}], got {v} at t = {t}")
+    return values
 
 
-def check_schedulable(name: str, value: Schedulable, levels: Sequence[Level], low: float, high: float) -> None:
-    """Raise unless every step's value lies in ``[low, high]``."""
-    steps = len(levels) - 1
-    if isinstance(value, Sequence) and len(value) != steps:
-        raise ValueError(f"{name}: expected a table of {steps} steps, got {len(value)} entries")
-    for i in range(steps):
-        if not low <= at(value, levels, i) <= high:
-            raise ValueError(
-                f"{name}: expected values in [{low:g}, {high:g}], got {at(value, levels, i)} at t = {levels[i].t}"
-            )
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """``value`` as an int, if it is an integer in ``[low, high)``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if isinstance(value, bool) or number < low or (high is not None and number >= high):
+        expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high - 1}]"
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return number
 
 
 @dataclass
@@ -109,9 +131,11 @@ class Run:
     def reverse_step(self, x: Tensor, x0_hat: Tensor, i: int, **options) -> Tensor:
         """Step ``i`` from a predicted clean sample."""
         tau = options.pop("tau", None)
-        return ops.reverse_step(
+        x_s = ops.reverse_step(
             x, x0_hat, self.coefficients(i, tau), prediction="sample", seed=self.seed, step=i, **options
         )
+        assert isinstance(x_s, Tensor)  # no x0_hat was asked for
+        return x_s
 
     def in_chunks(self, f: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
         """``f(rows, *chunks)`` over chunks of the leading dimension, its outputs put together again."""
@@ -132,7 +156,8 @@ class Run:
     def likelihood_score(
         self, likelihood: Likelihood, covariance: str, x: Tensor, i: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``x0_hat``, its shift ``C_t A^T grad_z log p~``, ``log p~(y | x_t)`` ``[n]`` and the norm of ``grad_z`` ``[n]``.
+        """``x0_hat``, its shift ``C_t A^T grad_z log p~``, ``log p~(y | x_t)`` ``[n]`` and the norm of ``grad_z``
+        ``[n]``.
 
         ``p~`` approximates ``p(y | x_t)`` with the covariance named; ``z = A x0_hat``. The shift is
         ``(sigma_t^2 / alpha_t)`` times the gradient in ``x_t``, through the network.
@@ -146,7 +171,12 @@ class Run:
             pull_back = PullBack(self.denoiser, x, level, self.compute_dtype)
             y = likelihood.rows_of_y(rows)
             shift, log_prob, gradient = score(pull_back, likelihood, y, scale, spread)
-            return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype), log_prob, gradient.flatten(1).norm(dim=1)
+            return (
+                pull_back.x0.detach().to(x.dtype),
+                shift.to(x.dtype),
+                log_prob,
+                gradient.flatten(1).norm(dim=1),
+            )
 
         x0_hat, shift, log_prob, norm = self.in_chunks(chunk, x)
         return x0_hat, shift, log_prob, norm
@@ -154,7 +184,8 @@ class Run:
     def likelihood_value(
         self, likelihood: Likelihood, covariance: str, x: Tensor, i: int
     ) -> tuple[Tensor, Tensor]:
-        """``x0_hat`` and ``log p~(y | x_t)`` alone, without a derivative; not for ``"moment"``, which is made of them."""
+        """``x0_hat`` and ``log p~(y | x_t)`` alone, without a derivative; not for ``"moment"``, which is made of
+        them."""
         level = self.levels[i]
         scale = likelihood.scale_at(level.t)
         spread = isotropic_variance(level) if covariance == "isotropic" else 0.0
@@ -185,12 +216,12 @@ def isotropic_variance(level: Level) -> float:
 
 
 class PullBack:
-    """``x0_hat(x_t)`` with its graph, and ``v -> C_t v = (sigma_t^2 / alpha_t) (d x0_hat / d x_t)^T v``, the second-order
-    Tweedie covariance (Boys et al. 2023) times a vector.
+    """``x0_hat(x_t)`` with its graph, and ``v -> C_t v = (sigma_t^2 / alpha_t) (d x0_hat / d x_t)^T v``, the
+    second-order Tweedie covariance (Boys et al. 2023) times a vector.
 
-    As ``alpha_t`` tends to 0 the state says nothing of ``x_0`` and the Jacobian vanishes; divided by ``alpha_t``, what is left
-    of a network's is its error. Where ``alpha_t < 0.01 sigma_t`` the limit is taken instead: ``C_t`` is the isotropic
-    model's, ``r_t^2 I = I``, that of unit-variance data.
+    As ``alpha_t`` tends to 0 the state says nothing of ``x_0`` and the Jacobian vanishes; divided by ``alpha_t``, what
+    is left of a network's is its error. Where ``alpha_t < 0.01 sigma_t`` the limit is taken instead: ``C_t`` is the
+    isotropic model's, ``r_t^2 I = I``, that of unit-variance data.
     """
 
     def __init__(self, denoiser: Denoiser, x: Tensor, level: Level, dtype: torch.dtype):
@@ -199,7 +230,9 @@ class PullBack:
         with torch.enable_grad():
             self.x0 = denoiser.x0_hat(self.x, level).to(dtype)
         if not self.x0.requires_grad:
-            raise ValueError("net: expected a network that autograd can differentiate, got an output without a graph")
+            raise ValueError(
+                "net: expected a network that autograd can differentiate, got an output without a graph"
+            )
 
     def __call__(self, output: Tensor, v: Tensor, retain_graph: bool = False) -> Tensor:
         """``C_t`` times the pull-back of ``v`` from ``output`` (a function of ``x0``) to ``x0``; ``[n, *event]``."""
@@ -266,18 +299,21 @@ def check_covariance(likelihood: Likelihood, covariance: str, measurements: int)
         raise ValueError(f"covariance: {reason}")
 
 
-def check_likelihood(run: Run, likelihood: Likelihood) -> int:
-    """Raise unless ``y`` has the shape of a measurement and one row or one per observation; returns the number of
-    measurements."""
+def prepare_likelihood(run: Run, likelihood: Likelihood) -> tuple[Likelihood, int]:
+    """The likelihood on the run's device, and the number of its measurements; raises unless ``y`` has the shape of a
+    measurement and one row or one per observation."""
     if not isinstance(likelihood, Likelihood):
-        raise TypeError(f"likelihood: expected a fastguide.likelihoods likelihood, got {type(likelihood).__name__}")
+        raise TypeError(
+            f"likelihood: expected a fastguide.likelihoods likelihood, got {type(likelihood).__name__}"
+        )
+    likelihood = likelihood.to(run.device, run.compute_dtype)
     rows = likelihood.y.shape[0]
     if rows not in (1, run.observations):
         raise ValueError(f"y: expected 1 row or {run.observations}, as shape says, got {rows}")
     for level in run.levels:
         likelihood.scale_at(level.t)
-    if type(likelihood).__name__ == "Callable":
-        return 0
+    if isinstance(likelihood, CallableLikelihood):
+        return likelihood, 0
     probe = torch.zeros(1, *run.event, dtype=run.compute_dtype, device=run.device)
     with torch.no_grad():
         z = likelihood.operator(probe)
@@ -286,4 +322,4 @@ def check_likelihood(run: Run, likelihood: Likelihood) -> int:
             f"y: expected shape [B, {', '.join(map(str, z.shape[1:]))}], what {likelihood.operator} makes of an event "
             f"{list(run.event)}, got {list(likelihood.y.shape)}"
         )
-    return z[0].numel()
+    return likelihood, z[0].numel()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..likelihoods import Likelihood
-from .base import Run, Schedulable, State, at, check_covariance, check_likelihood, check_schedulable
+from .base import Run, Schedulable, State, check_covariance, per_step, prepare_likelihood
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,15 @@ class DPS:
     covariance: str = "point"
 
     def prepare(self, run: Run) -> DPS:
-        guidance = replace(self, likelihood=self.likelihood.to(run.device, run.compute_dtype))
-        measurements = check_likelihood(run, guidance.likelihood)
-        check_covariance(guidance.likelihood, self.covariance, measurements)
-        if isinstance(self.zeta, str):
-            if self.zeta != "score":
-                raise ValueError(f"zeta: expected a number, a table, a function or 'score', got {self.zeta!r}")
-            if self.normalize:
-                raise ValueError("normalize: expected False with zeta='score', which fixes the weight, got True")
-        else:
-            check_schedulable("zeta", self.zeta, run.levels, 0.0, float("inf"))
-        return guidance
+        likelihood, measurements = prepare_likelihood(run, self.likelihood)
+        check_covariance(likelihood, self.covariance, measurements)
+        if not isinstance(self.zeta, str):
+            return replace(self, likelihood=likelihood, zeta=per_step("zeta", self.zeta, run.levels))
+        if self.zeta != "score":
+            raise ValueError(f"zeta: expected a number, a table, a function or 'score', got {self.zeta!r}")
+        if self.normalize:
+            raise ValueError("normalize: expected False with zeta='score', which fixes the weight, got True")
+        return replace(self, likelihood=likelihood)
 
     def start(self, run: Run) -> State:
         return State(run.initial())
@@ -55,10 +53,10 @@ class DPS:
 
     def _weight(self, run: Run, i: int) -> float:
         """Of the shift, which is ``sigma_t^2 / alpha_t`` times the gradient."""
-        if isinstance(self.zeta, str):
+        if self.zeta == "score":
             return run.x0_weight(i)
         level = run.levels[i]
-        return at(self.zeta, run.levels, i) * level.alpha / level.sigma**2
+        return self.zeta[i] * level.alpha / level.sigma**2  # type: ignore[index,operator]
 
 
 def inverse(norm: Tensor, like: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from ..likelihoods import Likelihood
 from ..reference import Coefficients
-from .base import PullBack, Run, State, check_covariance, check_likelihood, default_covariance
+from .base import PullBack, Run, State, check_covariance, default_covariance, integer, prepare_likelihood
 from .particles import check_particles, log_ratio, propose_guided, resample_particles
 
 POTENTIALS = ("difference", "max", "sum")
@@ -25,8 +27,8 @@ Proposal = Callable[..., tuple[Tensor, Tensor]]
 class FK:
     """``particles`` weighted particles per observation whose target is ``p(x_0) exp(strength * r(x_0))``.
 
-    - ``reward``: ``r(x0 [n, *event]) -> [n]``, differentiable or not, taken at ``x0_hat`` on the way and at ``x_0`` at the
-      end; or a likelihood, ``r = log p(y | x_0)``, approximated on the way with ``covariance`` as in TDS.
+    - ``reward``: ``r(x0 [n, *event]) -> [n]``, differentiable or not, taken at ``x0_hat`` on the way and at ``x_0`` at
+      the end; or a likelihood, ``r = log p(y | x_0)``, approximated on the way with ``covariance`` as in TDS.
     - ``potential``, the log-weight of a step: ``"difference"`` ``strength * (r_s - r_t)``; ``"max"`` and ``"sum"``
       ``strength *`` the largest reward, or their sum, so far; or ``f(r_s [n], r_t [n] or None at the first level) ->
       log-potential [n]``. The last one always makes the product ``exp(strength * r(x_0))``.
@@ -52,25 +54,26 @@ class FK:
     def prepare(self, run: Run) -> FK:
         reward, covariance = self.reward, self.covariance
         if isinstance(reward, Likelihood):
-            reward = reward.to(run.device, run.compute_dtype)
-            measurements = check_likelihood(run, reward)
+            reward, measurements = prepare_likelihood(run, reward)
             covariance = covariance or default_covariance(reward, measurements)
             check_covariance(reward, covariance, measurements)
         elif not callable(reward):
             raise TypeError(f"reward: expected a callable or a likelihood, got {type(reward).__name__}")
         elif covariance is not None:
-            raise ValueError(f"covariance: expected None with a reward that is no likelihood, got {covariance!r}")
+            raise ValueError(
+                f"covariance: expected None with a reward that is no likelihood, got {covariance!r}"
+            )
         if not callable(self.potential) and self.potential not in POTENTIALS:
             raise ValueError(f"potential: expected one of {POTENTIALS} or a callable, got {self.potential!r}")
         if not callable(self.proposal) and self.proposal not in PROPOSALS:
             raise ValueError(f"proposal: expected one of {PROPOSALS} or a callable, got {self.proposal!r}")
-        if not 0.0 < self.strength < float("inf"):
-            raise ValueError(f"strength: expected a finite number > 0, got {self.strength}")
-        interval = self.resample_steps
-        if isinstance(interval, int) and interval < 1:
-            raise ValueError(f"resample_steps: expected an interval >= 1, got {interval}")
-        if isinstance(interval, Sequence) and not all(0 <= i < run.steps for i in interval):
-            raise ValueError(f"resample_steps: expected steps in [0, {run.steps - 1}], got {list(interval)}")
+        if not isinstance(self.strength, Real) or not 0.0 < self.strength < math.inf:
+            raise ValueError(f"strength: expected a finite number > 0, got {self.strength!r}")
+        if isinstance(self.resample_steps, Sequence):
+            for i in self.resample_steps:
+                integer("resample_steps", i, 0, run.steps)
+        elif self.resample_steps is not None:
+            integer("resample_steps", self.resample_steps, 1)
         check_particles(run, self.resampler, self.ess_threshold, guided=self.proposal == "guided")
         return replace(self, reward=reward, covariance=covariance)
 
@@ -92,9 +95,9 @@ class FK:
     def _resamples(self, i: int) -> bool:
         if self.resample_steps is None:
             return True
-        if isinstance(self.resample_steps, int):
-            return i > 0 and i % self.resample_steps == 0
-        return i in self.resample_steps
+        if isinstance(self.resample_steps, Sequence):
+            return i in self.resample_steps
+        return i > 0 and i % self.resample_steps == 0
 
     def _propose(self, run: Run, state: State, log_weights: Tensor, i: int) -> tuple[Tensor, Tensor]:
         x0_hat = state.particles["x0_hat"]
@@ -104,13 +107,14 @@ class FK:
             return propose_guided(run, state, log_weights, i)
         assert callable(self.proposal)
         coefficients: Coefficients = run.coefficients(i)
-        x, ratio = self.proposal(state.x, x0_hat, coefficients, seed=run.seed, step=i)
-        if x.shape != state.x.shape or ratio.shape != state.x.shape[:1]:
-            raise ValueError(
-                f"proposal: expected it to return shapes {list(state.x.shape)} and [{state.x.shape[0]}], "
-                f"got {list(x.shape)} and {list(ratio.shape)}"
+        proposed = self.proposal(state.x, x0_hat, coefficients, seed=run.seed, step=i)
+        if not isinstance(proposed, tuple) or len(proposed) != 2:
+            raise TypeError(
+                f"proposal: expected it to return (x_s, log_ratio), got {type(proposed).__name__}"
             )
-        return x, log_weights + ratio.reshape(log_weights.shape)
+        x = _returned("proposal", proposed[0], state.x.shape)
+        ratio = _returned("proposal", proposed[1], state.x.shape[:1])
+        return x.to(state.x.dtype), log_weights + ratio.reshape(log_weights.shape)
 
     def _evaluate(self, run: Run, x: Tensor, i: int) -> dict[str, Tensor]:
         """``x0_hat``, its reward and, for the guided proposal, its shift."""
@@ -144,11 +148,7 @@ class FK:
 
     def _call_reward(self, x0: Tensor) -> Tensor:
         assert not isinstance(self.reward, Likelihood)
-        reward = self.reward(x0)
-        if not isinstance(reward, Tensor) or reward.shape != x0.shape[:1]:
-            got = list(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
-            raise ValueError(f"reward: expected it to return a tensor of shape [{x0.shape[0]}], got {got}")
-        return reward
+        return _returned("reward", self.reward(x0), x0.shape[:1])
 
     def _final_reward(self, run: Run, x: Tensor) -> Tensor:
         if isinstance(self.reward, Likelihood):
@@ -172,9 +172,14 @@ class FK:
         else:
             assert callable(self.potential)
             log_potential = self.potential(reward, None if old is None else old["reward"])
-            if log_potential.shape != reward.shape:
-                raise ValueError(
-                    f"potential: expected it to return shape {list(reward.shape)}, got {list(log_potential.shape)}"
-                )
+            log_potential = _returned("potential", log_potential, reward.shape)
         new["log_product"] = log_potential if old is None else old["log_product"] + log_potential
         return log_potential
+
+
+def _returned(name: str, value: object, shape: torch.Size) -> Tensor:
+    """What a user's function returned, if it is a tensor of the shape expected."""
+    if not isinstance(value, Tensor) or value.shape != shape:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected it to return a tensor of shape {list(shape)}, got {got}")
+    return value

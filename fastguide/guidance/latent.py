@@ -26,12 +26,12 @@ class LatentPnP:
     - ``space="latent"``: ``z0* = argmin_z -log p(y | D(z)) + rho/2 norm(z - z0_hat)^2``, by Gauss-Newton or gradient
       steps through the decoder.
     - ``space="pixel"``: the same problem solved for the decoded ``D(z0_hat)``, and encoded again (``encoder``).
-    - ``gamma``: None re-noises by ``zeta`` as in `PnP`. A number draws ``z_s`` as ReSample does (Song et al. 2024, prop. 1):
-      from the product of ``N(alpha_s z0*, sigma_s^2)`` and a Gaussian about the unconditional step, of variance
-      ``gamma (sigma_s / alpha_t)^2 Var(x_t | x_s)``; the paper's value is 40.
+    - ``gamma``: None re-noises by ``zeta`` as in `PnP`. A number draws ``z_s`` as ReSample does (Song et al. 2024,
+      prop. 1): from the product of ``N(alpha_s z0*, sigma_s^2)`` and a Gaussian about the unconditional step, of
+      variance ``gamma (sigma_s / alpha_t)^2 Var(x_t | x_s)``; the paper's value is 40.
 
-    ``decoder`` and ``encoder``: ``[n, *latent] -> [n, *image]`` and back, each sample alone. `fastguide.sample` returns the
-    latents.
+    ``decoder`` and ``encoder``: ``[n, *latent] -> [n, *image]`` and back, each sample alone. `fastguide.sample` returns
+    the latents.
     """
 
     likelihood: Likelihood
@@ -51,10 +51,18 @@ class LatentPnP:
         if self.space not in SPACES:
             raise ValueError(f"space: expected one of {SPACES}, got {self.space!r}")
         if (self.space == "pixel") != (self.encoder is not None):
-            expected = "an encoder with space='pixel'" if self.space == "pixel" else "None with space='latent'"
+            expected = (
+                "an encoder with space='pixel'" if self.space == "pixel" else "None with space='latent'"
+            )
             raise ValueError(f"encoder: expected {expected}, got {self.encoder!r}")
         if self.gamma is not None and not 0.0 < self.gamma < math.inf:
             raise ValueError(f"gamma: expected a finite number > 0, got {self.gamma}")
+        for name, function in (("decoder", self.decoder), ("encoder", self.encoder)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}: expected a callable, got {function!r}")
+        if not isinstance(self.likelihood, Likelihood):
+            got = type(self.likelihood).__name__
+            raise TypeError(f"likelihood: expected a fastguide.likelihoods likelihood, got {got}")
         probe = torch.zeros(1, *run.event, dtype=run.dtype, device=run.device)
         with torch.no_grad():
             image = self.decoder(probe)
@@ -63,7 +71,9 @@ class LatentPnP:
             raise ValueError(f"encoder: expected latents of shape {list(run.event)}, got {got}")
         pnp = PnP(self.likelihood, self.rho, self.zeta, self.solver, self.iterations)
         if self.space == "latent":
-            decoded = replace_operator(self.likelihood.to(run.device, run.compute_dtype), self.decoder, run.dtype)
+            decoded = replace_operator(
+                self.likelihood.to(run.device, run.compute_dtype), self.decoder, run.dtype
+            )
             pnp = replace(pnp, likelihood=decoded).prepare(run)
         else:
             pnp = pnp.prepare(replace(run, event=tuple(image.shape[1:])))
@@ -103,7 +113,9 @@ class LatentPnP:
         return z + s.sigma * math.sqrt(share) * noise
 
 
-def replace_operator(likelihood: Likelihood, decoder: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Likelihood:
+def replace_operator(
+    likelihood: Likelihood, decoder: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> Likelihood:
     """The likelihood of a latent: its operator after the decoder, which computes in ``dtype``."""
     if isinstance(likelihood, CallableLikelihood):
         f = likelihood.f

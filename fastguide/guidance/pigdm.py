@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..likelihoods import Gaussian
 from ..operators import LinearOperator
-from .base import PullBack, Run, Schedulable, State, at, check_likelihood, check_schedulable, isotropic_variance
+from .base import PullBack, Run, Schedulable, State, isotropic_variance, per_step, prepare_likelihood
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,15 @@ class PiGDM:
     def prepare(self, run: Run) -> PiGDM:
         if not isinstance(self.likelihood, Gaussian):
             raise TypeError(f"likelihood: expected a Gaussian for PiGDM, got {self.likelihood!r}")
-        guidance = replace(self, likelihood=self.likelihood.to(run.device, run.compute_dtype))
-        check_likelihood(run, guidance.likelihood)
-        check_schedulable("zeta", self.zeta, run.levels, 0.0, float("inf"))
-        operator = guidance.likelihood.operator
-        noisy = any(guidance.likelihood.scale_at(level.t) > 0 for level in run.levels[:-1])
+        likelihood, _ = prepare_likelihood(run, self.likelihood)
+        assert isinstance(likelihood, Gaussian)
+        operator = likelihood.operator
+        noisy = any(likelihood.scale_at(level.t) > 0 for level in run.levels[:-1])
         if noisy and not (isinstance(operator, LinearOperator) and operator.spectral):
-            raise ValueError(f"likelihood: with scale > 0 expected a linear operator of known spectrum, got {operator}")
-        return guidance
+            raise ValueError(
+                f"likelihood: with scale > 0 expected a linear operator of known spectrum, got {operator}"
+            )
+        return replace(self, likelihood=likelihood, zeta=per_step("zeta", self.zeta, run.levels))
 
     def start(self, run: Run) -> State:
         return State(run.initial())
@@ -56,7 +57,7 @@ class PiGDM:
             return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype)
 
         x0_hat, shift = run.in_chunks(chunk, state.x)
-        displacement = shift * (at(self.zeta, run.levels, i) * run.x0_weight(i))
+        displacement = shift * (self.zeta[i] * run.x0_weight(i))  # type: ignore[index]
         return State(run.reverse_step(state.x, x0_hat, i, clip=run.clip, displacement=displacement))
 
     def vector(self, x0_hat: Tensor, y: Tensor, scale: float, spread: float) -> Tensor:

@@ -33,4 +33,5 @@ class Plain:
             seed=run.seed,
             step=i,
         )
+        assert isinstance(x, torch.Tensor)  # no x0_hat was asked for
         return State(x)

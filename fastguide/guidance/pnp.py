@@ -11,7 +11,7 @@ from torch import Tensor
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator
-from .base import Run, Schedulable, State, at, check_likelihood, check_schedulable, isotropic_variance
+from .base import Run, Schedulable, State, integer, isotropic_variance, per_step, prepare_likelihood
 
 SOLVERS = ("auto", "closed", "cg", "gauss-newton", "gradient")
 _ITERATIONS = {"closed": 1, "cg": 32, "gauss-newton": 4, "gradient": 32}
@@ -21,14 +21,15 @@ _ITERATIONS = {"closed": 1, "cg": 32, "gauss-newton": 4, "gradient": 32}
 class PnP:
     """``x0* = argmin_x -log p(y | x; scale(t)) + rho(t)/2 norm(x - x0_hat)^2``, then the reverse step from ``x0*``.
 
-    - ``rho``: a number, a table or a function of the schedule's time; None is ``1 / r_t^2``, the precision of ``x_0`` given
-      ``x_t`` for unit-variance data (at low noise ``(alpha_t / sigma_t)^2``, DiffPIR's with ``lambda = 1``).
-    - ``zeta`` in ``[0, 1]`` splits the noise of the step: ``tau = sigma_s sqrt(zeta)`` is fresh, the rest is the predicted
-      ``eps``. It takes the place of ``eta``.
-    - ``solver``: ``"closed"`` (Gaussian, linear, known spectrum), ``"cg"`` (Gaussian, linear; ``iterations`` of conjugate
-      gradients), ``"gauss-newton"`` (``iterations`` of 16 conjugate gradients each; reweighted least squares where the
-      error is not Gaussian), ``"gradient"`` (``iterations`` with Barzilai-Borwein lengths; needs only derivatives of
-      the log-density); ``"auto"`` takes the first that applies. All start at ``x0_hat`` and run a fixed number.
+    - ``rho``: a number, a table or a function of the schedule's time; None is ``1 / r_t^2``, the precision of ``x_0``
+      given ``x_t`` for unit-variance data (at low noise ``(alpha_t / sigma_t)^2``, DiffPIR's with ``lambda = 1``).
+    - ``zeta`` in ``[0, 1]`` splits the noise of the step: ``tau = sigma_s sqrt(zeta)`` is fresh, the rest is the
+      predicted ``eps``. It takes the place of ``eta``.
+    - ``solver``: ``"closed"`` (Gaussian, linear, known spectrum), ``"cg"`` (Gaussian, linear; ``iterations`` of
+      conjugate gradients), ``"gauss-newton"`` (``iterations`` of 16 conjugate gradients each; reweighted least squares
+      where the error is not Gaussian), ``"gradient"`` (``iterations`` with Barzilai-Borwein lengths; needs only
+      derivatives of the log-density); ``"auto"`` takes the first that applies. All start at ``x0_hat`` and run a fixed
+      number.
     """
 
     likelihood: Likelihood
@@ -40,16 +41,18 @@ class PnP:
     takes_eta = False
 
     def prepare(self, run: Run) -> PnP:
-        likelihood = self.likelihood.to(run.device, run.compute_dtype)
-        check_likelihood(run, likelihood)
-        check_schedulable("zeta", self.zeta, run.levels, 0.0, 1.0)
-        if self.rho is not None:
-            check_schedulable("rho", self.rho, run.levels, 0.0, float("inf"))
+        likelihood, _ = prepare_likelihood(run, self.likelihood)
         solver = choose_solver(likelihood, self.solver)
-        if self.iterations is not None and (self.iterations < 1 or solver == "closed"):
-            expected = "None with the closed form" if solver == "closed" else "an integer >= 1"
-            raise ValueError(f"iterations: expected {expected}, got {self.iterations}")
-        return replace(self, likelihood=likelihood, solver=solver, iterations=self.iterations or _ITERATIONS[solver])
+        if self.iterations is not None and solver == "closed":
+            raise ValueError(f"iterations: expected None with the closed form, got {self.iterations}")
+        return replace(
+            self,
+            likelihood=likelihood,
+            solver=solver,
+            iterations=None if self.iterations is None else integer("iterations", self.iterations, 1),
+            rho=None if self.rho is None else per_step("rho", self.rho, run.levels),
+            zeta=per_step("zeta", self.zeta, run.levels, high=1.0),
+        )
 
     def start(self, run: Run) -> State:
         return State(run.initial())
@@ -60,18 +63,18 @@ class PnP:
         return State(run.reverse_step(state.x, x0, i, tau=self.fresh_noise(run, i), clip=run.clip))
 
     def fresh_noise(self, run: Run, i: int) -> float:
-        return run.levels[i + 1].sigma * at(self.zeta, run.levels, i) ** 0.5
+        return run.levels[i + 1].sigma * self.zeta[i] ** 0.5  # type: ignore[index]
 
     def data_step(self, run: Run, x0_hat: Tensor, i: int) -> Tensor:
         """``x0*`` for ``x0_hat`` ``[n, *event]`` at level ``i``."""
         level = run.levels[i]
         scale = self.likelihood.scale_at(level.t)
-        rho = 1.0 / isotropic_variance(level) if self.rho is None else at(self.rho, run.levels, i)
-        assert self.iterations is not None
+        rho = 1.0 / isotropic_variance(level) if self.rho is None else self.rho[i]  # type: ignore[index]
+        iterations = self.iterations or _ITERATIONS[self.solver]
 
         def chunk(rows: Tensor, x0: Tensor) -> tuple[Tensor]:
             y = self.likelihood.rows_of_y(rows)
-            x = solve(self.likelihood, x0.to(run.compute_dtype), y, scale, rho, self.solver, self.iterations)
+            x = solve(self.likelihood, x0.to(run.compute_dtype), y, scale, rho, self.solver, iterations)
             return (x.to(x0.dtype),)
 
         return run.in_chunks(chunk, x0_hat)[0]
@@ -133,7 +136,7 @@ def _linearise(
     operator = likelihood.operator
     if isinstance(operator, LinearOperator):
         return operator(x), operator, operator.adjoint
-    z, pull_back = torch.func.vjp(operator, x)
+    z, pull_back = torch.func.vjp(operator, x)  # type: ignore[misc]
     return z, lambda p: torch.func.jvp(operator, (x,), (p,))[1], lambda v: pull_back(v)[0]
 
 
@@ -159,7 +162,9 @@ def conjugate_gradients(a: Callable[[Tensor], Tensor], b: Tensor, iterations: in
     return x
 
 
-def _gradient(likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: float, iterations: int) -> Tensor:
+def _gradient(
+    likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: float, iterations: int
+) -> Tensor:
     """Gradient descent with Barzilai-Borwein lengths per sample, never longer than ``1 / rho``, which is the exact
     length for the quadratic alone (and an upper bound where the log-density is concave)."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..likelihoods import Likelihood
-from .base import Run, State, check_covariance, check_likelihood, default_covariance
+from .base import Run, State, check_covariance, default_covariance, prepare_likelihood
 from .particles import check_particles, log_ratio, propose_guided, resample_particles
 
 
@@ -31,8 +31,7 @@ class TDS:
     ess_threshold: float = 0.5
 
     def prepare(self, run: Run) -> TDS:
-        likelihood = self.likelihood.to(run.device, run.compute_dtype)
-        measurements = check_likelihood(run, likelihood)
+        likelihood, measurements = prepare_likelihood(run, self.likelihood)
         covariance = self.covariance or default_covariance(likelihood, measurements)
         check_covariance(likelihood, covariance, measurements)
         check_particles(run, self.resampler, self.ess_threshold, guided=True)

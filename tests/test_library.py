@@ -1,0 +1,374 @@
+"""The operators that ``torch.compile`` sees: torch's own checks, and a compiled loop's bits against the eager ones."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastguide
+from fastguide import library, ops, reference
+from fastguide.ops import DynamicThreshold
+
+OPERATORS = torch.ops.fastguide
+VP = (0.6, 0.8, 0.8, 0.6, 0.3)
+CLIPS = (None, 0.7, (-1, 2), DynamicThreshold(0.9, 3.0))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def normal(*shape: int, seed: int = 0, dtype=torch.float32, grad: bool = False) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+
+def turned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, last axis first in memory."""
+    return tensor.detach().movedim(-1, 0).contiguous().movedim(0, -1).requires_grad_(tensor.requires_grad)
+
+
+# --- torch's own checks -------------------------------------------------------------------------------------
+
+
+def check(operator, *arguments) -> None:
+    """Schema (nothing written, nothing aliased that it does not say), autograd registration, fake against real
+    shapes, dtypes and strides, and AOT dispatch with static and dynamic shapes against eager."""
+    torch.library.opcheck(operator.default, arguments)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (5,), (0, 4), (3, 2, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_opcheck_randn(shape, dtype, backend):
+    check(OPERATORS.randn, shape, -1, 2, 3, 4, dtype, torch.device("cpu"), backend)
+
+
+def reverse_step_arguments(
+    x, *, output=None, coefficients=VP, prediction="epsilon", clip=None, moved=False, return_x0=False
+) -> tuple:
+    values, table = library._pack(coefficients, x)
+    output = normal(*x.shape, seed=1, dtype=x.dtype, grad=x.requires_grad) if output is None else output
+    displacement = normal(*x.shape, seed=2, dtype=x.dtype, grad=x.requires_grad) if moved else None
+    clip = library._pack_clip(clip)
+    return x, output, values, table, prediction, clip, displacement, 5, 1, 0, 7, return_x0, "auto"
+
+
+PER_SAMPLE = (torch.tensor([0.6, 0.0, 1.0]), 0.8, torch.ones(3), 0.6, torch.tensor([0.0, 0.3, 0.6]))
+
+
+@pytest.mark.parametrize("return_x0", (False, True))
+@pytest.mark.parametrize("grad", (False, True))
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(clip=(-1, 2), moved=True),
+        dict(prediction="sample", coefficients=(0.6, 0.8, 1.0, 0.0, 0.0)),
+        dict(prediction="v", coefficients=PER_SAMPLE, clip=DynamicThreshold(0.9, 3.0), moved=True),
+    ],
+)
+def test_opcheck_reverse_step(options, grad, return_x0):
+    check(
+        OPERATORS.reverse_step,
+        *reverse_step_arguments(normal(3, 4, grad=grad), return_x0=return_x0, **options),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["rows", "turned"])
+def test_opcheck_reverse_step_dtypes_and_layouts(dtype, layout):
+    x, output = normal(3, 2, 4, dtype=dtype, grad=True), normal(3, 2, 4, seed=1, dtype=dtype, grad=True)
+    if layout == "turned":
+        x, output = turned(x), turned(output)
+    check(OPERATORS.reverse_step, *reverse_step_arguments(x, output=output, return_x0=True, moved=True))
+    check(
+        OPERATORS.reverse_step, *reverse_step_arguments(x, output=output, prediction="sample", return_x0=True)
+    )
+
+
+@pytest.mark.parametrize("prediction", reference.PREDICTIONS)
+@pytest.mark.parametrize("with_x0", (False, True))
+@pytest.mark.parametrize("layout", ["rows", "turned"])
+def test_opcheck_reverse_step_backward(prediction, with_x0, layout):
+    x, output, grad_x_s, grad_x0 = (normal(3, 2, 4, seed=i) for i in range(4))
+    if layout == "turned":
+        x, output, grad_x_s = turned(x), turned(output), turned(grad_x_s)
+    for coefficients in (VP, tuple(torch.full((3,), c) for c in VP)):
+        values, table = library._pack(coefficients, x)
+        gradients = grad_x_s, grad_x0 if with_x0 else None
+        check(OPERATORS.reverse_step_backward, *gradients, x, output, values, table, prediction, [-0.5, 0.5])
+
+
+@pytest.mark.parametrize("weights_shape", [(3,), (1, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("coefficients", [VP, PER_SAMPLE, (0.6, 0.8, 1.0, 0.0, 0.0)])
+@pytest.mark.parametrize("layout", ["rows", "turned"])
+def test_opcheck_propose_and_weigh(weights_shape, dtype, coefficients, layout):
+    states = [normal(3, 2, 4, seed=i, dtype=dtype) for i in range(3)]
+    if layout == "turned":
+        states = [turned(state) for state in states]
+    values, table = library._pack(coefficients, states[0])
+    weights = normal(*weights_shape, dtype=torch.float64)
+    check(OPERATORS.propose_and_weigh, *states, weights, values, table, -1, 0, 0, 3, "auto")
+
+
+@pytest.mark.parametrize("scheme", reference.SCHEMES)
+@pytest.mark.parametrize(
+    ("shape", "num", "threshold", "keep_sorted"),
+    [((2, 5), 5, None, True), ((5,), 5, 0.5, False), ((2, 5), 3, None, True), ((1, 1), 1, 1.0, True)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_resample(scheme, shape, num, threshold, keep_sorted, dtype):
+    rows = normal(*shape, dtype=dtype)
+    check(OPERATORS.resample, rows, scheme, num, threshold, -1, 2, 3, keep_sorted, "auto")
+    check(OPERATORS.resample, turned(rows), scheme, num, threshold, -1, 2, 3, keep_sorted, "auto")
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("rows", [(), (2,)])
+def test_opcheck_gather_particles_(index_dtype, rows):
+    ancestors = torch.tensor([3, 0, 0, 2], dtype=index_dtype).expand(*rows, 4).contiguous()
+    states = [
+        normal(*rows, 4, 3),
+        torch.arange(4).expand(*rows, 4).contiguous(),
+        turned(normal(*rows, 4, 2, 5)),
+    ]
+    for number in (0, 1, 3):
+        check(OPERATORS.gather_particles_, ancestors, states[:number], "auto")
+
+
+# --- compiled loops -----------------------------------------------------------------------------------------
+
+LEVELS = [(0.1, 0.995), (0.5, 0.866), (0.8, 0.6), (0.95, 0.31), (1.0, 0.0)]
+
+
+def twisted_loop(x, weights, y, seed):
+    """A particle filter in small: every operation, and some arithmetic of the user's between them."""
+    rows, particles = weights.shape
+    history = []
+    for i in range(len(LEVELS) - 1):
+        t, s = LEVELS[i], LEVELS[i + 1]
+        tau = 0.8 * s[1] * (1.0 - (t[0] * s[1] / (s[0] * t[1])) ** 2) ** 0.5
+        ancestors, weights, mean_weight, ess = ops.resample(
+            weights, ess_threshold=0.7, seed=seed, step=i, sorted=False, check=False
+        )
+        ops.gather_particles_(ancestors, x)
+        state = x.flatten(0, 1)
+        x0_hat = torch.clamp(state * t[0], -1.0, 1.0)
+        displacement = 0.1 * (y - x0_hat)
+        state, weights = ops.propose_and_weigh(
+            state, x0_hat, displacement, weights, (*t, *s, tau), seed=seed, step=i, stream=1
+        )
+        weights = weights - (state - y).flatten(1).square().sum(1).reshape(rows, particles)
+        state = (
+            ops.reverse_step(state, x0_hat, (*s, *s, 0.0), prediction="sample", clip=1.5)
+            if s[1] > 0
+            else state + 0.01 * ops.randn(state.shape, seed=seed, step=i, stream=2)
+        )
+        x = state.reshape(rows, particles, -1)
+        history += [ancestors, mean_weight, ess]
+    return x, weights, *history
+
+
+def assert_same_bits(got, expected) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def run_loop(loop, seed: int = 2**64 - 3):
+    x = normal(2, 8, 5)
+    return loop(x, torch.zeros(2, 8, dtype=torch.float64), 0.3 * normal(5, seed=1), seed), x
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_a_compiled_loop_gives_the_eager_bits(dynamic):
+    expected, moved = run_loop(twisted_loop)
+    compiled = torch.compile(twisted_loop, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    got, moved_too = run_loop(compiled)
+    assert_same_bits(got, expected)
+    assert torch.equal(moved, moved_too)  # gather_particles_ wrote into the caller's tensor
+    below = torch.stack(expected[4::3]) < 0.7 * 8
+    assert below.any() and not below.all()  # some rows were resampled
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_gives_the_eager_operations():
+    """Nothing of the user's between the operations, whose own arithmetic inductor could contract."""
+
+    def operations(x, weights):
+        ancestors, weights, _, ess = ops.resample(weights, seed=1, sorted=False, check=False)
+        ops.gather_particles_(ancestors, x)
+        x, weights = ops.propose_and_weigh(x, x, x, weights, VP, seed=3)
+        z = ops.randn(x.shape, seed=4)
+        return (*ops.reverse_step(x, z, VP, clip=1.0, seed=5, return_x0=True), weights, ess, ancestors)
+
+    weights = normal(8, seed=1)
+    expected = operations(normal(8, 5), weights)
+    got = torch.compile(operations, fullgraph=True, backend="inductor")(normal(8, 5), weights)
+    assert_same_bits(got, expected)
+
+
+def test_every_operation_is_one_operator_of_the_graph():
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    run_loop(torch.compile(twisted_loop, fullgraph=True, backend=backend))
+    for name in ("randn", "reverse_step", "propose_and_weigh", "resample", "gather_particles_"):
+        assert any(f"fastguide.{name}" in target for target in seen), name
+
+
+# --- gradients ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", reference.PREDICTIONS)
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("return_x0", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_the_operators_gradients_are_eagers(prediction, clip, return_x0, dtype):
+    def gradients(step) -> list[torch.Tensor]:
+        tensors = [normal(3, 4, seed=i, dtype=dtype, grad=True) for i in range(3)]
+        x_s, *rest = step(*tensors)
+        loss = (x_s * x_s.detach().sin()).sum() + sum(2.0 * (x0**2).sum() for x0 in rest if return_x0)
+        return [*torch.autograd.grad(loss, tensors), x_s.detach()]
+
+    options = dict(prediction=prediction, clip=clip, return_x0=return_x0)
+
+    def eager(x, output, displacement):
+        result = ops.reverse_step(x, output, VP, displacement=displacement, seed=5, **options)
+        return result if return_x0 else (result,)
+
+    def operator(x, output, displacement):
+        counter = 5, 0, 0, 0
+        return library.call_reverse_step(
+            x, output, VP, prediction, clip, displacement, counter, return_x0, "auto"
+        )
+
+    for a, b in zip(gradients(operator), gradients(eager), strict=True):
+        torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("per_sample", (False, True))
+@pytest.mark.parametrize("return_x0", (False, True))
+def test_gradients_through_a_compiled_step(per_sample, return_x0):
+    coefficients = tuple(torch.full((3,), c, dtype=torch.float64) for c in VP) if per_sample else VP
+
+    def loss(x, scale, displacement):
+        output = torch.tanh(scale * x)
+        result = ops.reverse_step(
+            x, output, coefficients, prediction="v", clip=0.8, displacement=displacement, return_x0=return_x0
+        )
+        x_s, x0 = result if return_x0 else (result, output)
+        return (x_s**2).sum() + (x0**3).sum()
+
+    def gradients(function) -> tuple[torch.Tensor, ...]:
+        tensors = (
+            normal(3, 4, grad=True),
+            torch.tensor(0.7, requires_grad=True),
+            normal(3, 4, seed=2, grad=True),
+        )
+        return torch.autograd.grad(function(*tensors), tensors)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradients(compiled), gradients(loss), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+# --- fake tensors -------------------------------------------------------------------------------------------
+
+
+def test_fake_tensors_give_shapes_and_dtypes():
+    with FakeTensorMode() as mode:
+        x = torch.empty(6, 3, 5, dtype=torch.float16)
+        z = ops.randn((6, 3, 5), seed=1, dtype=torch.bfloat16)
+        x_s, x0 = ops.reverse_step(x, x, VP, displacement=x, return_x0=True)
+        columns = tuple(torch.empty(6, dtype=torch.float64) for _ in VP)
+        by_row = ops.reverse_step(x, x, columns)
+        weights = torch.empty(2, 3, dtype=torch.float64)
+        proposed, weighed = ops.propose_and_weigh(x, x, x, weights, VP, seed=1)
+        ancestors, after, mean_weight, ess = ops.resample(torch.empty(2, 3), num=7, check=False)
+        alone = ops.resample(torch.empty(9), check=False)
+        ops.gather_particles_(torch.empty(2, 3, dtype=torch.int32), weights)
+    expected = {
+        "z": (z, (6, 3, 5), torch.bfloat16),
+        "x_s": (x_s, (6, 3, 5), torch.float16),
+        "x0": (x0, (6, 3, 5), torch.float16),
+        "by_row": (by_row, (6, 3, 5), torch.float16),
+        "proposed": (proposed, (6, 3, 5), torch.float16),
+        "weighed": (weighed, (2, 3), torch.float64),
+        "ancestors": (ancestors, (2, 7), torch.int32),
+        "after": (after, (2, 7), torch.float32),
+        "mean_weight": (mean_weight, (2,), torch.float64),
+        "ess": (ess, (2,), torch.float64),
+        "ancestors alone": (alone[0], (9,), torch.int32),
+        "mean_weight alone": (alone[2], (), torch.float64),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        assert mode.is_our_fake(tensor), name
+        assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous(), name
+
+
+def test_checks_hold_while_compiling():
+    with pytest.raises(Exception, match=r"check: expected False inside torch\.compile"):
+        torch.compile(lambda w: ops.resample(w), fullgraph=True, backend="eager")(torch.zeros(3))
+    with pytest.raises(Exception, match="coefficients: expected tau <= sigma_s"):
+        step = torch.compile(lambda x: ops.reverse_step(x, x, (0.6, 0.8, 0.8, 0.6, 0.9)), backend="eager")
+        step(torch.zeros(2, 3))
+
+
+# --- eager calls --------------------------------------------------------------------------------------------
+
+
+def test_eager_calls_skip_the_dispatcher():
+    class Recorder(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            self.names.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    with Recorder() as recorder:
+        run_loop(twisted_loop)
+        parameter = torch.nn.Parameter(torch.ones(2, 3))
+        ops.reverse_step(parameter, parameter, VP)
+    assert recorder.names and not [name for name in recorder.names if "fastguide" in name]
+    with Recorder() as recorder:  # and the recorder would have seen it
+        OPERATORS.randn((2, 3), 1, 0, 0, 0, torch.float32, torch.device("cpu"), "auto")
+    assert recorder.names[0].startswith("fastguide.randn")
+
+
+def test_seeds_pass_through_the_signed_schema():
+    for seed in (0, 2**63 - 1, 2**63, 2**64 - 1):
+        got = library.call_randn((2, 5), (seed, 1, 2, 3), torch.float32, torch.device("cpu"), "auto")
+        assert torch.equal(got, ops.randn((2, 5), seed=seed, step=1, stream=2, first_particle=3))
+        assert library._unsigned(library._seed(seed)) == seed
+
+
+def test_clips_and_coefficients_pass_through_the_schema():
+    for clip in CLIPS:
+        unpacked = library._unpack_clip(library._pack_clip(clip))
+        assert unpacked == ((-0.7, 0.7) if clip == 0.7 else clip) and type(unpacked) is not list
+    x = torch.zeros(3, 2)
+    assert library._unpack(*library._pack(VP, x)) == VP
+    unpacked = library._unpack(*library._pack(PER_SAMPLE, x))
+    for a, b in zip(unpacked, PER_SAMPLE, strict=True):
+        assert torch.equal(a, torch.as_tensor(b, dtype=torch.float32).double().expand(3)) or math.isclose(
+            a[0], b
+        )
+
+
+def test_the_module_is_public():
+    assert fastguide.library is library
