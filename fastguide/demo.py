@@ -363,8 +363,8 @@ def mixture(seed: int, path: Path) -> list[str]:
     truth = exact(seed)
     clouds, rows = {"exact": truth}, []
     for name, guidance in (
-        ("tds", TDS(likelihood, particles=count)),
-        ("fk", FK(likelihood, particles=count, potential="difference", covariance="isotropic")),
+        ("tds", TDS(likelihood, particles=4 * count)),
+        ("fk", FK(likelihood, particles=4 * count, potential="difference", covariance="isotropic")),
         ("dps", DPS(likelihood, zeta=0.05)),
         ("pnp", PnP(likelihood, zeta=1.0)),
         ("pigdm", PiGDM(likelihood)),

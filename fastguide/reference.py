@@ -207,22 +207,18 @@ def clip_x0(x0: Tensor, clip: Clip) -> Tensor:
         flat = x0.reshape(x0.shape[0], math.prod(x0.shape[1:]))
         if flat.numel() == 0:
             return x0
-        bound = _quantile(flat.abs(), clip.ratio)[0].clamp(1.0, clip.max_value)[:, None]
+        ordered = flat.abs().sort(dim=1).values
+        low, high, between = _ranks(clip.ratio, flat.shape[1])
+        bound = torch.lerp(ordered[:, low], ordered[:, high], between).clamp(1.0, clip.max_value)[:, None]
         return (torch.minimum(torch.maximum(flat, -bound), bound) / bound).reshape(x0.shape)
     low, high = clip if isinstance(clip, tuple) else (-clip, clip)
     return x0.clamp(low, high)
 
 
-def _quantile(values: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``ratio`` quantile ``[N]`` of each row of ``values`` ``[N, D]``, between its neighbours in order; and where
-    they are and what part each has, ``[N, 2]`` and ``[2]``."""
-    ordered, order = values.sort(dim=1)
-    rank = ratio * (values.shape[1] - 1)
-    low = int(rank)
-    high = min(low + 1, values.shape[1] - 1)
-    quantile = torch.lerp(ordered[:, low], ordered[:, high], rank - low)
-    weight = torch.tensor([1.0 - (rank - low), rank - low], dtype=values.dtype, device=values.device)
-    return quantile, order[:, [low, high]], weight
+def _ranks(ratio: float, number: int) -> tuple[int, int, float]:
+    """The two order statistics that the ``ratio`` quantile of ``number`` values lies between, and how far."""
+    rank = ratio * (number - 1)
+    return int(rank), min(int(rank) + 1, number - 1), rank - int(rank)
 
 
 def _has_noise(tau: Scalar) -> bool:
@@ -304,17 +300,17 @@ def _clip_x0_vjp(grad: Tensor, x0: Tensor, clip: Clip) -> Tensor:
         return grad
     if isinstance(clip, DynamicThreshold):  # y = x0 / bound inside; outside +-1, whatever x0 and the bound
         flat, grad = (v.reshape(v.shape[0], -1) for v in (x0, grad))
-        free, order, weight = _quantile(
-            flat.abs(), clip.ratio
-        )  # of the order statistics that free is made of
-        bound = free.clamp(1.0, clip.max_value)[:, None]
+        ordered, order = flat.abs().sort(dim=1)
+        low, high, between = _ranks(clip.ratio, flat.shape[1])
+        quantile = torch.lerp(ordered[:, low], ordered[:, high], between)[:, None]
+        bound = quantile.clamp(1.0, clip.max_value)
         grad = torch.where(flat.abs() < bound, grad / bound, 0.0)
         grad_bound = -(grad * flat).sum(1, keepdim=True) / bound
-        moves = ((free >= 1.0) & (free <= clip.max_value))[:, None]
-        sign = flat.gather(1, order).sign()
-        return grad.scatter_add(1, order, torch.where(moves, grad_bound * sign * weight, 0.0)).reshape(
-            x0.shape
-        )
+        grad_quantile = torch.where(bound == quantile, grad_bound, 0.0)
+        for place, share in ((low, 1.0 - between), (high, between)):
+            one = order[:, place : place + 1]
+            grad = grad.scatter_add(1, one, share * grad_quantile * flat.gather(1, one).sign())
+        return grad.reshape(x0.shape)
     low, high = clip if isinstance(clip, tuple) else (-clip, clip)
     return torch.where((x0 >= low) & (x0 <= high), grad, 0.0)
 

@@ -106,8 +106,8 @@ def test_samples_are_digits(classify, samples):
 
 def test_samples_are_distributed_like_held_out_digits(samples):
     images, _ = digits.held_out()
-    # Half of the digits missing is 0.2 away, white noise 4.
-    assert train.energy_distance(samples, images) < 0.05
+    # Held-out digits without five of the classes are 0.06 away, white noise 3.6.
+    assert train.energy_distance(samples, images) < 0.03
 
 
 def test_samples_are_no_copies_of_training_digits(samples):

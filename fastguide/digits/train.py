@@ -459,8 +459,7 @@ def main(arguments: list[str] | None = None) -> None:
     steps = {name: max(1, round(options.scale * n)) for name, n in TRAINING_STEPS.items()}
     models = train_all(*data, steps, options.seed)
     tensors = packed(models)
-    seconds = time.perf_counter() - start
-    print(f"trained in {seconds:.0f} s; measured:", flush=True)
+    print(f"trained in {time.perf_counter() - start:.0f} s; measured:", flush=True)
     figures = measure(models, data, measured_on, options.samples)
     if options.validate:
         return
@@ -474,7 +473,6 @@ def main(arguments: list[str] | None = None) -> None:
         "seed": str(options.seed),
         "split": f"stratified, seed {options.seed}, {len(train)} training, {len(held)} held out",
         "torch": f"{torch.__version__}, {options.threads} threads",
-        "training_seconds": f"{seconds:.0f}",
         "measured": json.dumps(figures),
     }
     save_file(tensors, options.out / "weights.safetensors", metadata)

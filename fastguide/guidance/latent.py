@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class LatentPnP:
     gamma: float | None = None
     solver: str = "auto"
     iterations: int | None = None
-    _pnp: PnP | None = None
+    _pnp: PnP | None = field(default=None, repr=False)  # prepare() fills it in
 
     takes_eta = False
 

@@ -1,0 +1,85 @@
+"""The command line and the demo: what it prints and draws, and the mixture's closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+import fastguide as fg
+from fastguide import cli, demo
+
+
+def run(capsys, *arguments: str) -> str:
+    assert cli.main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["plain", "dps", "pnp", "pigdm", "latent-pnp"])
+def test_one_task_and_method(method, capsys, tmp_path):
+    out = run(capsys, "demo", "--task", "half", "--method", method, "--out", str(tmp_path))
+    (row,) = (line for line in out.splitlines() if line.startswith("half"))
+    psnr, residual, spread, seconds = (float(v) for v in row.split()[2:])
+    if method == "plain":  # knows nothing of the measurement
+        assert residual > 4
+    else:
+        assert 0.3 < residual < 2 and psnr > 12
+    assert 0.05 < spread < 0.6 and seconds > 0
+    image = matplotlib.image.imread(tmp_path / "half.png")
+    assert image.shape[0] > 100 and image.shape[1] > 400 and np.ptp(image) > 0.9
+    assert [p.name for p in tmp_path.iterdir()] == ["half.png"]
+
+
+def test_reward_steering_has_an_effect(tmp_path):
+    line = demo.steer(0, tmp_path / "reward.png")
+    prior, steered = (float(word.strip("%,")) for word in line.split() if "%" in word)
+    assert prior < 40 and steered > 75
+    assert (tmp_path / "reward.png").stat().st_size > 5000
+
+
+def test_mixture_denoiser_and_posterior_by_quadrature():
+    """Against sums over a fine grid of x_0."""
+    means = torch.tensor([[-1.0, 0.5], [0.8, -0.2], [0.3, 1.1]], dtype=torch.float64)
+    model = demo.Mixture(means, 0.3, fg.schedules.flow())
+    axis = torch.linspace(-4, 4, 401, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    prior = torch.exp(-0.5 * (grid[:, None] - means).square().sum(-1) / 0.09).mean(1) / (2 * math.pi * 0.09)
+    cell = (axis[1] - axis[0]) ** 2
+
+    x = torch.tensor([[0.2, -0.7], [1.0, 0.4]], dtype=torch.float64)
+    t = 0.45
+    noise = torch.exp(-0.5 * (x[:, None] - (1 - t) * grid).square().sum(-1) / t**2) * prior
+    exact = (noise[..., None] * grid).sum(1) / noise.sum(1)[:, None]
+    assert torch.allclose(model(x, torch.full((2,), t)), exact, atol=1e-9)
+
+    matrix, y, scale = torch.tensor([[1.0, 0.6]], dtype=torch.float64), torch.tensor([0.4]), 0.25
+    weights, conditional, covariance, evidence = model.posterior(matrix, y, scale)
+    density = torch.exp(-0.5 * ((y - grid @ matrix.T)[:, 0] / scale) ** 2) / (scale * math.sqrt(2 * math.pi)) * prior
+    assert math.isclose(evidence, math.log(density.sum() * cell), abs_tol=1e-9)
+    mean = (density[:, None] * grid).sum(0) / density.sum()
+    assert torch.allclose((weights[:, None] * conditional).sum(0), mean, atol=1e-9)
+    second = (density[:, None] * grid.square()).sum(0) / density.sum()
+    ours = (weights[:, None] * (conditional.square() + covariance.diagonal())).sum(0)
+    assert torch.allclose(ours, second, atol=1e-9)
+
+
+def test_sliced_wasserstein_of_a_shift():
+    """A cloud moved by ``d`` is ``|d| * mean |cos|`` away."""
+    cloud = torch.randn(500, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    distance = demo.sliced_wasserstein(cloud, cloud + torch.tensor([3.0, 4.0]))
+    assert math.isclose(distance, 5 * 2 / math.pi, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("arguments, words", [(("--task", "x"), "--task: expected"), (("--method", "x"), "--method: ")])
+def test_unknown_names_are_refused(arguments, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["demo", *arguments])
+    assert error.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    out = run(capsys, "doctor")
+    assert "backend reference: usable" in out and "FAILED" not in out
