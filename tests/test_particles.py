@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from gaussian import MATRIX, SCALE, Y, GaussianPrior, example, gaussian_likelihood, posterior
+from gaussian import MATRIX, SCALE, GaussianPrior, Y, example, gaussian_likelihood, posterior
 
 import fastguide as fg
 from fastguide.demo import Mixture
@@ -223,7 +223,7 @@ def test_zero_reward_probability_kills_particles_and_no_more():
     assert (out.log_evidence <= torch.log(upper) + 0.05).all()
 
 
-def test_tds_finds_both_modes_with_their_mass_and_dps_does_not():
+def test_tds_finds_both_modes_with_their_mass_and_dps_does_not(capsys):
     """Two separated modes, unequal masses after the measurement: the exact ones are known."""
     model = Mixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), 0.25, fg.schedules.flow())
     prior = fg.Denoiser(model, model.schedule, "sample")
@@ -237,9 +237,11 @@ def test_tds_finds_both_modes_with_their_mass_and_dps_does_not():
     mass = (out.weights * (out.x[..., 0] > 0)).sum().item()
     dps = fg.sample(prior, (4096, 2), guidance=fg.DPS(likelihood, zeta=1.0, normalize=False), **options).x
     dps_mass = (dps[:, 0] > 0).double().mean().item()
-    print(f"\nmass of the right mode: exact {exact_mass:.3f}, TDS {mass:.3f}, DPS {dps_mass:.3f} (not exact)")
-    print(f"log p(y): exact {evidence:.3f}, TDS {out.log_evidence.item():.3f}")
-    print(f"mean: exact {exact_mean.tolist()}, TDS {out.mean()[0].tolist()}, DPS {dps.mean(0).tolist()}")
+    with capsys.disabled():  # for all to see
+        print(f"\nmass of the right mode: exact {exact_mass:.3f}, TDS {mass:.3f}, DPS {dps_mass:.3f} (not exact)")
+        print(f"log p(y): exact {evidence:.3f}, TDS {out.log_evidence.item():.3f}")
+        rounded = [[round(v, 3) for v in m.tolist()] for m in (exact_mean, out.mean()[0], dps.mean(0))]
+        print("mean: exact {}, TDS {}, DPS {}".format(*rounded))
     assert abs(mass - exact_mass) < 0.03
     assert abs(out.log_evidence.item() - evidence) < 0.05
     assert torch.allclose(out.mean()[0], exact_mean, atol=0.12)

@@ -118,7 +118,7 @@ def test_no_displacement_no_weight():
 # --- the reduction ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("elements", [1, 10, 1000, 100_003, 1_000_000])
+@pytest.mark.parametrize("elements", [1, 10, 1003, 1_000_000])
 def test_large_states_lose_nothing(elements):
     """Against the correctly rounded sum of the same float32 terms' float64 products. A float32 running sum of a
     million terms is off by 1e-3 here."""
@@ -137,8 +137,8 @@ def test_large_states_lose_nothing(elements):
 
 
 def test_no_cancellation_of_large_quadratics():
-    """A million elements beside tau = 1e-3: the densities are about 6e6 each, their ratio about 1."""
-    x, x0_hat, displacement, log_weights = inputs((1, 1_000_000), torch.float32, push=1e-6)
+    """300,000 elements beside tau = 1e-3: the densities are about 2e6 each, their ratio about 1."""
+    x, x0_hat, displacement, log_weights = inputs((1, 300_000), torch.float32, push=1e-6)
     coefficients = LEVELS["small tau"]
     _, weights = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, coefficients, **COUNTER)
     z = ops.randn(x.shape, **COUNTER).double()
@@ -189,7 +189,7 @@ def test_non_contiguous_inputs_that_stay_as_they_are(dtype):
 
 
 def test_the_bits_do_not_depend_on_threads_or_chunks(threads):
-    x, x0_hat, displacement, log_weights = inputs((5, 40_001), torch.float32)
+    x, x0_hat, displacement, log_weights = inputs((5, 10_001), torch.float32)
     results = []
     for number in (1, 2):
         with threads(number):

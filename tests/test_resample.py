@@ -125,9 +125,9 @@ def test_stratum_positions_are_exact(total, number, data):
     assert got.tolist() == [(i * total + r) // number for i in range(number)]
 
 
-@pytest.mark.parametrize("number", [10**6, 2**20 - 1])
+@pytest.mark.parametrize("number", [10**6, 2**18 - 1])
 def test_stratum_positions_of_many(number):
-    for total, r in ((2**62, 2**62 - 1), (2**62 - 1, 12345), (2**42 + 7, 2**42), (3, 2)):
+    for total, r in ((2**62, 2**62 - 1), (2**42 + 7, 2**42)):
         got = reference._stratum_positions(torch.tensor([[total]]), number, torch.tensor([[r]]))[0]
         assert got.tolist() == [(i * total + r) // number for i in range(number)]
 
@@ -176,7 +176,7 @@ def test_residual_keeps_small_remainders():
 def test_offspring_bounds(number, spread, dtype):
     """Of N w_k in exact integers: systematic floor or ceil; stratified less than 2 off; residual at least floor."""
     particles = 16
-    rows = random_weights(40, particles, spread=spread, seed=number, dtype=dtype)
+    rows = random_weights(10, particles, spread=spread, seed=number, dtype=dtype)
     q, *_ = reference.integer_weights(rows)
     for scheme in SCHEMES:
         ancestors = ops.resample(rows, scheme=scheme, num=number, seed=3)[0]
@@ -199,10 +199,10 @@ def test_offspring_bounds(number, spread, dtype):
 @pytest.mark.parametrize("number", [5, 8, 13])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_unbiased(scheme, number):
-    """One slot of each draw, chosen independently of it, has the weights as its law: 24,000 of them, chi-squared.
+    """One slot of each draw, chosen independently of it, has the weights as its law: 20,000 of them, chi-squared.
     And the mean counts against N w, with the covariance that the draws show (Hotelling)."""
     weights = np.array([0.02, 0.3, 0.0, 0.11, 0.05, 0.27, 0.15, 0.1])
-    rows, seeds = 240, 100
+    rows, seeds = 500, 40
     log_weights = torch.log(torch.from_numpy(weights)).expand(rows, -1)
     slot = torch.from_numpy(np.random.default_rng(4).integers(number, size=(seeds, rows, 1)))
     ancestors = torch.stack(
@@ -227,7 +227,7 @@ def test_the_schemes_differ_in_variance_as_they_should():
     weights = torch.log(torch.tensor([0.02, 0.3, 0.11, 0.05, 0.27, 0.15, 0.1], dtype=torch.float64))
     variance = {}
     for scheme in SCHEMES:
-        ancestors = ops.resample(weights.expand(4000, -1), scheme=scheme, num=20, seed=1)[0]
+        ancestors = ops.resample(weights.expand(2000, -1), scheme=scheme, num=20, seed=1)[0]
         variance[scheme] = float(counts_of(ancestors, 7).double().var(0).sum())
     assert variance["systematic"] < variance["stratified"] < variance["multinomial"]
     assert variance["residual"] < variance["multinomial"]
@@ -252,7 +252,7 @@ def test_another_number_of_ancestors(scheme, number):
 # --- the numbers beside the ancestors -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 10_000), (50,), (1, 1_000_000)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 10_000), (50,), (1, 300_000)])
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
 def test_ess_and_mean_weight(shape, dtype, offset):
@@ -447,7 +447,7 @@ def test_the_counter_changes_the_draw(scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", [(1, 200_000), (64, 1000)])
+@pytest.mark.parametrize("shape", [(1, 100_000), (64, 1000)])
 def test_the_bits_do_not_depend_on_the_threads(scheme, shape, threads):
     rows = random_weights(*shape, dtype=torch.float32)
     results = []
@@ -523,15 +523,14 @@ def test_float32_prefix_sums_are_wrong_and_integers_are_not():
     assert (wrong == number).sum() > 100  # 866
 
 
-@pytest.mark.parametrize(("particles", "number"), [(1_000_000, 3), (3, 1_000_000)])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_many_from_few_and_few_from_many(particles, number, scheme):
-    row = random_weights(particles, spread=1.0)
-    ancestors = ops.resample(row, scheme=scheme, num=number, seed=1)[0]
-    assert ancestors.shape == (number,) and ((ancestors >= 0) & (ancestors < particles)).all()
-    if particles == 3:
-        share = counts_of(ancestors, 3).double() / number
-        assert (share - torch.softmax(row, 0)).abs().max() < (1e-5 if scheme != "multinomial" else 2e-3)
+def test_many_from_few_and_few_from_many(scheme):
+    few, many = random_weights(3, spread=1.0), random_weights(300_000, spread=1.0)
+    ancestors = ops.resample(many, scheme=scheme, num=3, seed=1)[0]
+    assert ancestors.shape == (3,) and ((ancestors >= 0) & (ancestors < 300_000)).all()
+    ancestors = ops.resample(few, scheme=scheme, num=300_000, seed=1)[0]
+    share = counts_of(ancestors, 3).double() / 300_000
+    assert (share - torch.softmax(few, 0)).abs().max() < (1e-5 if scheme != "multinomial" else 4e-3)
 
 
 # --- gather -------------------------------------------------------------------------------------------------

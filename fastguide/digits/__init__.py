@@ -34,9 +34,7 @@ _FOLDER = Path(__file__).parent
 _Net = TypeVar("_Net", bound=nn.Module)
 
 
-def held_out(
-    *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
+def held_out(*, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """The real digits that no training has seen: images [297, 1, 8, 8] in [-1, 1], background -1, and labels
     [297] int64, 0..9."""
     tensors, _ = _read("held_out.safetensors")

@@ -88,9 +88,7 @@ class UNet(nn.Module):
         super().__init__()
         half = embedding // 2
         frequencies = torch.exp(-math.log(1000.0) * torch.arange(half, dtype=torch.float64) / (half - 1))
-        angles = (
-            torch.arange(steps, dtype=torch.float64)[:, None] * (1000.0 / steps) * frequencies
-        )  # [T, E/2]
+        angles = torch.arange(steps, dtype=torch.float64)[:, None] * (1000.0 / steps) * frequencies  # [T, E/2]
         # A table of sines, not of angles, so that a cast to half precision costs no more than its rounding.
         table = torch.cat([angles.sin(), angles.cos()], dim=1).float()
         self.register_buffer("time_table", table, persistent=False)  # [T, E]
@@ -108,9 +106,7 @@ class UNet(nn.Module):
         )
         self.middle = nn.ModuleList([block(last, last), block(last, last)])
         self.attention = _Attention(last, heads)
-        self.grow = nn.ModuleList(
-            nn.Conv2d(coarse, fine, 3, padding=1) for fine, coarse in itertools.pairwise(widths)
-        )
+        self.grow = nn.ModuleList(nn.Conv2d(coarse, fine, 3, padding=1) for fine, coarse in itertools.pairwise(widths))
         self.up = nn.ModuleList(block(2 * w, w) for w in widths[:-1])
         self.norm = nn.GroupNorm(8, widths[0])
         self.out = _zero(nn.Conv2d(widths[0], channels, 3, padding=1))
