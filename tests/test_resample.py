@@ -5,6 +5,7 @@ The integers are checked against Python's, which do not overflow, and real numbe
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastguide import ops, reference
@@ -72,6 +73,16 @@ def test_integer_weights_to_the_last_bit(values, finite):
     expected = [integer_weight_by_hand(value, float(top), scale) for value in row.tolist()]
     assert list(zip(q[0].tolist(), v[0].tolist(), strict=True)) == expected
     assert sum(q[0].tolist()) <= 2**62 and sum(v[0].tolist()) <= 2**62
+
+
+def test_every_bit_of_the_exponential():
+    """Rows of four, whose integers have more bits than the float64 that they come from."""
+    rows = torch.rand(1000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * -3
+    rows[:, 0] = 0.0
+    q, v, top, scale = reference.integer_weights(rows)
+    assert scale == 60 and (top == 0.0).all()
+    expected = [[integer_weight_by_hand(value, 0.0, 60) for value in row] for row in rows.tolist()]
+    assert torch.equal(torch.stack([q, v], dim=-1), torch.tensor(expected))
 
 
 @fast
@@ -133,24 +144,31 @@ def test_stratum_positions_of_many(number):
 
 
 @settings(fast, max_examples=100)
+@example([2**62 // 3, 2**61, 2**62 - 2**62 // 3 - 2**61], 3)  # N q = Q - 1: in floating point N (q / Q) = 1
+@example([2**56, 47 * 2**55, 49 * 2**55], 49)  # N q = Q: in floating point N (q / Q) < 1
 @given(
     st.lists(st.integers(0, 2**58) | st.sampled_from([0, 1, 2**57, 2**58]), min_size=1, max_size=12),
     st.integers(1, 40) | st.sampled_from([4093, 4096]),
 )
-def test_residual_copies_are_exact_floors(weights, number):
+def test_residual_is_exact(weights, number):
     weights[0] = max(weights[0], 1)
-    total = sum(weights)
     q = torch.tensor([weights])
     w0, w1 = reference._uniforms(1, number, 5, 0, 0, q.device)
-    ancestors = reference._residual(q, q.sum(1, keepdim=True), number, w0, w1)
-    counts = counts_of(ancestors, len(weights))[0].tolist()
-    assert sum(counts) == number
-    floors = [number * weight // total for weight in weights]
-    left = number - sum(floors)
-    for count, floor, weight in zip(counts, floors, weights, strict=True):
-        assert floor <= count <= floor + left
-        if number * weight % total == 0:  # an exact share: nothing is left to chance
-            assert count == floor
+    got = reference._residual(q, q.sum(1, keepdim=True), number, w0, w1)[0].tolist()
+    uniforms = [high << 32 | low for low, high in zip(w0[0].tolist(), w1[0].tolist(), strict=True)]
+    assert got == residual_by_hand(weights, number, uniforms)
+
+
+def residual_by_hand(weights: list[int], number: int, uniforms: list[int]) -> list[int]:
+    """``floor(N w)`` copies of each, and the slots that are left by their own uniforms from the remainders."""
+    total = sum(weights)
+    copies, remainders = zip(*(divmod(number * weight, total) for weight in weights), strict=True)
+    sure = [k for k, count in enumerate(copies) for _ in range(count)]
+    shift = max(0, math.frexp(float(number - len(sure)) * float(total))[1] - 62)
+    prefix = list(itertools.accumulate(remainder >> shift for remainder in remainders))
+    assert prefix[-1] <= 2**62
+    chosen = [bisect.bisect_right(prefix, uniform * prefix[-1] >> 64) for uniform in uniforms[len(sure) :]]
+    return sorted(sure + chosen)
 
 
 def test_residual_keeps_small_remainders():
