@@ -71,9 +71,7 @@ def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.
     return compiled.load_error(backend) or (_no_device() if backend == "cuda" else "")
 
 
-def select(
-    operation: str, backend: str = "auto", *, device: torch.device, dtype: torch.dtype, **facts: Any
-) -> str:
+def select(operation: str, backend: str = "auto", *, device: torch.device, dtype: torch.dtype, **facts: Any) -> str:
     """The name of the backend that serves the call: ``backend``, or for ``"auto"`` the fastest that can."""
     if backend != "auto":
         if backend not in _SERVES:

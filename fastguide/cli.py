@@ -9,9 +9,7 @@ from pathlib import Path
 
 def main(arguments: list[str] | None = None) -> int:
     """The ``fastguide`` command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="fastguide", description="Inference-time guidance of diffusion models."
-    )
+    parser = argparse.ArgumentParser(prog="fastguide", description="Inference-time guidance of diffusion models.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say what was built, what loaded, what did not and why")
     demo = commands.add_parser("demo", help="every algorithm on held-out handwritten digits; writes pictures")

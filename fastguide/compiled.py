@@ -65,9 +65,7 @@ def module(name: str) -> ModuleType:
 
 def _rows(out: Tensor) -> tuple[int, int]:
     if not out.is_contiguous():
-        raise ValueError(
-            f"out: expected a contiguous tensor, got strides {out.stride()} for shape {list(out.shape)}"
-        )
+        raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()} for shape {list(out.shape)}")
     particles = out.shape[0]
     return particles, out.numel() // particles if particles else 0
 
@@ -76,9 +74,7 @@ def randn_cpu(out: Tensor, seed: int, step: int, stream: int, first_particle: in
     """Fill ``out [N, *event]``, on the CPU, with the standard normals of `fastguide.ops.randn`."""
     particles, elements = _rows(out)
     code, threads = CPU_DTYPES[out.dtype], torch.get_num_threads()
-    module("cpu").randn(
-        out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, threads
-    )
+    module("cpu").randn(out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, threads)
 
 
 def randn_cuda(out: Tensor, seed: int, step: int, stream: int, first_particle: int) -> None:
@@ -87,6 +83,4 @@ def randn_cuda(out: Tensor, seed: int, step: int, stream: int, first_particle: i
     code = CUDA_DTYPES[out.dtype]
     with torch.cuda.device(out.device):
         queue = torch.cuda.current_stream().cuda_stream
-        module("cuda").randn(
-            out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, queue
-        )
+        module("cuda").randn(out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, queue)

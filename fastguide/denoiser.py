@@ -42,15 +42,11 @@ class Denoiser:
         if not callable(net):
             raise TypeError(f"net: expected a callable net(x, t), got {type(net).__name__}")
         if not isinstance(schedule, Schedule):
-            raise TypeError(
-                f"schedule: expected a fastguide.schedules schedule, got {type(schedule).__name__}"
-            )
+            raise TypeError(f"schedule: expected a fastguide.schedules schedule, got {type(schedule).__name__}")
         if prediction not in reference.PREDICTIONS:
             raise ValueError(f"prediction: expected one of {reference.PREDICTIONS}, got {prediction!r}")
         if unconditional is not None and not callable(unconditional):
-            raise TypeError(
-                f"unconditional: expected a callable net(x, t), got {type(unconditional).__name__}"
-            )
+            raise TypeError(f"unconditional: expected a callable net(x, t), got {type(unconditional).__name__}")
         if (unconditional is None) != (guidance_scale is None):
             raise ValueError(
                 "unconditional, guidance_scale: expected both or neither, "
@@ -81,9 +77,7 @@ class Denoiser:
         output = self(x, level)
         # In float32 also for halves: x / alpha alone leaves float16 where alpha is small.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x0 = reference.x0_from_output(
-            x.to(dtype), output.to(dtype), level.alpha, level.sigma, self.prediction
-        )
+        x0 = reference.x0_from_output(x.to(dtype), output.to(dtype), level.alpha, level.sigma, self.prediction)
         return x0.to(x.dtype)
 
     def check_level(self, level: Level) -> None:

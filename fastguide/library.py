@@ -38,9 +38,7 @@ def _pack(coefficients: Coefficients, x: Tensor) -> tuple[list[float], Tensor | 
     if not any(isinstance(c, Tensor) for c in coefficients):
         return [float(c) for c in coefficients], None
     columns = [
-        c.double()
-        if isinstance(c, Tensor)
-        else torch.full((x.shape[0],), c, dtype=torch.float64, device=x.device)
+        c.double() if isinstance(c, Tensor) else torch.full((x.shape[0],), c, dtype=torch.float64, device=x.device)
         for c in coefficients
     ]
     return [], torch.stack(columns, dim=1)
@@ -191,9 +189,7 @@ def _reverse_step_vjp(grad_x_s, grad_x0, x, model_output, coefficients, table, p
 
 def _reverse_step_vjp_fake(grad_x_s, grad_x0, x, model_output, coefficients, table, prediction, clip):
     contiguous = torch.contiguous_format
-    return torch.empty_like(x, memory_format=contiguous), torch.empty_like(
-        model_output, memory_format=contiguous
-    )
+    return torch.empty_like(x, memory_format=contiguous), torch.empty_like(model_output, memory_format=contiguous)
 
 
 # --- propose_and_weigh --------------------------------------------------------------------------------------
@@ -235,9 +231,7 @@ def _propose_and_weigh_fake(
     x, x0_hat, displacement, log_weights, coefficients, table, seed, step, stream, first_particle, backend
 ):
     contiguous = torch.contiguous_format
-    return torch.empty_like(x, memory_format=contiguous), torch.empty_like(
-        log_weights, memory_format=contiguous
-    )
+    return torch.empty_like(x, memory_format=contiguous), torch.empty_like(log_weights, memory_format=contiguous)
 
 
 # --- resample -----------------------------------------------------------------------------------------------

@@ -43,9 +43,7 @@ class Likelihood:
             bad = int((~torch.isfinite(y)).nonzero()[0, 0])
             raise ValueError(f"y: expected finite values, got NaN or infinity in row {bad}")
         if not isinstance(operator, Operator):
-            raise TypeError(
-                f"operator: expected a fastguide.operators operator, got {type(operator).__name__}"
-            )
+            raise TypeError(f"operator: expected a fastguide.operators operator, got {type(operator).__name__}")
         if not callable(scale):
             self._check_scale(float(scale), "scale")
         self.y = y
@@ -93,9 +91,7 @@ class Likelihood:
             )
         return self.log_prob_and_gradient(z, y, scale, spread)[0]
 
-    def log_prob_and_gradient(
-        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
+    def log_prob_and_gradient(self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0) -> tuple[Tensor, Tensor]:
         """``log p(y | z)`` ``[n]`` and its gradient in ``z``. ``spread`` is the variance ``r^2`` of ``x_0`` about its
         prediction: the ``"isotropic"`` covariance adds ``r^2 A A^T`` to that of the noise."""
         raise NotImplementedError
@@ -111,9 +107,7 @@ class Likelihood:
         if not isinstance(self.operator, LinearOperator):
             return f"covariance={covariance!r} needs a linear operator, and {self.operator} is not"
         if covariance == "moment" and measurements is not None and measurements > MOMENT_LIMIT:
-            return (
-                f"covariance='moment' serves up to {MOMENT_LIMIT} measurements, and there are {measurements}"
-            )
+            return f"covariance='moment' serves up to {MOMENT_LIMIT} measurements, and there are {measurements}"
         return ""
 
 
@@ -139,9 +133,7 @@ class Gaussian(Likelihood):
             return f"covariance='isotropic' needs the spectrum of A A^T, which {self.operator} does not know"
         return reason
 
-    def log_prob_and_gradient(
-        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
+    def log_prob_and_gradient(self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0) -> tuple[Tensor, Tensor]:
         self._check_noise(scale)
         residual = y - z
         count = residual[0].numel()
@@ -200,9 +192,7 @@ class _Elementwise(Likelihood):
             return f"covariance='isotropic' needs the diagonal of A A^T, which {self.operator} does not know"
         return ""
 
-    def log_prob_and_gradient(
-        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
+    def log_prob_and_gradient(self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0) -> tuple[Tensor, Tensor]:
         variance: Tensor | float = scale**2
         if spread:
             assert isinstance(self.operator, LinearOperator)
@@ -247,9 +237,7 @@ class Laplace(_Elementwise):
     def __init__(self, y: Tensor, operator: Operator, scale: Scale):
         super().__init__(y, operator, scale)
 
-    def log_prob_and_gradient(
-        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
+    def log_prob_and_gradient(self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0) -> tuple[Tensor, Tensor]:
         return super().log_prob_and_gradient(z, y, scale, spread / 2)
 
     def moment(self, z: Tensor, y: Tensor, scale: float, gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,9 +273,7 @@ class Poisson(Likelihood):
     def supports(self, covariance: str, measurements: int | None = None) -> str:
         return "" if covariance == "point" else f"covariance={covariance!r} is not defined for Poisson counts"
 
-    def log_prob_and_gradient(
-        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
+    def log_prob_and_gradient(self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0) -> tuple[Tensor, Tensor]:
         # In float64: counts of 1e4 have terms of 1e5, which cancel to a few units.
         counts = y.double() / scale
         rate = (z.double() + self.background) / scale
@@ -332,15 +318,11 @@ class Callable(Likelihood):
             raise ValueError(f"f: expected it to return log-densities of shape [{x0.shape[0]}], got {got}")
         return value
 
-    def log_prob_and_gradient(
-        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
+    def log_prob_and_gradient(self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             value = self._call(z, y, scale)
             if not value.requires_grad:
-                raise ValueError(
-                    "f: expected a function that autograd can differentiate where a gradient is needed"
-                )
+                raise ValueError("f: expected a function that autograd can differentiate where a gradient is needed")
             (gradient,) = torch.autograd.grad(value.sum(), z)
         return value.detach().double(), gradient

@@ -112,9 +112,7 @@ class LinearOperator(Operator):
         """The dense matrix ``[m, d]`` for events of this shape, ``d <= 4096``."""
         size = int(torch.Size(event).numel())
         if size > _DENSE_LIMIT:
-            raise ValueError(
-                f"event: expected at most {_DENSE_LIMIT} elements for a dense matrix, got {size}"
-            )
+            raise ValueError(f"event: expected at most {_DENSE_LIMIT} elements for a dense matrix, got {size}")
         basis = torch.eye(size, dtype=dtype, device=device).reshape(size, *event)
         with torch.no_grad():
             return self.to(device, dtype)(basis).flatten(1).T
@@ -151,9 +149,7 @@ class Inpainting(LinearOperator):
 
     def __call__(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.event:
-            raise ValueError(
-                f"mask: expected the shape of an event, {list(x.shape[1:])}, got {list(self.event)}"
-            )
+            raise ValueError(f"mask: expected the shape of an event, {list(x.shape[1:])}, got {list(self.event)}")
         return x.flatten(1)[:, self.index]
 
     def adjoint(self, y: Tensor) -> Tensor:
@@ -183,9 +179,7 @@ class AveragePool(LinearOperator):
     def __call__(self, x: Tensor) -> Tensor:
         f = self.factor
         if x.ndim < 3 or x.shape[-1] % f or x.shape[-2] % f:
-            raise ValueError(
-                f"factor: expected a divisor of the last two dimensions of {list(x.shape)}, got {f}"
-            )
+            raise ValueError(f"factor: expected a divisor of the last two dimensions of {list(x.shape)}, got {f}")
         blocks = x.reshape(*x.shape[:-2], x.shape[-2] // f, f, x.shape[-1] // f, f)
         return blocks.mean(dim=(-3, -1))
 
@@ -237,9 +231,7 @@ class Blur(LinearOperator):
     def _check(self, x: Tensor) -> None:
         h, w = self.kernel.shape
         if x.ndim < 3 or x.shape[-2] < h or x.shape[-1] < w:
-            raise ValueError(
-                f"kernel: expected at most the last two dimensions of {list(x.shape)}, got {h} x {w}"
-            )
+            raise ValueError(f"kernel: expected at most the last two dimensions of {list(x.shape)}, got {h} x {w}")
 
     def __call__(self, x: Tensor) -> Tensor:
         self._check(x)
@@ -339,12 +331,7 @@ class Matrix(LinearOperator):
 
     def __init__(self, matrix: Tensor, event: Sequence[int] | None = None):
         matrix = torch.as_tensor(matrix)
-        if (
-            matrix.ndim != 2
-            or not matrix.is_floating_point()
-            or not torch.isfinite(matrix).all()
-            or not len(matrix)
-        ):
+        if matrix.ndim != 2 or not matrix.is_floating_point() or not torch.isfinite(matrix).all() or not len(matrix):
             raise ValueError(
                 f"matrix: expected finite floating values of shape [m, d], got {matrix.dtype} {list(matrix.shape)}"
             )
@@ -404,9 +391,7 @@ class Function(Operator):
         if not callable(f):
             raise TypeError(f"f: expected a callable, got {type(f).__name__}")
         if linear and adjoint is None and event is None:
-            raise ValueError(
-                "event: expected the shape of an event, or an adjoint, for a linear function; got neither"
-            )
+            raise ValueError("event: expected the shape of an event, or an adjoint, for a linear function; got neither")
         if not linear and (adjoint is not None or event is not None):
             raise ValueError("adjoint, event: expected linear=True with them")
         self.f = f

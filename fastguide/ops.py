@@ -42,9 +42,7 @@ def _check_state(name: str, value: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{name}: expected a tensor on {like.device}, where x is, got {value.device}")
 
 
-def _check_counter(
-    seed: int, step: int, stream: int, first_particle: int, particles: int, elements: int
-) -> None:
+def _check_counter(seed: int, step: int, stream: int, first_particle: int, particles: int, elements: int) -> None:
     for name, value, bits in (
         ("seed", seed, 64),
         ("step", step, 32),
@@ -99,10 +97,8 @@ def check_clip(clip: Clip) -> None:
         if not (0.0 <= clip.ratio <= 1.0 and clip.max_value >= 1.0):
             raise ValueError(f"clip: expected 0 <= ratio <= 1 and max_value >= 1, got {clip}")
         return
-    bounds = clip if isinstance(clip, tuple) else (clip,)
-    if not all(isinstance(bound, Real) for bound in bounds) or not (
-        bounds[0] > 0 if len(bounds) == 1 else len(bounds) == 2 and bounds[0] < bounds[1]
-    ):
+    bounds = clip if isinstance(clip, tuple) else (0.0, clip)  # a number must be above 0
+    if not (len(bounds) == 2 and all(isinstance(bound, Real) for bound in bounds) and bounds[0] < bounds[1]):
         raise ValueError(
             f"clip: expected a number > 0, (low, high) with low < high, or a DynamicThreshold, got {clip!r}"
         )
@@ -257,9 +253,7 @@ def propose_and_weigh(
             f"got {log_weights.dtype} {list(log_weights.shape)}"
         )
     if log_weights.device != x.device:
-        raise ValueError(
-            f"log_weights: expected a tensor on {x.device}, where x is, got {log_weights.device}"
-        )
+        raise ValueError(f"log_weights: expected a tensor on {x.device}, where x is, got {log_weights.device}")
     if _through_dispatcher(x):
         from . import library
 
@@ -315,9 +309,7 @@ def resample(
         got = log_weights.dtype if isinstance(log_weights, Tensor) else type(log_weights).__name__
         raise TypeError(f"log_weights: expected a float32 or float64 tensor, got {got}")
     if log_weights.ndim not in (1, 2) or log_weights.shape[-1] == 0:
-        raise ValueError(
-            f"log_weights: expected shape [B, K] or [K] with K >= 1, got {list(log_weights.shape)}"
-        )
+        raise ValueError(f"log_weights: expected shape [B, K] or [K] with K >= 1, got {list(log_weights.shape)}")
     particles = log_weights.shape[-1]
     if scheme not in SCHEMES:
         raise ValueError(f"scheme: expected one of {SCHEMES}, got {scheme!r}")
@@ -335,9 +327,7 @@ def resample(
     if _through_dispatcher(log_weights):
         from . import library
 
-        return library.call_resample(
-            log_weights, scheme, num, ess_threshold, (seed, step, stream), sorted, backend
-        )
+        return library.call_resample(log_weights, scheme, num, ess_threshold, (seed, step, stream), sorted, backend)
     select("resample", backend, device=log_weights.device, dtype=log_weights.dtype)
     return reference.resample(
         log_weights,
@@ -381,9 +371,7 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
                 f"got {list(state.shape)} on {state.device}"
             )
         if state.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"states[{i}]: expected a tensor that needs no gradient, since it is changed in place"
-            )
+            raise ValueError(f"states[{i}]: expected a tensor that needs no gradient, since it is changed in place")
     if _through_dispatcher(ancestors):
         from . import library
 
@@ -391,9 +379,7 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
     if check and ancestors.numel():
         low, high = ancestors.aminmax()
         if low < 0 or high >= ancestors.shape[-1]:
-            raise ValueError(
-                f"ancestors: expected values in [0, {ancestors.shape[-1]}), got {int(low)} to {int(high)}"
-            )
+            raise ValueError(f"ancestors: expected values in [0, {ancestors.shape[-1]}), got {int(low)} to {int(high)}")
     select("gather_particles_", backend, device=ancestors.device, dtype=ancestors.dtype)
     reference.gather_particles_(ancestors, *states)
 

@@ -32,6 +32,7 @@ __all__ = [
     "randn",
     "resample",
     "reverse_step",
+    "reverse_step_vjp",
     "step_coefficients",
     "x0_from_output",
 ]
@@ -192,9 +193,7 @@ def output_from_x0(x: Tensor, x0: Tensor, alpha: Scalar, sigma: Scalar, predicti
 def step_coefficients(coefficients: Coefficients) -> tuple[Scalar, Scalar, Scalar]:
     """``(a, b, tau)`` of ``x_s = a x_t + b x0_hat + tau z``: the step
     ``alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat + tau z`` with ``eps_hat = (x_t - alpha_t x0_hat) / sigma_t``."""
-    alpha_t, sigma_t, alpha_s, sigma_s, tau = (
-        c.double() if isinstance(c, Tensor) else c for c in coefficients
-    )
+    alpha_t, sigma_t, alpha_s, sigma_s, tau = (c.double() if isinstance(c, Tensor) else c for c in coefficients)
     a = _sqrt(sigma_s * sigma_s - tau * tau) / sigma_t
     return a, alpha_s - alpha_t * a, tau
 
@@ -225,17 +224,11 @@ def _has_noise(tau: Scalar) -> bool:
     return isinstance(tau, Tensor) or tau > 0.0
 
 
-def reverse_mean(
-    x: Tensor, model_output: Tensor, coefficients: Coefficients, prediction: str, clip: Clip
-) -> tuple[Tensor, Tensor]:
-    """``a x_t + b clip(x0_hat)`` and ``clip(x0_hat)``, in float32 or float64: `reverse_step` without what it adds."""
-    dtype = _compute_dtype(x)
+def _multipliers(x: Tensor, coefficients: Coefficients, prediction: str) -> list[Scalar]:
+    """``p, q, a, b, tau`` of ``x0_hat = p x + q output`` and ``x_s = a x + b clip(x0_hat) + tau z``."""
     alpha_t, sigma_t = (c.double() if isinstance(c, Tensor) else c for c in coefficients[:2])
-    p, q = _columns(_x0_coefficients(prediction, alpha_t, sigma_t), x, dtype)
-    a, b, _ = _columns(step_coefficients(coefficients), x, dtype)
-    state, output = x.to(dtype), model_output.to(dtype)
-    x0 = clip_x0(output if prediction == "sample" else p * state + q * output, clip)
-    return a * state + b * x0, x0
+    values = *_x0_coefficients(prediction, alpha_t, sigma_t), *step_coefficients(coefficients)
+    return _columns(values, x, _compute_dtype(x))
 
 
 def reverse_step(
@@ -253,10 +246,13 @@ def reverse_step(
     return_x0: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``x_s = a x_t + b clip(x0_hat) + displacement + tau z``. See `fastguide.ops.reverse_step`."""
-    x_s, x0 = reverse_mean(x, model_output, coefficients, prediction, clip)
-    (tau,) = _columns(coefficients[4:], x, x_s.dtype)
+    dtype = _compute_dtype(x)
+    p, q, a, b, tau = _multipliers(x, coefficients, prediction)
+    state, output = x.to(dtype), model_output.to(dtype)
+    x0 = clip_x0(output if prediction == "sample" else p * state + q * output, clip)
+    x_s = a * state + b * x0
     if displacement is not None:
-        x_s = x_s + displacement.to(x_s.dtype)
+        x_s = x_s + displacement.to(dtype)
     if _has_noise(tau):
         x_s = x_s + tau * randn(
             x.shape,
@@ -264,7 +260,7 @@ def reverse_step(
             step=step,
             stream=stream,
             first_particle=first_particle,
-            dtype=x_s.dtype,
+            dtype=dtype,
             device=x.device,
         )
     x_s = x_s.to(x.dtype).contiguous()
@@ -284,9 +280,7 @@ def reverse_step_vjp(
     """Gradients in ``x`` and ``model_output`` from those in the results of `reverse_step`. The noise is additive and
     takes no part; the gradient in ``displacement`` is ``grad_x_s`` itself."""
     dtype = _compute_dtype(x)
-    alpha_t, sigma_t = (c.double() if isinstance(c, Tensor) else c for c in coefficients[:2])
-    p, q = _columns(_x0_coefficients(prediction, alpha_t, sigma_t), x, dtype)
-    a, b, _ = _columns(step_coefficients(coefficients), x, dtype)
+    p, q, a, b, _ = _multipliers(x, coefficients, prediction)
     grad_x_s, state, output = grad_x_s.to(dtype), x.to(dtype), model_output.to(dtype)
     grad = b * grad_x_s if grad_x0 is None else b * grad_x_s + grad_x0.to(dtype)
     grad = _clip_x0_vjp(grad, p * state + q * output, clip)
@@ -400,9 +394,7 @@ def _uniform_below(q: Tensor, w0: Tensor, w1: Tensor) -> Tensor:
     return w1 * q1 + ((cross >> 32) & _MASK32) + ((w0 * q1) >> 32) + (middle >> 32)
 
 
-def _uniforms(
-    rows: int, number: int, seed: int, step: int, stream: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _uniforms(rows: int, number: int, seed: int, step: int, stream: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Words of ``[rows, number]`` 64-bit uniforms; row ``b`` is the counter's particle ``b``."""
     words = _words(rows, (number + 1) // 2, seed, step, stream, 0, device)
     w0 = torch.stack([words[0], words[2]], dim=-1).flatten(1)[:, :number]

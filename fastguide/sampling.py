@@ -63,9 +63,7 @@ class Samples:
 
     def _log_weights(self) -> Tensor:
         if self.log_weights is None:
-            raise ValueError(
-                "samples: expected the weighted particles of TDS or FK, got samples without weights"
-            )
+            raise ValueError("samples: expected the weighted particles of TDS or FK, got samples without weights")
         return self.log_weights
 
     def _column_weights(self) -> Tensor:
@@ -114,9 +112,7 @@ def sample(
     ``device``: that of ``x_T``, else the CPU.
     """
     guidance = Plain() if guidance is None else guidance
-    run = _prepare_run(
-        prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size
-    )
+    run = _prepare_run(prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size)
     checkpoint_every = integer("checkpoint_every", checkpoint_every, 1)
     guidance = guidance.prepare(run)
     weighted = hasattr(guidance, "particles")
@@ -134,9 +130,7 @@ def sample(
         if keep_ancestors:
             ancestors.append(state.ancestors)
         if callback is not None:
-            callback(
-                Progress(i, run.levels[i + 1], _shaped(state.x, run, weighted), state.log_weights, state.ess)
-            )
+            callback(Progress(i, run.levels[i + 1], _shaped(state.x, run, weighted), state.log_weights, state.ess))
         if checkpoint is not None and (i + 1) % checkpoint_every == 0 and i + 1 < run.steps:
             _save(checkpoint, run, guidance, keep_ancestors, (state, i + 1, ess, ancestors))
     if checkpoint is not None and os.path.exists(checkpoint):
@@ -152,21 +146,15 @@ def sample(
     return Samples(x, state.log_weights, log_evidence, history, torch.stack(ancestors) if keep_ancestors else None)
 
 
-def _prepare_run(
-    prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size
-) -> Run:
+def _prepare_run(prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size) -> Run:
     if not isinstance(prior, Denoiser):
         raise TypeError(f"prior: expected a fastguide.Denoiser, got {type(prior).__name__}")
     if not isinstance(shape, Sequence) or len(shape) < 2:
         raise ValueError(f"shape: expected (B, *event), got {shape!r}")
     shape = tuple(integer("shape", n, 1) for n in shape)
-    if isinstance(guidance, type) or not all(
-        hasattr(guidance, name) for name in ("prepare", "start", "step")
-    ):
+    if isinstance(guidance, type) or not all(hasattr(guidance, name) for name in ("prepare", "start", "step")):
         got = guidance if isinstance(guidance, type) else type(guidance).__name__
-        raise TypeError(
-            f"guidance: expected a DPS, PnP, PiGDM, LatentPnP, TDS or FK object, or None, got {got}"
-        )
+        raise TypeError(f"guidance: expected a DPS, PnP, PiGDM, LatentPnP, TDS or FK object, or None, got {got}")
     if dtype not in ops.STATE_DTYPES:
         raise TypeError(f"dtype: expected one of float32, float16, bfloat16, float64, got {dtype}")
     if integer("seed", seed, 0) >= 1 << 64:
@@ -177,11 +165,7 @@ def _prepare_run(
     particles = integer("particles", guidance.particles, 1) if weighted else 1
     if x_T is not None and not isinstance(x_T, Tensor):
         raise TypeError(f"x_T: expected a tensor, got {type(x_T).__name__}")
-    device = (
-        torch.device(device)
-        if device is not None
-        else (x_T.device if x_T is not None else torch.device("cpu"))
-    )
+    device = torch.device(device) if device is not None else (x_T.device if x_T is not None else torch.device("cpu"))
     if x_T is not None:
         expected = (shape[0], particles, *shape[1:]) if weighted else shape
         if tuple(x_T.shape) != expected:
@@ -193,14 +177,10 @@ def _prepare_run(
     for level in levels[:-1]:
         prior.check_level(level)
     if eta is not None and not getattr(guidance, "takes_eta", True):
-        raise ValueError(
-            f"eta: expected None with {type(guidance).__name__}, whose zeta splits the noise, got {eta!r}"
-        )
+        raise ValueError(f"eta: expected None with {type(guidance).__name__}, whose zeta splits the noise, got {eta!r}")
     etas = per_step("eta", 1.0 if eta is None else eta, levels, high=1.0)
     taus = tuple(noise(t, s, e) for t, s, e in zip(levels, levels[1:], etas, strict=False))
-    return Run(
-        prior, levels, taus, shape[0], particles, shape[1:], int(seed), clip, chunk_size, dtype, device, x_T
-    )
+    return Run(prior, levels, taus, shape[0], particles, shape[1:], int(seed), clip, chunk_size, dtype, device, x_T)
 
 
 def noise(t: Level, s: Level, eta: float) -> float:
@@ -236,9 +216,7 @@ def _progress_bar(steps: range, total: int, first: int, show: bool):
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError(
-            "progress: expected tqdm to be installed (pip install 'fastguide[demo]')"
-        ) from error
+        raise ImportError("progress: expected tqdm to be installed (pip install 'fastguide[demo]')") from error
     return tqdm(steps, total=total, initial=first, desc="sampling", unit="step")
 
 
@@ -265,9 +243,7 @@ def _fingerprint(run: Run, guidance: Any, keep_ancestors: bool) -> str:
     )
 
 
-def _save(
-    path, run: Run, guidance: Any, keep_ancestors: bool, content: tuple[State, int, list, list]
-) -> None:
+def _save(path, run: Run, guidance: Any, keep_ancestors: bool, content: tuple[State, int, list, list]) -> None:
     """Written beside the file and renamed, so that a run that is killed leaves the last whole one."""
     state, done, ess, ancestors = content
     folder = os.path.dirname(os.path.abspath(path))
@@ -293,7 +269,5 @@ def _save(
 def _load(path, run: Run, guidance: Any, keep_ancestors: bool) -> tuple[State, int, list, list]:
     saved = torch.load(path, map_location=run.device, weights_only=True)
     if saved["fingerprint"] != _fingerprint(run, guidance, keep_ancestors):
-        raise ValueError(
-            f"checkpoint: expected a file of this very run, got {os.fspath(path)} of another one"
-        )
+        raise ValueError(f"checkpoint: expected a file of this very run, got {os.fspath(path)} of another one")
     return State(**saved["state"]), saved["done"], saved["ess"], saved["ancestors"]

@@ -158,9 +158,7 @@ def test_doctor_shows_why_cuda_was_not_built(monkeypatch):
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.name)
 def test_cuda_compiles_without_warnings_or_spills(source, tmp_path):
     flags = re.search(r"^nvccflags = (.*)$", (ROOT / "csrc" / "rules.ninja").read_text(), re.M)[1].split()
-    known = subprocess.run(
-        ["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True
-    ).stdout.split()
+    known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     archs = [arch for arch in ("80", "90", "100") if f"compute_{arch}" in known]
     assert archs
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
@@ -225,6 +223,4 @@ def test_setup_without_cuda(wish, nvcc, status, words, tmp_path):
     cuda = json.loads(record.read_text())["cuda"]
     assert cuda["status"] == status
     assert words in " ".join([cuda["reason"], *cuda["error"]])
-    assert list((tmp_path / "fastguide").glob("_cpu*.so")) and not list(
-        (tmp_path / "fastguide").glob("_cuda*.so")
-    )
+    assert list((tmp_path / "fastguide").glob("_cpu*.so")) and not list((tmp_path / "fastguide").glob("_cuda*.so"))

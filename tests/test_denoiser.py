@@ -86,9 +86,7 @@ def test_jacobian_of_x0_hat_is_the_posterior_covariance(prediction, schedule, t)
     """Second-order Tweedie: ``(sigma^2 / alpha) d x0_hat / d x_t = (S^-1 + (alpha / sigma)^2 I)^-1``."""
     level = schedule.level(t)
     denoiser = Denoiser(network(prediction, level), schedule, prediction)
-    jacobian = torch.autograd.functional.jacobian(
-        lambda x: denoiser.x0_hat(x[None], level)[0], states(level, 1)[0]
-    )
+    jacobian = torch.autograd.functional.jacobian(lambda x: denoiser.x0_hat(x[None], level)[0], states(level, 1)[0])
     expected = torch.linalg.inv(torch.linalg.inv(COVARIANCE) + (level.alpha / level.sigma) ** 2 * EYE)
     torch.testing.assert_close(level.sigma**2 / level.alpha * jacobian, expected, rtol=1e-7, atol=1e-9)
 
@@ -117,9 +115,7 @@ def test_conversion_with_a_level_per_sample(prediction):
     back = reference.output_from_x0(x, together, alpha, sigma, prediction)
     torch.testing.assert_close(back, output, rtol=1e-12, atol=1e-12)
     for i, level in enumerate(levels):
-        alone = reference.x0_from_output(
-            x[i : i + 1], output[i : i + 1], level.alpha, level.sigma, prediction
-        )
+        alone = reference.x0_from_output(x[i : i + 1], output[i : i + 1], level.alpha, level.sigma, prediction)
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-14, atol=1e-14)
 
 
@@ -152,18 +148,12 @@ def test_the_level_without_signal_is_the_limit(prediction):
 def test_without_signal_epsilon_and_score_say_so(prediction, schedule, t):
     level = schedule.level(t)
     denoiser = Denoiser(network(prediction, level), schedule, prediction)
-    with pytest.raises(
-        ValueError, match=f"prediction: '{prediction}' does not determine x_0 where alpha = 0"
-    ):
+    with pytest.raises(ValueError, match=f"prediction: '{prediction}' does not determine x_0 where alpha = 0"):
         denoiser.x0_hat(states(level), level)
-    with pytest.raises(
-        ValueError, match="expected 'sample', 'v' or 'flow' there, or levels that start below it"
-    ):
+    with pytest.raises(ValueError, match="expected 'sample', 'v' or 'flow' there, or levels that start below it"):
         denoiser(states(level), level)
     below = schedule.levels(2)[1]
-    assert torch.isfinite(
-        Denoiser(network(prediction, below), schedule, prediction).x0_hat(states(below), below)
-    ).all()
+    assert torch.isfinite(Denoiser(network(prediction, below), schedule, prediction).x0_hat(states(below), below)).all()
 
 
 # --- the call -----------------------------------------------------------------------------------------------
@@ -293,9 +283,7 @@ def test_a_network_without_a_graph_is_no_silent_gradient(cut, prediction):
     mixed = Denoiser(lambda x, t: x, schedule, prediction, unconditional=cut(torch.mul), guidance_scale=2.0)
     x = torch.ones(2, 3)
     assert torch.isfinite(denoiser.x0_hat(x, level)).all()  # nobody differentiates
-    with pytest.raises(
-        ValueError, match="net: expected a network that autograd can differentiate, got an output"
-    ):
+    with pytest.raises(ValueError, match="net: expected a network that autograd can differentiate, got an output"):
         denoiser.x0_hat(x.requires_grad_(), level)
     with pytest.raises(ValueError, match="unconditional: expected a network that autograd can differentiate"):
         mixed.x0_hat(x[:1].expand(3, 3), level)

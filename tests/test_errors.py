@@ -157,9 +157,7 @@ def test_a_network_that_returns_something_else(guidance, network, error, message
 )
 def test_a_network_without_a_graph_under_guidance(guidance, prediction):
     prior = Denoiser(lambda x, t: net(x, t).detach(), SCHEDULE, prediction)
-    check(
-        ValueError, "net: expected a network that autograd can differentiate", prior=prior, guidance=guidance
-    )
+    check(ValueError, "net: expected a network that autograd can differentiate", prior=prior, guidance=guidance)
 
 
 @pytest.mark.parametrize("guidance", [None, PnP(LIKELIHOOD), FK(reward, 2)], ids=["none", "PnP", "FK"])

@@ -39,9 +39,7 @@ def make_run(steps: int = 8, eta: float = 1.0, observations: int = 2, **changes)
     )
 
 
-def step_by_hand(
-    run: Run, x: torch.Tensor, i: int, x0_hat: torch.Tensor, shift: torch.Tensor
-) -> torch.Tensor:
+def step_by_hand(run: Run, x: torch.Tensor, i: int, x0_hat: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """The guided mean of design section 1: x0_hat moves by ``shift``, eps_hat by ``-alpha/sigma`` of it."""
     t, s, tau = run.levels[i], run.levels[i + 1], run.taus[i]
     eps = (x - t.alpha * x0_hat) / t.sigma - t.alpha / t.sigma * shift
@@ -72,9 +70,7 @@ def test_the_guided_step_equals_its_closed_form(covariance):
     """DPS with the score's own weight; "moment" is exact for a Gaussian prior: the gradient of the true
     ``log p(y | x_t)``."""
     run, i = make_run(), 4
-    guidance = fg.DPS(gaussian_likelihood(), zeta="score", normalize=False, covariance=covariance).prepare(
-        run
-    )
+    guidance = fg.DPS(gaussian_likelihood(), zeta="score", normalize=False, covariance=covariance).prepare(run)
     x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     got = guidance.step(run, fg.guidance.base.State(x), i).x
 
@@ -130,9 +126,7 @@ def test_pull_back_is_the_second_order_tweedie_covariance():
     assert torch.allclose(pull_back(pull_back.x0, v), v @ exact, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "guidance", [fg.DPS, fg.PiGDM, lambda lik: fg.TDS(lik, 32)], ids=["dps", "pigdm", "tds"]
-)
+@pytest.mark.parametrize("guidance", [fg.DPS, fg.PiGDM, lambda lik: fg.TDS(lik, 32)], ids=["dps", "pigdm", "tds"])
 def test_a_level_without_signal_is_finite(guidance):
     """Flow starts at ``alpha = 0``."""
     prior = example()
@@ -190,9 +184,7 @@ def test_pnp_reweighted_least_squares_finds_the_minimum():
     ):
         x = solve(likelihood, x0, likelihood.y, likelihood.scale_at(0), 20.0, "gauss-newton", 40)
         z = operator(x)
-        pulled = operator.adjoint(
-            likelihood.log_prob_and_gradient(z, likelihood.y, likelihood.scale_at(0))[1]
-        )
+        pulled = operator.adjoint(likelihood.log_prob_and_gradient(z, likelihood.y, likelihood.scale_at(0))[1])
         slope = 20.0 * (x - x0) - pulled
         start = operator.adjoint(
             likelihood.log_prob_and_gradient(operator(x0), likelihood.y, likelihood.scale_at(0))[1]
@@ -231,9 +223,7 @@ def test_pnp_step_splits_the_noise_as_diffpir(zeta):
 def test_latent_pnp_in_a_linear_latent_space_is_pnp():
     """With an invertible linear decoder both spaces have closed forms."""
     generator = torch.Generator().manual_seed(3)
-    mixing = torch.eye(3, dtype=torch.float64) + 0.3 * torch.randn(
-        3, 3, dtype=torch.float64, generator=generator
-    )
+    mixing = torch.eye(3, dtype=torch.float64) + 0.3 * torch.randn(3, 3, dtype=torch.float64, generator=generator)
     inverse = torch.linalg.inv(mixing)
     run, i, rho = make_run(), 4, 2.0
     x = torch.randn(2, 3, dtype=torch.float64, generator=generator)
@@ -246,9 +236,7 @@ def test_latent_pnp_in_a_linear_latent_space_is_pnp():
 
     likelihood = gaussian_likelihood()
     latent = fg.LatentPnP(likelihood, lambda z: z @ mixing.T, rho=rho, zeta=0.0)
-    pixel = fg.LatentPnP(
-        likelihood, lambda z: z @ mixing.T, lambda v: v @ inverse.T, space="pixel", rho=rho, zeta=0.0
-    )
+    pixel = fg.LatentPnP(likelihood, lambda z: z @ mixing.T, lambda v: v @ inverse.T, space="pixel", rho=rho, zeta=0.0)
     for guidance, z0 in (
         (latent, argmin(MATRIX @ mixing, z_hat)),
         (pixel, argmin(MATRIX, z_hat @ mixing.T) @ inverse.T),

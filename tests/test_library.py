@@ -90,9 +90,7 @@ def test_opcheck_reverse_step_dtypes_and_layouts(dtype, layout):
     if layout == "turned":
         x, output = turned(x), turned(output)
     check(OPERATORS.reverse_step, *reverse_step_arguments(x, output=output, return_x0=True, moved=True))
-    check(
-        OPERATORS.reverse_step, *reverse_step_arguments(x, output=output, prediction="sample", return_x0=True)
-    )
+    check(OPERATORS.reverse_step, *reverse_step_arguments(x, output=output, prediction="sample", return_x0=True))
 
 
 @pytest.mark.parametrize("prediction", reference.PREDICTIONS)
@@ -251,9 +249,7 @@ def test_the_operators_gradients_are_eagers(prediction, clip, return_x0, dtype):
 
     def operator(x, output, displacement):
         counter = 5, 0, 0, 0
-        return library.call_reverse_step(
-            x, output, VP, prediction, clip, displacement, counter, return_x0, "auto"
-        )
+        return library.call_reverse_step(x, output, VP, prediction, clip, displacement, counter, return_x0, "auto")
 
     for a, b in zip(gradients(operator), gradients(eager), strict=True):
         torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
@@ -365,9 +361,7 @@ def test_clips_and_coefficients_pass_through_the_schema():
     assert library._unpack(*library._pack(VP, x)) == VP
     unpacked = library._unpack(*library._pack(PER_SAMPLE, x))
     for a, b in zip(unpacked, PER_SAMPLE, strict=True):
-        assert torch.equal(a, torch.as_tensor(b, dtype=torch.float32).double().expand(3)) or math.isclose(
-            a[0], b
-        )
+        assert torch.equal(a, torch.as_tensor(b, dtype=torch.float32).double().expand(3)) or math.isclose(a[0], b)
 
 
 def test_the_module_is_public():

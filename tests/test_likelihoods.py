@@ -32,9 +32,7 @@ OPERATORS = {
     "wide": (Matrix(normal(3, 5, seed=4)), (5,), (3,)),
     "tall, rank 2": (Matrix(normal(5, 2, seed=5) @ normal(2, 4, seed=6)), (4,), (5,)),
 }
-every_operator = pytest.mark.parametrize(
-    "operator, event, measurement", OPERATORS.values(), ids=OPERATORS.keys()
-)
+every_operator = pytest.mark.parametrize("operator, event, measurement", OPERATORS.values(), ids=OPERATORS.keys())
 
 SCALE = 0.7
 # name: (likelihood of (y, operator), log-density of y with location z elementwise)
@@ -308,15 +306,12 @@ def test_which_covariances_are_supported(operator, serves):
         likelihood = MODELS[name][0](y, operator)
         assert likelihood.supports("point") == ""
         reason = likelihood.supports("isotropic")
-        assert (
-            reason == "" if isotropic is True else isotropic in reason and "covariance='isotropic'" in reason
-        )
+        assert reason == "" if isotropic is True else isotropic in reason and "covariance='isotropic'" in reason
         linear = operator.linear
         assert (likelihood.supports("moment", MOMENT_LIMIT) == "") is linear
         if linear:
-            assert (
-                f"up to {MOMENT_LIMIT} measurements, and there are {MOMENT_LIMIT + 1}"
-                in likelihood.supports("moment", MOMENT_LIMIT + 1)
+            assert f"up to {MOMENT_LIMIT} measurements, and there are {MOMENT_LIMIT + 1}" in likelihood.supports(
+                "moment", MOMENT_LIMIT + 1
             )
     for likelihood in (Poisson(y, operator), Callable(lambda x: x.sum(1))):
         assert likelihood.supports("point") == ""
@@ -377,9 +372,7 @@ def test_scale_may_follow_the_time():
     check(Gaussian(y, Identity(), 0.5).log_prob(x, t=7.0), Gaussian(y, Identity(), 0.5).log_prob(x))
 
 
-@pytest.mark.parametrize(
-    "scale", [SCALE, np.float32(SCALE), torch.tensor(SCALE), lambda t: np.float64(SCALE)]
-)
+@pytest.mark.parametrize("scale", [SCALE, np.float32(SCALE), torch.tensor(SCALE), lambda t: np.float64(SCALE)])
 def test_scale_may_be_any_number(scale):
     y, x = normal(2, 3), normal(2, 3, seed=1)
     got = Gaussian(y, Identity(), scale).log_prob(x, t=0.0)

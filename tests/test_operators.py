@@ -75,9 +75,7 @@ DIAGONAL = [n for n in OPERATORS if not n.startswith("function")]
 
 
 def cases(names=OPERATORS):
-    return pytest.mark.parametrize(
-        "operator, event, measurement, rank", [OPERATORS[n] for n in names], ids=names
-    )
+    return pytest.mark.parametrize("operator, event, measurement, rank", [OPERATORS[n] for n in names], ids=names)
 
 
 precision = pytest.mark.parametrize(
@@ -94,9 +92,7 @@ def dense_of(f, shape):
 def close(got, expected, rtol, scale=None):
     """Equal to ``rtol`` of the largest element, since elements cancel."""
     scale = float(expected.abs().max()) if scale is None else scale
-    torch.testing.assert_close(
-        got.double(), expected.double(), rtol=0, atol=rtol * max(scale, 1e-300) + 1e-300
-    )
+    torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=rtol * max(scale, 1e-300) + 1e-300)
 
 
 # --- adjoint, matrix ----------------------------------------------------------------------------------------
@@ -173,16 +169,12 @@ def test_transform_diagonalises_the_gram_matrix(operator, event, measurement, ra
     operator = operator.to(dtype=dtype)
     y = normal(2, *measurement, dtype=dtype)
     c = operator.transform(y)
-    torch.testing.assert_close(
-        c.abs().square().flatten(1).sum(1), y.square().flatten(1).sum(1)
-    )  # orthonormal
+    torch.testing.assert_close(c.abs().square().flatten(1).sum(1), y.square().flatten(1).sum(1))  # orthonormal
     back = operator.inverse_transform(c)
     assert back.dtype == dtype
     close(back, y, rtol)
     gram = operator(operator.adjoint(y))
-    close(
-        operator.inverse_transform(c * operator.eigenvalues(y)), gram, rtol, float(gram.abs().max()) + 1e-12
-    )
+    close(operator.inverse_transform(c * operator.eigenvalues(y)), gram, rtol, float(gram.abs().max()) + 1e-12)
 
 
 @cases(SPECTRAL)
@@ -223,9 +215,7 @@ def test_gram_logdet(operator, event, measurement, rank):
             assert got < -60 * (len(gram) - rank)  # -inf, but for the rounding of eigenvalues that are 0
         else:
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-    single = operator.to(dtype=torch.float32).gram_logdet(
-        normal(2, *measurement, dtype=torch.float32), 1.0, 1e-2
-    )
+    single = operator.to(dtype=torch.float32).gram_logdet(normal(2, *measurement, dtype=torch.float32), 1.0, 1e-2)
     expected = torch.linalg.slogdet(gram + 1e-2 * torch.eye(len(gram), dtype=torch.float64)).logabsdet
     torch.testing.assert_close(single, expected, rtol=1e-5, atol=1e-5)
 
@@ -245,9 +235,7 @@ def test_unknown_spectrum_and_diagonal():
     for operator in (function, blur):
         with pytest.raises(NotImplementedError, match=r"operator: the spectrum of .* is not known"):
             operator.solve_gram(normal(1, 2, 6, 7), 1.0, 1.0)
-    with pytest.raises(
-        NotImplementedError, match=r"operator: the diagonal of A A.T of Function.* is not known"
-    ):
+    with pytest.raises(NotImplementedError, match=r"operator: the diagonal of A A.T of Function.* is not known"):
         function.gram_diagonal(normal(1, 4))
 
 
@@ -301,9 +289,7 @@ def test_blur_pseudo_inverse_stays_bounded_in_float32(padding):
     close(operator(back), y, 2e-3)
     noise = 1e-3 * normal(1, 2, 64, 64, seed=1, dtype=torch.float32)
     # nothing is amplified by more than the least singular value kept, sqrt(8 eps)
-    assert operator.pseudo_inverse(noise).norm() < noise.norm() / math.sqrt(
-        8 * torch.finfo(torch.float32).eps
-    )
+    assert operator.pseudo_inverse(noise).norm() < noise.norm() / math.sqrt(8 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)])

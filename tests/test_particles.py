@@ -84,8 +84,7 @@ def test_default_covariance_is_moment_for_few_measurements():
     wide = GaussianPrior(0 * count, torch.diag(count), prior.schedule).denoiser()
     likelihood = fg.likelihoods.Gaussian(torch.zeros(1, 17), fg.operators.Identity(), 0.5)
     outs = [
-        fg.sample(wide, (1, 17), guidance=fg.TDS(likelihood, 32, covariance=c), steps=5).x
-        for c in (None, "isotropic")
+        fg.sample(wide, (1, 17), guidance=fg.TDS(likelihood, 32, covariance=c), steps=5).x for c in (None, "isotropic")
     ]
     assert torch.equal(*outs)
 
@@ -157,9 +156,7 @@ def test_strength_tempers_the_likelihood():
     strength = 0.25
     prior = example()
     means, _, _ = posterior(*prior.chain(STEPS), MATRIX, Y, SCALE / strength**0.5)
-    out = run(
-        fg.FK(gaussian_likelihood(), 8000, strength=strength, proposal="guided", covariance="isotropic")
-    )
+    out = run(fg.FK(gaussian_likelihood(), 8000, strength=strength, proposal="guided", covariance="isotropic"))
     assert torch.allclose(out.mean(), means, atol=0.05)
 
 

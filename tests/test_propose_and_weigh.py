@@ -58,9 +58,7 @@ def test_against_normal_densities(levels, shape, dtype, assert_close):
     eps = 2e-15 if dtype == torch.float64 else 3e-7
     if dtype == torch.float64 and levels == "small tau":
         eps = 1e-12  # of the expectation: it subtracts two quadratics
-    torch.testing.assert_close(
-        weights, expected_weights, rtol=eps, atol=eps * math.sqrt(math.prod(shape[1:]))
-    )
+    torch.testing.assert_close(weights, expected_weights, rtol=eps, atol=eps * math.sqrt(math.prod(shape[1:])))
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
@@ -103,9 +101,7 @@ def test_without_noise_it_is_the_base_step(dtype, monkeypatch):
 def test_the_state_is_that_of_reverse_step(dtype, assert_close):
     x, x0_hat, displacement, log_weights = inputs((3, 50), dtype)
     x_s, _ = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, LEVELS["vp"], **COUNTER)
-    expected = ops.reverse_step(
-        x, x0_hat, LEVELS["vp"], prediction="sample", displacement=displacement, **COUNTER
-    )
+    expected = ops.reverse_step(x, x0_hat, LEVELS["vp"], prediction="sample", displacement=displacement, **COUNTER)
     assert_close(x_s, expected)
 
 
@@ -124,9 +120,7 @@ def test_large_states_lose_nothing(elements):
     and a tree of float32 sums would do: their roundings are allowed."""
     x, x0_hat, displacement, log_weights = inputs((2, elements), torch.float32, push=0.01)
     tau = 0.25  # a power of two, so that delta is exact
-    _, weights = ops.propose_and_weigh(
-        x, x0_hat, displacement, log_weights, (0.6, 0.8, 0.8, 0.6, tau), **COUNTER
-    )
+    _, weights = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, (0.6, 0.8, 0.8, 0.6, tau), **COUNTER)
     z = ops.randn(x.shape, **COUNTER).double().numpy()
     delta = (displacement / tau).double().numpy()
     for i in range(2):
@@ -193,16 +187,12 @@ def test_the_bits_do_not_depend_on_threads_or_chunks(threads):
     results = []
     for number in (1, 2):
         with threads(number):
-            results.append(
-                ops.propose_and_weigh(x, x0_hat, displacement, log_weights, LEVELS["vp"], **COUNTER)
-            )
+            results.append(ops.propose_and_weigh(x, x0_hat, displacement, log_weights, LEVELS["vp"], **COUNTER))
     parts = []
     for rows in (slice(0, 2), slice(2, 5)):
         counter = {**COUNTER, "first_particle": COUNTER["first_particle"] + rows.start}
         parts.append(
-            ops.propose_and_weigh(
-                x[rows], x0_hat[rows], displacement[rows], log_weights[rows], LEVELS["vp"], **counter
-            )
+            ops.propose_and_weigh(x[rows], x0_hat[rows], displacement[rows], log_weights[rows], LEVELS["vp"], **counter)
         )
     results.append(tuple(torch.cat(part) for part in zip(*parts, strict=True)))
     for x_s, weights in results[1:]:
@@ -221,9 +211,7 @@ def test_mean_of_the_ratio_under_the_proposal_is_one(levels, push):
     number, elements = 200_000, 6
     x, x0_hat, displacement, _ = inputs((1, elements), torch.float32, push=push * LEVELS[levels][4] / 0.35)
     many = [v.expand(number, elements) for v in (x, x0_hat, displacement)]
-    x_s, log_ratio = ops.propose_and_weigh(
-        *many, torch.zeros(number, dtype=torch.float64), LEVELS[levels], seed=5
-    )
+    x_s, log_ratio = ops.propose_and_weigh(*many, torch.zeros(number, dtype=torch.float64), LEVELS[levels], seed=5)
     ratio = log_ratio.exp()
     error = float(ratio.std()) / math.sqrt(number)
     assert error < 0.01
@@ -259,8 +247,6 @@ X = torch.zeros(4, 3)
     ],
 )
 def test_errors(changes, error, message):
-    arguments = dict(
-        x=X, x0_hat=X, displacement=X, log_weights=torch.zeros(4), coefficients=LEVELS["vp"], seed=0
-    )
+    arguments = dict(x=X, x0_hat=X, displacement=X, log_weights=torch.zeros(4), coefficients=LEVELS["vp"], seed=0)
     with pytest.raises(error, match=message):
         ops.propose_and_weigh(**{**arguments, **changes})

@@ -114,9 +114,7 @@ def test_a_value_depends_on_its_own_place_alone(backend, dtype):
     whole = ops.randn((37, 53), **counter)
     assert torch.isfinite(whole).all()
     for first, count in ((0, 1), (1, 3), (5, 32), (36, 1)):
-        assert torch.equal(
-            ops.randn((count, 53), first_particle=first, **counter), whole[first : first + count]
-        )
+        assert torch.equal(ops.randn((count, 53), first_particle=first, **counter), whole[first : first + count])
     for elements in (1, 2, 3, 4, 5, 8, 52):
         assert torch.equal(ops.randn((37, elements), **counter), whole[:, :elements])
     assert torch.equal(ops.randn((37, 1, 53, 1), **counter).reshape(37, 53), whole)

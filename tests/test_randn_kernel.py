@@ -121,9 +121,7 @@ def test_float64_is_the_exact_value(elements):
 def test_narrow_dtypes_are_the_rounded_float32(dtype, elements):
     particles = 4 + 200_000 // elements
     narrow = cpu(particles, elements, dtype, **COUNTERS)
-    assert torch.equal(
-        narrow.view(torch.int16), cpu(particles, elements, **COUNTERS).to(dtype).view(torch.int16)
-    )
+    assert torch.equal(narrow.view(torch.int16), cpu(particles, elements, **COUNTERS).to(dtype).view(torch.int16))
 
 
 def edge_words():
@@ -131,9 +129,7 @@ def edge_words():
     powers = [2**k + d for k in range(33) for d in (-2, -1, 0, 1)]
     near_one = [2**32 - w for w in range(1, 5000)]
     radii = sorted({w for w in [*powers, *range(5000), *near_one] if 0 <= w < 2**32})
-    offsets = [
-        s * d for d in [*range(300), *(2**k + e for k in range(8, 30) for e in (-1, 0, 1))] for s in (-1, 1)
-    ]
+    offsets = [s * d for d in [*range(300), *(2**k + e for k in range(8, 30) for e in (-1, 0, 1))] for s in (-1, 1)]
     angles = sorted({(eighth * 2**29 + d) % 2**32 for eighth in range(8) for d in offsets})
     return np.array(radii, dtype=np.uint32), np.array(angles, dtype=np.uint32)
 

@@ -107,9 +107,7 @@ def test_integer_weights_use_the_room_there_is(particles):
 
 
 def test_integer_weights_of_unusable_rows_are_equal_ones():
-    rows = torch.tensor(
-        [[math.nan, 0.0, 1.0], [math.inf, 0.0, 1.0], [-math.inf] * 3, [0.0, math.nan, -math.inf]]
-    )
+    rows = torch.tensor([[math.nan, 0.0, 1.0], [math.inf, 0.0, 1.0], [-math.inf] * 3, [0.0, math.nan, -math.inf]])
     q, v, top, scale = reference.integer_weights(rows)
     assert (q == 2**scale).all() and (v == 2**scale).all()
     assert not torch.isfinite(top).any()
@@ -351,9 +349,7 @@ def test_unsorted_ancestors_keep_survivors_in_place(scheme, particles, spread):
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 class TestDegenerate:
     def test_one_particle(self, scheme, dtype):
-        ancestors, after, log_mean_weight, ess = ops.resample(
-            torch.tensor([[-3.0]], dtype=dtype), scheme=scheme
-        )
+        ancestors, after, log_mean_weight, ess = ops.resample(torch.tensor([[-3.0]], dtype=dtype), scheme=scheme)
         assert ancestors.tolist() == [[0]] and after.tolist() == [[-3.0]]
         assert float(log_mean_weight) == -3.0 and float(ess) == 1.0
 
@@ -388,9 +384,7 @@ class TestDegenerate:
 
     @pytest.mark.parametrize("offset", [1e4, -1e4, 3e38, -3e38])
     def test_offsets(self, scheme, dtype, offset):
-        row = torch.tensor(
-            [0.0, 1024.0, -1024.0, 1024.0], dtype=dtype
-        )  # exact beside 1e4; all equal beside 3e38
+        row = torch.tensor([0.0, 1024.0, -1024.0, 1024.0], dtype=dtype)  # exact beside 1e4; all equal beside 3e38
         ancestors, _, log_mean_weight, ess = ops.resample(row + offset, scheme=scheme, num=1000, seed=2)
         if abs(offset) == 1e4:
             assert set(ancestors.tolist()) == {1, 3} and float(ess) == 2.0
@@ -456,8 +450,7 @@ def test_the_counter_changes_the_draw(scheme):
     row = random_weights(1000)
     base = dict(seed=1, step=2, stream=3)
     draws = [
-        ops.resample(row, scheme=scheme, **{**base, **c})[0]
-        for c in ({}, {"seed": 2}, {"step": 3}, {"stream": 4})
+        ops.resample(row, scheme=scheme, **{**base, **c})[0] for c in ({}, {"seed": 2}, {"step": 3}, {"stream": 4})
     ]
     for a, b in itertools.combinations(draws, 2):
         assert not torch.equal(a, b)
@@ -571,9 +564,7 @@ def test_gather_is_index_select(scheme, keep_sorted, event):
     ancestors = ops.resample(random_weights(3, 20, spread=3.0), scheme=scheme, seed=1, sorted=keep_sorted)[0]
     states = [(100 * random_weights(3, 20, *event, seed=i)).to(dtype) for i, dtype in enumerate(STATE_DTYPES)]
     expected = [
-        torch.stack(
-            [torch.index_select(row, 0, chosen) for row, chosen in zip(state, ancestors, strict=True)]
-        )
+        torch.stack([torch.index_select(row, 0, chosen) for row, chosen in zip(state, ancestors, strict=True)])
         for state in states
     ]
     addresses = [state.data_ptr() for state in states]

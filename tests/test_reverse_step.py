@@ -160,9 +160,7 @@ def test_per_sample_levels_equal_the_loop_over_samples(prediction, clip, dtype, 
 def test_floats_and_tensors_may_be_mixed(kinds, coefficient_dtype, assert_close):
     x, output, _ = inputs((3, 5), torch.float32)
     floats = coefficients_of(*LEVELS["vp"], 0.7)
-    mixed = tuple(
-        torch.full((3,), c, dtype=coefficient_dtype) if k else c for k, c in zip(kinds, floats, strict=True)
-    )
+    mixed = tuple(torch.full((3,), c, dtype=coefficient_dtype) if k else c for k, c in zip(kinds, floats, strict=True))
     assert_close(ops.reverse_step(x, output, mixed, seed=1), ops.reverse_step(x, output, floats, seed=1))
 
 
@@ -175,9 +173,7 @@ def test_levels_of_pure_noise(prediction, eta):
     """``alpha_t = 0``, ``sigma_t = 1``: x_t says nothing of x_0, and the network alone gives it."""
     x, output, _ = inputs((2, 9))
     t, s = (0.0, 1.0), (0.28, 0.96)
-    x_s, x0 = ops.reverse_step(
-        x, output, coefficients_of(t, s, eta), prediction=prediction, seed=2, return_x0=True
-    )
+    x_s, x0 = ops.reverse_step(x, output, coefficients_of(t, s, eta), prediction=prediction, seed=2, return_x0=True)
     expected_x0 = {"sample": output, "v": -output, "flow": x - output}[prediction]
     torch.testing.assert_close(x0, expected_x0, rtol=1e-14, atol=1e-14)
     # the posterior forgets x_t: x_s is the prediction noised to its level
@@ -200,9 +196,7 @@ def test_the_last_step_returns_x0(prediction, dtype, assert_close):
     coefficients = (0.8, 0.6, 1.0, 0.0, 0.0)
     x_s, x0 = ops.reverse_step(x, output, coefficients, prediction=prediction, clip=0.5, return_x0=True)
     assert torch.equal(x_s, x0)
-    moved = ops.reverse_step(
-        x, output, coefficients, prediction=prediction, clip=0.5, displacement=displacement
-    )
+    moved = ops.reverse_step(x, output, coefficients, prediction=prediction, clip=0.5, displacement=displacement)
     assert_close(moved, x0.double() + displacement.double())
 
 
@@ -316,9 +310,7 @@ def test_inputs_stay_as_they_are_and_share_nothing_with_the_results(dtype):
     before = [v.clone() for v in tensors]
     x, output, _ = tensors
     for clip in (None, 0.5):
-        results = ops.reverse_step(
-            x, output, (0.6, 0.8, 1.0, 0.0, 0.0), prediction="sample", clip=clip, return_x0=True
-        )
+        results = ops.reverse_step(x, output, (0.6, 0.8, 1.0, 0.0, 0.0), prediction="sample", clip=clip, return_x0=True)
         for result in results:
             result.fill_(7.0)
         assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
@@ -577,6 +569,9 @@ def bad(**changes) -> dict:
         (bad(alpha_t=torch.ones(2).long()), ValueError, "got torch.int64"),
         (dict(clip=-1.0), ValueError, "clip: expected a number > 0"),
         (dict(clip=(1.0, 1.0)), ValueError, "clip: expected a number > 0"),
+        (dict(clip=(1.0,)), ValueError, "clip: expected a number > 0"),
+        (dict(clip=[-1.0, 1.0]), ValueError, "clip: expected a number > 0"),
+        (dict(clip=math.nan), ValueError, "clip: expected a number > 0"),
         (dict(clip=DynamicThreshold(1.5)), ValueError, "clip: expected 0 <= ratio <= 1"),
         (
             dict(clip=DynamicThreshold(0.9, 0.5)),

@@ -119,9 +119,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 def test_the_callback_sees_every_step():
     seen = []
-    out = run(
-        "tds", callback=lambda p: seen.append((p.step, p.level, p.x.clone(), p.log_weights.clone(), p.ess))
-    )
+    out = run("tds", callback=lambda p: seen.append((p.step, p.level, p.x.clone(), p.log_weights.clone(), p.ess)))
     assert [s[0] for s in seen] == list(range(12))
     assert seen[-1][1].sigma == 0.0 and seen[-1][1].alpha == 1.0
     assert torch.equal(seen[-1][2], out.x) and torch.equal(seen[-1][3], out.log_weights)
@@ -143,9 +141,7 @@ def test_x_T_starts_the_run():
     x_T = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     a = run("plain", x_T=x_T, eta=0.0)
     assert_same(a, run("plain", x_T=x_T, eta=0.0, seed=99))  # nothing random is left
-    assert torch.equal(
-        x_T, torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    )
+    assert torch.equal(x_T, torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize("eta", [0.5, [0.5] * 12, lambda t: 0.5], ids=["number", "table", "function"])
@@ -173,9 +169,7 @@ def test_the_prior_is_sampled(schedule, eta):
     mean, covariance = prior.chain(100, eta)
     assert torch.allclose(x.mean(0), mean, atol=0.03)
     assert torch.allclose(torch.cov(x.T), covariance, atol=0.04)
-    assert torch.allclose(covariance, prior.covariance, atol=0.13) and torch.allclose(
-        mean, prior.mean, atol=0.02
-    )
+    assert torch.allclose(covariance, prior.covariance, atol=0.13) and torch.allclose(mean, prior.mean, atol=0.02)
 
 
 @pytest.mark.parametrize("name, start", [("flow", 0.9), ("edm", 5.0)])
@@ -203,9 +197,7 @@ def test_order_of_convergence_of_the_deterministic_sampler(name, start):
 def test_half_precision_states():
     prior = example()
     for dtype in (torch.float16, torch.bfloat16):
-        out = fg.sample(
-            prior.denoiser(), (2, 3), guidance=fg.TDS(gaussian_likelihood(), 512), steps=20, dtype=dtype
-        )
+        out = fg.sample(prior.denoiser(), (2, 3), guidance=fg.TDS(gaussian_likelihood(), 512), steps=20, dtype=dtype)
         full = fg.sample(prior.denoiser(), (2, 3), guidance=fg.TDS(gaussian_likelihood(), 512), steps=20)
         assert out.x.dtype == dtype and out.log_weights.dtype == torch.float64
         assert torch.allclose(out.mean(), full.mean(), atol=0.15)

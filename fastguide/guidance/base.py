@@ -31,9 +31,7 @@ _VANISHING = 0.01  # alpha / sigma below which x_t holds no derivative worth div
 Schedulable = float | Sequence[float] | Callable[[float], float]
 
 
-def per_step(
-    name: str, value: Schedulable, levels: Sequence[Level], high: float = math.inf
-) -> tuple[float, ...]:
+def per_step(name: str, value: Schedulable, levels: Sequence[Level], high: float = math.inf) -> tuple[float, ...]:
     """The value of each step: of a number, a table with one entry per step, or a function of the schedule's time;
     each finite and in ``[0, high]``."""
     times = [level.t for level in levels[:-1]]
@@ -45,9 +43,7 @@ def per_step(
         else:
             values = tuple(float(v) for v in value)  # type: ignore[union-attr]
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name}: expected a number, a table or a function of the time, got {value!r}"
-        ) from error
+        raise TypeError(f"{name}: expected a number, a table or a function of the time, got {value!r}") from error
     if len(values) != len(times):
         raise ValueError(f"{name}: expected a table of {len(times)} steps, got {len(values)} entries")
     for t, v in zip(times, values, strict=True):
@@ -181,9 +177,7 @@ class Run:
         x0_hat, shift, log_prob, norm = self.in_chunks(chunk, x)
         return x0_hat, shift, log_prob, norm
 
-    def likelihood_value(
-        self, likelihood: Likelihood, covariance: str, x: Tensor, i: int
-    ) -> tuple[Tensor, Tensor]:
+    def likelihood_value(self, likelihood: Likelihood, covariance: str, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
         """``x0_hat`` and ``log p~(y | x_t)`` alone, without a derivative; not for ``"moment"``, which is made of
         them."""
         level = self.levels[i]
@@ -230,9 +224,7 @@ class PullBack:
         with torch.enable_grad():
             self.x0 = denoiser.x0_hat(self.x, level).to(dtype)
         if not self.x0.requires_grad:
-            raise ValueError(
-                "net: expected a network that autograd can differentiate, got an output without a graph"
-            )
+            raise ValueError("net: expected a network that autograd can differentiate, got an output without a graph")
 
     def __call__(self, output: Tensor, v: Tensor, retain_graph: bool = False) -> Tensor:
         """``C_t`` times the pull-back of ``v`` from ``output`` (a function of ``x0``) to ``x0``; ``[n, *event]``."""
@@ -303,9 +295,7 @@ def prepare_likelihood(run: Run, likelihood: Likelihood) -> tuple[Likelihood, in
     """The likelihood on the run's device, and the number of its measurements; raises unless ``y`` has the shape of a
     measurement and one row or one per observation."""
     if not isinstance(likelihood, Likelihood):
-        raise TypeError(
-            f"likelihood: expected a fastguide.likelihoods likelihood, got {type(likelihood).__name__}"
-        )
+        raise TypeError(f"likelihood: expected a fastguide.likelihoods likelihood, got {type(likelihood).__name__}")
     likelihood = likelihood.to(run.device, run.compute_dtype)
     rows = likelihood.y.shape[0]
     if rows not in (1, run.observations):

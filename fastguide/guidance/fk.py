@@ -60,9 +60,7 @@ class FK:
         elif not callable(reward):
             raise TypeError(f"reward: expected a callable or a likelihood, got {type(reward).__name__}")
         elif covariance is not None:
-            raise ValueError(
-                f"covariance: expected None with a reward that is no likelihood, got {covariance!r}"
-            )
+            raise ValueError(f"covariance: expected None with a reward that is no likelihood, got {covariance!r}")
         if not callable(self.potential) and self.potential not in POTENTIALS:
             raise ValueError(f"potential: expected one of {POTENTIALS} or a callable, got {self.potential!r}")
         if not callable(self.proposal) and self.proposal not in PROPOSALS:
@@ -109,9 +107,7 @@ class FK:
         coefficients: Coefficients = run.coefficients(i)
         proposed = self.proposal(state.x, x0_hat, coefficients, seed=run.seed, step=i)
         if not isinstance(proposed, tuple) or len(proposed) != 2:
-            raise TypeError(
-                f"proposal: expected it to return (x_s, log_ratio), got {type(proposed).__name__}"
-            )
+            raise TypeError(f"proposal: expected it to return (x_s, log_ratio), got {type(proposed).__name__}")
         x = _returned("proposal", proposed[0], state.x.shape)
         ratio = _returned("proposal", proposed[1], state.x.shape[:1])
         return x.to(state.x.dtype), log_weights + ratio.reshape(log_weights.shape)

@@ -51,9 +51,7 @@ class LatentPnP:
         if self.space not in SPACES:
             raise ValueError(f"space: expected one of {SPACES}, got {self.space!r}")
         if (self.space == "pixel") != (self.encoder is not None):
-            expected = (
-                "an encoder with space='pixel'" if self.space == "pixel" else "None with space='latent'"
-            )
+            expected = "an encoder with space='pixel'" if self.space == "pixel" else "None with space='latent'"
             raise ValueError(f"encoder: expected {expected}, got {self.encoder!r}")
         if self.gamma is not None and not 0.0 < self.gamma < math.inf:
             raise ValueError(f"gamma: expected a finite number > 0, got {self.gamma}")
@@ -71,9 +69,7 @@ class LatentPnP:
             raise ValueError(f"encoder: expected latents of shape {list(run.event)}, got {got}")
         pnp = PnP(self.likelihood, self.rho, self.zeta, self.solver, self.iterations)
         if self.space == "latent":
-            decoded = replace_operator(
-                self.likelihood.to(run.device, run.compute_dtype), self.decoder, run.dtype
-            )
+            decoded = replace_operator(self.likelihood.to(run.device, run.compute_dtype), self.decoder, run.dtype)
             pnp = replace(pnp, likelihood=decoded).prepare(run)
         else:
             pnp = pnp.prepare(replace(run, event=tuple(image.shape[1:])))
@@ -107,15 +103,11 @@ class LatentPnP:
         z = share * s.alpha * z0 + (1.0 - share) * unconditional
         if s.sigma == 0.0:
             return z
-        noise = ops.randn(
-            x.shape, seed=run.seed, step=i, stream=STREAM_RENOISE, dtype=x.dtype, device=x.device
-        )
+        noise = ops.randn(x.shape, seed=run.seed, step=i, stream=STREAM_RENOISE, dtype=x.dtype, device=x.device)
         return z + s.sigma * math.sqrt(share) * noise
 
 
-def replace_operator(
-    likelihood: Likelihood, decoder: Callable[[Tensor], Tensor], dtype: torch.dtype
-) -> Likelihood:
+def replace_operator(likelihood: Likelihood, decoder: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Likelihood:
     """The likelihood of a latent: its operator after the decoder, which computes in ``dtype``."""
     if isinstance(likelihood, CallableLikelihood):
         f = likelihood.f

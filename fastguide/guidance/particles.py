@@ -18,9 +18,7 @@ def check_particles(run: Run, resampler: str, ess_threshold: float | None, guide
     if ess_threshold is not None and not 0.0 <= ess_threshold <= 1.0:
         raise ValueError(f"ess_threshold: expected a share of the particles in [0, 1], got {ess_threshold}")
     if guided and not any(tau > 0 for tau in run.taus):
-        raise ValueError(
-            "eta: expected > 0, since the guided proposal is weighed by its noise; got 0 at every step"
-        )
+        raise ValueError("eta: expected > 0, since the guided proposal is weighed by its noise; got 0 at every step")
 
 
 def resample_particles(

@@ -36,9 +36,7 @@ class PiGDM:
         operator = likelihood.operator
         noisy = any(likelihood.scale_at(level.t) > 0 for level in run.levels[:-1])
         if noisy and not (isinstance(operator, LinearOperator) and operator.spectral):
-            raise ValueError(
-                f"likelihood: with scale > 0 expected a linear operator of known spectrum, got {operator}"
-            )
+            raise ValueError(f"likelihood: with scale > 0 expected a linear operator of known spectrum, got {operator}")
         return replace(self, likelihood=likelihood, zeta=per_step("zeta", self.zeta, run.levels))
 
     def start(self, run: Run) -> State:

@@ -162,9 +162,7 @@ def conjugate_gradients(a: Callable[[Tensor], Tensor], b: Tensor, iterations: in
     return x
 
 
-def _gradient(
-    likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: float, iterations: int
-) -> Tensor:
+def _gradient(likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: float, iterations: int) -> Tensor:
     """Gradient descent with Barzilai-Borwein lengths per sample, never longer than ``1 / rho``, which is the exact
     length for the quadratic alone (and an upper bound where the log-density is concave)."""
 
