@@ -17,6 +17,13 @@ TOLERANCES = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """The tensors here are small: threads that wait for each other on a busy machine cost far more than they gain.
+    Tests of threads ask for them."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """``torch.empty`` and kin return NaN, or the largest integer, so that an element nobody wrote is seen."""
