@@ -294,7 +294,8 @@ def steer(seed: int, path: Path, wanted: int = 7) -> str:
     seconds = time.perf_counter() - start
     figure = plt.figure(figsize=(7.6, 3.4))
     titles = ("the prior", f"steered by FK, K = {particles}: the classifier says {wanted}")
-    for part, title, images in zip(figure.subfigures(2, 1), titles, (plain, steered), strict=True):
+    parts: Any = figure.subfigures(2, 1)
+    for part, title, images in zip(parts, titles, (plain, steered), strict=True):
         axes = part.subplots(2, count // 2)
         for axis, image in zip(axes.flat, images, strict=True):
             _image(axis, image[0])

@@ -219,6 +219,7 @@ def reverse_step(
     )
 
 
+@torch.no_grad()
 def propose_and_weigh(
     x: Tensor,
     x0_hat: Tensor,
@@ -240,7 +241,7 @@ def propose_and_weigh(
 
     ``x``, ``x0_hat``, ``displacement``: ``[N, *event]``; ``log_weights``: ``N`` values of any shape, float32 or
     float64; ``coefficients`` and counters as in `reverse_step`. Where ``tau = 0`` the step is the base kernel's,
-    without the displacement, and the ratio is 1. Returns new tensors.
+    without the displacement, and the ratio is 1. Returns new tensors, without gradients.
     """
     _check_state("x", x)
     _check_state("x0_hat", x0_hat, x)
@@ -274,6 +275,7 @@ def propose_and_weigh(
     )
 
 
+@torch.no_grad()
 def resample(
     log_weights: Tensor,
     *,

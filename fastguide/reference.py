@@ -207,8 +207,8 @@ def clip_x0(x0: Tensor, clip: Clip) -> Tensor:
         if flat.numel() == 0:
             return x0
         ordered = flat.abs().sort(dim=1).values
-        low, high, between = _ranks(clip.ratio, flat.shape[1])
-        bound = torch.lerp(ordered[:, low], ordered[:, high], between).clamp(1.0, clip.max_value)[:, None]
+        below, above, between = _ranks(clip.ratio, flat.shape[1])
+        bound = torch.lerp(ordered[:, below], ordered[:, above], between).clamp(1.0, clip.max_value)[:, None]
         return (torch.minimum(torch.maximum(flat, -bound), bound) / bound).reshape(x0.shape)
     low, high = clip if isinstance(clip, tuple) else (-clip, clip)
     return x0.clamp(low, high)
@@ -295,13 +295,13 @@ def _clip_x0_vjp(grad: Tensor, x0: Tensor, clip: Clip) -> Tensor:
     if isinstance(clip, DynamicThreshold):  # y = x0 / bound inside; outside +-1, whatever x0 and the bound
         flat, grad = (v.reshape(v.shape[0], -1) for v in (x0, grad))
         ordered, order = flat.abs().sort(dim=1)
-        low, high, between = _ranks(clip.ratio, flat.shape[1])
-        quantile = torch.lerp(ordered[:, low], ordered[:, high], between)[:, None]
+        below, above, between = _ranks(clip.ratio, flat.shape[1])
+        quantile = torch.lerp(ordered[:, below], ordered[:, above], between)[:, None]
         bound = quantile.clamp(1.0, clip.max_value)
         grad = torch.where(flat.abs() < bound, grad / bound, 0.0)
         grad_bound = -(grad * flat).sum(1, keepdim=True) / bound
         grad_quantile = torch.where(bound == quantile, grad_bound, 0.0)
-        for place, share in ((low, 1.0 - between), (high, between)):
+        for place, share in ((below, 1.0 - between), (above, between)):
             one = order[:, place : place + 1]
             grad = grad.scatter_add(1, one, share * grad_quantile * flat.gather(1, one).sign())
         return grad.reshape(x0.shape)

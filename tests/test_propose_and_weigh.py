@@ -250,3 +250,11 @@ def test_errors(changes, error, message):
     arguments = dict(x=X, x0_hat=X, displacement=X, log_weights=torch.zeros(4), coefficients=LEVELS["vp"], seed=0)
     with pytest.raises(error, match=message):
         ops.propose_and_weigh(**{**arguments, **changes})
+
+
+def test_no_gradients_eager_as_compiled():
+    x = torch.ones(4, 3, requires_grad=True)
+    x_s, log_weights = ops.propose_and_weigh(
+        x, 2 * x, x, torch.zeros(4, requires_grad=True), (0.5, 0.8, 0.9, 0.4, 0.3), seed=0
+    )
+    assert not x_s.requires_grad and not log_weights.requires_grad
