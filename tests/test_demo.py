@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -83,3 +85,16 @@ def test_unknown_names_are_refused(arguments, words, capsys):
 def test_doctor(capsys):
     out = run(capsys, "doctor")
     assert "backend reference: usable" in out and "FAILED" not in out
+
+
+def test_the_readme_example_runs():
+    """README's Python, as it stands there."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    out, truth = names["out"], names["truth"]
+    assert out.x.shape == (2, 64, 1, 8, 8) and out.ess.shape == (51, 2)
+    assert torch.isfinite(out.log_evidence).all()
+    error = (out.mean() - truth).square().mean()
+    assert error < 0.5 * (truth - truth.mean()).square().mean()
