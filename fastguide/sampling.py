@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
 import os
 import tempfile
@@ -16,6 +18,8 @@ from . import ops
 from .denoiser import Denoiser
 from .guidance.base import Run, Schedulable, State, integer, per_step
 from .guidance.plain import Plain
+from .likelihoods import Likelihood
+from .operators import Operator
 from .reference import Clip
 from .schedules import Level
 
@@ -39,8 +43,8 @@ class Samples:
 
     x: Tensor  # [B, *event], or [B, K, *event]
     log_weights: Tensor | None = None  # [B, K] float64, unnormalised
-    log_evidence: Tensor | None = None  # [B] float64: log mean weight, the estimate of log p(y)
     ess: Tensor | None = None  # [steps + 1, B] float64: before each step, and of the final weights
+    log_evidence: Tensor | None = None  # [B] float64: log mean weight, the estimate of log p(y)
     ancestors: Tensor | None = None  # [steps, B, K] int32, with keep_ancestors=True
 
     @property
@@ -107,7 +111,8 @@ def sample(
     - ``keep_ancestors``: return the ancestors of every step, ``[steps, B, K]``.
     - ``progress``: a tqdm bar (needs tqdm). ``callback``: called with a `Progress` after each step.
     - ``checkpoint``: a file to write the state to, atomically, every ``checkpoint_every`` steps; where it exists the
-      run goes on from it, to the same bits; removed at the end.
+      run goes on from it, to the same bits; removed at the end. A file of other arguments is refused; that the network
+      is the same one is the caller's to see to.
 
     ``device``: that of ``x_T``, else the CPU.
     """
@@ -143,7 +148,7 @@ def sample(
     _, _, log_evidence, last_ess = ops.resample(state.log_weights, ess_threshold=0.0, check=False)
     history = torch.stack([*ess, last_ess])
     _check_particles(history, state.log_weights)
-    return Samples(x, state.log_weights, log_evidence, history, torch.stack(ancestors) if keep_ancestors else None)
+    return Samples(x, state.log_weights, history, log_evidence, torch.stack(ancestors) if keep_ancestors else None)
 
 
 def _prepare_run(prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size) -> Run:
@@ -224,23 +229,24 @@ def _progress_bar(steps: range, total: int, first: int, show: bool):
 
 
 def _fingerprint(run: Run, guidance: Any, keep_ancestors: bool) -> str:
-    """What must be the same for a checkpoint to be this run's."""
-    return repr(
-        (
-            [tuple(level) for level in run.levels],
-            run.taus,
-            run.observations,
-            run.particles,
-            run.event,
-            run.seed,
-            run.clip,
-            run.chunk_size,
-            str(run.dtype),
-            run.denoiser.prediction,
-            type(guidance).__name__,
-            keep_ancestors,
-        )
-    )
+    """What must be the same for a checkpoint to be this run's: everything but the code and weights of the network and
+    of other functions, which go by their names."""
+    return repr((_describe(vars(run)), _describe(guidance), keep_ancestors))
+
+
+def _describe(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return tuple(value.shape), str(value.dtype), hashlib.sha256(content).hexdigest()
+    if isinstance(value, tuple | list):
+        return [_describe(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _describe(v) for k, v in value.items() if k != "_cache"}
+    if dataclasses.is_dataclass(value) or isinstance(value, Likelihood | Operator | Denoiser):
+        return type(value).__name__, _describe(vars(value))
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__name__)
+    return str(value)
 
 
 def _save(path, run: Run, guidance: Any, keep_ancestors: bool, content: tuple[State, int, list, list]) -> None:

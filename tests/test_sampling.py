@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from gaussian import Y, example, gaussian_likelihood
+from gaussian import MATRIX, SCALE, Y, example, gaussian_likelihood
 
 import fastguide as fg
 
@@ -110,11 +110,26 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run("tds", callback=kill, checkpoint=file, checkpoint_every=2)
-    with pytest.raises(ValueError, match="checkpoint: expected a file of this very run"):
-        run("tds", seed=9, checkpoint=file)
-    with pytest.raises(ValueError, match="checkpoint"):
-        run("tds", checkpoint=file, keep_ancestors=True)
-    assert file.exists()
+    prior = example().denoiser()
+    y = Y + torch.tensor([[0.0, 0.0], [0.0, 1e-12]])
+
+    def again(likelihood, **options):
+        options = {"steps": 12, "seed": 3, "dtype": torch.float64, "checkpoint": file, **options}
+        guidance = fg.TDS(likelihood, 24, ess_threshold=options.pop("ess_threshold", 0.5))
+        return fg.sample(prior, (2, 3), guidance=guidance, **options)
+
+    for likelihood, options in (
+        (gaussian_likelihood(), {"seed": 9}),
+        (gaussian_likelihood(), {"keep_ancestors": True}),
+        (gaussian_likelihood(), {"ess_threshold": 0.4}),
+        (gaussian_likelihood(y), {}),
+        (gaussian_likelihood(scale=0.31), {}),
+        (fg.likelihoods.Gaussian(Y, fg.operators.Matrix(MATRIX + 1e-9), SCALE), {}),
+    ):
+        with pytest.raises(ValueError, match="checkpoint: expected a file of this very run"):
+            again(likelihood, **options)
+    again(gaussian_likelihood())  # the very same goes on
+    assert not file.exists()
 
 
 def test_the_callback_sees_every_step():
