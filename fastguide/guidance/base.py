@@ -26,7 +26,7 @@ STREAM_STEP, STREAM_INITIAL, STREAM_RESAMPLE, STREAM_RENOISE = 0, 1, 2, 3
 
 COVARIANCES = ("point", "isotropic", "moment")
 
-_VANISHING = 0.01  # alpha / sigma below which x_t holds no derivative worth dividing by alpha
+_VANISHING = 1e-3  # alpha / sigma below which x_t holds no derivative worth dividing by alpha
 
 Schedulable = float | Sequence[float] | Callable[[float], float]
 
@@ -214,7 +214,7 @@ class PullBack:
     second-order Tweedie covariance (Boys et al. 2023) times a vector.
 
     As ``alpha_t`` tends to 0 the state says nothing of ``x_0`` and the Jacobian vanishes; divided by ``alpha_t``, what
-    is left of a network's is its error. Where ``alpha_t < 0.01 sigma_t`` the limit is taken instead: ``C_t`` is the
+    is left of a network's is its error. Where ``alpha_t < 0.001 sigma_t`` the limit is taken instead: ``C_t`` is the
     isotropic model's, ``r_t^2 I = I``, that of unit-variance data.
     """
 
