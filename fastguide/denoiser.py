@@ -19,7 +19,7 @@ class Denoiser:
     """A network with its schedule and what it predicts.
 
     ``net(x, t)``: ``x`` is ``[N, *event]``, ``t`` is ``[N]`` in the schedule's own time (int64 step index of
-    a table, else a float: sigma for VE/EDM, [0, 1] for flow); returns a tensor like ``x``.
+    a table, else float32 or, with ``x``, float64: sigma for VE/EDM, [0, 1] for flow); returns a tensor like ``x``.
 
     ``prediction``, with ``x_t = alpha x_0 + sigma eps``: ``"epsilon"`` eps; ``"sample"`` x_0; ``"score"``
     ``-eps / sigma``; ``"v"`` ``alpha eps - sigma x_0``; ``"flow"`` ``eps - x_0``.
@@ -64,7 +64,8 @@ class Denoiser:
     def __call__(self, x: Tensor, level: Level) -> Tensor:
         """The network's prediction at one level for ``x`` ``[N, *event]``; shape and dtype of ``x``."""
         self.check_level(level)
-        dtype = torch.int64 if self.schedule.discrete else x.dtype
+        # Not in a half of x: bfloat16 would leave eight bits of a time.
+        dtype = torch.int64 if self.schedule.discrete else torch.promote_types(x.dtype, torch.float32)
         t = torch.full((x.shape[0],), level.t, dtype=dtype, device=x.device)
         output = self._evaluate("net", self.net, x, t)
         if self.unconditional is not None and self.guidance_scale is not None:

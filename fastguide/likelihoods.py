@@ -120,9 +120,6 @@ class Gaussian(Likelihood):
     """``y = A x_0 + scale * noise``. ``scale = 0``, an exact measurement, serves PiGDM and the closed
     form of PnP alone."""
 
-    def __init__(self, y: Tensor, operator: Operator, scale: Scale):
-        super().__init__(y, operator, scale)
-
     def _check_scale(self, value: float, name: str) -> None:
         if not (0.0 <= value < math.inf):
             raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
@@ -233,9 +230,6 @@ class StudentT(_Elementwise):
 
 class Laplace(_Elementwise):
     """``p(y | z) = exp(-|y - z| / scale) / (2 scale)``; its variance is ``2 scale^2``."""
-
-    def __init__(self, y: Tensor, operator: Operator, scale: Scale):
-        super().__init__(y, operator, scale)
 
     def log_prob_and_gradient(self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0) -> tuple[Tensor, Tensor]:
         return super().log_prob_and_gradient(z, y, scale, spread / 2)

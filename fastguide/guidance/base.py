@@ -22,7 +22,7 @@ from ..likelihoods import Likelihood
 from ..reference import Clip, Coefficients, step_coefficients
 from ..schedules import Level
 
-STREAM_STEP, STREAM_INITIAL, STREAM_RESAMPLE, STREAM_RENOISE = 0, 1, 2, 3
+STREAM_INITIAL, STREAM_RESAMPLE, STREAM_RENOISE = 1, 2, 3  # 0, the operations' default, is the steps' noise
 
 COVARIANCES = ("point", "isotropic", "moment")
 
@@ -270,9 +270,15 @@ def moment_score(
         gram = torch.stack([likelihood.operator(c.to(z.dtype)).flatten(1) for c in columns], dim=2)
         log_prob, gradient = likelihood.moment(z.detach(), y, scale, gram)  # type: ignore[attr-defined]
         weights = gradient.flatten(1).to(columns[0].dtype)
-        shift = sum(c * weights[:, j].reshape(-1, *(1,) * (c.ndim - 1)) for j, c in enumerate(columns))
-    assert isinstance(shift, Tensor)
+        shift = torch.zeros_like(columns[0])
+        for j, column in enumerate(columns):
+            shift += column * per_sample(weights[:, j], column)
     return shift, log_prob, gradient
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """``values`` ``[n]`` shaped to multiply ``like`` ``[n, *event]``, in its dtype."""
+    return values.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def default_covariance(likelihood: Likelihood, measurements: int) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from ..likelihoods import Likelihood
-from .base import Run, Schedulable, State, check_covariance, per_step, prepare_likelihood
+from .base import Run, Schedulable, State, check_covariance, per_sample, per_step, prepare_likelihood
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class DPS:
         x0_hat, shift, _, norm = run.likelihood_score(self.likelihood, self.covariance, state.x, i)
         displacement = shift * self._weight(run, i)
         if self.normalize:
-            displacement *= inverse(0.5 * norm, displacement)
+            displacement *= per_sample(torch.where(norm > 0, 2.0 / norm, 0.0), displacement)
         return State(run.reverse_step(state.x, x0_hat, i, clip=run.clip, displacement=displacement))
 
     def _weight(self, run: Run, i: int) -> float:
@@ -57,9 +56,3 @@ class DPS:
             return run.x0_weight(i)
         level = run.levels[i]
         return self.zeta[i] * level.alpha / level.sigma**2  # type: ignore[index,operator]
-
-
-def inverse(norm: Tensor, like: Tensor) -> Tensor:
-    """``1 / norm`` ``[n]`` shaped to multiply ``like`` ``[n, *event]``; 0 where the norm is 0."""
-    safe = torch.where(norm > 0, 1.0 / norm, 0.0)
-    return safe.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))

@@ -64,9 +64,9 @@ class LatentPnP:
         probe = torch.zeros(1, *run.event, dtype=run.dtype, device=run.device)
         with torch.no_grad():
             image = self.decoder(probe)
-        if self.encoder is not None and self.encoder(image).shape != probe.shape:
-            got = list(self.encoder(image).shape[1:])
-            raise ValueError(f"encoder: expected latents of shape {list(run.event)}, got {got}")
+            latent = probe if self.encoder is None else self.encoder(image)
+        if latent.shape != probe.shape:
+            raise ValueError(f"encoder: expected latents of shape {list(run.event)}, got {list(latent.shape[1:])}")
         pnp = PnP(self.likelihood, self.rho, self.zeta, self.solver, self.iterations)
         if self.space == "latent":
             decoded = replace_operator(self.likelihood.to(run.device, run.compute_dtype), self.decoder, run.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator
-from .base import Run, Schedulable, State, integer, isotropic_variance, per_step, prepare_likelihood
+from .base import Run, Schedulable, State, integer, isotropic_variance, per_sample, per_step, prepare_likelihood
 
 SOLVERS = ("auto", "closed", "cg", "gauss-newton", "gradient")
 _ITERATIONS = {"closed": 1, "cg": 32, "gauss-newton": 4, "gradient": 32}
@@ -21,8 +21,9 @@ _ITERATIONS = {"closed": 1, "cg": 32, "gauss-newton": 4, "gradient": 32}
 class PnP:
     """``x0* = argmin_x -log p(y | x; scale(t)) + rho(t)/2 norm(x - x0_hat)^2``, then the reverse step from ``x0*``.
 
-    - ``rho``: a number, a table or a function of the schedule's time; None is ``1 / r_t^2``, the precision of ``x_0``
-      given ``x_t`` for unit-variance data (at low noise ``(alpha_t / sigma_t)^2``, DiffPIR's with ``lambda = 1``).
+    - ``rho > 0``: a number, a table or a function of the schedule's time; None is ``1 / r_t^2``, the precision of
+      ``x_0`` given ``x_t`` for unit-variance data (at low noise ``(alpha_t / sigma_t)^2``, DiffPIR's with
+      ``lambda = 1``).
     - ``zeta`` in ``[0, 1]`` splits the noise of the step: ``tau = sigma_s sqrt(zeta)`` is fresh, the rest is the
       predicted ``eps``. It takes the place of ``eta``.
     - ``solver``: ``"closed"`` (Gaussian, linear, known spectrum), ``"cg"`` (Gaussian, linear; ``iterations`` of
@@ -45,12 +46,15 @@ class PnP:
         solver = choose_solver(likelihood, self.solver)
         if self.iterations is not None and solver == "closed":
             raise ValueError(f"iterations: expected None with the closed form, got {self.iterations}")
+        rho = None if self.rho is None else per_step("rho", self.rho, run.levels)
+        if rho is not None and min(rho) == 0.0:
+            raise ValueError("rho: expected values > 0 (an exact measurement has scale=0), got 0")
         return replace(
             self,
             likelihood=likelihood,
             solver=solver,
             iterations=None if self.iterations is None else integer("iterations", self.iterations, 1),
-            rho=None if self.rho is None else per_step("rho", self.rho, run.levels),
+            rho=rho,
             zeta=per_step("zeta", self.zeta, run.levels, high=1.0),
         )
 
@@ -140,31 +144,33 @@ def _linearise(
     return z, lambda p: torch.func.jvp(operator, (x,), (p,))[1], lambda v: pull_back(v)[0]
 
 
+def _dot(u: Tensor, v: Tensor) -> Tensor:
+    """Inner product of each row, shaped to multiply it."""
+    return per_sample((u * v).flatten(1).sum(1), u)
+
+
 def conjugate_gradients(a: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
     """``a^-1 b`` for a positive definite ``a`` on each row of ``b`` ``[n, *event]``, from zero, without a stopping rule
     that the host would have to wait for: a row that has converged stays where it is."""
 
-    def dot(u: Tensor, v: Tensor) -> Tensor:
-        return (u * v).flatten(1).sum(1).reshape(-1, *(1,) * (u.ndim - 1))
-
     x, r = torch.zeros_like(b), b
-    p, rr = r, dot(r, r)
+    p, rr = r, _dot(r, r)
     floor = rr * torch.finfo(b.dtype).eps ** 2  # below it the residual is rounding
     for _ in range(iterations):
         ap = a(p)
         active = rr > floor
-        length = torch.where(active, rr / dot(p, ap), 0.0)
+        length = torch.where(active, rr / _dot(p, ap), 0.0)
         x = x + length * p
         r = r - length * ap
-        new = dot(r, r)
+        new = _dot(r, r)
         p = r + torch.where(active, new / rr, 0.0) * p
         rr = new
     return x
 
 
 def _gradient(likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: float, iterations: int) -> Tensor:
-    """Gradient descent with Barzilai-Borwein lengths per sample, never longer than ``1 / rho``, which is the exact
-    length for the quadratic alone (and an upper bound where the log-density is concave)."""
+    """Gradient descent with Barzilai-Borwein lengths per sample, never longer than ``1 / rho``: the exact length for
+    the quadratic alone, and an upper bound where the log-density is concave."""
 
     def slope(x: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -174,17 +180,14 @@ def _gradient(likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: 
             (pulled,) = torch.autograd.grad(z, leaf, gradient)
         return rho * (x - x0) - pulled
 
-    def dot(u: Tensor, v: Tensor) -> Tensor:
-        return (u * v).flatten(1).sum(1).reshape(-1, *(1,) * (u.ndim - 1))
-
     g = slope(x0)
     # A first step much shorter than any sensible one, only to learn the curvature.
-    probe = 1e-3 / (g.flatten(1).norm(dim=1).reshape(-1, *(1,) * (g.ndim - 1)) + 1e-12)
+    probe = 1e-3 / (per_sample(g.flatten(1).norm(dim=1), g) + 1e-12)
     x, previous_x, previous_g = x0 - probe.clamp(max=1.0 / rho) * g, x0, g
     for _ in range(iterations):
         g = slope(x)
         dx, dg = x - previous_x, g - previous_g
-        curvature = dot(dx, dg) / dot(dx, dx).clamp(min=torch.finfo(x.dtype).tiny)
+        curvature = _dot(dx, dg) / _dot(dx, dx).clamp(min=torch.finfo(x.dtype).tiny)
         length = 1.0 / curvature.abs().clamp(min=rho)
         x, previous_x, previous_g = x - length * g, x, g
     return x
