@@ -107,7 +107,7 @@ def sample(
     - ``seed`` below 2^64. Noise depends on the seed, the step and the sample's index alone: a sample is the same in
       whatever batch (up to the network's own rounding).
     - ``x_T``: the start, ``[B, *event]`` (``[B, K, *event]`` for particles), in place of the prior's noise.
-    - ``chunk_size``: the most samples that the network sees at once.
+    - ``chunk_size``: the most samples that the network, a likelihood or a reward sees at once.
     - ``keep_ancestors``: return the ancestors of every step, ``[steps, B, K]``.
     - ``progress``: a tqdm bar (needs tqdm). ``callback``: called with a `Progress` after each step.
     - ``checkpoint``: a file to write the state to, atomically, every ``checkpoint_every`` steps; where it exists the

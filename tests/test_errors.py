@@ -276,6 +276,7 @@ def test_heavy_tails_around_a_nonlinear_operator_are_served():
         ("covariance: expected one of .*'moment'.*got 'full'", DPS(LIKELIHOOD, covariance="full")),
         ("zeta: .*got -0.5", PiGDM(LIKELIHOOD, zeta=-0.5)),
         (r"zeta: expected finite values in \[0, 1\], got 1.5 at t = 19", PnP(LIKELIHOOD, zeta=1.5)),
+        ("covariance: expected one of .*, got ''", TDS(LIKELIHOOD, 2, covariance="")),
         (r"rho: expected values > 0 .*, got 0", PnP(LIKELIHOOD, rho=0.0)),
         (r"rho: expected finite values in \[0, inf\], got -1.0", PnP(LIKELIHOOD, rho=-1.0)),
         ("solver: expected one of .*'cg'.*got 'newton'", PnP(LIKELIHOOD, solver="newton")),

@@ -52,6 +52,25 @@ def test_chunks_change_nothing(name, chunk_size):
     assert_same(b, run(name, chunk_size=chunk_size))
 
 
+@pytest.mark.parametrize("proposal", ["base", "guided"])
+def test_nothing_of_the_users_sees_more_than_a_chunk(proposal):
+    sizes = []
+
+    def reward(x0):
+        sizes.append(len(x0))
+        return -x0.square().sum(1)
+
+    prior = example()
+
+    def net(x, t):
+        sizes.append(len(x))
+        return prior(x, t)
+
+    denoiser = fg.Denoiser(net, prior.schedule, "sample")
+    fg.sample(denoiser, (2, 3), guidance=fg.FK(reward, 10, proposal=proposal), steps=3, chunk_size=7)
+    assert set(sizes) == {7, 6}  # of 20
+
+
 @ALL
 def test_a_sample_is_the_same_in_any_batch(name):
     both, first = run(name), run(name, slice(0, 1))

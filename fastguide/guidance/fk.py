@@ -55,7 +55,7 @@ class FK:
         reward, covariance = self.reward, self.covariance
         if isinstance(reward, Likelihood):
             reward, measurements = prepare_likelihood(run, reward)
-            covariance = covariance or default_covariance(reward, measurements)
+            covariance = default_covariance(reward, measurements) if covariance is None else covariance
             check_covariance(reward, covariance, measurements)
         elif not callable(reward):
             raise TypeError(f"reward: expected a callable or a likelihood, got {type(reward).__name__}")
@@ -125,7 +125,7 @@ class FK:
             x0_hat, shift, reward = run.in_chunks(lambda rows, x: self._reward_score(run, x, i), x)
         else:
             x0_hat = run.x0_hat(x, i)
-            reward = self._reward(x0_hat)
+            reward = self._reward(run, x0_hat)
         particles = {"x0_hat": x0_hat, "reward": reward}
         return {**particles, "shift": shift} if self.proposal == "guided" else particles
 
@@ -138,9 +138,9 @@ class FK:
         shift = pull_back(reward, torch.full_like(reward, self.strength))
         return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype), reward.detach().double()
 
-    def _reward(self, x0: Tensor) -> Tensor:
+    def _reward(self, run: Run, x0: Tensor) -> Tensor:
         with torch.no_grad():
-            return self._call_reward(x0).double()
+            return run.in_chunks(lambda rows, x0: (self._call_reward(x0).double(),), x0)[0]
 
     def _call_reward(self, x0: Tensor) -> Tensor:
         assert not isinstance(self.reward, Likelihood)
@@ -149,7 +149,7 @@ class FK:
     def _final_reward(self, run: Run, x: Tensor) -> Tensor:
         if isinstance(self.reward, Likelihood):
             return run.exact_log_prob(self.reward, x)
-        return run.in_chunks(lambda rows, x: (self._reward(x),), x)[0]
+        return self._reward(run, x)
 
     def _log_potential(self, new: dict[str, Tensor], old: dict[str, Tensor] | None, last: bool) -> Tensor:
         """``[n]``; what later levels need of the rewards so far joins ``new``."""

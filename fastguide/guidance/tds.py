@@ -32,7 +32,7 @@ class TDS:
 
     def prepare(self, run: Run) -> TDS:
         likelihood, measurements = prepare_likelihood(run, self.likelihood)
-        covariance = self.covariance or default_covariance(likelihood, measurements)
+        covariance = default_covariance(likelihood, measurements) if self.covariance is None else self.covariance
         check_covariance(likelihood, covariance, measurements)
         check_particles(run, self.resampler, self.ess_threshold, guided=True)
         return replace(self, likelihood=likelihood, covariance=covariance)
