@@ -18,13 +18,13 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+ISAS = ("avx512", "avx2", "portable") if os.uname().machine == "x86_64" else ("portable",)
 CXX, WISH = os.environ.get("CXX", "g++"), os.environ.get("FASTGUIDE_CUDA", "auto")
 CUDA = {"status": "skipped", "reason": "", "nvcc": "", "archs": [], "error": []}  # as _build.json has it
 
 
 def output(*command):
-    done = subprocess.run(command, stdout=-1, stderr=subprocess.STDOUT, text=True, errors="replace")
-    return done.returncode, done.stdout.strip()
+    return subprocess.getstatusoutput(shlex.join(command), errors="replace")
 
 
 def find_nvcc():
@@ -54,8 +54,9 @@ class NinjaBuild(build_ext):
         text += "".join(f"env_{name} = {os.environ.get(name, '')}\n" for name in ("CXXFLAGS", "LDFLAGS"))
         text += f"headers = {headers}\ninclude csrc/rules.ninja\n"
         for extension, rule in zip(self.extensions, ("cxx", "nvcc") if nvcc else ("cxx",), strict=False):
-            text += "".join(f"build $builddir/{source}.o: {rule} {source}\n" for source in extension.sources)
-            objects = " ".join(f"$builddir/{source}.o" for source in extension.sources)
+            pairs = [(src, isa) for src in extension.sources for isa in (ISAS if "kernels" in src else ("all",))]
+            text += "".join(f"build $builddir/{src}.{isa}.o: {rule} {src}\n  isa = $isa_{isa}\n" for src, isa in pairs)
+            objects = " ".join(f"$builddir/{src}.{isa}.o" for src, isa in pairs)
             text += f"{rule}_library = {self.get_ext_fullpath(extension.name)}\n"
             text += f"build {rule}: phony ${rule}_library\nbuild ${rule}_library: {rule}_link {objects}\n"
         return text
@@ -71,10 +72,9 @@ class NinjaBuild(build_ext):
         print(log, flush=True)
         if status and output(*ninja, "cxx")[0]:
             sys.exit("fastguide: the C++ part did not compile; the compiler's words are above")
-        if nvcc:
-            words = [line for line in log.splitlines() if not line.startswith((nvcc, "[", "ninja:"))]
-            failure = {"status": "failed", "reason": "compilation failed", "error": words[-12:]}
-            CUDA.update(failure if status else {"status": "built"})
+        words = [line for line in log.splitlines() if not line.startswith((nvcc or "[", "[", "ninja:"))]
+        failure = {"status": "failed", "reason": "compilation failed", "error": words[-12:]}
+        CUDA.update((failure if status else {"status": "built"}) if nvcc else {})
         if CUDA["status"] != "built":
             if WISH == "1":
                 sys.exit("\n".join([f"fastguide: FASTGUIDE_CUDA=1, but {CUDA['reason']}", *CUDA["error"]]))
@@ -94,6 +94,6 @@ class NinjaBuild(build_ext):
             Path("fastguide", self.get_ext_filename("_cuda")).unlink(missing_ok=True)
 
 
-cpu, cuda = (sorted(map(str, Path("csrc").glob(pattern))) for pattern in ("cpu/*.cpp", "cuda/*.c*[pu]"))
+cpu, cuda = (sorted(map(str, Path("csrc").glob(pattern))) for pattern in ("cpu/**/*.cpp", "cuda/*.c*[pu]"))
 modules = [Extension("fastguide._cpu", ["csrc/bindings.cpp", *cpu]), Extension("fastguide._cuda", cuda)]
 setup(ext_modules=modules, cmdclass={"build_ext": NinjaBuild})

@@ -3,9 +3,12 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "common/arguments.h"
-#include "cpu/randn.h"
+#include "cpu/kernels.h"
 
 namespace py = pybind11;
 using namespace fastguide;
@@ -17,17 +20,33 @@ void randn(uintptr_t data, int dtype, uint64_t particles, uint64_t elements, uin
     const RandnShape shape = checked_shape(particles, elements, seed, step, stream, first_particle);
     const Dtype type = checked_dtype(dtype, Dtype::float64);
     const py::gil_scoped_release release;
-    cpu::randn(reinterpret_cast<void*>(data), type, shape, threads);
+    cpu::kernels().randn(reinterpret_cast<void*>(data), type, shape, threads);
 }
 
 void normals(uintptr_t words, uintptr_t out, std::size_t pairs) {
     const py::gil_scoped_release release;
-    cpu::normals(reinterpret_cast<const uint32_t*>(words), reinterpret_cast<float*>(out), pairs);
+    cpu::kernels().normals(reinterpret_cast<const uint32_t*>(words), reinterpret_cast<float*>(out), pairs);
 }
 
 py::tuple philox_words(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
     const Words4 w = philox({counter[0], counter[1], counter[2], counter[3]}, key[0], key[1]);
     return py::make_tuple(w.w0, w.w1, w.w2, w.w3);
+}
+
+std::vector<std::string> instruction_sets() {
+    int count;
+    const cpu::Kernels* const* sets = cpu::available(&count);
+    std::vector<std::string> names;
+    for (int i = 0; i < count; ++i) names.emplace_back(sets[i]->name);
+    return names;
+}
+
+void use_instruction_set(const std::string& name) {
+    int count;
+    const cpu::Kernels* const* sets = cpu::available(&count);
+    for (int i = 0; i < count; ++i)
+        if (name == sets[i]->name) return cpu::use(*sets[i]);
+    throw std::invalid_argument("instruction set: this processor has no " + name);
 }
 
 }  // namespace
@@ -40,5 +59,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("normals", &normals, py::arg("words"), py::arg("out"), py::arg("pairs"),
           "The float32 normals of pairs of uint32 words (radius, angle): what randn does with them.");
     m.def("philox", &philox_words, py::arg("counter"), py::arg("key"), "The four words of Philox4x32-10.");
-    m.def("instruction_set", &cpu::instruction_set, "What the hot loops run with on this machine.");
+    m.def("instruction_set", [] { return cpu::kernels().name; }, "What the kernels run with.");
+    m.def("instruction_sets", &instruction_sets, "What they can run with on this processor, the best first.");
+    m.def("use_instruction_set", &use_instruction_set, py::arg("name"), "Run with another one: the same bits.");
 }

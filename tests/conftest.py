@@ -7,6 +7,8 @@ import contextlib
 import pytest
 import torch
 
+from fastguide import compiled
+
 # Relative and absolute, for one pass over states of order one: the arithmetic is in float32 and rounded once
 # to the state's dtype (in float64 throughout for float64).
 TOLERANCES = {
@@ -59,3 +61,20 @@ def assert_close():
         torch.testing.assert_close(got.double(), expected.double(), **tolerance)
 
     return check
+
+
+@pytest.fixture
+def instruction_set():
+    """``with instruction_set(name):`` runs the CPU kernels of its body with that one."""
+    cpu = compiled.module("cpu")
+
+    @contextlib.contextmanager
+    def using(name: str):
+        before = cpu.instruction_set()
+        cpu.use_instruction_set(name)
+        try:
+            yield
+        finally:
+            cpu.use_instruction_set(before)
+
+    return using

@@ -255,3 +255,20 @@ def test_cuda_gives_the_bits_of_the_cpu(dtype, elements, offset):
 def test_a_failed_launch_names_the_cuda_error():
     with pytest.raises(RuntimeError, match="cudaError"):
         compiled.module("cuda").randn(0, 0, 1, 4, 0, 0, 0, 0, 0)
+
+
+# --- instruction sets ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", _cpu.instruction_sets()[1:])
+@pytest.mark.parametrize("elements", (*ELEMENTS, 31, 2048, 5000))
+def test_every_instruction_set_gives_the_same_bits(name, elements, instruction_set):
+    best = {dtype: cpu(67, elements, dtype, **COUNTERS) for dtype in DTYPES}
+    with instruction_set(name):
+        for dtype, z in best.items():
+            assert torch.equal(cpu(67, elements, dtype, **COUNTERS).view(torch.uint8), z.view(torch.uint8))
+
+
+def test_an_instruction_set_that_is_not_there():
+    with pytest.raises(ValueError, match="this processor has no mmx"):
+        _cpu.use_instruction_set("mmx")

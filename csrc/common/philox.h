@@ -30,15 +30,17 @@ FG_HD uint32_t multiply_high(uint32_t a, uint32_t b) {
 #endif
 }
 
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
+
 FG_HD Words4 philox(Words4 counter, uint32_t key0, uint32_t key1) {
-    constexpr uint32_t multiplier0 = 0xD2511F53u, multiplier1 = 0xCD9E8D57u;
-    constexpr uint32_t weyl0 = 0x9E3779B9u, weyl1 = 0xBB67AE85u;
-    for (int round = 0; round < 10; ++round) {
-        const uint32_t high0 = multiply_high(multiplier0, counter.w0), low0 = multiplier0 * counter.w0;
-        const uint32_t high1 = multiply_high(multiplier1, counter.w2), low1 = multiplier1 * counter.w2;
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+        const uint32_t high0 = multiply_high(kPhiloxMultiplier0, counter.w0), low0 = kPhiloxMultiplier0 * counter.w0;
+        const uint32_t high1 = multiply_high(kPhiloxMultiplier1, counter.w2), low1 = kPhiloxMultiplier1 * counter.w2;
         counter = {high1 ^ counter.w1 ^ key0, low1, high0 ^ counter.w3 ^ key1, low0};
-        key0 += weyl0;
-        key1 += weyl1;
+        key0 += kPhiloxWeyl0;
+        key1 += kPhiloxWeyl1;
     }
     return counter;
 }

@@ -26,7 +26,8 @@ __device__ void four_normals(const RandnShape& shape, Position at, T* z) {
     const Words4 w = philox(philox_counter(shape.first_particle + at.row, static_cast<uint32_t>(at.group),
                                            shape.stream, shape.step),
                             static_cast<uint32_t>(shape.seed), static_cast<uint32_t>(shape.seed >> 32));
-    const Pair<float> first = normal_pair(w.w0, w.w1), second = normal_pair(w.w2, w.w3);
+    const Pair<float> first = normal_pair<OneLane>(w.w0, w.w1);
+    const Pair<float> second = normal_pair<OneLane>(w.w2, w.w3);
     z[0] = round_to<T>(first.z0);
     z[1] = round_to<T>(first.z1);
     z[2] = round_to<T>(second.z0);

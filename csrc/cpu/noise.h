@@ -1,0 +1,176 @@
+// The normals of common/philox.h and common/normal.h in vectors, a tile at a time: what randn writes, and what
+// a step adds before it leaves the first-level cache.
+#pragma once
+
+#include "../common/normal.h"
+#include "simd.h"
+
+namespace fastguide::cpu::FG_ISA {
+
+// Four words of Philox in 64-bit lanes. Only the low words count: a product's own high word may stand above
+// them, and the next multiplication does not look at it.
+struct Words {
+    U64 w0, w1, w2, w3;
+};
+
+template <int kFirst = 0>
+FG_INLINE Words philox(Words c, uint32_t key0, uint32_t key1) {
+    const U64 multiplier0 = splat(uint64_t{kPhiloxMultiplier0}), multiplier1 = splat(uint64_t{kPhiloxMultiplier1});
+#pragma GCC unroll 10
+    for (uint32_t round = kFirst; round < kPhiloxRounds; ++round) {
+        const U64 product0 = multiply_low_words(multiplier0, c.w0), product1 = multiply_low_words(multiplier1, c.w2);
+        c = {(product1 >> 32) ^ c.w1 ^ uint64_t{key0 + round * kPhiloxWeyl0}, product1,
+             (product0 >> 32) ^ c.w3 ^ uint64_t{key1 + round * kPhiloxWeyl1}, product0};
+    }
+    return c;
+}
+
+struct Two {
+    F32 first, second;
+};
+
+// The 4 * kLanes64 normals of as many counters in the order of memory, if counter i is in lane lane_of_group(i).
+FG_INLINE Two normals_of(const Words& w) {
+    const Pair<F32> z = normal_pair<VectorLanes>(join_low_words(w.w0, w.w2), join_low_words(w.w1, w.w3));
+    return {interleave_low(z.z0, z.z1), interleave_high(z.z0, z.z1)};
+}
+
+constexpr int lane_of_group(int group) { return group < kLanes64 / 2 ? 2 * group : 2 * group - kLanes64 + 1; }
+constexpr int group_of_lane(int lane) { return lane / 2 + (lane % 2) * (kLanes64 / 2); }
+
+FG_INLINE U64 group_lanes() {
+    U64 v{};
+    for (int lane = 0; lane < kLanes64; ++lane) v[lane] = static_cast<uint64_t>(group_of_lane(lane));
+    return v;
+}
+
+constexpr int kNormals = 4 * kLanes64;  // of one call of normals_of
+constexpr int kAbreast = kBytes == 64 ? 4 : 2;  // calls whose arithmetic runs in the shadow of each other's latencies
+
+// Elements [4 * group, 4 * group + count) of one particle. The first two rounds are those of a counter whose last
+// three words are the particle's: each has one product for all lanes.
+FG_INLINE void normals_of_particle(float* out, const RandnShape& shape, uint64_t row, uint64_t group, uint64_t count) {
+    const Words4 c = philox_counter(shape.first_particle + row, 0, shape.stream, shape.step);
+    const uint32_t key0 = static_cast<uint32_t>(shape.seed), key1 = static_cast<uint32_t>(shape.seed >> 32);
+    const uint64_t product1 = uint64_t{kPhiloxMultiplier1} * c.w2;
+    const uint32_t first_w0 = static_cast<uint32_t>(product1 >> 32) ^ c.w1 ^ key0;
+    const uint64_t second = uint64_t{kPhiloxMultiplier0} * first_w0;
+    const uint32_t key1_next = key1 + kPhiloxWeyl1;
+    const U64 multiplier0 = splat(uint64_t{kPhiloxMultiplier0}), multiplier1 = splat(uint64_t{kPhiloxMultiplier1});
+    const U64 low1 = splat(product1), key0_next = splat(uint64_t{key0 + kPhiloxWeyl0});
+    const U64 w3_key = splat(uint64_t{c.w3 ^ key1}), second_high = splat((second >> 32) ^ key1_next), second_low = splat(second);
+    U64 groups = group_lanes() + group;
+    const auto next = [&]() __attribute__((always_inline)) {
+        const U64 p0 = multiply_low_words(multiplier0, groups);
+        const U64 w2 = (p0 >> 32) ^ w3_key;
+        const U64 p1 = multiply_low_words(multiplier1, w2);
+        groups += uint64_t{kLanes64};
+        return normals_of(philox<2>({(p1 >> 32) ^ low1 ^ key0_next, p1, second_high ^ p0, second_low}, key0, key1));
+    };
+    uint64_t done = 0;
+    for (; done + kAbreast * kNormals <= count; done += kAbreast * kNormals) {
+        Two z[kAbreast];
+#pragma GCC unroll 4
+        for (int i = 0; i < kAbreast; ++i) z[i] = next();
+#pragma GCC unroll 4
+        for (int i = 0; i < kAbreast; ++i) {
+            store(out + done + i * kNormals, z[i].first);
+            store(out + done + i * kNormals + kLanes32, z[i].second);
+        }
+    }
+    for (; done < count; done += kNormals) {
+        float last[kNormals];
+        const Two z = next();
+        store(last, z.first);
+        store(last + kLanes32, z.second);
+        const uint64_t left = count - done;
+        __builtin_memcpy(out + done, last, (left < kNormals ? left : kNormals) * sizeof(float));
+    }
+}
+
+// All elements of particles [row, row + count) of one or two: no more of Box-Muller than they need.
+template <int kElements>
+FG_INLINE void normals_of_points(float* out, const RandnShape& shape, uint64_t row, uint64_t count) {
+    static_assert(kElements == 1 || kElements == 2);
+    const uint32_t key0 = static_cast<uint32_t>(shape.seed), key1 = static_cast<uint32_t>(shape.seed >> 32);
+    U64 lanes{};
+    for (int i = 0; i < kLanes64; ++i)
+        lanes[i] = static_cast<uint64_t>(kElements == 1 ? 2 * i : i / 2 * 2 + i % 2 * kLanes64);
+    const auto words = [&](U64 particle) __attribute__((always_inline)) {
+        const U64 high = ((particle >> 32) & 0xFFFFu) | (uint64_t{shape.stream} << 16);
+        return philox({U64{}, particle, high, splat(uint64_t{shape.step})}, key0, key1);
+    };
+    for (uint64_t done = 0; done < count; done += kLanes32) {
+        const U64 particle = lanes + (shape.first_particle + row + done);
+        const Words even = words(particle), odd = words(particle + 1);
+        const Pair<F32> z =
+            normal_pair<VectorLanes>(join_low_words(even.w0, odd.w0), join_low_words(even.w1, odd.w1));
+        F32 two[2] = {z.z0, z.z0};
+        if constexpr (kElements == 2) two[0] = interleave_low(z.z0, z.z1), two[1] = interleave_high(z.z0, z.z1);
+        const uint64_t left = (count - done) * kElements, whole = kElements * kLanes32;
+        __builtin_memcpy(out + done * kElements, two, (left < whole ? left : whole) * sizeof(float));
+    }
+}
+
+// All elements of particles [row, row + rows), each of few groups: lanes run on from one particle to the next.
+FG_INLINE void normals_of_short_particles(float* out, const RandnShape& shape, uint64_t row, uint64_t rows) {
+    const uint64_t elements = shape.elements, groups = shape.groups_per_particle();
+    const uint32_t key0 = static_cast<uint32_t>(shape.seed), key1 = static_cast<uint32_t>(shape.seed >> 32);
+    uint64_t left = rows * groups, group = 0, particle = shape.first_particle + row;
+    while (left > 0) {
+        uint64_t w0[kLanes64], w1[kLanes64], kept[kLanes64];
+        for (int i = 0; i < kLanes64; ++i) {  // past the end they are made and left unused
+            const int lane = lane_of_group(i);
+            w0[lane] = group;
+            w1[lane] = particle;
+            kept[i] = elements - 4 * group < 4 ? elements - 4 * group : 4;
+            group = group + 1 == groups ? 0 : group + 1;
+            particle += group == 0;
+        }
+        const U64 index = load<U64>(w1);
+        const U64 high = ((index >> 32) & 0xFFFFu) | (uint64_t{shape.stream} << 16);
+        const Two z = normals_of(philox({load<U64>(w0), index, high, splat(uint64_t{shape.step})}, key0, key1));
+        const int lanes = left < kLanes64 ? static_cast<int>(left) : kLanes64;
+        float four[kNormals];
+        store(four, z.first);
+        store(four + kLanes32, z.second);
+        for (int i = 0; i < lanes; ++i) {
+            for (uint64_t k = 0; k < kept[i]; ++k) out[k] = four[4 * i + static_cast<int>(k)];
+            out += kept[i];
+        }
+        left -= static_cast<uint64_t>(lanes);
+    }
+}
+
+// What a kernel works on at a time: whole rows [row, row + rows), or elements [begin, begin + count) of one row,
+// begin a multiple of four.
+struct Tile {
+    uint64_t row, rows, begin, count;
+};
+
+inline void noise_tile(float* out, const RandnShape& shape, const Tile& tile) {
+    if (tile.rows == 1) return normals_of_particle(out, shape, tile.row, tile.begin / 4, tile.count);
+    if (shape.elements == 1) return normals_of_points<1>(out, shape, tile.row, tile.rows);
+    if (shape.elements == 2) return normals_of_points<2>(out, shape, tile.row, tile.rows);
+    if (shape.elements < 4 * kNormals) return normals_of_short_particles(out, shape, tile.row, tile.rows);
+    for (uint64_t i = 0; i < tile.rows; ++i)
+        normals_of_particle(out + i * shape.elements, shape, tile.row + i, 0, shape.elements);
+}
+
+inline void noise_tile(double* out, const RandnShape& shape, const Tile& tile) {
+    const uint64_t count = tile.rows == 1 ? tile.count : shape.elements;
+    for (uint64_t i = 0; i < tile.rows; ++i)
+        for (uint64_t at = 0; at < count; at += 4) {
+            const Words4 counter =
+                philox_counter(shape.first_particle + tile.row + i, static_cast<uint32_t>((tile.begin + at) / 4),
+                               shape.stream, shape.step);
+            const Words4 w = fastguide::philox(counter, static_cast<uint32_t>(shape.seed),
+                                               static_cast<uint32_t>(shape.seed >> 32));
+            const Pair<double> a = normal_pair_double(w.w0, w.w1), b = normal_pair_double(w.w2, w.w3);
+            const double four[4] = {a.z0, a.z1, b.z0, b.z1};
+            const uint64_t kept = count - at < 4 ? count - at : 4;
+            for (uint64_t k = 0; k < kept; ++k) *out++ = four[k];
+        }
+}
+
+}  // namespace fastguide::cpu::FG_ISA

@@ -1,0 +1,291 @@
+// One width of vector for each instruction set that a kernel is compiled for, by the compiler's vector
+// extensions; intrinsics only where those have no word for the instruction. Every operation is one IEEE
+// operation in each lane, so all instruction sets give the same bits.
+//
+// A kernel's source is compiled once for each: FG_ISA is the namespace of its functions, so that none of one
+// set is ever linked into another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../common/config.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define FG_INLINE inline __attribute__((always_inline))
+
+namespace fastguide::cpu::FG_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+constexpr int kLanes32 = kBytes / 4;
+constexpr int kLanes64 = kBytes / 8;
+
+#define FG_VECTOR __attribute__((vector_size(kBytes)))
+typedef float F32 FG_VECTOR;
+typedef int32_t I32 FG_VECTOR;
+typedef uint32_t U32 FG_VECTOR;
+typedef double F64 FG_VECTOR;
+typedef int64_t I64 FG_VECTOR;
+typedef uint64_t U64 FG_VECTOR;
+#undef FG_VECTOR
+typedef float HalfF32 __attribute__((vector_size(kBytes / 2)));  // as many lanes as F64
+typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));   // as many lanes as F32
+
+template <class V, class T>
+FG_INLINE V load(const T* from) {
+    V v;
+    __builtin_memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class V, class T>
+FG_INLINE void store(T* to, V v) {
+    __builtin_memcpy(to, &v, sizeof v);
+}
+
+// The first n lanes, and zeros.
+template <class V, class T>
+FG_INLINE V load_some(const T* from, int n) {
+    V v{};
+    __builtin_memcpy(&v, from, static_cast<std::size_t>(n) * sizeof(T));
+    return v;
+}
+
+template <class V, class T>
+FG_INLINE void store_some(T* to, V v, int n) {
+    __builtin_memcpy(to, &v, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+FG_INLINE F32 splat(float x) { return x - F32{}; }
+FG_INLINE F64 splat(double x) { return x - F64{}; }
+FG_INLINE U32 splat(uint32_t x) { return x - U32{}; }
+FG_INLINE I32 splat(int32_t x) { return x - I32{}; }
+FG_INLINE U64 splat(uint64_t x) { return x - U64{}; }
+FG_INLINE I64 splat(int64_t x) { return x - I64{}; }
+
+template <class To, class From>
+FG_INLINE To as(From v) {
+    static_assert(sizeof(To) == sizeof(From), "a vector's bits as another");
+    To to;
+    __builtin_memcpy(&to, &v, sizeof to);
+    return to;
+}
+
+// --- float32 ------------------------------------------------------------------------------------------------
+
+// a * b + c rounded once. Without the instruction: the product is exact in double, the sum is rounded to odd
+// there, and rounding that to float is then right (Boldo and Melquiond 2008).
+#if defined(__AVX512F__)
+FG_INLINE F32 fused(F32 a, F32 b, F32 c) { return as<F32>(_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c)); }
+#elif defined(__FMA__)
+FG_INLINE F32 fused(F32 a, F32 b, F32 c) { return as<F32>(_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c)); }
+#elif defined(__aarch64__)
+FG_INLINE F32 fused(F32 a, F32 b, F32 c) { return as<F32>(vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b)); }
+#else
+FG_INLINE F64 sum_to_odd(F64 p, F64 c) {
+    const F64 s = p + c;
+    const F64 t = s - p;
+    const F64 error = (p - (s - t)) + (c - t);
+    const I64 negative = error < 0.0, positive = error > 0.0;
+    // Cut off towards zero, then the last bit says that something was there.
+    const I64 opposite = s < 0.0 ? positive : negative;
+    return as<F64>((as<I64>(s) + opposite) | ((negative | positive) & 1));
+}
+
+FG_INLINE F32 fused(F32 a, F32 b, F32 c) {
+#if defined(__x86_64__)
+    const auto low = [](F32 v) { return (F64)_mm_cvtps_pd((__m128)v); };
+    const auto high = [](F32 v) { return (F64)_mm_cvtps_pd(_mm_movehl_ps((__m128)v, (__m128)v)); };
+    return (F32)_mm_movelh_ps(_mm_cvtpd_ps((__m128d)sum_to_odd(low(a) * low(b), low(c))),
+                              _mm_cvtpd_ps((__m128d)sum_to_odd(high(a) * high(b), high(c))));
+#else
+    for (int i = 0; i < kLanes32; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return a;
+#endif
+}
+#endif
+
+FG_INLINE F64 fused(F64 a, F64 b, F64 c) { return a * b + c; }  // two roundings, the same everywhere
+
+FG_INLINE F32 square_root(F32 v) {
+#if defined(__AVX512F__)
+    return as<F32>(_mm512_sqrt_ps((__m512)v));
+#elif defined(__AVX2__)
+    return as<F32>(_mm256_sqrt_ps((__m256)v));
+#elif defined(__x86_64__)
+    return as<F32>(_mm_sqrt_ps((__m128)v));
+#else
+    for (int i = 0; i < kLanes32; ++i) v[i] = __builtin_sqrtf(v[i]);
+    return v;
+#endif
+}
+
+// --- integers -----------------------------------------------------------------------------------------------
+
+// The 64-bit product of the low words of each lane.
+FG_INLINE U64 multiply_low_words(U64 a, U64 b) {
+#if defined(__AVX512F__)
+    return as<U64>(_mm512_mul_epu32((__m512i)a, (__m512i)b));
+#elif defined(__AVX2__)
+    return as<U64>(_mm256_mul_epu32((__m256i)a, (__m256i)b));
+#elif defined(__x86_64__)
+    return as<U64>(_mm_mul_epu32((__m128i)a, (__m128i)b));
+#else
+    return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
+}
+
+// Words 2i of the result are those of `even`, words 2i + 1 the low words of `odd`.
+FG_INLINE U32 join_low_words(U64 even, U64 odd) {
+#if defined(__AVX512F__)
+    return as<U32>(_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, _MM_PERM_CCAA));
+#elif defined(__AVX2__)
+    return as<U32>(_mm256_blend_epi32((__m256i)even, _mm256_shuffle_epi32((__m256i)odd, 0xA0), 0xAA));
+#else
+    return as<U32>((even & 0xFFFFFFFFu) | (odd << 32));
+#endif
+}
+
+// Of a = a0 a1 a2 a3 and b, in each 16 bytes: a0 b0 a1 b1, and a2 b2 a3 b3.
+FG_INLINE F32 interleave_low(F32 a, F32 b) {
+#if defined(__AVX512F__)
+    return as<F32>(_mm512_unpacklo_ps((__m512)a, (__m512)b));
+#elif defined(__AVX2__)
+    return as<F32>(_mm256_unpacklo_ps((__m256)a, (__m256)b));
+#else
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+
+FG_INLINE F32 interleave_high(F32 a, F32 b) {
+#if defined(__AVX512F__)
+    return as<F32>(_mm512_unpackhi_ps((__m512)a, (__m512)b));
+#elif defined(__AVX2__)
+    return as<F32>(_mm256_unpackhi_ps((__m256)a, (__m256)b));
+#else
+    return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// What the functions of common/math.h are made of, in all lanes.
+struct VectorLanes {
+    using F32 = FG_ISA::F32;
+    using I32 = FG_ISA::I32;
+    using U32 = FG_ISA::U32;
+
+    template <class V>
+    static FG_INLINE V select(I32 condition, V a, V b) {
+        return condition ? a : b;
+    }
+    static FG_INLINE F32 to_float(I32 i) { return __builtin_convertvector(i, F32); }
+    static FG_INLINE I32 to_signed(U32 w) { return as<I32>(w); }
+    static FG_INLINE U32 to_unsigned(I32 i) { return as<U32>(i); }
+    static FG_INLINE U32 bits(F32 x) { return as<U32>(x); }
+    static FG_INLINE F32 of_bits(U32 w) { return as<F32>(w); }
+    static FG_INLINE F32 fused(F32 a, F32 b, F32 c) { return FG_ISA::fused(a, b, c); }
+    static FG_INLINE F32 square_root(F32 x) { return FG_ISA::square_root(x); }
+};
+
+// --- float64 ------------------------------------------------------------------------------------------------
+
+FG_INLINE F64 widen(HalfF32 v) { return __builtin_convertvector(v, F64); }
+FG_INLINE F64 low_half(F32 v) {
+    HalfF32 half;
+    __builtin_memcpy(&half, &v, sizeof half);
+    return widen(half);
+}
+FG_INLINE F64 high_half(F32 v) {
+    HalfF32 half;
+    __builtin_memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof half, sizeof half);
+    return widen(half);
+}
+
+// To the nearest integer, ties to even, for 0 <= v.
+FG_INLINE F64 round_even(F64 v) {
+    const F64 magic = splat(0x1p52);
+    return v < magic ? (v + magic) - magic : v;
+}
+
+// Of integers in [0, 2^63): rounded to nearest.
+FG_INLINE F64 to_double(I64 v) {
+#if defined(__AVX512DQ__) || !defined(__x86_64__)
+    return __builtin_convertvector(v, F64);
+#else  // high * 2^32 is exact; adding the low word rounds once
+    const F64 low = as<F64>((v & 0xFFFFFFFF) | 0x4330000000000000) - 0x1p52;
+    const F64 high = as<F64>((v >> 32) | 0x4530000000000000) - 0x1p84;
+    return high + low;
+#endif
+}
+
+// Of integral values in (-2^63, 2^63).
+FG_INLINE I64 to_integer(F64 v) { return __builtin_convertvector(v, I64); }
+
+// --- float16 and bfloat16 -----------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+FG_INLINE F32 from_half(U16 h) { return as<F32>(_mm512_cvtph_ps((__m256i)h)); }
+FG_INLINE U16 to_half(F32 v) { return as<U16>(_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+#elif defined(__F16C__)
+FG_INLINE F32 from_half(U16 h) { return as<F32>(_mm256_cvtph_ps((__m128i)h)); }
+FG_INLINE U16 to_half(F32 v) { return as<U16>(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+FG_INLINE F32 from_half(U16 h) {
+    const U32 bits = __builtin_convertvector(h, U32);
+    const U32 sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7FFFu) << 13;
+    // 2^112 times what the bits say in float32's bias of 127 instead of 15; subnormals come out right too.
+    const F32 finite = as<F32>(magnitude) * 0x1p112f;
+    const U32 special = magnitude | 0x7F800000u;
+    return as<F32>(((magnitude >= 0x0F800000u) ? special : as<U32>(finite)) | sign);
+}
+FG_INLINE U16 to_half(F32 v) {  // as common/dtype.h
+    const U32 bits = as<U32>(v);
+    const U32 sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+    const U32 normal = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - ((127u - 15u) << 23)) >> 13;
+    const U32 subnormal = as<U32>(as<F32>(magnitude) + 0.5f) - 0x3F000000u;
+    const U32 finite = magnitude < 0x38800000u ? subnormal : normal;
+    const U32 special = magnitude > 0x7F800000u ? splat(0x7E00u) : splat(0x7C00u);
+    return __builtin_convertvector(sign | (magnitude >= 0x477FF000u ? special : finite), U16);
+}
+#endif
+
+FG_INLINE F32 from_bfloat16(U16 h) { return as<F32>(__builtin_convertvector(h, U32) << 16); }
+FG_INLINE U16 to_bfloat16(F32 v) {
+    const U32 bits = as<U32>(v);
+    const U32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return __builtin_convertvector((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded, U16);
+}
+
+// --- past the caches ----------------------------------------------------------------------------------------
+
+// To a `to` aligned to kBytes; large results that nobody reads soon need not be read into the cache first.
+FG_INLINE void stream(float* to, F32 v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(to, (__m256)v);
+#elif defined(__x86_64__)
+    _mm_stream_ps(to, (__m128)v);
+#else
+    store(to, v);
+#endif
+}
+
+FG_INLINE void stream_fence() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+}  // namespace fastguide::cpu::FG_ISA

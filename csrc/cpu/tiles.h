@@ -1,0 +1,53 @@
+// How the element-wise kernels walk a row-major [rows, elements] array: in tiles that stay in the first-level
+// cache, shared out to threads. No result depends on the sharing.
+#pragma once
+
+#include "noise.h"
+
+namespace fastguide::cpu::FG_ISA {
+
+constexpr uint64_t kTile = 2048;  // elements
+
+struct Tiling {
+    uint64_t rows, elements;
+
+    uint64_t rows_per_tile() const { return elements < kTile ? kTile / elements : 1; }
+    uint64_t tiles_per_row() const { return (elements + kTile - 1) / kTile; }
+    uint64_t tiles() const {
+        const uint64_t per_tile = rows_per_tile();
+        return per_tile > 1 ? (rows + per_tile - 1) / per_tile : rows * tiles_per_row();
+    }
+    Tile at(uint64_t index) const {
+        const uint64_t per_tile = rows_per_tile();
+        if (per_tile > 1) {
+            const uint64_t row = index * per_tile, left = rows - row;
+            const uint64_t taken = left < per_tile ? left : per_tile;
+            return {row, taken, 0, taken * elements};
+        }
+        const uint64_t row = index / tiles_per_row(), begin = (index - row * tiles_per_row()) * kTile;
+        const uint64_t left = elements - begin;
+        return {row, 1, begin, left < kTile ? left : kTile};
+    }
+};
+
+// f(index) for each of [0, count), on at most `threads` threads. `grain` indices are the least worth a thread.
+// Several pieces for each thread, so that one that the machine has put aside holds up nobody for long.
+template <class F>
+FG_INLINE void share_out(uint64_t count, uint64_t grain, int threads, const F& f) {
+    const uint64_t most = 8 * static_cast<uint64_t>(threads);
+    uint64_t pieces = count / grain < most ? count / grain : most;
+    if (threads <= 1 || pieces <= 1) {
+        for (uint64_t i = 0; i < count; ++i) f(i);
+        return;
+    }
+    const int team = pieces < static_cast<uint64_t>(threads) ? static_cast<int>(pieces) : threads;
+#pragma omp parallel for num_threads(team) schedule(dynamic, 1)
+    for (uint64_t piece = 0; piece < pieces; ++piece) {
+        const uint64_t begin = count * piece / pieces, end = count * (piece + 1) / pieces;
+        for (uint64_t i = begin; i < end; ++i) f(i);
+    }
+}
+
+constexpr uint64_t kTileGrain = 8;  // 16,384 elements, tens of microseconds
+
+}  // namespace fastguide::cpu::FG_ISA
