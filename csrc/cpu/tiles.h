@@ -4,6 +4,11 @@
 
 #include "noise.h"
 
+#if defined(FG_THREAD_SANITIZER)
+#include <atomic>
+#include <thread>
+#endif
+
 namespace fastguide::cpu::FG_ISA {
 
 constexpr uint64_t kTile = 2048;  // elements
@@ -41,11 +46,23 @@ FG_INLINE void share_out(uint64_t count, uint64_t grain, int threads, const F& f
         return;
     }
     const int team = pieces < static_cast<uint64_t>(threads) ? static_cast<int>(pieces) : threads;
-#pragma omp parallel for num_threads(team) schedule(dynamic, 1)
-    for (uint64_t piece = 0; piece < pieces; ++piece) {
+    const auto work = [&](uint64_t piece) {
         const uint64_t begin = count * piece / pieces, end = count * (piece + 1) / pieces;
         for (uint64_t i = begin; i < end; ++i) f(i);
-    }
+    };
+#if defined(FG_THREAD_SANITIZER)  // which knows nothing of OpenMP's threads
+    std::thread others[64];
+    std::atomic<uint64_t> next{0};
+    const auto take = [&] {
+        for (uint64_t piece; (piece = next++) < pieces;) work(piece);
+    };
+    for (int i = 1; i < team; ++i) others[i % 64] = std::thread(take);
+    take();
+    for (int i = 1; i < team; ++i) others[i % 64].join();
+#else
+#pragma omp parallel for num_threads(team) schedule(dynamic, 1)
+    for (uint64_t piece = 0; piece < pieces; ++piece) work(piece);
+#endif
 }
 
 constexpr uint64_t kTileGrain = 8;  // 16,384 elements, tens of microseconds
