@@ -9,6 +9,7 @@
 
 #include "common/arguments.h"
 #include "cpu/kernels.h"
+#include "fastcall.h"
 
 namespace py = pybind11;
 using namespace fastguide;
@@ -27,6 +28,51 @@ void normals(uintptr_t words, uintptr_t out, std::size_t pairs) {
     const py::gil_scoped_release release;
     cpu::kernels().normals(reinterpret_cast<const uint32_t*>(words), reinterpret_cast<float*>(out), pairs);
 }
+
+// x, x's dtype, model_output, its dtype, displacement (0: none), its dtype, x_s, x0 (0: none), prediction, clip (kind,
+// low, high), levels, shape (six), threads
+PyObject* reverse_step(PyObject*, PyObject* const* values, Py_ssize_t given) {
+    return none_or_error([&] {
+        Arguments in(values, given, 20);
+        cpu::Step step{};
+        double five[5];
+        step.x = in.input(), step.output = in.input(), step.displacement = in.input();
+        step.x_s = in.pointer(), step.x0 = in.pointer();
+        step.prediction = in.prediction(), step.clip = in.clip();
+        in.levels(step, five);
+        step.shape = in.shape(), step.threads = static_cast<int>(in.integer());
+        const py::gil_scoped_release release;
+        cpu::kernels().reverse_step(step);
+    });
+}
+
+// x, x's dtype, x0_hat, its dtype, displacement, its dtype, x_s, log-weights before, after, whether they are doubles,
+// levels, shape (six), threads
+PyObject* propose_and_weigh(PyObject*, PyObject* const* values, Py_ssize_t given) {
+    return none_or_error([&] {
+        Arguments in(values, given, 18);
+        cpu::Step step{};
+        cpu::Weights weights;
+        double five[5];
+        step.x = in.input(), step.output = in.input(), step.displacement = in.input();
+        step.x_s = in.pointer(), step.prediction = Prediction::sample;
+        weights.before = in.pointer(), weights.after = in.pointer(), weights.doubles = in.integer() != 0;
+        in.levels(step, five);
+        step.shape = in.shape(), step.threads = static_cast<int>(in.integer());
+        const py::gil_scoped_release release;
+        cpu::kernels().propose_and_weigh(step, weights);
+    });
+}
+
+PyMethodDef fast(const char* name, PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t), const char* doc) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f)), METH_FASTCALL, doc};
+}
+
+PyMethodDef fast_methods[] = {
+    fast("reverse_step", reverse_step, "One reverse step."),
+    fast("propose_and_weigh", propose_and_weigh, "The guided step, and the log-weights after it."),
+    {nullptr, nullptr, 0, nullptr},
+};
 
 py::tuple philox_words(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
     const Words4 w = philox({counter[0], counter[1], counter[2], counter[3]}, key[0], key[1]);
@@ -58,6 +104,7 @@ PYBIND11_MODULE(_cpu, m) {
           "Fill [particles, elements] at `data` with standard normals.");
     m.def("normals", &normals, py::arg("words"), py::arg("out"), py::arg("pairs"),
           "The float32 normals of pairs of uint32 words (radius, angle): what randn does with them.");
+    if (PyModule_AddFunctions(m.ptr(), fast_methods) != 0) throw py::error_already_set();
     m.def("philox", &philox_words, py::arg("counter"), py::arg("key"), "The four words of Philox4x32-10.");
     m.def("instruction_set", [] { return cpu::kernels().name; }, "What the kernels run with.");
     m.def("instruction_sets", &instruction_sets, "What they can run with on this processor, the best first.");

@@ -20,7 +20,7 @@ __all__ = ["OPERATIONS", "ORDER", "Backend", "backends", "explain", "select", "w
 OPERATIONS = ("randn", "reverse_step", "propose_and_weigh", "resample", "gather_particles_")
 ORDER = ("cuda", "cpu", "reference")  # the fastest first
 
-_SERVES = {"cuda": ("randn",), "cpu": ("randn",), "reference": OPERATIONS}
+_SERVES = {"cuda": ("randn",), "cpu": ("randn", "reverse_step", "propose_and_weigh"), "reference": OPERATIONS}
 _DTYPES = {"cuda": compiled.CUDA_DTYPES, "cpu": compiled.CPU_DTYPES}
 
 
@@ -59,7 +59,7 @@ def _no_device() -> str:
 
 def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.dtype, **facts: Any) -> str:
     """Why ``backend`` cannot serve this call, or ``""`` when it can. ``facts`` are what else the operation
-    knows of the call; no backend asks for any so far."""
+    knows of the call: ``transformed``, that it must be differentiable beyond what `fastguide.library` knows."""
     if operation not in _SERVES[backend]:
         return f"{backend} has no kernel for {operation}"
     if backend == "reference":
@@ -68,6 +68,8 @@ def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.
         return f"{backend} serves tensors on {backend}, and these are on {device}"
     if dtype not in _DTYPES[backend]:
         return f"{backend} serves {', '.join(str(d) for d in _DTYPES[backend])}, and this is {dtype}"
+    if facts.get("transformed"):
+        return f"{backend} has no function transforms, forward-mode derivatives or derivatives in coefficients"
     return compiled.load_error(backend) or (_no_device() if backend == "cuda" else "")
 
 
@@ -80,6 +82,9 @@ def select(operation: str, backend: str = "auto", *, device: torch.device, dtype
         if reason:
             raise RuntimeError(f"backend={backend!r} cannot serve {operation}: {reason}")
         return backend
+    own = device.type  # a compiled backend has the name of the devices that it serves
+    if own in _DTYPES and not why_not(own, operation, device=device, dtype=dtype, **facts):
+        return own
     for name in ORDER:
         if not why_not(name, operation, device=device, dtype=dtype, **facts):
             return name

@@ -15,7 +15,22 @@ from typing import Any
 import torch  # before the modules: the libgomp.so.1 that they ask for is then torch's, and so are the threads
 from torch import Tensor
 
-__all__ = ["CPU_DTYPES", "CUDA_DTYPES", "build_record", "load_error", "module", "randn_cpu", "randn_cuda"]
+from .reference import PREDICTIONS, Clip, Coefficients, DynamicThreshold
+
+__all__ = [
+    "CPU_DTYPES",
+    "CUDA_DTYPES",
+    "Counter",
+    "build_record",
+    "levels",
+    "load_error",
+    "loaded",
+    "module",
+    "propose_and_weigh_cpu",
+    "randn_cpu",
+    "randn_cuda",
+    "reverse_step_cpu",
+]
 
 # The codes of csrc/common/dtype.h.
 CPU_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
@@ -55,6 +70,11 @@ def load_error(name: str) -> str:
     return _modules[name][1]
 
 
+def loaded(name: str) -> bool:
+    """Whether the module of backend ``name`` is there."""
+    return _modules[name][0] is not None
+
+
 def module(name: str) -> ModuleType:
     """The module of backend ``name``, "cpu" or "cuda"."""
     loaded, error = _modules[name]
@@ -75,6 +95,111 @@ def randn_cpu(out: Tensor, seed: int, step: int, stream: int, first_particle: in
     particles, elements = _rows(out)
     code, threads = CPU_DTYPES[out.dtype], torch.get_num_threads()
     module("cpu").randn(out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, threads)
+
+
+# The codes of csrc/common/step.h.
+_PREDICTIONS = {name: code for code, name in enumerate(PREDICTIONS)}
+_CLIP_NONE, _CLIP_RANGE, _CLIP_DYNAMIC = 0, 1, 2
+
+
+def _clip_code(clip: float | tuple[float, float] | DynamicThreshold) -> tuple[int, float, float]:
+    if isinstance(clip, DynamicThreshold):
+        return _CLIP_DYNAMIC, float(clip.ratio), float(clip.max_value)
+    low, high = clip if isinstance(clip, tuple) else (-clip, clip)
+    return _CLIP_RANGE, float(low), float(high)
+
+
+Levels = tuple[float, ...] | Tensor  # five floats, or a float64 table [5, N]
+Counter = tuple[int, int, int, int]  # seed, step, stream, first_particle
+
+
+def levels(coefficients: Coefficients, particles: int) -> Levels:
+    """Coefficients as the callers below take them."""
+    if not any(isinstance(c, Tensor) for c in coefficients):
+        return tuple(float(c) for c in coefficients)
+    return torch.stack([torch.as_tensor(c, dtype=torch.float64).detach().expand(particles) for c in coefficients])
+
+
+def reverse_step_cpu(
+    x: Tensor,
+    model_output: Tensor,
+    levels: Levels,
+    prediction: str,
+    clip: Clip,
+    displacement: Tensor | None,
+    counter: Counter,
+    return_x0: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`fastguide.ops.reverse_step` of CPU tensors. Levels and counters out of range, or of another kind, are an error
+    before anything is computed."""
+    x, model_output = x.contiguous(), model_output.contiguous()
+    if displacement is not None:
+        displacement = displacement.contiguous()
+    x_s = torch.empty_like(x)
+    x0 = torch.empty_like(x) if return_x0 else None
+    kind, low, high = (_CLIP_NONE, 0.0, 0.0) if clip is None else _clip_code(clip)
+    particles = x.shape[0]
+    seed, step, stream, first_particle = counter
+    module("cpu").reverse_step(
+        x.data_ptr(),
+        CPU_DTYPES[x.dtype],
+        model_output.data_ptr(),
+        CPU_DTYPES[model_output.dtype],
+        0 if displacement is None else displacement.data_ptr(),
+        0 if displacement is None else CPU_DTYPES[displacement.dtype],
+        x_s.data_ptr(),
+        0 if x0 is None else x0.data_ptr(),
+        _PREDICTIONS[prediction],
+        kind,
+        low,
+        high,
+        levels.data_ptr() if isinstance(levels, Tensor) else levels,
+        particles,
+        x.numel() // particles if particles else 0,
+        seed,
+        step,
+        stream,
+        first_particle,
+        torch.get_num_threads(),
+    )
+    return x_s if x0 is None else (x_s, x0)
+
+
+def propose_and_weigh_cpu(
+    x: Tensor,
+    x0_hat: Tensor,
+    displacement: Tensor,
+    log_weights: Tensor,
+    levels: Levels,
+    counter: Counter,
+) -> tuple[Tensor, Tensor]:
+    """`fastguide.ops.propose_and_weigh` of CPU tensors; errors as in `reverse_step_cpu`."""
+    x, x0_hat, displacement = x.contiguous(), x0_hat.contiguous(), displacement.contiguous()
+    log_weights = log_weights.contiguous()
+    x_s, after = torch.empty_like(x), torch.empty_like(log_weights)
+    particles = x.shape[0]
+    seed, step, stream, first_particle = counter
+    module("cpu").propose_and_weigh(
+        x.data_ptr(),
+        CPU_DTYPES[x.dtype],
+        x0_hat.data_ptr(),
+        CPU_DTYPES[x0_hat.dtype],
+        displacement.data_ptr(),
+        CPU_DTYPES[displacement.dtype],
+        x_s.data_ptr(),
+        log_weights.data_ptr(),
+        after.data_ptr(),
+        log_weights.dtype == torch.float64,
+        levels.data_ptr() if isinstance(levels, Tensor) else levels,
+        particles,
+        x.numel() // particles if particles else 0,
+        seed,
+        step,
+        stream,
+        first_particle,
+        torch.get_num_threads(),
+    )
+    return x_s, after
 
 
 def randn_cuda(out: Tensor, seed: int, step: int, stream: int, first_particle: int) -> None:

@@ -161,7 +161,9 @@ def _reverse_step_setup(ctx, inputs, output):
 
 def _reverse_step_backward(ctx, grad_x_s, grad_x0):
     x, model_output, table = ctx.saved_tensors
-    grad_x, grad_output = torch.ops.fastguide.reverse_step_backward(
+    # The operator has no derivative of its own: where one is asked for, torch follows the formula.
+    vjp = _reverse_step_vjp if torch.is_grad_enabled() else torch.ops.fastguide.reverse_step_backward
+    grad_x, grad_output = vjp(
         grad_x_s,
         grad_x0 if ctx.return_x0 else None,
         x,

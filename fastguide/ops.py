@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import compiled, reference
 from .backends import select
@@ -26,6 +28,40 @@ STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 # --- checks -------------------------------------------------------------------------------------------------
+
+
+def _plain(x: Tensor, *others: Tensor) -> bool:
+    """In one look, what the tensors of nearly every call are: torch's own, of one shape, of a dtype and on a device that
+    the cpu kernels serve, and followed by nothing that cannot look into those. Beside a small state the checks one
+    by one, and the choice of a backend, would cost more than the kernel."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or x.dtype not in STATE_DTYPES:
+        return False
+    shape = x.shape
+    for other in others:
+        if type(other) is not Tensor or not other.is_cpu or other.dtype not in STATE_DTYPES or other.shape != shape:
+            return False
+    return len(shape) > 0 and compiled.loaded("cpu") and not _transformed()
+
+
+def _transformed() -> bool:
+    """Whether torch follows every operation, for a derivative or a batch, which it cannot into a kernel."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _needs_grad(*values: Any) -> bool:
+    if torch.is_grad_enabled():
+        for value in values:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
+
+
+def _choose(operation: str, x: Tensor, coefficients: Coefficients, backend: str) -> str:
+    """The backend of a step, or "dispatcher"."""
+    if _through_dispatcher(x):
+        return "dispatcher"
+    transformed = _transformed() or _needs_grad(*coefficients)
+    return select(operation, backend, device=x.device, dtype=x.dtype, transformed=transformed)
 
 
 def _check_state(name: str, value: Tensor, like: Tensor | None = None) -> None:
@@ -146,7 +182,7 @@ def randn(
             dtype=dtype,
             device=device,
         )
-    out = torch.empty(tuple(shape), dtype=dtype, device=device)
+    out = torch.empty(*shape, dtype=dtype, device=device)
     if type(out) is not Tensor:  # a fake one has no memory to fill
         return out
     fill = compiled.randn_cpu if chosen == "cpu" else compiled.randn_cuda
@@ -186,6 +222,17 @@ def reverse_step(
     Returns ``x_s`` in the dtype of ``x``, and the clipped ``x0_hat`` if ``return_x0``. Differentiable in the three
     tensors.
     """
+    counter = seed, step, stream, first_particle
+    tensors = (x, model_output) if displacement is None else (x, model_output, displacement)
+    if clip is not None:
+        check_clip(clip)
+    if backend == "auto" and type(coefficients) is tuple and _plain(*tensors) and not _needs_grad(*tensors):
+        try:
+            return compiled.reverse_step_cpu(
+                x, model_output, coefficients, prediction, clip, displacement, counter, return_x0
+            )
+        except (KeyError, OverflowError, TypeError, ValueError):
+            pass  # what follows says what is wrong, or serves coefficients that are not five floats
     _check_state("x", x)
     _check_state("model_output", model_output, x)
     if displacement is not None:
@@ -193,33 +240,33 @@ def reverse_step(
     if prediction not in reference.PREDICTIONS:
         raise ValueError(f"prediction: expected one of {reference.PREDICTIONS}, got {prediction!r}")
     _check_coefficients(coefficients, x, prediction)
-    check_clip(clip)
-    _check_counter(seed, step, stream, first_particle, x.shape[0], math.prod(x.shape[1:]))
-    if _through_dispatcher(x):
+    _check_counter(*counter, x.shape[0], math.prod(x.shape[1:]))
+    chosen = _choose("reverse_step", x, coefficients, backend)
+    if chosen == "reference":
+        return reference.reverse_step(
+            x,
+            model_output,
+            coefficients,
+            prediction=prediction,
+            clip=clip,
+            displacement=displacement,
+            seed=seed,
+            step=step,
+            stream=stream,
+            first_particle=first_particle,
+            return_x0=return_x0,
+        )
+    if chosen == "dispatcher" or _needs_grad(*tensors):
         from . import library
 
         x_s, x0 = library.call_reverse_step(
-            x, model_output, coefficients, prediction, clip, displacement, (seed, step, stream, first_particle),
-            return_x0, backend,
-        )  # fmt: skip
+            x, model_output, coefficients, prediction, clip, displacement, counter, return_x0, backend
+        )
         return (x_s, x0) if return_x0 else x_s
-    select("reverse_step", backend, device=x.device, dtype=x.dtype)
-    return reference.reverse_step(
-        x,
-        model_output,
-        coefficients,
-        prediction=prediction,
-        clip=clip,
-        displacement=displacement,
-        seed=seed,
-        step=step,
-        stream=stream,
-        first_particle=first_particle,
-        return_x0=return_x0,
-    )
+    levels = compiled.levels(coefficients, x.shape[0])
+    return compiled.reverse_step_cpu(x, model_output, levels, prediction, clip, displacement, counter, return_x0)
 
 
-@torch.no_grad()
 def propose_and_weigh(
     x: Tensor,
     x0_hat: Tensor,
@@ -243,11 +290,12 @@ def propose_and_weigh(
     float64; ``coefficients`` and counters as in `reverse_step`. Where ``tau = 0`` the step is the base kernel's,
     without the displacement, and the ratio is 1. Returns new tensors, without gradients.
     """
-    _check_state("x", x)
-    _check_state("x0_hat", x0_hat, x)
-    _check_state("displacement", displacement, x)
-    _check_coefficients(coefficients, x, "sample")
-    _check_counter(seed, step, stream, first_particle, x.shape[0], math.prod(x.shape[1:]))
+    counter = seed, step, stream, first_particle
+    plain = backend == "auto" and _plain(x, x0_hat, displacement)
+    if not plain:
+        _check_state("x", x)
+        _check_state("x0_hat", x0_hat, x)
+        _check_state("displacement", displacement, x)
     if log_weights.numel() != x.shape[0] or log_weights.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"log_weights: expected {x.shape[0]} float32 or float64 values, "
@@ -255,24 +303,33 @@ def propose_and_weigh(
         )
     if log_weights.device != x.device:
         raise ValueError(f"log_weights: expected a tensor on {x.device}, where x is, got {log_weights.device}")
-    if _through_dispatcher(x):
-        from . import library
+    if plain and type(coefficients) is tuple and type(log_weights) is Tensor:
+        try:
+            return compiled.propose_and_weigh_cpu(x, x0_hat, displacement, log_weights, coefficients, counter)
+        except (OverflowError, TypeError, ValueError):
+            pass  # as in reverse_step
+    _check_coefficients(coefficients, x, "sample")
+    _check_counter(*counter, x.shape[0], math.prod(x.shape[1:]))
+    chosen = _choose("propose_and_weigh", x, coefficients, backend)
+    if chosen == "cpu":
+        levels = compiled.levels(coefficients, x.shape[0])
+        return compiled.propose_and_weigh_cpu(x, x0_hat, displacement, log_weights, levels, counter)
+    with torch.no_grad():
+        if chosen == "dispatcher":
+            from . import library
 
-        return library.call_propose_and_weigh(
-            x, x0_hat, displacement, log_weights, coefficients, (seed, step, stream, first_particle), backend
+            return library.call_propose_and_weigh(x, x0_hat, displacement, log_weights, coefficients, counter, backend)
+        return reference.propose_and_weigh(
+            x,
+            x0_hat,
+            displacement,
+            log_weights,
+            coefficients,
+            seed=seed,
+            step=step,
+            stream=stream,
+            first_particle=first_particle,
         )
-    select("propose_and_weigh", backend, device=x.device, dtype=x.dtype)
-    return reference.propose_and_weigh(
-        x,
-        x0_hat,
-        displacement,
-        log_weights,
-        coefficients,
-        seed=seed,
-        step=step,
-        stream=stream,
-        first_particle=first_particle,
-    )
 
 
 @torch.no_grad()
