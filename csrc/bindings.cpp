@@ -5,6 +5,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/arguments.h"
@@ -26,6 +27,20 @@ void randn(uintptr_t data, int dtype, uint64_t particles, uint64_t elements, uin
 void normals(uintptr_t words, uintptr_t out, std::size_t pairs) {
     const py::gil_scoped_release release;
     cpu::kernels().normals(reinterpret_cast<const uint32_t*>(words), reinterpret_cast<float*>(out), pairs);
+}
+
+py::tuple gather_particles(uintptr_t ancestors, bool wide, uint64_t rows, uint64_t particles,
+                           const std::vector<std::pair<uintptr_t, uint64_t>>& states, int threads) {
+    if (!wide) check_below("particles", particles, uint64_t{1} << 31);
+    std::vector<cpu::ParticleArray> arrays;
+    for (const auto& [data, bytes] : states) arrays.push_back({reinterpret_cast<void*>(data), bytes});
+    cpu::Gathered done;
+    {
+        const py::gil_scoped_release release;
+        done = cpu::kernels().gather_particles(reinterpret_cast<const void*>(ancestors), wide, rows, particles,
+                                               arrays.data(), arrays.size(), threads);
+    }
+    return py::make_tuple(done.bad, done.scratch);
 }
 
 py::tuple philox_words(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
@@ -58,6 +73,10 @@ PYBIND11_MODULE(_cpu, m) {
           "Fill [particles, elements] at `data` with standard normals.");
     m.def("normals", &normals, py::arg("words"), py::arg("out"), py::arg("pairs"),
           "The float32 normals of pairs of uint32 words (radius, angle): what randn does with them.");
+    m.def("gather_particles", &gather_particles, py::arg("ancestors"), py::arg("wide"), py::arg("rows"),
+          py::arg("particles"), py::arg("states"), py::arg("threads"),
+          "Move the particles of states (data, bytes of each) to where ancestors say. Returns the place of the "
+          "first ancestor out of range (then nothing moved) or -1, and the bytes of memory that it took.");
     m.def("philox", &philox_words, py::arg("counter"), py::arg("key"), "The four words of Philox4x32-10.");
     m.def("instruction_set", [] { return cpu::kernels().name; }, "What the kernels run with.");
     m.def("instruction_sets", &instruction_sets, "What they can run with on this processor, the best first.");

@@ -20,7 +20,8 @@ __all__ = ["OPERATIONS", "ORDER", "Backend", "backends", "explain", "select", "w
 OPERATIONS = ("randn", "reverse_step", "propose_and_weigh", "resample", "gather_particles_")
 ORDER = ("cuda", "cpu", "reference")  # the fastest first
 
-_SERVES = {"cuda": ("randn",), "cpu": ("randn",), "reference": OPERATIONS}
+_SERVES = {"cuda": ("randn",), "cpu": ("randn", "gather_particles_"), "reference": OPERATIONS}
+_ANY_DTYPE = ("gather_particles_",)  # moves bytes
 _DTYPES = {"cuda": compiled.CUDA_DTYPES, "cpu": compiled.CPU_DTYPES}
 
 
@@ -59,15 +60,17 @@ def _no_device() -> str:
 
 def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.dtype, **facts: Any) -> str:
     """Why ``backend`` cannot serve this call, or ``""`` when it can. ``facts`` are what else the operation
-    knows of the call; no backend asks for any so far."""
+    knows of the call: ``layout``, of `gather_particles_`, what stands against moving plain bytes, or ``""``."""
     if operation not in _SERVES[backend]:
         return f"{backend} has no kernel for {operation}"
     if backend == "reference":
         return ""
     if device.type != backend:
         return f"{backend} serves tensors on {backend}, and these are on {device}"
-    if dtype not in _DTYPES[backend]:
+    if operation not in _ANY_DTYPE and dtype not in _DTYPES[backend]:
         return f"{backend} serves {', '.join(str(d) for d in _DTYPES[backend])}, and this is {dtype}"
+    if facts.get("layout"):
+        return f"{backend} moves plain bytes, and {facts['layout']}"
     return compiled.load_error(backend) or (_no_device() if backend == "cuda" else "")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,16 @@ from typing import Any
 import torch  # before the modules: the libgomp.so.1 that they ask for is then torch's, and so are the threads
 from torch import Tensor
 
-__all__ = ["CPU_DTYPES", "CUDA_DTYPES", "build_record", "load_error", "module", "randn_cpu", "randn_cuda"]
+__all__ = [
+    "CPU_DTYPES",
+    "CUDA_DTYPES",
+    "build_record",
+    "gather_particles_cpu",
+    "load_error",
+    "module",
+    "randn_cpu",
+    "randn_cuda",
+]
 
 # The codes of csrc/common/dtype.h.
 CPU_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
@@ -84,3 +94,17 @@ def randn_cuda(out: Tensor, seed: int, step: int, stream: int, first_particle: i
     with torch.cuda.device(out.device):
         queue = torch.cuda.current_stream().cuda_stream
         module("cuda").randn(out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, queue)
+
+
+def gather_particles_cpu(ancestors: Tensor, states: Sequence[Tensor]) -> int:
+    """Move the particles of contiguous ``states`` to where ``ancestors`` ``[B, K]`` or ``[K]``, contiguous, say. The
+    place of the first ancestor out of range, flat, and then nothing is moved; or -1."""
+    particles = ancestors.shape[-1]
+    rows = ancestors.numel() // particles if particles else 0
+    wide = ancestors.dtype == torch.int64
+    arrays = [(state.data_ptr(), state.nbytes // ancestors.numel()) for state in states] if rows else []
+    threads = torch.get_num_threads()
+    bad, _ = module("cpu").gather_particles(ancestors.data_ptr(), wide, rows, particles, arrays, threads)
+    if bad < 0:  # written past autograd's eyes
+        torch.autograd.graph.increment_version([state for state in states if not state.is_inference()])
+    return bad

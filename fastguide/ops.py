@@ -357,7 +357,8 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
     """``state[b, k] = state[b, ancestors[b, k]]``, in place, for every state.
 
     ``ancestors``: ``[B, K]`` or ``[K]``, int32 or int64 in ``[0, K)``, which ``check`` makes sure of (that waits for a
-    GPU); each state ``[B, K, *event]`` or ``[K, *event]``.
+    GPU; the CPU always looks); each state ``[B, K, *event]`` or ``[K, *event]``, of any dtype. Only particles whose
+    ancestor is another are copied; with ancestors of `resample` with ``sorted=False`` they are the fewest.
     """
     if not isinstance(ancestors, Tensor) or ancestors.dtype not in (torch.int32, torch.int64):
         got = ancestors.dtype if isinstance(ancestors, Tensor) else type(ancestors).__name__
@@ -378,12 +379,35 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
         from . import library
 
         return library.call_gather_particles_(ancestors, states, backend)
-    if check and ancestors.numel():
-        low, high = ancestors.aminmax()
-        if low < 0 or high >= ancestors.shape[-1]:
-            raise ValueError(f"ancestors: expected values in [0, {ancestors.shape[-1]}), got {int(low)} to {int(high)}")
-    select("gather_particles_", backend, device=ancestors.device, dtype=ancestors.dtype)
+    layout = _gather_layout(ancestors, states)
+    if select("gather_particles_", backend, device=ancestors.device, dtype=ancestors.dtype, layout=layout) == "cpu":
+        bad = compiled.gather_particles_cpu(ancestors.contiguous(), states)
+        if bad >= 0:
+            _refuse_ancestor(ancestors, bad)
+        return
+    if check:
+        outside = ((ancestors < 0) | (ancestors >= ancestors.shape[-1])).flatten().nonzero()
+        if len(outside):
+            _refuse_ancestor(ancestors, int(outside[0]))
     reference.gather_particles_(ancestors, *states)
+
+
+def _gather_layout(ancestors: Tensor, states: Sequence[Tensor]) -> str:
+    """What stands against moving bytes, or ``""``."""
+    first = ancestors.data_ptr()
+    for i, state in enumerate(states):
+        if not state.is_contiguous():
+            return f"states[{i}] is not contiguous"
+        start = state.data_ptr()
+        if start < first + ancestors.nbytes and first < start + state.nbytes:
+            return f"states[{i}] shares memory with ancestors"
+    return ""
+
+
+def _refuse_ancestor(ancestors: Tensor, at: int) -> None:
+    raise ValueError(
+        f"ancestors: expected values in [0, {ancestors.shape[-1]}), got {int(ancestors.flatten()[at])} at {at}"
+    )
 
 
 def _through_dispatcher(x: Tensor) -> bool:

@@ -504,7 +504,8 @@ def resample(
 def gather_particles_(ancestors: Tensor, *states: Tensor) -> None:
     """``state[b, k] = state[b, ancestors[b, k]]`` in place for each ``state`` ``[B, K, *event]`` with ancestors
     ``[B, K]``, or ``[K, *event]`` with ``[K]``. See `fastguide.ops.gather_particles_`."""
+    ancestors = ancestors.to(torch.int64, copy=True)  # a state may share their memory
     for state in states:
         dim = ancestors.ndim - 1
-        index = ancestors.long().reshape(ancestors.shape + (1,) * (state.ndim - ancestors.ndim))
+        index = ancestors.reshape(ancestors.shape + (1,) * (state.ndim - ancestors.ndim))
         state.copy_(torch.gather(state, dim, index.expand(state.shape)))
