@@ -17,10 +17,21 @@ from . import compiled
 
 __all__ = ["OPERATIONS", "ORDER", "Backend", "backends", "explain", "select", "why_not"]
 
-OPERATIONS = ("randn", "reverse_step", "propose_and_weigh", "resample", "gather_particles_")
+OPERATIONS = (
+    "randn",
+    "reverse_step",
+    "propose_and_weigh",
+    "resample",
+    "gather_particles_",
+    "log_prob_and_gradient",
+)
 ORDER = ("cuda", "cpu", "reference")  # the fastest first
 
-_SERVES = {"cuda": ("randn",), "cpu": ("randn", "gather_particles_"), "reference": OPERATIONS}
+_SERVES = {
+    "cuda": ("randn",),
+    "cpu": ("randn", "gather_particles_", "log_prob_and_gradient"),
+    "reference": OPERATIONS,
+}
 _ANY_DTYPE = ("gather_particles_",)  # moves bytes
 _DTYPES = {"cuda": compiled.CUDA_DTYPES, "cpu": compiled.CPU_DTYPES}
 
@@ -60,7 +71,7 @@ def _no_device() -> str:
 
 def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.dtype, **facts: Any) -> str:
     """Why ``backend`` cannot serve this call, or ``""`` when it can. ``facts`` are what else the operation
-    knows of the call: ``layout``, of `gather_particles_`, what stands against moving plain bytes, or ``""``."""
+    knows of the call: ``obstacle``, what it is about these tensors that no kernel can serve, or ``""``."""
     if operation not in _SERVES[backend]:
         return f"{backend} has no kernel for {operation}"
     if backend == "reference":
@@ -69,8 +80,8 @@ def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.
         return f"{backend} serves tensors on {backend}, and these are on {device}"
     if operation not in _ANY_DTYPE and dtype not in _DTYPES[backend]:
         return f"{backend} serves {', '.join(str(d) for d in _DTYPES[backend])}, and this is {dtype}"
-    if facts.get("layout"):
-        return f"{backend} moves plain bytes, and {facts['layout']}"
+    if facts.get("obstacle"):
+        return f"{backend} {facts['obstacle']}"
     return compiled.load_error(backend) or (_no_device() if backend == "cuda" else "")
 
 

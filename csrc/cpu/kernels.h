@@ -22,6 +22,29 @@ struct Gathered {
     uint64_t scratch;
 };
 
+enum class Family : int { gaussian = 0, student_t = 1, laplace = 2, poisson = 3 };
+
+// log p(y | z) of each measurement; of Poisson the scale is the gain. `constant` is the part of it that depends on
+// neither z, y nor variances that are added.
+struct LogDensity {
+    Family family;
+    double scale, df, background, constant;
+};
+
+// z[samples, elements] of any type, and a gradient like it unless null; y[y_rows, elements], of which sample i has
+// row rows[i], or where `rows` is null row i or the only one; variances added[added_rows, elements] with a row for
+// each sample or one for all, null if there are none. y and added are float64 where z is, else float32.
+struct DensityArrays {
+    const void* z;
+    const void* y;
+    const int64_t* rows;
+    const void* added;
+    double* log_prob;
+    void* gradient;
+    Dtype dtype;
+    uint64_t samples, elements, y_rows, added_rows;
+};
+
 struct Kernels {
     const char* name;
     // Fills out[particles, elements] with standard normals on at most `threads` threads.
@@ -32,6 +55,11 @@ struct Kernels {
     // int32; none if an ancestor is out of range.
     Gathered (*gather_particles)(const void* ancestors, bool wide, uint64_t rows, uint64_t particles,
                                  const ParticleArray* states, std::size_t count, int threads);
+    // The log-density of each sample and its gradient in z. Returns the place of the first row out of range, and
+    // then writes nothing, or -1.
+    int64_t (*log_prob_and_gradient)(const LogDensity& density, const DensityArrays& arrays, int threads);
+    // ln x, ln(1 + x) and ln Gamma(x), as log_prob_and_gradient computes them.
+    void (*log_functions)(const double* x, double* log, double* log1p, double* log_gamma, std::size_t count);
 };
 
 #define FG_DECLARE_KERNELS(isa)                                                         \
@@ -41,7 +69,16 @@ struct Kernels {
     Gathered gather_particles(const void* ancestors, bool wide, uint64_t rows,          \
                               uint64_t particles, const ParticleArray* states,          \
                               std::size_t count, int threads);                          \
-    constexpr Kernels kKernels{#isa, randn, normals, gather_particles};                 \
+    int64_t log_prob_and_gradient(const LogDensity& density,                            \
+                                  const DensityArrays& arrays, int threads);            \
+    void log_functions(const double* x, double* log, double* log1p, double* log_gamma,  \
+                       std::size_t count);                                              \
+    constexpr Kernels kKernels{#isa,                                                    \
+                               randn,                                                   \
+                               normals,                                                 \
+                               gather_particles,                                        \
+                               log_prob_and_gradient,                                   \
+                               log_functions};                                          \
     }
 
 #if defined(__x86_64__)

@@ -10,6 +10,7 @@
 // have no reader left, and so on. What remains are cycles, each of which puts one particle aside. The order costs
 // two indices for each particle of such a row; the particles themselves are never held twice.
 #include "../kernels.h"
+#include "../scratch.h"
 #include "../tiles.h"
 
 namespace fastguide::cpu::FG_ISA {
@@ -28,20 +29,6 @@ struct Map {
 
     Map(const Index* a, uint64_t b, uint64_t k) : ancestors(a), rows(b), particles(k) {}
     const Index* row(uint64_t b) const { return ancestors + b * particles; }
-};
-
-template <class T>
-struct Scratch {  // allocated before anything is written, gone with its scope
-    T* data = nullptr;
-
-    Scratch() = default;
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    ~Scratch() { ::operator delete(data); }
-    uint64_t allocate(uint64_t count) {
-        data = static_cast<T*>(::operator new(count * sizeof(T)));
-        return count * sizeof(T);
-    }
 };
 
 // f(row, begin, end) for blocks of `size` particles.
