@@ -5,6 +5,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/arguments.h"
@@ -74,6 +75,47 @@ PyMethodDef fast_methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
+py::tuple gather_particles(uintptr_t ancestors, bool wide, uint64_t rows, uint64_t particles,
+                           const std::vector<std::pair<uintptr_t, uint64_t>>& states, int threads) {
+    if (!wide) check_below("particles", particles, uint64_t{1} << 31);
+    std::vector<cpu::ParticleArray> arrays;
+    for (const auto& [data, bytes] : states) arrays.push_back({reinterpret_cast<void*>(data), bytes});
+    cpu::Gathered done;
+    {
+        const py::gil_scoped_release release;
+        done = cpu::kernels().gather_particles(reinterpret_cast<const void*>(ancestors), wide, rows, particles,
+                                               arrays.data(), arrays.size(), threads);
+    }
+    return py::make_tuple(done.bad, done.scratch);
+}
+
+int64_t log_prob_and_gradient(int family, double scale, double df, double background, double constant, int dtype,
+                              uint64_t samples, uint64_t elements, uintptr_t z, uintptr_t y, uint64_t y_rows,
+                              uintptr_t rows, uintptr_t added, uint64_t added_rows, uintptr_t log_prob,
+                              uintptr_t gradient, int threads) {
+    check_below("family", static_cast<uint64_t>(family), 4);
+    const cpu::LogDensity density{static_cast<cpu::Family>(family), scale, df, background, constant};
+    const cpu::DensityArrays arrays{reinterpret_cast<const void*>(z),
+                                    reinterpret_cast<const void*>(y),
+                                    reinterpret_cast<const int64_t*>(rows),
+                                    reinterpret_cast<const void*>(added),
+                                    reinterpret_cast<double*>(log_prob),
+                                    reinterpret_cast<void*>(gradient),
+                                    checked_dtype(dtype, Dtype::float64),
+                                    samples,
+                                    elements,
+                                    y_rows,
+                                    added_rows};
+    const py::gil_scoped_release release;
+    return cpu::kernels().log_prob_and_gradient(density, arrays, threads);
+}
+
+void log_functions(uintptr_t x, uintptr_t log, uintptr_t log1p, uintptr_t log_gamma, std::size_t count) {
+    const py::gil_scoped_release release;
+    cpu::kernels().log_functions(reinterpret_cast<const double*>(x), reinterpret_cast<double*>(log),
+                                 reinterpret_cast<double*>(log1p), reinterpret_cast<double*>(log_gamma), count);
+}
+
 py::tuple philox_words(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
     const Words4 w = philox({counter[0], counter[1], counter[2], counter[3]}, key[0], key[1]);
     return py::make_tuple(w.w0, w.w1, w.w2, w.w3);
@@ -105,6 +147,18 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("normals", &normals, py::arg("words"), py::arg("out"), py::arg("pairs"),
           "The float32 normals of pairs of uint32 words (radius, angle): what randn does with them.");
     if (PyModule_AddFunctions(m.ptr(), fast_methods) != 0) throw py::error_already_set();
+    m.def("gather_particles", &gather_particles, py::arg("ancestors"), py::arg("wide"), py::arg("rows"),
+          py::arg("particles"), py::arg("states"), py::arg("threads"),
+          "Move the particles of states (data, bytes of each) to where ancestors say. Returns the place of the "
+          "first ancestor out of range (then nothing moved) or -1, and the bytes of memory that it took.");
+    m.def("log_prob_and_gradient", &log_prob_and_gradient, py::arg("family"), py::arg("scale"), py::arg("df"),
+          py::arg("background"), py::arg("constant"), py::arg("dtype"), py::arg("samples"), py::arg("elements"),
+          py::arg("z"), py::arg("y"), py::arg("y_rows"), py::arg("rows"), py::arg("added"), py::arg("added_rows"),
+          py::arg("log_prob"), py::arg("gradient"), py::arg("threads"),
+          "Log-densities [samples] and their gradients [samples, elements] in z. Returns the place of the first "
+          "row out of range (then nothing is written) or -1.");
+    m.def("log_functions", &log_functions, py::arg("x"), py::arg("log"), py::arg("log1p"),
+          py::arg("log_gamma"), py::arg("count"), "ln x, ln(1 + x) and ln Gamma(x), as log_prob_and_gradient has them.");
     m.def("philox", &philox_words, py::arg("counter"), py::arg("key"), "The four words of Philox4x32-10.");
     m.def("instruction_set", [] { return cpu::kernels().name; }, "What the kernels run with.");
     m.def("instruction_sets", &instruction_sets, "What they can run with on this processor, the best first.");
