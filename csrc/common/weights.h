@@ -46,6 +46,7 @@ struct OneWideLane {
     static FG_HD uint64_t multiply_low_words(uint64_t a, uint64_t b) { return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu); }
     static FG_HD int64_t one_if(bool condition) { return condition; }
     static FG_HD double smaller(double a, double b) { return a < b ? a : b; }
+    static FG_HD double larger(double a, double b) { return a > b ? a : b; }
 };
 
 // --- weights ------------------------------------------------------------------------------------------------
@@ -57,13 +58,12 @@ struct Exponential {
     typename Lanes::U64 n;
 };
 
-constexpr double kLeastLogWeight = -64.0;  // below it exp(d) 2^62 rounds to 0
-
-// exp(d) for kLeastLogWeight <= d <= 0: 2^n is taken off, 2^f on |f| <= 1/2 is a minimax fit good to 2^-57.
+// exp(d) for d <= 0, or exp(-64), since exp(-64) 2^62 rounds to 0. 2^n is taken off; 2^f on |f| <= 1/2 is a minimax fit
+// good to 2^-57.
 template <class Lanes>
 FG_HD Exponential<Lanes> exponential(typename Lanes::F64 d) {
     using F64 = typename Lanes::F64;
-    const F64 t = d * 0x1.71547652b82fep+0;
+    const F64 t = Lanes::larger(d, F64{} + -64.0) * 0x1.71547652b82fep+0;
     const F64 shifted = t + 0x1.8p52;  // leaves no room for a fraction
     const F64 f = t - (shifted - 0x1.8p52);
     F64 e = f * 0x1.e7ac1c9b857e2p-32 + 0x1.e611d959ea80ap-28;

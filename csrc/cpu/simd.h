@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../common/config.h"
 
@@ -200,9 +201,9 @@ FG_INLINE uint32_t lanes_above(I32 a, I32 b) {
 FG_INLINE I64 prefix_sums(I64 v) {
     constexpr I64 zero{};
 #if defined(__AVX512F__)
-    v += __builtin_shufflevector(zero, v, 7, 8, 9, 10, 11, 12, 13, 14);
-    v += __builtin_shufflevector(zero, v, 6, 7, 8, 9, 10, 11, 12, 13);
-    return v + __builtin_shufflevector(zero, v, 4, 5, 6, 7, 8, 9, 10, 11);
+    v += as<I64>(_mm512_alignr_epi64((__m512i)v, (__m512i)zero, 7));
+    v += as<I64>(_mm512_alignr_epi64((__m512i)v, (__m512i)zero, 6));
+    return v + as<I64>(_mm512_alignr_epi64((__m512i)v, (__m512i)zero, 4));
 #elif defined(__AVX2__)
     v += __builtin_shufflevector(zero, v, 3, 4, 5, 6);
     return v + __builtin_shufflevector(zero, v, 2, 3, 4, 5);
@@ -242,7 +243,15 @@ struct VectorLanes {
 
 // --- float64 ------------------------------------------------------------------------------------------------
 
+#if defined(__AVX512F__)  // GCC would convert in halves
+FG_INLINE F64 widen(HalfF32 v) { return as<F64>(_mm512_cvtps_pd((__m256)v)); }
+FG_INLINE I64 widen(HalfU32 v) { return as<I64>(_mm512_cvtepu32_epi64((__m256i)v)); }
+FG_INLINE HalfI32 narrow(I64 v) { return as<HalfI32>(_mm512_cvtepi64_epi32((__m512i)v)); }
+#else
 FG_INLINE F64 widen(HalfF32 v) { return __builtin_convertvector(v, F64); }
+FG_INLINE I64 widen(HalfU32 v) { return __builtin_convertvector(v, I64); }
+FG_INLINE HalfI32 narrow(I64 v) { return __builtin_convertvector(v, HalfI32); }
+#endif
 FG_INLINE F64 low_half(F32 v) {
     HalfF32 half;
     __builtin_memcpy(&half, &v, sizeof half);
@@ -252,6 +261,35 @@ FG_INLINE F64 high_half(F32 v) {
     HalfF32 half;
     __builtin_memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof half, sizeof half);
     return widen(half);
+}
+
+// The smaller and the larger of each lane; b where one is NaN.
+#if defined(__AVX512F__)
+FG_INLINE F64 smaller(F64 a, F64 b) { return as<F64>(_mm512_min_pd((__m512d)a, (__m512d)b)); }
+FG_INLINE F64 larger(F64 a, F64 b) { return as<F64>(_mm512_max_pd((__m512d)a, (__m512d)b)); }
+FG_INLINE F32 larger(F32 a, F32 b) { return as<F32>(_mm512_max_ps((__m512)a, (__m512)b)); }
+#elif defined(__AVX2__)
+FG_INLINE F64 smaller(F64 a, F64 b) { return as<F64>(_mm256_min_pd((__m256d)a, (__m256d)b)); }
+FG_INLINE F64 larger(F64 a, F64 b) { return as<F64>(_mm256_max_pd((__m256d)a, (__m256d)b)); }
+FG_INLINE F32 larger(F32 a, F32 b) { return as<F32>(_mm256_max_ps((__m256)a, (__m256)b)); }
+#elif defined(__x86_64__)
+FG_INLINE F64 smaller(F64 a, F64 b) { return as<F64>(_mm_min_pd((__m128d)a, (__m128d)b)); }
+FG_INLINE F64 larger(F64 a, F64 b) { return as<F64>(_mm_max_pd((__m128d)a, (__m128d)b)); }
+FG_INLINE F32 larger(F32 a, F32 b) { return as<F32>(_mm_max_ps((__m128)a, (__m128)b)); }
+#else
+FG_INLINE F64 smaller(F64 a, F64 b) { return a < b ? a : b; }
+FG_INLINE F64 larger(F64 a, F64 b) { return a > b ? a : b; }
+FG_INLINE F32 larger(F32 a, F32 b) { return a > b ? a : b; }
+#endif
+
+// Adds one to the lanes where value < bounds.
+FG_INLINE void count_below(I64& counts, double value, F64 bounds) {
+#if defined(__AVX512F__)
+    const __mmask8 below = _mm512_cmp_pd_mask(_mm512_set1_pd(value), (__m512d)bounds, _CMP_LT_OQ);
+    counts = as<I64>(_mm512_mask_add_epi64((__m512i)counts, below, (__m512i)counts, _mm512_set1_epi64(1)));
+#else
+    counts -= splat(value) < bounds;
+#endif
 }
 
 // Of integers in [0, 2^63): rounded to nearest.
@@ -290,7 +328,8 @@ struct WideLanes {
     static FG_INLINE I64 nearest(F64 v) { return FG_ISA::nearest(v); }
     static FG_INLINE U64 multiply_low_words(U64 a, U64 b) { return FG_ISA::multiply_low_words(a, b); }
     static FG_INLINE I64 one_if(I64 condition) { return -condition; }
-    static FG_INLINE F64 smaller(F64 a, F64 b) { return a < b ? a : b; }
+    static FG_INLINE F64 smaller(F64 a, F64 b) { return FG_ISA::smaller(a, b); }
+    static FG_INLINE F64 larger(F64 a, F64 b) { return FG_ISA::larger(a, b); }
 };
 
 // --- float16 and bfloat16 -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 #include "../../common/weights.h"
 #include "../kernels.h"
 #include "../tiles.h"
+#include "../twin.h"
 
 namespace fastguide::cpu::FG_ISA {
 namespace {
@@ -16,6 +17,7 @@ constexpr int64_t kShort = 256 * kBlock;  // and these have their tables on the 
 constexpr int64_t kLong = 32 * kBlock;   // rows worth more than one thread
 constexpr uint64_t kBlockGrain = 16;
 constexpr int kGroup = 16;  // particles whose slots are filled together
+constexpr int kFour = 4 * kLanes64;
 
 FG_INLINE int64_t blocks_of(int64_t count) { return (count + kBlock - 1) / kBlock; }
 FG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -24,6 +26,20 @@ FG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 FG_INLINE F64 load_wide(const float* from) { return widen(load<HalfF32>(from)); }
 FG_INLINE F64 load_wide(const double* from) { return load<F64>(from); }
+template <class T>
+FG_INLINE Four<F64> load_four(const T* from) {
+    return {{load_wide(from), load_wide(from + kLanes64)},
+            {load_wide(from + 2 * kLanes64), load_wide(from + 3 * kLanes64)}};
+}
+FG_INLINE Four<I64> load_four(const int64_t* from) {
+    return {{load<I64>(from), load<I64>(from + kLanes64)},
+            {load<I64>(from + 2 * kLanes64), load<I64>(from + 3 * kLanes64)}};
+}
+FG_INLINE int64_t sum_of_lanes(I64 v) {
+    int64_t sum = 0;
+    for (int lane = 0; lane < kLanes64; ++lane) sum += v[lane];
+    return sum;
+}
 
 FG_INLINE auto load_lanes(const float* from) { return load<F32>(from); }
 FG_INLINE auto load_lanes(const double* from) { return load<F64>(from); }
@@ -42,9 +58,7 @@ FG_INLINE double largest(const T* values, int64_t count) {
             const auto a = load_lanes(values + i), b = load_lanes(values + i + kLanes);
             const auto c = load_lanes(values + i + 2 * kLanes), d = load_lanes(values + i + 3 * kLanes);
             nans |= (a != a) | (b != b) | (c != c) | (d != d);
-            const auto e = a > b ? a : b, f = c > d ? c : d;
-            const auto g = e > f ? e : f;
-            tops = g > tops ? g : tops;
+            tops = larger(tops, larger(larger(a, b), larger(c, d)));
         }
         for (int lane = 0; lane < kLanes; ++lane) {
             top = tops[lane] > top ? tops[lane] : top;
@@ -58,33 +72,49 @@ FG_INLINE double largest(const T* values, int64_t count) {
     return nan || top != top ? __builtin_nan("") : static_cast<double>(top);
 }
 
+// `sum` and what comes before each element or with it; moves `sum` on.
+FG_INLINE I64 running_sums(I64& sum, I64 v) {
+    const I64 within = prefix_sums(v), sums = sum + within;
+    sum += last_lane(within);
+    return sums;
+}
+template <class V>
+FG_INLINE Twin<V> running_sums(I64& sum, const Twin<V>& v) {
+    const V first = running_sums(sum, v.a);
+    return {first, running_sums(sum, v.b)};
+}
+
+FG_INLINE void store_narrow(int32_t* to, I64 v) { store(to, narrow(v)); }
+template <class V>
+FG_INLINE void store_narrow(int32_t* to, const Twin<V>& v) {
+    store_narrow(to, v.a);
+    store_narrow(to + sizeof(V) / sizeof(int64_t), v.b);
+}
+
 struct Sums {
     int64_t weights, squares;
 };
 
-// The integer weights of up to kBlock particles, zeros to the end of the last vector, and their sums.
+// The integer weights of up to kBlock particles, zeros to the next multiple of kFour, and their sums.
 template <class T>
 FG_INLINE Sums weigh(int64_t* q, const T* log_weights, int64_t count, double top, int scale) {
     I64 weights{}, squares{};
-    const auto add = [&](int64_t i, F64 log_weight) __attribute__((always_inline)) {
-        const F64 d = log_weight - top;
-        const auto x = exponential<WideLanes>(d > kLeastLogWeight ? d : splat(kLeastLogWeight));
-        const I64 weight = integer_weight(x, scale);
+    const auto add = [&](int64_t i, const Four<F64>& log_weight) __attribute__((always_inline)) {
+        const auto x = exponential<FourLanes>(log_weight - top);
+        const Four<I64> weight = integer_weight(x, scale);
         store(q + i, weight);
-        weights += weight;
-        squares += integer_square(x, scale);
+        weights += sum_of(weight);
+        squares += sum_of(integer_square(x, scale));
     };
     int64_t i = 0;
-    for (; i + kLanes64 <= count; i += kLanes64) add(i, load_wide(log_weights + i));
+    for (; i + kFour <= count; i += kFour) add(i, load_four(log_weights + i));
     if (i < count) {
-        T last[kLanes64];
-        for (int lane = 0; lane < kLanes64; ++lane)
+        T last[kFour];
+        for (int lane = 0; lane < kFour; ++lane)
             last[lane] = i + lane < count ? log_weights[i + lane] : -static_cast<T>(__builtin_inf());
-        add(i, load_wide(last));
+        add(i, load_four(last));
     }
-    Sums sums{};
-    for (int lane = 0; lane < kLanes64; ++lane) sums.weights += weights[lane], sums.squares += squares[lane];
-    return sums;
+    return {sum_of_lanes(weights), sum_of_lanes(squares)};
 }
 
 // --- sorted uniforms ----------------------------------------------------------------------------------------
@@ -93,28 +123,35 @@ struct Counter {
     uint64_t row, seed;
     uint32_t step, stream;
 
-    FG_INLINE Words words(U64 group) const {
-        const U64 high = splat(((row >> 32) & 0xFFFFu) | (uint64_t{stream} << 16));
-        return philox({group, splat(row), high, splat(uint64_t{step})}, static_cast<uint32_t>(seed),
+    template <class V>
+    FG_INLINE WordsOf<V> words(const V& group) const {
+        const uint64_t high = ((row >> 32) & 0xFFFFu) | (uint64_t{stream} << 16);
+        return philox(WordsOf<V>{group, V{} + row, V{} + high, V{} + uint64_t{step}}, static_cast<uint32_t>(seed),
                       static_cast<uint32_t>(seed >> 32));
     }
 };
 
 // Exponentials of one block of [0, uniforms], all but the very last of which are stored; returns their sum.
 FG_INLINE int64_t draw_exponentials(uint32_t* out, const Counter& counter, int64_t block, int64_t uniforms) {
-    constexpr int kDrawn = 4 * kLanes64;
+    constexpr int kHalf = 4 * kLanes64, kDrawn = 2 * kHalf;
     const int64_t end = smaller(uniforms, (block + 1) * kBlock);
     const int64_t summed = smaller(uniforms + 1, (block + 1) * kBlock);
-    U64 groups = group_lanes() + static_cast<uint64_t>(block * kBlock / 4);
+    const U64 lanes = group_lanes() + static_cast<uint64_t>(block * kBlock / 4);
+    Twin<U64> groups = {lanes, lanes + uint64_t{kLanes64}};
     const auto draw = [&](uint32_t* to) __attribute__((always_inline)) {
-        const Words words = counter.words(groups);
-        groups += uint64_t{kLanes64};
-        const U64 w0 = integer_exponential<WideLanes>(words.w0), w1 = integer_exponential<WideLanes>(words.w1);
-        const U64 w2 = integer_exponential<WideLanes>(words.w2), w3 = integer_exponential<WideLanes>(words.w3);
-        const F32 even = as<F32>(join_low_words(w0, w2)), odd = as<F32>(join_low_words(w1, w3));
-        store(to, interleave_low(even, odd));
-        store(to + kLanes32, interleave_high(even, odd));
-        return as<I64>((w0 + w1) + (w2 + w3));
+        const auto words = counter.words(groups);
+        groups = groups + uint64_t{2 * kLanes64};
+        I64 sum{};
+        const auto finish = [&](uint32_t* half, U64 w0, U64 w1, U64 w2, U64 w3) __attribute__((always_inline)) {
+            const auto four = integer_exponential<FourLanes>({{w0, w1}, {w2, w3}});
+            const F32 even = as<F32>(join_low_words(four.a.a, four.b.a)), odd = as<F32>(join_low_words(four.a.b, four.b.b));
+            store(half, interleave_low(even, odd));
+            store(half + kLanes32, interleave_high(even, odd));
+            sum += as<I64>(sum_of(four));
+        };
+        finish(to, words.w0.a, words.w1.a, words.w2.a, words.w3.a);
+        finish(to + kHalf, words.w0.b, words.w1.b, words.w2.b, words.w3.b);
+        return sum;
     };
     I64 sums{};
     int64_t i = block * kBlock, sum = 0;
@@ -125,8 +162,7 @@ FG_INLINE int64_t draw_exponentials(uint32_t* out, const Counter& counter, int64
         if (i < end) __builtin_memcpy(out + i, last, static_cast<std::size_t>(smaller(end - i, kDrawn)) * sizeof *last);
         for (int64_t k = 0; k < smaller(summed - i, kDrawn); ++k) sum += last[k];
     }
-    for (int lane = 0; lane < kLanes64; ++lane) sum += sums[lane];
-    return sum;
+    return sum + sum_of_lanes(sums);
 }
 
 // The sorted uniforms of a row, made of its exponentials in a window that moves on.
@@ -144,82 +180,116 @@ public:
             else high = middle;
         }
         next_block_ = low;
-        origin_ = next_block_ * kBlock;
-        at_ = have_ = 0;
+        begin_ = end_ = 0;
+        origin_ = low * kBlock;
         refill();
-        while (window_[at_] < bound) ++at_;
-        return origin_ + at_;
+        begin_ = first_not_below(bound);
+        return origin_ + begin_;
     }
 
-    double front() {
-        if (at_ == have_ && next_block_ * kBlock < count_) refill();
-        return window_[at_];
+    bool any_below(double bound) {
+        refill();
+        return window_[begin_] < bound;
     }
 
-    // For each of kLanes64 ascending bounds, how many lie below it; moves to the first that is not below the last.
-    FG_INLINE I64 below(F64 bounds) {
-        const double last = bounds[kLanes64 - 1];
-        const int64_t before = origin_ + at_;
-        I64 counts[4] = {};
-        for (;;) {
-            if (at_ + kAhead > have_ && next_block_ * kBlock < count_) refill();
-            const double* window = window_ + at_;
-#pragma GCC unroll 16
-            for (int i = 0; i < kAhead; ++i) counts[i % 4] += splat(window[i]) < bounds ? splat(int64_t{1}) : I64{};
-            if (!(window[kAhead - 1] < last)) break;
-            at_ += kAhead;
+    // counts[k]: how many lie below bounds[k], bits of doubles that ascend, a multiple of kFour of them; moves to the
+    // first that is not below the last. Four quarters of them are four chains of steps that need not wait for each other.
+    void count(int32_t* counts, const int64_t* bounds, int64_t number) {
+        const int64_t quarter = number / 4;
+        for (bool first = true;; first = false) {
+            refill();
+            int64_t at[4] = {begin_, 0, 0, 0};
+            for (int i = 1; i < 4; ++i) at[i] = first_not_below(OneWideLane::of_bits(bounds[i * quarter - 1]));
+            const int64_t known = first ? -origin_ : begin_;
+            for (int64_t k = 0; k < quarter; k += kLanes64) {
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    const int64_t* const some = bounds + i * quarter + k;
+                    int32_t* const out = counts + i * quarter + k;
+                    const I64 below =
+                        count_from(at[i], load<F64>(some), OneWideLane::of_bits(some[kLanes64 - 1])) + at[i];
+                    at[i] = below[kLanes64 - 1];
+                    const HalfI32 more = narrow(below - known);
+                    store(out, first ? more : load<HalfI32>(out) + more);
+                }
+            }
+            const bool passed = at[3] < end_ || next_block_ * kBlock >= count_;
+            begin_ = at[3];
+            if (passed) return;
         }
-        const I64 counted = ((counts[0] + counts[1]) + (counts[2] + counts[3])) + before;
-        at_ = counted[kLanes64 - 1] - origin_;
-        return counted;
     }
 
 private:
     static constexpr int kAhead = 2 * kLanes64;  // compared at a time: about half of it lies below the last bound
 
-    // What is still ahead to the front, then the next block; infinity after the last.
-    void refill() {
-        const int64_t left = have_ - at_;
-        for (int64_t i = 0; i < left; ++i) window_[i] = window_[at_ + i];
-        origin_ += at_;
-        at_ = 0;
-        have_ = left;
-        const int64_t begin = next_block_ * kBlock, size = smaller(count_ - begin, kBlock);
-        I64 sum = splat(sums_[next_block_]);
-        for (int64_t i = 0; i < size; i += kLanes64) {
-            const int given = static_cast<int>(smaller(size - i, kLanes64));
-            const auto words = given == kLanes64 ? load<HalfU32>(exponentials_ + begin + i)
-                                                 : load_some<HalfU32>(exponentials_ + begin + i, given);
-            const I64 within = prefix_sums(__builtin_convertvector(words, I64));
-            store(window_ + have_ + i, sorted_uniform<WideLanes>(sum + within, spacing_));
-            sum += last_lane(within);
+    // The window's first that is not below the bound.
+    FG_INLINE int64_t first_not_below(double bound) const {
+        const double* at = window_ + begin_;
+        for (int64_t left = end_ - begin_; left > 0;) {
+            const int64_t half = (left + 1) / 2;
+            at += at[half - 1] < bound ? half : 0;
+            left -= half;
         }
-        ++next_block_;
-        if (size > 0) have_ += size;
-        if (next_block_ * kBlock >= count_)
-            for (int i = 0; i <= kAhead; ++i) window_[have_ + i] = __builtin_inf();
+        return at - window_;
+    }
+
+    FG_INLINE I64 count_from(int64_t at, F64 bounds, double last) const {
+        I64 counts[2] = {};
+        for (;; at += kAhead) {
+#pragma GCC unroll 16
+            for (int i = 0; i < kAhead; ++i) count_below(counts[i % 2], window_[at + i], bounds);
+            if (!(window_[at + kAhead - 1] < last)) break;
+        }
+        return counts[0] + counts[1];
+    }
+
+    // What is left to the front, then the next block; infinity after it all.
+    void refill() {
+        const int64_t begin = next_block_ * kBlock, size = smaller(count_ - begin, kBlock), left = end_ - begin_;
+        if (left > kBlock || (size <= 0 && left > 0)) return;
+        for (int64_t i = 0; i < left; ++i) window_[i] = window_[begin_ + i];
+        origin_ += begin_;
+        begin_ = 0;
+        end_ = left;
+        if (size > 0) {
+            I64 sum = splat(sums_[next_block_]);
+            for (int64_t i = 0; i < size; i += kLanes64) {
+                const int given = static_cast<int>(smaller(size - i, kLanes64));
+                const auto words = given == kLanes64 ? load<HalfU32>(exponentials_ + begin + i)
+                                                     : load_some<HalfU32>(exponentials_ + begin + i, given);
+                const I64 within = prefix_sums(widen(words));
+                store(window_ + end_ + i, sorted_uniform<WideLanes>(sum + within, spacing_));
+                sum += last_lane(within);
+            }
+            end_ += size;
+            ++next_block_;
+        }
+        for (int i = 0; i < kAhead; ++i) window_[end_ + i] = __builtin_inf();
     }
 
     const uint32_t* exponentials_;
     const int64_t* sums_;  // before each block
     int64_t count_;
     Spacing spacing_;
-    int64_t origin_ = 0, at_ = 0, have_ = 0, next_block_ = 0;  // window_[at_] is uniform origin_ + at_
-    alignas(64) double window_[kBlock + 4 * kAhead];
+    int64_t origin_ = 0, begin_ = 0, end_ = 0, next_block_ = 0;  // window_[begin_] is uniform origin_ + begin_
+    alignas(64) double window_[2 * kBlock + 2 * kAhead];
 };
 
 // --- slots to ancestors -------------------------------------------------------------------------------------
 
-typedef int32_t Copies __attribute__((vector_size(16)));
-constexpr int kCopies = 4;
+typedef int32_t Copies __attribute__((vector_size(32)));
+constexpr int kCopies = 8;
 
-FG_INLINE void store_copies(int32_t* to, int32_t value) { store(to, value - Copies{}); }
+// At least kCopies of them: the last store reaches back over what is there already.
+FG_INLINE void fill_many(int32_t* from, int32_t* to, int32_t value) {
+    const Copies copies = value - Copies{};
+    for (; from < to - kCopies; from += kCopies) store(from, copies);
+    store(to - kCopies, copies);
+}
 
-// `count` copies and not one more.
-FG_INLINE void fill_exactly(int32_t* to, int64_t count, int32_t value) {
-    int64_t i = 0;
-    for (; i + kCopies <= count; i += kCopies) store_copies(to + i, value);
-    for (; i < count; ++i) to[i] = value;
+FG_INLINE void fill_exactly(int32_t* from, int32_t* to, int32_t value) {
+    if (to - from >= kCopies) return fill_many(from, to, value);
+    for (; from < to; ++from) *from = value;
 }
 
 // Of 16 particles, bit i says whether particle i has more slots than `count`.
@@ -238,13 +308,15 @@ FG_INLINE void fill_slots(int32_t* out, const int32_t* ends, int64_t count, int6
         if (end[kGroup - 1] == end[-1]) continue;
         const int32_t particle = static_cast<int32_t>(first + k);
         if (end[kGroup - 1] > limit - kCopies) {
-            for (int i = 0; i < kGroup; ++i) fill_exactly(out + end[i - 1], end[i] - end[i - 1], particle + i);
+            for (int i = 0; i < kGroup; ++i) fill_exactly(out + end[i - 1], out + end[i], particle + i);
             continue;
         }
-        for (int i = 0; i < kGroup; ++i) store_copies(out + end[i - 1], particle + i);
+        Copies copies = particle - Copies{};
+#pragma GCC unroll 4
+        for (int i = 0; i < kGroup; ++i, copies += 1) store(out + end[i - 1], copies);
         for (uint32_t many = more_slots(end, kCopies); many != 0; many &= many - 1) {
             const int i = __builtin_ctz(many);
-            fill_exactly(out + end[i - 1] + kCopies, end[i] - end[i - 1] - kCopies, particle + i);
+            fill_many(out + end[i - 1] + 1, out + end[i], particle + i);
         }
     }
 }
@@ -260,11 +332,27 @@ FG_INLINE int64_t fill_spares(int32_t* out, uint16_t* alive, const int32_t* ends
         if (end[kGroup - 1] == end[-1]) continue;
         const int32_t particle = static_cast<int32_t>(first + k);
         const bool roomy = at + (end[kGroup - 1] - end[-1]) + kCopies <= room;
-        for (int i = 0; i < kGroup; ++i) {
-            const int64_t slots = end[i] - end[i - 1], spare = slots - (slots > 0);
-            if (roomy && spare <= kCopies) store_copies(out + at, particle + i);
-            else fill_exactly(out + at, spare, particle + i);
-            at += spare;
+        if (!roomy) {
+            for (int i = 0; i < kGroup; ++i) {
+                const int64_t slots = end[i] - end[i - 1], spare = slots - (slots > 0);
+                fill_exactly(out + at, out + at + spare, particle + i);
+                at += spare;
+            }
+            continue;
+        }
+        const int64_t begin = at;
+        Copies copies = particle - Copies{};
+#pragma GCC unroll 4
+        for (int i = 0; i < kGroup; ++i, copies += 1) {
+            const int64_t slots = end[i] - end[i - 1];
+            store(out + at, copies);
+            at += slots - (slots > 0);
+        }
+        for (uint32_t many = more_slots(end, kCopies + 1); many != 0; many &= many - 1) {
+            const int i = __builtin_ctz(many);
+            const int64_t before = end[i - 1] - end[-1] - __builtin_popcount(alive[k / kGroup] & ((1u << i) - 1));
+            int32_t* const from = out + begin + before;
+            fill_many(from + 1, from + (end[i] - end[i - 1] - 1), particle + i);
         }
     }
     return at;
@@ -283,9 +371,9 @@ FG_INLINE void place(int32_t* out, const uint16_t* alive, const int32_t* spares,
     }
 #endif
     for (; k < size; ++k) {
-        const bool lives = (alive[k / kGroup] >> (k % kGroup) & 1) != 0;
-        out[k] = lives ? static_cast<int32_t>(first + k) : *spares;
-        spares += !lives;
+        const int32_t dead = (alive[k / kGroup] >> (k % kGroup) & 1) - 1, name = static_cast<int32_t>(first + k);
+        out[k] = name ^ ((name ^ *spares) & dead);  // no branch: who lives is not foreseen
+        spares -= dead;
     }
 }
 
@@ -454,13 +542,11 @@ private:
             int64_t buffer[kBlock];
             const int64_t* q = weights_of(block, size, buffer);
             I64 copies{};
-            for (int64_t i = 0; i < size; i += kLanes64) {
-                const Share<WideLanes> share = floor_share<WideLanes>(load<I64>(q + i), slots_);
-                copies += share.whole;
+            for (int64_t i = 0; i < size; i += kFour) {
+                const Share<FourLanes> share = floor_share<FourLanes>(load_four(q + i), slots_);
+                copies += sum_of(share.whole);
             }
-            int64_t sum = 0;
-            for (int lane = 0; lane < kLanes64; ++lane) sum += copies[lane];
-            tables_.copies[block] = sum;
+            tables_.copies[block] = sum_of_lanes(copies);
         });
         return sum_before(tables_.copies, blocks_);
     }
@@ -486,14 +572,16 @@ private:
                                          1.0 / static_cast<double>(total_));
     }
 
-    // Stratum j's position lies floor((j Q + r_j) / N) in.
-    FG_INLINE I64 stratified_slots(I64 q) const {
-        const Share<WideLanes> share = floor_share<WideLanes>(q, slots_);
-        const U64 j = as<U64>(share.whole);
-        const Words words = counter_.words(j >> 1);
-        const U64 odd = -(j & 1), w0 = words.w0 ^ ((words.w0 ^ words.w2) & odd), w1 = words.w1 ^ ((words.w1 ^ words.w3) & odd);
-        const I64 r = uniform_below<WideLanes>(slots_.total, w0, w1);
-        return share.whole + WideLanes::one_if(share.rest > r);
+    // Stratum j's position is floor((j Q + r_j) / N).
+    template <class Lanes>
+    FG_INLINE typename Lanes::I64 stratified_slots(const typename Lanes::I64& q) const {
+        using U64 = typename Lanes::U64;
+        const Share<Lanes> share = floor_share<Lanes>(q, slots_);
+        const U64 j = Lanes::to_unsigned(share.whole);
+        const auto words = counter_.words(j >> 1);
+        const U64 odd = -(j & 1);
+        const U64 w0 = words.w0 ^ ((words.w0 ^ words.w2) & odd), w1 = words.w1 ^ ((words.w1 ^ words.w3) & odd);
+        return share.whole + Lanes::one_if(share.rest > uniform_below<Lanes>(slots_.total, w0, w1));
     }
 
     template <Scheme kScheme>
@@ -501,7 +589,7 @@ private:
         if (block == blocks_) return number_;
         const int64_t q = tables_.weights[block];
         if constexpr (kScheme == Scheme::systematic) return systematic_slots<OneWideLane>(q, slots_, first_);
-        if constexpr (kScheme == Scheme::stratified) return stratified_slots(splat(q))[0];
+        if constexpr (kScheme == Scheme::stratified) return stratified_slots<WideLanes>(splat(q))[0];
         const int64_t drawn = uniforms.seek(bound_before<kScheme>(block));
         return kScheme == Scheme::residual ? tables_.copies[block] + drawn : drawn;
     }
@@ -510,7 +598,7 @@ private:
     template <Scheme kScheme>
     void draw_blocks(int64_t begin, int64_t end, int64_t drawn) {
         constexpr bool kDraws = kScheme == Scheme::multinomial || kScheme == Scheme::residual;
-        int64_t buffer[kBlock];
+        alignas(64) int64_t buffer[kBlock];
         int32_t slots[kGroup + kBlock];
         int32_t* const ends = slots + kGroup;
         Uniforms uniforms(exponentials(), tables_.exponentials, drawn, spacing_);
@@ -519,16 +607,17 @@ private:
         for (int64_t block = begin; block < end; ++block) {
             bool empty = filled == limit;
             if constexpr (!kDraws) empty = empty || slots_before<kScheme>(block + 1, uniforms) == filled;
-            if constexpr (kScheme == Scheme::multinomial) empty = empty || uniforms.front() >= bound_before<kScheme>(block + 1);
+            if constexpr (kScheme == Scheme::multinomial) empty = empty || !uniforms.any_below(bound_before<kScheme>(block + 1));
             ends[-1] = static_cast<int32_t>(filled);
             const int64_t size = smaller(kBlock, particles_ - block * kBlock);
             const int64_t padded = (size + kGroup - 1) / kGroup * kGroup;
+            static_assert(kFour % kGroup == 0 || kGroup % kFour == 0);
             if (empty) {
                 if (call_.sorted) continue;
                 for (int64_t i = 0; i < padded; ++i) ends[i] = ends[-1];
             } else {
                 count_slots<kScheme>(ends, weights_of(block, size, buffer), block, size, uniforms);
-                for (int64_t i = (size + kLanes64 - 1) / kLanes64 * kLanes64; i < padded; ++i) ends[i] = ends[i - 1];
+                for (int64_t i = (size + kFour - 1) / kFour * kFour; i < padded; ++i) ends[i] = ends[i - 1];
             }
             if (call_.sorted) {
                 fill_slots(ancestors_, ends, padded, block * kBlock, limit);
@@ -542,26 +631,36 @@ private:
         }
     }
 
-    // ends[k]: the slots of all particles of the row up to this one.
+    // ends[k]: the slots of all particles of the row up to this one. Overwrites the weights.
     template <Scheme kScheme>
-    FG_INLINE void count_slots(int32_t* ends, const int64_t* q, int64_t block, int64_t size, Uniforms& uniforms) {
-        I64 sum = splat(tables_.weights[block]), copies{};
-        const double reciprocal = 1.0 / static_cast<double>(total_);
-        if constexpr (kScheme == Scheme::residual) copies = splat(tables_.copies[block]);
-        for (int64_t i = 0; i < size; i += kLanes64) {
-            const I64 weights = load<I64>(q + i), within = prefix_sums(weights), up_to = sum + within;
-            sum += last_lane(within);
-            I64 slots;
-            if constexpr (kScheme == Scheme::systematic) slots = systematic_slots<WideLanes>(up_to, slots_, first_);
-            if constexpr (kScheme == Scheme::stratified) slots = stratified_slots(up_to);
-            if constexpr (kScheme == Scheme::multinomial) slots = uniforms.below(to_double(up_to));
-            if constexpr (kScheme == Scheme::residual) {
-                const Share<WideLanes> share = floor_share<WideLanes>(weights, slots_);
-                const I64 own = prefix_sums(share.whole) + copies;
-                copies = last_lane(own);
-                slots = own + uniforms.below(remainder_of(floor_share<WideLanes>(up_to, slots_), own, reciprocal));
+    FG_INLINE void count_slots(int32_t* ends, int64_t* q, int64_t block, int64_t size, Uniforms& uniforms) {
+        const int64_t padded = (size + kFour - 1) / kFour * kFour;
+        I64 sum = splat(tables_.weights[block]);
+        if constexpr (kScheme == Scheme::systematic || kScheme == Scheme::stratified) {
+            for (int64_t k = 0; k < padded; k += kFour) {
+                const Four<I64> up_to = running_sums(sum, load_four(q + k));
+                if constexpr (kScheme == Scheme::systematic) {
+                    store_narrow(ends + k, systematic_slots<FourLanes>(up_to, slots_, first_));
+                } else {
+                    store_narrow(ends + k, stratified_slots<FourLanes>(up_to));
+                }
             }
-            store(ends + i, __builtin_convertvector(slots, HalfI32));
+        } else if constexpr (kScheme == Scheme::multinomial) {
+            for (int64_t k = 0; k < padded; k += kFour)
+                store(q + k, FourLanes::to_double(running_sums(sum, load_four(q + k))));
+            uniforms.count(ends, q, padded);
+        } else {
+            int32_t copies[kBlock];
+            I64 copied = splat(tables_.copies[block]);
+            const double reciprocal = 1.0 / static_cast<double>(total_);
+            for (int64_t k = 0; k < padded; k += kFour) {
+                const Four<I64> weights = load_four(q + k), up_to = running_sums(sum, weights);
+                const Four<I64> own = running_sums(copied, floor_share<FourLanes>(weights, slots_).whole);
+                store_narrow(copies + k, own);
+                store(q + k, remainder_of(floor_share<FourLanes>(up_to, slots_), own, reciprocal));
+            }
+            uniforms.count(ends, q, padded);
+            for (int64_t k = 0; k < padded; ++k) ends[k] += copies[k];
         }
     }
 
