@@ -356,9 +356,47 @@ def propose_and_weigh(
 # --- resampling ---------------------------------------------------------------------------------------------
 
 _LOG2_E = 1.4426950408889634
-_LN2_HIGH = 0.693147180369123816490  # ln 2 in two parts; the high one has 32 bits, so n * high is exact
-_LN2_LOW = 1.90821492927058770002e-10
-_EXP = [1.0 / math.factorial(k) for k in range(13, -1, -1)]  # on |f| <= ln(2)/2 the next term is 5e-18
+_LN_2 = 0.6931471805599453
+_EXP2 = [  # 2^f on |f| <= 1/2: the minimax polynomial of degree 11, to 5e-18 of it
+    4.4353538352506337e-10,
+    7.073245400775912e-09,
+    1.0178180978790253e-07,
+    1.3215438809462704e-06,
+    1.5252733590777546e-05,
+    0.00015403530449011938,
+    0.0013333558146581574,
+    0.009618129107601656,
+    0.05550410866482163,
+    0.24022650695910108,
+    0.6931471805599453,
+    1.0,
+]
+_LOG = [  # ln(3/2 + f) on |f| <= 1/2: degree 10, to 7e-10
+    -0.002376162972939694,
+    0.0037526511339678846,
+    -0.0046663716278311,
+    0.008132962281705085,
+    -0.01466320672911913,
+    0.026363116970939914,
+    -0.04938061267387683,
+    0.09876426639700793,
+    -0.22222227464793023,
+    0.6666666814068787,
+    0.40546510832503946,
+]
+
+
+def _polynomial(coefficients: list[float], x: Tensor) -> Tensor:
+    """Horner's rule, the highest power first: one multiplication and one addition at a time."""
+    value = torch.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = value * x
+        value = value + coefficient
+    return value
+
+
+def _power_of_two(n: Tensor) -> Tensor:
+    return ((n + 1023) << 52).view(torch.float64)
 
 
 def integer_weights(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -373,21 +411,14 @@ def integer_weights(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     lw = log_weights.double().contiguous()
     top = lw.amax(dim=1)
     good = torch.isfinite(top)[:, None]
-    d = torch.where(good, lw - torch.where(good, top[:, None], 0.0), 0.0).clamp(min=-700.0)
-    n = torch.round(d * _LOG2_E)
-    f = (d - n * _LN2_HIGH) - n * _LN2_LOW
-    e = torch.full_like(f, _EXP[0])
-    for coefficient in _EXP[1:]:
-        e = e * f
-        e = e + coefficient
+    d = torch.where(good, lw - torch.where(good, top[:, None], 0.0), 0.0)
+    t = d.clamp(min=-64.0) * _LOG2_E  # exp(-64) 2^62 rounds to 0
+    n = torch.round(t)
+    e = _polynomial(_EXP2, t - n)
     n = n.long()
     q = torch.round(e * _power_of_two(n + scale)).long()
-    v = torch.round((e * e) * _power_of_two((2 * n + scale).clamp(min=-1000))).long()
+    v = torch.round((e * e) * _power_of_two(2 * n + scale)).long()
     return q, v, top, scale
-
-
-def _power_of_two(n: Tensor) -> Tensor:
-    return ((n + 1023) << 52).view(torch.float64)
 
 
 def _uniform_below(q: Tensor, w0: Tensor, w1: Tensor) -> Tensor:
@@ -406,10 +437,31 @@ def _uniforms(rows: int, number: int, seed: int, step: int, stream: int, device:
     return w0, w1
 
 
-def _search(q: Tensor, positions: Tensor) -> Tensor:
+def _exponentials(rows: int, number: int, seed: int, step: int, stream: int, device: torch.device) -> Tensor:
+    """Standard exponentials ``[rows, number]`` as integers, ``round(-ln((word + 1) / 2^32) 2^26)``, from the words in
+    the order of `randn`'s elements. Their distribution function is within 1e-8 of the exponential one, and their sums
+    are exact."""
+    words = _words(rows, (number + 3) // 4, seed, step, stream, 0, device)
+    u = (torch.stack(words, dim=-1).flatten(1)[:, :number] + 1).double()  # 2^exponent times [1, 2)
+    exponent = (u.view(torch.int64) >> 52) - 1023
+    ln = _polynomial(_LOG, u * _power_of_two(-exponent) - 1.5)
+    return torch.round(((32 - exponent).double() * _LN_2 - ln) * 2.0**26).long()
+
+
+def _sorted_uniforms(exponentials: Tensor, number: Tensor, total: Tensor) -> Tensor:
+    """``[B, n]``: in each row ``number`` ``[B, 1]`` sorted uniforms below ``total`` ``[B, 1]`` (float64), then infinity,
+    from exponentials ``[B, n + 1]``: order statistics are sums of exponential spacings over the sum of one more
+    (Chopin & Papaspiliopoulos 2020, chapter 9)."""
+    sums = exponentials.cumsum(1)
+    u = sums.double() * (total / sums.gather(1, number).clamp(min=1).double())
+    u = torch.minimum(u, total * (1.0 - 2.0**-53))  # the next float64 below
+    return torch.where(torch.arange(sums.shape[1], device=sums.device) < number, u, math.inf)[:, :-1].contiguous()
+
+
+def _search(prefix: Tensor, positions: Tensor) -> Tensor:
     """First particle whose inclusive prefix sum exceeds the position."""
-    index = torch.searchsorted(q.cumsum(1), positions.contiguous(), right=True)
-    return index.clamp(max=q.shape[1] - 1)
+    index = torch.searchsorted(prefix, positions.contiguous(), right=True)
+    return index.clamp(max=prefix.shape[1] - 1)
 
 
 def _stratum_positions(total: Tensor, number: int, r: Tensor) -> Tensor:
@@ -419,20 +471,26 @@ def _stratum_positions(total: Tensor, number: int, r: Tensor) -> Tensor:
     return i * h + (i * g + r) // number
 
 
-def _residual(q: Tensor, total: Tensor, number: int, w0: Tensor, w1: Tensor) -> Tensor:
+def _shares(q: Tensor, total: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """``floor(N q / Q)`` and the rest of that division, for ``0 <= q <= Q <= 2^62``."""
+    # The quotient from floating point is off by one at most; the rest, exact modulo 2^64, mends it.
+    quotient = torch.floor(number * (q.double() / total.double())).long()
+    rest = number * q - quotient * total
+    shift = (rest >= total).long() - (rest < 0).long()
+    return quotient + shift, rest - shift * total
+
+
+def _residual(q: Tensor, total: Tensor, number: int, exponentials: Tensor) -> Tensor:
     """``floor(N w)`` copies of each, the rest multinomial from the remainders; sorted."""
-    # floor(N q / Q) from floating point is off by one at most; the remainder, exact modulo 2^64, mends it.
-    copies = torch.floor(number * (q.double() / total.double())).long()
-    remainder = number * q - copies * total
-    shift = (remainder >= total).long() - (remainder < 0).long()
-    copies, remainder = copies + shift, remainder - shift * total
-    slots = torch.arange(number, device=q.device).expand(q.shape[0], -1).contiguous()
-    sure = _search(copies, slots)
-    # Their sum is left * Q: where that passes 2^62, and only there, their lowest bits give way.
-    left = number - copies.sum(1, keepdim=True)
-    remainder = remainder >> (torch.frexp(left.double() * total.double()).exponent - 62).clamp(min=0)
-    chance = _search(remainder, _uniform_below(remainder.sum(1, keepdim=True), w0, w1))
-    return torch.where(slots < copies.sum(1, keepdim=True), sure, chance).sort(dim=1).values
+    copies = _shares(q, total, number)[0].cumsum(1)
+    whole, rest = _shares(q.cumsum(1), total, number)
+    # What is left of N w after the copies, summed: whole - copies and a fraction.
+    remainders = (whole - copies).double() + (rest.double() * (1.0 / total.double())).clamp(max=1.0)
+    left = number - copies[:, -1:]
+    u = _sorted_uniforms(exponentials, left, left.double())
+    offspring = copies + torch.searchsorted(u, remainders)
+    slots = torch.arange(number, device=q.device).expand(q.shape[0], -1)
+    return _search(offspring, slots)
 
 
 def _keep_in_place(ancestors: Tensor) -> Tensor:
@@ -441,7 +499,7 @@ def _keep_in_place(ancestors: Tensor) -> Tensor:
     counts = torch.zeros_like(ancestors).scatter_add_(1, ancestors, torch.ones_like(ancestors))
     alive = counts > 0
     rank = (~alive).cumsum(1) - 1  # of a dead slot among the dead
-    spare = _search((counts - 1).clamp(min=0), rank.clamp(min=0))
+    spare = _search((counts - 1).clamp(min=0).cumsum(1), rank.clamp(min=0))
     return torch.where(alive, torch.arange(particles, device=ancestors.device), spare)
 
 
@@ -456,8 +514,9 @@ def resample(
     stream: int = 0,
     sorted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(ancestors, log_weights, log_mean_weight, ess)`` of ``[B, K]`` or ``[K]``. A row without a usable weight
-    keeps its particles, and its mean weight and ESS are NaN. See `fastguide.ops.resample`."""
+    """``(ancestors, log_weights, log_mean_weight, ess)`` of ``[B, K]`` or ``[K]``. A row without a usable weight keeps
+    its particles (its ancestors are zeros where ``num`` is not ``K``), and its mean weight and ESS are NaN. See
+    `fastguide.ops.resample`."""
     if log_weights.ndim == 1:
         out = resample(
             log_weights[None],
@@ -479,28 +538,29 @@ def resample(
     ess = torch.where(bad, math.nan, w * w / (v.sum(1).double() * 2.0**-scale))
     log_mean_weight = torch.where(bad, math.nan, top + torch.log(w / particles))
 
-    if scheme == "systematic":
-        w0, w1 = _uniforms(rows, 1, seed, step, stream, log_weights.device)
-        ancestors = _search(q, _stratum_positions(total, number, _uniform_below(total, w0, w1)))
-    else:
-        w0, w1 = _uniforms(rows, number, seed, step, stream, log_weights.device)
-        if scheme == "stratified":
-            ancestors = _search(q, _stratum_positions(total, number, _uniform_below(total, w0, w1)))
-        elif scheme == "multinomial":
-            ancestors = _search(q, _uniform_below(total, w0, w1).sort(dim=1).values)
-        elif scheme == "residual":
-            ancestors = _residual(q, total, number, w0, w1)
+    device = log_weights.device
+    if scheme in ("systematic", "stratified"):
+        w0, w1 = _uniforms(rows, 1 if scheme == "systematic" else number, seed, step, stream, device)
+        ancestors = _search(q.cumsum(1), _stratum_positions(total, number, _uniform_below(total, w0, w1)))
+    elif scheme in ("multinomial", "residual"):
+        exponentials = _exponentials(rows, number + 1, seed, step, stream, device)
+        if scheme == "residual":
+            ancestors = _residual(q, total, number, exponentials)
         else:
-            raise ValueError(f"scheme: expected one of {SCHEMES}, got {scheme!r}")
+            u = _sorted_uniforms(exponentials, torch.full_like(total, number), total.double())
+            ancestors = _search(q.cumsum(1).double(), u)
+    else:
+        raise ValueError(f"scheme: expected one of {SCHEMES}, got {scheme!r}")
     if not sorted:
         ancestors = _keep_in_place(ancestors)
 
     after = log_mean_weight[:, None].to(log_weights.dtype).expand(rows, number)
-    if number == particles:  # else a bad row's identity has no meaning, and the caller sees its NaN
+    if number == particles:
         keep = bad if ess_threshold is None else bad | (ess >= ess_threshold * particles)
-        identity = torch.arange(particles, device=log_weights.device)
-        ancestors = torch.where(keep[:, None], identity, ancestors)
+        ancestors = torch.where(keep[:, None], torch.arange(particles, device=device), ancestors)
         after = torch.where(keep[:, None], log_weights, after)
+    else:
+        ancestors = torch.where(bad[:, None], 0, ancestors)
     index_dtype = torch.int32 if particles < 2**31 else torch.int64
     return ancestors.to(index_dtype), after.contiguous(), log_mean_weight, ess
 

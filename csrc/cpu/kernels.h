@@ -71,6 +71,24 @@ struct DensityArrays {
     uint64_t samples, elements, y_rows, added_rows;
 };
 
+enum class Scheme : int { systematic = 0, stratified = 1, multinomial = 2, residual = 3 };
+
+// One call of resample: float32 or float64 log-weights [rows, particles] to ancestors [rows, number].
+struct Resampling {
+    const void* log_weights;
+    Dtype dtype;
+    uint64_t rows, particles, number;  // both below 2^31
+    Scheme scheme;
+    bool sorted;
+    double keep_from;  // a row whose effective sample size is at least this keeps its particles
+    uint64_t seed;
+    uint32_t step, stream;
+    int32_t* ancestors;
+    void* log_weights_after;  // [rows, number]
+    double *log_mean_weight, *ess;  // [rows]
+    int threads;
+};
+
 // Fills out[particles, elements] with standard normals on at most `threads` threads.
 using Randn = void(void* out, Dtype dtype, const RandnShape& shape, int threads);
 // The normals of `pairs` pairs of words (radius, angle), as randn computes them in float32.
@@ -78,6 +96,8 @@ using Normals = void(const uint32_t* words, float* out, std::size_t pairs);
 using ReverseStep = void(const Step& step);
 // The step from x0_hat = step.output, and each particle's log-weight with the log-density ratio added.
 using ProposeAndWeigh = void(const Step& step, const Weights& weights);
+// Returns the first row without a usable weight, or -1.
+using Resample = int64_t(const Resampling& call);
 // Moves the particles of each of `count` states to where ancestors[rows, particles] say, int64 if `wide`, else
 // int32; none if an ancestor is out of range.
 using GatherParticles = Gathered(const void* ancestors, bool wide, uint64_t rows, uint64_t particles,
@@ -94,22 +114,24 @@ struct Kernels {
     Normals* normals;
     ReverseStep* reverse_step;
     ProposeAndWeigh* propose_and_weigh;
+    Resample* resample;
     GatherParticles* gather_particles;
     LogProbAndGradient* log_prob_and_gradient;
     LogFunctions* log_functions;
 };
 
-#define FG_DECLARE_KERNELS(isa)                                                                        \
-    namespace isa {                                                                                    \
-    Randn randn;                                                                                       \
-    Normals normals;                                                                                   \
-    ReverseStep reverse_step;                                                                          \
-    ProposeAndWeigh propose_and_weigh;                                                                 \
-    GatherParticles gather_particles;                                                                  \
-    LogProbAndGradient log_prob_and_gradient;                                                          \
-    LogFunctions log_functions;                                                                        \
-    constexpr Kernels kKernels{#isa,             randn,                 normals,      reverse_step,    \
-                               propose_and_weigh, gather_particles, log_prob_and_gradient, log_functions}; \
+#define FG_DECLARE_KERNELS(isa)                                                                   \
+    namespace isa {                                                                               \
+    Randn randn;                                                                                  \
+    Normals normals;                                                                              \
+    ReverseStep reverse_step;                                                                     \
+    ProposeAndWeigh propose_and_weigh;                                                            \
+    Resample resample;                                                                            \
+    GatherParticles gather_particles;                                                             \
+    LogProbAndGradient log_prob_and_gradient;                                                     \
+    LogFunctions log_functions;                                                                   \
+    constexpr Kernels kKernels{#isa, randn, normals, reverse_step, propose_and_weigh,             \
+                               resample, gather_particles, log_prob_and_gradient, log_functions}; \
     }
 
 #if defined(__x86_64__)

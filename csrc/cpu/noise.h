@@ -9,16 +9,18 @@ namespace fastguide::cpu::FG_ISA {
 
 // Four words of Philox in 64-bit lanes. Only the low words count: a product's own high word may stand above
 // them, and the next multiplication does not look at it.
-struct Words {
-    U64 w0, w1, w2, w3;
+template <class V>
+struct WordsOf {
+    V w0, w1, w2, w3;
 };
+using Words = WordsOf<U64>;
 
-template <int kFirst = 0>
-FG_INLINE Words philox(Words c, uint32_t key0, uint32_t key1) {
+template <int kFirst = 0, class V = U64>
+FG_INLINE WordsOf<V> philox(WordsOf<V> c, uint32_t key0, uint32_t key1) {
     const U64 multiplier0 = splat(uint64_t{kPhiloxMultiplier0}), multiplier1 = splat(uint64_t{kPhiloxMultiplier1});
 #pragma GCC unroll 10
     for (uint32_t round = kFirst; round < kPhiloxRounds; ++round) {
-        const U64 product0 = multiply_low_words(multiplier0, c.w0), product1 = multiply_low_words(multiplier1, c.w2);
+        const V product0 = multiply_low_words(multiplier0, c.w0), product1 = multiply_low_words(multiplier1, c.w2);
         c = {(product1 >> 32) ^ c.w1 ^ uint64_t{key0 + round * kPhiloxWeyl0}, product1,
              (product0 >> 32) ^ c.w3 ^ uint64_t{key1 + round * kPhiloxWeyl1}, product0};
     }

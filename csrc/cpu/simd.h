@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../common/config.h"
 
@@ -41,7 +42,9 @@ typedef int64_t I64 FG_VECTOR;
 typedef uint64_t U64 FG_VECTOR;
 #undef FG_VECTOR
 typedef float HalfF32 __attribute__((vector_size(kBytes / 2)));  // as many lanes as F64
-typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));   // as many lanes as F32
+typedef int32_t HalfI32 __attribute__((vector_size(kBytes / 2)));  // and as I64
+typedef uint32_t HalfU32 __attribute__((vector_size(kBytes / 2)));
+typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));  // as many lanes as F32
 
 template <class V, class T>
 FG_INLINE V load(const T* from) {
@@ -179,6 +182,46 @@ FG_INLINE F32 interleave_high(F32 a, F32 b) {
 #endif
 }
 
+// Bit i says whether a > b in lane i.
+FG_INLINE uint32_t lanes_above(I32 a, I32 b) {
+#if defined(__AVX512F__)
+    return _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(a > b)));
+#elif defined(__x86_64__)
+    return static_cast<uint32_t>(_mm_movemask_ps((__m128)(a > b)));
+#else
+    uint32_t mask = 0;
+    for (int i = 0; i < kLanes32; ++i) mask |= static_cast<uint32_t>(a[i] > b[i]) << i;
+    return mask;
+#endif
+}
+
+// Inclusive prefix sums of the lanes, and the last lane in all.
+FG_INLINE I64 prefix_sums(I64 v) {
+    constexpr I64 zero{};
+#if defined(__AVX512F__)
+    v += as<I64>(_mm512_alignr_epi64((__m512i)v, (__m512i)zero, 7));
+    v += as<I64>(_mm512_alignr_epi64((__m512i)v, (__m512i)zero, 6));
+    return v + as<I64>(_mm512_alignr_epi64((__m512i)v, (__m512i)zero, 4));
+#elif defined(__AVX2__)
+    v += __builtin_shufflevector(zero, v, 3, 4, 5, 6);
+    return v + __builtin_shufflevector(zero, v, 2, 3, 4, 5);
+#else
+    return v + __builtin_shufflevector(zero, v, 1, 2);
+#endif
+}
+
+FG_INLINE I64 last_lane(I64 v) {
+#if defined(__AVX512F__)
+    return __builtin_shufflevector(v, v, 7, 7, 7, 7, 7, 7, 7, 7);
+#elif defined(__AVX2__)
+    return __builtin_shufflevector(v, v, 3, 3, 3, 3);
+#else
+    return __builtin_shufflevector(v, v, 1, 1);
+#endif
+}
+
 // What the functions of common/math.h are made of, in all lanes.
 struct VectorLanes {
     using F32 = FG_ISA::F32;
@@ -200,7 +243,15 @@ struct VectorLanes {
 
 // --- float64 ------------------------------------------------------------------------------------------------
 
+#if defined(__AVX512F__)  // GCC would convert in halves
+FG_INLINE F64 widen(HalfF32 v) { return as<F64>(_mm512_cvtps_pd((__m256)v)); }
+FG_INLINE I64 widen(HalfU32 v) { return as<I64>(_mm512_cvtepu32_epi64((__m256i)v)); }
+FG_INLINE HalfI32 narrow(I64 v) { return as<HalfI32>(_mm512_cvtepi64_epi32((__m512i)v)); }
+#else
 FG_INLINE F64 widen(HalfF32 v) { return __builtin_convertvector(v, F64); }
+FG_INLINE I64 widen(HalfU32 v) { return __builtin_convertvector(v, I64); }
+FG_INLINE HalfI32 narrow(I64 v) { return __builtin_convertvector(v, HalfI32); }
+#endif
 FG_INLINE F64 low_half(F32 v) {
     HalfF32 half;
     __builtin_memcpy(&half, &v, sizeof half);
@@ -212,10 +263,33 @@ FG_INLINE F64 high_half(F32 v) {
     return widen(half);
 }
 
-// To the nearest integer, ties to even, for 0 <= v.
-FG_INLINE F64 round_even(F64 v) {
-    const F64 magic = splat(0x1p52);
-    return v < magic ? (v + magic) - magic : v;
+// The smaller and the larger of each lane; b where one is NaN.
+#if defined(__AVX512F__)
+FG_INLINE F64 smaller(F64 a, F64 b) { return as<F64>(_mm512_min_pd((__m512d)a, (__m512d)b)); }
+FG_INLINE F64 larger(F64 a, F64 b) { return as<F64>(_mm512_max_pd((__m512d)a, (__m512d)b)); }
+FG_INLINE F32 larger(F32 a, F32 b) { return as<F32>(_mm512_max_ps((__m512)a, (__m512)b)); }
+#elif defined(__AVX2__)
+FG_INLINE F64 smaller(F64 a, F64 b) { return as<F64>(_mm256_min_pd((__m256d)a, (__m256d)b)); }
+FG_INLINE F64 larger(F64 a, F64 b) { return as<F64>(_mm256_max_pd((__m256d)a, (__m256d)b)); }
+FG_INLINE F32 larger(F32 a, F32 b) { return as<F32>(_mm256_max_ps((__m256)a, (__m256)b)); }
+#elif defined(__x86_64__)
+FG_INLINE F64 smaller(F64 a, F64 b) { return as<F64>(_mm_min_pd((__m128d)a, (__m128d)b)); }
+FG_INLINE F64 larger(F64 a, F64 b) { return as<F64>(_mm_max_pd((__m128d)a, (__m128d)b)); }
+FG_INLINE F32 larger(F32 a, F32 b) { return as<F32>(_mm_max_ps((__m128)a, (__m128)b)); }
+#else
+FG_INLINE F64 smaller(F64 a, F64 b) { return a < b ? a : b; }
+FG_INLINE F64 larger(F64 a, F64 b) { return a > b ? a : b; }
+FG_INLINE F32 larger(F32 a, F32 b) { return a > b ? a : b; }
+#endif
+
+// Adds one to the lanes where value < bounds.
+FG_INLINE void count_below(I64& counts, double value, F64 bounds) {
+#if defined(__AVX512F__)
+    const __mmask8 below = _mm512_cmp_pd_mask(_mm512_set1_pd(value), (__m512d)bounds, _CMP_LT_OQ);
+    counts = as<I64>(_mm512_mask_add_epi64((__m512i)counts, below, (__m512i)counts, _mm512_set1_epi64(1)));
+#else
+    counts -= splat(value) < bounds;
+#endif
 }
 
 // Of integers in [0, 2^63): rounded to nearest.
@@ -229,8 +303,34 @@ FG_INLINE F64 to_double(I64 v) {
 #endif
 }
 
-// Of integral values in (-2^63, 2^63).
-FG_INLINE I64 to_integer(F64 v) { return __builtin_convertvector(v, I64); }
+// The nearest integers, ties to even, of 0 <= v <= 2^62.
+FG_INLINE I64 nearest(F64 v) {
+#if defined(__AVX512DQ__)
+    return as<I64>(_mm512_cvtpd_epi64((__m512d)v));
+#else  // its multiples of 2^32, and the exact rest: an addition that leaves no room for a fraction rounds it
+    const F64 high = v * 0x1p-32 + 0x1p52;
+    const F64 rest = (v - (high - 0x1p52) * 0x1p32) + 0x1.8p52;
+    return (as<I64>(high) << 32) + (as<I64>(rest) - as<I64>(splat(0x1.8p52)));
+#endif
+}
+
+// What the functions of common/weights.h are made of, in all lanes.
+struct WideLanes {
+    using F64 = FG_ISA::F64;
+    using I64 = FG_ISA::I64;
+    using U64 = FG_ISA::U64;
+
+    static FG_INLINE I64 bits(F64 v) { return as<I64>(v); }
+    static FG_INLINE F64 of_bits(I64 v) { return as<F64>(v); }
+    static FG_INLINE U64 to_unsigned(I64 v) { return as<U64>(v); }
+    static FG_INLINE I64 to_signed(U64 v) { return as<I64>(v); }
+    static FG_INLINE F64 to_double(I64 v) { return FG_ISA::to_double(v); }
+    static FG_INLINE I64 nearest(F64 v) { return FG_ISA::nearest(v); }
+    static FG_INLINE U64 multiply_low_words(U64 a, U64 b) { return FG_ISA::multiply_low_words(a, b); }
+    static FG_INLINE I64 one_if(I64 condition) { return -condition; }
+    static FG_INLINE F64 smaller(F64 a, F64 b) { return FG_ISA::smaller(a, b); }
+    static FG_INLINE F64 larger(F64 a, F64 b) { return FG_ISA::larger(a, b); }
+};
 
 FG_INLINE F64 square_root(F64 v) {
 #if defined(__AVX512F__)

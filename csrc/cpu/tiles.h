@@ -35,34 +35,37 @@ struct Tiling {
     }
 };
 
-// f(index) for each of [0, count), on at most `threads` threads. `grain` indices are the least worth a thread.
+// f(begin, end) for pieces of [0, count), on at most `threads` threads. `grain` indices are the least worth a thread.
 // Several pieces for each thread, so that one that the machine has put aside holds up nobody for long.
 template <class F>
-FG_INLINE void share_out(uint64_t count, uint64_t grain, int threads, const F& f) {
+FG_INLINE void share_ranges(uint64_t count, uint64_t grain, int threads, const F& f) {
     const uint64_t most = 8 * static_cast<uint64_t>(threads);
-    uint64_t pieces = count / grain < most ? count / grain : most;
-    if (threads <= 1 || pieces <= 1) {
-        for (uint64_t i = 0; i < count; ++i) f(i);
-        return;
-    }
+    const uint64_t pieces = count / grain < most ? count / grain : most;
+    if (threads <= 1 || pieces <= 1) return f(uint64_t{0}, count);
     const int team = pieces < static_cast<uint64_t>(threads) ? static_cast<int>(pieces) : threads;
-    const auto work = [&](uint64_t piece) {
-        const uint64_t begin = count * piece / pieces, end = count * (piece + 1) / pieces;
-        for (uint64_t i = begin; i < end; ++i) f(i);
-    };
+    const auto work = [&](uint64_t piece) { f(count * piece / pieces, count * (piece + 1) / pieces); };
 #if defined(FG_THREAD_SANITIZER)  // which knows nothing of OpenMP's threads
-    std::thread others[64];
     std::atomic<uint64_t> next{0};
+    std::thread others[8];
     const auto take = [&] {
         for (uint64_t piece; (piece = next++) < pieces;) work(piece);
     };
-    for (int i = 1; i < team; ++i) others[i % 64] = std::thread(take);
+    const int helpers = team - 1 < 8 ? team - 1 : 8;
+    for (int i = 0; i < helpers; ++i) others[i] = std::thread(take);
     take();
-    for (int i = 1; i < team; ++i) others[i % 64].join();
+    for (int i = 0; i < helpers; ++i) others[i].join();
 #else
 #pragma omp parallel for num_threads(team) schedule(dynamic, 1)
     for (uint64_t piece = 0; piece < pieces; ++piece) work(piece);
 #endif
+}
+
+// f(index) for each of [0, count), shared out in the same way.
+template <class F>
+FG_INLINE void share_out(uint64_t count, uint64_t grain, int threads, const F& f) {
+    share_ranges(count, grain, threads, [&](uint64_t begin, uint64_t end) {
+        for (uint64_t i = begin; i < end; ++i) f(i);
+    });
 }
 
 constexpr uint64_t kTileGrain = 8;  // 16,384 elements, tens of microseconds

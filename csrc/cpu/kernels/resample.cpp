@@ -1,0 +1,751 @@
+// Resampling in a few passes over the log-weights of a row, a block of particles at a time: the largest, the sums of
+// the integer weights, then for each particle the number of slots before its end, from which ancestors follow. The
+// integer weights are computed anew in each pass: reading them back would cost as much, and 8 bytes a particle.
+//
+// What a pass needs of the blocks before its own are prefix sums of integers, so no result depends on the sharing.
+#include "../../common/weights.h"
+#include "../kernels.h"
+#include "../tiles.h"
+#include "../twin.h"
+
+namespace fastguide::cpu::FG_ISA {
+namespace {
+
+constexpr int64_t kBlock = 1024;         // particles or slots: the buffers for them stay in the first-level cache
+constexpr int64_t kKept = 4 * kBlock;    // rows this short keep their integer weights from one pass to the next
+constexpr int64_t kShort = 256 * kBlock;  // and these have their tables on the stack
+constexpr int64_t kLong = 32 * kBlock;   // rows worth more than one thread
+constexpr uint64_t kBlockGrain = 16;
+constexpr int kGroup = 16;  // particles whose slots are filled together
+constexpr int kFour = 4 * kLanes64;
+
+FG_INLINE int64_t blocks_of(int64_t count) { return (count + kBlock - 1) / kBlock; }
+FG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// --- log-weights to integer weights -------------------------------------------------------------------------
+
+FG_INLINE F64 load_wide(const float* from) { return widen(load<HalfF32>(from)); }
+FG_INLINE F64 load_wide(const double* from) { return load<F64>(from); }
+template <class T>
+FG_INLINE Four<F64> load_four(const T* from) {
+    return {{load_wide(from), load_wide(from + kLanes64)},
+            {load_wide(from + 2 * kLanes64), load_wide(from + 3 * kLanes64)}};
+}
+FG_INLINE Four<I64> load_four(const int64_t* from) {
+    return {{load<I64>(from), load<I64>(from + kLanes64)},
+            {load<I64>(from + 2 * kLanes64), load<I64>(from + 3 * kLanes64)}};
+}
+FG_INLINE int64_t sum_of_lanes(I64 v) {
+    int64_t sum = 0;
+    for (int lane = 0; lane < kLanes64; ++lane) sum += v[lane];
+    return sum;
+}
+
+FG_INLINE auto load_lanes(const float* from) { return load<F32>(from); }
+FG_INLINE auto load_lanes(const double* from) { return load<F64>(from); }
+
+// NaN if there is one.
+template <class T>
+FG_INLINE double largest(const T* values, int64_t count) {
+    constexpr int kLanes = kBytes / static_cast<int>(sizeof(T));
+    T top = values[0];
+    bool nan = false;
+    int64_t i = 0;
+    if (count >= 4 * kLanes) {
+        auto tops = load_lanes(values);
+        auto nans = tops != tops;
+        for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+            const auto a = load_lanes(values + i), b = load_lanes(values + i + kLanes);
+            const auto c = load_lanes(values + i + 2 * kLanes), d = load_lanes(values + i + 3 * kLanes);
+            nans |= (a != a) | (b != b) | (c != c) | (d != d);
+            tops = larger(tops, larger(larger(a, b), larger(c, d)));
+        }
+        for (int lane = 0; lane < kLanes; ++lane) {
+            top = tops[lane] > top ? tops[lane] : top;
+            nan |= nans[lane] != 0;
+        }
+    }
+    for (; i < count; ++i) {
+        top = values[i] > top ? values[i] : top;
+        nan |= values[i] != values[i];
+    }
+    return nan || top != top ? __builtin_nan("") : static_cast<double>(top);
+}
+
+// `sum` and what comes before each element or with it; moves `sum` on.
+FG_INLINE I64 running_sums(I64& sum, I64 v) {
+    const I64 within = prefix_sums(v), sums = sum + within;
+    sum += last_lane(within);
+    return sums;
+}
+template <class V>
+FG_INLINE Twin<V> running_sums(I64& sum, const Twin<V>& v) {
+    const V first = running_sums(sum, v.a);
+    return {first, running_sums(sum, v.b)};
+}
+
+FG_INLINE void store_narrow(int32_t* to, I64 v) { store(to, narrow(v)); }
+template <class V>
+FG_INLINE void store_narrow(int32_t* to, const Twin<V>& v) {
+    store_narrow(to, v.a);
+    store_narrow(to + sizeof(V) / sizeof(int64_t), v.b);
+}
+
+struct Sums {
+    int64_t weights, squares;
+};
+
+// The integer weights of up to kBlock particles, zeros to the next multiple of kFour, and their sums.
+template <class T>
+FG_INLINE Sums weigh(int64_t* q, const T* log_weights, int64_t count, double top, int scale) {
+    I64 weights{}, squares{};
+    const auto add = [&](int64_t i, const Four<F64>& log_weight) __attribute__((always_inline)) {
+        const auto x = exponential<FourLanes>(log_weight - top);
+        const Four<I64> weight = integer_weight(x, scale);
+        store(q + i, weight);
+        weights += sum_of(weight);
+        squares += sum_of(integer_square(x, scale));
+    };
+    int64_t i = 0;
+    for (; i + kFour <= count; i += kFour) add(i, load_four(log_weights + i));
+    if (i < count) {
+        T last[kFour];
+        for (int lane = 0; lane < kFour; ++lane)
+            last[lane] = i + lane < count ? log_weights[i + lane] : -static_cast<T>(__builtin_inf());
+        add(i, load_four(last));
+    }
+    return {sum_of_lanes(weights), sum_of_lanes(squares)};
+}
+
+// --- sorted uniforms ----------------------------------------------------------------------------------------
+
+struct Counter {
+    uint64_t row, seed;
+    uint32_t step, stream;
+
+    template <class V>
+    FG_INLINE WordsOf<V> words(const V& group) const {
+        const uint64_t high = ((row >> 32) & 0xFFFFu) | (uint64_t{stream} << 16);
+        return philox(WordsOf<V>{group, V{} + row, V{} + high, V{} + uint64_t{step}}, static_cast<uint32_t>(seed),
+                      static_cast<uint32_t>(seed >> 32));
+    }
+};
+
+// Exponentials of one block of [0, uniforms], all but the very last of which are stored; returns their sum.
+FG_INLINE int64_t draw_exponentials(uint32_t* out, const Counter& counter, int64_t block, int64_t uniforms) {
+    constexpr int kHalf = 4 * kLanes64, kDrawn = 2 * kHalf;
+    const int64_t end = smaller(uniforms, (block + 1) * kBlock);
+    const int64_t summed = smaller(uniforms + 1, (block + 1) * kBlock);
+    const U64 lanes = group_lanes() + static_cast<uint64_t>(block * kBlock / 4);
+    Twin<U64> groups = {lanes, lanes + uint64_t{kLanes64}};
+    const auto draw = [&](uint32_t* to) __attribute__((always_inline)) {
+        const auto words = counter.words(groups);
+        groups = groups + uint64_t{2 * kLanes64};
+        I64 sum{};
+        const auto finish = [&](uint32_t* half, U64 w0, U64 w1, U64 w2, U64 w3) __attribute__((always_inline)) {
+            const auto four = integer_exponential<FourLanes>({{w0, w1}, {w2, w3}});
+            const F32 even = as<F32>(join_low_words(four.a.a, four.b.a)), odd = as<F32>(join_low_words(four.a.b, four.b.b));
+            store(half, interleave_low(even, odd));
+            store(half + kLanes32, interleave_high(even, odd));
+            sum += as<I64>(sum_of(four));
+        };
+        finish(to, words.w0.a, words.w1.a, words.w2.a, words.w3.a);
+        finish(to + kHalf, words.w0.b, words.w1.b, words.w2.b, words.w3.b);
+        return sum;
+    };
+    I64 sums{};
+    int64_t i = block * kBlock, sum = 0;
+    for (; i + kDrawn <= end; i += kDrawn) sums += draw(out + i);
+    for (; i < summed; i += kDrawn) {
+        uint32_t last[kDrawn];
+        draw(last);
+        if (i < end) __builtin_memcpy(out + i, last, static_cast<std::size_t>(smaller(end - i, kDrawn)) * sizeof *last);
+        for (int64_t k = 0; k < smaller(summed - i, kDrawn); ++k) sum += last[k];
+    }
+    return sum + sum_of_lanes(sums);
+}
+
+// The sorted uniforms of a row, made of its exponentials in a window that moves on.
+class Uniforms {
+public:
+    Uniforms(const uint32_t* exponentials, const int64_t* sums, int64_t count, const Spacing& spacing)
+        : exponentials_(exponentials), sums_(sums), count_(count), spacing_(spacing) {}
+
+    // Moves to the first that is not below `bound`, and returns how many are.
+    int64_t seek(double bound) {
+        int64_t low = 0, high = blocks_of(count_) - 1;  // its block is the first whose sum at the end is not below
+        while (low < high) {
+            const int64_t middle = (low + high) / 2;
+            if (sorted_uniform<OneWideLane>(sums_[middle + 1], spacing_) < bound) low = middle + 1;
+            else high = middle;
+        }
+        next_block_ = low;
+        begin_ = end_ = 0;
+        origin_ = low * kBlock;
+        refill();
+        begin_ = first_not_below(bound);
+        return origin_ + begin_;
+    }
+
+    bool any_below(double bound) {
+        refill();
+        return window_[begin_] < bound;
+    }
+
+    // counts[k]: how many lie below bounds[k], bits of doubles that ascend, a multiple of kFour of them; moves to the
+    // first that is not below the last. Four quarters of them are four chains of steps that need not wait for each other.
+    void count(int32_t* counts, const int64_t* bounds, int64_t number) {
+        const int64_t quarter = number / 4;
+        for (bool first = true;; first = false) {
+            refill();
+            int64_t at[4] = {begin_, 0, 0, 0};
+            for (int i = 1; i < 4; ++i) at[i] = first_not_below(OneWideLane::of_bits(bounds[i * quarter - 1]));
+            const int64_t known = first ? -origin_ : begin_;
+            for (int64_t k = 0; k < quarter; k += kLanes64) {
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    const int64_t* const some = bounds + i * quarter + k;
+                    int32_t* const out = counts + i * quarter + k;
+                    const I64 below =
+                        count_from(at[i], load<F64>(some), OneWideLane::of_bits(some[kLanes64 - 1])) + at[i];
+                    at[i] = below[kLanes64 - 1];
+                    const HalfI32 more = narrow(below - known);
+                    store(out, first ? more : load<HalfI32>(out) + more);
+                }
+            }
+            const bool passed = at[3] < end_ || next_block_ * kBlock >= count_;
+            begin_ = at[3];
+            if (passed) return;
+        }
+    }
+
+private:
+    static constexpr int kAhead = 2 * kLanes64;  // compared at a time: about half of it lies below the last bound
+
+    // The window's first that is not below the bound.
+    FG_INLINE int64_t first_not_below(double bound) const {
+        const double* at = window_ + begin_;
+        for (int64_t left = end_ - begin_; left > 0;) {
+            const int64_t half = (left + 1) / 2;
+            at += at[half - 1] < bound ? half : 0;
+            left -= half;
+        }
+        return at - window_;
+    }
+
+    FG_INLINE I64 count_from(int64_t at, F64 bounds, double last) const {
+        I64 counts[2] = {};
+        for (;; at += kAhead) {
+#pragma GCC unroll 16
+            for (int i = 0; i < kAhead; ++i) count_below(counts[i % 2], window_[at + i], bounds);
+            if (!(window_[at + kAhead - 1] < last)) break;
+        }
+        return counts[0] + counts[1];
+    }
+
+    // What is left to the front, then the next block; infinity after it all.
+    void refill() {
+        const int64_t begin = next_block_ * kBlock, size = smaller(count_ - begin, kBlock), left = end_ - begin_;
+        if (left > kBlock || (size <= 0 && left > 0)) return;
+        for (int64_t i = 0; i < left; ++i) window_[i] = window_[begin_ + i];
+        origin_ += begin_;
+        begin_ = 0;
+        end_ = left;
+        if (size > 0) {
+            I64 sum = splat(sums_[next_block_]);
+            for (int64_t i = 0; i < size; i += kLanes64) {
+                const int given = static_cast<int>(smaller(size - i, kLanes64));
+                const auto words = given == kLanes64 ? load<HalfU32>(exponentials_ + begin + i)
+                                                     : load_some<HalfU32>(exponentials_ + begin + i, given);
+                const I64 within = prefix_sums(widen(words));
+                store(window_ + end_ + i, sorted_uniform<WideLanes>(sum + within, spacing_));
+                sum += last_lane(within);
+            }
+            end_ += size;
+            ++next_block_;
+        }
+        for (int i = 0; i < kAhead; ++i) window_[end_ + i] = __builtin_inf();
+    }
+
+    const uint32_t* exponentials_;
+    const int64_t* sums_;  // before each block
+    int64_t count_;
+    Spacing spacing_;
+    int64_t origin_ = 0, begin_ = 0, end_ = 0, next_block_ = 0;  // window_[begin_] is uniform origin_ + begin_
+    alignas(64) double window_[2 * kBlock + 2 * kAhead];
+};
+
+// --- slots to ancestors -------------------------------------------------------------------------------------
+
+typedef int32_t Copies __attribute__((vector_size(32)));
+constexpr int kCopies = 8;
+
+// At least kCopies of them: the last store reaches back over what is there already.
+FG_INLINE void fill_many(int32_t* from, int32_t* to, int32_t value) {
+    const Copies copies = value - Copies{};
+    for (; from < to - kCopies; from += kCopies) store(from, copies);
+    store(to - kCopies, copies);
+}
+
+FG_INLINE void fill_exactly(int32_t* from, int32_t* to, int32_t value) {
+    if (to - from >= kCopies) return fill_many(from, to, value);
+    for (; from < to; ++from) *from = value;
+}
+
+// Of 16 particles, bit i says whether particle i has more slots than `count`.
+FG_INLINE uint32_t more_slots(const int32_t* ends, int32_t count) {
+    uint32_t mask = 0;
+    for (int i = 0; i < kGroup; i += kLanes32)
+        mask |= lanes_above(load<I32>(ends + i) - load<I32>(ends + i - 1), splat(count)) << i;
+    return mask;
+}
+
+// Particle `first` + k into slots ends[k - 1] to ends[k], for whole groups of particles. Four copies of each are stored,
+// those too many under what is stored next; nothing at `limit` or after it.
+FG_INLINE void fill_slots(int32_t* out, const int32_t* ends, int64_t count, int64_t first, int64_t limit) {
+    for (int64_t k = 0; k < count; k += kGroup) {
+        const int32_t* end = ends + k;
+        if (end[kGroup - 1] == end[-1]) continue;
+        const int32_t particle = static_cast<int32_t>(first + k);
+        if (end[kGroup - 1] > limit - kCopies) {
+            for (int i = 0; i < kGroup; ++i) fill_exactly(out + end[i - 1], out + end[i], particle + i);
+            continue;
+        }
+        Copies copies = particle - Copies{};
+#pragma GCC unroll 4
+        for (int i = 0; i < kGroup; ++i, copies += 1) store(out + end[i - 1], copies);
+        for (uint32_t many = more_slots(end, kCopies); many != 0; many &= many - 1) {
+            const int i = __builtin_ctz(many);
+            fill_many(out + end[i - 1] + 1, out + end[i], particle + i);
+        }
+    }
+}
+
+// The same for the slots that a particle has beyond its first, one particle's after the other's from `out` on; notes
+// who has any slot. Returns how many slots it filled, with `room` for them.
+FG_INLINE int64_t fill_spares(int32_t* out, uint16_t* alive, const int32_t* ends, int64_t count, int64_t first,
+                              int64_t room) {
+    int64_t at = 0;
+    for (int64_t k = 0; k < count; k += kGroup) {
+        const int32_t* end = ends + k;
+        alive[k / kGroup] = static_cast<uint16_t>(more_slots(end, 0));
+        if (end[kGroup - 1] == end[-1]) continue;
+        const int32_t particle = static_cast<int32_t>(first + k);
+        const bool roomy = at + (end[kGroup - 1] - end[-1]) + kCopies <= room;
+        if (!roomy) {
+            for (int i = 0; i < kGroup; ++i) {
+                const int64_t slots = end[i] - end[i - 1], spare = slots - (slots > 0);
+                fill_exactly(out + at, out + at + spare, particle + i);
+                at += spare;
+            }
+            continue;
+        }
+        const int64_t begin = at;
+        Copies copies = particle - Copies{};
+#pragma GCC unroll 4
+        for (int i = 0; i < kGroup; ++i, copies += 1) {
+            const int64_t slots = end[i] - end[i - 1];
+            store(out + at, copies);
+            at += slots - (slots > 0);
+        }
+        for (uint32_t many = more_slots(end, kCopies + 1); many != 0; many &= many - 1) {
+            const int i = __builtin_ctz(many);
+            const int64_t before = end[i - 1] - end[-1] - __builtin_popcount(alive[k / kGroup] & ((1u << i) - 1));
+            int32_t* const from = out + begin + before;
+            fill_many(from + 1, from + (end[i] - end[i - 1] - 1), particle + i);
+        }
+    }
+    return at;
+}
+
+// The living of particles `first`.. to their own places, spares in the order in which they stand to the others.
+FG_INLINE void place(int32_t* out, const uint16_t* alive, const int32_t* spares, int64_t first, int64_t size) {
+    int64_t k = 0;
+#if defined(__AVX512F__)
+    I32 own{};
+    for (int i = 0; i < kGroup; ++i) own[i] = static_cast<int32_t>(first) + i;
+    for (; k + kGroup <= size; k += kGroup, own += kGroup) {
+        const uint16_t dead = static_cast<uint16_t>(~alive[k / kGroup]);
+        store(out + k, as<I32>(_mm512_mask_expandloadu_epi32((__m512i)own, dead, spares)));
+        spares += __builtin_popcount(dead);
+    }
+#endif
+    for (; k < size; ++k) {
+        const int32_t dead = (alive[k / kGroup] >> (k % kGroup) & 1) - 1, name = static_cast<int32_t>(first + k);
+        out[k] = name ^ ((name ^ *spares) & dead);  // no branch: who lives is not foreseen
+        spares -= dead;
+    }
+}
+
+// --- a row --------------------------------------------------------------------------------------------------
+
+// Of each block of a row, and one entry more: first what a pass sums over the block, then the sums over all before.
+struct Tables {
+    int64_t *weights, *squares, *copies, *slots, *spares, *exponentials;
+    uint16_t* alive;
+
+    static int64_t entries(int64_t particles, int64_t number) {
+        return 5 * (blocks_of(particles) + 1) + blocks_of(number + 1) + 1;
+    }
+    static int64_t groups(int64_t particles) { return blocks_of(particles) * (kBlock / kGroup); }
+
+    Tables(int64_t* memory, uint16_t* groups, int64_t particles) : alive(groups) {
+        int64_t** const tables[] = {&weights, &squares, &copies, &slots, &spares, &exponentials};
+        for (int64_t** table : tables) {
+            *table = memory;
+            memory += blocks_of(particles) + 1;
+        }
+    }
+};
+
+FG_INLINE int64_t sum_before(int64_t* sums, int64_t count) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t own = sums[i];
+        sums[i] = sum;
+        sum += own;
+    }
+    return sums[count] = sum;
+}
+
+template <class T>
+class Row {
+public:
+    Row(const Resampling& call, uint64_t index, const Tables& tables, int threads)
+        : call_(call),
+          tables_(tables),
+          counter_{index, call.seed, call.step, call.stream},
+          particles_(static_cast<int64_t>(call.particles)),
+          number_(static_cast<int64_t>(call.number)),
+          blocks_(blocks_of(particles_)),
+          threads_(threads),
+          log_weights_(static_cast<const T*>(call.log_weights) + index * call.particles),
+          after_(static_cast<T*>(call.log_weights_after) + index * call.number),
+          ancestors_(call.ancestors + index * call.number),
+          scale_(weight_scale(call.particles)) {}
+
+    void resample() {
+        find_top();
+        const bool usable = top_ - top_ == 0.0;
+        double log_mean_weight = __builtin_nan(""), ess = log_mean_weight;
+        if (usable) {
+            sum_weights();
+            const double unit = OneWideLane::of_bits(static_cast<int64_t>(1023 - scale_) << 52);
+            const double w = static_cast<double>(total_) * unit, v = static_cast<double>(squares_) * unit;
+            ess = w * w / v;
+            log_mean_weight = top_ + __builtin_log(w / static_cast<double>(particles_));
+        }
+        call_.log_mean_weight[counter_.row] = log_mean_weight;
+        call_.ess[counter_.row] = ess;
+        if (number_ == particles_ && !(ess < call_.keep_from)) {
+            keep();
+            return;
+        }
+        if (usable) draw();
+        const T weight = static_cast<T>(log_mean_weight);
+        share_blocks(number_, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) after_[i] = weight;
+            if (!usable)
+                for (int64_t i = begin; i < end; ++i) ancestors_[i] = 0;
+        });
+    }
+
+private:
+    // f(begin, end) for ranges of [0, count)
+    template <class F>
+    FG_INLINE void share_blocks(int64_t count, const F& f) {
+        share_ranges(static_cast<uint64_t>(blocks_of(count)), kBlockGrain, threads_, [&](uint64_t begin, uint64_t end) {
+            f(static_cast<int64_t>(begin) * kBlock, smaller(static_cast<int64_t>(end) * kBlock, count));
+        });
+    }
+
+    template <class F>
+    FG_INLINE void for_each_block(int64_t count, const F& f) {
+        share_blocks(count, [&](int64_t begin, int64_t end) {
+            for (int64_t block = begin / kBlock; block * kBlock < end; ++block)
+                f(block, smaller(kBlock, end - block * kBlock));
+        });
+    }
+
+    void find_top() {
+        for_each_block(particles_, [&](int64_t block, int64_t size) {
+            tables_.weights[block] = OneWideLane::bits(largest(log_weights_ + block * kBlock, size));
+        });
+        top_ = OneWideLane::of_bits(tables_.weights[0]);
+        for (int64_t block = 1; block < blocks_; ++block) {
+            const double top = OneWideLane::of_bits(tables_.weights[block]);
+            if (!(top <= top_) && top_ == top_) top_ = top;
+        }
+    }
+
+    // The integer weights of a block: in `buffer`, or where the first pass left them.
+    FG_INLINE int64_t* weights_of(int64_t block, int64_t size, int64_t* buffer) {
+        if (particles_ <= kKept) return kept_ + block * kBlock;
+        weigh(buffer, log_weights_ + block * kBlock, size, top_, scale_);
+        return buffer;
+    }
+
+    void sum_weights() {
+        for_each_block(particles_, [&](int64_t block, int64_t size) {
+            int64_t buffer[kBlock];
+            int64_t* const q = particles_ <= kKept ? kept_ + block * kBlock : buffer;
+            const Sums sums = weigh(q, log_weights_ + block * kBlock, size, top_, scale_);
+            tables_.weights[block] = sums.weights;
+            tables_.squares[block] = sums.squares;
+        });
+        total_ = sum_before(tables_.weights, blocks_);
+        squares_ = sum_before(tables_.squares, blocks_);
+        slots_ = slots_of(call_.number, static_cast<uint64_t>(total_));
+    }
+
+    void keep() {
+        share_blocks(number_, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                ancestors_[i] = static_cast<int32_t>(i);
+                after_[i] = log_weights_[i];
+            }
+        });
+    }
+
+    void draw() {
+        switch (call_.scheme) {
+            case Scheme::systematic: return draw_as<Scheme::systematic>();
+            case Scheme::stratified: return draw_as<Scheme::stratified>();
+            case Scheme::multinomial: return draw_as<Scheme::multinomial>();
+            case Scheme::residual: return draw_as<Scheme::residual>();
+        }
+    }
+
+    template <Scheme kScheme>
+    void draw_as() {
+        if constexpr (kScheme == Scheme::systematic) {
+            const Words words = counter_.words(U64{});
+            first_ = uniform_below<OneWideLane>(slots_.total, words.w0[0], words.w1[0]);
+        }
+        int64_t uniforms = 0;
+        if constexpr (kScheme == Scheme::multinomial) {
+            uniforms = number_;
+            draw_uniforms(uniforms, static_cast<double>(total_));
+        }
+        if constexpr (kScheme == Scheme::residual) {
+            uniforms = number_ - sum_copies();
+            draw_uniforms(uniforms, static_cast<double>(uniforms));
+        }
+        share_ranges(static_cast<uint64_t>(blocks_), kBlockGrain, threads_, [&](uint64_t begin, uint64_t end) {
+            draw_blocks<kScheme>(static_cast<int64_t>(begin), static_cast<int64_t>(end), uniforms);
+        });
+        if (!call_.sorted) settle();
+    }
+
+    int64_t sum_copies() {
+        for_each_block(particles_, [&](int64_t block, int64_t size) {
+            int64_t buffer[kBlock];
+            const int64_t* q = weights_of(block, size, buffer);
+            I64 copies{};
+            for (int64_t i = 0; i < size; i += kFour) {
+                const Share<FourLanes> share = floor_share<FourLanes>(load_four(q + i), slots_);
+                copies += sum_of(share.whole);
+            }
+            tables_.copies[block] = sum_of_lanes(copies);
+        });
+        return sum_before(tables_.copies, blocks_);
+    }
+
+    // Into the output that is written last.
+    uint32_t* exponentials() const {
+        return call_.sorted ? reinterpret_cast<uint32_t*>(after_) : reinterpret_cast<uint32_t*>(ancestors_);
+    }
+
+    void draw_uniforms(int64_t uniforms, double total) {
+        for_each_block(uniforms + 1, [&](int64_t block, int64_t) {
+            tables_.exponentials[block] = draw_exponentials(exponentials(), counter_, block, uniforms);
+        });
+        spacing_ = spacing_of(total, sum_before(tables_.exponentials, blocks_of(uniforms + 1)));
+    }
+
+    // The bound below which uniforms belong to the blocks before this one.
+    template <Scheme kScheme>
+    double bound_before(int64_t block) const {
+        const int64_t q = tables_.weights[block];
+        if constexpr (kScheme == Scheme::multinomial) return static_cast<double>(q);
+        return remainder_of<OneWideLane>(floor_share<OneWideLane>(q, slots_), tables_.copies[block],
+                                         1.0 / static_cast<double>(total_));
+    }
+
+    // Stratum j's position is floor((j Q + r_j) / N).
+    template <class Lanes>
+    FG_INLINE typename Lanes::I64 stratified_slots(const typename Lanes::I64& q) const {
+        using U64 = typename Lanes::U64;
+        const Share<Lanes> share = floor_share<Lanes>(q, slots_);
+        const U64 j = Lanes::to_unsigned(share.whole);
+        const auto words = counter_.words(j >> 1);
+        const U64 odd = -(j & 1);
+        const U64 w0 = words.w0 ^ ((words.w0 ^ words.w2) & odd), w1 = words.w1 ^ ((words.w1 ^ words.w3) & odd);
+        return share.whole + Lanes::one_if(share.rest > uniform_below<Lanes>(slots_.total, w0, w1));
+    }
+
+    template <Scheme kScheme>
+    int64_t slots_before(int64_t block, Uniforms& uniforms) const {
+        if (block == blocks_) return number_;
+        const int64_t q = tables_.weights[block];
+        if constexpr (kScheme == Scheme::systematic) return systematic_slots<OneWideLane>(q, slots_, first_);
+        if constexpr (kScheme == Scheme::stratified) return stratified_slots<WideLanes>(splat(q))[0];
+        const int64_t drawn = uniforms.seek(bound_before<kScheme>(block));
+        return kScheme == Scheme::residual ? tables_.copies[block] + drawn : drawn;
+    }
+
+    // Ancestors of the slots that belong to the particles of blocks [begin, end).
+    template <Scheme kScheme>
+    void draw_blocks(int64_t begin, int64_t end, int64_t drawn) {
+        constexpr bool kDraws = kScheme == Scheme::multinomial || kScheme == Scheme::residual;
+        alignas(64) int64_t buffer[kBlock];
+        int32_t slots[kGroup + kBlock];
+        int32_t* const ends = slots + kGroup;
+        Uniforms uniforms(exponentials(), tables_.exponentials, drawn, spacing_);
+        const int64_t limit = slots_before<kScheme>(end, uniforms);
+        int64_t filled = slots_before<kScheme>(begin, uniforms);
+        for (int64_t block = begin; block < end; ++block) {
+            bool empty = filled == limit;
+            if constexpr (!kDraws) empty = empty || slots_before<kScheme>(block + 1, uniforms) == filled;
+            if constexpr (kScheme == Scheme::multinomial) empty = empty || !uniforms.any_below(bound_before<kScheme>(block + 1));
+            ends[-1] = static_cast<int32_t>(filled);
+            const int64_t size = smaller(kBlock, particles_ - block * kBlock);
+            const int64_t padded = (size + kGroup - 1) / kGroup * kGroup;
+            static_assert(kFour % kGroup == 0 || kGroup % kFour == 0);
+            if (empty) {
+                if (call_.sorted) continue;
+                for (int64_t i = 0; i < padded; ++i) ends[i] = ends[-1];
+            } else {
+                count_slots<kScheme>(ends, weights_of(block, size, buffer), block, size, uniforms);
+                for (int64_t i = (size + kFour - 1) / kFour * kFour; i < padded; ++i) ends[i] = ends[i - 1];
+            }
+            if (call_.sorted) {
+                fill_slots(ancestors_, ends, padded, block * kBlock, limit);
+            } else {
+                tables_.slots[block] = filled;
+                int32_t* const spares = reinterpret_cast<int32_t*>(after_) + filled;
+                tables_.spares[block] = fill_spares(spares, tables_.alive + block * (kBlock / kGroup), ends, padded,
+                                                    block * kBlock, limit - filled);
+            }
+            filled = ends[padded - 1];
+        }
+    }
+
+    // ends[k]: the slots of all particles of the row up to this one. Overwrites the weights.
+    template <Scheme kScheme>
+    FG_INLINE void count_slots(int32_t* ends, int64_t* q, int64_t block, int64_t size, Uniforms& uniforms) {
+        const int64_t padded = (size + kFour - 1) / kFour * kFour;
+        I64 sum = splat(tables_.weights[block]);
+        if constexpr (kScheme == Scheme::systematic || kScheme == Scheme::stratified) {
+            for (int64_t k = 0; k < padded; k += kFour) {
+                const Four<I64> up_to = running_sums(sum, load_four(q + k));
+                if constexpr (kScheme == Scheme::systematic) {
+                    store_narrow(ends + k, systematic_slots<FourLanes>(up_to, slots_, first_));
+                } else {
+                    store_narrow(ends + k, stratified_slots<FourLanes>(up_to));
+                }
+            }
+        } else if constexpr (kScheme == Scheme::multinomial) {
+            for (int64_t k = 0; k < padded; k += kFour)
+                store(q + k, FourLanes::to_double(running_sums(sum, load_four(q + k))));
+            uniforms.count(ends, q, padded);
+        } else {
+            int32_t copies[kBlock];
+            I64 copied = splat(tables_.copies[block]);
+            const double reciprocal = 1.0 / static_cast<double>(total_);
+            for (int64_t k = 0; k < padded; k += kFour) {
+                const Four<I64> weights = load_four(q + k), up_to = running_sums(sum, weights);
+                const Four<I64> own = running_sums(copied, floor_share<FourLanes>(weights, slots_).whole);
+                store_narrow(copies + k, own);
+                store(q + k, remainder_of(floor_share<FourLanes>(up_to, slots_), own, reciprocal));
+            }
+            uniforms.count(ends, q, padded);
+            for (int64_t k = 0; k < padded; ++k) ends[k] += copies[k];
+        }
+    }
+
+    // Survivors stay in place, and the spares of one block after the other fill the dead slots.
+    void settle() {
+        sum_before(tables_.spares, blocks_);
+        tables_.slots[blocks_] = number_;
+        const auto dead_before = [&](int64_t block) {  // as many as there are slots that are not the survivors'
+            return smaller(block * kBlock, particles_) - (tables_.slots[block] - tables_.spares[block]);
+        };
+        const int32_t* const filled = reinterpret_cast<const int32_t*>(after_);
+        for_each_block(particles_, [&](int64_t block, int64_t size) {
+            int32_t spares[kBlock + kGroup];
+            const int64_t rank = dead_before(block), wanted = dead_before(block + 1) - rank;
+            int64_t from = 0, above = blocks_;  // the block that has the spare of this rank
+            while (above - from > 1) {
+                const int64_t middle = (from + above) / 2;
+                if (tables_.spares[middle] <= rank) from = middle;
+                else above = middle;
+            }
+            for (int64_t have = 0; have < wanted; ++from) {
+                const int64_t skipped = rank + have - tables_.spares[from];
+                const int64_t left = tables_.spares[from + 1] - tables_.spares[from] - skipped;
+                const int64_t taken = smaller(left, wanted - have);
+                __builtin_memcpy(spares + have, filled + tables_.slots[from] + skipped,
+                                 static_cast<std::size_t>(taken) * sizeof *spares);
+                have += taken;
+            }
+            place(ancestors_ + block * kBlock, tables_.alive + block * (kBlock / kGroup), spares, block * kBlock, size);
+        });
+    }
+
+    const Resampling& call_;
+    const Tables tables_;
+    const Counter counter_;
+    const int64_t particles_, number_, blocks_;
+    const int threads_;
+    const T* const log_weights_;
+    T* const after_;
+    int32_t* const ancestors_;
+    const int scale_;
+    double top_ = 0.0;
+    int64_t total_ = 0, squares_ = 0, first_ = 0;  // first_: the uniform below Q of systematic resampling
+    Slots slots_{};
+    Spacing spacing_{};
+    alignas(64) int64_t kept_[kKept];
+};
+
+template <class T>
+struct Memory {
+    explicit Memory(int64_t count) : data(new T[static_cast<std::size_t>(count)]) {}
+    ~Memory() { delete[] data; }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    T* const data;
+};
+
+template <class T>
+void resample_rows(const Resampling& call) {
+    const int64_t particles = static_cast<int64_t>(call.particles), number = static_cast<int64_t>(call.number);
+    const int64_t size = particles > number ? particles : number;
+    if (size > kShort || (size >= kLong && call.rows < 2 * static_cast<uint64_t>(call.threads))) {
+        const Memory<int64_t> entries(Tables::entries(particles, number));
+        const Memory<uint16_t> groups(call.sorted ? 0 : Tables::groups(particles));
+        for (uint64_t row = 0; row < call.rows; ++row)
+            Row<T>(call, row, Tables(entries.data, groups.data, particles), call.threads).resample();
+        return;
+    }
+    const uint64_t grain = kBlockGrain * kBlock / static_cast<uint64_t>(size);
+    share_out(call.rows, grain > 0 ? grain : 1, call.threads, [&](uint64_t row) {
+        int64_t entries[6 * (kShort / kBlock + 2)];
+        uint16_t groups[kShort / kGroup];
+        Row<T>(call, row, Tables(entries, groups, particles), 1).resample();
+    });
+}
+
+}  // namespace
+
+int64_t resample(const Resampling& call) {
+    if (call.rows == 0) return -1;
+    if (call.dtype == Dtype::float64) resample_rows<double>(call);
+    else resample_rows<float>(call);
+    for (uint64_t row = 0; row < call.rows; ++row)
+        if (call.ess[row] != call.ess[row]) return static_cast<int64_t>(row);
+    return -1;
+}
+
+}  // namespace fastguide::cpu::FG_ISA
