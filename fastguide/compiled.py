@@ -33,6 +33,7 @@ __all__ = [
     "propose_and_weigh_cpu",
     "randn_cpu",
     "randn_cuda",
+    "resample_cpu",
     "reverse_step_cpu",
 ]
 
@@ -217,6 +218,43 @@ def randn_cuda(out: Tensor, seed: int, step: int, stream: int, first_particle: i
     with torch.cuda.device(out.device):
         queue = torch.cuda.current_stream().cuda_stream
         module("cuda").randn(out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, queue)
+
+
+_SCHEMES = {"systematic": 0, "stratified": 1, "multinomial": 2, "residual": 3}  # as in csrc/cpu/kernels.h
+
+
+def resample_cpu(
+    log_weights: Tensor,
+    scheme: str,
+    num: int | None,
+    ess_threshold: float | None,
+    counter: tuple[int, int, int],
+    sorted: bool,
+) -> tuple[bool, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Whether a row has no usable weight, and the results of `fastguide.ops.resample`."""
+    log_weights = log_weights.contiguous()
+    *rows, particles = log_weights.shape
+    number = particles if num is None else num
+    ancestors = torch.empty(*rows, number, dtype=torch.int32)
+    after = torch.empty(*rows, number, dtype=log_weights.dtype)
+    log_mean_weight, ess = torch.empty(rows, dtype=torch.float64), torch.empty(rows, dtype=torch.float64)
+    bad = module("cpu").resample(
+        log_weights.data_ptr(),
+        CPU_DTYPES[log_weights.dtype],
+        rows[0] if rows else 1,
+        particles,
+        number,
+        _SCHEMES[scheme],
+        sorted,
+        math.inf if ess_threshold is None else ess_threshold * particles,
+        *counter,
+        ancestors.data_ptr(),
+        after.data_ptr(),
+        log_mean_weight.data_ptr(),
+        ess.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return bad >= 0, (ancestors, after, log_mean_weight, ess)
 
 
 def gather_particles_cpu(ancestors: Tensor, states: Sequence[Tensor]) -> int:

@@ -431,15 +431,23 @@ def resample(
     if ess_threshold is not None and not 0.0 <= ess_threshold <= 1.0:
         raise ValueError(f"ess_threshold: expected a share of the particles in [0, 1], got {ess_threshold}")
     _check_counter(seed, step, stream, 0, log_weights[..., 0].numel(), 4 * max(particles, num or 0))
-    if check:
-        if torch.compiler.is_compiling():
-            raise ValueError("check: expected False inside torch.compile, since it looks at values, got True")
-        _check_weights(log_weights)
+    if check and torch.compiler.is_compiling():
+        raise ValueError("check: expected False inside torch.compile, since it looks at values, got True")
     if _through_dispatcher(log_weights):
         from . import library
 
+        if check:
+            _check_weights(log_weights)
         return library.call_resample(log_weights, scheme, num, ess_threshold, (seed, step, stream), sorted, backend)
-    select("resample", backend, device=log_weights.device, dtype=log_weights.dtype)
+    obstacle = _resample_obstacle(particles)
+    chosen = select("resample", backend, device=log_weights.device, dtype=log_weights.dtype, obstacle=obstacle)
+    if chosen == "cpu":
+        bad, results = compiled.resample_cpu(log_weights, scheme, num, ess_threshold, (seed, step, stream), sorted)
+        if check and bad:
+            _check_weights(log_weights)
+        return results
+    if check:
+        _check_weights(log_weights)
     return reference.resample(
         log_weights,
         scheme=scheme,
@@ -450,6 +458,12 @@ def resample(
         stream=stream,
         sorted=sorted,
     )
+
+
+def _resample_obstacle(particles: int) -> str:
+    if particles >= 1 << 31:
+        return f"counts particles of a row in 31 bits, and there are {particles}"
+    return _NO_TRANSFORMS if _transformed() else ""
 
 
 def _check_weights(log_weights: Tensor) -> None:

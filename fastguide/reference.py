@@ -449,9 +449,9 @@ def _exponentials(rows: int, number: int, seed: int, step: int, stream: int, dev
 
 
 def _sorted_uniforms(exponentials: Tensor, number: Tensor, total: Tensor) -> Tensor:
-    """``[B, n]``: in each row ``number`` ``[B, 1]`` sorted uniforms below ``total`` ``[B, 1]`` (float64), then infinity,
-    from exponentials ``[B, n + 1]``: order statistics are sums of exponential spacings over the sum of one more
-    (Chopin & Papaspiliopoulos 2020, chapter 9)."""
+    """``[B, n]``: in each row ``number`` ``[B, 1]`` sorted uniforms below ``total`` ``[B, 1]`` (float64), then
+    infinity, from exponentials ``[B, n + 1]``: order statistics are sums of exponential spacings over the sum of one
+    more (Chopin & Papaspiliopoulos 2020, chapter 9)."""
     sums = exponentials.cumsum(1)
     u = sums.double() * (total / sums.gather(1, number).clamp(min=1).double())
     u = torch.minimum(u, total * (1.0 - 2.0**-53))  # the next float64 below
