@@ -38,13 +38,14 @@ FG_INLINE void share_out(uint64_t count, uint64_t grain, int threads, const F& f
     uint64_t pieces = count / grain < most ? count / grain : most;
     if (threads <= 1 || pieces <= 1) {
         for (uint64_t i = 0; i < count; ++i) f(i);
-        return;
+        return stream_fence();
     }
     const int team = pieces < static_cast<uint64_t>(threads) ? static_cast<int>(pieces) : threads;
 #pragma omp parallel for num_threads(team) schedule(dynamic, 1)
     for (uint64_t piece = 0; piece < pieces; ++piece) {
         const uint64_t begin = count * piece / pieces, end = count * (piece + 1) / pieces;
         for (uint64_t i = begin; i < end; ++i) f(i);
+        stream_fence();  // what f wrote past the caches
     }
 }
 
