@@ -10,6 +10,7 @@
 
 #include "common/arguments.h"
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "fastcall.h"
 
 namespace py = pybind11;
@@ -17,11 +18,16 @@ using namespace fastguide;
 
 namespace {
 
+void prepare(const void* result, Dtype dtype, const RandnShape& shape) {
+    cpu::large_pages(result, shape.particles * shape.elements * size_of(dtype));
+}
+
 void randn(uintptr_t data, int dtype, uint64_t particles, uint64_t elements, uint64_t seed, uint64_t step,
            uint64_t stream, uint64_t first_particle, int threads) {
     const RandnShape shape = checked_shape(particles, elements, seed, step, stream, first_particle);
     const Dtype type = checked_dtype(dtype, Dtype::float64);
     const py::gil_scoped_release release;
+    prepare(reinterpret_cast<void*>(data), type, shape);
     cpu::kernels().randn(reinterpret_cast<void*>(data), type, shape, threads);
 }
 
@@ -43,6 +49,8 @@ PyObject* reverse_step(PyObject*, PyObject* const* values, Py_ssize_t given) {
         in.levels(step, five);
         step.shape = in.shape(), step.threads = static_cast<int>(in.integer());
         const py::gil_scoped_release release;
+        prepare(step.x_s, step.x.dtype, step.shape);
+        if (step.x0) prepare(step.x0, step.x.dtype, step.shape);
         cpu::kernels().reverse_step(step);
     });
 }
@@ -61,6 +69,7 @@ PyObject* propose_and_weigh(PyObject*, PyObject* const* values, Py_ssize_t given
         in.levels(step, five);
         step.shape = in.shape(), step.threads = static_cast<int>(in.integer());
         const py::gil_scoped_release release;
+        prepare(step.x_s, step.x.dtype, step.shape);
         cpu::kernels().propose_and_weigh(step, weights);
     });
 }

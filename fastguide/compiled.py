@@ -118,7 +118,7 @@ def _clip_code(clip: float | tuple[float, float] | DynamicThreshold) -> tuple[in
     return _CLIP_RANGE, float(low), float(high)
 
 
-Levels = tuple[float, ...] | Tensor  # five floats, or a float64 table [5, N]
+Levels = Coefficients | tuple[float, ...] | Tensor  # five floats, or a float64 table [5, N]
 Counter = tuple[int, int, int, int]  # seed, step, stream, first_particle
 
 
@@ -139,8 +139,8 @@ def reverse_step_cpu(
     counter: Counter,
     return_x0: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`fastguide.ops.reverse_step` of CPU tensors. Levels and counters out of range, or of another kind, are an error
-    before anything is computed."""
+    """`fastguide.ops.reverse_step` of CPU tensors. Levels and counters out of range, or of another kind than five floats
+    and integers, are an error before anything is computed."""
     x, model_output = x.contiguous(), model_output.contiguous()
     if displacement is not None:
         displacement = displacement.contiguous()

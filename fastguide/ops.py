@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import compiled, reference
 from .backends import select
@@ -40,20 +42,27 @@ STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def _plain(x: Tensor, *others: Tensor) -> bool:
     """In one look, what the tensors of nearly every call are: torch's own, of one shape, of a dtype and on a device
-    that the cpu kernels serve, and followed by nothing that cannot look into those. Beside a small state the checks
-    one by one, and the choice of a backend, would cost more than the kernel."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or x.dtype not in STATE_DTYPES:
+    that the cpu kernels serve, and watched by nothing. Beside a small state the checks one by one, and the choice of a
+    backend, would cost more than the kernel."""
+    if type(x) is not Tensor or not x.is_cpu or x.dtype not in STATE_DTYPES or _traced() or _transformed():
         return False
     shape = x.shape
     for other in others:
         if type(other) is not Tensor or not other.is_cpu or other.dtype not in STATE_DTYPES or other.shape != shape:
             return False
-    return len(shape) > 0 and compiled.loaded("cpu") and not _transformed()
+    return len(shape) > 0 and compiled.loaded("cpu")
+
+
+def _traced() -> bool:
+    """Whether operations are recorded, now or by a mode: the record should hold the operator of `fastguide.library`."""
+    if torch.compiler.is_compiling():
+        return True
+    return _get_tracing_state() is not None or (_len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None)
 
 
 def _transformed() -> bool:
     """Whether torch follows every operation, for a derivative or a batch, which it cannot into a kernel."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 _NO_TRANSFORMS = "has no function transforms or forward-mode derivatives, and the call is inside one"
@@ -219,7 +228,7 @@ def randn(
         raise TypeError(f"dtype: expected one of float32, float16, bfloat16, float64, got {dtype}")
     _check_counter(seed, step, stream, first_particle, shape[0], math.prod(shape[1:]))
     device = torch.device(device)
-    if torch.compiler.is_compiling():
+    if _traced():
         from . import library
 
         return library.call_randn(shape, (seed, step, stream, first_particle), dtype, device, backend)
@@ -564,7 +573,7 @@ def log_prob_and_gradient(
     _check_density(family, scale, df, background, added)
     differentiate = torch.is_grad_enabled()
     obstacle = _density_obstacle(y, added) if differentiate else ""
-    if not torch.compiler.is_compiling() and _transformed():
+    if not _traced() and _transformed():
         obstacle = _NO_TRANSFORMS
     if not obstacle and (_through_dispatcher(z) or (differentiate and z.requires_grad)):
         from . import library
@@ -595,4 +604,4 @@ def _density_obstacle(y: Tensor, added: Tensor | None) -> str:
 
 
 def _through_dispatcher(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+    return _traced() or type(x) not in (Tensor, torch.nn.Parameter)

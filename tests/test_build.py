@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def test_cpu_module_is_built_and_loaded():
-    assert backends()["cpu"] == Backend("cpu", True, "", ("randn", "gather_particles_"), backends()["cpu"].details)
+    assert backends()["cpu"] == Backend("cpu", True, "", OPERATIONS, backends()["cpu"].details)
     assert backends()["cpu"].details["instruction_set"]
     flags = compiled.build_record()["cxxflags"]
     assert "-ffp-contract=off" in flags and "fast-math" not in flags
@@ -69,6 +69,8 @@ def test_select():
     assert select("randn", device=CPU, dtype=torch.float64) == "cpu"
     assert select("randn", device=CPU, dtype=torch.int32) == "reference"
     assert select("resample", device=CPU, dtype=torch.float32) == "reference"
+    assert select("reverse_step", device=CPU, dtype=torch.bfloat16) == "cpu"
+    assert select("reverse_step", device=CPU, dtype=torch.bfloat16, transformed=True) == "reference"
     assert select("randn", "reference", device=CPU, dtype=torch.float32) == "reference"
     assert select("randn", device=torch.device("meta"), dtype=torch.float32) == "reference"
 
@@ -86,9 +88,12 @@ def test_select_refuses_with_the_reason():
 
 
 def test_explain_tells_what_was_passed_over():
-    text = explain("reverse_step", "cpu", torch.float32)
-    assert text.splitlines()[0] == "reverse_step on cpu, torch.float32: reference"
+    text = explain("resample", "cpu", torch.float32)
+    assert text.splitlines()[0] == "resample on cpu, torch.float32: reference"
     assert "not cuda: " in text and "not cpu: cpu has no kernel" in text
+    text = explain("reverse_step", "cpu", torch.float32, transformed=True)
+    assert text.splitlines()[0] == "reverse_step on cpu, torch.float32: reference"
+    assert "not cpu: cpu has no function transforms" in text
 
 
 def test_a_missing_module_warns_once_and_only_once(monkeypatch, recwarn):

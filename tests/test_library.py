@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastguide
@@ -279,6 +280,20 @@ def test_gradients_through_a_compiled_step(per_sample, return_x0):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for a, b in zip(gradients(compiled), gradients(loss), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_recorded_graph_holds_the_operators():
+    """A kernel writes where a recorder does not look: the record would hold memory that nobody fills."""
+
+    def loop(x):
+        z = ops.randn(x.shape, seed=3)
+        return ops.propose_and_weigh(ops.reverse_step(x, z, VP, seed=1), z, z, z[:, 0], VP, seed=2)
+
+    graph = make_fx(loop)(normal(3, 4))
+    names = [str(node.target) for node in graph.graph.nodes if "fastguide" in str(node.target)]
+    assert [name.split(".")[1] for name in names] == ["randn", "reverse_step", "propose_and_weigh"]
+    x = normal(3, 4, seed=1)
+    assert_same_bits(graph(x), loop(x))
 
 
 # --- fake tensors -------------------------------------------------------------------------------------------

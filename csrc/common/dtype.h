@@ -9,6 +9,10 @@ namespace fastguide {
 
 enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2, float64 = 3 };
 
+FG_HD uint64_t size_of(Dtype dtype) {
+    return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
 struct Half {
     uint16_t bits;
 };

@@ -131,8 +131,10 @@ void step_span(const Span<R>& span, const Source& source, uint64_t count) {
         const V x = read(s.x + i);
         V x0 = read(s.output + i);
         if constexpr (!(kFlags & kSample)) x0 = m.p(i, read) * x + m.q(i, read) * x0;
-        x0 = x0 < low ? low : x0;  // a NaN stays
-        x0 = x0 > high ? high : x0;
+        if constexpr (!(kFlags & kWeigh)) {  // a NaN stays
+            x0 = x0 < low ? low : x0;
+            x0 = x0 > high ? high : x0;
+        }
         V x_s = m.a(i, read) * x + m.b(i, read) * x0;
         V displacement{}, z{};
         if constexpr (kFlags & kMoved) {
@@ -149,7 +151,7 @@ void step_span(const Span<R>& span, const Source& source, uint64_t count) {
         if constexpr (kFlags & kX0) write(s.x0 + i, x0);
         if constexpr (kFlags & kWeigh) {
             const V delta = displacement * m.inverse(i, read);
-            keep(s.terms + i, delta * (R{0.5} * delta + z));
+            keep(s.terms + i, delta * fused(splat(R{0.5}), delta, z));
         }
     };
     const auto load_all = [](const R* from) __attribute__((always_inline)) { return load<V>(from); };
@@ -192,7 +194,7 @@ FG_INLINE void step_span_of(int flags, const Span<R>& span, const Source& source
 // --- tiles --------------------------------------------------------------------------------------------------
 
 constexpr uint64_t kLongParticle = 64;  // elements from which a particle has its own loop
-constexpr uint64_t kLastingBytes = uint64_t{16} << 20;  // results larger than this do not stay in the caches
+constexpr uint64_t kPastCaches = uint64_t{8} << 20;  // bytes from which results are written past the caches
 
 template <class R>
 struct Run {
@@ -207,7 +209,7 @@ struct Run {
         low = range ? static_cast<R>(s.clip.low) : -static_cast<R>(__builtin_inf());
         high = range ? static_cast<R>(s.clip.high) : static_cast<R>(__builtin_inf());
         const auto x_s = reinterpret_cast<uintptr_t>(s.x_s), x0 = reinterpret_cast<uintptr_t>(s.x0);
-        past_caches = s.x.dtype == Dtype::float32 && s.shape.particles * s.shape.elements * 4 > kLastingBytes &&
+        past_caches = s.x.dtype == Dtype::float32 && s.shape.particles * s.shape.elements * 4 >= kPastCaches &&
                       (!s.x0 || (x_s - x0) % kBytes == 0);
     }
 
@@ -254,28 +256,6 @@ R threshold_of(const Run<R>& run, uint64_t row) {
     return threshold<R>(elements, run.step.clip.low, run.step.clip.high, each);
 }
 
-// The tile's noise, and while it is computed, its inputs on their way.
-template <class R>
-FG_INLINE void noise_and_fetch(R* z, const Run<R>& run, const Tile& tile) {
-    constexpr uint64_t kPart = 256;
-    const RandnShape& shape = run.step.shape;
-    if (!run.past_caches || tile.rows > 1) return noise_tile(z, shape, tile);
-    const uint64_t first = tile.row * shape.elements + tile.begin;
-    const auto fetch = [&](const Input& input, uint64_t at, uint64_t count) __attribute__((always_inline)) {
-        if (!input.data) return;
-        const uint64_t size = input.dtype == Dtype::float32 ? 4 : input.dtype == Dtype::float64 ? 8 : 2;
-        const char* from = static_cast<const char*>(input.data) + (first + at) * size;
-        for (uint64_t i = 0; i < count * size; i += 64) __builtin_prefetch(from + i, 0, 3);
-    };
-    for (uint64_t at = 0; at < tile.count; at += kPart) {
-        const uint64_t count = tile.count - at < kPart ? tile.count - at : kPart;
-        fetch(run.step.x, at, count);
-        fetch(run.step.output, at, count);
-        fetch(run.step.displacement, at, count);
-        noise_tile(z + at, shape, {tile.row, 1, tile.begin + at, count});
-    }
-}
-
 // x_s, and x0 if it is asked for, of one tile; with `kWeighed` the terms of the log-density ratio. `bound` is the
 // dynamic threshold of the tile's only particle, or null.
 template <bool kWeighed, class R>
@@ -301,7 +281,7 @@ void step_tile(const Run<R>& run, const Tile& tile, const R* bound, R* terms) {
         if (s.prediction == Prediction::sample) flags |= kSample;
     }
     if (!s.per_particle) {
-        if (run.common.tau != R{0}) noise_and_fetch(z, run, tile), flags |= kNoise;
+        if (run.common.tau != R{0}) noise_tile(z, s.shape, tile), flags |= kNoise;
         step_span_of<kWeighed>(flags, span, OneParticle<R>{run.common}, count);
     } else if (elements < kLongParticle) {
         alignas(64) R p[kTile], q[kTile], a[kTile], b[kTile], tau[kTile], inverse[kTile];

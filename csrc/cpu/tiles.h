@@ -65,6 +65,7 @@ template <class F>
 FG_INLINE void share_out(uint64_t count, uint64_t grain, int threads, const F& f) {
     share_ranges(count, grain, threads, [&](uint64_t begin, uint64_t end) {
         for (uint64_t i = begin; i < end; ++i) f(i);
+        stream_fence();  // what f wrote past the caches
     });
 }
 
