@@ -200,7 +200,13 @@ struct VectorLanes {
 
 // --- float64 ------------------------------------------------------------------------------------------------
 
-FG_INLINE F64 widen(HalfF32 v) { return __builtin_convertvector(v, F64); }
+FG_INLINE F64 widen(HalfF32 v) {
+#if defined(__AVX512F__)  // GCC would take it apart
+    return as<F64>(_mm512_cvtps_pd((__m256)v));
+#else
+    return __builtin_convertvector(v, F64);
+#endif
+}
 FG_INLINE F64 low_half(F32 v) {
     HalfF32 half;
     __builtin_memcpy(&half, &v, sizeof half);
