@@ -34,19 +34,24 @@ FG_INLINE F64 first_lanes(F64 v, int n) {
 
 // --- sums ---------------------------------------------------------------------------------------------------
 
-FG_INLINE double sum_of_lanes(const F64* lanes) {
-    F64 sum[kVectors];
-    for (int v = 0; v < kVectors; ++v) sum[v] = lanes[v];
+// op over all lanes, in the tree.
+template <class T, class V, class Op>
+FG_INLINE T over_lanes(const V* lanes, const Op& op) {
+    V all[kVectors];
+    for (int v = 0; v < kVectors; ++v) all[v] = lanes[v];
     for (int half = kVectors / 2; half > 0; half /= 2)
-        for (int v = 0; v < half; ++v) sum[v] += sum[v + half];
-    double lane[kLanes64];
-    store(lane, sum[0]);
+        for (int v = 0; v < half; ++v) all[v] = op(all[v], all[v + half]);
+    T lane[kLanes64];
+    store(lane, all[0]);
     for (int half = kLanes64 / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+        for (int i = 0; i < half; ++i) lane[i] = op(lane[i], lane[i + half]);
     return lane[0];
 }
 
-// The same of the first of the lanes, where the rest is 0.
+constexpr auto added_up = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
+constexpr auto multiplied = [](auto a, auto b) __attribute__((always_inline)) { return a * b; };
+
+// The sum of the first of the lanes, where the rest is 0.
 template <int kCount>
 FG_INLINE double sum_of_few(const double* terms) {
     double lane[kCount];
@@ -78,7 +83,7 @@ struct Sum {
     F64 lanes[kVectors] = {};
 
     FG_INLINE void add(int v, F64 term) { lanes[v] += term; }
-    FG_INLINE double total() const { return sum_of_lanes(lanes); }
+    FG_INLINE double total(uint64_t) const { return over_lanes<double>(lanes, added_up); }
 };
 
 // The sum of ln(1 + term), as the logarithm of a product: a term costs a multiplication. Good to 2^-53 of each
@@ -99,19 +104,18 @@ struct LogProduct {
         finite[v] &= factor < std::numeric_limits<double>::infinity();
     }
     FG_INLINE bool all_finite() const {
-        I64 all = finite[0];
-        for (int v = 1; v < kVectors; ++v) all &= finite[v];
-        int64_t lane = -1;
-        for (int i = 0; i < kLanes64; ++i) lane &= all[i];
-        return lane != 0;
+        return over_lanes<int64_t>(finite, [](auto a, auto b) { return a & b; }) != 0;
     }
-    FG_INLINE double total() const {
+    FG_INLINE double total(uint64_t count) const {
+        const auto log_of = [](F64 mantissa, U64 exponent) __attribute__((always_inline)) {
+            const F64 k = as<F64>(exponent | 0x4330000000000000u) - 0x1p52;
+            return log_of_normal<Lanes>(mantissa) + k * 0x1.62e42fefa39efp-1;
+        };
+        if (count <= 512)  // all mantissas together stay below 2^512
+            return log_of(splat(over_lanes<double>(mantissas, multiplied)), splat(over_lanes<uint64_t>(exponents, added_up)))[0];
         F64 lanes[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-            const F64 exponent = as<F64>(exponents[v] | 0x4330000000000000u) - 0x1p52;
-            lanes[v] = log_double<Lanes>(mantissas[v]) + exponent * 0x1.62e42fefa39efp-1;
-        }
-        return sum_of_lanes(lanes);
+        for (int v = 0; v < kVectors; ++v) lanes[v] = log_of(mantissas[v], exponents[v]);
+        return over_lanes<double>(lanes, added_up);
     }
 };
 
@@ -300,7 +304,7 @@ struct Poisson {
     FG_INLINE Point at(F64 z, F64 y, F64) const {
         const F64 counts = y * per_gain, rate = (z + background) * per_gain;
         const F64 held = rate < kLeastRate ? splat(kLeastRate) : rate;
-        const F64 seen = counts * log_double<Lanes>(held);
+        const F64 seen = counts * (held < std::numeric_limits<double>::infinity() ? log_of_normal<Lanes>(held) : held);
         // The gradient does not stop at the least rate, so that a negative one is still driven back.
         return {(counts == 0.0 ? F64{} : seen) - held, (counts / held - 1.0) * per_gain};
     }
@@ -346,7 +350,7 @@ FG_INLINE double total_of(const Density& density, const Real* z, const Real* y, 
     each(density, z, y, added, gradient, count, [&](int v, uint64_t, F64 term) { total.add(v, term); });
     if constexpr (std::is_same_v<typename Density::Total, LogProduct>)
         if (!total.all_finite()) return total_of(plain(density), z, y, added, static_cast<Real*>(nullptr), count);
-    return total.total();
+    return total.total(count);
 }
 
 // --- parts that do not depend on z --------------------------------------------------------------------------
@@ -470,10 +474,7 @@ void evaluate(const Density& density, const DensityArrays& a, const Values<Real>
         });
 }
 
-// Of ln(1 + ratio) as that of a product: from so many degrees of freedom on it is multiplied by too much, and below
-// so many elements the lanes' own logarithms cost more than they spare.
-constexpr double kManyDegrees = 1e4;
-constexpr uint64_t kLongRow = 32;
+constexpr double kManyDegrees = 1e4;  // from which on ln(1 + ratio) is multiplied by too much for a product
 
 template <class Real>
 void log_prob_and_gradient_in(const LogDensity& d, const DensityArrays& a, int threads) {
@@ -491,7 +492,7 @@ void log_prob_and_gradient_in(const LogDensity& d, const DensityArrays& a, int t
     const auto with = [&](const auto& density) {
         evaluate(density, a, y, added, d.constant * static_cast<double>(a.elements), known, threads);
     };
-    const bool product = d.df < kManyDegrees && a.elements >= kLongRow;
+    const bool product = d.df < kManyDegrees && a.elements >= kSumLanes;
     switch (d.family) {
         case Family::gaussian: return a.added ? with(Gaussian<true>(d)) : with(Gaussian<false>(d));
         case Family::student_t:
