@@ -111,7 +111,8 @@ PYBIND11_MODULE(_cpu, m) {
           "Log-densities [samples] and their gradients [samples, elements] in z. Returns the place of the first "
           "row out of range (then nothing is written) or -1.");
     m.def("log_functions", &log_functions, py::arg("x"), py::arg("log"), py::arg("log1p"),
-          py::arg("log_gamma"), py::arg("count"), "ln x, ln(1 + x) and ln Gamma(x), as log_prob_and_gradient has them.");
+          py::arg("log_gamma"), py::arg("count"),
+          "ln x, ln(1 + x) and ln Gamma(x), as log_prob_and_gradient has them.");
     m.def("philox", &philox_words, py::arg("counter"), py::arg("key"), "The four words of Philox4x32-10.");
     m.def("instruction_set", [] { return cpu::kernels().name; }, "What the kernels run with.");
     m.def("instruction_sets", &instruction_sets, "What they can run with on this processor, the best first.");

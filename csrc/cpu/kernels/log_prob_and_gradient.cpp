@@ -1,8 +1,8 @@
 // Log-densities of the error models and their gradients, in one pass over z and y.
 //
-// Each term is computed in double whatever the arrays' type. The terms of a tile of 2,048 elements are added in one
-// tree, whatever the instruction set: 16 lanes, element i of the tile in lane i mod 16, then lanes i and i + 8,
-// i + 4, i + 2, i + 1; the tiles of a sample in their order.
+// Each term is computed in double whatever the type of the arrays. The terms of a tile of 2,048 elements are put
+// together in one tree, whatever the instruction set: 16 lanes, element i of the tile in lane i mod 16, then lanes i
+// and i + 8, i + 4, i + 2, i + 1; the tiles of a sample in their order.
 #include "../../common/log.h"
 #include "../kernels.h"
 #include "../scratch.h"
@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kSumLanes = 16;
 constexpr int kVectors = kSumLanes / kLanes64;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr uint64_t kRowGrain = 4096;  // sums of a few numbers that are worth a thread
 
 using Lanes = VectorLanes64;
@@ -101,7 +102,7 @@ struct LogProduct {
         const U64 bits = as<U64>(factor);
         mantissas[v] *= as<F64>((bits & 0x000FFFFFFFFFFFFFu) | 0x3FF0000000000000u);
         exponents[v] += (bits >> 52) - 1023u;
-        finite[v] &= factor < std::numeric_limits<double>::infinity();
+        finite[v] &= factor < kInfinity;
     }
     FG_INLINE bool all_finite() const {
         return over_lanes<int64_t>(finite, [](auto a, auto b) { return a & b; }) != 0;
@@ -111,8 +112,10 @@ struct LogProduct {
             const F64 k = as<F64>(exponent | 0x4330000000000000u) - 0x1p52;
             return log_of_normal<Lanes>(mantissa) + k * 0x1.62e42fefa39efp-1;
         };
-        if (count <= 512)  // all mantissas together stay below 2^512
-            return log_of(splat(over_lanes<double>(mantissas, multiplied)), splat(over_lanes<uint64_t>(exponents, added_up)))[0];
+        if (count <= 512) {  // all mantissas together stay below 2^512
+            const double mantissa = over_lanes<double>(mantissas, multiplied);
+            return log_of(splat(mantissa), splat(over_lanes<uint64_t>(exponents, added_up)))[0];
+        }
         F64 lanes[kVectors];
         for (int v = 0; v < kVectors; ++v) lanes[v] = log_of(mantissas[v], exponents[v]);
         return over_lanes<double>(lanes, added_up);
@@ -197,8 +200,9 @@ struct Laid {
         if (!values.data) return nullptr;
         if (values.rows == 1) return common;
         if (!values.index) return values.of(tile.row);
+        const int64_t* index = values.index + tile.row;
         for (uint64_t i = 0, end; i < tile.rows; i = end) {  // samples of one observation follow each other
-            for (end = i + 1; end < tile.rows && values.index[tile.row + end] == values.index[tile.row + i];) ++end;
+            for (end = i + 1; end < tile.rows && index[end] == index[i];) ++end;
             repeat(buffer + i * values.elements, values.of(tile.row + i), values.elements, end - i);
         }
         return buffer;
@@ -283,7 +287,9 @@ struct Laplace {
     double factor;
 
     explicit Laplace(const LogDensity& d)
-        : variance(splat(d.scale * d.scale)), inverse(splat(1.0 / d.scale)), factor(kAdded ? -1.0 : -1.0 / d.scale) {}
+        : variance(splat(d.scale * d.scale)),
+          inverse(splat(1.0 / d.scale)),
+          factor(kAdded ? -1.0 : -1.0 / d.scale) {}
     FG_INLINE Point at(F64 z, F64 y, F64 more) const {
         const F64 residual = y - z, size = residual < 0.0 ? -residual : residual;
         const F64 slope = kAdded ? 1.0 / square_root(variance + more) : inverse;
@@ -304,7 +310,7 @@ struct Poisson {
     FG_INLINE Point at(F64 z, F64 y, F64) const {
         const F64 counts = y * per_gain, rate = (z + background) * per_gain;
         const F64 held = rate < kLeastRate ? splat(kLeastRate) : rate;
-        const F64 seen = counts * (held < std::numeric_limits<double>::infinity() ? log_of_normal<Lanes>(held) : held);
+        const F64 seen = counts * (held < kInfinity ? log_of_normal<Lanes>(held) : held);
         // The gradient does not stop at the least rate, so that a negative one is still driven back.
         return {(counts == 0.0 ? F64{} : seen) - held, (counts / held - 1.0) * per_gain};
     }
@@ -375,7 +381,8 @@ struct LogFactorial {
 
 // to[row] = factor * the sum of the row's terms, for the rows of `values`, or the `number` that its index names.
 template <class Part, class Real>
-void sum_part(double* to, double factor, const Part& part, const Values<Real>& values, uint64_t number, int threads) {
+void sum_part(double* to, double factor, const Part& part, const Values<Real>& values, uint64_t number,
+              int threads) {
     const auto store_terms = [&](const Real* from, double* terms, uint64_t count) {
         each(part, from, from, from, static_cast<Real*>(nullptr), count,
              [&](int, uint64_t at, F64 term) { store(terms + at, term); });
@@ -447,8 +454,10 @@ void evaluate(const Density& density, const DensityArrays& a, const Values<Real>
         Real* gradient = !a.gradient ? nullptr : narrow_z ? buffer : static_cast<Real*>(a.gradient) + at;
         use(z, gradient);
         if constexpr (std::is_same_v<Real, float>) {
-            if (gradient && a.dtype == Dtype::float16) narrow(static_cast<Half*>(a.gradient) + at, buffer, count);
-            if (gradient && a.dtype == Dtype::bfloat16) narrow(static_cast<BFloat16*>(a.gradient) + at, buffer, count);
+            if (gradient && a.dtype == Dtype::float16)
+                narrow(static_cast<Half*>(a.gradient) + at, buffer, count);
+            else if (gradient && a.dtype == Dtype::bfloat16)
+                narrow(static_cast<BFloat16*>(a.gradient) + at, buffer, count);
         }
     };
     sum_terms(
