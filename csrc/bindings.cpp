@@ -198,7 +198,8 @@ PYBIND11_MODULE(_cpu, m) {
           "Log-densities [samples] and their gradients [samples, elements] in z. Returns the place of the first "
           "row out of range (then nothing is written) or -1.");
     m.def("log_functions", &log_functions, py::arg("x"), py::arg("log"), py::arg("log1p"),
-          py::arg("log_gamma"), py::arg("count"), "ln x, ln(1 + x) and ln Gamma(x), as log_prob_and_gradient has them.");
+          py::arg("log_gamma"), py::arg("count"),
+          "ln x, ln(1 + x) and ln Gamma(x), as log_prob_and_gradient has them.");
     m.def("resample", &resample, py::arg("log_weights"), py::arg("dtype"), py::arg("rows"), py::arg("particles"),
           py::arg("number"), py::arg("scheme"), py::arg("sorted"), py::arg("keep_from"), py::arg("seed"),
           py::arg("step"), py::arg("stream"), py::arg("ancestors"), py::arg("log_weights_after"),

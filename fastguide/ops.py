@@ -164,9 +164,7 @@ def check_clip(clip: Clip) -> None:
 def _check_measurements(z: Tensor, y: Tensor, added: Tensor | None, rows: Tensor | None) -> None:
     _check_state("z", z)
     number, measurement = z.shape[0], z.shape[1:]
-    for name, value in (("y", y), ("added", added)):
-        if value is None:
-            continue
+    for name, value in (("y", y),) if added is None else (("y", y), ("added", added)):
         _check_state(name, value)
         any_rows = name == "y" and rows is not None
         if value.shape[1:] != measurement or not (any_rows or value.shape[0] in (1, number)):

@@ -145,6 +145,32 @@ def test_opcheck_gather_particles_(index_dtype, rows):
         check(OPERATORS.gather_particles_, ancestors, states[:number], "auto")
 
 
+def density_arguments(family, dtype=torch.float32, grad=False, added=None, rows=None, y=None) -> tuple:
+    y = (3.0 * normal(3, 2, 4, seed=1).abs()).round().to(dtype) if y is None else y
+    added = None if added is None else normal(added, 2, 4, seed=2, dtype=dtype) ** 2
+    rows = None if rows is None else torch.tensor(rows)
+    z = normal(3, 2, 4, dtype=dtype).abs() + 0.5
+    df, background = (4.5 if family == "student_t" else None), (0.25 if family == "poisson" else 0.0)
+    return z.requires_grad_(grad), y, family, 0.7, df, background, added, rows, "auto"
+
+
+@pytest.mark.parametrize("family", reference.FAMILIES)
+@pytest.mark.parametrize("grad", (False, True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck_log_prob_and_gradient(family, grad, dtype):
+    check(OPERATORS.log_prob_and_gradient, *density_arguments(family, dtype, grad))
+    check(OPERATORS.log_prob_and_gradient, *density_arguments(family, dtype, grad, rows=[2, 0, 2]))
+
+
+@pytest.mark.parametrize("added", (1, 3))
+@pytest.mark.parametrize("layout", ["rows", "turned"])
+def test_opcheck_log_prob_and_gradient_layouts(added, layout):
+    z, y, *rest = density_arguments("laplace", grad=True, added=added)
+    if layout == "turned":
+        z, y, rest[4] = turned(z), turned(y), turned(rest[4])
+    check(OPERATORS.log_prob_and_gradient, z, y, *rest)
+
+
 # --- compiled loops -----------------------------------------------------------------------------------------
 
 LEVELS = [(0.1, 0.995), (0.5, 0.866), (0.8, 0.6), (0.95, 0.31), (1.0, 0.0)]
@@ -296,6 +322,44 @@ def test_a_recorded_graph_holds_the_operators():
     assert_same_bits(graph(x), loop(x))
 
 
+@pytest.mark.parametrize("family", reference.FAMILIES)
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_log_densities_in_a_compiled_function(family, backend):
+    if backend == "inductor" and shutil.which("g++") is None:
+        backend = "aot_eager"
+    z, y, _, scale, df, background, *_ = density_arguments(family)
+
+    def loss(x):
+        options = dict(family=family, scale=scale, df=df, background=background)
+        log_prob, gradient = ops.log_prob_and_gradient(2.0 * x, y, **options)
+        alone, _ = ops.log_prob_and_gradient(0.5 * x, y, return_gradient=False, **options)
+        return (log_prob + alone).sum(), log_prob.detach(), gradient.detach()
+
+    def results(function):
+        x = z.clone().requires_grad_()
+        total, *values = function(x)
+        return [*torch.autograd.grad(total, x), *values]
+
+    for a, b in zip(results(torch.compile(loss, fullgraph=True, backend=backend)), results(loss), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_derivatives_in_y_in_a_compiled_function():
+    """Which the operator has not: the reference is traced in its place."""
+    z, y = normal(3, 4), normal(3, 4, seed=1)
+
+    def log_prob(y):
+        return ops.log_prob_and_gradient(z, y, family="student_t", scale=0.7, df=3.0)[0].sum()
+
+    def slope(function):
+        leaf = y.clone().requires_grad_()
+        return torch.autograd.grad(function(leaf), leaf)[0]
+
+    got = slope(torch.compile(log_prob, fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(got, slope(log_prob))
+    assert (got != 0).all()
+
+
 # --- fake tensors -------------------------------------------------------------------------------------------
 
 
@@ -311,6 +375,7 @@ def test_fake_tensors_give_shapes_and_dtypes():
         ancestors, after, mean_weight, ess = ops.resample(torch.empty(2, 3), num=7, check=False)
         alone = ops.resample(torch.empty(9), check=False)
         ops.gather_particles_(torch.empty(2, 3, dtype=torch.int32), weights)
+        log_prob, gradient = ops.log_prob_and_gradient(x, x, family="gaussian", scale=1.0)
     expected = {
         "z": (z, (6, 3, 5), torch.bfloat16),
         "x_s": (x_s, (6, 3, 5), torch.float16),
@@ -324,6 +389,8 @@ def test_fake_tensors_give_shapes_and_dtypes():
         "ess": (ess, (2,), torch.float64),
         "ancestors alone": (alone[0], (9,), torch.int32),
         "mean_weight alone": (alone[2], (), torch.float64),
+        "log_prob": (log_prob, (6,), torch.float64),
+        "gradient": (gradient, (6, 3, 5), torch.float16),
     }
     for name, (tensor, shape, dtype) in expected.items():
         assert mode.is_our_fake(tensor), name
@@ -353,6 +420,7 @@ def test_eager_calls_skip_the_dispatcher():
 
     with Recorder() as recorder:
         run_loop(twisted_loop)
+        ops.log_prob_and_gradient(torch.ones(2, 3), torch.ones(1, 3), family="laplace", scale=1.0)
         parameter = torch.nn.Parameter(torch.ones(2, 3))
         with torch.no_grad():
             ops.reverse_step(parameter, parameter, VP)

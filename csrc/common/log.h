@@ -9,20 +9,22 @@
 
 namespace fastguide {
 
-// ln(x + tail) of a normal x > 0 and a tail below its rounding, plus `more` ln 2.
+// ln((x + tail) 2^shift) of a normal x > 0, a tail below its rounding, and a shift for each lane.
 //
 // x = 2^k m, sqrt(1/2) <= m < sqrt(2). With f = m - 1 and s = f / (2 + f), ln m = 2 artanh s
 // = f - f^2/2 + s (f^2/2 + R), R = 2 artanh(s) / s - 2 = s^2 (2/3 + 2/5 s^2 + ...), fitted to 2^-59 of the whole.
-template <class Lanes, bool kTail>
-FG_HD typename Lanes::F64 log_of_normal(typename Lanes::F64 x, typename Lanes::F64 tail, typename Lanes::F64 more) {
+template <class Lanes, bool kTail = false, bool kShift = false>
+FG_HD typename Lanes::F64 log_of_normal(typename Lanes::F64 x, typename Lanes::F64 tail = typename Lanes::F64{},
+                                        typename Lanes::F64 shift = typename Lanes::F64{}) {
     using F64 = typename Lanes::F64;
     using U64 = typename Lanes::U64;
     constexpr uint64_t one = 0x3FF0000000000000u, root_half = 0x3FE6A09E667F3BCDu, mantissa = 0x000FFFFFFFFFFFFFu;
     const U64 shifted = Lanes::bits(x) + (one - root_half), exponent = shifted >> 52;
     const F64 m = Lanes::of_bits((shifted & mantissa) + root_half);
-    const F64 k = Lanes::of_bits(exponent | 0x4330000000000000u) - (0x1p52 + 1023.0) + more;
+    F64 k = Lanes::of_bits(exponent | 0x4330000000000000u) - (0x1p52 + 1023.0);
+    if constexpr (kShift) k = k + shift;
     F64 f = m - 1.0;
-    if constexpr (kTail) f = f + tail * Lanes::of_bits((2046u - exponent) << 52);
+    if constexpr (kTail) f = f + tail * Lanes::of_bits((2047u - exponent) << 52) * 0.5;  // 2^-k could be 2^-1024
     const F64 s = f / (f + 2.0);
     const F64 z = s * s, w = z * z;
     const F64 even = ((w * 0x1.2efe21343f314p-3 + 0x1.746636708573cp-3) * w + 0x1.24924941afef6p-2) * w +
@@ -38,25 +40,26 @@ template <class Lanes>
 FG_HD typename Lanes::F64 log_double(typename Lanes::F64 x) {
     using F64 = typename Lanes::F64;
     constexpr double infinity = std::numeric_limits<double>::infinity();
+    constexpr double nan = std::numeric_limits<double>::quiet_NaN();
     const auto subnormal = x < 0x1p-1022;
-    const F64 finite = log_of_normal<Lanes, false>(Lanes::select(subnormal, x * 0x1p54, x), F64{},
-                                                   Lanes::select(subnormal, F64{} - 54.0, F64{}));
-    const F64 outside = Lanes::select(x == 0.0, F64{} - infinity, F64{} + std::numeric_limits<double>::quiet_NaN());
+    const F64 finite = log_of_normal<Lanes, false, true>(Lanes::select(subnormal, x * 0x1p54, x), F64{},
+                                                         Lanes::select(subnormal, F64{} - 54.0, F64{}));
+    const F64 outside = Lanes::select(x == 0.0, F64{} - infinity, F64{} + nan);
     return Lanes::select(x > 0.0, Lanes::select(x < infinity, finite, x), outside);
 }
 
-// ln(1 + x) for x >= 0, infinity and NaN, within 1 ulp.
+// ln(1 + x) for x >= 0, infinity and NaN, within 1.2 ulp.
 template <class Lanes>
 FG_HD typename Lanes::F64 log1p_double(typename Lanes::F64 x) {
     using F64 = typename Lanes::F64;
     const F64 sum = 1.0 + x;
     const F64 tail = Lanes::select(x < 1.0, x - (sum - 1.0), 1.0 - (sum - x));
-    return Lanes::select(sum < std::numeric_limits<double>::infinity(),
-                         log_of_normal<Lanes, true>(sum, tail, F64{}), sum);
+    const auto finite = sum < std::numeric_limits<double>::infinity();
+    return Lanes::select(finite, log_of_normal<Lanes, true>(sum, tail), sum);
 }
 
-// ln Gamma(x) for x > 0, within 2^-46 below 8 and within 1.5 ulp above; exactly 0 at 1 and 2. Stirling's series, to
-// which arguments below 8 are moved.
+// ln Gamma(x) for x > 0, within 2^-46 below 8 and within 2 ulp above; exactly 0 at 1 and 2. Stirling's series,
+// to which arguments below 8 are moved.
 template <class Lanes>
 FG_HD typename Lanes::F64 log_gamma_double(typename Lanes::F64 x) {
     using F64 = typename Lanes::F64;

@@ -1,8 +1,8 @@
 // Log-densities of the error models and their gradients, in one pass over z and y.
 //
-// Each term is computed in double whatever the arrays' type: what has to come from memory takes longer. The terms
-// of a tile of 2,048 elements are added in one tree, whatever the instruction set: 16 lanes, element i of the tile
-// in lane i mod 16, then lanes i and i + 8, i + 4, i + 2, i + 1; the tiles of a sample in their order.
+// Each term is computed in double whatever the type of the arrays. The terms of a tile of 2,048 elements are put
+// together in one tree, whatever the instruction set: 16 lanes, element i of the tile in lane i mod 16, then lanes i
+// and i + 8, i + 4, i + 2, i + 1; the tiles of a sample in their order.
 #include "../../common/log.h"
 #include "../kernels.h"
 #include "../scratch.h"
@@ -13,17 +13,46 @@ namespace fastguide::cpu::FG_ISA {
 namespace {
 
 constexpr int kSumLanes = 16;
+constexpr int kVectors = kSumLanes / kLanes64;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr uint64_t kRowGrain = 4096;  // sums of a few numbers that are worth a thread
+
+using Lanes = VectorLanes64;
 
 FG_INLINE F64 load_double(const float* from) { return widen(load<HalfF32>(from)); }
 FG_INLINE F64 load_double(const double* from) { return load<F64>(from); }
 FG_INLINE F64 load_double_some(const float* from, int n) { return widen(load_some<HalfF32>(from, n)); }
 FG_INLINE F64 load_double_some(const double* from, int n) { return load_some<F64>(from, n); }
-FG_INLINE HalfF32 narrow_to(float, F64 v) { return __builtin_convertvector(v, HalfF32); }
-FG_INLINE F64 narrow_to(double, F64 v) { return v; }
+FG_INLINE HalfF32 narrowed(float, F64 v) { return __builtin_convertvector(v, HalfF32); }
+FG_INLINE F64 narrowed(double, F64 v) { return v; }
+
+// The first n lanes, and zeros.
+FG_INLINE F64 first_lanes(F64 v, int n) {
+    I64 lane{};
+    for (int i = 0; i < kLanes64; ++i) lane[i] = i;
+    return lane < int64_t{n} ? v : F64{};
+}
 
 // --- sums ---------------------------------------------------------------------------------------------------
 
+// op over all lanes, in the tree.
+template <class T, class V, class Op>
+FG_INLINE T over_lanes(const V* lanes, const Op& op) {
+    V all[kVectors];
+    for (int v = 0; v < kVectors; ++v) all[v] = lanes[v];
+    for (int half = kVectors / 2; half > 0; half /= 2)
+        for (int v = 0; v < half; ++v) all[v] = op(all[v], all[v + half]);
+    T lane[kLanes64];
+    store(lane, all[0]);
+    for (int half = kLanes64 / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lane[i] = op(lane[i], lane[i + half]);
+    return lane[0];
+}
+
+constexpr auto added_up = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
+constexpr auto multiplied = [](auto a, auto b) __attribute__((always_inline)) { return a * b; };
+
+// The sum of the first of the lanes, where the rest is 0.
 template <int kCount>
 FG_INLINE double sum_of_few(const double* terms) {
     double lane[kCount];
@@ -36,60 +65,91 @@ FG_INLINE double sum_of_few(const double* terms) {
     return lane[0];
 }
 
-FG_INLINE double sum_of_many(const double* terms, uint64_t count) {
-    constexpr int vectors = kSumLanes / kLanes64;
-    F64 sum[vectors] = {};
-    const uint64_t whole = count - count % kSumLanes;
-    for (uint64_t i = 0; i < whole; i += kSumLanes)
-        for (int v = 0; v < vectors; ++v) sum[v] += load<F64>(terms + i + v * kLanes64);
-    if (whole < count) {
-        double last[kSumLanes] = {};
-        __builtin_memcpy(last, terms + whole, (count - whole) * sizeof(double));
-        for (int v = 0; v < vectors; ++v) sum[v] += load<F64>(last + v * kLanes64);
-    }
-    for (int half = vectors / 2; half > 0; half /= 2)
-        for (int v = 0; v < half; ++v) sum[v] += sum[v + half];
-    double lane[kLanes64];
-    store(lane, sum[0]);
-    for (int half = kLanes64 / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-    return lane[0];
-}
-
-// Of terms[rows, elements], elements at most kTile, the sums of the rows, at the front of the terms.
-__attribute__((noinline)) void sum_rows(double* terms, uint64_t rows, uint64_t elements) {
+// Of terms[rows, elements] with few elements the sums of the rows, at the front of the terms.
+__attribute__((noinline)) void sum_short_rows(double* terms, uint64_t rows, uint64_t elements) {
     switch (elements) {
-#define FG_FEW(n)                                                                              \
+#define FG_CASE(n)                                                                             \
     case n:                                                                                    \
         for (uint64_t row = 0; row < rows; ++row) terms[row] = sum_of_few<n>(terms + row * n); \
         return;
-        FG_FEW(1) FG_FEW(2) FG_FEW(3) FG_FEW(4) FG_FEW(5) FG_FEW(6) FG_FEW(7) FG_FEW(8)
-        FG_FEW(9) FG_FEW(10) FG_FEW(11) FG_FEW(12) FG_FEW(13) FG_FEW(14) FG_FEW(15)
-#undef FG_FEW
-        default:
-            for (uint64_t row = 0; row < rows; ++row) terms[row] = sum_of_many(terms + row * elements, elements);
+        FG_CASE(1) FG_CASE(2) FG_CASE(3) FG_CASE(4) FG_CASE(5) FG_CASE(6) FG_CASE(7) FG_CASE(8)
+        FG_CASE(9) FG_CASE(10) FG_CASE(11) FG_CASE(12) FG_CASE(13) FG_CASE(14) FG_CASE(15)
+#undef FG_CASE
+        default: __builtin_unreachable();
     }
 }
 
-// finish(row, sum) for each row of [rows, elements], of the terms that fill(tile, terms) writes.
-template <class Fill, class Finish>
-FG_INLINE void sum_terms(uint64_t rows, uint64_t elements, int threads, const Fill& fill, const Finish& finish) {
+// What takes the terms of a part of a row, at most kTile of them, a vector at a time: vector v of every kVectors.
+struct Sum {
+    F64 lanes[kVectors] = {};
+
+    FG_INLINE void add(int v, F64 term) { lanes[v] += term; }
+    FG_INLINE double total(uint64_t) const { return over_lanes<double>(lanes, added_up); }
+};
+
+// The sum of ln(1 + term), as the logarithm of a product: a term costs a multiplication. Good to 2^-53 of each
+// factor. Mantissas and exponents go apart, so that nothing overflows: 128 mantissas below 2 in each lane.
+struct LogProduct {
+    F64 mantissas[kVectors];
+    U64 exponents[kVectors] = {};
+    I64 finite[kVectors];
+
+    FG_INLINE LogProduct() {
+        for (int v = 0; v < kVectors; ++v) mantissas[v] = splat(1.0), finite[v] = splat(int64_t{-1});
+    }
+    FG_INLINE void add(int v, F64 term) {
+        const F64 factor = term + 1.0;
+        const U64 bits = as<U64>(factor);
+        mantissas[v] *= as<F64>((bits & 0x000FFFFFFFFFFFFFu) | 0x3FF0000000000000u);
+        exponents[v] += (bits >> 52) - 1023u;
+        finite[v] &= factor < kInfinity;
+    }
+    FG_INLINE bool all_finite() const {
+        return over_lanes<int64_t>(finite, [](auto a, auto b) { return a & b; }) != 0;
+    }
+    FG_INLINE double total(uint64_t count) const {
+        const auto log_of = [](F64 mantissa, U64 exponent) __attribute__((always_inline)) {
+            const F64 k = as<F64>(exponent | 0x4330000000000000u) - 0x1p52;
+            return log_of_normal<Lanes>(mantissa) + k * 0x1.62e42fefa39efp-1;
+        };
+        if (count <= 512) {  // all mantissas together stay below 2^512
+            const double mantissa = over_lanes<double>(mantissas, multiplied);
+            return log_of(splat(mantissa), splat(over_lanes<uint64_t>(exponents, added_up)))[0];
+        }
+        F64 lanes[kVectors];
+        for (int v = 0; v < kVectors; ++v) lanes[v] = log_of(mantissas[v], exponents[v]);
+        return over_lanes<double>(lanes, added_up);
+    }
+};
+
+// finish(row, sum) for each row of [rows, elements]. Rows of few elements are summed up from the terms that
+// fill(tile, terms) writes, row after row; of others run(row, begin, count) returns the sum of a part.
+template <class Fill, class Run, class Finish>
+FG_INLINE void sum_terms(uint64_t rows, uint64_t elements, int threads, const Fill& fill, const Run& run,
+                         const Finish& finish) {
     if (elements == 0) {
         for (uint64_t row = 0; row < rows; ++row) finish(row, 0.0);
         return;
     }
     const Tiling tiling{rows, elements};
     const uint64_t tiles_per_row = tiling.tiles_per_row();
+    if (elements < kSumLanes) {
+        share_out(tiling.tiles(), kTileGrain, threads, [&](uint64_t index) {
+            const Tile tile = tiling.at(index);
+            alignas(kBytes) double terms[kTile + kLanes64];
+            fill(tile, terms);
+            sum_short_rows(terms, tile.rows, elements);
+            for (uint64_t i = 0; i < tile.rows; ++i) finish(tile.row + i, terms[i]);
+        });
+        return;
+    }
     Scratch<double> parts(tiles_per_row > 1 ? rows * tiles_per_row : 0);
     share_out(tiling.tiles(), kTileGrain, threads, [&](uint64_t index) {
         const Tile tile = tiling.at(index);
-        alignas(kBytes) double terms[kTile + kLanes64];
-        fill(tile, terms);
-        sum_rows(terms, tile.rows, tile.count / tile.rows);
         if (tiles_per_row > 1)
-            parts.data[index] = terms[0];
+            parts.data[index] = run(tile.row, tile.begin, tile.count);
         else
-            for (uint64_t i = 0; i < tile.rows; ++i) finish(tile.row + i, terms[i]);
+            for (uint64_t row = tile.row; row < tile.row + tile.rows; ++row) finish(row, run(row, 0, elements));
     });
     if (tiles_per_row == 1) return;
     share_out(rows, kRowGrain / tiles_per_row + 1, threads, [&](uint64_t row) {
@@ -126,24 +186,23 @@ FG_INLINE void repeat(Real* to, const Real* row, uint64_t elements, uint64_t tim
     }
 }
 
-// The values of a tile as they lie beside its z. What all tiles share is laid out once.
+// The values beside the z of a tile of short rows, row after row. What all tiles share is laid out once.
 template <class Real>
 struct Laid {
     Values<Real> values;
     alignas(kBytes) Real common[kTile];
 
     Laid(const Values<Real>& v, uint64_t samples) : values(v) {
-        if (!values.data || values.rows > 1 || values.elements == 0) return;
-        const uint64_t most = Tiling{samples, values.elements}.rows_per_tile();
-        if (most > 1) repeat(common, values.data, values.elements, most);
+        if (!values.data || values.rows > 1 || values.elements == 0 || values.elements >= kSumLanes) return;
+        repeat(common, values.data, values.elements, Tiling{samples, values.elements}.rows_per_tile());
     }
     const Real* of(const Tile& tile, Real* buffer) const {
         if (!values.data) return nullptr;
-        if (tile.rows == 1) return values.of(tile.row) + tile.begin;
         if (values.rows == 1) return common;
         if (!values.index) return values.of(tile.row);
+        const int64_t* index = values.index + tile.row;
         for (uint64_t i = 0, end; i < tile.rows; i = end) {  // samples of one observation follow each other
-            for (end = i + 1; end < tile.rows && values.index[tile.row + end] == values.index[tile.row + i];) ++end;
+            for (end = i + 1; end < tile.rows && index[end] == index[i];) ++end;
             repeat(buffer + i * values.elements, values.of(tile.row + i), values.elements, end - i);
         }
         return buffer;
@@ -152,13 +211,16 @@ struct Laid {
 
 // --- densities ----------------------------------------------------------------------------------------------
 
-// A density has at(z, y, added) -> {term, gradient}; the log-density is factor * sum of terms + constants.
+// A density has at(z, y, added) -> {term, gradient} and a Total of terms, and the log-density is factor * total of
+// terms + constants.
 struct Point {
     F64 term, gradient;
 };
 
 template <bool kAdded>
 struct Gaussian {
+    using Total = Sum;
+    static constexpr bool added = kAdded;
     F64 variance, precision;
     double factor;
 
@@ -166,16 +228,21 @@ struct Gaussian {
         : variance(splat(d.scale * d.scale)),
           precision(1.0 / variance),
           factor(kAdded ? -0.5 : -0.5 / (d.scale * d.scale)) {}
-    FG_INLINE Point at(F64 z, F64 y, F64 added) const {
+    FG_INLINE Point at(F64 z, F64 y, F64 more) const {
         const F64 residual = y - z;
         if constexpr (!kAdded) return {residual * residual, residual * precision};
-        const F64 gradient = residual / (variance + added);
+        const F64 gradient = residual / (variance + more);
         return {residual * gradient, gradient};
     }
 };
 
+template <bool kAdded, bool kProduct>
+struct StudentT;
+
 template <bool kAdded>
-struct StudentT {
+struct StudentT<kAdded, false> {
+    using Total = Sum;
+    static constexpr bool added = kAdded;
     F64 variance, df, inverse_width, slope;
     double factor;
 
@@ -185,27 +252,47 @@ struct StudentT {
           inverse_width(splat(1.0 / (d.df * (d.scale * d.scale)))),
           slope(splat((d.df + 1.0) / (d.df * (d.scale * d.scale)))),
           factor(-0.5 * (d.df + 1.0)) {}
-    FG_INLINE Point at(F64 z, F64 y, F64 added) const {
+    FG_INLINE Point ratio_at(F64 z, F64 y, F64 more) const {
         const F64 residual = y - z, square = residual * residual;
         if constexpr (!kAdded) {
             const F64 ratio = square * inverse_width;
-            return {log1p_double<VectorLanes64>(ratio), slope * residual / (1.0 + ratio)};
+            return {ratio, slope * residual / (1.0 + ratio)};
         }
-        const F64 width = df * (variance + added);
-        return {log1p_double<VectorLanes64>(square / width), (df + 1.0) * residual / (width + square)};
+        const F64 width = df * (variance + more);
+        return {square / width, (df + 1.0) * residual / (width + square)};
     }
+    FG_INLINE Point at(F64 z, F64 y, F64 more) const {
+        const Point p = ratio_at(z, y, more);
+        return {log1p_double<Lanes>(p.term), p.gradient};
+    }
+};
+
+// Its logarithms as that of a product.
+template <bool kAdded>
+struct StudentT<kAdded, true> {
+    using Total = LogProduct;
+    static constexpr bool added = kAdded;
+    StudentT<kAdded, false> plain;
+    double factor;
+
+    explicit StudentT(const LogDensity& d) : plain(d), factor(plain.factor) {}
+    FG_INLINE Point at(F64 z, F64 y, F64 more) const { return plain.ratio_at(z, y, more); }
 };
 
 template <bool kAdded>
 struct Laplace {
+    using Total = Sum;
+    static constexpr bool added = kAdded;
     F64 variance, inverse;
     double factor;
 
     explicit Laplace(const LogDensity& d)
-        : variance(splat(d.scale * d.scale)), inverse(splat(1.0 / d.scale)), factor(kAdded ? -1.0 : -1.0 / d.scale) {}
-    FG_INLINE Point at(F64 z, F64 y, F64 added) const {
+        : variance(splat(d.scale * d.scale)),
+          inverse(splat(1.0 / d.scale)),
+          factor(kAdded ? -1.0 : -1.0 / d.scale) {}
+    FG_INLINE Point at(F64 z, F64 y, F64 more) const {
         const F64 residual = y - z, size = residual < 0.0 ? -residual : residual;
-        const F64 slope = kAdded ? 1.0 / square_root(variance + added) : inverse;
+        const F64 slope = kAdded ? 1.0 / square_root(variance + more) : inverse;
         const F64 gradient = residual > 0.0 ? slope : residual < 0.0 ? -slope : residual;  // 0 or NaN
         return {kAdded ? size * slope : size, gradient};
     }
@@ -214,6 +301,8 @@ struct Laplace {
 constexpr double kLeastRate = 1e-6;  // counts
 
 struct Poisson {
+    using Total = Sum;
+    static constexpr bool added = false;
     F64 per_gain, background;
     double factor = 1.0;
 
@@ -221,77 +310,108 @@ struct Poisson {
     FG_INLINE Point at(F64 z, F64 y, F64) const {
         const F64 counts = y * per_gain, rate = (z + background) * per_gain;
         const F64 held = rate < kLeastRate ? splat(kLeastRate) : rate;
-        const F64 seen = counts * log_double<VectorLanes64>(held);
+        const F64 seen = counts * (held < kInfinity ? log_of_normal<Lanes>(held) : held);
         // The gradient does not stop at the least rate, so that a negative one is still driven back.
         return {(counts == 0.0 ? F64{} : seen) - held, (counts / held - 1.0) * per_gain};
     }
 };
 
-template <class Density, class Real>
-FG_INLINE void density_tile(const Density& density, const Real* z, const Real* y, const Real* added, Real* gradient,
-                            double* terms, uint64_t count) {
-    uint64_t i = 0;
-    for (; i + kLanes64 <= count; i += kLanes64) {
-        const Point p =
-            density.at(load_double(z + i), load_double(y + i), added ? load_double(added + i) : F64{});
-        store(terms + i, p.term);
-        if (gradient) store(gradient + i, narrow_to(Real{}, p.gradient));
+// take(index of the vector, its term) for each vector of `count` elements, and the gradient unless null.
+template <class Density, class Real, class Take>
+FG_INLINE void each(const Density& density, const Real* z, const Real* y, const Real* added, Real* gradient,
+                    uint64_t count, const Take& take) {
+    const uint64_t whole = count - count % kSumLanes;
+    for (uint64_t i = 0; i < whole; i += kSumLanes)
+        for (int v = 0; v < kVectors; ++v) {
+            const uint64_t at = i + static_cast<uint64_t>(v) * kLanes64;
+            const F64 more = Density::added ? load_double(added + at) : F64{};
+            const Point p = density.at(load_double(z + at), load_double(y + at), more);
+            take(v, at, p.term);
+            if (gradient) store(gradient + at, narrowed(Real{}, p.gradient));
+        }
+    int v = 0;
+    for (uint64_t at = whole; at < count; at += kLanes64) {
+        const int n = count - at < kLanes64 ? static_cast<int>(count - at) : kLanes64;
+        const F64 more = Density::added ? load_double_some(added + at, n) : F64{};
+        const Point p = density.at(load_double_some(z + at, n), load_double_some(y + at, n), more);
+        take(v++, at, first_lanes(p.term, n));
+        if (gradient) store_some(gradient + at, narrowed(Real{}, p.gradient), n);
     }
-    if (i == count) return;
-    const int left = static_cast<int>(count - i);
-    const Point p = density.at(load_double_some(z + i, left), load_double_some(y + i, left),
-                               added ? load_double_some(added + i, left) : F64{});
-    store(terms + i, p.term);
-    if (gradient) store_some(gradient + i, narrow_to(Real{}, p.gradient), left);
 }
 
-template <class F, class Real>
-FG_INLINE void map_tile(const F& f, const Real* from, double* terms, uint64_t count) {
-    uint64_t i = 0;
-    for (; i + kLanes64 <= count; i += kLanes64) store(terms + i, f(load_double(from + i)));
-    if (i < count) store(terms + i, f(load_double_some(from + i, static_cast<int>(count - i))));
+// The same density with a Total that takes any number.
+template <class Density>
+FG_INLINE const Density& plain(const Density& density) {
+    return density;
+}
+template <bool kAdded>
+FG_INLINE const StudentT<kAdded, false>& plain(const StudentT<kAdded, true>& density) {
+    return density.plain;
+}
+
+template <class Density, class Real>
+FG_INLINE double total_of(const Density& density, const Real* z, const Real* y, const Real* added, Real* gradient,
+                          uint64_t count) {
+    typename Density::Total total;
+    each(density, z, y, added, gradient, count, [&](int v, uint64_t, F64 term) { total.add(v, term); });
+    if constexpr (std::is_same_v<typename Density::Total, LogProduct>)
+        if (!total.all_finite()) return total_of(plain(density), z, y, added, static_cast<Real*>(nullptr), count);
+    return total.total(count);
 }
 
 // --- parts that do not depend on z --------------------------------------------------------------------------
 
-// What each row of `added` takes off: half the sum of the logarithms of the variances.
-template <class Real>
-void variances(double* constants, const LogDensity& d, const Values<Real>& added, int threads) {
-    const F64 variance = splat(d.scale * d.scale);
-    const auto logarithm = [&](F64 v) { return log_double<VectorLanes64>(variance + v); };
+struct LogVariance {
+    using Total = Sum;
+    static constexpr bool added = false;
+    F64 variance;
+
+    explicit LogVariance(const LogDensity& d) : variance(splat(d.scale * d.scale)) {}
+    FG_INLINE Point at(F64 more, F64, F64) const { return {log_double<Lanes>(variance + more), F64{}}; }
+};
+
+struct LogFactorial {
+    using Total = Sum;
+    static constexpr bool added = false;
+    F64 per_gain;
+
+    explicit LogFactorial(const LogDensity& d) : per_gain(splat(1.0 / d.scale)) {}
+    FG_INLINE Point at(F64 y, F64, F64) const { return {log_gamma_double<Lanes>(y * per_gain + 1.0), F64{}}; }
+};
+
+// to[row] = factor * the sum of the row's terms, for the rows of `values`, or the `number` that its index names.
+template <class Part, class Real>
+void sum_part(double* to, double factor, const Part& part, const Values<Real>& values, uint64_t number,
+              int threads) {
+    const auto store_terms = [&](const Real* from, double* terms, uint64_t count) {
+        each(part, from, from, from, static_cast<Real*>(nullptr), count,
+             [&](int, uint64_t at, F64 term) { store(terms + at, term); });
+    };
     sum_terms(
-        added.rows, added.elements, threads,
+        number, values.elements, threads,
         [&](const Tile& tile, double* terms) {
-            map_tile(logarithm, added.of(tile.row) + tile.begin, terms, tile.count);
+            if (!values.index) return store_terms(values.of(tile.row), terms, tile.count);
+            for (uint64_t i = 0; i < tile.rows; ++i)  // what one writes past its end the next one mends
+                store_terms(values.of(tile.row + i), terms + i * values.elements, values.elements);
         },
-        [&](uint64_t row, double sum) { constants[row] = -0.5 * sum; });
+        [&](uint64_t row, uint64_t begin, uint64_t count) {
+            const Real* from = values.of(row) + begin;
+            return total_of(part, from, from, from, static_cast<Real*>(nullptr), count);
+        },
+        [&](uint64_t row, double sum) { to[values.row_of(row)] = factor * sum; });
 }
 
-// What each row of y that a sample has takes off: the sum of ln(counts!).
+// ln(counts!) of each row of y that a sample has.
 template <class Real>
-void factorials(double* constants, const LogDensity& d, const Values<Real>& y, uint64_t samples, int threads) {
-    const F64 per_gain = splat(1.0 / d.scale);
-    const auto logarithm = [&](F64 v) { return log_gamma_double<VectorLanes64>(v * per_gain + 1.0); };
-    Values<Real> used = y;
-    uint64_t number = y.rows;
-    Scratch<int64_t> index(y.index ? y.rows : 0);
-    if (y.index) {
-        for (uint64_t row = 0; row < y.rows; ++row) constants[row] = 0.0;
-        for (uint64_t i = 0; i < samples; ++i) constants[y.index[i]] = 1.0;
-        number = 0;
-        for (uint64_t row = 0; row < y.rows; ++row)
-            if (constants[row] > 0.0) index.data[number++] = static_cast<int64_t>(row);
-        used.index = index.data;
-    }
-    sum_terms(
-        number, y.elements, threads,
-        [&](const Tile& tile, double* terms) {
-            if (tile.rows == 1 || !used.index)
-                return map_tile(logarithm, used.of(tile.row) + tile.begin, terms, tile.count);
-            for (uint64_t i = 0; i < tile.rows; ++i)  // what each writes past its end the next one mends
-                map_tile(logarithm, used.of(tile.row + i), terms + i * y.elements, y.elements);
-        },
-        [&](uint64_t i, double sum) { constants[used.row_of(i)] = -sum; });
+void sum_factorials(double* to, const LogDensity& d, const Values<Real>& y, uint64_t samples, int threads) {
+    if (!y.index) return sum_part(to, -1.0, LogFactorial(d), y, y.rows, threads);
+    Scratch<int64_t> used(y.rows);
+    uint64_t number = 0;
+    for (uint64_t row = 0; row < y.rows; ++row) to[row] = 0.0;
+    for (uint64_t i = 0; i < samples; ++i) to[y.index[i]] = 1.0;
+    for (uint64_t row = 0; row < y.rows; ++row)
+        if (to[row] > 0.0) used.data[number++] = static_cast<int64_t>(row);
+    sum_part(to, -1.0, LogFactorial(d), Values<Real>{y.data, y.rows, y.elements, used.data}, number, threads);
 }
 
 // --- the whole ----------------------------------------------------------------------------------------------
@@ -310,49 +430,83 @@ FG_INLINE const float* widened(const void* z, Dtype dtype, uint64_t at, uint64_t
     return buffer;
 }
 
+// What rows of y or of `added` say of a sample's log-density on their own.
+struct Known {
+    const double* of_row;  // or null
+    uint64_t rows;
+    const int64_t* index;
+
+    double of(uint64_t sample) const {
+        if (!of_row) return 0.0;
+        return of_row[rows == 1 ? 0 : index ? static_cast<uint64_t>(index[sample]) : sample];
+    }
+};
+
 template <class Real, class Density>
 void evaluate(const Density& density, const DensityArrays& a, const Values<Real>& y, const Values<Real>& added,
-              const double* known, const Values<Real>& known_of, double constant, int threads) {
+              double constant, const Known& known, int threads) {
     const Laid<Real> laid_y(y, a.samples), laid_added(added, a.samples);
     const bool narrow_z = a.dtype == Dtype::float16 || a.dtype == Dtype::bfloat16;
+    // use(z, gradient) with `count` elements of them from `at`.
+    const auto in_reals = [&](uint64_t at, uint64_t count, const auto& use) __attribute__((always_inline)) {
+        alignas(kBytes) Real buffer[kTile];
+        const Real* z = widened(a.z, a.dtype, at, count, buffer);
+        Real* gradient = !a.gradient ? nullptr : narrow_z ? buffer : static_cast<Real*>(a.gradient) + at;
+        use(z, gradient);
+        if constexpr (std::is_same_v<Real, float>) {
+            if (gradient && a.dtype == Dtype::float16)
+                narrow(static_cast<Half*>(a.gradient) + at, buffer, count);
+            else if (gradient && a.dtype == Dtype::bfloat16)
+                narrow(static_cast<BFloat16*>(a.gradient) + at, buffer, count);
+        }
+    };
     sum_terms(
         a.samples, a.elements, threads,
         [&](const Tile& tile, double* terms) {
-            alignas(kBytes) Real z_buffer[kTile], y_buffer[kTile];
-            const uint64_t at = tile.row * a.elements + tile.begin;
-            const Real* z = widened(a.z, a.dtype, at, tile.count, z_buffer);
-            Real* gradient = !a.gradient ? nullptr : narrow_z ? z_buffer : static_cast<Real*>(a.gradient) + at;
-            density_tile(density, z, laid_y.of(tile, y_buffer), laid_added.of(tile, y_buffer), gradient, terms,
-                         tile.count);
-            if constexpr (std::is_same_v<Real, float>) {
-                if (gradient && a.dtype == Dtype::float16) narrow(static_cast<Half*>(a.gradient) + at, gradient, tile.count);
-                if (gradient && a.dtype == Dtype::bfloat16)
-                    narrow(static_cast<BFloat16*>(a.gradient) + at, gradient, tile.count);
-            }
+            alignas(kBytes) Real buffer[kTile];
+            const Real *beside = laid_y.of(tile, buffer), *more = laid_added.of(tile, buffer);
+            in_reals(tile.row * a.elements, tile.count, [&](const Real* z, Real* gradient) {
+                each(plain(density), z, beside, more, gradient, tile.count,
+                     [&](int, uint64_t at, F64 term) { store(terms + at, term); });
+            });
         },
-        [&](uint64_t sample, double sum) {
-            const double rest = known ? constant + known[known_of.row_of(sample)] : constant;
-            a.log_prob[sample] = density.factor * sum + rest;
+        [&](uint64_t row, uint64_t begin, uint64_t count) {
+            const Real *beside = y.of(row) + begin, *more = Density::added ? added.of(row) + begin : nullptr;
+            double total = 0.0;
+            in_reals(row * a.elements + begin, count, [&](const Real* z, Real* gradient) {
+                total = total_of(density, z, beside, more, gradient, count);
+            });
+            return total;
+        },
+        [&](uint64_t sample, double total) {
+            a.log_prob[sample] = density.factor * total + (constant + known.of(sample));
         });
 }
 
+constexpr double kManyDegrees = 1e4;  // from which on ln(1 + ratio) is multiplied by too much for a product
+
 template <class Real>
 void log_prob_and_gradient_in(const LogDensity& d, const DensityArrays& a, int threads) {
-    const Values<Real> y{static_cast<const Real*>(a.y), a.y_rows, a.elements, a.rows};
+    const Values<Real> y{static_cast<const Real*>(a.y), a.y_rows, a.elements, a.y_rows > 1 ? a.rows : nullptr};
     const Values<Real> added{static_cast<const Real*>(a.added), a.added_rows, a.elements, nullptr};
-    const Values<Real>& known_of = d.family == Family::poisson ? y : added;
-    Scratch<double> known(known_of.rows);  // a part for each row, whatever the sample
-    if (d.family == Family::poisson)
-        factorials(known.data, d, y, a.samples, threads);
-    else if (a.added)
-        variances(known.data, d, added, threads);
+    Scratch<double> of_row(d.family == Family::poisson ? y.rows : added.rows);
+    Known known{nullptr, 0, nullptr};
+    if (d.family == Family::poisson) {
+        known = {of_row.data, y.rows, y.index};
+        sum_factorials(of_row.data, d, y, a.samples, threads);
+    } else if (a.added) {
+        known = {of_row.data, added.rows, nullptr};
+        sum_part(of_row.data, -0.5, LogVariance(d), added, added.rows, threads);
+    }
     const auto with = [&](const auto& density) {
-        const double constant = d.constant * static_cast<double>(a.elements);
-        evaluate(density, a, y, added, known_of.rows > 0 ? known.data : nullptr, known_of, constant, threads);
+        evaluate(density, a, y, added, d.constant * static_cast<double>(a.elements), known, threads);
     };
+    const bool product = d.df < kManyDegrees && a.elements >= kSumLanes;
     switch (d.family) {
         case Family::gaussian: return a.added ? with(Gaussian<true>(d)) : with(Gaussian<false>(d));
-        case Family::student_t: return a.added ? with(StudentT<true>(d)) : with(StudentT<false>(d));
+        case Family::student_t:
+            if (product) return a.added ? with(StudentT<true, true>(d)) : with(StudentT<false, true>(d));
+            return a.added ? with(StudentT<true, false>(d)) : with(StudentT<false, false>(d));
         case Family::laplace: return a.added ? with(Laplace<true>(d)) : with(Laplace<false>(d));
         case Family::poisson: return with(Poisson(d));
     }
@@ -376,9 +530,9 @@ void log_functions(const double* x, double* log, double* log1p, double* log_gamm
     for (std::size_t i = 0; i < count; i += kLanes64) {
         const int n = static_cast<int>(count - i < kLanes64 ? count - i : kLanes64);
         const F64 v = load_some<F64>(x + i, n);
-        store_some(log + i, log_double<VectorLanes64>(v), n);
-        store_some(log1p + i, log1p_double<VectorLanes64>(v), n);
-        store_some(log_gamma + i, log_gamma_double<VectorLanes64>(v), n);
+        store_some(log + i, log_double<Lanes>(v), n);
+        store_some(log1p + i, log1p_double<Lanes>(v), n);
+        store_some(log_gamma + i, log_gamma_double<Lanes>(v), n);
     }
 }
 

@@ -1,0 +1,466 @@
+"""`log_prob_and_gradient` on both backends: the densities of scipy.stats, autograd, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from fastguide import compiled, ops, reference
+from fastguide.likelihoods import Gaussian, Laplace, Likelihood, Poisson, StudentT
+from fastguide.operators import AveragePool, Blur, Identity, Inpainting, Matrix
+
+DF, BACKGROUND = 4.5, 0.25
+OPTIONS: dict[str, dict] = {
+    "gaussian": {},
+    "student_t": dict(df=DF),
+    "laplace": {},
+    "poisson": dict(background=BACKGROUND),
+}
+every_family = pytest.mark.parametrize("family", OPTIONS)
+every_backend = pytest.mark.parametrize("backend", ("cpu", "reference"))
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def measured(family: str, rows: int, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Something to observe, or the mean of it: counts and rates around 5, zeros among them, or any numbers."""
+    values = normal(rows, *shape, seed=seed, dtype=dtype)
+    return (5 * values.abs()).round() if family == "poisson" else values
+
+
+def located(family: str, rows: int, *shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+    values = normal(rows, *shape, seed=seed, dtype=dtype)
+    return 5 * values.abs() + 0.5 if family == "poisson" else values
+
+
+def expected_log_prob(family: str, z: Tensor, y: Tensor, scale: float, added: Tensor | None = None) -> Tensor:
+    """By scipy, in float64; ``y`` has a row for each sample."""
+    y, z = y.double().numpy(), z.double().numpy()
+    width = np.sqrt(scale**2 + (0.0 if added is None else added.double().numpy()))
+    if family == "gaussian":
+        density = stats.norm.logpdf(y, z, width)
+    elif family == "student_t":
+        density = stats.t.logpdf(y, DF, z, width)
+    elif family == "laplace":
+        density = stats.laplace.logpdf(y, z, width)
+    else:
+        density = stats.poisson.logpmf(np.round(y / scale), (z + BACKGROUND) / scale)
+    return torch.as_tensor(density).reshape(len(density), -1).sum(1)
+
+
+def expected_gradient(family: str, z: Tensor, y: Tensor, scale: float, added: Tensor | None = None) -> Tensor:
+    y, z = y.double(), z.double()
+    variance = scale**2 + (0.0 if added is None else added.double())
+    residual = y - z
+    if family == "gaussian":
+        return residual / variance
+    if family == "student_t":
+        return (DF + 1) * residual / (DF * variance + residual**2)
+    if family == "laplace":
+        return residual.sign() / variance**0.5 if added is not None else residual.sign() / scale
+    return (y / (z + BACKGROUND) - 1) / scale
+
+
+# float32's arithmetic in the reference; what narrower types lose in z and y both sides lose.
+RTOL = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.float16: 2e-6,
+    torch.bfloat16: 2e-6,
+}
+GRADIENT_RTOL = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-6,
+    torch.float16: 2**-10,
+    torch.bfloat16: 2**-7,
+}
+
+
+def check(result: tuple[Tensor, Tensor | None], family: str, z: Tensor, y: Tensor, scale: float, added=None) -> None:
+    log_prob, gradient = result
+    assert gradient is not None
+    assert log_prob.dtype == torch.float64 and log_prob.shape == z.shape[:1]
+    assert gradient.dtype == z.dtype and gradient.shape == z.shape and gradient.is_contiguous()
+    rtol, terms = RTOL[z.dtype], math.prod(z.shape[1:])
+    torch.testing.assert_close(
+        log_prob, expected_log_prob(family, z, y, scale, added), rtol=rtol, atol=rtol * math.sqrt(terms)
+    )
+    want, rtol = expected_gradient(family, z, y, scale, added), GRADIENT_RTOL[z.dtype]
+    torch.testing.assert_close(gradient.double(), want, rtol=rtol, atol=2 * rtol)
+
+
+# --- values -------------------------------------------------------------------------------------------------
+
+
+@every_family
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("measurement", ((), (1,), (3,), (2, 3), (16,), (1, 17), (50, 41), (3, 1000)))
+def test_log_densities_and_gradients(family, backend, dtype, measurement):
+    scale = 0.5
+    z, y = located(family, 4, *measurement, dtype=dtype), measured(family, 4, *measurement, dtype=dtype)
+    y = y * scale if family == "poisson" else y
+    options = dict(family=family, scale=scale, backend=backend, **OPTIONS[family])
+    check(ops.log_prob_and_gradient(z, y, **options), family, z, y, scale)
+    alone, none = ops.log_prob_and_gradient(z, y, return_gradient=False, **options)
+    assert none is None and torch.equal(alone, ops.log_prob_and_gradient(z, y, **options)[0])
+
+
+@every_family
+@every_backend
+@pytest.mark.parametrize("elements", (1, 2, 15, 16, 33, 2500))
+def test_rows_of_y(family, backend, elements):
+    """One for all, and any row of many: the numbers of ``y[rows]``."""
+    z, y = located(family, 9, elements), measured(family, 4, elements)
+    options = dict(family=family, scale=1.0, backend=backend, **OPTIONS[family])
+    check(ops.log_prob_and_gradient(z, y[:1], **options), family, z, y[:1].expand(9, -1), 1.0)
+    for rows in ([0, 0, 0, 1, 1, 3, 3, 3, 3], [3, 1, 2, 0, 0, 2, 1, 3, 1], [2] * 9):
+        rows = torch.tensor(rows)
+        result = ops.log_prob_and_gradient(z, y, rows=rows, **options)
+        check(result, family, z, y[rows], 1.0)
+        for got, want in zip(result, ops.log_prob_and_gradient(z, y[rows], **options), strict=True):
+            assert torch.equal(got, want)
+    one = ops.log_prob_and_gradient(z, y[:1], rows=torch.zeros(9, dtype=torch.int64), **options)
+    for got, want in zip(one, ops.log_prob_and_gradient(z, y[:1], **options), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("family", ("gaussian", "student_t", "laplace"))
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("measurement", ((1,), (2, 3), (16,), (2500,)))
+@pytest.mark.parametrize("rows", (1, 5))
+def test_added_variances(family, backend, dtype, measurement, rows):
+    z, y = located(family, 5, *measurement, dtype=dtype), measured(family, 5, *measurement, dtype=dtype)
+    added = normal(rows, *measurement, seed=2, dtype=dtype) ** 2
+    options = dict(family=family, scale=0.6, added=added, backend=backend, **OPTIONS[family])
+    check(ops.log_prob_and_gradient(z, y, **options), family, z, y, 0.6, added)
+
+
+@every_family
+@every_backend
+def test_dtypes_mix(family, backend):
+    """In the wider of the two, and the gradient like ``z``."""
+    for z_dtype, y_dtype in ((torch.float32, torch.float64), (torch.float64, torch.float32), (torch.bfloat16,) * 2):
+        z, y = located(family, 3, 40, dtype=z_dtype), measured(family, 3, 40, dtype=y_dtype)
+        options = dict(family=family, scale=1.0, backend=backend, **OPTIONS[family])
+        log_prob, gradient = ops.log_prob_and_gradient(z, y, **options)
+        check((log_prob, gradient), family, z, y, 1.0)
+        if torch.float64 in (z_dtype, y_dtype):
+            torch.testing.assert_close(log_prob, expected_log_prob(family, z, y, 1.0), rtol=1e-13, atol=1e-13)
+
+
+@every_family
+@every_backend
+def test_strides(family, backend):
+    z, y = located(family, 3, 4, 5).transpose(1, 2), measured(family, 4, 3, 5).transpose(0, 1).transpose(1, 2)
+    assert not z.is_contiguous() and not y.is_contiguous()
+    check(
+        ops.log_prob_and_gradient(z, y, family=family, scale=1.0, backend=backend, **OPTIONS[family]), family, z, y, 1.0
+    )
+
+
+@every_family
+@every_backend
+def test_nothing(family, backend):
+    options = dict(family=family, scale=0.7, backend=backend, **OPTIONS[family])
+    for shape in ((0, 3), (0, 40), (3, 0), (2, 4, 0), (0,)):
+        z = torch.zeros(shape)
+        log_prob, gradient = ops.log_prob_and_gradient(z, z, **options)
+        assert log_prob.shape == shape[:1] and (log_prob == 0.0).all()
+        assert gradient is not None and gradient.shape == shape
+
+
+@every_family
+def test_the_backends_agree(family):
+    for dtype in DTYPES:
+        z, y = located(family, 6, 70, dtype=dtype), measured(family, 6, 70, dtype=dtype)
+        options = dict(family=family, scale=1.5, **OPTIONS[family])
+        fast = ops.log_prob_and_gradient(z, y, backend="cpu", **options)
+        plain = ops.log_prob_and_gradient(z, y, backend="reference", **options)
+        torch.testing.assert_close(fast[0], plain[0], rtol=RTOL[dtype], atol=10 * RTOL[dtype])
+        rtol = GRADIENT_RTOL[dtype]
+        torch.testing.assert_close(fast[1], plain[1], rtol=rtol, atol=rtol)
+
+
+# --- what is not finite -------------------------------------------------------------------------------------
+
+
+@every_family
+@every_backend
+@pytest.mark.parametrize("elements", (1, 5, 16, 40, 2500))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_nan_stays_in_its_sample(family, backend, elements, dtype):
+    z, y = located(family, 4, elements, dtype=dtype), measured(family, 4, elements, dtype=dtype)
+    options = dict(family=family, scale=1.0, backend=backend, **OPTIONS[family])
+    clean = ops.log_prob_and_gradient(z, y, **options)
+    z[2, elements // 2] = math.nan
+    log_prob, gradient = ops.log_prob_and_gradient(z, y, **options)
+    assert torch.isnan(log_prob).tolist() == [False, False, True, False]
+    assert torch.isnan(gradient).nonzero().tolist() == [[2, elements // 2]]
+    others = [0, 1, 3]
+    assert torch.equal(log_prob[others], clean[0][others]) and torch.equal(gradient[others], clean[1][others])
+
+
+@every_family
+@every_backend
+@pytest.mark.parametrize("elements", (1, 16, 40))
+def test_infinitely_far_is_infinitely_unlikely(family, backend, elements):
+    z, y = located(family, 2, elements), measured(family, 2, elements)
+    z[1, 0] = math.inf
+    y[1, 0] = 0.0
+    log_prob, _ = ops.log_prob_and_gradient(z, y, family=family, scale=1.0, backend=backend, **OPTIONS[family])
+    assert torch.isfinite(log_prob[0]) and log_prob[1] == -math.inf
+
+
+@every_backend
+def test_poisson_rates_below_the_floor(backend):
+    y, z = torch.tensor([[3.0, 0.0]]), torch.tensor([[-2.0, -1.0]])
+    log_prob, gradient = ops.log_prob_and_gradient(z, y, family="poisson", scale=1.0, backend=backend)
+    torch.testing.assert_close(log_prob, torch.as_tensor([stats.poisson.logpmf([3, 0], 1e-6).sum()]))
+    assert gradient.tolist() == [[pytest.approx(3e6, rel=1e-6), -1.0]]
+
+
+@every_backend
+def test_laplace_at_its_peak(backend):
+    y = torch.tensor([[1.0, 2.0]])
+    log_prob, gradient = ops.log_prob_and_gradient(y.clone(), y, family="laplace", scale=0.5, backend=backend)
+    assert gradient.tolist() == [[0.0, 0.0]]
+    assert log_prob.item() == pytest.approx(-2 * math.log(2 * 0.5), abs=1e-15)
+
+
+# --- derivatives --------------------------------------------------------------------------------------------
+
+
+@every_family
+@every_backend
+def test_autograd_gives_the_gradient(family, backend):
+    z, y = located(family, 3, 20), measured(family, 3, 20)
+    weights = normal(3, seed=5)
+    options = dict(family=family, scale=1.0, backend=backend, **OPTIONS[family])
+    leaf = z.clone().requires_grad_()
+    log_prob, gradient = ops.log_prob_and_gradient(leaf, y, **options)
+    (pulled,) = torch.autograd.grad((weights * log_prob).sum(), leaf)
+    torch.testing.assert_close(pulled, weights[:, None] * gradient.detach(), rtol=1e-12, atol=1e-12)
+    log_prob, none = ops.log_prob_and_gradient(leaf, y, return_gradient=False, **options)
+    assert none is None and log_prob.requires_grad
+    with torch.no_grad():
+        assert not ops.log_prob_and_gradient(leaf, y, **options)[0].requires_grad
+
+
+@every_family
+def test_autograd_takes_the_kernels_bits(family):
+    z, y = located(family, 3, 20), measured(family, 3, 20)
+    options = dict(family=family, scale=1.0, **OPTIONS[family])
+    plain = ops.log_prob_and_gradient(z, y, backend="cpu", **options)
+    traced = ops.log_prob_and_gradient(z.requires_grad_(), y, backend="cpu", **options)
+    for got, want in zip(traced, plain, strict=True):
+        assert got.requires_grad and torch.equal(got, want)
+
+
+@every_family
+@pytest.mark.parametrize("with_rows", (False, True))
+def test_further_derivatives(family, with_rows):
+    """Of the log-density the second and third, and of the gradient the first."""
+    z, y = located(family, 3, 4), measured(family, 3, 4)
+    rows = torch.tensor([2, 0, 2]) if with_rows else None
+    added = None if family == "poisson" else normal(1, 4, seed=3) ** 2
+    options = dict(family=family, scale=1.0, added=added, rows=rows, **OPTIONS[family])
+
+    def derivatives(function) -> list[Tensor]:
+        leaf = z.clone().requires_grad_()
+        log_prob, gradient = function(leaf, y, **options)
+        weights = normal(3, 4, seed=4)
+        (first,) = torch.autograd.grad(log_prob.sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad((weights * first).sum(), leaf, create_graph=True)
+        third = torch.zeros_like(z)
+        if second.requires_grad:  # that of a Gaussian is constant
+            (third,) = torch.autograd.grad((weights * second).sum(), leaf, retain_graph=True)
+        (of_gradient,) = torch.autograd.grad((weights * gradient).sum(), leaf, retain_graph=True)
+        (of_both,) = torch.autograd.grad((weights * gradient).sum() + log_prob.sum(), leaf)
+        return [first, second, third, of_gradient, of_both]
+
+    for got, want in zip(
+        derivatives(ops.log_prob_and_gradient), derivatives(reference.log_prob_and_gradient), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ("y", "added"))
+def test_other_derivatives_are_the_references(name):
+    z, tensors = normal(2, 3), dict(y=normal(2, 3, seed=1), added=normal(2, 3, seed=2) ** 2)
+    tensors[name].requires_grad_()
+    options = dict(family="gaussian", scale=1.0)
+    with pytest.raises(RuntimeError, match=f"cpu differentiates in z alone, and {name} requires a gradient"):
+        ops.log_prob_and_gradient(z, **tensors, backend="cpu", **options)
+    (got,) = torch.autograd.grad(ops.log_prob_and_gradient(z, **tensors, **options)[0].sum(), tensors[name])
+    assert torch.isfinite(got).all() and (got != 0).all()
+    with torch.no_grad():
+        ops.log_prob_and_gradient(z, **tensors, backend="cpu", **options)
+
+
+def test_transforms_of_torch_func():
+    z, y = normal(4, 3), normal(4, 3, seed=1)
+
+    def log_prob(z: Tensor, **options) -> Tensor:
+        return ops.log_prob_and_gradient(z, y, family="student_t", scale=1.0, df=DF, **options)[0].sum()
+
+    want = ops.log_prob_and_gradient(z, y, family="student_t", scale=1.0, df=DF)[1]
+    torch.testing.assert_close(torch.func.grad(log_prob)(z), want)
+    hessian = torch.func.jacrev(torch.func.jacrev(log_prob))(z)
+    assert hessian.shape == (4, 3, 4, 3) and torch.isfinite(hessian).all()
+    with pytest.raises(RuntimeError, match=r"z is inside a transform of torch\.func"):
+        torch.func.grad(lambda z: log_prob(z, backend="cpu"))(z)
+
+
+# --- likelihoods --------------------------------------------------------------------------------------------
+
+ERRORS = {
+    "gaussian": lambda y, operator: Gaussian(y, operator, 0.7),
+    "student_t": lambda y, operator: StudentT(y, operator, 0.7, DF),
+    "laplace": lambda y, operator: Laplace(y, operator, 0.7),
+    "poisson": lambda y, operator: Poisson(y, operator, 0.7, BACKGROUND),
+}
+
+
+@every_family
+@pytest.mark.parametrize("spread", (0.0, 0.3))
+def test_rows_need_not_be_taken_out_of_y(family, spread):
+    operator = Identity() if spread == 0.0 or family != "gaussian" else Blur(normal(3, 3, seed=8))
+    if family == "poisson" and spread:
+        spread = 0.0
+    z, y, rows = located(family, 5, 1, 4, 4), measured(family, 3, 1, 4, 4), torch.tensor([2, 2, 0, 1, 0])
+    likelihood = ERRORS[family](y, operator)
+    got = likelihood.log_prob_and_gradient(z, y, 0.7, spread, rows=rows)
+    for a, b in zip(got, likelihood.log_prob_and_gradient(z, y[rows], 0.7, spread), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("operator", "event", "fused"),
+    (
+        (Identity(), (2, 3), True),
+        (Inpainting(torch.arange(8).reshape(2, 4) % 3 == 0), (2, 4), True),
+        (AveragePool(2), (1, 4, 4), True),
+        (Blur(normal(3, 3, seed=1)), (1, 3, 4), False),
+        (Matrix(normal(3, 5, seed=4)), (5,), False),
+    ),
+    ids=lambda value: str(value),
+)
+def test_isotropic_gaussian_is_one_pass_where_the_gram_is_diagonal(operator, event, fused, monkeypatch):
+    x = normal(4, *event)
+    z = operator(x)
+    likelihood = Gaussian(normal(4, *z.shape[1:], seed=1), operator, 0.7)
+    residual = likelihood.y - z
+    solved = operator.solve_gram(residual, 0.4, 0.49)
+    logdet = operator.gram_logdet(residual, 0.4, 0.49)
+    want = -0.5 * ((residual * solved).flatten(1).sum(1) + logdet + residual[0].numel() * math.log(2 * math.pi))
+    seen = []
+    fast = compiled.log_prob_and_gradient_cpu
+    monkeypatch.setattr(compiled, "log_prob_and_gradient_cpu", lambda *a: seen.append(1) or fast(*a))
+    log_prob, gradient = likelihood.log_prob_and_gradient(z, likelihood.y, 0.7, 0.4)
+    assert bool(seen) == fused and (operator.diagonal_gram(z) is not None) == fused
+    torch.testing.assert_close(log_prob, want, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(gradient, solved, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(likelihood.value(x, None, 0.7, 0.4), want, rtol=1e-13, atol=1e-13)
+
+
+class Weighing(Identity):
+    """Diagonal, and not a multiple of the identity."""
+
+    def __call__(self, x):
+        return x * torch.arange(1.0, 4.0, dtype=x.dtype)
+
+    def eigenvalues(self, y):
+        return torch.arange(1.0, 4.0, dtype=y.dtype) ** 2
+
+    gram_diagonal = eigenvalues
+
+
+class Solving(Weighing):
+    """Has an inverse of its own, which is to be asked."""
+
+    def solve_gram(self, v, a, b):
+        return 2.0 * super().solve_gram(v, a, b)
+
+
+def test_isotropic_gaussian_of_a_diagonal_operator():
+    x, y = normal(4, 3), normal(4, 3, seed=1)
+    z, variance = Weighing()(x), 0.49 + 0.4 * torch.arange(1.0, 4.0).double() ** 2
+    log_prob, gradient = Gaussian(y, Weighing(), 0.7).log_prob_and_gradient(z, y, 0.7, 0.4)
+    want = torch.as_tensor(stats.norm.logpdf(y.numpy(), z.numpy(), variance.sqrt().numpy())).sum(1)
+    torch.testing.assert_close(log_prob, want, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(gradient, (y - z) / variance, rtol=1e-13, atol=1e-13)
+    doubled = Gaussian(y, Solving(), 0.7).log_prob_and_gradient(z, y, 0.7, 0.4)[1]
+    torch.testing.assert_close(doubled, 2 * gradient, rtol=1e-13, atol=1e-13)
+
+
+def test_a_likelihood_of_the_users_own():
+    """One that knows nothing of rows or of the operation."""
+
+    class Quartic(Likelihood):
+        def log_prob_and_gradient(self, z, y, scale, spread=0.0):
+            residual = (y - z) / scale
+            return -(residual**4).sum(1), 4 * residual**3 / scale
+
+    x, y, rows = normal(4, 3), normal(2, 3, seed=1), torch.tensor([1, 0, 0, 1])
+    got = Quartic(y, Identity(), 0.5).log_prob(x, rows)
+    torch.testing.assert_close(got, -(((y[rows] - x) / 0.5) ** 4).sum(1))
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+Z = torch.zeros(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("z", "y", "options", "error", "message"),
+    (
+        ([0.0], Z, {}, TypeError, "z: expected a tensor, got list"),
+        (Z.int(), Z, {}, TypeError, "z: expected one of float32.*got torch.int32"),
+        (torch.tensor(0.0), Z, {}, ValueError, r"z: expected shape \[N, \*event\], got a scalar"),
+        (Z, None, {}, TypeError, "y: expected a tensor, got NoneType"),
+        (Z, Z.long(), {}, TypeError, "y: expected one of float32.*got torch.int64"),
+        (Z, Z[:2], {}, ValueError, r"y: expected 3 rows or 1, each of shape \[2\], got \[2, 2\]"),
+        (Z, Z.T, {}, ValueError, r"y: expected 3 rows or 1, each of shape \[2\], got \[2, 3\]"),
+        (Z, Z[0], {}, ValueError, r"y: .* got \[2\]"),
+        (Z, Z.to("meta"), {}, ValueError, "y: expected a tensor on cpu, where z is, got meta"),
+        (Z, Z, dict(added=Z[:2]), ValueError, "added: expected 3 rows or 1"),
+        (Z, Z, dict(added=1.0), TypeError, "added: expected a tensor, got float"),
+        (Z, Z, dict(added=Z, family="poisson"), ValueError, "added: expected None for 'poisson'"),
+        (Z, Z, dict(rows=[0, 0, 0]), ValueError, r"rows: expected an int64 tensor \[3\] on cpu, got list"),
+        (Z, Z, dict(rows=torch.zeros(3)), ValueError, "rows: .* got torch.float32"),
+        (Z, Z, dict(rows=torch.zeros(2).long()), ValueError, r"rows: .*\[3\].* got torch.int64 \[2\]"),
+        (Z, Z[:, :1], dict(rows=torch.zeros(3).long()), ValueError, r"y: expected any number of rows, .*\[3, 1\]"),
+        (Z, Z, dict(family="cauchy"), ValueError, "family: expected one of .*'student_t'.*, got 'cauchy'"),
+        (Z, Z, dict(scale=0.0), ValueError, "scale: expected a finite number > 0, got 0.0"),
+        (Z, Z, dict(scale=math.nan), ValueError, "scale: .* got nan"),
+        (Z, Z, dict(scale=math.inf), ValueError, "scale: .* got inf"),
+        (Z, Z, dict(family="student_t"), ValueError, "df: expected a number for 'student_t'.* got None"),
+        (Z, Z, dict(family="student_t", df=0.0), ValueError, "df: expected a finite number > 0, got 0.0"),
+        (Z, Z, dict(df=3.0), ValueError, "df: expected .* None for the others, got 3.0 for 'gaussian'"),
+        (Z, Z, dict(background=1.0), ValueError, "background: expected 0 but for 'poisson', got 1.0"),
+        (Z, Z, dict(family="poisson", background=-1.0), ValueError, "background: .*>= 0, got -1.0"),
+        (Z, Z, dict(backend="cuda"), RuntimeError, "backend='cuda' cannot serve log_prob_and_gradient: cuda has no"),
+    ),
+)
+def test_errors(z, y, options, error, message):
+    with pytest.raises(error, match=message):
+        ops.log_prob_and_gradient(z, y, **(dict(family="gaussian", scale=1.0) | options))
+
+
+@every_backend
+@pytest.mark.parametrize("bad", (-1, 2, 2**62))
+def test_rows_out_of_range(backend, bad):
+    rows = torch.tensor([0, bad, 5])
+    with pytest.raises(ValueError, match=rf"rows: expected values in \[0, 2\), got {bad} at 1"):
+        ops.log_prob_and_gradient(Z, Z[:2], family="gaussian", scale=1.0, rows=rows, backend=backend)
