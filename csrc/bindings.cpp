@@ -5,10 +5,12 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/arguments.h"
 #include "cpu/kernels.h"
+#include "fastcall.h"
 
 namespace py = pybind11;
 using namespace fastguide;
@@ -26,6 +28,92 @@ void randn(uintptr_t data, int dtype, uint64_t particles, uint64_t elements, uin
 void normals(uintptr_t words, uintptr_t out, std::size_t pairs) {
     const py::gil_scoped_release release;
     cpu::kernels().normals(reinterpret_cast<const uint32_t*>(words), reinterpret_cast<float*>(out), pairs);
+}
+
+// x, x's dtype, model_output, its dtype, displacement (0: none), its dtype, x_s, x0 (0: none), prediction, clip (kind,
+// low, high), levels, shape (six), threads
+PyObject* reverse_step(PyObject*, PyObject* const* values, Py_ssize_t given) {
+    return none_or_error([&] {
+        Arguments in(values, given, 20);
+        cpu::Step step{};
+        double five[5];
+        step.x = in.input(), step.output = in.input(), step.displacement = in.input();
+        step.x_s = in.pointer(), step.x0 = in.pointer();
+        step.prediction = in.prediction(), step.clip = in.clip();
+        in.levels(step, five);
+        step.shape = in.shape(), step.threads = static_cast<int>(in.integer());
+        const py::gil_scoped_release release;
+        cpu::kernels().reverse_step(step);
+    });
+}
+
+// x, x's dtype, x0_hat, its dtype, displacement, its dtype, x_s, log-weights before, after, whether they are doubles,
+// levels, shape (six), threads
+PyObject* propose_and_weigh(PyObject*, PyObject* const* values, Py_ssize_t given) {
+    return none_or_error([&] {
+        Arguments in(values, given, 18);
+        cpu::Step step{};
+        cpu::Weights weights;
+        double five[5];
+        step.x = in.input(), step.output = in.input(), step.displacement = in.input();
+        step.x_s = in.pointer(), step.prediction = Prediction::sample;
+        weights.before = in.pointer(), weights.after = in.pointer(), weights.doubles = in.integer() != 0;
+        in.levels(step, five);
+        step.shape = in.shape(), step.threads = static_cast<int>(in.integer());
+        const py::gil_scoped_release release;
+        cpu::kernels().propose_and_weigh(step, weights);
+    });
+}
+
+PyMethodDef fast(const char* name, PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t), const char* doc) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f)), METH_FASTCALL, doc};
+}
+
+PyMethodDef fast_methods[] = {
+    fast("reverse_step", reverse_step, "One reverse step."),
+    fast("propose_and_weigh", propose_and_weigh, "The guided step, and the log-weights after it."),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+py::tuple gather_particles(uintptr_t ancestors, bool wide, uint64_t rows, uint64_t particles,
+                           const std::vector<std::pair<uintptr_t, uint64_t>>& states, int threads) {
+    if (!wide) check_below("particles", particles, uint64_t{1} << 31);
+    std::vector<cpu::ParticleArray> arrays;
+    for (const auto& [data, bytes] : states) arrays.push_back({reinterpret_cast<void*>(data), bytes});
+    cpu::Gathered done;
+    {
+        const py::gil_scoped_release release;
+        done = cpu::kernels().gather_particles(reinterpret_cast<const void*>(ancestors), wide, rows, particles,
+                                               arrays.data(), arrays.size(), threads);
+    }
+    return py::make_tuple(done.bad, done.scratch);
+}
+
+int64_t log_prob_and_gradient(int family, double scale, double df, double background, double constant, int dtype,
+                              uint64_t samples, uint64_t elements, uintptr_t z, uintptr_t y, uint64_t y_rows,
+                              uintptr_t rows, uintptr_t added, uint64_t added_rows, uintptr_t log_prob,
+                              uintptr_t gradient, int threads) {
+    check_below("family", static_cast<uint64_t>(family), 4);
+    const cpu::LogDensity density{static_cast<cpu::Family>(family), scale, df, background, constant};
+    const cpu::DensityArrays arrays{reinterpret_cast<const void*>(z),
+                                    reinterpret_cast<const void*>(y),
+                                    reinterpret_cast<const int64_t*>(rows),
+                                    reinterpret_cast<const void*>(added),
+                                    reinterpret_cast<double*>(log_prob),
+                                    reinterpret_cast<void*>(gradient),
+                                    checked_dtype(dtype, Dtype::float64),
+                                    samples,
+                                    elements,
+                                    y_rows,
+                                    added_rows};
+    const py::gil_scoped_release release;
+    return cpu::kernels().log_prob_and_gradient(density, arrays, threads);
+}
+
+void log_functions(uintptr_t x, uintptr_t log, uintptr_t log1p, uintptr_t log_gamma, std::size_t count) {
+    const py::gil_scoped_release release;
+    cpu::kernels().log_functions(reinterpret_cast<const double*>(x), reinterpret_cast<double*>(log),
+                                 reinterpret_cast<double*>(log1p), reinterpret_cast<double*>(log_gamma), count);
 }
 
 int64_t resample(uintptr_t log_weights, int dtype, uint64_t rows, uint64_t particles, uint64_t number, int scheme,
@@ -89,6 +177,19 @@ PYBIND11_MODULE(_cpu, m) {
           "Fill [particles, elements] at `data` with standard normals.");
     m.def("normals", &normals, py::arg("words"), py::arg("out"), py::arg("pairs"),
           "The float32 normals of pairs of uint32 words (radius, angle): what randn does with them.");
+    if (PyModule_AddFunctions(m.ptr(), fast_methods) != 0) throw py::error_already_set();
+    m.def("gather_particles", &gather_particles, py::arg("ancestors"), py::arg("wide"), py::arg("rows"),
+          py::arg("particles"), py::arg("states"), py::arg("threads"),
+          "Move the particles of states (data, bytes of each) to where ancestors say. Returns the place of the "
+          "first ancestor out of range (then nothing moved) or -1, and the bytes of memory that it took.");
+    m.def("log_prob_and_gradient", &log_prob_and_gradient, py::arg("family"), py::arg("scale"), py::arg("df"),
+          py::arg("background"), py::arg("constant"), py::arg("dtype"), py::arg("samples"), py::arg("elements"),
+          py::arg("z"), py::arg("y"), py::arg("y_rows"), py::arg("rows"), py::arg("added"), py::arg("added_rows"),
+          py::arg("log_prob"), py::arg("gradient"), py::arg("threads"),
+          "Log-densities [samples] and their gradients [samples, elements] in z. Returns the place of the first "
+          "row out of range (then nothing is written) or -1.");
+    m.def("log_functions", &log_functions, py::arg("x"), py::arg("log"), py::arg("log1p"),
+          py::arg("log_gamma"), py::arg("count"), "ln x, ln(1 + x) and ln Gamma(x), as log_prob_and_gradient has them.");
     m.def("resample", &resample, py::arg("log_weights"), py::arg("dtype"), py::arg("rows"), py::arg("particles"),
           py::arg("number"), py::arg("scheme"), py::arg("sorted"), py::arg("keep_from"), py::arg("seed"),
           py::arg("step"), py::arg("stream"), py::arg("ancestors"), py::arg("log_weights_after"),

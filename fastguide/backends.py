@@ -17,10 +17,22 @@ from . import compiled
 
 __all__ = ["OPERATIONS", "ORDER", "Backend", "backends", "explain", "select", "why_not"]
 
-OPERATIONS = ("randn", "reverse_step", "propose_and_weigh", "resample", "gather_particles_")
+OPERATIONS = (
+    "randn",
+    "reverse_step",
+    "propose_and_weigh",
+    "resample",
+    "gather_particles_",
+    "log_prob_and_gradient",
+)
 ORDER = ("cuda", "cpu", "reference")  # the fastest first
 
-_SERVES = {"cuda": ("randn",), "cpu": ("randn",), "reference": OPERATIONS}
+_SERVES = {
+    "cuda": ("randn",),
+    "cpu": ("randn", "reverse_step", "propose_and_weigh", "gather_particles_", "log_prob_and_gradient"),
+    "reference": OPERATIONS,
+}
+_ANY_DTYPE = ("gather_particles_",)  # moves bytes
 _DTYPES = {"cuda": compiled.CUDA_DTYPES, "cpu": compiled.CPU_DTYPES}
 
 
@@ -59,15 +71,17 @@ def _no_device() -> str:
 
 def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.dtype, **facts: Any) -> str:
     """Why ``backend`` cannot serve this call, or ``""`` when it can. ``facts`` are what else the operation
-    knows of the call; no backend asks for any so far."""
+    knows of the call: ``obstacle``, what it is about these tensors that no kernel can serve, or ``""``."""
     if operation not in _SERVES[backend]:
         return f"{backend} has no kernel for {operation}"
     if backend == "reference":
         return ""
     if device.type != backend:
         return f"{backend} serves tensors on {backend}, and these are on {device}"
-    if dtype not in _DTYPES[backend]:
+    if operation not in _ANY_DTYPE and dtype not in _DTYPES[backend]:
         return f"{backend} serves {', '.join(str(d) for d in _DTYPES[backend])}, and this is {dtype}"
+    if facts.get("obstacle"):
+        return f"{backend} {facts['obstacle']}"
     return compiled.load_error(backend) or (_no_device() if backend == "cuda" else "")
 
 
@@ -80,6 +94,9 @@ def select(operation: str, backend: str = "auto", *, device: torch.device, dtype
         if reason:
             raise RuntimeError(f"backend={backend!r} cannot serve {operation}: {reason}")
         return backend
+    own = device.type  # a compiled backend has the name of the devices that it serves
+    if own in _DTYPES and not why_not(own, operation, device=device, dtype=dtype, **facts):
+        return own
     for name in ORDER:
         if not why_not(name, operation, device=device, dtype=dtype, **facts):
             return name

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,11 +17,32 @@ from typing import Any
 import torch  # before the modules: the libgomp.so.1 that they ask for is then torch's, and so are the threads
 from torch import Tensor
 
-__all__ = ["CPU_DTYPES", "CUDA_DTYPES", "build_record", "load_error", "module", "randn_cpu", "randn_cuda"]
+from .reference import FAMILIES, PREDICTIONS, Clip, Coefficients, DynamicThreshold, density_constant
+
+__all__ = [
+    "CPU_DTYPES",
+    "CUDA_DTYPES",
+    "Counter",
+    "build_record",
+    "gather_particles_cpu",
+    "levels",
+    "load_error",
+    "loaded",
+    "log_prob_and_gradient_cpu",
+    "module",
+    "propose_and_weigh_cpu",
+    "randn_cpu",
+    "randn_cuda",
+    "reverse_step_cpu",
+]
 
 # The codes of csrc/common/dtype.h.
 CPU_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 CUDA_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+# The codes of csrc/cpu/kernels.h.
+_FAMILY_CODES = {family: code for code, family in enumerate(FAMILIES)}
 
 
 def build_record() -> dict[str, Any]:
@@ -55,6 +78,11 @@ def load_error(name: str) -> str:
     return _modules[name][1]
 
 
+def loaded(name: str) -> bool:
+    """Whether the module of backend ``name`` is there."""
+    return _modules[name][0] is not None
+
+
 def module(name: str) -> ModuleType:
     """The module of backend ``name``, "cpu" or "cuda"."""
     loaded, error = _modules[name]
@@ -77,6 +105,111 @@ def randn_cpu(out: Tensor, seed: int, step: int, stream: int, first_particle: in
     module("cpu").randn(out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, threads)
 
 
+# The codes of csrc/common/step.h.
+_PREDICTIONS = {name: code for code, name in enumerate(PREDICTIONS)}
+_CLIP_NONE, _CLIP_RANGE, _CLIP_DYNAMIC = 0, 1, 2
+
+
+def _clip_code(clip: float | tuple[float, float] | DynamicThreshold) -> tuple[int, float, float]:
+    if isinstance(clip, DynamicThreshold):
+        return _CLIP_DYNAMIC, float(clip.ratio), float(clip.max_value)
+    low, high = clip if isinstance(clip, tuple) else (-clip, clip)
+    return _CLIP_RANGE, float(low), float(high)
+
+
+Levels = tuple[float, ...] | Tensor  # five floats, or a float64 table [5, N]
+Counter = tuple[int, int, int, int]  # seed, step, stream, first_particle
+
+
+def levels(coefficients: Coefficients, particles: int) -> Levels:
+    """Coefficients as the callers below take them."""
+    if not any(isinstance(c, Tensor) for c in coefficients):
+        return tuple(float(c) for c in coefficients)
+    return torch.stack([torch.as_tensor(c, dtype=torch.float64).detach().expand(particles) for c in coefficients])
+
+
+def reverse_step_cpu(
+    x: Tensor,
+    model_output: Tensor,
+    levels: Levels,
+    prediction: str,
+    clip: Clip,
+    displacement: Tensor | None,
+    counter: Counter,
+    return_x0: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`fastguide.ops.reverse_step` of CPU tensors. Levels and counters out of range, or of another kind, are an error
+    before anything is computed."""
+    x, model_output = x.contiguous(), model_output.contiguous()
+    if displacement is not None:
+        displacement = displacement.contiguous()
+    x_s = torch.empty_like(x)
+    x0 = torch.empty_like(x) if return_x0 else None
+    kind, low, high = (_CLIP_NONE, 0.0, 0.0) if clip is None else _clip_code(clip)
+    particles = x.shape[0]
+    seed, step, stream, first_particle = counter
+    module("cpu").reverse_step(
+        x.data_ptr(),
+        CPU_DTYPES[x.dtype],
+        model_output.data_ptr(),
+        CPU_DTYPES[model_output.dtype],
+        0 if displacement is None else displacement.data_ptr(),
+        0 if displacement is None else CPU_DTYPES[displacement.dtype],
+        x_s.data_ptr(),
+        0 if x0 is None else x0.data_ptr(),
+        _PREDICTIONS[prediction],
+        kind,
+        low,
+        high,
+        levels.data_ptr() if isinstance(levels, Tensor) else levels,
+        particles,
+        x.numel() // particles if particles else 0,
+        seed,
+        step,
+        stream,
+        first_particle,
+        torch.get_num_threads(),
+    )
+    return x_s if x0 is None else (x_s, x0)
+
+
+def propose_and_weigh_cpu(
+    x: Tensor,
+    x0_hat: Tensor,
+    displacement: Tensor,
+    log_weights: Tensor,
+    levels: Levels,
+    counter: Counter,
+) -> tuple[Tensor, Tensor]:
+    """`fastguide.ops.propose_and_weigh` of CPU tensors; errors as in `reverse_step_cpu`."""
+    x, x0_hat, displacement = x.contiguous(), x0_hat.contiguous(), displacement.contiguous()
+    log_weights = log_weights.contiguous()
+    x_s, after = torch.empty_like(x), torch.empty_like(log_weights)
+    particles = x.shape[0]
+    seed, step, stream, first_particle = counter
+    module("cpu").propose_and_weigh(
+        x.data_ptr(),
+        CPU_DTYPES[x.dtype],
+        x0_hat.data_ptr(),
+        CPU_DTYPES[x0_hat.dtype],
+        displacement.data_ptr(),
+        CPU_DTYPES[displacement.dtype],
+        x_s.data_ptr(),
+        log_weights.data_ptr(),
+        after.data_ptr(),
+        log_weights.dtype == torch.float64,
+        levels.data_ptr() if isinstance(levels, Tensor) else levels,
+        particles,
+        x.numel() // particles if particles else 0,
+        seed,
+        step,
+        stream,
+        first_particle,
+        torch.get_num_threads(),
+    )
+    return x_s, after
+
+
 def randn_cuda(out: Tensor, seed: int, step: int, stream: int, first_particle: int) -> None:
     """Fill ``out [N, *event]``, on a CUDA device, on the current stream; returns at once."""
     particles, elements = _rows(out)
@@ -84,3 +217,52 @@ def randn_cuda(out: Tensor, seed: int, step: int, stream: int, first_particle: i
     with torch.cuda.device(out.device):
         queue = torch.cuda.current_stream().cuda_stream
         module("cuda").randn(out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, queue)
+
+
+def gather_particles_cpu(ancestors: Tensor, states: Sequence[Tensor]) -> int:
+    """Move the particles of contiguous ``states`` to where ``ancestors`` ``[B, K]`` or ``[K]``, contiguous, say. The
+    place of the first ancestor out of range, flat, and then nothing is moved; or -1."""
+    particles = ancestors.shape[-1]
+    rows = ancestors.numel() // particles if particles else 0
+    wide = ancestors.dtype == torch.int64
+    arrays = [(state.data_ptr(), state.nbytes // ancestors.numel()) for state in states] if rows else []
+    threads = torch.get_num_threads()
+    bad, _ = module("cpu").gather_particles(ancestors.data_ptr(), wide, rows, particles, arrays, threads)
+    if bad < 0:  # written past autograd's eyes
+        torch.autograd.graph.increment_version([state for state in states if not state.is_inference()])
+    return bad
+
+
+def log_prob_and_gradient_cpu(
+    z: Tensor,
+    y: Tensor,
+    family: str,
+    scale: float,
+    df: float | None,
+    background: float,
+    added: Tensor | None,
+    rows: Tensor | None,
+    return_gradient: bool,
+) -> tuple[int, Tensor, Tensor | None]:
+    """The results of `fastguide.ops.log_prob_and_gradient`, after the place of the first of ``rows`` out of range (then
+    they mean nothing) or -1. float16 and bfloat16 are read and written in ``z`` alone."""
+    wide = torch.float64 in (z.dtype, y.dtype)
+    dtype = torch.float64 if wide else torch.float32
+    state = (z.double() if wide else z).contiguous()
+    y = y.to(dtype).contiguous()
+    added = None if added is None else added.to(dtype).contiguous()
+    rows = None if rows is None else rows.contiguous()
+    samples, elements = z.shape[0], math.prod(z.shape[1:])
+    log_prob = torch.empty(samples, dtype=torch.float64)
+    gradient = torch.empty_like(state, memory_format=torch.contiguous_format) if return_gradient else None
+
+    def pointer(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    bad = module("cpu").log_prob_and_gradient(
+        _FAMILY_CODES[family], scale, df or 0.0, background, density_constant(family, scale, df, added is not None),
+        CPU_DTYPES[state.dtype], samples, elements, state.data_ptr(), y.data_ptr(), y.shape[0], pointer(rows),
+        pointer(added), 0 if added is None else added.shape[0], log_prob.data_ptr(), pointer(gradient),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return bad, log_prob, gradient if gradient is None else gradient.to(z.dtype)

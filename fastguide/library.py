@@ -30,6 +30,8 @@ for schema in (
     "resample(Tensor log_weights, str scheme, SymInt num, float? ess_threshold, int seed, int step, int stream, "
     "bool sorted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "gather_particles_(Tensor ancestors, Tensor(a!)[] states, str backend) -> ()",
+    "log_prob_and_gradient(Tensor z, Tensor y, str family, float scale, float? df, float background, Tensor? added, "
+    "Tensor? rows, str backend) -> (Tensor, Tensor)",
 ):
     _library.define(schema)
 
@@ -161,7 +163,9 @@ def _reverse_step_setup(ctx, inputs, output):
 
 def _reverse_step_backward(ctx, grad_x_s, grad_x0):
     x, model_output, table = ctx.saved_tensors
-    grad_x, grad_output = torch.ops.fastguide.reverse_step_backward(
+    # The operator has no derivative of its own: where one is asked for, torch follows the formula.
+    vjp = _reverse_step_vjp if torch.is_grad_enabled() else torch.ops.fastguide.reverse_step_backward
+    grad_x, grad_output = vjp(
         grad_x_s,
         grad_x0 if ctx.return_x0 else None,
         x,
@@ -293,6 +297,65 @@ def _gather_particles_fake_(ancestors, states, backend):
     return None
 
 
+# --- log_prob_and_gradient ----------------------------------------------------------------------------------
+
+
+def call_log_prob_and_gradient(
+    z: Tensor,
+    y: Tensor,
+    family: str,
+    scale: float,
+    df: float | None,
+    background: float,
+    added: Tensor | None,
+    rows: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.fastguide.log_prob_and_gradient(z, y, family, scale, df, background, added, rows, backend)
+
+
+def _log_prob_and_gradient(z, y, family, scale, df, background, added, rows, backend):
+    with torch.no_grad():
+        return ops.log_prob_and_gradient(
+            z,
+            y,
+            family=family,
+            scale=scale,
+            df=df,
+            background=background,
+            added=added,
+            rows=rows,
+            backend=backend,
+        )
+
+
+def _log_prob_and_gradient_fake(z, y, family, scale, df, background, added, rows, backend):
+    log_prob = z.new_empty(z.shape[0], dtype=torch.float64)
+    return log_prob, torch.empty_like(z, memory_format=torch.contiguous_format)
+
+
+def _log_prob_and_gradient_setup(ctx, inputs, output):
+    z, y, family, scale, df, background, added, rows, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, y, added, rows, output[1])
+    ctx.density = dict(family=family, scale=scale, df=df, background=background)
+
+
+def _log_prob_and_gradient_backward(ctx, grad_log_prob, grad_gradient):
+    z, y, added, rows, gradient = ctx.saved_tensors
+    again = torch.is_grad_enabled()
+    if grad_gradient is None and not again:
+        by_row = grad_log_prob.to(gradient.dtype).reshape(-1, *(1,) * (z.ndim - 1))
+        return by_row * gradient, *(None,) * 8
+    with torch.enable_grad():  # derivatives of the gradient are the reference's
+        leaf = z if again else z.detach().requires_grad_()
+        results = reference.log_prob_and_gradient(leaf, y, added=added, rows=rows, **ctx.density)
+        pairs = [(r, g) for r, g in zip(results, (grad_log_prob, grad_gradient), strict=True) if g is not None]
+        outputs, grads = zip(*pairs, strict=True)
+        (grad_z,) = torch.autograd.grad(outputs, leaf, grads, create_graph=again)
+    return grad_z, *(None,) * 8
+
+
 for name, implementation, fake in (
     ("randn", _randn, _randn_fake),
     ("reverse_step", _reverse_step, _reverse_step_fake),
@@ -300,10 +363,17 @@ for name, implementation, fake in (
     ("propose_and_weigh", _propose_and_weigh, _propose_and_weigh_fake),
     ("resample", _resample, _resample_fake),
     ("gather_particles_", _gather_particles_, _gather_particles_fake_),
+    ("log_prob_and_gradient", _log_prob_and_gradient, _log_prob_and_gradient_fake),
 ):
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastguide::{name}", fake, lib=_library)
 
 torch.library.register_autograd(
     "fastguide::reverse_step", _reverse_step_backward, setup_context=_reverse_step_setup, lib=_library
+)
+torch.library.register_autograd(
+    "fastguide::log_prob_and_gradient",
+    _log_prob_and_gradient_backward,
+    setup_context=_log_prob_and_gradient_setup,
+    lib=_library,
 )

@@ -13,10 +13,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable as Fn
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import ops
 from .operators import Identity, LinearOperator, Operator
 
 __all__ = ["Callable", "Gaussian", "Laplace", "Likelihood", "Poisson", "StudentT"]
@@ -84,17 +86,27 @@ class Likelihood:
 
     def value(self, x0: Tensor, rows: Tensor | None, scale: float, spread: float = 0.0) -> Tensor:
         """`log_prob` with the scale given, and with the covariance ``spread`` of `log_prob_and_gradient`."""
-        z, y = self.operator(x0), self.rows_of_y(rows)
-        if z.shape[1:] != y.shape[1:] or y.shape[0] not in (1, z.shape[0]):
+        z, y = self.operator(x0), self.y
+        if y.shape[0] == 1:
+            rows = None
+        number = y.shape[0] if rows is None else rows.shape[0]
+        if z.shape[1:] != y.shape[1:] or number not in (1, z.shape[0]):
             raise ValueError(
-                f"y: expected {z.shape[0]} rows or 1, each of shape {list(z.shape[1:])}, got {list(y.shape)}"
+                f"y: expected {z.shape[0]} rows or 1, each of shape {list(z.shape[1:])}, got {[number, *y.shape[1:]]}"
             )
-        return self.log_prob_and_gradient(z, y, scale, spread)[0]
+        return self._log_prob(z, y, scale, spread, rows)
 
-    def log_prob_and_gradient(self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0) -> tuple[Tensor, Tensor]:
+    def log_prob_and_gradient(
+        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``log p(y | z)`` ``[n]`` and its gradient in ``z``. ``spread`` is the variance ``r^2`` of ``x_0`` about its
-        prediction: the ``"isotropic"`` covariance adds ``r^2 A A^T`` to that of the noise."""
+        prediction: the ``"isotropic"`` covariance adds ``r^2 A A^T`` to that of the noise. With ``rows`` ``[n]`` sample
+        ``i`` has row ``rows[i]`` of ``y``."""
         raise NotImplementedError
+
+    def _log_prob(self, z: Tensor, y: Tensor, scale: float, spread: float, rows: Tensor | None) -> Tensor:
+        """Of `log_prob_and_gradient` the first alone."""
+        return self.log_prob_and_gradient(z, y if rows is None else y[rows], scale, spread)[0]
 
     def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
         """A positive weight per measurement, like ``z``: that of Gauss-Newton and of reweighted least squares."""
@@ -111,12 +123,35 @@ class Likelihood:
         return ""
 
 
-def _sum(values: Tensor) -> Tensor:
-    """Per-sample sum in float64: log-densities of large events cancel to a few units between levels."""
-    return values.flatten(1).sum(1, dtype=torch.float64)
+class _Density(Likelihood):
+    """An error model that is one of the families of `fastguide.ops.log_prob_and_gradient`."""
+
+    def _density(self, z: Tensor, scale: float, spread: float) -> dict[str, Any]:
+        """Which one: arguments of that operation."""
+        raise NotImplementedError
+
+    def log_prob_and_gradient(
+        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        log_prob, gradient = ops.log_prob_and_gradient(z, y, rows=rows, **self._density(z, scale, spread))
+        assert gradient is not None
+        return log_prob, gradient
+
+    def _log_prob(self, z: Tensor, y: Tensor, scale: float, spread: float, rows: Tensor | None) -> Tensor:
+        density = self._density(z, scale, spread)
+        return ops.log_prob_and_gradient(z, y, rows=rows, return_gradient=False, **density)[0]
 
 
-class Gaussian(Likelihood):
+def _widened(z: Tensor, scale: float, spread: float, diagonal: Tensor | float) -> dict[str, Any]:
+    """The ``scale`` and ``added`` of that operation for the variances ``scale^2 + spread * diagonal``."""
+    if not spread:
+        return dict(scale=scale)
+    if not isinstance(diagonal, Tensor):
+        return dict(scale=math.sqrt(scale**2 + spread * diagonal))
+    return dict(scale=scale, added=(spread * diagonal).expand(z.shape[1:])[None])
+
+
+class Gaussian(_Density):
     """``y = A x_0 + scale * noise``. ``scale = 0``, an exact measurement, serves PiGDM and the closed
     form of PnP alone."""
 
@@ -130,20 +165,35 @@ class Gaussian(Likelihood):
             return f"covariance='isotropic' needs the spectrum of A A^T, which {self.operator} does not know"
         return reason
 
-    def log_prob_and_gradient(self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0) -> tuple[Tensor, Tensor]:
+    def _density(self, z: Tensor, scale: float, spread: float) -> dict[str, Any]:
         self._check_noise(scale)
-        residual = y - z
-        count = residual[0].numel()
-        if spread == 0.0:
-            gradient = residual / scale**2
-            logdet: Tensor | float = 2.0 * count * math.log(scale)
-        else:
-            operator = self.operator
-            assert isinstance(operator, LinearOperator)
-            gradient = operator.solve_gram(residual, spread, scale**2)
-            logdet = operator.gram_logdet(residual, spread, scale**2)
-        log_prob = -0.5 * (_sum(residual * gradient) + logdet + count * math.log(2 * math.pi))
-        return log_prob, gradient
+        diagonal = self._diagonal(z) if spread else 0.0
+        assert diagonal is not None
+        return dict(family="gaussian", **_widened(z, scale, spread, diagonal))
+
+    def _diagonal(self, z: Tensor) -> Tensor | float | None:
+        """Of ``A A^T``, if it is diagonal."""
+        assert isinstance(self.operator, LinearOperator)
+        return self.operator.diagonal_gram(z)
+
+    def log_prob_and_gradient(
+        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if not spread or self._diagonal(z) is not None:
+            return super().log_prob_and_gradient(z, y, scale, spread, rows)
+        self._check_noise(scale)
+        operator = self.operator
+        assert isinstance(operator, LinearOperator)
+        residual = (y if rows is None else y[rows]) - z
+        gradient = operator.solve_gram(residual, spread, scale**2)
+        logdet = operator.gram_logdet(residual, spread, scale**2)
+        square = (residual * gradient).flatten(1).sum(1, dtype=torch.float64)
+        return -0.5 * (square + logdet + residual[0].numel() * math.log(2 * math.pi)), gradient
+
+    def _log_prob(self, z: Tensor, y: Tensor, scale: float, spread: float, rows: Tensor | None) -> Tensor:
+        if not spread or self._diagonal(z) is not None:
+            return super()._log_prob(z, y, scale, spread, rows)
+        return self.log_prob_and_gradient(z, y, scale, spread, rows)[0]
 
     def moment(self, z: Tensor, y: Tensor, scale: float, gram: Tensor) -> tuple[Tensor, Tensor]:
         """As `log_prob_and_gradient` with the covariance ``scale^2 I + gram``, ``gram = A C_t A^T`` ``[n, m, m]``,
@@ -172,13 +222,13 @@ class Gaussian(Likelihood):
         return torch.full_like(z, scale**-2)
 
 
-class _Elementwise(Likelihood):
+class _Elementwise(_Density):
     """Independent heavy-tailed errors. The covariance of ``x_0`` widens each measurement's own scale: the
     variances add, the shape of the tails stays."""
 
-    def _density(self, residual: Tensor, variance: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Log-density and its derivative in ``z`` for ``residual = y - z``; ``variance`` is that of ``scale``,
-        squared."""
+    _share = 1.0  # of an added variance that goes to the square of the scale
+
+    def _family(self) -> dict[str, Any]:
         raise NotImplementedError
 
     def supports(self, covariance: str, measurements: int | None = None) -> str:
@@ -189,19 +239,16 @@ class _Elementwise(Likelihood):
             return f"covariance='isotropic' needs the diagonal of A A^T, which {self.operator} does not know"
         return ""
 
-    def log_prob_and_gradient(self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0) -> tuple[Tensor, Tensor]:
-        variance: Tensor | float = scale**2
-        if spread:
-            assert isinstance(self.operator, LinearOperator)
-            variance = variance + spread * self.operator.gram_diagonal(z)
-        log_density, gradient = self._density(y - z, variance)
-        return _sum(log_density), gradient
+    def _density(self, z: Tensor, scale: float, spread: float) -> dict[str, Any]:
+        diagonal = self.operator.gram_diagonal(z) if spread else 0.0  # type: ignore[attr-defined]
+        return dict(**_widened(z, scale, self._share * spread, diagonal), **self._family())
 
     def moment(self, z: Tensor, y: Tensor, scale: float, gram: Tensor) -> tuple[Tensor, Tensor]:
         """As `log_prob_and_gradient` with the diagonal of ``gram = A C_t A^T`` ``[n, m, m]`` as added variances."""
-        added = gram.diagonal(dim1=1, dim2=2).clamp(min=0).reshape(z.shape)
-        log_density, gradient = self._density(y - z, scale**2 + added)
-        return _sum(log_density), gradient
+        added = self._share * gram.diagonal(dim1=1, dim2=2).clamp(min=0).reshape(z.shape)
+        log_prob, gradient = ops.log_prob_and_gradient(z, y, scale=scale, added=added, **self._family())
+        assert gradient is not None
+        return log_prob, gradient
 
 
 class StudentT(_Elementwise):
@@ -213,16 +260,8 @@ class StudentT(_Elementwise):
             raise ValueError(f"df: expected a finite number > 0, got {df}")
         self.df = float(df)
 
-    def _density(self, residual: Tensor, variance: Tensor | float) -> tuple[Tensor, Tensor]:
-        df = self.df
-        if df < 1e6:
-            constant = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
-        else:  # the two cancel; to O(1 / df^3)
-            constant = -0.5 * math.log(2 * math.pi) - 0.25 / df
-        log_variance = torch.log(variance) if isinstance(variance, Tensor) else math.log(variance)
-        square = residual * residual
-        log_density = constant - 0.5 * log_variance - (df + 1) / 2 * torch.log1p(square / (df * variance))
-        return log_density, (df + 1) * residual / (df * variance + square)
+    def _family(self) -> dict[str, Any]:
+        return dict(family="student_t", df=self.df)
 
     def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
         return (self.df + 1) / (self.df * scale**2 + (y - z) ** 2)
@@ -231,25 +270,16 @@ class StudentT(_Elementwise):
 class Laplace(_Elementwise):
     """``p(y | z) = exp(-|y - z| / scale) / (2 scale)``; its variance is ``2 scale^2``."""
 
-    def log_prob_and_gradient(self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0) -> tuple[Tensor, Tensor]:
-        return super().log_prob_and_gradient(z, y, scale, spread / 2)
+    _share = 0.5
 
-    def moment(self, z: Tensor, y: Tensor, scale: float, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """As `log_prob_and_gradient` with the diagonal of ``gram = A C_t A^T`` ``[n, m, m]`` as added variances."""
-        return super().moment(z, y, scale, gram / 2)
-
-    def _density(self, residual: Tensor, variance: Tensor | float) -> tuple[Tensor, Tensor]:
-        if isinstance(variance, Tensor):
-            scale = variance.sqrt()
-            return -residual.abs() / scale - torch.log(2 * scale), residual.sign() / scale
-        b = math.sqrt(variance)
-        return -residual.abs() / b - math.log(2 * b), residual.sign() / b
+    def _family(self) -> dict[str, Any]:
+        return dict(family="laplace")
 
     def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
         return 1.0 / (scale * (y - z).abs().clamp(min=1e-3 * scale))
 
 
-class Poisson(Likelihood):
+class Poisson(_Density):
     """Counts: ``y / scale ~ Poisson((A x_0 + background) / scale)``, so that ``scale`` is the gain: the mean of ``y``
     is ``A x_0 + background`` and its variance ``scale`` times that. ``y >= 0``; rates are held at ``>= 1e-6``
     counts."""
@@ -267,14 +297,8 @@ class Poisson(Likelihood):
     def supports(self, covariance: str, measurements: int | None = None) -> str:
         return "" if covariance == "point" else f"covariance={covariance!r} is not defined for Poisson counts"
 
-    def log_prob_and_gradient(self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0) -> tuple[Tensor, Tensor]:
-        # In float64: counts of 1e4 have terms of 1e5, which cancel to a few units.
-        counts = y.double() / scale
-        rate = (z.double() + self.background) / scale
-        held = rate.clamp(min=self._FLOOR)
-        log_prob = torch.xlogy(counts, held) - held - torch.lgamma(counts + 1)
-        # The gradient does not stop at the floor, so that a negative rate is still driven back.
-        return _sum(log_prob), ((counts / held - 1.0) / scale).to(z.dtype)
+    def _density(self, z: Tensor, scale: float, spread: float) -> dict[str, Any]:
+        return dict(family="poisson", scale=scale, background=self.background)
 
     def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
         return 1.0 / (scale * (z + self.background).clamp(min=self._FLOOR * scale))
@@ -312,7 +336,10 @@ class Callable(Likelihood):
             raise ValueError(f"f: expected it to return log-densities of shape [{x0.shape[0]}], got {got}")
         return value
 
-    def log_prob_and_gradient(self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0) -> tuple[Tensor, Tensor]:
+    def log_prob_and_gradient(
+        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        y = y if rows is None else y[rows]
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             value = self._call(z, y, scale)

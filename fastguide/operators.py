@@ -80,6 +80,17 @@ class LinearOperator(Operator):
         """Diagonal of ``A A^T``, broadcastable to one row of ``y``."""
         raise NotImplementedError(f"operator: the diagonal of A A^T of {self} is not known")
 
+    def diagonal_gram(self, y: Tensor) -> Tensor | float | None:
+        """`gram_diagonal` where the spectrum says that it is all of ``A A^T``; else None."""
+        known = LinearOperator
+        if type(self).solve_gram is not known.solve_gram or type(self).gram_logdet is not known.gram_logdet:
+            return None
+        eigenvalues = self.eigenvalues(y)
+        if not isinstance(eigenvalues, Tensor):
+            return eigenvalues  # c I, in any basis
+        standard = type(self).transform is known.transform and type(self).inverse_transform is known.inverse_transform
+        return eigenvalues if standard else None
+
     def solve_gram(self, v: Tensor, a: float, b: float) -> Tensor:
         """``(a A A^T + b I)^-1 v`` for ``v`` ``[n, *measurement]``, ``a > 0``, ``b >= 0``; at ``b = 0`` the
         pseudo-inverse of ``a A A^T``, eigenvalues below 8 units of rounding of the largest taken for 0."""

@@ -1,4 +1,4 @@
-"""The five operations: check the arguments, choose a backend, call it.
+"""The six operations: check the arguments, choose a backend, call it.
 
 `fastguide.reference` says in plain PyTorch what each must compute; `fastguide.backends` says who can serve a call.
 ``backend="auto"`` takes the fastest that can, a named one that cannot raises its reason.
@@ -12,20 +12,68 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import compiled, reference
 from .backends import select
-from .reference import SCHEMES, Clip, Coefficients, DynamicThreshold
+from .reference import FAMILIES, SCHEMES, Clip, Coefficients, DynamicThreshold
 
-__all__ = ["DynamicThreshold", "gather_particles_", "propose_and_weigh", "randn", "resample", "reverse_step"]
+__all__ = [
+    "DynamicThreshold",
+    "gather_particles_",
+    "log_prob_and_gradient",
+    "propose_and_weigh",
+    "randn",
+    "resample",
+    "reverse_step",
+]
 
 STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 # --- checks -------------------------------------------------------------------------------------------------
+
+
+def _plain(x: Tensor, *others: Tensor) -> bool:
+    """In one look, what the tensors of nearly every call are: torch's own, of one shape, of a dtype and on a device
+    that the cpu kernels serve, and followed by nothing that cannot look into those. Beside a small state the checks
+    one by one, and the choice of a backend, would cost more than the kernel."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or x.dtype not in STATE_DTYPES:
+        return False
+    shape = x.shape
+    for other in others:
+        if type(other) is not Tensor or not other.is_cpu or other.dtype not in STATE_DTYPES or other.shape != shape:
+            return False
+    return len(shape) > 0 and compiled.loaded("cpu") and not _transformed()
+
+
+def _transformed() -> bool:
+    """Whether torch follows every operation, for a derivative or a batch, which it cannot into a kernel."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+_NO_TRANSFORMS = "has no function transforms or forward-mode derivatives, and the call is inside one"
+_NO_COEFFICIENTS = "has no derivatives in coefficients"
+
+
+def _needs_grad(*values: Any) -> bool:
+    if torch.is_grad_enabled():
+        for value in values:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
+
+
+def _choose(operation: str, x: Tensor, coefficients: Coefficients, backend: str) -> str:
+    """The backend of a step, or "dispatcher"."""
+    if _through_dispatcher(x):
+        return "dispatcher"
+    obstacle = _NO_TRANSFORMS if _transformed() else _NO_COEFFICIENTS if _needs_grad(*coefficients) else ""
+    return select(operation, backend, device=x.device, dtype=x.dtype, obstacle=obstacle)
 
 
 def _check_state(name: str, value: Tensor, like: Tensor | None = None) -> None:
@@ -104,6 +152,46 @@ def check_clip(clip: Clip) -> None:
         )
 
 
+def _check_measurements(z: Tensor, y: Tensor, added: Tensor | None, rows: Tensor | None) -> None:
+    _check_state("z", z)
+    number, measurement = z.shape[0], z.shape[1:]
+    for name, value in (("y", y), ("added", added)):
+        if value is None:
+            continue
+        _check_state(name, value)
+        any_rows = name == "y" and rows is not None
+        if value.shape[1:] != measurement or not (any_rows or value.shape[0] in (1, number)):
+            expected = "any number of rows" if any_rows else f"{number} rows or 1"
+            raise ValueError(f"{name}: expected {expected}, each of shape {list(measurement)}, got {list(value.shape)}")
+        if value.device != z.device:
+            raise ValueError(f"{name}: expected a tensor on {z.device}, where z is, got {value.device}")
+    if rows is not None and (
+        not isinstance(rows, Tensor)
+        or rows.dtype != torch.int64
+        or rows.shape != z.shape[:1]
+        or rows.device != z.device
+    ):
+        got = f"{rows.dtype} {list(rows.shape)} on {rows.device}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"rows: expected an int64 tensor [{number}] on {z.device}, got {got}")
+
+
+def _check_density(family: str, scale: float, df: float | None, background: float, added: Tensor | None) -> None:
+    if family not in FAMILIES:
+        raise ValueError(f"family: expected one of {FAMILIES}, got {family!r}")
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"scale: expected a finite number > 0, got {scale}")
+    if (df is not None) != (family == "student_t"):
+        raise ValueError(f"df: expected a number for 'student_t' and None for the others, got {df} for {family!r}")
+    if df is not None and not 0.0 < df < math.inf:
+        raise ValueError(f"df: expected a finite number > 0, got {df}")
+    if not 0.0 <= background < math.inf:
+        raise ValueError(f"background: expected a finite number >= 0, got {background}")
+    if background and family != "poisson":
+        raise ValueError(f"background: expected 0 but for 'poisson', got {background} for {family!r}")
+    if added is not None and family == "poisson":
+        raise ValueError("added: expected None for 'poisson', got a tensor")
+
+
 # --- operations ---------------------------------------------------------------------------------------------
 
 
@@ -146,7 +234,7 @@ def randn(
             dtype=dtype,
             device=device,
         )
-    out = torch.empty(tuple(shape), dtype=dtype, device=device)
+    out = torch.empty(*shape, dtype=dtype, device=device)
     if type(out) is not Tensor:  # a fake one has no memory to fill
         return out
     fill = compiled.randn_cpu if chosen == "cpu" else compiled.randn_cuda
@@ -186,6 +274,17 @@ def reverse_step(
     Returns ``x_s`` in the dtype of ``x``, and the clipped ``x0_hat`` if ``return_x0``. Differentiable in the three
     tensors.
     """
+    counter = seed, step, stream, first_particle
+    tensors = (x, model_output) if displacement is None else (x, model_output, displacement)
+    if clip is not None:
+        check_clip(clip)
+    if backend == "auto" and type(coefficients) is tuple and _plain(*tensors) and not _needs_grad(*tensors):
+        try:
+            return compiled.reverse_step_cpu(
+                x, model_output, coefficients, prediction, clip, displacement, counter, return_x0
+            )
+        except (KeyError, OverflowError, TypeError, ValueError):
+            pass  # what follows says what is wrong, or serves coefficients that are not five floats
     _check_state("x", x)
     _check_state("model_output", model_output, x)
     if displacement is not None:
@@ -193,33 +292,33 @@ def reverse_step(
     if prediction not in reference.PREDICTIONS:
         raise ValueError(f"prediction: expected one of {reference.PREDICTIONS}, got {prediction!r}")
     _check_coefficients(coefficients, x, prediction)
-    check_clip(clip)
-    _check_counter(seed, step, stream, first_particle, x.shape[0], math.prod(x.shape[1:]))
-    if _through_dispatcher(x):
+    _check_counter(*counter, x.shape[0], math.prod(x.shape[1:]))
+    chosen = _choose("reverse_step", x, coefficients, backend)
+    if chosen == "reference":
+        return reference.reverse_step(
+            x,
+            model_output,
+            coefficients,
+            prediction=prediction,
+            clip=clip,
+            displacement=displacement,
+            seed=seed,
+            step=step,
+            stream=stream,
+            first_particle=first_particle,
+            return_x0=return_x0,
+        )
+    if chosen == "dispatcher" or _needs_grad(*tensors):
         from . import library
 
         x_s, x0 = library.call_reverse_step(
-            x, model_output, coefficients, prediction, clip, displacement, (seed, step, stream, first_particle),
-            return_x0, backend,
-        )  # fmt: skip
+            x, model_output, coefficients, prediction, clip, displacement, counter, return_x0, backend
+        )
         return (x_s, x0) if return_x0 else x_s
-    select("reverse_step", backend, device=x.device, dtype=x.dtype)
-    return reference.reverse_step(
-        x,
-        model_output,
-        coefficients,
-        prediction=prediction,
-        clip=clip,
-        displacement=displacement,
-        seed=seed,
-        step=step,
-        stream=stream,
-        first_particle=first_particle,
-        return_x0=return_x0,
-    )
+    levels = compiled.levels(coefficients, x.shape[0])
+    return compiled.reverse_step_cpu(x, model_output, levels, prediction, clip, displacement, counter, return_x0)
 
 
-@torch.no_grad()
 def propose_and_weigh(
     x: Tensor,
     x0_hat: Tensor,
@@ -243,11 +342,12 @@ def propose_and_weigh(
     float64; ``coefficients`` and counters as in `reverse_step`. Where ``tau = 0`` the step is the base kernel's,
     without the displacement, and the ratio is 1. Returns new tensors, without gradients.
     """
-    _check_state("x", x)
-    _check_state("x0_hat", x0_hat, x)
-    _check_state("displacement", displacement, x)
-    _check_coefficients(coefficients, x, "sample")
-    _check_counter(seed, step, stream, first_particle, x.shape[0], math.prod(x.shape[1:]))
+    counter = seed, step, stream, first_particle
+    plain = backend == "auto" and _plain(x, x0_hat, displacement)
+    if not plain:
+        _check_state("x", x)
+        _check_state("x0_hat", x0_hat, x)
+        _check_state("displacement", displacement, x)
     if log_weights.numel() != x.shape[0] or log_weights.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"log_weights: expected {x.shape[0]} float32 or float64 values, "
@@ -255,24 +355,33 @@ def propose_and_weigh(
         )
     if log_weights.device != x.device:
         raise ValueError(f"log_weights: expected a tensor on {x.device}, where x is, got {log_weights.device}")
-    if _through_dispatcher(x):
-        from . import library
+    if plain and type(coefficients) is tuple and type(log_weights) is Tensor:
+        try:
+            return compiled.propose_and_weigh_cpu(x, x0_hat, displacement, log_weights, coefficients, counter)
+        except (OverflowError, TypeError, ValueError):
+            pass  # as in reverse_step
+    _check_coefficients(coefficients, x, "sample")
+    _check_counter(*counter, x.shape[0], math.prod(x.shape[1:]))
+    chosen = _choose("propose_and_weigh", x, coefficients, backend)
+    if chosen == "cpu":
+        levels = compiled.levels(coefficients, x.shape[0])
+        return compiled.propose_and_weigh_cpu(x, x0_hat, displacement, log_weights, levels, counter)
+    with torch.no_grad():
+        if chosen == "dispatcher":
+            from . import library
 
-        return library.call_propose_and_weigh(
-            x, x0_hat, displacement, log_weights, coefficients, (seed, step, stream, first_particle), backend
+            return library.call_propose_and_weigh(x, x0_hat, displacement, log_weights, coefficients, counter, backend)
+        return reference.propose_and_weigh(
+            x,
+            x0_hat,
+            displacement,
+            log_weights,
+            coefficients,
+            seed=seed,
+            step=step,
+            stream=stream,
+            first_particle=first_particle,
         )
-    select("propose_and_weigh", backend, device=x.device, dtype=x.dtype)
-    return reference.propose_and_weigh(
-        x,
-        x0_hat,
-        displacement,
-        log_weights,
-        coefficients,
-        seed=seed,
-        step=step,
-        stream=stream,
-        first_particle=first_particle,
-    )
 
 
 @torch.no_grad()
@@ -357,7 +466,8 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
     """``state[b, k] = state[b, ancestors[b, k]]``, in place, for every state.
 
     ``ancestors``: ``[B, K]`` or ``[K]``, int32 or int64 in ``[0, K)``, which ``check`` makes sure of (that waits for a
-    GPU); each state ``[B, K, *event]`` or ``[K, *event]``.
+    GPU; the CPU always looks); each state ``[B, K, *event]`` or ``[K, *event]``, of any dtype. Only particles whose
+    ancestor is another are copied; with ancestors of `resample` with ``sorted=False`` they are the fewest.
     """
     if not isinstance(ancestors, Tensor) or ancestors.dtype not in (torch.int32, torch.int64):
         got = ancestors.dtype if isinstance(ancestors, Tensor) else type(ancestors).__name__
@@ -378,12 +488,96 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
         from . import library
 
         return library.call_gather_particles_(ancestors, states, backend)
-    if check and ancestors.numel():
-        low, high = ancestors.aminmax()
-        if low < 0 or high >= ancestors.shape[-1]:
-            raise ValueError(f"ancestors: expected values in [0, {ancestors.shape[-1]}), got {int(low)} to {int(high)}")
-    select("gather_particles_", backend, device=ancestors.device, dtype=ancestors.dtype)
+    obstacle = _gather_obstacle(ancestors, states)
+    chosen = select("gather_particles_", backend, device=ancestors.device, dtype=ancestors.dtype, obstacle=obstacle)
+    if chosen == "cpu":
+        bad = compiled.gather_particles_cpu(ancestors.contiguous(), states)
+        if bad >= 0:
+            _refuse_index("ancestors", ancestors, ancestors.shape[-1], bad)
+        return
+    if check:
+        _check_indices("ancestors", ancestors, ancestors.shape[-1])
     reference.gather_particles_(ancestors, *states)
+
+
+def _gather_obstacle(ancestors: Tensor, states: Sequence[Tensor]) -> str:
+    first = ancestors.data_ptr()
+    for i, state in enumerate(states):
+        if not state.is_contiguous():
+            return f"moves plain bytes, and states[{i}] is not contiguous"
+        start = state.data_ptr()
+        if start < first + ancestors.nbytes and first < start + state.nbytes:
+            return f"moves plain bytes, and states[{i}] shares memory with ancestors"
+    return ""
+
+
+def _check_indices(name: str, indices: Tensor, size: int) -> None:
+    outside = ((indices < 0) | (indices >= size)).flatten().nonzero()
+    if len(outside):
+        _refuse_index(name, indices, size, int(outside[0]))
+
+
+def _refuse_index(name: str, indices: Tensor, size: int, at: int) -> None:
+    raise ValueError(f"{name}: expected values in [0, {size}), got {int(indices.flatten()[at])} at {at}")
+
+
+def log_prob_and_gradient(
+    z: Tensor,
+    y: Tensor,
+    *,
+    family: str,
+    scale: float,
+    df: float | None = None,
+    background: float = 0.0,
+    added: Tensor | None = None,
+    rows: Tensor | None = None,
+    return_gradient: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """``log p(y | z)``, every normalising constant kept, and its gradient in ``z``, in one pass over both.
+
+    - ``z`` ``[n, *measurement]``; ``y`` of one row, or of ``n``, or of any number where ``rows`` ``[n]`` (int64) says
+      which row each sample has; any of the four dtypes.
+    - ``family``: ``"gaussian"``; ``"student_t"`` with ``df`` degrees of freedom; ``"laplace"``; ``"poisson"``, where
+      ``y >= 0`` and ``y / scale`` has the mean ``(z + background) / scale``. Formulas in
+      `fastguide.reference.log_prob_and_gradient`.
+    - ``scale > 0``; ``added`` ``[n or 1, *measurement]`` is added to its square (not for Poisson).
+
+    Returns the log-densities ``[n]`` in float64, and the gradient in the shape and dtype of ``z``, or None without
+    ``return_gradient``. Differentiable in ``z``, any number of times; the reference also in ``y`` and ``added``.
+    """
+    _check_measurements(z, y, added, rows)
+    _check_density(family, scale, df, background, added)
+    differentiate = torch.is_grad_enabled()
+    obstacle = _density_obstacle(y, added) if differentiate else ""
+    if not torch.compiler.is_compiling() and _transformed():
+        obstacle = _NO_TRANSFORMS
+    if not obstacle and (_through_dispatcher(z) or (differentiate and z.requires_grad)):
+        from . import library
+
+        results = library.call_log_prob_and_gradient(z, y, family, scale, df, background, added, rows, backend)
+        return results if return_gradient else (results[0], None)
+    if select("log_prob_and_gradient", backend, device=z.device, dtype=z.dtype, obstacle=obstacle) == "cpu":
+        bad, log_prob, gradient = compiled.log_prob_and_gradient_cpu(
+            z, y, family, scale, df, background, added, rows, return_gradient
+        )
+        if bad >= 0:
+            assert rows is not None
+            _refuse_index("rows", rows, y.shape[0], bad)
+        return log_prob, gradient
+    if rows is not None and z.device.type == "cpu" and not _through_dispatcher(rows):
+        _check_indices("rows", rows, y.shape[0])
+    results = reference.log_prob_and_gradient(
+        z, y, family=family, scale=scale, df=df, background=background, added=added, rows=rows
+    )
+    return results if return_gradient else (results[0], None)
+
+
+def _density_obstacle(y: Tensor, added: Tensor | None) -> str:
+    for name, value in (("y", y), ("added", added)):
+        if value is not None and value.requires_grad:
+            return f"differentiates in z alone, and {name} requires a gradient"
+    return ""
 
 
 def _through_dispatcher(x: Tensor) -> bool:

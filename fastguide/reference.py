@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "FAMILIES",
     "PREDICTIONS",
     "SCHEMES",
     "DynamicThreshold",
     "clip_x0",
+    "density_constant",
     "gather_particles_",
     "integer_weights",
+    "log_prob_and_gradient",
     "output_from_x0",
     "philox",
     "propose_and_weigh",
@@ -42,6 +45,7 @@ Coefficients = tuple[Scalar, Scalar, Scalar, Scalar, Scalar]
 
 PREDICTIONS = ("epsilon", "sample", "score", "v", "flow")
 SCHEMES = ("systematic", "stratified", "multinomial", "residual")
+FAMILIES = ("gaussian", "student_t", "laplace", "poisson")
 
 
 # --- random numbers -----------------------------------------------------------------------------------------
@@ -569,7 +573,90 @@ def resample(
 def gather_particles_(ancestors: Tensor, *states: Tensor) -> None:
     """``state[b, k] = state[b, ancestors[b, k]]`` in place for each ``state`` ``[B, K, *event]`` with ancestors
     ``[B, K]``, or ``[K, *event]`` with ``[K]``. See `fastguide.ops.gather_particles_`."""
+    ancestors = ancestors.to(torch.int64, copy=True)  # a state may share their memory
     for state in states:
         dim = ancestors.ndim - 1
-        index = ancestors.long().reshape(ancestors.shape + (1,) * (state.ndim - ancestors.ndim))
+        index = ancestors.reshape(ancestors.shape + (1,) * (state.ndim - ancestors.ndim))
         state.copy_(torch.gather(state, dim, index.expand(state.shape)))
+
+
+# --- log-densities of measurements --------------------------------------------------------------------------
+
+_LEAST_RATE = 1e-6  # counts; rates are held above it
+
+
+def density_constant(family: str, scale: float, df: float | None, added: bool) -> float:
+    """The part of the log-density of one measurement that depends on neither ``z``, ``y`` nor ``added`` variances (the
+    scale then has its part with them)."""
+    log_scale = 0.0 if added else math.log(scale)
+    if family == "gaussian":
+        return -0.5 * math.log(2 * math.pi) - log_scale
+    if family == "laplace":
+        return -math.log(2.0) - log_scale
+    if family == "student_t":
+        assert df is not None
+        if df < 1e6:
+            constant = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+        else:  # the two cancel; to O(1 / df^3)
+            constant = -0.5 * math.log(2 * math.pi) - 0.25 / df
+        return constant - log_scale
+    return 0.0
+
+
+def log_prob_and_gradient(
+    z: Tensor,
+    y: Tensor,
+    *,
+    family: str,
+    scale: float,
+    df: float | None = None,
+    background: float = 0.0,
+    added: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``log p(y | z)`` ``[n]`` in float64 and its gradient in ``z`` ``[n, *measurement]``. With the residual
+    ``r = y - z`` and the variance ``v = scale^2 + added`` of each measurement::
+
+        gaussian    -r^2 / 2v - log(2 pi v) / 2                                   r / v
+        student_t   -(df + 1)/2 log(1 + r^2 / (df v)) - log(v) / 2 + constant     (df + 1) r / (df v + r^2)
+        laplace     -|r| / sqrt(v) - log(2 sqrt(v))                               sign(r) / sqrt(v)
+        poisson     c log(rate) - rate - log c!                                   (c / rate - 1) / scale
+
+    with ``c = y / scale`` and ``rate = (z + background) / scale``, held at ``>= 1e-6``; the gradient does not stop at
+    that floor, so that a negative rate is still driven back. See `fastguide.ops.log_prob_and_gradient`.
+    """
+    # Poisson in float64: counts of 1e4 have terms of 1e5, which cancel to a few units.
+    wide = family == "poisson" or torch.float64 in (z.dtype, y.dtype)
+    dtype = torch.float64 if wide else torch.float32
+    location, y = z.to(dtype), (y if rows is None else y.index_select(0, rows)).to(dtype)
+    variance: Scalar = scale**2 if added is None else scale**2 + added.to(dtype)
+    residual = y - location
+    if family == "gaussian":
+        gradient = residual / variance
+        terms = -0.5 * residual * gradient
+    elif family == "student_t":
+        assert df is not None
+        square = residual * residual
+        gradient = (df + 1) * residual / (df * variance + square)
+        terms = -0.5 * (df + 1) * torch.log1p(square / (df * variance))
+    elif family == "laplace":
+        slope = 1.0 / _sqrt(variance)
+        sign = torch.where(residual > 0, 1.0, torch.where(residual < 0, -1.0, residual))  # of NaN it is NaN
+        gradient = sign * slope
+        terms = -residual.abs() * slope
+    elif family == "poisson":
+        counts = y / scale
+        rate = ((location + background) / scale).clamp(min=_LEAST_RATE)
+        gradient = (counts / rate - 1.0) / scale
+        terms = torch.xlogy(counts, rate) - rate - torch.lgamma(counts + 1.0)
+    else:
+        raise ValueError(f"family: expected one of {FAMILIES}, got {family!r}")
+    log_prob = _sum(terms) + math.prod(z.shape[1:]) * density_constant(family, scale, df, added is not None)
+    if isinstance(variance, Tensor):
+        log_prob = log_prob - 0.5 * _sum(torch.log(variance.double()))
+    return log_prob, gradient.to(z.dtype).contiguous()
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Per-sample sum in float64: log-densities of large events cancel to a few units between levels."""
+    return values.reshape(values.shape[0], math.prod(values.shape[1:])).sum(1, dtype=torch.float64)

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def test_cpu_module_is_built_and_loaded():
-    assert backends()["cpu"] == Backend("cpu", True, "", ("randn",), backends()["cpu"].details)
+    assert backends()["cpu"] == Backend("cpu", True, "", ("randn", "gather_particles_"), backends()["cpu"].details)
     assert backends()["cpu"].details["instruction_set"]
     flags = compiled.build_record()["cxxflags"]
     assert "-ffp-contract=off" in flags and "fast-math" not in flags
@@ -170,6 +170,24 @@ def test_cuda_compiles_without_warnings_or_spills(source, tmp_path):
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", words)
     assert len(spills) >= len(archs)
     assert set(spills) == {("0", "0", "0")}, words
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="one instruction set alone: nothing to mix up")
+@pytest.mark.parametrize(
+    "source", sorted((ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp")), ids=lambda path: path.name
+)
+def test_kernels_share_no_function_between_instruction_sets(source, tmp_path):
+    # A weak symbol outside the namespace might be linked for all: AVX-512 code where there is none.
+    rules = (ROOT / "csrc" / "rules.ninja").read_text()
+    flags = " ".join(re.findall(r"^(?:cxxflags|module|isa_avx512) = (.*)$", rules, re.M)).split()
+    command = [os.environ.get("CXX", "g++"), *flags, "-c", str(source), "-o", str(tmp_path / "out.o")]
+    subprocess.run(command, check=True)
+    symbols = subprocess.run(
+        ["nm", "-C", "--defined-only", tmp_path / "out.o"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert any("fastguide::cpu::avx512::" in symbol for symbol in symbols)
+    foreign = [s for s in symbols if re.search(r" [WVuBDGSTi] ", s) and " fastguide::cpu::avx512::" not in s]
+    assert not foreign
 
 
 def fake_nvcc(folder, body):

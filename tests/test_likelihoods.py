@@ -353,7 +353,8 @@ def test_curvature_of_poisson_is_its_information(scale, background):
     rate = (z + background) / scale
     counts = torch.arange(200.0).double()[:, None]
     likelihood = Poisson(scale * counts, Identity(), scale, background)
-    slope = likelihood.log_prob_and_gradient(z, scale * counts, scale)[1]
+    every = z.expand(200, 3), scale * counts.expand(200, 3)
+    slope = likelihood.log_prob_and_gradient(*every, scale)[1]
     information = (torch.as_tensor(stats.poisson.pmf(counts.numpy(), rate.numpy())) * slope**2).sum(0)
     torch.testing.assert_close(likelihood.curvature(z, scale * counts, scale)[0], information)
 

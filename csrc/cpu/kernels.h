@@ -7,8 +7,69 @@
 
 #include "../common/dtype.h"
 #include "../common/philox.h"
+#include "../common/step.h"
 
 namespace fastguide::cpu {
+
+// A contiguous tensor that a kernel reads.
+struct Input {
+    const void* data;
+    Dtype dtype;
+};
+
+// One call of reverse_step, all tensors [particles, elements]. The arithmetic is in float, or in double where x is.
+struct Step {
+    Input x, output, displacement;  // displacement.data may be null
+    void *x_s, *x0;                 // in x's dtype; x0 may be null
+    const double* levels;           // five numbers, or for each of the five a column [particles]
+    bool per_particle;
+    Prediction prediction;
+    Clip clip;
+    RandnShape shape;
+    int threads;
+};
+
+// [particles], in double or float.
+struct Weights {
+    const void* before;
+    void* after;
+    bool doubles;
+};
+
+// [rows, particles] of so many bytes each.
+struct ParticleArray {
+    void* data;
+    uint64_t bytes;
+};
+
+// The place of the first ancestor out of range, or -1, and the memory that the call took for itself.
+struct Gathered {
+    int64_t bad;
+    uint64_t scratch;
+};
+
+enum class Family : int { gaussian = 0, student_t = 1, laplace = 2, poisson = 3 };
+
+// log p(y | z) of each measurement; of Poisson the scale is the gain. `constant` is the part of it that depends on
+// neither z, y nor variances that are added.
+struct LogDensity {
+    Family family;
+    double scale, df, background, constant;
+};
+
+// z[samples, elements] of any type, and a gradient like it unless null; y[y_rows, elements], of which sample i has
+// row rows[i], or where `rows` is null row i or the only one; variances added[added_rows, elements] with a row for
+// each sample or one for all, null if there are none. y and added are float64 where z is, else float32.
+struct DensityArrays {
+    const void* z;
+    const void* y;
+    const int64_t* rows;
+    const void* added;
+    double* log_prob;
+    void* gradient;
+    Dtype dtype;
+    uint64_t samples, elements, y_rows, added_rows;
+};
 
 enum class Scheme : int { systematic = 0, stratified = 1, multinomial = 2, residual = 3 };
 
@@ -28,22 +89,49 @@ struct Resampling {
     int threads;
 };
 
+// Fills out[particles, elements] with standard normals on at most `threads` threads.
+using Randn = void(void* out, Dtype dtype, const RandnShape& shape, int threads);
+// The normals of `pairs` pairs of words (radius, angle), as randn computes them in float32.
+using Normals = void(const uint32_t* words, float* out, std::size_t pairs);
+using ReverseStep = void(const Step& step);
+// The step from x0_hat = step.output, and each particle's log-weight with the log-density ratio added.
+using ProposeAndWeigh = void(const Step& step, const Weights& weights);
+// Returns the first row without a usable weight, or -1.
+using Resample = int64_t(const Resampling& call);
+// Moves the particles of each of `count` states to where ancestors[rows, particles] say, int64 if `wide`, else
+// int32; none if an ancestor is out of range.
+using GatherParticles = Gathered(const void* ancestors, bool wide, uint64_t rows, uint64_t particles,
+                                 const ParticleArray* states, std::size_t count, int threads);
+// The log-density of each sample and its gradient in z. Returns the place of the first row out of range, and
+// then writes nothing, or -1.
+using LogProbAndGradient = int64_t(const LogDensity& density, const DensityArrays& arrays, int threads);
+// ln x, ln(1 + x) and ln Gamma(x), as log_prob_and_gradient computes them.
+using LogFunctions = void(const double* x, double* log, double* log1p, double* log_gamma, std::size_t count);
+
 struct Kernels {
     const char* name;
-    // Fills out[particles, elements] with standard normals on at most `threads` threads.
-    void (*randn)(void* out, Dtype dtype, const RandnShape& shape, int threads);
-    // The normals of `pairs` pairs of words (radius, angle), as randn computes them in float32.
-    void (*normals)(const uint32_t* words, float* out, std::size_t pairs);
-    // Returns the first row without a usable weight, or -1.
-    int64_t (*resample)(const Resampling& call);
+    Randn* randn;
+    Normals* normals;
+    ReverseStep* reverse_step;
+    ProposeAndWeigh* propose_and_weigh;
+    Resample* resample;
+    GatherParticles* gather_particles;
+    LogProbAndGradient* log_prob_and_gradient;
+    LogFunctions* log_functions;
 };
 
-#define FG_DECLARE_KERNELS(isa)                                                         \
-    namespace isa {                                                                     \
-    void randn(void* out, Dtype dtype, const RandnShape& shape, int threads);           \
-    void normals(const uint32_t* words, float* out, std::size_t pairs);                 \
-    int64_t resample(const Resampling& call);                                           \
-    constexpr Kernels kKernels{#isa, randn, normals, resample};                         \
+#define FG_DECLARE_KERNELS(isa)                                                                   \
+    namespace isa {                                                                               \
+    Randn randn;                                                                                  \
+    Normals normals;                                                                              \
+    ReverseStep reverse_step;                                                                     \
+    ProposeAndWeigh propose_and_weigh;                                                            \
+    Resample resample;                                                                            \
+    GatherParticles gather_particles;                                                             \
+    LogProbAndGradient log_prob_and_gradient;                                                     \
+    LogFunctions log_functions;                                                                   \
+    constexpr Kernels kKernels{#isa, randn, normals, reverse_step, propose_and_weigh,             \
+                               resample, gather_particles, log_prob_and_gradient, log_functions}; \
     }
 
 #if defined(__x86_64__)

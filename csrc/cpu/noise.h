@@ -102,45 +102,65 @@ FG_INLINE void normals_of_points(float* out, const RandnShape& shape, uint64_t r
         const U64 high = ((particle >> 32) & 0xFFFFu) | (uint64_t{shape.stream} << 16);
         return philox({U64{}, particle, high, splat(uint64_t{shape.step})}, key0, key1);
     };
-    for (uint64_t done = 0; done < count; done += kLanes32) {
+    const auto next = [&](uint64_t done) __attribute__((always_inline)) {
         const U64 particle = lanes + (shape.first_particle + row + done);
         const Words even = words(particle), odd = words(particle + 1);
         const Pair<F32> z =
             normal_pair<VectorLanes>(join_low_words(even.w0, odd.w0), join_low_words(even.w1, odd.w1));
-        F32 two[2] = {z.z0, z.z0};
-        if constexpr (kElements == 2) two[0] = interleave_low(z.z0, z.z1), two[1] = interleave_high(z.z0, z.z1);
-        const uint64_t left = (count - done) * kElements, whole = kElements * kLanes32;
-        __builtin_memcpy(out + done * kElements, two, (left < whole ? left : whole) * sizeof(float));
+        if constexpr (kElements == 1) return z.z0;
+        else return Two{interleave_low(z.z0, z.z1), interleave_high(z.z0, z.z1)};
+    };
+    uint64_t done = 0;
+    for (; done + 2 * kLanes32 <= count; done += 2 * kLanes32) {
+        const auto first = next(done), second = next(done + kLanes32);
+        store(out + done * kElements, first);
+        store(out + (done + kLanes32) * kElements, second);
+    }
+    for (; done < count; done += kLanes32) {
+        const auto z = next(done);
+        const uint64_t left = (count - done) * sizeof(float) * kElements;
+        __builtin_memcpy(out + done * kElements, &z, left < sizeof z ? left : sizeof z);
     }
 }
 
 // All elements of particles [row, row + rows), each of few groups: lanes run on from one particle to the next.
 FG_INLINE void normals_of_short_particles(float* out, const RandnShape& shape, uint64_t row, uint64_t rows) {
     const uint64_t elements = shape.elements, groups = shape.groups_per_particle();
+    const uint64_t last = elements - 4 * (groups - 1);  // elements of a particle's last group
     const uint32_t key0 = static_cast<uint32_t>(shape.seed), key1 = static_cast<uint32_t>(shape.seed >> 32);
-    uint64_t left = rows * groups, group = 0, particle = shape.first_particle + row;
-    while (left > 0) {
-        uint64_t w0[kLanes64], w1[kLanes64], kept[kLanes64];
-        for (int i = 0; i < kLanes64; ++i) {  // past the end they are made and left unused
-            const int lane = lane_of_group(i);
-            w0[lane] = group;
-            w1[lane] = particle;
-            kept[i] = elements - 4 * group < 4 ? elements - 4 * group : 4;
-            group = group + 1 == groups ? 0 : group + 1;
-            particle += group == 0;
+    U64 group{}, particle{};
+    for (int lane = 0; lane < kLanes64; ++lane) {
+        const uint64_t index = static_cast<uint64_t>(group_of_lane(lane));
+        group[lane] = index % groups;
+        particle[lane] = shape.first_particle + row + index / groups;
+    }
+    const uint64_t particles_ahead = kLanes64 / groups, groups_ahead = kLanes64 % groups;
+    uint64_t at = 0;  // the group of the next four normals within its particle
+    for (uint64_t left = rows * groups; left > 0;) {
+        const U64 high = ((particle >> 32) & 0xFFFFu) | (uint64_t{shape.stream} << 16);
+        const Two z = normals_of(philox({group, particle, high, splat(uint64_t{shape.step})}, key0, key1));
+        group += groups_ahead;
+        const U64 past = as<U64>(group >= groups);
+        group -= past & groups;
+        particle += particles_ahead - past;
+        const uint64_t taken = left < kLanes64 ? left : kLanes64;
+        left -= taken;
+        if (last == 4 && taken == kLanes64) {
+            store(out, z.first);
+            store(out + kLanes32, z.second);
+            out += kNormals;
+            continue;
         }
-        const U64 index = load<U64>(w1);
-        const U64 high = ((index >> 32) & 0xFFFFu) | (uint64_t{shape.stream} << 16);
-        const Two z = normals_of(philox({load<U64>(w0), index, high, splat(uint64_t{shape.step})}, key0, key1));
-        const int lanes = left < kLanes64 ? static_cast<int>(left) : kLanes64;
         float four[kNormals];
         store(four, z.first);
         store(four + kLanes32, z.second);
-        for (int i = 0; i < lanes; ++i) {
-            for (uint64_t k = 0; k < kept[i]; ++k) out[k] = four[4 * i + static_cast<int>(k)];
-            out += kept[i];
+        for (uint64_t i = 0; i < taken; ++i) {
+            at = at + 1 == groups ? 0 : at + 1;
+            const uint64_t kept = at == 0 ? last : 4;
+            // The surplus is overwritten by the next four, or nobody's where these are the tile's last.
+            __builtin_memcpy(out, four + 4 * i, left > 0 ? 4 * sizeof(float) : kept * sizeof(float));
+            out += kept;
         }
-        left -= static_cast<uint64_t>(lanes);
     }
 }
 

@@ -352,6 +352,32 @@ struct WideLanes {
     static FG_INLINE F64 larger(F64 a, F64 b) { return FG_ISA::larger(a, b); }
 };
 
+FG_INLINE F64 square_root(F64 v) {
+#if defined(__AVX512F__)
+    return as<F64>(_mm512_sqrt_pd((__m512d)v));
+#elif defined(__AVX2__)
+    return as<F64>(_mm256_sqrt_pd((__m256d)v));
+#elif defined(__x86_64__)
+    return as<F64>(_mm_sqrt_pd((__m128d)v));
+#else
+    for (int i = 0; i < kLanes64; ++i) v[i] = __builtin_sqrt(v[i]);
+    return v;
+#endif
+}
+
+// What the functions of common/log.h are made of, in all lanes.
+struct VectorLanes64 {
+    using F64 = FG_ISA::F64;
+    using U64 = FG_ISA::U64;
+
+    template <class V>
+    static FG_INLINE V select(I64 condition, V a, V b) {
+        return condition ? a : b;
+    }
+    static FG_INLINE U64 bits(F64 x) { return as<U64>(x); }
+    static FG_INLINE F64 of_bits(U64 w) { return as<F64>(w); }
+};
+
 // --- float16 and bfloat16 -----------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)

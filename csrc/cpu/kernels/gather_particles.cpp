@@ -1,0 +1,281 @@
+// state[b, k] = state[b, ancestors[b, k]] in place, for particles of any number of bytes.
+//
+// Where every survivor keeps its place (a[a[k]] == a[k]), nothing that is read is written: the particles that die
+// are copied over in any order, by any thread, without other memory.
+//
+// Of ascending ancestors those from below are copied from the last particle down, then those from above from the
+// first one up: each is read before it is overwritten.
+//
+// Any other row is taken from its ends: a particle that nobody reads is overwritten, whereupon its ancestor may
+// have no reader left, and so on. What remains are cycles, each of which puts one particle aside. The order costs
+// two indices for each particle of such a row; the particles themselves are never held twice.
+#include "../kernels.h"
+#include "../scratch.h"
+#include "../tiles.h"
+
+namespace fastguide::cpu::FG_ISA {
+namespace {
+
+constexpr uint64_t kBlock = 1024;          // ancestors looked at in one go
+constexpr uint64_t kScanGrain = 256;       // blocks worth a thread where they are only looked at
+constexpr uint64_t kTurnBytes = 1 << 16;   // of particles, copied in one go
+constexpr uint64_t kCopyGrain = 4;         // such turns worth a thread
+constexpr uint64_t kPieceBytes = 1 << 12;  // of one particle, put aside at a time
+
+template <class Index>
+struct Map {
+    const Index* ancestors;
+    uint64_t rows, particles;
+
+    Map(const Index* a, uint64_t b, uint64_t k) : ancestors(a), rows(b), particles(k) {}
+    const Index* row(uint64_t b) const { return ancestors + b * particles; }
+};
+
+// f(row, begin, end) for blocks of `size` particles.
+template <class Index, class F>
+FG_INLINE void in_blocks(const Map<Index>& map, uint64_t size, uint64_t grain, int threads, const F& f) {
+    const uint64_t blocks = (map.particles + size - 1) / size;
+    share_out(map.rows * blocks, grain, threads, [&](uint64_t index) {
+        const uint64_t row = index / blocks, begin = (index - row * blocks) * size;
+        const uint64_t end = begin + size < map.particles ? begin + size : map.particles;
+        f(row, static_cast<Index>(begin), static_cast<Index>(end));
+    });
+}
+
+FG_INLINE void raise_flag(int* flag) {
+    if (!__atomic_load_n(flag, __ATOMIC_RELAXED)) __atomic_store_n(flag, 1, __ATOMIC_RELAXED);
+}
+
+// --- what kind of map it is ---------------------------------------------------------------------------------
+
+// These loops are of one type throughout and have no way out, so that they vectorise.
+
+template <class Index>
+struct Look {
+    std::make_unsigned_t<Index> largest;  // a negative ancestor is larger than any
+    bool moves;
+};
+
+template <class Index>
+FG_INLINE Look<Index> look(const Index* a, Index begin, Index end) {
+    using Word = std::make_unsigned_t<Index>;
+    Word largest = 0, difference = 0;
+    for (Index k = begin; k < end; ++k) {
+        const Word ancestor = static_cast<Word>(a[k]);
+        largest = ancestor > largest ? ancestor : largest;
+        difference |= ancestor ^ static_cast<Word>(k);
+    }
+    return {largest, difference != 0};
+}
+
+// Whether an ancestor is to be overwritten itself.
+template <class Index>
+FG_INLINE bool ancestors_move(const Index* a, Index begin, Index end) {
+    Index difference = 0;
+    for (Index k = begin; k < end; ++k) difference |= a[a[k]] ^ a[k];
+    return difference != 0;
+}
+
+template <class Index>
+FG_INLINE bool ascends(const Index* a, Index particles) {
+    Index falls = 0;
+    for (Index k = 1; k < particles; ++k) falls |= a[k] < a[k - 1];
+    return falls == 0;
+}
+
+template <class Index>
+int64_t first_out_of_range(const Map<Index>& map) {
+    uint64_t at = 0;
+    while (map.ancestors[at] >= 0 && static_cast<uint64_t>(map.ancestors[at]) < map.particles) ++at;
+    return static_cast<int64_t>(at);
+}
+
+// The particles that move in an order in which each is read before it is overwritten; ~k is the first of a cycle,
+// to be put aside for the cycle's last. Returns their number.
+template <class Index>
+uint64_t put_in_order(const Index* a, Index particles, Index* order, Index* readers) {
+    const Index done = -1;
+    uint64_t count = 0;
+    for (Index k = 0; k < particles; ++k) readers[k] = 0;
+    for (Index k = 0; k < particles; ++k) readers[a[k]] += a[k] != k;
+    for (Index k = 0; k < particles; ++k)
+        for (Index j = k; readers[j] == 0 && a[j] != j; j = a[j]) {
+            order[count++] = j;
+            readers[j] = done;
+            --readers[a[j]];
+        }
+    for (Index first = 0; first < particles; ++first) {
+        if (readers[first] == done || a[first] == first) continue;
+        Index j = first, sign = ~Index{0};
+        do {
+            order[count++] = j ^ sign;
+            readers[j] = done;
+            j = a[j];
+            sign = 0;
+        } while (j != first);
+    }
+    return count;
+}
+
+// --- copies -------------------------------------------------------------------------------------------------
+
+// `width` bytes at the same place of each of a row's particles, which are `stride` apart. Both are constants for
+// the common small particles (kBytes > 0), and the copies single instructions.
+template <uint64_t kBytes, class Index>
+struct Column {
+    char* data;
+    uint64_t stride, width;
+    const Index* a;
+
+    FG_INLINE char* at(Index k) const { return data + static_cast<uint64_t>(k) * (kBytes > 0 ? kBytes : stride); }
+    FG_INLINE void move(char* to, const char* from) const {
+        if constexpr (kBytes > 0)
+            __builtin_memcpy(to, from, kBytes);
+        else
+            __builtin_memcpy(to, from, width);
+    }
+
+    // In any order: first which particles move, then the copies, so that there is no branch to guess for each.
+    void copy(Index begin, Index end) const {
+        Index moved[kBlock];
+        uint64_t count = 0;
+        for (Index k = begin; k < end; ++k) {
+            moved[count] = k;
+            count += a[k] != k;
+        }
+        for (uint64_t i = 0; i < count; ++i) move(at(moved[i]), at(a[moved[i]]));
+    }
+
+    void copy_ascending(Index particles) const {
+        for (Index k = particles; k-- > 0;)
+            if (a[k] < k) move(at(k), at(a[k]));
+        for (Index k = 0; k < particles; ++k)
+            if (a[k] > k) move(at(k), at(a[k]));
+    }
+
+    void copy_ordered(const Index* order, uint64_t count) const {
+        char aside[kBytes > 0 ? kBytes : kPieceBytes] = {};
+        Index kept = -1;
+        for (uint64_t i = 0; i < count; ++i) {
+            const Index to = order[i] < 0 ? ~order[i] : order[i];
+            if (order[i] < 0) {
+                kept = to;
+                move(aside, at(to));
+            }
+            move(at(to), a[to] == kept ? aside : at(a[to]));
+        }
+    }
+};
+
+template <uint64_t kValue>
+struct Bytes {
+    constexpr uint64_t operator()() const { return kValue; }
+};
+
+// f(n), n() the number of bytes of the particles if that is a common small one, and 0 else.
+template <class F>
+FG_INLINE void with_bytes(uint64_t bytes, const F& f) {
+    switch (bytes) {
+        case 1: return f(Bytes<1>{});
+        case 2: return f(Bytes<2>{});
+        case 4: return f(Bytes<4>{});
+        case 8: return f(Bytes<8>{});
+        case 12: return f(Bytes<12>{});
+        case 16: return f(Bytes<16>{});
+        case 24: return f(Bytes<24>{});
+        case 32: return f(Bytes<32>{});
+        case 64: return f(Bytes<64>{});
+        default: return f(Bytes<0>{});
+    }
+}
+
+// A row whose copies have an order.
+template <class Index>
+struct OrderedRow {
+    uint64_t row;
+    const Index* order;  // none where they ascend
+    uint64_t count;
+};
+
+template <class Index>
+Gathered gather(const Map<Index>& map, const ParticleArray* states, std::size_t count, int threads) {
+    const uint64_t particles = map.particles;
+    const Index end_of_row = static_cast<Index>(particles);
+    int bad = 0, moving = 0, entangled = 0;
+    in_blocks(map, kBlock, kScanGrain, threads, [&](uint64_t row, Index begin, Index end) {
+        const Look<Index> seen = look(map.row(row), begin, end);
+        if (seen.largest >= particles) raise_flag(&bad);
+        if (seen.moves) raise_flag(&moving);
+    });
+    if (bad) return {first_out_of_range(map), 0};
+    if (!moving) return {-1, 0};
+    in_blocks(map, kBlock, kScanGrain, threads, [&](uint64_t row, Index begin, Index end) {
+        if (ancestors_move(map.row(row), begin, end)) raise_flag(&entangled);
+    });
+
+    uint64_t scratch = 0, ordered = 0, tangled = 0;
+    Scratch<OrderedRow<Index>> rows;
+    Scratch<bool> is_ordered;
+    Scratch<Index> indices;  // of each tangled row: its order, and who is read how often
+    if (entangled) {
+        scratch += is_ordered.allocate(map.rows);
+        share_out(map.rows, kScanGrain * kBlock / particles + 1, threads, [&](uint64_t b) {
+            is_ordered.data[b] = ancestors_move(map.row(b), Index{0}, end_of_row);
+        });
+        for (uint64_t b = 0; b < map.rows; ++b) ordered += is_ordered.data[b];
+        scratch += rows.allocate(ordered);
+        for (uint64_t b = 0, i = 0; b < map.rows; ++b)
+            if (is_ordered.data[b]) {
+                const bool ascending = ascends(map.row(b), end_of_row);
+                rows.data[i++] = {b, nullptr, ascending ? 0 : ++tangled};
+            }
+    }
+    if (tangled > 0) {
+        scratch += indices.allocate(2 * tangled * particles);
+        share_out(ordered, kScanGrain * kBlock / (16 * particles) + 1, threads, [&](uint64_t i) {
+            OrderedRow<Index>& it = rows.data[i];
+            if (it.count == 0) return;
+            Index* order = indices.data + 2 * (it.count - 1) * particles;
+            it = {it.row, order, put_in_order(map.row(it.row), end_of_row, order, order + particles)};
+        });
+    }
+
+    for (std::size_t s = 0; s < count; ++s) {  // one after the other: a state given twice is moved twice
+        const uint64_t bytes = states[s].bytes, a_turn = kTurnBytes / (bytes + 1) + 1;
+        if (bytes == 0) continue;
+        with_bytes(bytes, [&](auto fixed) {
+            const auto column = [&](uint64_t row, uint64_t from, uint64_t width) {
+                char* const data = static_cast<char*>(states[s].data) + row * particles * bytes + from;
+                return Column<fixed(), Index>{data, bytes, width, map.row(row)};
+            };
+            if (ordered < map.rows)
+                in_blocks(map, a_turn < kBlock ? a_turn : kBlock, kCopyGrain, threads,
+                          [&](uint64_t row, Index begin, Index end) {
+                              if (!entangled || !is_ordered.data[row]) column(row, 0, bytes).copy(begin, end);
+                          });
+            const uint64_t pieces = (bytes + kPieceBytes - 1) / kPieceBytes;
+            const uint64_t grain = kCopyGrain * kTurnBytes / (particles * bytes) + 1;
+            share_out(ordered * pieces, grain, threads, [&](uint64_t index) {
+                const OrderedRow<Index>& it = rows.data[index / pieces];
+                const uint64_t from = index % pieces * kPieceBytes, left = bytes - from;
+                const auto piece = column(it.row, from, left < kPieceBytes ? left : kPieceBytes);
+                if (it.order)
+                    piece.copy_ordered(it.order, it.count);
+                else
+                    piece.copy_ascending(end_of_row);
+            });
+        });
+    }
+    return {-1, scratch};
+}
+
+}  // namespace
+
+Gathered gather_particles(const void* ancestors, bool wide, uint64_t rows, uint64_t particles,
+                          const ParticleArray* states, std::size_t count, int threads) {
+    if (rows == 0 || particles == 0) return {-1, 0};
+    const auto with = [&](auto* a) { return gather(Map{a, rows, particles}, states, count, threads); };
+    return wide ? with(static_cast<const int64_t*>(ancestors)) : with(static_cast<const int32_t*>(ancestors));
+}
+
+}  // namespace fastguide::cpu::FG_ISA

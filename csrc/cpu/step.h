@@ -1,0 +1,339 @@
+// The reverse step a tile at a time: what reverse_step and propose_and_weigh share.
+//
+// A tile's inputs that are not in the type of the arithmetic are widened into buffers in the first-level cache, and
+// its results narrowed from there, so that there is one kernel for float and one for double. Every operation is one
+// IEEE operation, none fused: the results are those of fastguide.reference in that type.
+#pragma once
+
+#include "kernels.h"
+#include "threshold.h"
+#include "tiles.h"
+#include "types.h"
+
+namespace fastguide::cpu::FG_ISA {
+
+template <class R>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+    using type = F32;
+};
+template <>
+struct VectorOf<double> {
+    using type = F64;
+};
+template <class R>
+using Vector = typename VectorOf<R>::type;
+template <class R>
+constexpr int kLanesOf = kBytes / static_cast<int>(sizeof(R));
+
+// --- staging ------------------------------------------------------------------------------------------------
+
+template <class R, class T>
+FG_INLINE void convert(R* to, const T* from, uint64_t count) {
+    if constexpr (sizeof(T) == 2) {
+        if constexpr (std::is_same_v<R, float>) {
+            widen(to, from, count);
+        } else {
+            float middle[kTile];
+            widen(middle, from, count);
+            for (uint64_t i = 0; i < count; ++i) to[i] = middle[i];
+        }
+    } else {
+        for (uint64_t i = 0; i < count; ++i) to[i] = static_cast<R>(from[i]);
+    }
+}
+
+// Elements [begin, begin + count) as R: where they are, or converted into `buffer`.
+template <class R>
+FG_INLINE const R* staged(R* buffer, const Input& from, uint64_t begin, uint64_t count) {
+    const R* at = buffer;
+    with_type(from.dtype, [&](auto type) __attribute__((always_inline)) {
+        using T = decltype(type);
+        const T* data = static_cast<const T*>(from.data) + begin;
+        if constexpr (std::is_same_v<T, R>) at = data;
+        else convert(buffer, data, count);
+    });
+    return at;
+}
+
+// --- a particle's multipliers -------------------------------------------------------------------------------
+
+template <class R>
+struct Rounded {
+    R p, q, a, b, tau, inverse;  // of tau; 0 where tau is
+
+    explicit FG_INLINE Rounded(const Multipliers& m)
+        : p(static_cast<R>(m.p)), q(static_cast<R>(m.q)), a(static_cast<R>(m.a)), b(static_cast<R>(m.b)),
+          tau(static_cast<R>(m.tau)) {
+        constexpr R kMost = sizeof(R) == 4 ? static_cast<R>(0x1.fffffep127) : static_cast<R>(0x1.fffffffffffffp1023);
+        const R one_over = R{1} / tau;
+        inverse = tau == R{0} ? R{0} : one_over > kMost ? kMost : one_over;
+    }
+};
+
+// Where a span's multipliers come from: one particle's, the same for all elements,
+template <class R>
+struct OneParticle {
+    using V = Vector<R>;
+    static constexpr bool kMixed = false;
+    Rounded<R> m;
+
+    template <class Read> FG_INLINE V p(uint64_t, const Read&) const { return splat(m.p); }
+    template <class Read> FG_INLINE V q(uint64_t, const Read&) const { return splat(m.q); }
+    template <class Read> FG_INLINE V a(uint64_t, const Read&) const { return splat(m.a); }
+    template <class Read> FG_INLINE V b(uint64_t, const Read&) const { return splat(m.b); }
+    template <class Read> FG_INLINE V tau(uint64_t, const Read&) const { return splat(m.tau); }
+    template <class Read> FG_INLINE V inverse(uint64_t, const Read&) const { return splat(m.inverse); }
+};
+
+// or, for short particles, each element's.
+template <class R>
+struct EachElement {
+    using V = Vector<R>;
+    static constexpr bool kMixed = true;
+    const R *p_, *q_, *a_, *b_, *tau_, *inverse_;
+
+    template <class Read> FG_INLINE V p(uint64_t i, const Read& read) const { return read(p_ + i); }
+    template <class Read> FG_INLINE V q(uint64_t i, const Read& read) const { return read(q_ + i); }
+    template <class Read> FG_INLINE V a(uint64_t i, const Read& read) const { return read(a_ + i); }
+    template <class Read> FG_INLINE V b(uint64_t i, const Read& read) const { return read(b_ + i); }
+    template <class Read> FG_INLINE V tau(uint64_t i, const Read& read) const { return read(tau_ + i); }
+    template <class Read> FG_INLINE V inverse(uint64_t i, const Read& read) const { return read(inverse_ + i); }
+};
+
+// --- the arithmetic -----------------------------------------------------------------------------------------
+
+enum Flags : int { kSample = 1, kNoise = 2, kMoved = 4, kX0 = 8, kWeigh = 16 };
+
+template <class R>
+struct Span {
+    const R *x, *output, *displacement, *z;
+    R *x_s, *x0, *terms;
+    R low, high;       // x0 is clipped to
+    bool past_caches;  // x_s and x0, which are equally aligned
+
+    FG_INLINE Span from(uint64_t i) const {
+        return {x + i, output + i, displacement + (displacement ? i : 0), z + i, x_s + i, x0 + (x0 ? i : 0),
+                terms + (terms ? i : 0), low, high, past_caches};
+    }
+};
+
+template <class R, int kFlags, class Source>
+void step_span(const Span<R>& span, const Source& source, uint64_t count) {
+    using V = Vector<R>;
+    constexpr uint64_t kLanes = kLanesOf<R>;
+    const Span<R> s = span;  // no store can change copies
+    const Source m = source;
+    const V low = splat(s.low), high = splat(s.high);
+    const auto step = [&](uint64_t i, const auto& read, const auto& write, const auto& keep)
+                          __attribute__((always_inline)) {
+        const V x = read(s.x + i);
+        V x0 = read(s.output + i);
+        if constexpr (!(kFlags & kSample)) x0 = m.p(i, read) * x + m.q(i, read) * x0;
+        x0 = x0 < low ? low : x0;  // a NaN stays
+        x0 = x0 > high ? high : x0;
+        V x_s = m.a(i, read) * x + m.b(i, read) * x0;
+        V displacement{}, z{};
+        if constexpr (kFlags & kMoved) {
+            displacement = read(s.displacement + i);
+            if constexpr ((kFlags & kWeigh) && Source::kMixed)  // none where tau = 0, not even a NaN
+                displacement = m.tau(i, read) != R{0} ? displacement : V{};
+            x_s = x_s + displacement;
+        }
+        if constexpr (kFlags & kNoise) {
+            z = read(s.z + i);
+            x_s = x_s + m.tau(i, read) * z;
+        }
+        write(s.x_s + i, x_s);
+        if constexpr (kFlags & kX0) write(s.x0 + i, x0);
+        if constexpr (kFlags & kWeigh) {
+            const V delta = displacement * m.inverse(i, read);
+            keep(s.terms + i, delta * (R{0.5} * delta + z));
+        }
+    };
+    const auto load_all = [](const R* from) __attribute__((always_inline)) { return load<V>(from); };
+    const auto store_all = [](R* to, V v) __attribute__((always_inline)) { store(to, v); };
+    const auto some = [&](uint64_t i, uint64_t n) __attribute__((always_inline)) {
+        const int lanes = static_cast<int>(n);
+        const auto load_n = [lanes](const R* from) __attribute__((always_inline)) { return load_some<V>(from, lanes); };
+        const auto store_n = [lanes](R* to, V v) __attribute__((always_inline)) { store_some(to, v, lanes); };
+        step(i, load_n, store_n, store_n);
+    };
+    uint64_t i = 0;
+    if constexpr (std::is_same_v<R, float>) {
+        if (s.past_caches) {
+            const uint64_t ahead = -(reinterpret_cast<uintptr_t>(s.x_s) / sizeof(R)) % kLanes;
+            i = ahead < count ? ahead : count;
+            if (i > 0) some(0, i);
+            const auto stream_all = [](R* to, V v) __attribute__((always_inline)) { stream(to, v); };
+            for (; i + kLanes <= count; i += kLanes) step(i, load_all, stream_all, store_all);
+        }
+    }
+    for (; i + kLanes <= count; i += kLanes) step(i, load_all, store_all, store_all);
+    if (i < count) some(i, count - i);
+}
+
+template <class R, int kBit, int kFlags, class Source>
+FG_INLINE void step_span_with(int flags, const Span<R>& span, const Source& source, uint64_t count) {
+    if constexpr (kBit > kX0) step_span<R, kFlags>(span, source, count);
+    else if (flags & kBit) step_span_with<R, 2 * kBit, kFlags | kBit>(flags, span, source, count);
+    else step_span_with<R, 2 * kBit, kFlags>(flags, span, source, count);
+}
+
+// With `kWeighed`, `flags` have noise, displacement and weights, or none of them.
+template <bool kWeighed, class R, class Source>
+FG_INLINE void step_span_of(int flags, const Span<R>& span, const Source& source, uint64_t count) {
+    if constexpr (!kWeighed) step_span_with<R, kSample, 0>(flags, span, source, count);
+    else if (flags & kNoise) step_span<R, kSample | kNoise | kMoved | kWeigh>(span, source, count);
+    else step_span<R, kSample>(span, source, count);
+}
+
+// --- tiles --------------------------------------------------------------------------------------------------
+
+constexpr uint64_t kLongParticle = 64;  // elements from which a particle has its own loop
+constexpr uint64_t kLastingBytes = uint64_t{16} << 20;  // results larger than this do not stay in the caches
+
+template <class R>
+struct Run {
+    const Step& step;
+    Rounded<R> common;  // where all particles have the same
+    R low, high;
+    bool past_caches;
+
+    explicit Run(const Step& s)
+        : step(s), common(s.per_particle ? Multipliers{} : multipliers(levels_of(s, 0), s.prediction)) {
+        const bool range = s.clip.kind == ClipKind::range;
+        low = range ? static_cast<R>(s.clip.low) : -static_cast<R>(__builtin_inf());
+        high = range ? static_cast<R>(s.clip.high) : static_cast<R>(__builtin_inf());
+        const auto x_s = reinterpret_cast<uintptr_t>(s.x_s), x0 = reinterpret_cast<uintptr_t>(s.x0);
+        past_caches = s.x.dtype == Dtype::float32 && s.shape.particles * s.shape.elements * 4 > kLastingBytes &&
+                      (!s.x0 || (x_s - x0) % kBytes == 0);
+    }
+
+    static FG_INLINE Levels levels_of(const Step& s, uint64_t row) {
+        const uint64_t stride = s.per_particle ? s.shape.particles : 1;
+        const double* l = s.levels + (s.per_particle ? row : 0);
+        return {l[0], l[stride], l[2 * stride], l[3 * stride], l[4 * stride]};
+    }
+
+    FG_INLINE R tau_of(uint64_t row) const {
+        return step.per_particle ? static_cast<R>(levels_of(step, row).tau) : common.tau;
+    }
+    FG_INLINE Rounded<R> of(uint64_t row) const {
+        return step.per_particle ? Rounded<R>(multipliers(levels_of(step, row), step.prediction)) : common;
+    }
+};
+
+// x0_hat before it is clipped, of elements [begin, begin + count) of all.
+template <class R>
+FG_INLINE void x0_of(R* x0, const Run<R>& run, const Rounded<R>& m, uint64_t begin, uint64_t count) {
+    alignas(64) R x_buffer[kTile], output_buffer[kTile];
+    const R* output = staged(output_buffer, run.step.output, begin, count);
+    if (run.step.prediction == Prediction::sample) {
+        __builtin_memcpy(x0, output, count * sizeof(R));
+    } else {
+        const R* x = staged(x_buffer, run.step.x, begin, count);
+        for (uint64_t i = 0; i < count; ++i) x0[i] = m.p * x[i] + m.q * output[i];
+    }
+}
+
+// The dynamic threshold of one particle: x0_hat is made anew for each look at it, and kept nowhere.
+template <class R>
+R threshold_of(const Run<R>& run, uint64_t row) {
+    const Rounded<R> m = run.of(row);
+    const uint64_t elements = run.step.shape.elements;
+    const auto each = [&](const auto& f) __attribute__((always_inline)) {
+        alignas(64) R x0[kTile];
+        for (uint64_t at = 0; at < elements; at += kTile) {
+            const uint64_t count = elements - at < kTile ? elements - at : kTile;
+            x0_of(x0, run, m, row * elements + at, count);
+            for (uint64_t i = 0; i < count; ++i) f(x0[i]);
+        }
+    };
+    return threshold<R>(elements, run.step.clip.low, run.step.clip.high, each);
+}
+
+// The tile's noise, and while it is computed, its inputs on their way.
+template <class R>
+FG_INLINE void noise_and_fetch(R* z, const Run<R>& run, const Tile& tile) {
+    constexpr uint64_t kPart = 256;
+    const RandnShape& shape = run.step.shape;
+    if (!run.past_caches || tile.rows > 1) return noise_tile(z, shape, tile);
+    const uint64_t first = tile.row * shape.elements + tile.begin;
+    const auto fetch = [&](const Input& input, uint64_t at, uint64_t count) __attribute__((always_inline)) {
+        if (!input.data) return;
+        const uint64_t size = input.dtype == Dtype::float32 ? 4 : input.dtype == Dtype::float64 ? 8 : 2;
+        const char* from = static_cast<const char*>(input.data) + (first + at) * size;
+        for (uint64_t i = 0; i < count * size; i += 64) __builtin_prefetch(from + i, 0, 3);
+    };
+    for (uint64_t at = 0; at < tile.count; at += kPart) {
+        const uint64_t count = tile.count - at < kPart ? tile.count - at : kPart;
+        fetch(run.step.x, at, count);
+        fetch(run.step.output, at, count);
+        fetch(run.step.displacement, at, count);
+        noise_tile(z + at, shape, {tile.row, 1, tile.begin + at, count});
+    }
+}
+
+// x_s, and x0 if it is asked for, of one tile; with `kWeighed` the terms of the log-density ratio. `bound` is the
+// dynamic threshold of the tile's only particle, or null.
+template <bool kWeighed, class R>
+void step_tile(const Run<R>& run, const Tile& tile, const R* bound, R* terms) {
+    const Step& s = run.step;
+    const uint64_t elements = s.shape.elements, begin = tile.row * elements + tile.begin, count = tile.count;
+    const bool direct = s.x.dtype == (sizeof(R) == 4 ? Dtype::float32 : Dtype::float64);
+    alignas(64) R x[kTile], output[kTile], displacement[kTile], z[kTile], x_s[kTile], x0[kTile];
+    Span<R> span{staged(x, s.x, begin, count), nullptr, nullptr, z, x_s, x0, terms, run.low, run.high, run.past_caches};
+    int flags = s.x0 ? kX0 : 0;
+    if (direct) span.x_s = static_cast<R*>(s.x_s) + begin, span.x0 = static_cast<R*>(s.x0) + (s.x0 ? begin : 0);
+    if (s.displacement.data) span.displacement = staged(displacement, s.displacement, begin, count), flags |= kMoved;
+    if (bound) {
+        x0_of(output, run, run.of(tile.row), begin, count);
+        for (uint64_t i = 0; i < count; ++i) {
+            const R v = output[i] < -*bound ? -*bound : output[i];
+            output[i] = (v > *bound ? *bound : v) / *bound;
+        }
+        span.output = output;
+        flags |= kSample;
+    } else {
+        span.output = staged(output, s.output, begin, count);
+        if (s.prediction == Prediction::sample) flags |= kSample;
+    }
+    if (!s.per_particle) {
+        if (run.common.tau != R{0}) noise_and_fetch(z, run, tile), flags |= kNoise;
+        step_span_of<kWeighed>(flags, span, OneParticle<R>{run.common}, count);
+    } else if (elements < kLongParticle) {
+        alignas(64) R p[kTile], q[kTile], a[kTile], b[kTile], tau[kTile], inverse[kTile];
+        for (uint64_t i = 0; i < tile.rows; ++i) {
+            const Rounded<R> m = run.of(tile.row + i);
+            if (m.tau != R{0}) flags |= kNoise;
+            for (uint64_t at = i * elements; at < (i + 1) * elements; ++at) {
+                p[at] = m.p, q[at] = m.q, a[at] = m.a, b[at] = m.b;
+                tau[at] = m.tau, inverse[at] = m.inverse;
+            }
+        }
+        if (flags & kNoise) noise_tile(z, s.shape, tile);
+        step_span_of<kWeighed>(flags, span, EachElement<R>{p, q, a, b, tau, inverse}, count);
+    } else {
+        bool drawn = false;
+        for (uint64_t i = 0; i < tile.rows; ++i) {
+            const Rounded<R> m = run.of(tile.row + i);
+            if (m.tau != R{0} && !drawn) noise_tile(z, s.shape, tile), drawn = true;
+            step_span_of<kWeighed>(m.tau != R{0} ? flags | kNoise : flags, span.from(i * elements), OneParticle<R>{m},
+                                   tile.rows == 1 ? count : elements);
+        }
+    }
+    if constexpr (std::is_same_v<R, float>) {
+        if (direct) return;
+        with_type(s.x.dtype, [&](auto type) __attribute__((always_inline)) {
+            using T = decltype(type);
+            if constexpr (sizeof(T) == 2) {
+                narrow(static_cast<T*>(s.x_s) + begin, x_s, count);
+                if (s.x0) narrow(static_cast<T*>(s.x0) + begin, x0, count);
+            }
+        });
+    }
+}
+
+}  // namespace fastguide::cpu::FG_ISA

@@ -1,0 +1,64 @@
+// The dynamic threshold of a particle: exact order statistics of |x0| without sorting it.
+#pragma once
+
+#include "simd.h"
+
+namespace fastguide::cpu::FG_ISA {
+
+// The bits of |v|: they ascend with it, and those of a NaN are above all others, where a sort puts it.
+FG_INLINE uint32_t magnitude(float v) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &v, sizeof bits);
+    return bits & 0x7FFFFFFFu;
+}
+FG_INLINE uint64_t magnitude(double v) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, &v, sizeof bits);
+    return bits & 0x7FFFFFFFFFFFFFFFu;
+}
+
+// The `ratio` quantile of |x0|, between the two order statistics it lies between, held in [1, most]. `each(f)` calls
+// f(x0) for each of the `count` elements. Digit by digit: how many of those that share the digits found so far have
+// which next one.
+template <class R, class Each>
+FG_INLINE R threshold(uint64_t count, double ratio, double most, const Each& each) {
+    using U = decltype(magnitude(R{}));
+    constexpr int kMostBits = 11;
+    const int bits = count < 1024 ? 5 : kMostBits;
+    const double rank = ratio * static_cast<double>(count - 1);
+    const uint64_t low_rank = static_cast<uint64_t>(rank), high_rank = low_rank + 1 < count ? low_rank + 1 : low_rank;
+    const double between = rank - static_cast<double>(low_rank);
+    U low = 0;
+    uint64_t below = 0, through = 0;
+    for (int shift = (static_cast<int>(sizeof(U)) * 8 - 1) / bits * bits; shift >= 0; shift -= bits) {
+        uint64_t counts[1 << kMostBits];
+        const U mask = (U{1} << bits) - 1;
+        for (U i = 0; i <= mask; ++i) counts[i] = 0;
+        each([&](R v) __attribute__((always_inline)) {
+            const U digits = magnitude(v) >> shift;
+            if (digits >> bits == low) ++counts[digits & mask];
+        });
+        U digit = 0;
+        while (below + counts[digit] <= low_rank) below += counts[digit++];
+        low = (low << bits) | digit;
+        through = below + counts[digit];
+    }
+    U high = low;
+    if (high_rank >= through) {
+        high = ~U{0};
+        each([&](R v) __attribute__((always_inline)) {
+            const U key = magnitude(v);
+            high = key > low && key < high ? key : high;
+        });
+    }
+    R ends[2];
+    __builtin_memcpy(&ends[0], &low, sizeof low);
+    __builtin_memcpy(&ends[1], &high, sizeof high);
+    const double from = static_cast<double>(ends[0]), to = static_cast<double>(ends[1]);
+    // as torch.lerp, in double
+    const double quantile = between < 0.5 ? from + between * (to - from) : to - (to - from) * (1.0 - between);
+    const double bound = quantile < 1.0 ? 1.0 : quantile;  // a NaN stays
+    return static_cast<R>(bound > most ? most : bound);
+}
+
+}  // namespace fastguide::cpu::FG_ISA

@@ -1,0 +1,252 @@
+"""The benchmarks' own machinery, at sizes of milliseconds. No time decides anything here."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
+
+from benchmarks import __main__ as command
+from benchmarks import cases, memory, report, samplers, timing
+from benchmarks.cases import CASES, Case, Figure, Rival, Setting
+from fastguide import ops, reference
+
+QUICK = Setting(torch.device("cpu"), quick=True)
+
+
+@pytest.fixture(autouse=True)
+def default_allocator(monkeypatch):
+    monkeypatch.setattr(command, "keep_memory", lambda: "as it was")  # it would last for the other tests
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """``register(case)`` under the name ``samplers/probe``, with every other case gone."""
+
+    def put(build):
+        monkeypatch.setattr(cases, "CASES", {"samplers/probe": build})
+        return "samplers/probe"
+
+    return put
+
+
+def probe(**changes) -> Case:
+    options = dict(what="", elements=10, bytes=80, ours=lambda: None, check=lambda: None) | changes
+    return Case(**options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_builds_and_is_right(name):
+    try:
+        case = CASES[name](QUICK)
+    except cases.Absent as absent:
+        pytest.skip(str(absent))
+    case.check()
+    assert case.elements > 0 and case.what
+    for rival in case.rivals:
+        if rival.call is None:
+            assert rival.absent
+        else:
+            rival.call()
+
+
+def test_every_operation_and_sampler_has_a_case():
+    from fastguide import guidance
+    from fastguide.backends import OPERATIONS
+
+    operations = {name.split("/")[0] for name in CASES}
+    assert set(OPERATIONS) <= operations
+    named = {
+        name.split("/")[1].replace("digits-", "").replace("-", "") for name in CASES if name.startswith("samplers")
+    }
+    public = {"plain"} | {name.lower() for name in guidance.__all__ if name[0].isupper()}
+    assert public <= named
+
+
+def test_a_check_sees_a_wrong_result(monkeypatch):
+    right = ops.reverse_step
+    monkeypatch.setattr(ops, "reverse_step", lambda *a, **k: right(*a, **k) * (1 + 1e-4))
+    with pytest.raises(AssertionError):
+        CASES["reverse_step/stochastic"](QUICK).check()
+
+
+def test_a_case_whose_check_fails_is_not_timed(register, capsys, tmp_path):
+    def never():
+        raise KeyError("timed")
+
+    def check():
+        raise AssertionError("one is not two")
+
+    name = register(lambda setting: probe(ours=never, check=check))
+    path = tmp_path / "out.json"
+    assert command.main([name, "--quick", "--json", str(path)]) == 1
+    assert "FAILED: AssertionError: one is not two" in capsys.readouterr().out
+    (entry,) = json.loads(path.read_text())["cases"]
+    assert entry["status"] == "failed" and "one is not two" in entry["reason"] and entry["rows"] == []
+
+
+def test_the_others_run_after_one_failed(monkeypatch, capsys):
+    def broken(setting):
+        raise ZeroDivisionError("as built")
+
+    monkeypatch.setattr(cases, "CASES", {"randn/a": broken, "randn/b": lambda setting: probe()})
+    assert command.main(["--quick"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED: ZeroDivisionError" in out and "randn/b" in out
+
+
+def test_an_absent_rival_is_named_and_no_failure(register, capsys):
+    def build(setting):
+        return probe(rivals=[cases.rival("a rival", lambda: __import__("no_such_package"), at_least=2.0)])
+
+    assert command.main([register(build), "--quick"]) == 0
+    assert "a rival: absent: No module named 'no_such_package'" in capsys.readouterr().out
+
+
+def test_a_rival_that_cannot_run_is_absent_too(register, capsys):
+    def stumbles():
+        raise RuntimeError("no compiler\nat all")
+
+    assert command.main([register(lambda setting: probe(rivals=[Rival("a rival", stumbles)])), "--quick"]) == 0
+    assert "a rival: absent: RuntimeError: no compiler" in capsys.readouterr().out
+
+
+def test_unknown_names_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["resample", "no-such-case"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "'no-such-case'" in error and "resample/systematic-1e6" in error and "samplers/mixture-tds" in error
+
+
+def test_names_select_by_their_beginning():
+    assert cases.chosen(["resample/sys"]) == ["resample/systematic-1e6", "resample/systematic-1e7"]
+    assert cases.chosen([]) == sorted(CASES, key=lambda name: cases.ORDER.index(name.split("/")[0]))
+
+
+def test_json_holds_what_is_promised(tmp_path):
+    path, table = tmp_path / "out.json", tmp_path / "out.md"
+    assert command.main(["randn/float32", "--quick", "--json", str(path), "--markdown", str(table)]) == 0
+    found = json.loads(path.read_text())
+    for key in ("commit", "cpu", "cores", "threads", "torch", "allocator", "command"):
+        assert found["machine"][key], key
+    (entry,) = found["cases"]
+    assert entry["status"] == "ok" and entry["elements"] == 16 * 96 and entry["bytes"] == 16 * 96 * 4
+    rows = {row["name"]: row for row in entry["rows"]}
+    ours = next(row for name, row in rows.items() if name.startswith("fastguide ("))
+    assert {"numpy Philox Generator", "copy", "triad"} <= set(rows)
+    normal = rows["torch normal_"]
+    assert normal["target"] == ">= 10x" and isinstance(normal["met"], bool)
+    assert math.isclose(normal["speed_up"], normal["median_s"] / ours["median_s"])
+    for row in rows.values():
+        if row["absent"]:
+            continue
+        assert row["q1_s"] <= row["median_s"] <= row["q3_s"] and row["rounds"] >= 1
+        assert math.isclose(row["ns_per_element"], row["median_s"] * 1e9 / entry["elements"])
+        assert math.isclose(row["gb_per_s"], entry["bytes"] / row["median_s"] / 1e9)
+        assert math.isclose(row["of_copy"], rows["copy"]["median_s"] / row["median_s"])
+        assert math.isclose(row["of_triad"], rows["triad"]["median_s"] / row["median_s"])
+    lines = table.read_text().splitlines()
+    assert found["machine"]["command"] in lines[0]
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_contestants_take_turns_in_changing_order():
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    clock = iter(range(1000))  # every reading a second later: one call a sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+        times, broken = timing.alternate(calls, QUICK.device, seconds=30.0, least_rounds=1)
+    assert "".join(order[:6]) == "aabbcc" and not broken  # to see how long each takes
+    rounds = ["".join(order[i : i + 3]) for i in range(6, len(order), 3)]
+    assert len(rounds) == 5 and len(set(rounds)) > 1  # 7 readings each: two a call, one to see whether time is up
+    assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
+    assert times == {name: [1.0] * 5 for name in "abc"}
+
+
+@pytest.mark.parametrize(
+    ("rival", "theirs", "met"),
+    [
+        (Rival("r", None, at_least=2.0), 2.0, True),
+        (Rival("r", None, at_least=2.0), 1.9, False),
+        (Rival("r", None, at_most=1.25), 0.8, True),
+        (Rival("r", None, at_most=1.25), 0.79, False),
+        (Rival("r", None), 1.0, None),
+        (Rival("r", None, at_least=2.0), None, None),
+    ],
+)
+def test_targets(rival, theirs, met):
+    assert cases._target(rival, theirs, ours=1.0)[1] is met
+
+
+def test_figures_have_targets_too():
+    assert Figure("", 1.0, "us", at_most=1.0).met and not Figure("", 1.1, "us", at_most=1.0).met
+    assert Figure("", 1.0, "us").met is None
+    result = cases.Result("a", "ok", figures=[Figure("f", 2.0, "us", at_most=1.0)])
+    assert "Missed: a / f." in report.summary([result])
+
+
+@pytest.mark.parametrize("particles", [1000, 1024, 1025])
+def test_integer_weights_in_chunks_are_the_reference(particles):
+    log_weights = 5 * torch.randn(particles)
+    log_weights[3] = -math.inf
+    q, _, top, scale = reference.integer_weights(log_weights[None])
+    parts = [memory._integer_weights(part, top[0], scale) for part in log_weights.split(100)]
+    assert torch.equal(torch.cat(parts), q[0])
+
+
+def test_wrong_offspring_are_counted(monkeypatch):
+    monkeypatch.setattr(memory, "CHUNK", 300)
+    log_weights = torch.randn(1000)
+    ancestors = ops.resample(log_weights, seed=1)[0]
+    assert memory.wrong_offspring(log_weights, ancestors) == 0
+    heaviest = log_weights.argmax().int()
+    moved = torch.where(ancestors == heaviest, ancestors[0], ancestors).sort().values
+    assert memory.wrong_offspring(log_weights, moved) == 2  # one has none, another too many
+
+
+def test_peak_memory_is_what_is_allocated():
+    peak, kept = memory.peak_of(lambda: torch.ones(1 << 24), QUICK.device)
+    assert kept.nbytes <= peak < 1.2 * kept.nbytes
+
+
+def test_the_meter_sees_forward_and_backward_and_nothing_else(monkeypatch):
+    clock = [0.0]
+
+    class Slow(torch.autograd.Function):
+        """Three seconds forward and five back, by the clock."""
+
+        @staticmethod
+        def forward(ctx, x):
+            clock[0] += 3.0
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            clock[0] += 5.0
+            return 2 * gradient
+
+    monkeypatch.setattr(timing, "now", lambda device: clock[0])
+    meter = samplers.Meter(QUICK.device, record=True)
+    net = meter.wrap(lambda x, t: Slow.apply(x))
+    x = torch.ones(2, requires_grad=True)
+    output = net(x, torch.zeros(2))
+    outside = Slow.apply(output) + Slow.apply(x)
+    assert meter.seconds == 3.0
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(outside.sum(), x, retain_graph=True)
+        assert torch.equal(gradient, torch.full((2,), 6.0))
+    assert meter.seconds == 3.0 + 2 * 5.0
+    before = clock[0]
+    meter.replay()
+    assert clock[0] - before == 3.0 + 2 * 5.0
+    with torch.no_grad():
+        net(x, torch.zeros(2))
+    assert meter.seconds == 16.0
