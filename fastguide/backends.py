@@ -29,7 +29,7 @@ ORDER = ("cuda", "cpu", "reference")  # the fastest first
 
 _SERVES = {
     "cuda": ("randn",),
-    "cpu": ("randn", "reverse_step", "propose_and_weigh", "gather_particles_", "log_prob_and_gradient"),
+    "cpu": OPERATIONS,
     "reference": OPERATIONS,
 }
 _ANY_DTYPE = ("gather_particles_",)  # moves bytes

@@ -454,7 +454,7 @@ def _exponentials(rows: int, number: int, seed: int, step: int, stream: int, dev
 
 
 def _sorted_uniforms(exponentials: Tensor, number: Tensor, total: Tensor) -> Tensor:
-    """``[B, n]``: in each row ``number`` ``[B, 1]`` sorted uniforms below ``total`` ``[B, 1]`` (float64), then infinity,
+    """``[B, n]``: in each row ``number`` ``[B, 1]`` sorted uniforms below ``total`` ``[B, 1]`` (float64), and infinity,
     from exponentials ``[B, n + 1]``: order statistics are sums of exponential spacings over the sum of one more
     (Chopin & Papaspiliopoulos 2020, chapter 9)."""
     sums = exponentials.cumsum(1)

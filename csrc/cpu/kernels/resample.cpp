@@ -5,6 +5,7 @@
 // What a pass needs of the blocks before its own are prefix sums of integers, so no result depends on the sharing.
 #include "../../common/weights.h"
 #include "../kernels.h"
+#include "../scratch.h"
 #include "../tiles.h"
 #include "../twin.h"
 
@@ -402,10 +403,10 @@ struct Tables {
     int64_t *weights, *squares, *copies, *slots, *spares, *exponentials;
     uint16_t* alive;
 
-    static int64_t entries(int64_t particles, int64_t number) {
-        return 5 * (blocks_of(particles) + 1) + blocks_of(number + 1) + 1;
+    static uint64_t entries(int64_t particles, int64_t number) {
+        return static_cast<uint64_t>(5 * (blocks_of(particles) + 1) + blocks_of(number + 1) + 1);
     }
-    static int64_t groups(int64_t particles) { return blocks_of(particles) * (kBlock / kGroup); }
+    static uint64_t groups(int64_t particles) { return static_cast<uint64_t>(blocks_of(particles) * (kBlock / kGroup)); }
 
     Tables(int64_t* memory, uint16_t* groups, int64_t particles) : alive(groups) {
         int64_t** const tables[] = {&weights, &squares, &copies, &slots, &spares, &exponentials};
@@ -437,7 +438,7 @@ public:
           number_(static_cast<int64_t>(call.number)),
           blocks_(blocks_of(particles_)),
           threads_(threads),
-          log_weights_(static_cast<const T*>(call.log_weights) + index * call.particles),
+          log_weights_(static_cast<const T*>(call.log_weights.data) + index * call.particles),
           after_(static_cast<T*>(call.log_weights_after) + index * call.number),
           ancestors_(call.ancestors + index * call.number),
           scale_(weight_scale(call.particles)) {}
@@ -728,21 +729,12 @@ private:
 };
 
 template <class T>
-struct Memory {
-    explicit Memory(int64_t count) : data(new T[static_cast<std::size_t>(count)]) {}
-    ~Memory() { delete[] data; }
-    Memory(const Memory&) = delete;
-    Memory& operator=(const Memory&) = delete;
-    T* const data;
-};
-
-template <class T>
 void resample_rows(const Resampling& call) {
     const int64_t particles = static_cast<int64_t>(call.particles), number = static_cast<int64_t>(call.number);
     const int64_t size = particles > number ? particles : number;
     if (size > kShort || (size >= kLong && call.rows < 2 * static_cast<uint64_t>(call.threads))) {
-        const Memory<int64_t> entries(Tables::entries(particles, number));
-        const Memory<uint16_t> groups(call.sorted ? 0 : Tables::groups(particles));
+        const Scratch<int64_t> entries(Tables::entries(particles, number));
+        const Scratch<uint16_t> groups(call.sorted ? 0 : Tables::groups(particles));
         for (uint64_t row = 0; row < call.rows; ++row)
             Row<T>(call, row, Tables(entries.data, groups.data, particles), call.threads).resample();
         return;
@@ -759,7 +751,7 @@ void resample_rows(const Resampling& call) {
 
 int64_t resample(const Resampling& call) {
     if (call.rows == 0) return -1;
-    if (call.dtype == Dtype::float64) resample_rows<double>(call);
+    if (call.log_weights.dtype == Dtype::float64) resample_rows<double>(call);
     else resample_rows<float>(call);
     for (uint64_t row = 0; row < call.rows; ++row)
         if (call.ess[row] != call.ess[row]) return static_cast<int64_t>(row);
