@@ -74,6 +74,35 @@ PyObject* propose_and_weigh(PyObject*, PyObject* const* values, Py_ssize_t given
     });
 }
 
+// log_weights, their dtype, rows, particles, number, scheme, sorted, keep_from, seed, step, stream, ancestors,
+// log_weights after, log_mean_weight, ess, threads
+PyObject* resample(PyObject*, PyObject* const* values, Py_ssize_t given) {
+    return object_or_error([&] {
+        Arguments in(values, given, 16);
+        cpu::Resampling call{};
+        call.log_weights = in.input();
+        if (call.log_weights.dtype != Dtype::float32 && call.log_weights.dtype != Dtype::float64)
+            throw std::invalid_argument("log_weights must be float32 or float64");
+        call.rows = in.integer(), call.particles = in.integer(), call.number = in.integer();
+        check_below("rows", call.rows, kMaxParticles + 1);
+        for (const uint64_t count : {call.particles, call.number})
+            check_below("particles and number, less one,", count - 1, (uint64_t{1} << 31) - 1);
+        call.scheme = in.scheme(), call.sorted = in.integer() != 0, call.keep_from = in.number();
+        const uint64_t seed = in.integer(), step = in.integer(), stream = in.integer();
+        const RandnShape counter = checked_shape(call.rows, 1, seed, step, stream, 0);
+        call.seed = counter.seed, call.step = counter.step, call.stream = counter.stream;
+        call.ancestors = static_cast<int32_t*>(in.pointer()), call.log_weights_after = in.pointer();
+        call.log_mean_weight = static_cast<double*>(in.pointer()), call.ess = static_cast<double*>(in.pointer());
+        call.threads = static_cast<int>(in.integer());
+        int64_t bad;
+        {
+            const py::gil_scoped_release release;
+            bad = cpu::kernels().resample(call);
+        }
+        return PyLong_FromLongLong(bad);
+    });
+}
+
 PyMethodDef fast(const char* name, PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t), const char* doc) {
     return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f)), METH_FASTCALL, doc};
 }
@@ -81,6 +110,7 @@ PyMethodDef fast(const char* name, PyObject* (*f)(PyObject*, PyObject* const*, P
 PyMethodDef fast_methods[] = {
     fast("reverse_step", reverse_step, "One reverse step."),
     fast("propose_and_weigh", propose_and_weigh, "The guided step, and the log-weights after it."),
+    fast("resample", resample, "Ancestors; returns the first row without a usable weight, or -1."),
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -123,37 +153,6 @@ void log_functions(uintptr_t x, uintptr_t log, uintptr_t log1p, uintptr_t log_ga
     const py::gil_scoped_release release;
     cpu::kernels().log_functions(reinterpret_cast<const double*>(x), reinterpret_cast<double*>(log),
                                  reinterpret_cast<double*>(log1p), reinterpret_cast<double*>(log_gamma), count);
-}
-
-int64_t resample(uintptr_t log_weights, int dtype, uint64_t rows, uint64_t particles, uint64_t number, int scheme,
-                 bool sorted, double keep_from, uint64_t seed, uint64_t step, uint64_t stream, uintptr_t ancestors,
-                 uintptr_t log_weights_after, uintptr_t log_mean_weight, uintptr_t ess, int threads) {
-    if (checked_dtype(dtype, Dtype::float64) != Dtype::float32 && dtype != static_cast<int>(Dtype::float64))
-        throw std::invalid_argument("dtype must be the code of float32 or float64, got " + std::to_string(dtype));
-    check_below("rows", rows, kMaxParticles + 1);
-    check_below("particles - 1", particles - 1, (uint64_t{1} << 31) - 1);
-    check_below("number - 1", number - 1, (uint64_t{1} << 31) - 1);
-    check_below("scheme", static_cast<uint64_t>(scheme), 4);
-    check_below("step", step, uint64_t{1} << 32);
-    check_below("stream", stream, kMaxStreams);
-    const cpu::Resampling call{reinterpret_cast<const void*>(log_weights),
-                               static_cast<Dtype>(dtype),
-                               rows,
-                               particles,
-                               number,
-                               static_cast<cpu::Scheme>(scheme),
-                               sorted,
-                               keep_from,
-                               seed,
-                               static_cast<uint32_t>(step),
-                               static_cast<uint32_t>(stream),
-                               reinterpret_cast<int32_t*>(ancestors),
-                               reinterpret_cast<void*>(log_weights_after),
-                               reinterpret_cast<double*>(log_mean_weight),
-                               reinterpret_cast<double*>(ess),
-                               threads};
-    const py::gil_scoped_release release;
-    return cpu::kernels().resample(call);
 }
 
 py::tuple philox_words(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
@@ -200,12 +199,6 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("log_functions", &log_functions, py::arg("x"), py::arg("log"), py::arg("log1p"),
           py::arg("log_gamma"), py::arg("count"),
           "ln x, ln(1 + x) and ln Gamma(x), as log_prob_and_gradient has them.");
-    m.def("resample", &resample, py::arg("log_weights"), py::arg("dtype"), py::arg("rows"), py::arg("particles"),
-          py::arg("number"), py::arg("scheme"), py::arg("sorted"), py::arg("keep_from"), py::arg("seed"),
-          py::arg("step"), py::arg("stream"), py::arg("ancestors"), py::arg("log_weights_after"),
-          py::arg("log_mean_weight"), py::arg("ess"), py::arg("threads"),
-          "Draw [rows, number] ancestors from [rows, particles] log-weights; returns the first row without a usable "
-          "weight, or -1.");
     m.def("philox", &philox_words, py::arg("counter"), py::arg("key"), "The four words of Philox4x32-10.");
     m.def("instruction_set", [] { return cpu::kernels().name; }, "What the kernels run with.");
     m.def("instruction_sets", &instruction_sets, "What they can run with on this processor, the best first.");

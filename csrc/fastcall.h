@@ -34,6 +34,7 @@ public:
     double number() { return number(*next_++); }
     void* pointer() { return reinterpret_cast<void*>(static_cast<uintptr_t>(integer())); }
     Dtype dtype() { return code("dtype", Dtype::float64); }
+    cpu::Scheme scheme() { return code("scheme", cpu::Scheme::residual); }
     Prediction prediction() { return code("prediction", Prediction::flow); }
     Clip clip() {
         const ClipKind kind = code("clip", ClipKind::dynamic);
@@ -84,12 +85,11 @@ private:
     PyObject* const* next_;
 };
 
-// None after f(), or its exception as Python's.
+// What f returns, or its exception as Python's.
 template <class F>
-PyObject* none_or_error(const F& f) {
+PyObject* object_or_error(const F& f) {
     try {
-        f();
-        Py_RETURN_NONE;
+        return f();
     } catch (pybind11::error_already_set& error) {
         error.restore();
     } catch (const pybind11::builtin_exception& error) {
@@ -100,6 +100,14 @@ PyObject* none_or_error(const F& f) {
         PyErr_NoMemory();
     }
     return nullptr;
+}
+
+template <class F>
+PyObject* none_or_error(const F& f) {
+    return object_or_error([&] {
+        f();
+        Py_RETURN_NONE;
+    });
 }
 
 }  // namespace fastguide

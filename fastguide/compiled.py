@@ -17,7 +17,7 @@ from typing import Any
 import torch  # before the modules: the libgomp.so.1 that they ask for is then torch's, and so are the threads
 from torch import Tensor
 
-from .reference import FAMILIES, PREDICTIONS, Clip, Coefficients, DynamicThreshold, density_constant
+from .reference import FAMILIES, PREDICTIONS, SCHEMES, Clip, Coefficients, DynamicThreshold, density_constant
 
 __all__ = [
     "CPU_DTYPES",
@@ -44,6 +44,7 @@ CUDA_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # The codes of csrc/cpu/kernels.h.
 _FAMILY_CODES = {family: code for code, family in enumerate(FAMILIES)}
+_SCHEME_CODES = {scheme: code for code, scheme in enumerate(SCHEMES)}
 
 
 def build_record() -> dict[str, Any]:
@@ -139,8 +140,8 @@ def reverse_step_cpu(
     counter: Counter,
     return_x0: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`fastguide.ops.reverse_step` of CPU tensors. Levels and counters out of range, or of another kind than five floats
-    and integers, are an error before anything is computed."""
+    """`fastguide.ops.reverse_step` of CPU tensors. Levels and counters out of range, or of another kind than five
+    floats and integers, are an error before anything is computed."""
     x, model_output = x.contiguous(), model_output.contiguous()
     if displacement is not None:
         displacement = displacement.contiguous()
@@ -220,41 +221,47 @@ def randn_cuda(out: Tensor, seed: int, step: int, stream: int, first_particle: i
         module("cuda").randn(out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, queue)
 
 
-_SCHEMES = {"systematic": 0, "stratified": 1, "multinomial": 2, "residual": 3}  # as in csrc/cpu/kernels.h
-
-
 def resample_cpu(
     log_weights: Tensor,
     scheme: str,
-    num: int | None,
+    number: int,
     ess_threshold: float | None,
-    counter: tuple[int, int, int],
+    seed: int,
+    step: int,
+    stream: int,
     sorted: bool,
-) -> tuple[bool, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Whether a row has no usable weight, and the results of `fastguide.ops.resample`."""
+) -> tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The first row without a usable weight, or -1, and the results of `fastguide.ops.resample`. Counters out of range,
+    or of another kind, are an error before anything is computed."""
     log_weights = log_weights.contiguous()
     *rows, particles = log_weights.shape
-    number = particles if num is None else num
-    ancestors = torch.empty(*rows, number, dtype=torch.int32)
-    after = torch.empty(*rows, number, dtype=log_weights.dtype)
-    log_mean_weight, ess = torch.empty(rows, dtype=torch.float64), torch.empty(rows, dtype=torch.float64)
+    if number == particles:  # empty_like is the cheaper of the two
+        ancestors = torch.empty_like(log_weights, dtype=torch.int32)
+        after = torch.empty_like(log_weights)
+    else:
+        ancestors = torch.empty((*rows, number), dtype=torch.int32)
+        after = torch.empty((*rows, number), dtype=log_weights.dtype)
+    log_mean_weight = torch.empty(rows, dtype=torch.float64)
+    ess = torch.empty_like(log_mean_weight)
     bad = module("cpu").resample(
         log_weights.data_ptr(),
         CPU_DTYPES[log_weights.dtype],
         rows[0] if rows else 1,
         particles,
         number,
-        _SCHEMES[scheme],
+        _SCHEME_CODES[scheme],
         sorted,
-        math.inf if ess_threshold is None else ess_threshold * particles,
-        *counter,
+        math.inf if ess_threshold is None else float(ess_threshold * particles),
+        seed,
+        step,
+        stream,
         ancestors.data_ptr(),
         after.data_ptr(),
         log_mean_weight.data_ptr(),
         ess.data_ptr(),
         torch.get_num_threads(),
     )
-    return bad >= 0, (ancestors, after, log_mean_weight, ess)
+    return bad, (ancestors, after, log_mean_weight, ess)
 
 
 def gather_particles_cpu(ancestors: Tensor, states: Sequence[Tensor]) -> int:

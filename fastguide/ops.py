@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WEIGHT_DTYPES = (torch.float32, torch.float64)
 
 
 # --- checks -------------------------------------------------------------------------------------------------
@@ -391,7 +392,6 @@ def propose_and_weigh(
         )
 
 
-@torch.no_grad()
 def resample(
     log_weights: Tensor,
     *,
@@ -414,8 +414,8 @@ def resample(
     - ``sorted``: ascending ancestors; False permutes them so that every survivor stays in its place (needs ``num ==
       K``), which is what `gather_particles_` moves least for.
     - ``check``: raise for a row without a usable weight: a NaN, ``+inf``, or all ``-inf`` (which waits for a GPU). With
-      False such a row keeps its particles (where ``num == K``; else its ancestors mean nothing), and its mean weight
-      and ESS are NaN.
+      False such a row keeps its particles (where ``num == K``; else its ancestors are zeros), and its mean weight and
+      ESS are NaN.
 
     Returns ``ancestors`` ``[B, num]`` (int32 below 2^31), ``log_weights`` ``[B, num]`` (of a resampled row, all the log
     of its mean weight, so that the mean weight never changes), ``log_mean_weight`` ``[B]`` and ``ess`` ``[B]`` in
@@ -423,7 +423,7 @@ def resample(
 
     Weights are integers inside (`reference.integer_weights`), so the result does not depend on how sums are split.
     """
-    if not isinstance(log_weights, Tensor) or log_weights.dtype not in (torch.float32, torch.float64):
+    if not isinstance(log_weights, Tensor) or log_weights.dtype not in WEIGHT_DTYPES:
         got = log_weights.dtype if isinstance(log_weights, Tensor) else type(log_weights).__name__
         raise TypeError(f"log_weights: expected a float32 or float64 tensor, got {got}")
     if log_weights.ndim not in (1, 2) or log_weights.shape[-1] == 0:
@@ -437,48 +437,56 @@ def resample(
         raise ValueError(f"num: expected {particles} with ess_threshold or sorted=False, got {num}")
     if ess_threshold is not None and not 0.0 <= ess_threshold <= 1.0:
         raise ValueError(f"ess_threshold: expected a share of the particles in [0, 1], got {ess_threshold}")
-    _check_counter(seed, step, stream, 0, log_weights[..., 0].numel(), 4 * max(particles, num or 0))
+    number = particles if num is None else num
+    arguments = scheme, number, ess_threshold, seed, step, stream, sorted
+    if backend == "auto" and particles < 1 << 31 and _plain(log_weights):
+        try:
+            bad, results = compiled.resample_cpu(log_weights, *arguments)
+        except (OverflowError, TypeError, ValueError):
+            pass  # as in reverse_step
+        else:
+            if check and bad >= 0:
+                _refuse_weights(log_weights, bad)
+            return results
+    _check_counter(seed, step, stream, 0, log_weights[..., 0].numel(), 4 * number)
     if check and torch.compiler.is_compiling():
         raise ValueError("check: expected False inside torch.compile, since it looks at values, got True")
     if _through_dispatcher(log_weights):
         from . import library
 
-        if check:
-            _check_weights(log_weights)
-        return library.call_resample(log_weights, scheme, num, ess_threshold, (seed, step, stream), sorted, backend)
-    obstacle = _resample_obstacle(particles)
-    chosen = select("resample", backend, device=log_weights.device, dtype=log_weights.dtype, obstacle=obstacle)
-    if chosen == "cpu":
-        bad, results = compiled.resample_cpu(log_weights, scheme, num, ess_threshold, (seed, step, stream), sorted)
-        if check and bad:
-            _check_weights(log_weights)
-        return results
+        with torch.no_grad():
+            counter = seed, step, stream
+            results = library.call_resample(log_weights, scheme, num, ess_threshold, counter, sorted, backend)
+    elif _choose_resampler(log_weights, backend) == "cpu":
+        results = compiled.resample_cpu(log_weights, *arguments)[1]
+    else:
+        with torch.no_grad():
+            results = reference.resample(
+                log_weights,
+                scheme=scheme,
+                num=num,
+                ess_threshold=ess_threshold,
+                seed=seed,
+                step=step,
+                stream=stream,
+                sorted=sorted,
+            )
     if check:
-        _check_weights(log_weights)
-    return reference.resample(
-        log_weights,
-        scheme=scheme,
-        num=num,
-        ess_threshold=ess_threshold,
-        seed=seed,
-        step=step,
-        stream=stream,
-        sorted=sorted,
-    )
+        bad_rows = results[2].isnan().reshape(-1)
+        if bad_rows.any():
+            _refuse_weights(log_weights, int(bad_rows.nonzero()[0]))
+    return results
 
 
-def _resample_obstacle(particles: int) -> str:
-    if particles >= 1 << 31:
-        return f"counts particles of a row in 31 bits, and there are {particles}"
-    return _NO_TRANSFORMS if _transformed() else ""
+def _choose_resampler(log_weights: Tensor, backend: str) -> str:
+    obstacle = _NO_TRANSFORMS if _transformed() else ""
+    if log_weights.shape[-1] >= 1 << 31:
+        obstacle = f"counts particles in 31 bits, and there are {log_weights.shape[-1]}"
+    return select("resample", backend, device=log_weights.device, dtype=log_weights.dtype, obstacle=obstacle)
 
 
-def _check_weights(log_weights: Tensor) -> None:
-    top = log_weights.amax(dim=-1)
-    if torch.isfinite(top).all():
-        return
-    row = int((~torch.isfinite(top)).reshape(-1).nonzero()[0])
-    value = top.reshape(-1)[row].item()
+def _refuse_weights(log_weights: Tensor, row: int) -> None:
+    value = log_weights.reshape(-1, log_weights.shape[-1])[row].amax().item()
     what = "NaN" if math.isnan(value) else "+inf" if value > 0 else "no live particle (all are -inf)"
     raise ValueError(f"log_weights: expected a finite largest weight in every row, got {what} in row {row}")
 

@@ -386,13 +386,18 @@ _LOG = [  # ln(3/2 + f) on |f| <= 1/2: degree 10, to 7e-10
 ]
 
 
-def _polynomial(coefficients: list[float], x: Tensor) -> Tensor:
-    """Horner's rule, the highest power first: one multiplication and one addition at a time."""
+def _horner(coefficients: list[float], x: Tensor) -> Tensor:
     value = torch.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
         value = value * x
         value = value + coefficient
     return value
+
+
+def _polynomial(coefficients: list[float], x: Tensor) -> Tensor:
+    """The highest power first; even and odd powers apart, each by Horner's rule, one operation at a time."""
+    even, odd = (_horner(coefficients[last::-2][::-1], x * x) for last in (-1, -2))
+    return odd * x + even
 
 
 def _power_of_two(n: Tensor) -> Tensor:

@@ -46,15 +46,20 @@ def exact_prefix_sums(log_weights: torch.Tensor) -> list[int]:
 # --- integer weights ----------------------------------------------------------------------------------------
 
 
+def polynomial_by_hand(coefficients: list[float], x: float) -> float:
+    """Even and odd powers apart, one Python float operation (IEEE double, never fused) after another."""
+    parts = [0.0, 0.0]
+    for power in range(len(coefficients) - 1, -1, -1):
+        coefficient = coefficients[len(coefficients) - 1 - power]
+        parts[power % 2] = parts[power % 2] * (x * x) + coefficient
+    return parts[1] * x + parts[0]
+
+
 def integer_weight_by_hand(log_weight: float, top: float, scale: int) -> tuple[int, int]:
-    """What `integer_weights` says it does, one Python float operation (IEEE double, never fused) after another."""
+    """What `integer_weights` says it does, in Python floats."""
     t = max(log_weight - top, -64.0) * 1.4426950408889634
     n = float(round(t))  # Python rounds half to even, as IEEE does
-    f = t - n
-    e = 0.0
-    for coefficient in reference._EXP2:
-        e = e * f
-        e = e + coefficient
+    e = polynomial_by_hand(reference._EXP2, t - n)
     q = round(math.ldexp(e, int(n) + scale))
     v = round(math.ldexp(e * e, 2 * int(n) + scale))
     return q, v
@@ -159,11 +164,7 @@ def test_stratum_positions_of_many(number):
 
 def exponential_by_hand(word: int) -> int:
     m, exponent = math.frexp(word + 1)
-    f = 2.0 * m - 1.5
-    ln = 0.0
-    for coefficient in reference._LOG:
-        ln = ln * f
-        ln = ln + coefficient
+    ln = polynomial_by_hand(reference._LOG, 2.0 * m - 1.5)
     return round(((33 - exponent) * 0.6931471805599453 - ln) * 2.0**26)
 
 

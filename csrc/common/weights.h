@@ -44,6 +44,7 @@ struct OneWideLane {
 #endif
     }
     static FG_HD uint64_t multiply_low_words(uint64_t a, uint64_t b) { return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu); }
+    static FG_HD uint64_t multiply_by_word(uint64_t a, uint64_t b) { return a * b; }  // b below 2^32
     static FG_HD int64_t one_if(bool condition) { return condition; }
     static FG_HD double smaller(double a, double b) { return a < b ? a : b; }
     static FG_HD double larger(double a, double b) { return a > b ? a : b; }
@@ -66,17 +67,18 @@ FG_HD Exponential<Lanes> exponential(typename Lanes::F64 d) {
     const F64 t = Lanes::larger(d, F64{} + -64.0) * 0x1.71547652b82fep+0;
     const F64 shifted = t + 0x1.8p52;  // leaves no room for a fraction
     const F64 f = t - (shifted - 0x1.8p52);
-    F64 e = f * 0x1.e7ac1c9b857e2p-32 + 0x1.e611d959ea80ap-28;
-    e = e * f + 0x1.b526488a246c8p-24;
-    e = e * f + 0x1.62bfcdd1c88bcp-20;
-    e = e * f + 0x1.ffcbfbe079d4ap-17;
-    e = e * f + 0x1.4309130bff348p-13;
-    e = e * f + 0x1.5d87fe78b7b0cp-10;
-    e = e * f + 0x1.3b2ab6fba1212p-7;
-    e = e * f + 0x1.c6b08d704a0c7p-5;
-    e = e * f + 0x1.ebfbdff82c59cp-3;
-    e = e * f + 0x1.62e42fefa39efp-1;
-    e = e * f + 1.0;
+    const F64 y = f * f;  // even and odd powers apart: two chains of half the length
+    F64 even = y * 0x1.e611d959ea80ap-28 + 0x1.62bfcdd1c88bcp-20;
+    F64 odd = y * 0x1.e7ac1c9b857e2p-32 + 0x1.b526488a246c8p-24;
+    even = even * y + 0x1.4309130bff348p-13;
+    odd = odd * y + 0x1.ffcbfbe079d4ap-17;
+    even = even * y + 0x1.3b2ab6fba1212p-7;
+    odd = odd * y + 0x1.5d87fe78b7b0cp-10;
+    even = even * y + 0x1.ebfbdff82c59cp-3;
+    odd = odd * y + 0x1.c6b08d704a0c7p-5;
+    even = even * y + 1.0;
+    odd = odd * y + 0x1.62e42fefa39efp-1;
+    const F64 e = odd * f + even;
     return {e, Lanes::to_unsigned(Lanes::bits(shifted))};
 }
 
@@ -102,7 +104,7 @@ inline int weight_scale(uint64_t particles) {
 
 // --- shares -------------------------------------------------------------------------------------------------
 
-// Of N slots, particles that weigh q of Q have N q / Q = whole + rest / Q.
+// Of N < 2^32 slots, particles that weigh q of Q have N q / Q = whole + rest / Q.
 struct Slots {
     uint64_t number, total;
     double ratio;  // N / Q
@@ -120,9 +122,11 @@ struct Share {
 // The nearest integer, as floating point sees it: the rest is exact, modulo 2^64, and a bit more than Q / 2 at most.
 template <class Lanes>
 FG_HD Share<Lanes> nearest_share(typename Lanes::I64 q, const Slots& slots) {
+    using U64 = typename Lanes::U64;
     const auto shifted = Lanes::to_double(q) * slots.ratio + 0x1.8p52;
-    const auto whole = Lanes::to_unsigned(Lanes::bits(shifted)) - 0x4338000000000000u;
-    return {Lanes::to_signed(whole), Lanes::to_signed(Lanes::to_unsigned(q) * slots.number - whole * slots.total)};
+    const U64 whole = Lanes::to_unsigned(Lanes::bits(shifted)) - 0x4338000000000000u;
+    const U64 product = Lanes::multiply_by_word(Lanes::to_unsigned(q), U64{} + slots.number);
+    return {Lanes::to_signed(whole), Lanes::to_signed(product - Lanes::multiply_by_word(U64{} + slots.total, whole))};
 }
 
 template <class Lanes>
@@ -163,16 +167,17 @@ FG_HD typename Lanes::U64 integer_exponential(typename Lanes::U64 word) {
     const U64 bits = Lanes::to_unsigned(Lanes::bits(u));
     const F64 halvings = (0x1p52 + 1055.0) - Lanes::of_bits(Lanes::to_signed((bits >> 52) | k2To52));
     const F64 f = Lanes::of_bits(Lanes::to_signed((bits & 0xFFFFFFFFFFFFFu) | kOne)) - 1.5;
-    F64 ln = f * -0x1.3772cc8479d8dp-9 + 0x1.ebde13c991a78p-9;
-    ln = ln * f + -0x1.31d0b98853066p-8;
-    ln = ln * f + 0x1.0a803b827fca9p-7;
-    ln = ln * f + -0x1.e07be4ad932bbp-7;
-    ln = ln * f + 0x1.afeeed4d7de73p-6;
-    ln = ln * f + -0x1.9486a68fb42cfp-5;
-    ln = ln * f + 0x1.9489d6e3046d5p-4;
-    ln = ln * f + -0x1.c71c78d071d95p-3;
-    ln = ln * f + 0x1.555555d3f3670p-1;
-    ln = ln * f + 0x1.9f323ecfb3586p-2;
+    const F64 y = f * f;
+    F64 even = y * -0x1.3772cc8479d8dp-9 + -0x1.31d0b98853066p-8;
+    F64 odd = y * 0x1.ebde13c991a78p-9 + 0x1.0a803b827fca9p-7;
+    even = even * y + -0x1.e07be4ad932bbp-7;
+    odd = odd * y + 0x1.afeeed4d7de73p-6;
+    even = even * y + -0x1.9486a68fb42cfp-5;
+    odd = odd * y + 0x1.9489d6e3046d5p-4;
+    even = even * y + -0x1.c71c78d071d95p-3;
+    odd = odd * y + 0x1.555555d3f3670p-1;
+    even = even * y + 0x1.9f323ecfb3586p-2;
+    const F64 ln = odd * f + even;
     const F64 shifted = (halvings * 0x1.62e42fefa39efp-1 - ln) * 0x1p26 + 0x1p52;
     return Lanes::to_unsigned(Lanes::bits(shifted)) - k2To52;
 }

@@ -75,9 +75,8 @@ enum class Scheme : int { systematic = 0, stratified = 1, multinomial = 2, resid
 
 // One call of resample: float32 or float64 log-weights [rows, particles] to ancestors [rows, number].
 struct Resampling {
-    const void* log_weights;
-    Dtype dtype;
-    uint64_t rows, particles, number;  // both below 2^31
+    Input log_weights;
+    uint64_t rows, particles, number;  // the last two below 2^31
     Scheme scheme;
     bool sorted;
     double keep_from;  // a row whose effective sample size is at least this keeps its particles

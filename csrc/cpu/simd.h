@@ -81,9 +81,7 @@ FG_INLINE I64 splat(int64_t x) { return x - I64{}; }
 template <class To, class From>
 FG_INLINE To as(From v) {
     static_assert(sizeof(To) == sizeof(From), "a vector's bits as another");
-    To to;
-    __builtin_memcpy(&to, &v, sizeof to);
-    return to;
+    return (To)v;
 }
 
 // --- float32 ------------------------------------------------------------------------------------------------
@@ -197,30 +195,35 @@ FG_INLINE uint32_t lanes_above(I32 a, I32 b) {
 #endif
 }
 
-// Inclusive prefix sums of the lanes, and the last lane in all.
-FG_INLINE I64 prefix_sums(I64 v) {
-    constexpr I64 zero{};
-#if defined(__AVX512F__)
-    v += as<I64>(_mm512_alignr_epi64((__m512i)v, (__m512i)zero, 7));
-    v += as<I64>(_mm512_alignr_epi64((__m512i)v, (__m512i)zero, 6));
-    return v + as<I64>(_mm512_alignr_epi64((__m512i)v, (__m512i)zero, 4));
-#elif defined(__AVX2__)
-    v += __builtin_shufflevector(zero, v, 3, 4, 5, 6);
-    return v + __builtin_shufflevector(zero, v, 2, 3, 4, 5);
+// a * b modulo 2^64 for b below 2^32.
+FG_INLINE U64 multiply_by_word(U64 a, U64 b) {
+#if defined(__AVX512DQ__)
+    return a * b;
 #else
-    return v + __builtin_shufflevector(zero, v, 1, 2);
+    return multiply_low_words(a, b) + (multiply_low_words(a >> 32, b) << 32);
 #endif
 }
 
-FG_INLINE I64 last_lane(I64 v) {
+// Inclusive prefix sums of the lanes, and the last lane in all.
 #if defined(__AVX512F__)
-    return __builtin_shufflevector(v, v, 7, 7, 7, 7, 7, 7, 7, 7);
-#elif defined(__AVX2__)
-    return __builtin_shufflevector(v, v, 3, 3, 3, 3);
-#else
-    return __builtin_shufflevector(v, v, 1, 1);
-#endif
+FG_INLINE I64 prefix_sums(I64 v) {
+    const __m512i zero{};
+    v += as<I64>(_mm512_alignr_epi64((__m512i)v, zero, 7));
+    v += as<I64>(_mm512_alignr_epi64((__m512i)v, zero, 6));
+    return v + as<I64>(_mm512_alignr_epi64((__m512i)v, zero, 4));
 }
+FG_INLINE I64 last_lane(I64 v) { return as<I64>(_mm512_permutexvar_epi64(_mm512_set1_epi64(7), (__m512i)v)); }
+#elif defined(__AVX2__)
+FG_INLINE I64 prefix_sums(I64 v) {
+    v += as<I64>(_mm256_slli_si256((__m256i)v, 8));  // in each half
+    const __m256i low = _mm256_permute4x64_epi64((__m256i)v, 0x50);
+    return v + as<I64>(_mm256_blend_epi32(__m256i{}, low, 0xF0));
+}
+FG_INLINE I64 last_lane(I64 v) { return as<I64>(_mm256_permute4x64_epi64((__m256i)v, 0xFF)); }
+#else
+FG_INLINE I64 prefix_sums(I64 v) { return v + __builtin_shufflevector(I64{}, v, 1, 2); }
+FG_INLINE I64 last_lane(I64 v) { return __builtin_shufflevector(v, v, 1, 1); }
+#endif
 
 // What the functions of common/math.h are made of, in all lanes.
 struct VectorLanes {
@@ -247,6 +250,17 @@ struct VectorLanes {
 FG_INLINE F64 widen(HalfF32 v) { return as<F64>(_mm512_cvtps_pd((__m256)v)); }
 FG_INLINE I64 widen(HalfU32 v) { return as<I64>(_mm512_cvtepu32_epi64((__m256i)v)); }
 FG_INLINE HalfI32 narrow(I64 v) { return as<HalfI32>(_mm512_cvtepi64_epi32((__m512i)v)); }
+#elif defined(__AVX2__)
+FG_INLINE F64 widen(HalfF32 v) { return as<F64>(_mm256_cvtps_pd((__m128)v)); }
+FG_INLINE I64 widen(HalfU32 v) { return as<I64>(_mm256_cvtepu32_epi64((__m128i)v)); }
+FG_INLINE HalfI32 narrow(I64 v) {
+    const __m256i even = _mm256_permutevar8x32_epi32((__m256i)v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+    return as<HalfI32>(_mm256_castsi256_si128(even));
+}
+#elif defined(__x86_64__)
+FG_INLINE F64 widen(HalfF32 v) { return (F64)_mm_cvtps_pd((__m128)_mm_cvtsi64_si128((long long)v)); }
+FG_INLINE I64 widen(HalfU32 v) { return (I64)_mm_unpacklo_epi32(_mm_cvtsi64_si128((long long)v), __m128i{}); }
+FG_INLINE HalfI32 narrow(I64 v) { return (HalfI32)_mm_cvtsi128_si64(_mm_shuffle_epi32((__m128i)v, 0x88)); }
 #else
 FG_INLINE F64 widen(HalfF32 v) { return __builtin_convertvector(v, F64); }
 FG_INLINE I64 widen(HalfU32 v) { return __builtin_convertvector(v, I64); }
@@ -282,13 +296,18 @@ FG_INLINE F64 larger(F64 a, F64 b) { return a > b ? a : b; }
 FG_INLINE F32 larger(F32 a, F32 b) { return a > b ? a : b; }
 #endif
 
+// Of four lanes at most: as many values as are compared with a bound at a time.
+constexpr int kBounds = kLanes64 < 4 ? kLanes64 : 4;
+typedef double Bounds __attribute__((vector_size(8 * kBounds)));
+typedef int64_t Counts __attribute__((vector_size(8 * kBounds)));
+typedef int32_t NarrowCounts __attribute__((vector_size(4 * kBounds)));
+
 // Adds one to the lanes where value < bounds.
-FG_INLINE void count_below(I64& counts, double value, F64 bounds) {
-#if defined(__AVX512F__)
-    const __mmask8 below = _mm512_cmp_pd_mask(_mm512_set1_pd(value), (__m512d)bounds, _CMP_LT_OQ);
-    counts = as<I64>(_mm512_mask_add_epi64((__m512i)counts, below, (__m512i)counts, _mm512_set1_epi64(1)));
+FG_INLINE void count_below(Counts& counts, double value, Bounds bounds) {
+#if defined(__AVX2__)  // with AVX-512 GCC would compare into a mask register
+    counts -= (Counts)_mm256_cmp_pd(_mm256_set1_pd(value), (__m256d)bounds, _CMP_LT_OQ);
 #else
-    counts -= splat(value) < bounds;
+    counts -= (value - Bounds{}) < bounds;
 #endif
 }
 
@@ -327,6 +346,7 @@ struct WideLanes {
     static FG_INLINE F64 to_double(I64 v) { return FG_ISA::to_double(v); }
     static FG_INLINE I64 nearest(F64 v) { return FG_ISA::nearest(v); }
     static FG_INLINE U64 multiply_low_words(U64 a, U64 b) { return FG_ISA::multiply_low_words(a, b); }
+    static FG_INLINE U64 multiply_by_word(U64 a, U64 b) { return FG_ISA::multiply_by_word(a, b); }
     static FG_INLINE I64 one_if(I64 condition) { return -condition; }
     static FG_INLINE F64 smaller(F64 a, F64 b) { return FG_ISA::smaller(a, b); }
     static FG_INLINE F64 larger(F64 a, F64 b) { return FG_ISA::larger(a, b); }

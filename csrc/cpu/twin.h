@@ -21,6 +21,8 @@ struct ScalarOf<Twin<V>> : ScalarOf<V> {};
 
 template <class V>
 using Four = Twin<Twin<V>>;
+template <class V>
+using Eight = Twin<Four<V>>;
 
 #define FG_TWIN(op)                                                                                                 \
     template <class V>                                                                                              \
@@ -74,6 +76,9 @@ struct TwinLanes {
     static FG_INLINE U64 multiply_low_words(const U64& x, const U64& y) {
         return {Lanes::multiply_low_words(x.a, y.a), Lanes::multiply_low_words(x.b, y.b)};
     }
+    static FG_INLINE U64 multiply_by_word(const U64& x, const U64& y) {
+        return {Lanes::multiply_by_word(x.a, y.a), Lanes::multiply_by_word(x.b, y.b)};
+    }
     static FG_INLINE I64 one_if(const I64& condition) { return -condition; }
     static FG_INLINE F64 smaller(const F64& x, const F64& y) {
         return {Lanes::smaller(x.a, y.a), Lanes::smaller(x.b, y.b)};
@@ -82,6 +87,7 @@ struct TwinLanes {
 };
 
 using FourLanes = TwinLanes<TwinLanes<WideLanes>>;
+using EightLanes = TwinLanes<FourLanes>;
 
 template <class T, class V>
 FG_INLINE void store(T* to, const Twin<V>& v) {
@@ -89,10 +95,14 @@ FG_INLINE void store(T* to, const Twin<V>& v) {
     store(to + sizeof(V) / sizeof(T), v.b);
 }
 
-// The sum of the four, and of the lanes.
+// The sum of all the vectors.
 template <class V>
-FG_INLINE V sum_of(const Four<V>& v) {
-    return (v.a.a + v.a.b) + (v.b.a + v.b.b);
+FG_INLINE V sum_of(V v) {
+    return v;
+}
+template <class V>
+FG_INLINE auto sum_of(const Twin<V>& v) {
+    return sum_of(v.a) + sum_of(v.b);
 }
 
 }  // namespace fastguide::cpu::FG_ISA

@@ -5,6 +5,7 @@
 // What a pass needs of the blocks before its own are prefix sums of integers, so no result depends on the sharing.
 #include "../../common/weights.h"
 #include "../kernels.h"
+#include "../scratch.h"
 #include "../tiles.h"
 #include "../twin.h"
 
@@ -17,7 +18,7 @@ constexpr int64_t kShort = 256 * kBlock;  // and these have their tables on the 
 constexpr int64_t kLong = 32 * kBlock;   // rows worth more than one thread
 constexpr uint64_t kBlockGrain = 16;
 constexpr int kGroup = 16;  // particles whose slots are filled together
-constexpr int kFour = 4 * kLanes64;
+constexpr int kFour = 4 * kLanes64, kEight = 2 * kFour;
 
 FG_INLINE int64_t blocks_of(int64_t count) { return (count + kBlock - 1) / kBlock; }
 FG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -26,14 +27,19 @@ FG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 FG_INLINE F64 load_wide(const float* from) { return widen(load<HalfF32>(from)); }
 FG_INLINE F64 load_wide(const double* from) { return load<F64>(from); }
+FG_INLINE I64 load_wide(const int64_t* from) { return load<I64>(from); }
+
 template <class T>
-FG_INLINE Four<F64> load_four(const T* from) {
-    return {{load_wide(from), load_wide(from + kLanes64)},
-            {load_wide(from + 2 * kLanes64), load_wide(from + 3 * kLanes64)}};
+FG_INLINE auto load_two(const T* from) {
+    return Twin<decltype(load_wide(from))>{load_wide(from), load_wide(from + kLanes64)};
 }
-FG_INLINE Four<I64> load_four(const int64_t* from) {
-    return {{load<I64>(from), load<I64>(from + kLanes64)},
-            {load<I64>(from + 2 * kLanes64), load<I64>(from + 3 * kLanes64)}};
+template <class T>
+FG_INLINE auto load_four(const T* from) {
+    return Twin<decltype(load_two(from))>{load_two(from), load_two(from + 2 * kLanes64)};
+}
+template <class T>
+FG_INLINE auto load_eight(const T* from) {
+    return Twin<decltype(load_four(from))>{load_four(from), load_four(from + 4 * kLanes64)};
 }
 FG_INLINE int64_t sum_of_lanes(I64 v) {
     int64_t sum = 0;
@@ -95,26 +101,34 @@ struct Sums {
     int64_t weights, squares;
 };
 
-// The integer weights of up to kBlock particles, zeros to the next multiple of kFour, and their sums.
+// The integer weights of `count` particles, a multiple of kEight, and their sums. Not inlined, lest GCC spill.
 template <class T>
-FG_INLINE Sums weigh(int64_t* q, const T* log_weights, int64_t count, double top, int scale) {
+__attribute__((noinline)) Sums weigh_whole(int64_t* q, const T* log_weights, int64_t count, double top, int scale) {
     I64 weights{}, squares{};
-    const auto add = [&](int64_t i, const Four<F64>& log_weight) __attribute__((always_inline)) {
-        const auto x = exponential<FourLanes>(log_weight - top);
-        const Four<I64> weight = integer_weight(x, scale);
+    for (int64_t i = 0; i < count; i += kEight) {
+        auto x = exponential<EightLanes>(load_eight(log_weights + i) - top);  // const, GCC would copy it by halves
+        const Eight<I64> weight = integer_weight(x, scale);
         store(q + i, weight);
         weights += sum_of(weight);
         squares += sum_of(integer_square(x, scale));
-    };
-    int64_t i = 0;
-    for (; i + kFour <= count; i += kFour) add(i, load_four(log_weights + i));
-    if (i < count) {
-        T last[kFour];
-        for (int lane = 0; lane < kFour; ++lane)
-            last[lane] = i + lane < count ? log_weights[i + lane] : -static_cast<T>(__builtin_inf());
-        add(i, load_four(last));
     }
     return {sum_of_lanes(weights), sum_of_lanes(squares)};
+}
+
+// The same for any number up to kBlock; zeros to the next multiple of kEight.
+template <class T>
+FG_INLINE Sums weigh(int64_t* q, const T* log_weights, int64_t count, double top, int scale) {
+    const int64_t whole = count / kEight * kEight;
+    Sums sums = weigh_whole(q, log_weights, whole, top, scale);
+    if (whole < count) {
+        T last[kEight];
+        for (int64_t i = 0; i < kEight; ++i)
+            last[i] = whole + i < count ? log_weights[whole + i] : -static_cast<T>(__builtin_inf());
+        const Sums more = weigh_whole(q + whole, last, kEight, top, scale);
+        sums.weights += more.weights;
+        sums.squares += more.squares;
+    }
+    return sums;
 }
 
 // --- sorted uniforms ----------------------------------------------------------------------------------------
@@ -201,16 +215,16 @@ public:
             int64_t at[4] = {begin_, 0, 0, 0};
             for (int i = 1; i < 4; ++i) at[i] = first_not_below(OneWideLane::of_bits(bounds[i * quarter - 1]));
             const int64_t known = first ? -origin_ : begin_;
-            for (int64_t k = 0; k < quarter; k += kLanes64) {
+            for (int64_t k = 0; k < quarter; k += kBounds) {
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i) {
                     const int64_t* const some = bounds + i * quarter + k;
                     int32_t* const out = counts + i * quarter + k;
-                    const I64 below =
-                        count_from(at[i], load<F64>(some), OneWideLane::of_bits(some[kLanes64 - 1])) + at[i];
-                    at[i] = below[kLanes64 - 1];
-                    const HalfI32 more = narrow(below - known);
-                    store(out, first ? more : load<HalfI32>(out) + more);
+                    const double last = OneWideLane::of_bits(some[kBounds - 1]);
+                    const Counts below = count_from(at[i], load<Bounds>(some), last) + at[i];
+                    at[i] = below[kBounds - 1];
+                    const NarrowCounts more = __builtin_convertvector(below - known, NarrowCounts);
+                    store(out, first ? more : load<NarrowCounts>(out) + more);
                 }
             }
             const bool passed = at[3] < end_ || next_block_ * kBlock >= count_;
@@ -220,7 +234,7 @@ public:
     }
 
 private:
-    static constexpr int kAhead = 2 * kLanes64;  // compared at a time: about half of it lies below the last bound
+    static constexpr int kAhead = 2 * kBounds;  // compared at a time: about half of it lies below the last bound
 
     // The window's first that is not below the bound.
     FG_INLINE int64_t first_not_below(double bound) const {
@@ -233,8 +247,8 @@ private:
         return at - window_;
     }
 
-    FG_INLINE I64 count_from(int64_t at, F64 bounds, double last) const {
-        I64 counts[2] = {};
+    FG_INLINE Counts count_from(int64_t at, Bounds bounds, double last) const {
+        Counts counts[2] = {};
         for (;; at += kAhead) {
 #pragma GCC unroll 16
             for (int i = 0; i < kAhead; ++i) count_below(counts[i % 2], window_[at + i], bounds);
@@ -277,14 +291,19 @@ private:
 
 // --- slots to ancestors -------------------------------------------------------------------------------------
 
-typedef int32_t Copies __attribute__((vector_size(32)));
-constexpr int kCopies = 8;
+// Copies of a particle's number that are stored at once.
+using Copies = std::conditional_t<kBytes == 64, HalfI32, I32>;
+constexpr int kStored = sizeof(Copies) / sizeof(int32_t), kCopies = 8;
+
+FG_INLINE void store_copies(int32_t* to, Copies copies) {
+    for (int i = 0; i < kCopies; i += kStored) store(to + i, copies);
+}
 
 // At least kCopies of them: the last store reaches back over what is there already.
 FG_INLINE void fill_many(int32_t* from, int32_t* to, int32_t value) {
     const Copies copies = value - Copies{};
-    for (; from < to - kCopies; from += kCopies) store(from, copies);
-    store(to - kCopies, copies);
+    for (; from < to - kCopies; from += kCopies) store_copies(from, copies);
+    store_copies(to - kCopies, copies);
 }
 
 FG_INLINE void fill_exactly(int32_t* from, int32_t* to, int32_t value) {
@@ -313,7 +332,7 @@ FG_INLINE void fill_slots(int32_t* out, const int32_t* ends, int64_t count, int6
         }
         Copies copies = particle - Copies{};
 #pragma GCC unroll 4
-        for (int i = 0; i < kGroup; ++i, copies += 1) store(out + end[i - 1], copies);
+        for (int i = 0; i < kGroup; ++i, copies += 1) store_copies(out + end[i - 1], copies);
         for (uint32_t many = more_slots(end, kCopies); many != 0; many &= many - 1) {
             const int i = __builtin_ctz(many);
             fill_many(out + end[i - 1] + 1, out + end[i], particle + i);
@@ -345,7 +364,7 @@ FG_INLINE int64_t fill_spares(int32_t* out, uint16_t* alive, const int32_t* ends
 #pragma GCC unroll 4
         for (int i = 0; i < kGroup; ++i, copies += 1) {
             const int64_t slots = end[i] - end[i - 1];
-            store(out + at, copies);
+            store_copies(out + at, copies);
             at += slots - (slots > 0);
         }
         for (uint32_t many = more_slots(end, kCopies + 1); many != 0; many &= many - 1) {
@@ -384,10 +403,10 @@ struct Tables {
     int64_t *weights, *squares, *copies, *slots, *spares, *exponentials;
     uint16_t* alive;
 
-    static int64_t entries(int64_t particles, int64_t number) {
-        return 5 * (blocks_of(particles) + 1) + blocks_of(number + 1) + 1;
+    static uint64_t entries(int64_t particles, int64_t number) {
+        return static_cast<uint64_t>(5 * (blocks_of(particles) + 1) + blocks_of(number + 1) + 1);
     }
-    static int64_t groups(int64_t particles) { return blocks_of(particles) * (kBlock / kGroup); }
+    static uint64_t groups(int64_t particles) { return static_cast<uint64_t>(blocks_of(particles) * (kBlock / kGroup)); }
 
     Tables(int64_t* memory, uint16_t* groups, int64_t particles) : alive(groups) {
         int64_t** const tables[] = {&weights, &squares, &copies, &slots, &spares, &exponentials};
@@ -419,7 +438,7 @@ public:
           number_(static_cast<int64_t>(call.number)),
           blocks_(blocks_of(particles_)),
           threads_(threads),
-          log_weights_(static_cast<const T*>(call.log_weights) + index * call.particles),
+          log_weights_(static_cast<const T*>(call.log_weights.data) + index * call.particles),
           after_(static_cast<T*>(call.log_weights_after) + index * call.number),
           ancestors_(call.ancestors + index * call.number),
           scale_(weight_scale(call.particles)) {}
@@ -710,21 +729,12 @@ private:
 };
 
 template <class T>
-struct Memory {
-    explicit Memory(int64_t count) : data(new T[static_cast<std::size_t>(count)]) {}
-    ~Memory() { delete[] data; }
-    Memory(const Memory&) = delete;
-    Memory& operator=(const Memory&) = delete;
-    T* const data;
-};
-
-template <class T>
 void resample_rows(const Resampling& call) {
     const int64_t particles = static_cast<int64_t>(call.particles), number = static_cast<int64_t>(call.number);
     const int64_t size = particles > number ? particles : number;
     if (size > kShort || (size >= kLong && call.rows < 2 * static_cast<uint64_t>(call.threads))) {
-        const Memory<int64_t> entries(Tables::entries(particles, number));
-        const Memory<uint16_t> groups(call.sorted ? 0 : Tables::groups(particles));
+        const Scratch<int64_t> entries(Tables::entries(particles, number));
+        const Scratch<uint16_t> groups(call.sorted ? 0 : Tables::groups(particles));
         for (uint64_t row = 0; row < call.rows; ++row)
             Row<T>(call, row, Tables(entries.data, groups.data, particles), call.threads).resample();
         return;
@@ -741,7 +751,7 @@ void resample_rows(const Resampling& call) {
 
 int64_t resample(const Resampling& call) {
     if (call.rows == 0) return -1;
-    if (call.dtype == Dtype::float64) resample_rows<double>(call);
+    if (call.log_weights.dtype == Dtype::float64) resample_rows<double>(call);
     else resample_rows<float>(call);
     for (uint64_t row = 0; row < call.rows; ++row)
         if (call.ess[row] != call.ess[row]) return static_cast<int64_t>(row);
