@@ -417,13 +417,19 @@ def integer_weights(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     top = lw.amax(dim=1)
     good = torch.isfinite(top)[:, None]
     d = torch.where(good, lw - torch.where(good, top[:, None], 0.0), 0.0)
+    return *_exp_times(d, scale), top, scale
+
+
+def _exp_times(d: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+    """``round(exp(d) 2^scale)`` and ``round(exp(2 d) 2^scale)`` of ``d <= 0`` in float64, as int64."""
     t = d.clamp(min=-64.0) * _LOG2_E  # exp(-64) 2^62 rounds to 0
     n = torch.round(t)
     e = _polynomial(_EXP2, t - n)
     n = n.long()
-    q = torch.round(e * _power_of_two(n + scale)).long()
-    v = torch.round((e * e) * _power_of_two(2 * n + scale)).long()
-    return q, v, top, scale
+    return (
+        torch.round(e * _power_of_two(n + scale)).long(),
+        torch.round((e * e) * _power_of_two(2 * n + scale)).long(),
+    )
 
 
 def _uniform_below(q: Tensor, w0: Tensor, w1: Tensor) -> Tensor:

@@ -318,7 +318,7 @@ def test_transforms_of_torch_func():
     torch.testing.assert_close(torch.func.grad(log_prob)(z), want)
     hessian = torch.func.jacrev(torch.func.jacrev(log_prob))(z)
     assert hessian.shape == (4, 3, 4, 3) and torch.isfinite(hessian).all()
-    with pytest.raises(RuntimeError, match=r"z is inside a transform of torch\.func"):
+    with pytest.raises(RuntimeError, match="cpu has no function transforms or forward-mode"):
         torch.func.grad(lambda z: log_prob(z, backend="cpu"))(z)
 
 

@@ -76,8 +76,8 @@ def state_of(x, x0_hat, displacement, coefficients, **counter) -> torch.Tensor:
 
 
 def ratios(x, displacement, coefficients, **counter) -> tuple[torch.Tensor, torch.Tensor]:
-    """``-(sum(delta z) + sum(delta^2) / 2)`` ``[N]`` in float64, by ``math.fsum``, of the displacement and the normals that
-    the kernel has; and the sum of ``|delta| (|z| + |delta| / 2)``."""
+    """``-(sum(delta z) + sum(delta^2) / 2)`` ``[N]`` in float64, by ``math.fsum``, of the displacement and the normals
+    that the kernel has; and the sum of ``|delta| (|z| + |delta| / 2)``."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     tau = torch.as_tensor(coefficients[4], dtype=compute).double().expand(x.shape[0])[:, None]
     z = ops.randn(x.shape, dtype=compute, backend="cpu", **counter).double()

@@ -202,6 +202,7 @@ struct Run {
     Rounded<R> common;  // where all particles have the same
     R low, high;
     bool past_caches;
+    R* bounds = nullptr;  // each particle's dynamic threshold
 
     explicit Run(const Step& s)
         : step(s), common(s.per_particle ? Multipliers{} : multipliers(levels_of(s, 0), s.prediction)) {
@@ -211,7 +212,10 @@ struct Run {
         const auto x_s = reinterpret_cast<uintptr_t>(s.x_s), x0 = reinterpret_cast<uintptr_t>(s.x0);
         past_caches = s.x.dtype == Dtype::float32 && s.shape.particles * s.shape.elements * 4 >= kPastCaches &&
                       (!s.x0 || (x_s - x0) % kBytes == 0);
+        if (s.clip.kind == ClipKind::dynamic) find_bounds();
     }
+    Run(const Run&) = delete;
+    ~Run() { delete[] bounds; }
 
     static FG_INLINE Levels levels_of(const Step& s, uint64_t row) {
         const uint64_t stride = s.per_particle ? s.shape.particles : 1;
@@ -225,60 +229,62 @@ struct Run {
     FG_INLINE Rounded<R> of(uint64_t row) const {
         return step.per_particle ? Rounded<R>(multipliers(levels_of(step, row), step.prediction)) : common;
     }
+
+private:
+    void find_bounds();
 };
 
-// x0_hat before it is clipped, of elements [begin, begin + count) of all.
+// x0_hat before it is clipped, of one particle's elements.
 template <class R>
-FG_INLINE void x0_of(R* x0, const Run<R>& run, const Rounded<R>& m, uint64_t begin, uint64_t count) {
-    alignas(64) R x_buffer[kTile], output_buffer[kTile];
-    const R* output = staged(output_buffer, run.step.output, begin, count);
-    if (run.step.prediction == Prediction::sample) {
-        __builtin_memcpy(x0, output, count * sizeof(R));
-    } else {
-        const R* x = staged(x_buffer, run.step.x, begin, count);
-        for (uint64_t i = 0; i < count; ++i) x0[i] = m.p * x[i] + m.q * output[i];
-    }
-}
-
-// The dynamic threshold of one particle: x0_hat is made anew for each look at it, and kept nowhere.
-template <class R>
-R threshold_of(const Run<R>& run, uint64_t row) {
+FG_INLINE void x0_of(R* x0, const R* x, const R* output, const Run<R>& run, uint64_t row, uint64_t count) {
     const Rounded<R> m = run.of(row);
-    const uint64_t elements = run.step.shape.elements;
-    const auto each = [&](const auto& f) __attribute__((always_inline)) {
-        alignas(64) R x0[kTile];
-        for (uint64_t at = 0; at < elements; at += kTile) {
-            const uint64_t count = elements - at < kTile ? elements - at : kTile;
-            x0_of(x0, run, m, row * elements + at, count);
-            for (uint64_t i = 0; i < count; ++i) f(x0[i]);
-        }
-    };
-    return threshold<R>(elements, run.step.clip.low, run.step.clip.high, each);
+    const bool sample = run.step.prediction == Prediction::sample;
+    for (uint64_t i = 0; i < count; ++i) x0[i] = sample ? output[i] : m.p * x[i] + m.q * output[i];
 }
 
-// x_s, and x0 if it is asked for, of one tile; with `kWeighed` the terms of the log-density ratio. `bound` is the
-// dynamic threshold of the tile's only particle, or null.
+// x0_hat is made anew for each look at it, and kept nowhere.
+template <class R>
+void Run<R>::find_bounds() {
+    const uint64_t particles = step.shape.particles, elements = step.shape.elements;
+    bounds = new R[particles];
+    share_out(particles, kTileGrain * kTile / elements + 1, step.threads, [&](uint64_t row) {
+        const auto each = [&](const auto& f) __attribute__((always_inline)) {
+            alignas(64) R x[kTile], output[kTile], x0[kTile];
+            for (uint64_t at = 0; at < elements; at += kTile) {
+                const uint64_t count = elements - at < kTile ? elements - at : kTile, begin = row * elements + at;
+                x0_of(x0, staged(x, step.x, begin, count), staged(output, step.output, begin, count), *this, row, count);
+                for (uint64_t i = 0; i < count; ++i) f(x0[i]);
+            }
+        };
+        bounds[row] = threshold<R>(elements, step.clip.low, step.clip.high, each);
+    });
+}
+
+// x_s, and x0 if it is asked for, of one tile; with `kWeighed` the terms of the log-density ratio.
 template <bool kWeighed, class R>
-void step_tile(const Run<R>& run, const Tile& tile, const R* bound, R* terms) {
+void step_tile(const Run<R>& run, const Tile& tile, R* terms) {
     const Step& s = run.step;
     const uint64_t elements = s.shape.elements, begin = tile.row * elements + tile.begin, count = tile.count;
+    const uint64_t in_row = tile.rows == 1 ? count : elements;
     const bool direct = s.x.dtype == (sizeof(R) == 4 ? Dtype::float32 : Dtype::float64);
     alignas(64) R x[kTile], output[kTile], displacement[kTile], z[kTile], x_s[kTile], x0[kTile];
-    Span<R> span{staged(x, s.x, begin, count), nullptr, nullptr, z, x_s, x0, terms, run.low, run.high, run.past_caches};
-    int flags = s.x0 ? kX0 : 0;
+    Span<R> span{staged(x, s.x, begin, count), staged(output, s.output, begin, count), nullptr, z, x_s, x0, terms,
+                 run.low, run.high, run.past_caches};
+    int flags = (s.prediction == Prediction::sample ? kSample : 0) | (s.x0 ? kX0 : 0);
     if (direct) span.x_s = static_cast<R*>(s.x_s) + begin, span.x0 = static_cast<R*>(s.x0) + (s.x0 ? begin : 0);
     if (s.displacement.data) span.displacement = staged(displacement, s.displacement, begin, count), flags |= kMoved;
-    if (bound) {
-        x0_of(output, run, run.of(tile.row), begin, count);
-        for (uint64_t i = 0; i < count; ++i) {
-            const R v = output[i] < -*bound ? -*bound : output[i];
-            output[i] = (v > *bound ? *bound : v) / *bound;
+    if (run.bounds) {
+        for (uint64_t i = 0; i < tile.rows; ++i) {
+            const R bound = run.bounds[tile.row + i];
+            R* row = output + i * elements;
+            x0_of(row, span.x + i * elements, span.output + i * elements, run, tile.row + i, in_row);
+            for (uint64_t k = 0; k < in_row; ++k) {
+                const R v = row[k] < -bound ? -bound : row[k];
+                row[k] = (v > bound ? bound : v) / bound;
+            }
         }
         span.output = output;
         flags |= kSample;
-    } else {
-        span.output = staged(output, s.output, begin, count);
-        if (s.prediction == Prediction::sample) flags |= kSample;
     }
     if (!s.per_particle) {
         if (run.common.tau != R{0}) noise_tile(z, s.shape, tile), flags |= kNoise;
@@ -301,7 +307,7 @@ void step_tile(const Run<R>& run, const Tile& tile, const R* bound, R* terms) {
             const Rounded<R> m = run.of(tile.row + i);
             if (m.tau != R{0} && !drawn) noise_tile(z, s.shape, tile), drawn = true;
             step_span_of<kWeighed>(m.tau != R{0} ? flags | kNoise : flags, span.from(i * elements), OneParticle<R>{m},
-                                   tile.rows == 1 ? count : elements);
+                                   in_row);
         }
     }
     if constexpr (std::is_same_v<R, float>) {

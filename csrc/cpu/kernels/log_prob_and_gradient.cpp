@@ -515,10 +515,8 @@ void log_prob_and_gradient_in(const LogDensity& d, const DensityArrays& a, int t
 }  // namespace
 
 int64_t log_prob_and_gradient(const LogDensity& density, const DensityArrays& arrays, int threads) {
-    if (arrays.rows)
-        for (uint64_t i = 0; i < arrays.samples; ++i)
-            if (arrays.rows[i] < 0 || static_cast<uint64_t>(arrays.rows[i]) >= arrays.y_rows)
-                return static_cast<int64_t>(i);
+    for (uint64_t i = 0; arrays.rows && i < arrays.samples; ++i)  // one below 0 is larger than any
+        if (static_cast<uint64_t>(arrays.rows[i]) >= arrays.y_rows) return static_cast<int64_t>(i);
     if (arrays.dtype == Dtype::float64)
         log_prob_and_gradient_in<double>(density, arrays, threads);
     else

@@ -66,7 +66,7 @@ void propose_and_weigh_as(const Step& step, const Weights& weights) {
     share_out(tiling.tiles(), kTileGrain, step.threads, [&](uint64_t index) {
         alignas(64) R terms[kTile + kLanes];
         const Tile tile = tiling.at(index);
-        step_tile<true, R>(run, tile, nullptr, terms);
+        step_tile<true, R>(run, tile, terms);
         const auto each = [&](uint64_t count, const auto& sum) __attribute__((always_inline)) {
             for (uint64_t i = 0; i < tile.rows; ++i)
                 if (!unweighed(tile.row + i)) weigh(tile.row + i, sum(terms + i * count, count));

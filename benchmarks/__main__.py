@@ -1,0 +1,60 @@
+"""``python -m benchmarks [NAME ...] [--device cpu|cuda] [--json FILE] [--markdown FILE]``"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from . import (  # noqa: F401  each registers its cases
+    gather_particles,
+    log_prob_and_gradient,
+    propose_and_weigh,
+    randn,
+    resample,
+    reverse_step,
+    samplers,
+)
+from .cases import CASES, Setting, chosen, run
+from .report import markdown, summary, text, write_json
+from .timing import keep_memory, machine
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the cases asked for; the exit status is 1 if the check of one failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, epilog="cases: " + ", ".join(CASES)
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="an operation, a case or the beginning of one; all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to a file")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to a file")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each case (default 20)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: tests the code, times nothing")
+    options = parser.parse_args(arguments)
+    try:
+        names = chosen(options.names)
+    except ValueError as error:
+        parser.error(f"NAME: {error}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: torch sees no CUDA device")
+
+    setting = Setting(torch.device(options.device), options.quick, options.seconds)
+    about = machine(setting.device, keep_memory())
+    print("\n".join(f"{key}: {value}" for key, value in about.items()), "", sep="\n", flush=True)
+    results = []
+    for name in names:
+        results.append(run(name, setting))
+        print(text(results[-1]), flush=True)
+    print(summary(results))
+    if options.json:
+        write_json(options.json, about, results)
+    if options.markdown:
+        options.markdown.write_text(markdown(about, results))
+    return int(any(result.status == "failed" for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

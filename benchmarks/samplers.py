@@ -1,0 +1,409 @@
+"""Whole samplers: what of their time is not the network's own, and the same loops elsewhere.
+
+The network's time is taken where it runs: its forward pass between two readings of the clock, its backward pass from
+the moment the gradient in its output arrives to the moment the gradient in its input leaves. Beside that stand its bare
+passes alone, on the inputs and gradients of a real run, in turn with the sampler.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import types
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastguide as fg
+from fastguide import digits, sampling
+from fastguide.reference import step_coefficients
+
+from . import timing
+from .cases import Absent, Call, Case, Figure, Setting, case, cpu_only, rival
+
+Net = Callable[..., Tensor]
+
+
+class Meter:
+    """Adds up the ``seconds`` that networks take within a sampler, backward passes included; with ``record``, keeps
+    their inputs and the gradients in their outputs, for `replay`. On a GPU every reading waits for the device."""
+
+    def __init__(self, device: torch.device, record: bool = False):
+        self.device, self.record = device, record
+        self.seconds = 0.0
+        self._since = 0.0
+        self._passes: list[tuple[Net, Tensor, tuple[Tensor, ...], list[Tensor]]] = []
+
+    def wrap(self, net: Net) -> Net:
+        def metered(x: Tensor, *rest: Tensor) -> Tensor:
+            differentiable = torch.is_grad_enabled() and x.requires_grad
+            gradients: list[Tensor] = []
+            if differentiable:
+                x = x.view_as(x)  # so that the hook sees the gradient from the network alone
+                x.register_hook(self._stop)
+            if self.record:
+                self._passes.append((net, x.detach().clone(), rest, gradients))
+            self._start()
+            output = net(x, *rest)
+            self._stop()
+            if differentiable and output.requires_grad:
+                output.register_hook(partial(self._start, gradients))
+            return output
+
+        return metered
+
+    def _start(self, gradients: list[Tensor] | None = None, gradient: Tensor | None = None) -> None:
+        if self.record and gradients is not None:
+            gradients.append(gradient.clone())
+        self._since = timing.now(self.device)
+
+    def _stop(self, gradient: Tensor | None = None) -> None:
+        self.seconds += timing.now(self.device) - self._since
+
+    def replay(self) -> None:
+        """The same passes again, and nothing else."""
+        for net, x, rest, gradients in self._passes:
+            with torch.set_grad_enabled(bool(gradients)):
+                x = x.detach().requires_grad_(bool(gradients))
+                output = net(x, *rest)
+            for i, gradient in enumerate(gradients, start=1):
+                torch.autograd.grad(output, x, gradient, retain_graph=i < len(gradients))
+
+
+def share_outside(device: torch.device, run: Callable[[Callable[[Net], Net]], object], times: int) -> float:
+    """The share of ``run``'s time that is not the network's; ``run`` wraps its networks in what it is given."""
+    shares = []
+    for _ in range(times):
+        meter = Meter(device)
+        start = timing.now(device)
+        run(meter.wrap)
+        shares.append(1.0 - meter.seconds / (timing.now(device) - start))
+    return statistics.median(shares)
+
+
+def _unwrapped(net: Net) -> Net:
+    return net
+
+
+# --- the digits prior ---------------------------------------------------------------------------------------
+
+NOISE = 0.1
+PRIOR_MISS = 0.73  # how far the prior's own samples are from y, root mean square
+
+
+def _guidances(decode: Net) -> dict[str, Callable]:
+    """By name: from the likelihood of one row per observation, and the number of particles."""
+    return {
+        "plain": lambda likelihood, particles: None,
+        "dps": lambda likelihood, particles: fg.DPS(likelihood, zeta=0.25),
+        "pnp": lambda likelihood, particles: fg.PnP(likelihood, zeta=1.0),
+        "pigdm": lambda likelihood, particles: fg.PiGDM(likelihood),
+        "latent-pnp": lambda likelihood, particles: fg.LatentPnP(
+            likelihood, decode, zeta=1.0, solver="gradient", iterations=8
+        ),
+        "tds": lambda likelihood, particles: fg.TDS(likelihood, particles),
+        "fk": lambda likelihood, particles: fg.FK(likelihood, particles),
+    }
+
+
+class Digits:
+    """Three held-out digits whose lower half is missing: 128 samples each, or as many particles; 50 steps."""
+
+    def __init__(self, setting: Setting, method: str):
+        self.setting, self.method = setting, method
+        self.device = setting.device
+        self.observations, self.samples, self.steps = setting.pick((3, 128, 50), (1, 8, 12))
+        mask = torch.zeros(1, 8, 8, dtype=torch.bool, device=self.device)
+        mask[:, :4] = True
+        self.mask = mask
+        self.operator = fg.operators.Inpainting(mask)
+        truth = digits.held_out(device=self.device)[0][: self.observations]
+        self.y = self.operator(truth)
+        self.y = self.y + NOISE * setting.randn(*self.y.shape)
+        self.weighted = method in ("tds", "fk")
+        self.latent = method == "latent-pnp"
+        if self.latent:
+            self.prior, _, self.decode = digits.latent_prior(device=self.device)
+        else:
+            self.prior, self.decode = digits.prior(device=self.device), _unwrapped
+
+    def run(self, wrap: Callable[[Net], Net] = _unwrapped) -> fg.Samples:
+        prior = fg.Denoiser(wrap(self.prior.net), self.prior.schedule, self.prior.prediction)
+        y = self.y if self.weighted else self.repeated_y()
+        likelihood = fg.likelihoods.Gaussian(y, self.operator, NOISE)
+        decode = wrap(self.decode) if self.latent else self.decode
+        guidance = _guidances(decode)[self.method](likelihood, self.samples)
+        event = (2, 4, 4) if self.latent else (1, 8, 8)
+        shape = (self.observations if self.weighted else len(y), *event)
+        return fg.sample(prior, shape, guidance=guidance, steps=self.steps, seed=1, device=self.device)
+
+    def repeated_y(self) -> Tensor:
+        return self.y.repeat_interleave(self.samples, 0)
+
+    def miss(self, x: Tensor) -> float:
+        """Root mean square distance from ``y`` of ``x``, as many samples for each observation."""
+        y = self.y.repeat_interleave(len(x) // self.observations, 0)
+        return (self.operator(x) - y).square().mean().sqrt().item()
+
+    def check(self, meter: Meter) -> None:
+        out, metered = self.run(), self.run(meter.wrap)
+        assert torch.equal(out.x, metered.x), "metered, the sampler gives other samples"
+        x = self.decode(out.draw(8).flatten(0, 1) if self.weighted else out.x)
+        assert torch.isfinite(x).all()
+        assert x.abs().max() < 3, f"images in [-1, 1] reach {x.abs().max()}"
+        miss = self.miss(x)
+        assert self.method == "plain" or miss < PRIOR_MISS / 2, f"samples are {miss} from y; the prior's {PRIOR_MISS}"
+
+
+def _digits(setting: Setting, method: str) -> Case:
+    task = Digits(setting, method)
+    meter = Meter(setting.device, record=True)
+    rivals = [rival("the network's passes alone, same inputs", lambda: meter.replay)]
+    if method == "plain":
+        rivals.append(rival("the same loop with diffusers' DDPMScheduler", lambda: _diffusers(task)))
+    if method == "dps":
+        rivals.append(rival("deepinv.sampling.DPS", lambda: _deepinv(task)))
+    aim = 0.05 if method in ("dps", "tds") else None
+
+    def figures(_: float) -> list[Figure]:
+        share = share_outside(setting.device, task.run, setting.pick(3, 1))
+        return [Figure("time outside the network's passes", share, "of all", at_most=aim)]
+
+    count = f"{task.observations} x {task.samples} {'particles' if task.weighted else 'samples'}"
+    return Case(
+        f"{method}, digits prior, {count}, {task.steps} steps",
+        elements=task.observations * task.samples * task.steps,  # network evaluations of one sample
+        bytes=None,
+        ours=task.run,
+        check=partial(task.check, meter),
+        rivals=rivals,
+        least_rounds=3,
+        figures=figures,
+    )
+
+
+def _diffusers(task: Digits) -> Call:
+    try:
+        from diffusers import DDPMScheduler
+    except ImportError as error:
+        raise Absent(f"diffusers is not installed: {error}") from error
+    scheduler = DDPMScheduler(
+        1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
+    )
+    scheduler.set_timesteps(task.steps)
+    count = task.observations * task.samples
+
+    def call() -> Tensor:
+        x = torch.randn(count, 1, 8, 8, device=task.device)
+        with torch.no_grad():
+            for t in scheduler.timesteps.tolist():
+                times = torch.full((count,), t, device=task.device)
+                x = scheduler.step(task.prior.net(x, times), t, x, return_dict=False)[0]
+        return x
+
+    return call
+
+
+def _deepinv(task: Digits) -> Call:
+    """deepinv's DPS of the same network, task and number of evaluations; its own noise levels (VP, linear betas)."""
+    deepinv = _import_deepinv()
+    schedule = task.prior.schedule
+    times = torch.arange(1000)
+    table = [v.to(task.device, torch.float32) for v in (schedule.alpha(times), schedule.sigma(times))]
+    ratio = table[1] / table[0]
+    evaluations = []
+
+    class Denoiser(deepinv.models.Denoiser):
+        """``E[x_0 | x_0 + sigma eps]`` by our network, at the nearest of its levels."""
+
+        def forward(self, x: Tensor, sigma: Tensor, **_) -> Tensor:
+            t = (ratio - sigma).abs().argmin()
+            alpha, sigma_t = table[0][t], table[1][t]
+            evaluations.append(len(x))
+            return alpha * (alpha * x) - sigma_t * task.prior.net(alpha * x, t.expand(len(x)))
+
+    physics = deepinv.physics.Inpainting((1, 8, 8), mask=task.mask.float(), device=task.device)
+    y = torch.zeros(task.observations * task.samples, 1, 8, 8, device=task.device)
+    y[:, task.mask] = task.repeated_y()
+    dps = deepinv.sampling.DPS(
+        Denoiser().to(task.device),
+        num_steps=task.steps + 1,  # it counts the clean end
+        weight=20.0,  # of 1 to 40, one that fits y as well as a sampler should
+        minus_one_one=False,
+        dtype=torch.float32,
+        device=task.device,
+    )
+
+    def call() -> Tensor:
+        return dps(y, physics)
+
+    x = call()
+    assert sum(evaluations) == len(y) * task.steps, f"{sum(evaluations)} evaluations, expected {len(y) * task.steps}"
+    assert task.miss(x) < PRIOR_MISS / 2, f"deepinv's samples are {task.miss(x)} from y; the prior's {PRIOR_MISS}"
+    return call
+
+
+def _import_deepinv() -> types.ModuleType:
+    try:
+        try:
+            import deepinv
+        except RuntimeError:
+            # A torchvision wheel whose compiled operators do not fit this torch stumbles over registering them. deepinv
+            # uses none of them here.
+            sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
+            import deepinv
+    except (ImportError, RuntimeError) as error:
+        raise Absent(f"deepinv is not installed: {error}") from error
+    return deepinv
+
+
+for _name in ("plain", "dps", "pnp", "pigdm", "latent-pnp", "tds", "fk"):
+    case(f"samplers/digits-{_name}")(partial(_digits, method=_name))
+
+
+# --- a mixture in two dimensions ----------------------------------------------------------------------------
+
+
+class Mixture:
+    """25 equal modes on a grid: their exact denoiser ``net(x [N, 2], t [N])``, and ``log p(y)``."""
+
+    def __init__(self, device: torch.device):
+        grid = torch.arange(-2.0, 3.0, device=device)
+        self.means, self.width = torch.cartesian_prod(grid, grid), 0.15  # [25, 2]
+        self.schedule = fg.schedules.vp_linear(1000)
+        self.matrix, self.scale = torch.tensor([[1.0, 0.6]], device=device), 0.25
+        self.y = torch.tensor([[0.9]], device=device)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        level = self.schedule.level(int(t[0]))
+        variance = (level.alpha * self.width) ** 2 + level.sigma**2
+        residual = x[:, None] - level.alpha * self.means  # [N, 25, 2]
+        share = torch.softmax(-0.5 * residual.square().sum(-1) / variance, dim=1)[..., None]
+        return (share * (self.means + level.alpha * self.width**2 / variance * residual)).sum(1)
+
+    def evidence(self) -> float:
+        variance = (self.width**2 * self.matrix.square().sum() + self.scale**2).item()
+        residual = (self.y - self.means @ self.matrix.T).double()  # [25, 1]
+        terms = -0.5 * (residual.square() / variance + math.log(2 * math.pi * variance))
+        return torch.logsumexp(terms, 0).item() - math.log(len(self.means))
+
+
+def eager_tds(model: Mixture, particles: int, steps: int, resample: Callable[[Tensor], Tensor]) -> float:
+    """Twisted diffusion sampling with the ``"moment"`` covariance of one measurement, as one writes it in PyTorch;
+    ``resample(weights [K]) -> ancestors [K]``. Returns ``log p(y)``."""
+    levels = model.schedule.levels(steps)
+    matrix, y, scale = model.matrix, model.y, model.scale
+
+    def log_density(residual: Tensor, variance: Tensor | float) -> Tensor:
+        return -0.5 * (residual.square() / variance + torch.log(2 * math.pi * torch.as_tensor(variance)))[:, 0].double()
+
+    def twist(x: Tensor, level: fg.schedules.Level) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        x0 = model(x, torch.full((particles,), level.t, device=x.device))
+        z = x0 @ matrix.T  # [K, 1]
+        (gradient,) = torch.autograd.grad(z.sum(), x)
+        with torch.no_grad():
+            column = level.sigma**2 / level.alpha * gradient  # C_t A^T, [K, 2]
+            variance = (column @ matrix.T).clamp(min=0) + scale**2
+            residual = y - z
+            return x0.detach(), column * (residual / variance), log_density(residual, variance)
+
+    top = levels[0]
+    x = torch.randn(particles, 2, device=y.device) * math.hypot(top.alpha, top.sigma)
+    x0, shift, log_prob = twist(x, top)
+    log_weights = log_prob.clone()
+    for i, (t, s) in enumerate(pairwise(levels), start=1):
+        weights = torch.softmax(log_weights, 0)
+        if 1.0 / weights.square().sum() < 0.5 * particles:
+            ancestors = resample(weights)
+            x, x0, shift, log_prob = (v[ancestors] for v in (x, x0, shift, log_prob))
+            log_weights = (torch.logsumexp(log_weights, 0) - math.log(particles)).expand(particles)
+        a, b, tau = step_coefficients((t.alpha, t.sigma, s.alpha, s.sigma, sampling.noise(t, s, 1.0)))
+        x = a * x + b * x0
+        if tau > 0:
+            delta, z = b / tau * shift, torch.randn_like(x)
+            x = x + tau * (delta + z)
+            log_weights = log_weights - (delta * z + 0.5 * delta.square()).sum(1).double()
+        if i < steps:
+            x0, shift, new = twist(x, s)
+        else:
+            new = log_density(y - x @ matrix.T, scale**2)
+        log_weights, log_prob = log_weights + new - log_prob, new
+    return (torch.logsumexp(log_weights, 0) - math.log(particles)).item()
+
+
+def _resample_particles(weights: Tensor) -> Tensor:
+    from particles import resampling
+
+    return torch.from_numpy(resampling.systematic(weights.numpy(), len(weights)))
+
+
+def _resample_numpy(weights: Tensor) -> Tensor:
+    positions = (np.arange(len(weights)) + np.random.random()) / len(weights)
+    found = np.searchsorted(np.cumsum(weights.numpy()), positions)
+    return torch.from_numpy(found).clamp_(max=len(weights) - 1)  # the sum may end below 1
+
+
+def _resample_torch(weights: Tensor) -> Tensor:
+    grid = torch.arange(len(weights), dtype=weights.dtype, device=weights.device)
+    positions = (grid + torch.rand((), device=weights.device)) / len(weights)
+    return torch.searchsorted(weights.cumsum(0), positions).clamp_(max=len(weights) - 1)
+
+
+@case("samplers/mixture-tds")
+def mixture_tds(setting: Setting) -> Case:
+    particles, steps = setting.pick((100_000, 100), (4000, 60))
+    model = Mixture(setting.device)
+    exact, tolerance = model.evidence(), setting.pick(0.05, 0.3)  # some four standard deviations
+    likelihood = fg.likelihoods.Gaussian(model.y, fg.operators.Matrix(model.matrix), model.scale)
+    meter = Meter(setting.device, record=True)
+
+    def run(wrap: Callable[[Net], Net] = _unwrapped) -> fg.Samples:
+        prior = fg.Denoiser(wrap(model), model.schedule, "sample")
+        guidance = fg.TDS(likelihood, particles, covariance="moment")
+        return fg.sample(prior, (1, 2), guidance=guidance, steps=steps, seed=0, device=setting.device)
+
+    def check() -> None:
+        found = run(meter.wrap).log_evidence.item()
+        assert abs(found - exact) < tolerance, f"log p(y) = {found}, expected {exact}"
+
+    def eager(resample: Callable[[Tensor], Tensor]) -> Call:
+        # Fewer particles tell as well whether it is the same algorithm.
+        torch.manual_seed(0)
+        found = eager_tds(model, setting.pick(10_000, particles), steps, resample)
+        assert abs(found - exact) < 0.3, f"the eager loop finds log p(y) = {found}, expected {exact}"
+        return partial(eager_tds, model, particles, steps, resample)
+
+    def figures(_: float) -> list[Figure]:
+        share = share_outside(setting.device, run, setting.pick(3, 1))
+        return [Figure("time outside the denoiser's passes", share, "of all")]
+
+    def with_particles() -> Call:
+        cpu_only(setting)
+        try:
+            import particles as _  # noqa: F401
+        except ImportError as error:
+            raise Absent(f"particles is not installed (0.4 needs numpy < 2): {error}") from error
+        return eager(_resample_particles)
+
+    rivals = [rival("eager loop, resampling of particles", with_particles)]
+    if rivals[0].absent:
+        stand_in = _resample_numpy if setting.device.type == "cpu" else _resample_torch
+        name = "numpy's" if stand_in is _resample_numpy else "torch's"
+        rivals.append(rival(f"eager loop, resampling by {name} searchsorted", lambda: eager(stand_in)))
+    rivals.append(rival("the denoiser's passes alone, same inputs", lambda: meter.replay))
+    return Case(
+        f"TDS, mixture of 25 modes in two dimensions, K = {particles}, {steps} steps",
+        elements=particles * steps,
+        bytes=None,
+        ours=run,
+        check=check,
+        rivals=rivals,
+        least_rounds=3,
+        figures=figures,
+    )
