@@ -199,10 +199,17 @@ class Gaussian(_Density):
         """As `log_prob_and_gradient` with the covariance ``scale^2 I + gram``, ``gram = A C_t A^T`` ``[n, m, m]``,
         eigenvalues of the sum held at ``>= scale^2``."""
         self._check_noise(scale)
+        if gram.shape[1] == 1:  # its own eigenvalue
+            added = torch.where(torch.isfinite(gram), gram.clamp(min=0), math.nan)
+            log_prob, gradient = ops.log_prob_and_gradient(
+                z, y, family="gaussian", scale=scale, added=added.reshape(z.shape)
+            )
+            assert gradient is not None
+            return log_prob, gradient
         residual = (y - z).flatten(1).double()
         gram = 0.5 * (gram + gram.mT).double()
         finite = torch.isfinite(gram)
-        eigenvalues, basis = torch.linalg.eigh(torch.where(finite, gram, 0.0))  # which raises for what is not
+        eigenvalues, basis = torch.linalg.eigh(torch.where(finite, gram, 0.0))  # which raises for what is not finite
         eigenvalues = eigenvalues.clamp(min=0) + scale**2
         c = (basis.mT @ residual[..., None])[..., 0]
         gradient = (basis @ (c / eigenvalues)[..., None])[..., 0]

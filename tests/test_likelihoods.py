@@ -232,13 +232,22 @@ def test_moment_holds_the_eigenvalues_of_an_indefinite_gram():
     torch.testing.assert_close(gradient[0], torch.as_tensor(expected), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_moment_of_a_gram_that_is_not_finite(bad):
+def test_moment_of_one_measurement_holds_its_variance():
+    y, z = normal(2, 1, seed=1), normal(2, 1, seed=2)
+    likelihood = Gaussian(y, Identity(), SCALE)
+    got = likelihood.moment(z, y, SCALE, torch.tensor([[[-50.0]], [[0.0]]], dtype=torch.float64))
+    for value, expected in zip(got, likelihood.log_prob_and_gradient(z, y, SCALE), strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("m", [1, 4])
+def test_moment_of_a_gram_that_is_not_finite(m, bad):
     """That row's density is NaN, which a particle filter reports; the others are as they were."""
-    y, z, gram = normal(3, 4), normal(3, 4, seed=1), grams(3, 4)
+    y, z, gram = normal(3, m), normal(3, m, seed=1), grams(3, m)
     likelihood = Gaussian(y, Identity(), SCALE)
     log_prob, gradient = likelihood.moment(z, y, SCALE, gram)
-    gram[1, 0, 2] = bad
+    gram[1, 0, m // 2] = bad
     got, slope = likelihood.moment(z, y, SCALE, gram)
     assert torch.isnan(got).tolist() == [False, True, False]
     torch.testing.assert_close(got[::2], log_prob[::2])
@@ -272,8 +281,9 @@ def test_moment_adds_the_diagonal(name):
     check_gradient(lambda z: likelihood.moment(z, y, SCALE, gram), z)
 
 
-def test_moment_in_float32_returns_float32_gradients():
-    y, z, gram = (v.float() for v in (normal(3, 4), normal(3, 4, seed=1), grams(3, 4)))
+@pytest.mark.parametrize("m", [1, 4])
+def test_moment_in_float32_returns_float32_gradients(m):
+    y, z, gram = (v.float() for v in (normal(3, m), normal(3, m, seed=1), grams(3, m)))
     for make, _ in MODELS.values():
         likelihood = make(y, Identity())
         log_prob, gradient = likelihood.moment(z, y, SCALE, gram)
