@@ -31,10 +31,21 @@ struct Two {
     F32 first, second;
 };
 
-// The 4 * kLanes64 normals of as many counters in the order of memory, if counter i is in lane lane_of_group(i).
-FG_INLINE Two normals_of(const Words& w) {
-    const Pair<F32> z = normal_pair<VectorLanes>(join_low_words(w.w0, w.w2), join_low_words(w.w1, w.w3));
+// The words of 4 * kLanes64 normals, and these in the order of memory, if counter i was in lane lane_of_group(i).
+struct WordPairs {
+    U32 radius, angle;
+};
+
+FG_INLINE WordPairs pairs_of(const Words& w) { return {join_low_words(w.w0, w.w2), join_low_words(w.w1, w.w3)}; }
+
+FG_INLINE Two normals_of(const WordPairs& w) {
+    const Pair<F32> z = normal_pair<VectorLanes>(w.radius, w.angle);
     return {interleave_low(z.z0, z.z1), interleave_high(z.z0, z.z1)};
+}
+
+FG_INLINE void store(float* to, const Two& z) {
+    store(to, z.first);
+    store(to + kLanes32, z.second);
 }
 
 constexpr int lane_of_group(int group) { return group < kLanes64 / 2 ? 2 * group : 2 * group - kLanes64 + 1; }
@@ -47,11 +58,18 @@ FG_INLINE U64 group_lanes() {
 }
 
 constexpr int kNormals = 4 * kLanes64;  // of one call of normals_of
-constexpr int kAbreast = kBytes == 64 ? 4 : 2;  // calls whose arithmetic runs in the shadow of each other's latencies
+constexpr int kAbreast = 2;             // calls whose arithmetic runs in the shadow of each other's latencies
+
+// Making normals leaves the memory idle: `meanwhile(i, n)` is called where a tile's elements [i, i + n) are made.
+struct Nothing {
+    FG_INLINE void operator()(uint64_t, uint64_t) const {}
+};
 
 // Elements [4 * group, 4 * group + count) of one particle. The first two rounds are those of a counter whose last
 // three words are the particle's: each has one product for all lanes.
-FG_INLINE void normals_of_particle(float* out, const RandnShape& shape, uint64_t row, uint64_t group, uint64_t count) {
+template <class Meanwhile>
+FG_INLINE void normals_of_particle(float* out, const RandnShape& shape, uint64_t row, uint64_t group, uint64_t count,
+                                   const Meanwhile& meanwhile) {
     const Words4 c = philox_counter(shape.first_particle + row, 0, shape.stream, shape.step);
     const uint32_t key0 = static_cast<uint32_t>(shape.seed), key1 = static_cast<uint32_t>(shape.seed >> 32);
     const uint64_t product1 = uint64_t{kPhiloxMultiplier1} * c.w2;
@@ -67,32 +85,34 @@ FG_INLINE void normals_of_particle(float* out, const RandnShape& shape, uint64_t
         const U64 w2 = (p0 >> 32) ^ w3_key;
         const U64 p1 = multiply_low_words(multiplier1, w2);
         groups += uint64_t{kLanes64};
-        return normals_of(philox<2>({(p1 >> 32) ^ low1 ^ key0_next, p1, second_high ^ p0, second_low}, key0, key1));
+        return pairs_of(philox<2>({(p1 >> 32) ^ low1 ^ key0_next, p1, second_high ^ p0, second_low}, key0, key1));
     };
+    // The integers of the next normals run in the units that the floats of these leave idle.
+    WordPairs words[kAbreast];
+    for (int i = 0; i < kAbreast; ++i) words[i] = next();
+    constexpr uint64_t kAtOnce = kAbreast * kNormals;
     uint64_t done = 0;
-    for (; done + kAbreast * kNormals <= count; done += kAbreast * kNormals) {
-        Two z[kAbreast];
-#pragma GCC unroll 4
-        for (int i = 0; i < kAbreast; ++i) z[i] = next();
+    for (; done + kAtOnce <= count; done += kAtOnce) {
+        meanwhile(done, kAtOnce);
 #pragma GCC unroll 4
         for (int i = 0; i < kAbreast; ++i) {
-            store(out + done + i * kNormals, z[i].first);
-            store(out + done + i * kNormals + kLanes32, z[i].second);
+            const WordPairs now = words[i];
+            words[i] = next();
+            store(out + done + i * kNormals, normals_of(now));
         }
     }
-    for (; done < count; done += kNormals) {
-        float last[kNormals];
-        const Two z = next();
-        store(last, z.first);
-        store(last + kLanes32, z.second);
-        const uint64_t left = count - done;
-        __builtin_memcpy(out + done, last, (left < kNormals ? left : kNormals) * sizeof(float));
+    if (done < count) meanwhile(done, count - done);
+    for (int i = 0; done < count; ++i, done += kNormals) {
+        const Two z = normals_of(words[i]);
+        const uint64_t left = (count - done) * sizeof(float);
+        __builtin_memcpy(out + done, &z, left < sizeof z ? left : sizeof z);
     }
 }
 
 // All elements of particles [row, row + count) of one or two: no more of Box-Muller than they need.
-template <int kElements>
-FG_INLINE void normals_of_points(float* out, const RandnShape& shape, uint64_t row, uint64_t count) {
+template <int kElements, class Meanwhile>
+FG_INLINE void normals_of_points(float* out, const RandnShape& shape, uint64_t row, uint64_t count,
+                                 const Meanwhile& meanwhile) {
     static_assert(kElements == 1 || kElements == 2);
     const uint32_t key0 = static_cast<uint32_t>(shape.seed), key1 = static_cast<uint32_t>(shape.seed >> 32);
     U64 lanes{};
@@ -112,6 +132,7 @@ FG_INLINE void normals_of_points(float* out, const RandnShape& shape, uint64_t r
     };
     uint64_t done = 0;
     for (; done + 2 * kLanes32 <= count; done += 2 * kLanes32) {
+        meanwhile(done * kElements, 2 * kLanes32 * kElements);
         const auto first = next(done), second = next(done + kLanes32);
         store(out + done * kElements, first);
         store(out + (done + kLanes32) * kElements, second);
@@ -124,7 +145,10 @@ FG_INLINE void normals_of_points(float* out, const RandnShape& shape, uint64_t r
 }
 
 // All elements of particles [row, row + rows), each of few groups: lanes run on from one particle to the next.
-FG_INLINE void normals_of_short_particles(float* out, const RandnShape& shape, uint64_t row, uint64_t rows) {
+template <class Meanwhile>
+FG_INLINE void normals_of_short_particles(float* out, const RandnShape& shape, uint64_t row, uint64_t rows,
+                                          const Meanwhile& meanwhile) {
+    const float* const start = out;
     const uint64_t elements = shape.elements, groups = shape.groups_per_particle();
     const uint64_t last = elements - 4 * (groups - 1);  // elements of a particle's last group
     const uint32_t key0 = static_cast<uint32_t>(shape.seed), key1 = static_cast<uint32_t>(shape.seed >> 32);
@@ -138,7 +162,8 @@ FG_INLINE void normals_of_short_particles(float* out, const RandnShape& shape, u
     uint64_t at = 0;  // the group of the next four normals within its particle
     for (uint64_t left = rows * groups; left > 0;) {
         const U64 high = ((particle >> 32) & 0xFFFFu) | (uint64_t{shape.stream} << 16);
-        const Two z = normals_of(philox({group, particle, high, splat(uint64_t{shape.step})}, key0, key1));
+        meanwhile(static_cast<uint64_t>(out - start), kNormals);
+        const Two z = normals_of(pairs_of(philox({group, particle, high, splat(uint64_t{shape.step})}, key0, key1)));
         group += groups_ahead;
         const U64 past = as<U64>(group >= groups);
         group -= past & groups;
@@ -146,14 +171,12 @@ FG_INLINE void normals_of_short_particles(float* out, const RandnShape& shape, u
         const uint64_t taken = left < kLanes64 ? left : kLanes64;
         left -= taken;
         if (last == 4 && taken == kLanes64) {
-            store(out, z.first);
-            store(out + kLanes32, z.second);
+            store(out, z);
             out += kNormals;
             continue;
         }
         float four[kNormals];
-        store(four, z.first);
-        store(four + kLanes32, z.second);
+        store(four, z);
         for (uint64_t i = 0; i < taken; ++i) {
             at = at + 1 == groups ? 0 : at + 1;
             const uint64_t kept = at == 0 ? last : 4;
@@ -170,16 +193,23 @@ struct Tile {
     uint64_t row, rows, begin, count;
 };
 
-inline void noise_tile(float* out, const RandnShape& shape, const Tile& tile) {
-    if (tile.rows == 1) return normals_of_particle(out, shape, tile.row, tile.begin / 4, tile.count);
-    if (shape.elements == 1) return normals_of_points<1>(out, shape, tile.row, tile.rows);
-    if (shape.elements == 2) return normals_of_points<2>(out, shape, tile.row, tile.rows);
-    if (shape.elements < 4 * kNormals) return normals_of_short_particles(out, shape, tile.row, tile.rows);
-    for (uint64_t i = 0; i < tile.rows; ++i)
-        normals_of_particle(out + i * shape.elements, shape, tile.row + i, 0, shape.elements);
+constexpr uint64_t kLeastAlone = 4 * kNormals;  // elements from which particles are worth setting up one by one
+
+template <class Meanwhile = Nothing>
+void noise_tile(float* out, const RandnShape& shape, const Tile& tile, const Meanwhile& meanwhile = {}) {
+    const uint64_t elements = shape.elements;
+    if (tile.rows == 1) return normals_of_particle(out, shape, tile.row, tile.begin / 4, tile.count, meanwhile);
+    if (elements == 1) return normals_of_points<1>(out, shape, tile.row, tile.rows, meanwhile);
+    if (elements == 2) return normals_of_points<2>(out, shape, tile.row, tile.rows, meanwhile);
+    if (elements < kLeastAlone) return normals_of_short_particles(out, shape, tile.row, tile.rows, meanwhile);
+    for (uint64_t i = 0; i < tile.rows; ++i) {
+        const auto there = [&](uint64_t at, uint64_t n) __attribute__((always_inline)) { meanwhile(i * elements + at, n); };
+        normals_of_particle(out + i * elements, shape, tile.row + i, 0, elements, there);
+    }
 }
 
-inline void noise_tile(double* out, const RandnShape& shape, const Tile& tile) {
+template <class Meanwhile = Nothing>
+void noise_tile(double* out, const RandnShape& shape, const Tile& tile, const Meanwhile& = {}) {
     const uint64_t count = tile.rows == 1 ? tile.count : shape.elements;
     for (uint64_t i = 0; i < tile.rows; ++i)
         for (uint64_t at = 0; at < count; at += 4) {

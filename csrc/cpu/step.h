@@ -44,6 +44,13 @@ FG_INLINE void convert(R* to, const T* from, uint64_t count) {
     }
 }
 
+// Into the first-level cache, while somebody computes something else.
+FG_INLINE void prefetch(const Input& from, uint64_t begin, uint64_t count) {
+    const uint64_t size = size_of(from.dtype);
+    const char* data = static_cast<const char*>(from.data) + begin * size;
+    for (uint64_t at = 0; from.data && at < count * size; at += 64) __builtin_prefetch(data + at);
+}
+
 // Elements [begin, begin + count) as R: where they are, or converted into `buffer`.
 template <class R>
 FG_INLINE const R* staged(R* buffer, const Input& from, uint64_t begin, uint64_t count) {
@@ -268,6 +275,13 @@ void step_tile(const Run<R>& run, const Tile& tile, R* terms) {
     const uint64_t in_row = tile.rows == 1 ? count : elements;
     const bool direct = s.x.dtype == (sizeof(R) == 4 ? Dtype::float32 : Dtype::float64);
     alignas(64) R x[kTile], output[kTile], displacement[kTile], z[kTile], x_s[kTile], x0[kTile];
+    bool noisy = run.common.tau != R{0};
+    for (uint64_t i = 0; s.per_particle && !noisy && i < tile.rows; ++i) noisy = run.tau_of(tile.row + i) != R{0};
+    if (noisy) {
+        noise_tile(z, s.shape, tile, [&](uint64_t at, uint64_t n) __attribute__((always_inline)) {
+            prefetch(s.x, begin + at, n), prefetch(s.output, begin + at, n), prefetch(s.displacement, begin + at, n);
+        });
+    }
     Span<R> span{staged(x, s.x, begin, count), staged(output, s.output, begin, count), nullptr, z, x_s, x0, terms,
                  run.low, run.high, run.past_caches};
     int flags = (s.prediction == Prediction::sample ? kSample : 0) | (s.x0 ? kX0 : 0);
@@ -287,25 +301,22 @@ void step_tile(const Run<R>& run, const Tile& tile, R* terms) {
         flags |= kSample;
     }
     if (!s.per_particle) {
-        if (run.common.tau != R{0}) noise_tile(z, s.shape, tile), flags |= kNoise;
+        if (noisy) flags |= kNoise;
         step_span_of<kWeighed>(flags, span, OneParticle<R>{run.common}, count);
     } else if (elements < kLongParticle) {
         alignas(64) R p[kTile], q[kTile], a[kTile], b[kTile], tau[kTile], inverse[kTile];
         for (uint64_t i = 0; i < tile.rows; ++i) {
             const Rounded<R> m = run.of(tile.row + i);
-            if (m.tau != R{0}) flags |= kNoise;
             for (uint64_t at = i * elements; at < (i + 1) * elements; ++at) {
                 p[at] = m.p, q[at] = m.q, a[at] = m.a, b[at] = m.b;
                 tau[at] = m.tau, inverse[at] = m.inverse;
             }
         }
-        if (flags & kNoise) noise_tile(z, s.shape, tile);
+        if (noisy) flags |= kNoise;
         step_span_of<kWeighed>(flags, span, EachElement<R>{p, q, a, b, tau, inverse}, count);
     } else {
-        bool drawn = false;
         for (uint64_t i = 0; i < tile.rows; ++i) {
             const Rounded<R> m = run.of(tile.row + i);
-            if (m.tau != R{0} && !drawn) noise_tile(z, s.shape, tile), drawn = true;
             step_span_of<kWeighed>(m.tau != R{0} ? flags | kNoise : flags, span.from(i * elements), OneParticle<R>{m},
                                    in_row);
         }
