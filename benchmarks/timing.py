@@ -27,6 +27,7 @@ import torch
 import fastguide as fg
 
 SAMPLE = 1e-3  # seconds that one sample lasts at least: calls shorter than that are repeated within it
+LONG = 1.0  # seconds from which a call is not worth a second one to warm it up
 MOST_ROUNDS = 101
 
 _L2_FLUSH = 1 << 28  # bytes: more than any GPU's second-level cache holds
@@ -37,11 +38,12 @@ def alternate(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds per call of each, one sample a round, for about ``seconds`` in all; and why those that raised did."""
     measure = _on_gpu if device.type == "cuda" else _on_cpu
-    repeats, broken = {}, {}
+    repeats, lasts, broken = {}, {}, {}
     for name, call in calls.items():
         try:
             measure(call, 1)  # compiles, allocates, touches its pages
-            repeats[name] = max(1, math.ceil(SAMPLE / max(measure(call, 1), 1e-9)))
+            lasts[name] = max(measure(call, 1), 1e-9)
+            repeats[name] = max(1, math.ceil(SAMPLE / lasts[name]))
         except Exception as error:  # say why, and go on with the others
             broken[name] = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
 
@@ -54,6 +56,8 @@ def alternate(
         while rounds < least_rounds or (rounds < MOST_ROUNDS and time.perf_counter() < end):
             shuffle(order)
             for name in order:
+                if lasts[name] < LONG:  # its memory and its caches after the others: the first call finds them, untimed
+                    calls[name]()
                 times[name].append(measure(calls[name], repeats[name]))
             rounds += 1
     finally:

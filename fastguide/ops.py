@@ -47,10 +47,13 @@ def _plain(x: Tensor, *others: Tensor) -> bool:
     backend, would cost more than the kernel."""
     if type(x) is not Tensor or not x.is_cpu or x.dtype not in STATE_DTYPES or _traced() or _transformed():
         return False
-    shape = x.shape
+    shape, differentiable = x.shape, x.requires_grad
     for other in others:
         if type(other) is not Tensor or not other.is_cpu or other.dtype not in STATE_DTYPES or other.shape != shape:
             return False
+        differentiable = differentiable or other.requires_grad
+    if differentiable and torch.is_grad_enabled():
+        return False
     return len(shape) > 0 and compiled.loaded("cpu")
 
 
@@ -286,7 +289,7 @@ def reverse_step(
     tensors = (x, model_output) if displacement is None else (x, model_output, displacement)
     if clip is not None:
         check_clip(clip)
-    if backend == "auto" and type(coefficients) is tuple and _plain(*tensors) and not _needs_grad(*tensors):
+    if backend == "auto" and type(coefficients) is tuple and _plain(*tensors):
         try:
             return compiled.reverse_step_cpu(
                 x, model_output, coefficients, prediction, clip, displacement, counter, return_x0

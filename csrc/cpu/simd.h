@@ -281,18 +281,22 @@ FG_INLINE F64 high_half(F32 v) {
 #if defined(__AVX512F__)
 FG_INLINE F64 smaller(F64 a, F64 b) { return as<F64>(_mm512_min_pd((__m512d)a, (__m512d)b)); }
 FG_INLINE F64 larger(F64 a, F64 b) { return as<F64>(_mm512_max_pd((__m512d)a, (__m512d)b)); }
+FG_INLINE F32 smaller(F32 a, F32 b) { return as<F32>(_mm512_min_ps((__m512)a, (__m512)b)); }
 FG_INLINE F32 larger(F32 a, F32 b) { return as<F32>(_mm512_max_ps((__m512)a, (__m512)b)); }
 #elif defined(__AVX2__)
 FG_INLINE F64 smaller(F64 a, F64 b) { return as<F64>(_mm256_min_pd((__m256d)a, (__m256d)b)); }
 FG_INLINE F64 larger(F64 a, F64 b) { return as<F64>(_mm256_max_pd((__m256d)a, (__m256d)b)); }
+FG_INLINE F32 smaller(F32 a, F32 b) { return as<F32>(_mm256_min_ps((__m256)a, (__m256)b)); }
 FG_INLINE F32 larger(F32 a, F32 b) { return as<F32>(_mm256_max_ps((__m256)a, (__m256)b)); }
 #elif defined(__x86_64__)
 FG_INLINE F64 smaller(F64 a, F64 b) { return as<F64>(_mm_min_pd((__m128d)a, (__m128d)b)); }
 FG_INLINE F64 larger(F64 a, F64 b) { return as<F64>(_mm_max_pd((__m128d)a, (__m128d)b)); }
+FG_INLINE F32 smaller(F32 a, F32 b) { return as<F32>(_mm_min_ps((__m128)a, (__m128)b)); }
 FG_INLINE F32 larger(F32 a, F32 b) { return as<F32>(_mm_max_ps((__m128)a, (__m128)b)); }
 #else
 FG_INLINE F64 smaller(F64 a, F64 b) { return a < b ? a : b; }
 FG_INLINE F64 larger(F64 a, F64 b) { return a > b ? a : b; }
+FG_INLINE F32 smaller(F32 a, F32 b) { return a < b ? a : b; }
 FG_INLINE F32 larger(F32 a, F32 b) { return a > b ? a : b; }
 #endif
 

@@ -139,8 +139,8 @@ void step_span(const Span<R>& span, const Source& source, uint64_t count) {
         V x0 = read(s.output + i);
         if constexpr (!(kFlags & kSample)) x0 = m.p(i, read) * x + m.q(i, read) * x0;
         if constexpr (!(kFlags & kWeigh)) {  // a NaN stays
-            x0 = x0 < low ? low : x0;
-            x0 = x0 > high ? high : x0;
+            x0 = larger(low, x0);
+            x0 = smaller(high, x0);
         }
         V x_s = m.a(i, read) * x + m.b(i, read) * x0;
         V displacement{}, z{};
@@ -201,7 +201,6 @@ FG_INLINE void step_span_of(int flags, const Span<R>& span, const Source& source
 // --- tiles --------------------------------------------------------------------------------------------------
 
 constexpr uint64_t kLongParticle = 64;  // elements from which a particle has its own loop
-constexpr uint64_t kPastCaches = uint64_t{8} << 20;  // bytes from which results are written past the caches
 
 template <class R>
 struct Run {

@@ -12,6 +12,7 @@
 namespace fastguide::cpu::FG_ISA {
 
 constexpr uint64_t kTile = 2048;  // elements
+constexpr uint64_t kPastCaches = uint64_t{8} << 20;  // bytes from which results are written past the caches
 
 struct Tiling {
     uint64_t rows, elements;

@@ -8,10 +8,14 @@ namespace {
 template <class T>
 void randn_as(void* data, const RandnShape& shape, int threads) {
     const Tiling tiling{shape.particles, shape.elements};
+    const bool large = shape.particles * shape.elements * sizeof(T) >= kPastCaches;
     share_out(tiling.tiles(), kTileGrain, threads, [&](uint64_t index) {
         const Tile tile = tiling.at(index);
         T* out = static_cast<T*>(data) + tile.row * shape.elements + tile.begin;
-        if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+        if constexpr (std::is_same_v<T, float>) {
+            if (large && reinterpret_cast<uintptr_t>(out) % kBytes == 0) noise_tile<true>(out, shape, tile);
+            else noise_tile(out, shape, tile);
+        } else if constexpr (std::is_same_v<T, double>) {
             noise_tile(out, shape, tile);
         } else {
             alignas(64) float z[kTile];
