@@ -200,7 +200,7 @@ class Gaussian(_Density):
         eigenvalues of the sum held at ``>= scale^2``."""
         self._check_noise(scale)
         if gram.shape[1] == 1:  # its own eigenvalue
-            added = torch.where(torch.isfinite(gram), gram.clamp(min=0), math.nan)
+            added = gram.clamp(min=0) + (gram - gram)  # NaN where it is not finite
             log_prob, gradient = ops.log_prob_and_gradient(
                 z, y, family="gaussian", scale=scale, added=added.reshape(z.shape)
             )

@@ -231,7 +231,8 @@ def _progress_bar(steps: range, total: int, first: int, show: bool):
 def _fingerprint(run: Run, guidance: Any, keep_ancestors: bool) -> str:
     """What must be the same for a checkpoint to be this run's: everything but the code and weights of the network and
     of other functions, which go by their names."""
-    return repr((_describe(vars(run)), _describe(guidance), keep_ancestors))
+    constants = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    return repr((_describe(constants), _describe(guidance), keep_ancestors))
 
 
 def _describe(value: Any) -> Any:

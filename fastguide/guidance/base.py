@@ -6,6 +6,7 @@ memory; the loop belongs to `fastguide.sample`. Nothing here asks the device a q
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from .. import ops
 from ..denoiser import Denoiser
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
+from ..operators import LinearOperator
 from ..reference import Clip, Coefficients, step_coefficients
 from ..schedules import Level
 
@@ -97,6 +99,11 @@ class Run:
     def steps(self) -> int:
         return len(self.levels) - 1
 
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """The observation ``[B * K]`` of each sample."""
+        return torch.arange(self.observations * self.particles, device=self.device) // self.particles
+
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -140,8 +147,7 @@ class Run:
         parts = []
         for low in range(0, n, size):
             high = min(low + size, n)
-            rows = torch.arange(low, high, device=self.device) // self.particles
-            parts.append(f(rows, *(t[low:high] for t in tensors)))
+            parts.append(f(self.rows[low:high], *(t[low:high] for t in tensors)))
         return parts[0] if len(parts) == 1 else tuple(torch.cat(p) for p in zip(*parts, strict=True))
 
     def x0_hat(self, x: Tensor, i: int) -> Tensor:
@@ -259,20 +265,21 @@ def moment_score(
     pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float, spread: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pull-back per measurement gives the columns of ``C_t A^T``; the gradient is a combination of them."""
-    z = measure(likelihood, pull_back.x0)
-    flat = z.flatten(1)
-    columns = []
-    for j in range(flat.shape[1]):
-        unit = torch.zeros_like(flat)
-        unit[:, j] = 1.0
-        columns.append(pull_back(flat, unit, retain_graph=j + 1 < flat.shape[1]))
+    linear, x0 = likelihood.operator, pull_back.x0
+    assert isinstance(linear, LinearOperator)  # as `supports` has made sure of
     with torch.no_grad():
-        gram = torch.stack([likelihood.operator(c.to(z.dtype)).flatten(1) for c in columns], dim=2)
-        log_prob, gradient = likelihood.moment(z.detach(), y, scale, gram)  # type: ignore[attr-defined]
+        z = linear(x0)
+        m = z[0].numel()
+        rows = linear.adjoint(torch.eye(m, dtype=z.dtype, device=z.device).reshape(m, *z.shape[1:]))  # of A
+    # Contiguous: a network's backward pass would carry the zero strides through all its operations.
+    columns = [pull_back(x0, row.expand_as(x0).contiguous(), retain_graph=j + 1 < m) for j, row in enumerate(rows)]
+    with torch.no_grad():
+        gram = torch.stack([linear(c.to(z.dtype)).flatten(1) for c in columns], dim=2)
+        log_prob, gradient = likelihood.moment(z, y, scale, gram)  # type: ignore[attr-defined]
         weights = gradient.flatten(1).to(columns[0].dtype)
-        shift = torch.zeros_like(columns[0])
-        for j, column in enumerate(columns):
-            shift += column * per_sample(weights[:, j], column)
+        shift = columns[0] * per_sample(weights[:, 0], columns[0])
+        for j, column in enumerate(columns[1:], start=1):
+            shift.addcmul_(column, per_sample(weights[:, j], column))
     return shift, log_prob, gradient
 
 

@@ -57,4 +57,4 @@ def propose_guided(run: Run, state: State, log_weights: Tensor, i: int) -> tuple
 
 def log_ratio(new: Tensor, old: Tensor) -> Tensor:
     """``new - old``, and ``-inf`` for a particle that is dead already."""
-    return torch.where(old == -math.inf, -math.inf, new - old)
+    return torch.where(old == -math.inf, old, new - old)
