@@ -183,7 +183,10 @@ FG_INLINE F32 interleave_high(F32 a, F32 b) {
 // Bit i says whether a > b in lane i.
 FG_INLINE uint32_t lanes_above(I32 a, I32 b) {
 #if defined(__AVX512F__)
-    return _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b);
+    uint32_t mask = _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b);
+    // Into a general register: where GCC 12 is short of them it stores the 16 bits, and reads 32.
+    __asm__("" : "+r"(mask));
+    return mask;
 #elif defined(__AVX2__)
     return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(a > b)));
 #elif defined(__x86_64__)
