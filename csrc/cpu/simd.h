@@ -183,9 +183,9 @@ FG_INLINE F32 interleave_high(F32 a, F32 b) {
 // Bit i says whether a > b in lane i.
 FG_INLINE uint32_t lanes_above(I32 a, I32 b) {
 #if defined(__AVX512F__)
-    uint32_t mask = _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b);
-    // Into a general register: where GCC 12 is short of them it stores the 16 bits, and reads 32.
-    __asm__("" : "+r"(mask));
+    uint32_t mask;
+    // Not left to the compiler: GCC 12, short of registers, stores the 16 bits and reads 32.
+    __asm__("kmovw %1, %0" : "=r"(mask) : "k"(_mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b)));
     return mask;
 #elif defined(__AVX2__)
     return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(a > b)));
