@@ -126,48 +126,57 @@ struct Span {
     }
 };
 
+// One vector of elements, at i; `keep` writes what is read again soon.
+template <class R, int kFlags, class Source, class Read, class Write, class Keep>
+FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const Vector<R>& z, const Read& read,
+                          const Write& write, const Keep& keep) {
+    using V = Vector<R>;
+    const V x = read(s.x + i);
+    V x0 = read(s.output + i);
+    if constexpr (!(kFlags & kSample)) x0 = m.p(i, read) * x + m.q(i, read) * x0;
+    if constexpr (!(kFlags & kWeigh)) x0 = smaller(splat(s.high), larger(splat(s.low), x0));  // a NaN stays
+    V x_s = m.a(i, read) * x + m.b(i, read) * x0;
+    V displacement{};
+    if constexpr (kFlags & kMoved) {
+        displacement = read(s.displacement + i);
+        if constexpr ((kFlags & kWeigh) && Source::kMixed)  // none where tau = 0, not even a NaN
+            displacement = m.tau(i, read) != R{0} ? displacement : V{};
+        x_s = x_s + displacement;
+    }
+    if constexpr (kFlags & kNoise) x_s = x_s + m.tau(i, read) * z;
+    write(s.x_s + i, x_s);
+    if constexpr (kFlags & kX0) write(s.x0 + i, x0);
+    if constexpr (kFlags & kWeigh) {
+        const V delta = displacement * m.inverse(i, read);
+        keep(s.terms + i, delta * fused(splat(R{0.5}), delta, z));
+    }
+}
+
+template <class R>
+struct Whole {
+    using V = Vector<R>;
+    static FG_INLINE V read(const R* from) { return load<V>(from); }
+    static FG_INLINE void write(R* to, V v) { store(to, v); }
+};
+
 template <class R, int kFlags, class Source>
 void step_span(const Span<R>& span, const Source& source, uint64_t count) {
     using V = Vector<R>;
     constexpr uint64_t kLanes = kLanesOf<R>;
     const Span<R> s = span;  // no store can change copies
     const Source m = source;
-    const V low = splat(s.low), high = splat(s.high);
-    const auto step = [&](uint64_t i, const auto& read, const auto& write, const auto& keep)
-                          __attribute__((always_inline)) {
-        const V x = read(s.x + i);
-        V x0 = read(s.output + i);
-        if constexpr (!(kFlags & kSample)) x0 = m.p(i, read) * x + m.q(i, read) * x0;
-        if constexpr (!(kFlags & kWeigh)) {  // a NaN stays
-            x0 = larger(low, x0);
-            x0 = smaller(high, x0);
-        }
-        V x_s = m.a(i, read) * x + m.b(i, read) * x0;
-        V displacement{}, z{};
-        if constexpr (kFlags & kMoved) {
-            displacement = read(s.displacement + i);
-            if constexpr ((kFlags & kWeigh) && Source::kMixed)  // none where tau = 0, not even a NaN
-                displacement = m.tau(i, read) != R{0} ? displacement : V{};
-            x_s = x_s + displacement;
-        }
-        if constexpr (kFlags & kNoise) {
-            z = read(s.z + i);
-            x_s = x_s + m.tau(i, read) * z;
-        }
-        write(s.x_s + i, x_s);
-        if constexpr (kFlags & kX0) write(s.x0 + i, x0);
-        if constexpr (kFlags & kWeigh) {
-            const V delta = displacement * m.inverse(i, read);
-            keep(s.terms + i, delta * fused(splat(R{0.5}), delta, z));
-        }
+    const auto whole = [&](uint64_t i, const auto& write) __attribute__((always_inline)) {
+        V z{};
+        if constexpr (kFlags & kNoise) z = load<V>(s.z + i);
+        step_lanes<R, kFlags>(s, m, i, z, Whole<R>::read, write, Whole<R>::write);
     };
-    const auto load_all = [](const R* from) __attribute__((always_inline)) { return load<V>(from); };
-    const auto store_all = [](R* to, V v) __attribute__((always_inline)) { store(to, v); };
     const auto some = [&](uint64_t i, uint64_t n) __attribute__((always_inline)) {
         const int lanes = static_cast<int>(n);
-        const auto load_n = [lanes](const R* from) __attribute__((always_inline)) { return load_some<V>(from, lanes); };
-        const auto store_n = [lanes](R* to, V v) __attribute__((always_inline)) { store_some(to, v, lanes); };
-        step(i, load_n, store_n, store_n);
+        const auto read = [lanes](const R* from) __attribute__((always_inline)) { return load_some<V>(from, lanes); };
+        const auto write = [lanes](R* to, V v) __attribute__((always_inline)) { store_some(to, v, lanes); };
+        V z{};
+        if constexpr (kFlags & kNoise) z = read(s.z + i);
+        step_lanes<R, kFlags>(s, m, i, z, read, write, write);
     };
     uint64_t i = 0;
     if constexpr (std::is_same_v<R, float>) {
@@ -175,27 +184,58 @@ void step_span(const Span<R>& span, const Source& source, uint64_t count) {
             const uint64_t ahead = -(reinterpret_cast<uintptr_t>(s.x_s) / sizeof(R)) % kLanes;
             i = ahead < count ? ahead : count;
             if (i > 0) some(0, i);
-            const auto stream_all = [](R* to, V v) __attribute__((always_inline)) { stream(to, v); };
-            for (; i + kLanes <= count; i += kLanes) step(i, load_all, stream_all, store_all);
+            const auto write = [](R* to, V v) __attribute__((always_inline)) { stream(to, v); };
+            for (; i + kLanes <= count; i += kLanes) whole(i, write);
         }
     }
-    for (; i + kLanes <= count; i += kLanes) step(i, load_all, store_all, store_all);
+    for (; i + kLanes <= count; i += kLanes) whole(i, Whole<R>::write);
     if (i < count) some(i, count - i);
 }
 
-template <class R, int kBit, int kFlags, class Source>
-FG_INLINE void step_span_with(int flags, const Span<R>& span, const Source& source, uint64_t count) {
-    if constexpr (kBit > kX0) step_span<R, kFlags>(span, source, count);
-    else if (flags & kBit) step_span_with<R, 2 * kBit, kFlags | kBit>(flags, span, source, count);
-    else step_span_with<R, 2 * kBit, kFlags>(flags, span, source, count);
+// Takes the normals of a particle as they are made, and writes past the caches.
+template <int kFlags>
+struct Stepping {
+    Span<float> s;
+    OneParticle<float> m;
+
+    FG_INLINE void lanes(uint64_t i, F32 z) const {
+        const auto write = [](float* to, F32 v) __attribute__((always_inline)) { stream(to, v); };
+        step_lanes<float, kFlags>(s, m, i, z, Whole<float>::read, write, Whole<float>::write);
+    }
+    FG_INLINE void whole(uint64_t i, const Two& z) const {
+        lanes(i, z.first);
+        lanes(i + kLanes32, z.second);
+    }
+    FG_INLINE void some(uint64_t i, const Two& z, uint64_t count) const {
+        alignas(64) float last[kNormals];
+        store(last, z);
+        Span<float> span = s.from(i);
+        span.z = last;
+        step_span<float, kFlags>(span, m, count);
+    }
+};
+
+// f(flags) with the flags as a constant, of those that a call can have.
+template <int kBit, int kFlags, class F>
+FG_INLINE void with_flags_from(int flags, const F& f) {
+    if constexpr (kBit > kX0) f(std::integral_constant<int, kFlags>{});
+    else if (flags & kBit) with_flags_from<2 * kBit, kFlags | kBit>(flags, f);
+    else with_flags_from<2 * kBit, kFlags>(flags, f);
 }
 
 // With `kWeighed`, `flags` have noise, displacement and weights, or none of them.
+template <bool kWeighed, class F>
+FG_INLINE void with_flags(int flags, const F& f) {
+    if constexpr (!kWeighed) with_flags_from<kSample, 0>(flags, f);
+    else if (flags & kNoise) f(std::integral_constant<int, kSample | kNoise | kMoved | kWeigh>{});
+    else f(std::integral_constant<int, kSample>{});
+}
+
 template <bool kWeighed, class R, class Source>
 FG_INLINE void step_span_of(int flags, const Span<R>& span, const Source& source, uint64_t count) {
-    if constexpr (!kWeighed) step_span_with<R, kSample, 0>(flags, span, source, count);
-    else if (flags & kNoise) step_span<R, kSample | kNoise | kMoved | kWeigh>(span, source, count);
-    else step_span<R, kSample>(span, source, count);
+    with_flags<kWeighed>(flags, [&](auto constant) __attribute__((always_inline)) {
+        step_span<R, decltype(constant)::value>(span, source, count);
+    });
 }
 
 // --- tiles --------------------------------------------------------------------------------------------------
@@ -276,7 +316,11 @@ void step_tile(const Run<R>& run, const Tile& tile, R* terms) {
     alignas(64) R x[kTile], output[kTile], displacement[kTile], z[kTile], x_s[kTile], x0[kTile];
     bool noisy = run.common.tau != R{0};
     for (uint64_t i = 0; s.per_particle && !noisy && i < tile.rows; ++i) noisy = run.tau_of(tile.row + i) != R{0};
-    if (noisy) {
+    // Large float32 states: each normal is used where it is made, while the memory brings the inputs of the next.
+    const bool flows = noisy && run.past_caches && tile.rows == 1 && !run.bounds && s.output.dtype == Dtype::float32 &&
+                       (!s.displacement.data || s.displacement.dtype == Dtype::float32) &&
+                       reinterpret_cast<uintptr_t>(static_cast<R*>(s.x_s) + begin) % kBytes == 0;
+    if (noisy && !flows) {
         noise_tile(z, s.shape, tile, [&](uint64_t at, uint64_t n) __attribute__((always_inline)) {
             prefetch(s.x, begin + at, n), prefetch(s.output, begin + at, n), prefetch(s.displacement, begin + at, n);
         });
@@ -298,6 +342,15 @@ void step_tile(const Run<R>& run, const Tile& tile, R* terms) {
         }
         span.output = output;
         flags |= kSample;
+    }
+    if constexpr (std::is_same_v<R, float>) {
+        if (flows) {
+            with_flags<kWeighed>(flags | kNoise, [&](auto constant) __attribute__((always_inline)) {
+                const Stepping<decltype(constant)::value> stepping{span, {run.of(tile.row)}};
+                normals_of_particle(stepping, s.shape, tile.row, tile.begin / 4, count, Nothing{});
+            });
+            return;
+        }
     }
     if (!s.per_particle) {
         if (noisy) flags |= kNoise;

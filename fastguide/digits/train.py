@@ -1,7 +1,7 @@
 """Trains everything in `fastguide.digits` from scikit-learn's digits: `python -m fastguide.digits.train`.
 
 Seeded, and deterministic for a given torch version and number of threads. Needs scikit-learn and safetensors.
-About eleven minutes on two idle cores, and one more to measure; on a busy machine, `--threads 1` is faster.
+The shipped run took 35 minutes on two cores beside other work; on a busy machine, `--threads 1` is faster.
 Held-out images are read only to measure; hyperparameters were chosen with `--validate`, which takes a further
 fifth of the training images away and measures on those.
 
