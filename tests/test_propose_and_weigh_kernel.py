@@ -222,16 +222,23 @@ def test_threads_give_the_same_bits(particles, elements, mixed):
         assert_same_bits(other, one)
 
 
-@pytest.mark.parametrize("name", _cpu.instruction_sets()[:2])
-def test_large_results_have_the_same_bits(name, instruction_set):
-    """From 8 MiB they are written past the caches."""
-    x, x0_hat, displacement, log_weights = inputs(701, 3001)
-    expected = [kernel(*(t[n : n + 1] for t in (x, x0_hat, displacement, log_weights)), VP, first_particle=n)
-                for n in (0, 1, 350, 700)]  # fmt: skip
+@pytest.mark.parametrize("name", _cpu.instruction_sets())
+@pytest.mark.parametrize("elements", (3001, 3024))  # the second's rows begin where a vector does
+@pytest.mark.parametrize("mixed", (False, True))
+def test_large_results_have_the_same_bits(name, elements, mixed, instruction_set):
+    """From 8 MiB they are written past the caches, and each normal is used where it is made."""
+    particles, rows = 701, (0, 1, 2, 350, 700)
+    tensors = inputs(particles, elements)
+    coefficients = per_sample(particles) if mixed else VP
+    expected = [
+        kernel(*(t[n : n + 1] for t in tensors), [c[n : n + 1] if mixed else c for c in coefficients], first_particle=n)
+        for n in rows
+    ]
     with instruction_set(name):
-        x_s, weights = kernel(x, x0_hat, displacement, log_weights, VP, threads=2)
-    for n, part in zip((0, 1, 350, 700), expected, strict=True):
-        assert_same_bits(part, (x_s[n : n + 1], weights[n : n + 1]))
+        for threads in (1, 2):
+            x_s, weights = kernel(*tensors, coefficients, threads=threads)
+            for n, part in zip(rows, expected, strict=True):
+                assert_same_bits(part, (x_s[n : n + 1], weights[n : n + 1]))
 
 
 # --- from Python --------------------------------------------------------------------------------------------

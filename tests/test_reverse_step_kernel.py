@@ -270,6 +270,22 @@ def test_large_results_have_the_same_bits(name, offset, instruction_set, same_no
             assert_same(kernel(x, output, STILL, clip=1.0, offset=offset, threads=threads), expected)
 
 
+@pytest.mark.parametrize("name", _cpu.instruction_sets())
+@pytest.mark.parametrize("prediction", ("epsilon", "sample"))
+@pytest.mark.parametrize("moved", (False, True))
+def test_large_noisy_steps_have_the_same_bits(name, prediction, moved, instruction_set, same_normals):
+    """From 8 MiB each normal is used where it is made, if rows begin where a vector does; they end amid normals."""
+    x, output, displacement = inputs(701, 3024)
+    for coefficients, clip in ((VP, None), (per_sample(701), (-0.4, 0.9))):
+        options = dict(prediction=prediction, clip=clip, displacement=displacement if moved else None, **COUNTER)
+        expected = expected_of(x, output, coefficients, **options)
+        with instruction_set(name):
+            for threads, offset in ((1, 64), (2, 64), (1, 80)):  # at 80 the rows of x0 begin elsewhere
+                assert_same(kernel(x, output, coefficients, offset=offset, threads=threads, **options), expected)
+            x_s = ops.reverse_step(x, output, coefficients, backend="cpu", **options)  # without x0
+        assert_same([x_s], expected[:1])
+
+
 def test_particles_without_noise_get_none(same_normals):
     for particles, elements in ((64, 5), (9, 100), (3, 3000)):
         x, output, displacement = inputs(particles, elements)
