@@ -70,12 +70,12 @@ struct Nothing {
     FG_INLINE void operator()(uint64_t, uint64_t) const {}
 };
 
-// Where normals go: kNormals of them at element i, or the first `count` of those.
+// Where normals go: kNormals of them at element i, those of the turn-th call of kAbreast; or the first `count` of them.
 template <bool kStreamed>
 struct ToMemory {
     float* out;  // aligned to kBytes where it is streamed to
 
-    FG_INLINE void whole(uint64_t i, const Two& z) const {
+    FG_INLINE void whole(uint64_t i, int, const Two& z) const {
         if constexpr (kStreamed) stream(out + i, z);
         else store(out + i, z);
     }
@@ -117,7 +117,7 @@ FG_INLINE void normals_of_particle(const Sink& sink, const RandnShape& shape, ui
         for (int i = 0; i < kAbreast; ++i) {
             const WordPairs now = words[i];
             words[i] = next();
-            sink.whole(done + i * kNormals, normals_of(now));
+            sink.whole(done + i * kNormals, i, normals_of(now));
         }
     }
     if (done < count) meanwhile(done, count - done);

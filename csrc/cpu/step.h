@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "sums.h"
 #include "threshold.h"
 #include "tiles.h"
 #include "types.h"
@@ -68,14 +69,14 @@ FG_INLINE const R* staged(R* buffer, const Input& from, uint64_t begin, uint64_t
 
 template <class R>
 struct Rounded {
-    R p, q, a, b, tau, inverse;  // of tau; 0 where tau is
+    R p, q, a, b, tau, half_inverse;  // 1 / (2 tau); 0 where tau is
 
     explicit FG_INLINE Rounded(const Multipliers& m)
         : p(static_cast<R>(m.p)), q(static_cast<R>(m.q)), a(static_cast<R>(m.a)), b(static_cast<R>(m.b)),
           tau(static_cast<R>(m.tau)) {
         constexpr R kMost = sizeof(R) == 4 ? static_cast<R>(0x1.fffffep127) : static_cast<R>(0x1.fffffffffffffp1023);
-        const R one_over = R{1} / tau;
-        inverse = tau == R{0} ? R{0} : one_over > kMost ? kMost : one_over;
+        const R half_over = R{0.5} / tau;
+        half_inverse = tau == R{0} ? R{0} : half_over > kMost ? kMost : half_over;
     }
 };
 
@@ -91,7 +92,7 @@ struct OneParticle {
     template <class Read> FG_INLINE V a(uint64_t, const Read&) const { return splat(m.a); }
     template <class Read> FG_INLINE V b(uint64_t, const Read&) const { return splat(m.b); }
     template <class Read> FG_INLINE V tau(uint64_t, const Read&) const { return splat(m.tau); }
-    template <class Read> FG_INLINE V inverse(uint64_t, const Read&) const { return splat(m.inverse); }
+    template <class Read> FG_INLINE V half_inverse(uint64_t, const Read&) const { return splat(m.half_inverse); }
 };
 
 // or, for short particles, each element's.
@@ -99,14 +100,14 @@ template <class R>
 struct EachElement {
     using V = Vector<R>;
     static constexpr bool kMixed = true;
-    const R *p_, *q_, *a_, *b_, *tau_, *inverse_;
+    const R *p_, *q_, *a_, *b_, *tau_, *half_inverse_;
 
     template <class Read> FG_INLINE V p(uint64_t i, const Read& read) const { return read(p_ + i); }
     template <class Read> FG_INLINE V q(uint64_t i, const Read& read) const { return read(q_ + i); }
     template <class Read> FG_INLINE V a(uint64_t i, const Read& read) const { return read(a_ + i); }
     template <class Read> FG_INLINE V b(uint64_t i, const Read& read) const { return read(b_ + i); }
     template <class Read> FG_INLINE V tau(uint64_t i, const Read& read) const { return read(tau_ + i); }
-    template <class Read> FG_INLINE V inverse(uint64_t i, const Read& read) const { return read(inverse_ + i); }
+    template <class Read> FG_INLINE V half_inverse(uint64_t i, const Read& read) const { return read(half_inverse_ + i); }
 };
 
 // --- the arithmetic -----------------------------------------------------------------------------------------
@@ -146,10 +147,8 @@ FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const V
     if constexpr (kFlags & kNoise) x_s = x_s + m.tau(i, read) * z;
     write(s.x_s + i, x_s);
     if constexpr (kFlags & kX0) write(s.x0 + i, x0);
-    if constexpr (kFlags & kWeigh) {
-        const V delta = displacement * m.inverse(i, read);
-        keep(s.terms + i, delta * fused(splat(R{0.5}), delta, z));
-    }
+    if constexpr (kFlags & kWeigh)  // of tau times the ratio: delta (z + delta / 2) with delta = displacement / tau
+        keep(s.terms + i, displacement * fused(m.half_inverse(i, read), displacement, z));
 }
 
 template <class R>
@@ -192,26 +191,44 @@ void step_span(const Span<R>& span, const Source& source, uint64_t count) {
     if (i < count) some(i, count - i);
 }
 
-// Takes the normals of a particle as they are made, and writes past the caches.
+// Takes the normals of a particle as they are made, and writes past the caches. Where four terms of a sum are made at
+// a time, they are added at once, and nowhere else.
 template <int kFlags>
 struct Stepping {
+    static constexpr bool kAdds = (kFlags & kWeigh) && kAbreast * kNormals == Sum<float>::kAtOnce;
     Span<float> s;
     OneParticle<float> m;
+    F32* pair;  // the terms of those made last
+    Sum<float>* sum;
 
-    FG_INLINE void lanes(uint64_t i, F32 z) const {
+    FG_INLINE F32 lanes(uint64_t i, F32 z) const {
+        F32 term{};
         const auto write = [](float* to, F32 v) __attribute__((always_inline)) { stream(to, v); };
-        step_lanes<float, kFlags>(s, m, i, z, Whole<float>::read, write, Whole<float>::write);
+        const auto keep = [&](float* to, F32 v) __attribute__((always_inline)) {
+            if constexpr (kAdds) term = v;
+            else store(to, v);
+        };
+        step_lanes<float, kFlags>(s, m, i, z, Whole<float>::read, write, keep);
+        return term;
     }
-    FG_INLINE void whole(uint64_t i, const Two& z) const {
-        lanes(i, z.first);
-        lanes(i + kLanes32, z.second);
+    FG_INLINE void whole(uint64_t i, int turn, const Two& z) const {
+        const F32 first = lanes(i, z.first), second = lanes(i + kLanes32, z.second);
+        if constexpr (kAdds) {
+            if (turn == 0) {
+                *pair = first + second;
+            } else {
+                const F32 four = *pair + (first + second);
+                sum->add(0, low_half(four));
+                sum->add(1, high_half(four));
+            }
+        }
     }
     FG_INLINE void some(uint64_t i, const Two& z, uint64_t count) const {
         alignas(64) float last[kNormals];
         store(last, z);
         Span<float> span = s.from(i);
         span.z = last;
-        step_span<float, kFlags>(span, m, count);
+        step_span<float, kFlags>(span, OneParticle<float>{m.m}, count);
     }
 };
 
@@ -306,9 +323,9 @@ void Run<R>::find_bounds() {
     });
 }
 
-// x_s, and x0 if it is asked for, of one tile; with `kWeighed` the terms of the log-density ratio.
+// x_s, and x0 if it is asked for, of one tile; with `kWeighed` the terms of tau times the log-density ratio.
 template <bool kWeighed, class R>
-void step_tile(const Run<R>& run, const Tile& tile, R* terms) {
+void step_tile(const Run<R>& run, const Tile& tile, Terms<R>* terms) {
     const Step& s = run.step;
     const uint64_t elements = s.shape.elements, begin = tile.row * elements + tile.begin, count = tile.count;
     const uint64_t in_row = tile.rows == 1 ? count : elements;
@@ -325,8 +342,8 @@ void step_tile(const Run<R>& run, const Tile& tile, R* terms) {
             prefetch(s.x, begin + at, n), prefetch(s.output, begin + at, n), prefetch(s.displacement, begin + at, n);
         });
     }
-    Span<R> span{staged(x, s.x, begin, count), staged(output, s.output, begin, count), nullptr, z, x_s, x0, terms,
-                 run.low, run.high, run.past_caches};
+    Span<R> span{staged(x, s.x, begin, count), staged(output, s.output, begin, count), nullptr, z, x_s, x0,
+                 terms ? terms->at : nullptr, run.low, run.high, run.past_caches};
     int flags = (s.prediction == Prediction::sample ? kSample : 0) | (s.x0 ? kX0 : 0);
     if (direct) span.x_s = static_cast<R*>(s.x_s) + begin, span.x0 = static_cast<R*>(s.x0) + (s.x0 ? begin : 0);
     if (s.displacement.data) span.displacement = staged(displacement, s.displacement, begin, count), flags |= kMoved;
@@ -346,8 +363,12 @@ void step_tile(const Run<R>& run, const Tile& tile, R* terms) {
     if constexpr (std::is_same_v<R, float>) {
         if (flows) {
             with_flags<kWeighed>(flags | kNoise, [&](auto constant) __attribute__((always_inline)) {
-                const Stepping<decltype(constant)::value> stepping{span, {run.of(tile.row)}};
-                normals_of_particle(stepping, s.shape, tile.row, tile.begin / 4, count, Nothing{});
+                using Sink = Stepping<decltype(constant)::value>;
+                F32 pair;
+                Sum<float> sum;
+                normals_of_particle(Sink{span, {run.of(tile.row)}, &pair, &sum}, s.shape, tile.row, tile.begin / 4, count,
+                                    Nothing{});
+                if constexpr (Sink::kAdds) terms->summed = count / sum.kAtOnce * sum.kAtOnce, terms->sum = sum;
             });
             return;
         }
@@ -356,16 +377,16 @@ void step_tile(const Run<R>& run, const Tile& tile, R* terms) {
         if (noisy) flags |= kNoise;
         step_span_of<kWeighed>(flags, span, OneParticle<R>{run.common}, count);
     } else if (elements < kLongParticle) {
-        alignas(64) R p[kTile], q[kTile], a[kTile], b[kTile], tau[kTile], inverse[kTile];
+        alignas(64) R p[kTile], q[kTile], a[kTile], b[kTile], tau[kTile], half_inverse[kTile];
         for (uint64_t i = 0; i < tile.rows; ++i) {
             const Rounded<R> m = run.of(tile.row + i);
             for (uint64_t at = i * elements; at < (i + 1) * elements; ++at) {
                 p[at] = m.p, q[at] = m.q, a[at] = m.a, b[at] = m.b;
-                tau[at] = m.tau, inverse[at] = m.inverse;
+                tau[at] = m.tau, half_inverse[at] = m.half_inverse;
             }
         }
         if (noisy) flags |= kNoise;
-        step_span_of<kWeighed>(flags, span, EachElement<R>{p, q, a, b, tau, inverse}, count);
+        step_span_of<kWeighed>(flags, span, EachElement<R>{p, q, a, b, tau, half_inverse}, count);
     } else {
         for (uint64_t i = 0; i < tile.rows; ++i) {
             const Rounded<R> m = run.of(tile.row + i);
