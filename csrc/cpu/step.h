@@ -1,8 +1,8 @@
 // The reverse step a tile at a time: what reverse_step and propose_and_weigh share.
 //
 // A tile's inputs that are not in the type of the arithmetic are widened into buffers in the first-level cache, and
-// its results narrowed from there, so that there is one kernel for float and one for double. Every operation is one
-// IEEE operation, none fused: the results are those of fastguide.reference in that type.
+// its results narrowed from there, so that there is one kernel for float and one for double. The multiply-adds of float
+// are fused, one rounding for two; those of double are not, and its results are those of fastguide.reference.
 #pragma once
 
 #include "kernels.h"
@@ -134,9 +134,9 @@ FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const V
     using V = Vector<R>;
     const V x = read(s.x + i);
     V x0 = read(s.output + i);
-    if constexpr (!(kFlags & kSample)) x0 = m.p(i, read) * x + m.q(i, read) * x0;
+    if constexpr (!(kFlags & kSample)) x0 = fused(m.q(i, read), x0, m.p(i, read) * x);
     if constexpr (!(kFlags & kWeigh)) x0 = smaller(splat(s.high), larger(splat(s.low), x0));  // a NaN stays
-    V x_s = m.a(i, read) * x + m.b(i, read) * x0;
+    V x_s = fused(m.b(i, read), x0, m.a(i, read) * x);
     V displacement{};
     if constexpr (kFlags & kMoved) {
         displacement = read(s.displacement + i);
@@ -144,7 +144,7 @@ FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const V
             displacement = m.tau(i, read) != R{0} ? displacement : V{};
         x_s = x_s + displacement;
     }
-    if constexpr (kFlags & kNoise) x_s = x_s + m.tau(i, read) * z;
+    if constexpr (kFlags & kNoise) x_s = fused(m.tau(i, read), z, x_s);
     write(s.x_s + i, x_s);
     if constexpr (kFlags & kX0) write(s.x0 + i, x0);
     if constexpr (kFlags & kWeigh)  // of tau times the ratio: delta (z + delta / 2) with delta = displacement / tau
@@ -302,7 +302,11 @@ template <class R>
 FG_INLINE void x0_of(R* x0, const R* x, const R* output, const Run<R>& run, uint64_t row, uint64_t count) {
     const Rounded<R> m = run.of(row);
     const bool sample = run.step.prediction == Prediction::sample;
-    for (uint64_t i = 0; i < count; ++i) x0[i] = sample ? output[i] : m.p * x[i] + m.q * output[i];
+    for (uint64_t i = 0; i < count; i += kLanesOf<R>) {
+        const int lanes = count - i < kLanesOf<R> ? static_cast<int>(count - i) : kLanesOf<R>;
+        const auto read = [=](const R* from) __attribute__((always_inline)) { return load_some<Vector<R>>(from + i, lanes); };
+        store_some(x0 + i, sample ? read(output) : fused(splat(m.q), read(output), splat(m.p) * read(x)), lanes);
+    }
 }
 
 // x0_hat is made anew for each look at it, and kept nowhere.
