@@ -7,6 +7,8 @@ named backend that cannot serve raises what it says. Importing this touches no G
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.metadata
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,15 +27,16 @@ OPERATIONS = (
     "gather_particles_",
     "log_prob_and_gradient",
 )
-ORDER = ("cuda", "cpu", "reference")  # the fastest first
+ORDER = ("cuda", "cpu", "triton", "reference")  # on each device the fastest first
 
 _SERVES = {
     "cuda": ("randn",),
     "cpu": OPERATIONS,
+    "triton": ("randn", "reverse_step", "propose_and_weigh"),
     "reference": OPERATIONS,
 }
 _ANY_DTYPE = ("gather_particles_",)  # moves bytes
-_DTYPES = {"cuda": compiled.CUDA_DTYPES, "cpu": compiled.CPU_DTYPES}
+_DTYPES = {"cuda": compiled.CUDA_DTYPES, "cpu": compiled.CPU_DTYPES, "triton": compiled.CUDA_DTYPES}
 
 
 @dataclass(frozen=True)
@@ -56,17 +59,42 @@ def backends() -> dict[str, Backend]:
     cpu_details: dict[str, Any] = {key: record[key] for key in kept if key in record}
     if not compiled.load_error("cpu"):
         cpu_details["instruction_set"] = compiled.module("cpu").instruction_set()
-    details = {"cuda": cuda_details, "cpu": cpu_details, "reference": {"torch": torch.__version__}}
+    details = {"cuda": cuda_details, "cpu": cpu_details, "triton": {}, "reference": {"torch": torch.__version__}}
+    if not load_error("triton"):
+        details["triton"] = {"triton": importlib.metadata.version("triton"), "interpreted": _interpreted()}
     found = {}
     for name in ORDER:
-        error = "" if name == "reference" else compiled.load_error(name)
-        reason = error or (_no_device() if name == "cuda" else "")
+        error = load_error(name)
+        reason = error or _no_device(name)
         found[name] = Backend(name, not error, reason, _SERVES[name], details[name])
     return found
 
 
-def _no_device() -> str:
-    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
+def load_error(name: str) -> str:
+    """Why the code of backend ``name`` is not there, or ``""``."""
+    if name == "reference":
+        return ""
+    return _triton_error() if name == "triton" else compiled.load_error(name)
+
+
+@functools.cache
+def _triton_error() -> str:
+    try:
+        importlib.import_module("fastguide.kernels.tiles")
+    except ImportError as error:
+        return f"triton did not load: {error}"
+    return ""
+
+
+def _interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return importlib.import_module("fastguide.kernels.tiles").INTERPRETED.value
+
+
+def _no_device(name: str) -> str:
+    if name in ("cpu", "reference") or (name == "triton" and _interpreted()) or torch.cuda.is_available():
+        return ""
+    return "torch sees no CUDA device"
 
 
 def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.dtype, **facts: Any) -> str:
@@ -76,13 +104,27 @@ def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.
         return f"{backend} has no kernel for {operation}"
     if backend == "reference":
         return ""
-    if device.type != backend:
-        return f"{backend} serves tensors on {backend}, and these are on {device}"
+    own = _device_of(backend)
+    if device.type != own:
+        return f"{backend} serves tensors on {own}, and these are on {device}"
     if operation not in _ANY_DTYPE and dtype not in _DTYPES[backend]:
         return f"{backend} serves {', '.join(str(d) for d in _DTYPES[backend])}, and this is {dtype}"
     if facts.get("obstacle"):
         return f"{backend} {facts['obstacle']}"
-    return compiled.load_error(backend) or (_no_device() if backend == "cuda" else "")
+    return load_error(backend) or _no_device(backend)
+
+
+def _why_not_auto(backend: str, operation: str, **call: Any) -> str:
+    reason = why_not(backend, operation, **call)
+    if not reason and backend == "triton" and _interpreted():
+        return "triton's interpreter serves calls that name it, and no others"
+    return reason
+
+
+def _device_of(backend: str) -> str:
+    if backend != "triton":
+        return backend
+    return "cpu" if not load_error("triton") and _interpreted() else "cuda"
 
 
 def select(operation: str, backend: str = "auto", *, device: torch.device, dtype: torch.dtype, **facts: Any) -> str:
@@ -98,10 +140,10 @@ def select(operation: str, backend: str = "auto", *, device: torch.device, dtype
     if own in _DTYPES and not why_not(own, operation, device=device, dtype=dtype, **facts):
         return own
     for name in ORDER:
-        if not why_not(name, operation, device=device, dtype=dtype, **facts):
+        if not _why_not_auto(name, operation, device=device, dtype=dtype, **facts):
             return name
-        if name == device.type and compiled.load_error(name) and operation in _SERVES[name]:
-            _warn_slow(name, compiled.load_error(name))
+        if name == device.type and load_error(name) and operation in _SERVES[name]:
+            _warn_slow(name, load_error(name))
     raise RuntimeError(explain(operation, device, dtype, **facts))
 
 
@@ -122,7 +164,7 @@ def explain(operation: str, device: torch.device | str, dtype: torch.dtype, **fa
     call = f"{operation} on {device}, {dtype}"
     lines: list[str] = []
     for name in ORDER:
-        reason = why_not(name, operation, device=device, dtype=dtype, **facts)
+        reason = _why_not_auto(name, operation, device=device, dtype=dtype, **facts)
         if not reason:
             return "\n".join([f"{call}: {name}", *lines])
         lines.append(f"  not {name}: {reason}")

@@ -9,6 +9,7 @@ While ``torch.compile`` traces, and for fake tensors, a call goes through the op
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -87,6 +88,11 @@ def _choose(operation: str, x: Tensor, coefficients: Coefficients, backend: str)
         return "dispatcher"
     obstacle = _NO_TRANSFORMS if _transformed() else _NO_COEFFICIENTS if _needs_grad(*coefficients) else ""
     return select(operation, backend, device=x.device, dtype=x.dtype, obstacle=obstacle)
+
+
+def _kernels(operation: str) -> Any:
+    """The Triton kernels of an operation; whoever has no GPU does without the import."""
+    return importlib.import_module(f"fastguide.kernels.{operation}")
 
 
 def _check_state(name: str, value: Tensor, like: Tensor | None = None) -> None:
@@ -248,6 +254,9 @@ def randn(
     out = torch.empty(*shape, dtype=dtype, device=device)
     if type(out) is not Tensor:  # a fake one has no memory to fill
         return out
+    if chosen == "triton":
+        _kernels("randn").randn(out, seed, step, stream, first_particle)
+        return out
     fill = compiled.randn_cpu if chosen == "cpu" else compiled.randn_cuda
     fill(out, seed, step, stream, first_particle)
     return out
@@ -326,6 +335,10 @@ def reverse_step(
             x, model_output, coefficients, prediction, clip, displacement, counter, return_x0, backend
         )
         return (x_s, x0) if return_x0 else x_s
+    if chosen == "triton":
+        return _kernels("reverse_step").reverse_step(
+            x, model_output, coefficients, prediction, clip, displacement, counter, return_x0
+        )
     levels = compiled.levels(coefficients, x.shape[0])
     return compiled.reverse_step_cpu(x, model_output, levels, prediction, clip, displacement, counter, return_x0)
 
@@ -377,6 +390,10 @@ def propose_and_weigh(
     if chosen == "cpu":
         levels = compiled.levels(coefficients, x.shape[0])
         return compiled.propose_and_weigh_cpu(x, x0_hat, displacement, log_weights, levels, counter)
+    if chosen == "triton":
+        return _kernels("propose_and_weigh").propose_and_weigh(
+            x, x0_hat, displacement, log_weights, coefficients, counter
+        )
     with torch.no_grad():
         if chosen == "dispatcher":
             from . import library

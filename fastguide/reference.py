@@ -26,6 +26,7 @@ __all__ = [
     "DynamicThreshold",
     "clip_x0",
     "density_constant",
+    "dynamic_bound",
     "gather_particles_",
     "integer_weights",
     "log_prob_and_gradient",
@@ -207,15 +208,19 @@ def clip_x0(x0: Tensor, clip: Clip) -> Tensor:
     if clip is None:
         return x0
     if isinstance(clip, DynamicThreshold):
-        flat = x0.reshape(x0.shape[0], math.prod(x0.shape[1:]))
-        if flat.numel() == 0:
+        if x0.numel() == 0:
             return x0
-        ordered = flat.abs().sort(dim=1).values
-        below, above, between = _ranks(clip.ratio, flat.shape[1])
-        bound = torch.lerp(ordered[:, below], ordered[:, above], between).clamp(1.0, clip.max_value)[:, None]
-        return (torch.minimum(torch.maximum(flat, -bound), bound) / bound).reshape(x0.shape)
+        bound = dynamic_bound(x0, clip).reshape(-1, *(1,) * (x0.ndim - 1))
+        return torch.minimum(torch.maximum(x0, -bound), bound) / bound
     low, high = clip if isinstance(clip, tuple) else (-clip, clip)
     return x0.clamp(low, high)
+
+
+def dynamic_bound(x0: Tensor, clip: DynamicThreshold) -> Tensor:
+    """The threshold ``[N]`` of each ``x0`` ``[N, *event]``, none of which is empty."""
+    ordered = x0.reshape(x0.shape[0], -1).abs().sort(dim=1).values
+    below, above, between = _ranks(clip.ratio, ordered.shape[1])
+    return torch.lerp(ordered[:, below], ordered[:, above], between).clamp(1.0, clip.max_value)
 
 
 def _ranks(ratio: float, number: int) -> tuple[int, int, float]:

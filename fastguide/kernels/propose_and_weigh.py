@@ -1,0 +1,93 @@
+"""`fastguide.ops.propose_and_weigh` in Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import Coefficients
+from .noise import normals
+from .reverse_step import multiplier, multipliers
+from .tiles import HEURISTICS, OPTIONS, abreast, alignment, counter, rounded
+
+BLOCK = 2048  # elements of a tile; not tuned, for the order of a sum must not depend on what was measured
+SPLIT = 8192  # elements of a particle from which several programs share it
+
+_MOST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.heuristics(HEURISTICS)
+@triton.jit
+def propose_and_weigh_kernel(
+    x, x0_hat, displacement, x_s, before, after, sums, particles, elements: tl.int64,
+    a: tl.float32, b: tl.float32, tau: tl.float32, table,
+    seed: tl.uint64, step: tl.uint32, stream: tl.uint32, first_particle: tl.int64, seed_on_device, step_on_device,
+    SPLIT: tl.constexpr, ALIGN: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    if seed_on_device is not None:
+        seed = tl.load(seed_on_device).to(tl.uint64, bitcast=True)
+    if step_on_device is not None:
+        step = tl.load(step_on_device).to(tl.uint32)
+    elements = elements // ALIGN * ALIGN  # says that it is a multiple
+    splits = tl.cdiv(elements, SPLIT)
+    program = tl.program_id(0).to(tl.int64)
+    row = program // splits * ROWS + tl.arange(0, ROWS)
+    split = program % splits
+    live = row < particles
+    a = multiplier(a, table, 2, row, live, particles)
+    b = multiplier(b, table, 3, row, live, particles)
+    tau = multiplier(tau, table, 4, row, live, particles)
+    half_inverse = tl.where(tau != 0.0, tl.minimum(0.5 / tl.where(tau != 0.0, tau, 1.0), _MOST), 0.0)
+
+    # Of tau times the log-density ratio: delta (z + delta / 2) with delta = displacement / tau.
+    terms = tl.zeros([ROWS, 4 * GROUPS], tl.float32)
+    end = tl.minimum(elements, (split + 1) * SPLIT)
+    for column in range(split * SPLIT, end, 4 * GROUPS):
+        columns = column + tl.arange(0, 4 * GROUPS)
+        mask = live[:, None] & (columns < end)[None, :]
+        place = row[:, None] * elements + columns[None, :]
+        state = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.fma(b, tl.load(x0_hat + place, mask=mask, other=0.0).to(tl.float32), a * state)
+        moved = tl.load(displacement + place, mask=mask, other=0.0).to(tl.float32)
+        moved = tl.where(tau != 0.0, moved, 0.0)
+        z = normals(seed, step, stream, first_particle + row, column // 4, GROUPS, ABREAST)
+        result = tl.fma(tau, z, mean + moved)
+        tl.store(x_s + place, rounded(result, x_s.dtype.element_ty), mask=mask)
+        terms += moved * tl.fma(half_inverse, moved, z)
+    total = tl.sum(terms.to(tl.float64), axis=1)
+    if sums is not None:
+        tl.store(sums + row * splits + split, total, mask=live)
+    else:
+        weight = tl.load(before + row, mask=live, other=0.0)
+        scale = tl.zeros([ROWS], tl.float64) + tl.reshape(tau + tl.zeros([ROWS, 1], tl.float32), [ROWS]).to(tl.float64)
+        noisy = scale != 0.0
+        change = weight.to(tl.float64) - total / tl.where(noisy, scale, 1.0)
+        tl.store(after + row, tl.where(noisy, change.to(after.dtype.element_ty), weight), mask=live)
+
+
+def propose_and_weigh(
+    x: Tensor, x0_hat: Tensor, displacement: Tensor, log_weights: Tensor, coefficients: Coefficients, counter_: tuple
+) -> tuple[Tensor, Tensor]:
+    """`fastguide.ops.propose_and_weigh` of tensors on a GPU, of noise that is not known to be none."""
+    x, x0_hat, displacement = x.contiguous(), x0_hat.contiguous(), displacement.contiguous()
+    log_weights = log_weights.contiguous()
+    x_s, after = torch.empty_like(x), torch.empty_like(log_weights)
+    if x.numel() == 0:
+        return x_s, after.copy_(log_weights)
+    particles, elements = x.shape[0], x.numel() // x.shape[0]
+    (_, _, a, b, tau), table = multipliers(x, coefficients, "sample")
+    splits = triton.cdiv(elements, SPLIT)
+    sums = torch.empty((particles, splits), dtype=torch.float64, device=x.device) if splits > 1 else None
+    propose_and_weigh_kernel[lambda meta: (triton.cdiv(particles, meta["ROWS"]) * splits,)](
+        x, x0_hat, displacement, x_s, log_weights, after, sums, particles, elements, a, b, tau, table,
+        *counter(*counter_), SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=abreast(x.dtype), BLOCK=BLOCK,
+        num_warps=4, **OPTIONS,
+    )  # fmt: skip
+    if sums is not None:
+        scale = torch.full_like(sums[:, 0], tau) if table is None else table[4].double()
+        changed = log_weights.double() - (sums.sum(1) / scale).reshape(log_weights.shape)
+        after = torch.where((scale != 0.0).reshape(log_weights.shape), changed.to(log_weights.dtype), log_weights)
+    return x_s, after

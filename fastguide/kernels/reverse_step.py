@@ -1,0 +1,129 @@
+"""`fastguide.ops.reverse_step` in Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from ..reference import Clip, Coefficients, DynamicThreshold
+from .noise import normals
+from .tiles import CONFIGS, HEURISTICS, OPTIONS, abreast, alignment, counter, grid, rounded, tile_of_program
+
+
+@triton.jit
+def multiplier(value, table, index: tl.constexpr, row, mask, particles):
+    """One number for all particles, or row ``index`` of the float32 table ``[5, N]``, as a column."""
+    if table is not None:
+        value = tl.load(table + index * particles + row, mask=mask, other=0.0)[:, None]
+    return value
+
+
+@triton.autotune(CONFIGS, key=["elements", "NOISE", "X0"])
+@triton.heuristics(HEURISTICS)
+@triton.jit
+def reverse_step_kernel(
+    x, output, displacement, x_s, x0, particles, elements: tl.int64,
+    p: tl.float32, q: tl.float32, a: tl.float32, b: tl.float32, tau: tl.float32, table,
+    low: tl.float32, high: tl.float32, bounds,
+    seed: tl.uint64, step: tl.uint32, stream: tl.uint32, first_particle: tl.int64, seed_on_device, step_on_device,
+    SAMPLE: tl.constexpr, CLIP: tl.constexpr, NOISE: tl.constexpr, X0: tl.constexpr,
+    ALIGN: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    if seed_on_device is not None:
+        seed = tl.load(seed_on_device).to(tl.uint64, bitcast=True)
+    if step_on_device is not None:
+        step = tl.load(step_on_device).to(tl.uint32)
+    elements = elements // ALIGN * ALIGN  # says that it is a multiple
+    row, column = tile_of_program(particles, elements, ROWS, GROUPS)
+    columns = column + tl.arange(0, 4 * GROUPS)
+    live = row < particles
+    mask = live[:, None] & (columns < elements)[None, :]
+    place = row[:, None] * elements + columns[None, :]
+
+    state = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    x0_hat = tl.load(output + place, mask=mask, other=0.0).to(tl.float32)
+    if not SAMPLE:
+        p = multiplier(p, table, 0, row, live, particles)
+        q = multiplier(q, table, 1, row, live, particles)
+        x0_hat = tl.fma(q, x0_hat, p * state)
+    if bounds is not None:  # each particle's dynamic threshold
+        bound = tl.load(bounds + row, mask=live, other=1.0)[:, None]
+        x0_hat = clipped(x0_hat, -bound, bound) / bound
+    if CLIP:
+        x0_hat = clipped(x0_hat, low, high)
+    a = multiplier(a, table, 2, row, live, particles)
+    b = multiplier(b, table, 3, row, live, particles)
+    result = tl.fma(b, x0_hat, a * state)
+    if displacement is not None:
+        result += tl.load(displacement + place, mask=mask, other=0.0).to(tl.float32)
+    if NOISE:
+        tau = multiplier(tau, table, 4, row, live, particles)
+        z = normals(seed, step, stream, first_particle + row, column // 4, GROUPS, ABREAST)
+        result = tl.fma(tau, z, result)
+    tl.store(x_s + place, rounded(result, x_s.dtype.element_ty), mask=mask)
+    if X0:
+        tl.store(x0 + place, rounded(x0_hat, x0.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def clipped(value, low, high):
+    """A NaN stays one."""
+    value = tl.where(value < low, low, value)
+    return tl.where(value > high, high, value)
+
+
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Coefficients,
+    prediction: str,
+    clip: Clip,
+    displacement: Tensor | None,
+    counter_: tuple,
+    return_x0: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`fastguide.ops.reverse_step` of tensors on a GPU, in one pass but for a dynamic threshold's quantile."""
+    x, model_output = x.contiguous(), model_output.contiguous()
+    displacement = None if displacement is None else displacement.contiguous()
+    x_s = torch.empty_like(x)
+    x0 = torch.empty_like(x) if return_x0 else None
+    if x.numel():
+        particles, elements = x.shape[0], x.numel() // x.shape[0]
+        numbers, table = multipliers(x, coefficients, prediction)
+        bounds, (low, high) = None, (0.0, 0.0)
+        if isinstance(clip, DynamicThreshold):
+            bounds = dynamic_bounds(x, model_output, coefficients, prediction, clip)
+        elif clip is not None:
+            low, high = clip if isinstance(clip, tuple) else (-clip, clip)
+        reverse_step_kernel[grid(particles, elements)](
+            x, model_output, displacement, x_s, x0, particles, elements, *numbers, table, low, high, bounds,
+            *counter(*counter_), SAMPLE=prediction == "sample", CLIP=clip is not None and bounds is None,
+            NOISE=table is not None or numbers[4] > 0.0, X0=return_x0,
+            ALIGN=alignment(elements), ABREAST=abreast(x.dtype), **OPTIONS,
+        )  # fmt: skip
+    return x_s if x0 is None else (x_s, x0)
+
+
+def multipliers(x: Tensor, coefficients: Coefficients, prediction: str) -> tuple[tuple[float, ...], Tensor | None]:
+    """``p, q, a, b, tau`` as floats, or, where any is per sample, a float32 table ``[5, N]``."""
+    values = reference._multipliers(x, coefficients, prediction)
+    if not any(isinstance(v, Tensor) for v in values):
+        return tuple(float(v) for v in values), None
+    columns = [
+        v.reshape(-1) if isinstance(v, Tensor) else torch.full((x.shape[0],), v, dtype=torch.float32, device=x.device)
+        for v in values
+    ]
+    return (0.0,) * 5, torch.stack(columns).contiguous()
+
+
+def dynamic_bounds(
+    x: Tensor, model_output: Tensor, coefficients: Coefficients, prediction: str, clip: DynamicThreshold
+) -> Tensor:
+    """Each particle's dynamic threshold ``[N]``, float32."""
+    p, q = reference._multipliers(x, coefficients, prediction)[:2]
+    output = model_output.float()
+    x0 = output if prediction == "sample" else p * x.float() + q * output
+    return reference.dynamic_bound(x0, clip)

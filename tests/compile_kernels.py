@@ -1,0 +1,106 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and prints what came of each as one line of JSON.
+
+``python tests/compile_kernels.py`` (without TRITON_INTERPRET). Registers and spills are those that ptxas reports.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fastguide.kernels import propose_and_weigh, randn, reverse_step, tiles
+
+ARCHITECTURES = (80, 90, 100)
+TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
+INTEGERS = dict(particles="i32", elements="i64", seed="u64", step="u32", stream="u32", first_particle="i64")
+FLOATS = dict.fromkeys(("p", "q", "a", "b", "tau", "low", "high"), "fp32")
+ABSENT = dict.fromkeys(("displacement", "x0", "table", "bounds", "seed_on_device", "step_on_device", "sums"))
+
+
+def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
+    """Name, kernel, types of its pointers, constants."""
+    pointer, count = f"*{state}", dict(ALIGN=16, ABREAST=4 // TYPES[state] if state == "fp32" else 2)
+    step = dict(x=pointer, output=pointer, x_s=pointer)
+    weigher = propose_and_weigh.propose_and_weigh_kernel
+    flags = dict(SAMPLE=False, CLIP=True, NOISE=True, X0=False)
+    table = dict(displacement=pointer, x0=pointer, table="*fp32", bounds="*fp32", seed_on_device="*i64")
+    weigh = dict(x=pointer, x0_hat=pointer, displacement=pointer, x_s=pointer, before="*fp64", after="*fp64")
+    kernel = reverse_step.reverse_step_kernel
+    split = dict(SPLIT=propose_and_weigh.SPLIT)
+    yield "randn", randn.randn_kernel, dict(out=pointer), count
+    yield "reverse_step", kernel, step, count | flags
+    yield "reverse_step, per sample", kernel, step | table, count | flags | dict(X0=True, CLIP=False)
+    yield "reverse_step, deterministic", kernel, step, count | flags | dict(NOISE=False)
+    yield "propose_and_weigh", weigher, weigh, count | split
+    yield (
+        "propose_and_weigh, split",
+        propose_and_weigh.propose_and_weigh_kernel,
+        weigh | dict(sums="*fp64"),
+        count | split,
+    )
+
+
+def compiled(kernel, pointers: dict[str, str], constants: dict[str, object], architecture: int, warps: int) -> dict:
+    while not isinstance(kernel, triton.JITFunction):
+        kernel = kernel.fn
+    signature, attributes, known = {}, {}, dict(constants)
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants or (name in ABSENT and name not in pointers):
+            signature[name] = "constexpr"
+            known.setdefault(name, None)
+        else:
+            signature[name] = pointers.get(name) or INTEGERS.get(name) or FLOATS[name]
+        if name in pointers:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    result = triton.compile(
+        ASTSource(kernel, signature, known, attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options=dict(num_warps=warps, **tiles.OPTIONS),
+    )
+    ptx, cubin = result.asm["ptx"], result.asm["cubin"]
+    nvidia = triton.knobs.nvidia
+    assembler = (nvidia.ptxas_blackwell if architecture >= 100 else nvidia.ptxas).path
+    target = re.search(r"\.target (\w+)", ptx)[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [assembler, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    return dict(
+        cubin=len(cubin),
+        registers=int(re.search(r"Used (\d+) registers", report)[1]),
+        spills=int(spills[1]) + int(spills[2]),
+        shared=result.metadata.shared,
+        loads=len(re.findall(r"ld\.global", ptx)),
+        wide_loads=len(re.findall(r"ld\.global[^;]*\.v4\.b32", ptx)),
+        wide_stores=len(re.findall(r"st\.global[^;]*\.v4\.b32", ptx)),
+    )
+
+
+def main() -> None:
+    for architecture in ARCHITECTURES:
+        configs = tiles.CONFIGS if architecture == 90 else tiles.CONFIGS[1:2]
+        for state in ("fp32", "bf16"):
+            for name, kernel, pointers, constants in cases(state):
+                tuned = isinstance(kernel, triton.runtime.Autotuner)
+                for config in configs if tuned else tiles.CONFIGS[1:2]:
+                    block = config.kwargs["BLOCK"]
+                    tile = dict(BLOCK=block, ROWS=1, GROUPS=block // 4)
+                    found = compiled(kernel, pointers, constants | tile, architecture, config.num_warps)
+                    about = dict(name=name, state=state, architecture=architecture, block=block)
+                    print(json.dumps(about | found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The Triton kernels compiled for the GPUs that fastguide is for, which needs none of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+NAMES = {
+    "randn",
+    "reverse_step",
+    "reverse_step, per sample",
+    "reverse_step, deterministic",
+    "propose_and_weigh",
+    "propose_and_weigh, split",
+}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> list[dict]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # compiled here and now
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_kernel_compiles_for_every_architecture(kernels):
+    for architecture in (80, 90, 100):
+        for state in ("fp32", "bf16"):
+            found = {k["name"] for k in kernels if (k["architecture"], k["state"]) == (architecture, state)}
+            assert found == NAMES
+    assert all(k["cubin"] > 0 for k in kernels)
+
+
+def test_no_register_spills(kernels):
+    assert [k for k in kernels if k["spills"]] == []
+    assert all(k["registers"] <= 128 for k in kernels)  # 512 threads of a multiprocessor at the least
+
+
+def test_states_move_128_bits_at_a_time(kernels):
+    """A thread has ``block / (32 warps)`` elements, in pieces of 16 bytes of each state that is read or written."""
+    states = {
+        "randn": (0, 1),
+        "reverse_step": (2, 1),
+        "reverse_step, per sample": (3, 2),
+        "reverse_step, deterministic": (2, 1),
+        "propose_and_weigh": (3, 1),
+        "propose_and_weigh, split": (3, 1),
+    }
+    for kernel in kernels:
+        elements = kernel["block"] // (256 if kernel["block"] == 4096 else 128)
+        pieces = elements * {"fp32": 4, "bf16": 2}[kernel["state"]] // 16
+        reads, writes = states[kernel["name"]]
+        assert (kernel["wide_loads"], kernel["wide_stores"]) == (reads * pieces, writes * pieces)
+        assert kernel["shared"] <= 64  # bytes, of sums: no state goes through shared memory

@@ -1,0 +1,215 @@
+"""The Triton kernels against the cpu backend and the reference: in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from fastguide import ops, reference
+from fastguide.ops import DynamicThreshold
+
+pytest.importorskip("triton")
+from fastguide.kernels import tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = ((5, 1), (7, 2), (3, 3), (4, 4), (33, 7), (5, 8), (9, 66), (70, 33), (2, 1000), (3, 260), (1, 5000), (2, 8193))
+VP = (0.6, 0.8, 0.8, 0.6, 0.35)
+STILL = (*VP[:4], 0.0)
+COUNTER = dict(seed=2**64 - 3, step=2**32 - 2, stream=7, first_particle=2**32 - 2)
+ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+def inputs(shape, dtype=torch.float32, number: int = 3, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randn(number, *shape, generator=generator).to(DEVICE, dtype))
+
+
+def per_sample(particles: int) -> tuple[torch.Tensor, ...]:
+    """Every other particle gets no noise."""
+    rows = [(VP, STILL)[n % 2] for n in range(particles)]
+    return tuple(torch.tensor([row[i] for row in rows], dtype=torch.float64, device=DEVICE) for i in range(5))
+
+
+def error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest, in roundings of the dtype of values of order one."""
+    assert got.shape == exact.shape and torch.equal(got.isnan(), exact.isnan())
+    finite = exact.isfinite()
+    assert torch.equal(got[~finite].double().nan_to_num(nan=0.5), exact[~finite].nan_to_num(nan=0.5))
+    difference = (got.double() - exact)[finite].abs() / (exact[finite].abs() + 1.0)
+    return float(difference.max()) / ROUNDING[got.dtype] if difference.numel() else 0.0
+
+
+# --- randn --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_randn(shape, dtype):
+    z = ops.randn(shape, dtype=dtype, device=DEVICE, backend="triton", **COUNTER)
+    exact = reference.randn(shape, dtype=torch.float64, device=DEVICE, **COUNTER)
+    # 4 ulp, and one more in the interpreter, whose multiply-adds round twice; 16 bits round the float32 value.
+    relative = ((z.double() - exact).abs() / exact.abs()).max() / ROUNDING[dtype]
+    assert relative <= (5.0 if dtype == torch.float32 else 1.01)
+
+
+def test_randn_counts_as_the_others_do():
+    """No part of a counter is lost, and a particle is its own whatever the batch."""
+    whole = ops.randn((300, 10), device=DEVICE, backend="triton", seed=5)
+    assert torch.equal(whole[100:], ops.randn((200, 10), device=DEVICE, backend="triton", seed=5, first_particle=100))
+    counters = [dict(seed=s, step=t, stream=u, first_particle=p)
+                for s, t, u, p in ((0, 0, 0, 0), (1 << 40, 0, 0, 0), (1 << 63, 0, 0, 0), (0, 1 << 31, 0, 0),
+                                   (0, 0, 65535, 0), (0, 0, 0, 1 << 32), (0, 0, 0, (1 << 48) - 2))]  # fmt: skip
+    seen = []
+    for counter in counters:
+        z = ops.randn((2, 4), device=DEVICE, backend="triton", **counter)
+        assert error(z, reference.randn((2, 4), dtype=torch.float64, device=DEVICE, **counter)) <= 5.0
+        seen.append(z)
+    assert all((a != b).all() for a, b in itertools.combinations(seen, 2))
+
+
+def test_randn_reads_its_seed_and_step_from_the_device():
+    from fastguide.kernels.randn import randn
+
+    out = torch.empty(3, 10, device=DEVICE)
+    randn(out, torch.tensor(-3, device=DEVICE), torch.tensor(2**32 - 2, device=DEVICE), 7, 2**32 - 2)
+    assert torch.equal(out, ops.randn((3, 10), device=DEVICE, backend="triton", **COUNTER))
+
+
+# --- reverse_step -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_reverse_step(shape, dtype):
+    x, output, displacement = inputs(shape, dtype)
+    for coefficients, moved in itertools.product((VP, STILL, per_sample(shape[0])), (None, displacement)):
+        options = dict(clip=(-0.4, 0.9), displacement=moved, return_x0=True, **COUNTER)
+        got = ops.reverse_step(x, output, coefficients, backend="triton", **options)
+        wide = {**options, "displacement": None if moved is None else moved.double()}
+        exact = reference.reverse_step(x.double(), output.double(), coefficients, **wide)
+        for a, b in zip(got, exact, strict=True):
+            assert a.dtype == dtype and error(a, b) <= (8.0 if dtype == torch.float32 else 1.1)
+
+
+@pytest.mark.parametrize("prediction", reference.PREDICTIONS)
+@pytest.mark.parametrize("clip", (None, 0.7, DynamicThreshold(0.9, 3.0)))
+def test_every_option_of_reverse_step(prediction, clip):
+    x, output, displacement = inputs((6, 50))
+    for coefficients in (VP, per_sample(6)):
+        options = dict(prediction=prediction, clip=clip, **COUNTER)
+        got = ops.reverse_step(x, output, coefficients, displacement=displacement, backend="triton", **options)
+        exact = reference.reverse_step(
+            x.double(), output.double(), coefficients, displacement=displacement.double(), **options
+        )
+        assert error(got, exact) <= 8.0
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(FLOATS, FLOATS, FLOATS)))
+def test_every_mix_of_dtypes(dtypes):
+    x, output, displacement = (t.to(d) for t, d in zip(inputs((5, 36)), dtypes, strict=True))
+    got = ops.reverse_step(x, output, VP, displacement=displacement, backend="triton", **COUNTER)
+    exact = reference.reverse_step(x.double(), output.double(), VP, displacement=displacement.double(), **COUNTER)
+    assert got.dtype == dtypes[0] and error(got, exact) <= 8.0
+
+
+@pytest.mark.parametrize("clip", (None, 0.7))
+def test_not_finite_values_keep_to_themselves(clip):
+    x, output, _ = inputs((4, 20))
+    x[1, 3], output[2, 5], output[2, 6] = math.nan, math.inf, -math.inf
+    got = ops.reverse_step(x, output, VP, clip=clip, backend="triton", **COUNTER)
+    assert error(got, reference.reverse_step(x.double(), output.double(), VP, clip=clip, **COUNTER)) <= 8.0
+
+
+def test_derivatives_of_reverse_step():
+    x, output, displacement = (t.requires_grad_() for t in inputs((3, 12)))
+    got, expected = (
+        torch.autograd.grad(
+            ops.reverse_step(x, output, VP, clip=0.8, displacement=displacement, seed=1, backend=backend).sin().sum(),
+            (x, output, displacement),
+        )
+        for backend in ("triton", "reference")
+    )
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+# --- propose_and_weigh --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", (*SHAPES, (1, 8192), (2, 20_000)))
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("weights_dtype", (torch.float32, torch.float64))
+def test_propose_and_weigh(shape, dtype, weights_dtype):
+    x, x0_hat, displacement = inputs(shape, dtype)
+    displacement *= 0.1
+    log_weights = inputs(shape[:1], number=1)[0].to(weights_dtype)
+    for coefficients in (VP, per_sample(shape[0])):
+        x_s, weights = ops.propose_and_weigh(
+            x, x0_hat, displacement, log_weights, coefficients, backend="triton", **COUNTER
+        )
+        wide = (t.double() for t in (x, x0_hat, displacement, log_weights))
+        exact, exact_weights = reference.propose_and_weigh(*wide, coefficients, **COUNTER)
+        assert x_s.dtype == dtype and error(x_s, exact) <= (8.0 if dtype == torch.float32 else 1.1)
+        z = reference.randn(shape, dtype=torch.float64, device=DEVICE, **COUNTER)
+        delta = displacement.double().abs() / VP[4]
+        size = (delta * (z.abs() + 0.5 * delta)).sum(1)
+        allowed = 5 * 2**-24 * size + (2**-24 if weights_dtype == torch.float32 else 2**-52) * exact_weights.abs()
+        assert weights.dtype == weights_dtype and ((weights.double() - exact_weights).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("elements", (7, 9000))
+def test_without_noise_the_base_step(elements):
+    x, x0_hat, displacement = inputs((4, elements))
+    log_weights = inputs((4,), number=1)[0]
+    displacement[1::2] = math.nan
+    x_s, weights = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, per_sample(4), seed=1, backend="triton")
+    base = ops.reverse_step(x, x0_hat, STILL, prediction="sample", backend="triton")
+    assert torch.equal(x_s[1::2], base[1::2]) and torch.equal(weights[1::2], log_weights[1::2])
+    assert x_s.isfinite().all() and (weights[::2] != log_weights[::2]).all()
+    x_s, weights = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, STILL, seed=1, backend="triton")
+    assert torch.equal(x_s, base) and torch.equal(weights, log_weights)
+
+
+@pytest.mark.parametrize("elements", (3, 100, 9000))
+def test_chunks_give_the_same_bits(elements):
+    x, x0_hat, displacement = inputs((9, elements))
+    log_weights = inputs((9,), number=1)[0]
+    options = dict(seed=3, backend="triton")
+    whole = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, VP, first_particle=100, **options)
+    part = ops.propose_and_weigh(
+        x[4:7], x0_hat[4:7], displacement[4:7], log_weights[4:7], VP, first_particle=104, **options
+    )
+    assert all(torch.equal(a, b[4:7]) for a, b in zip(part, whole, strict=True))
+
+
+@pytest.mark.parametrize("shape", ((0, 3), (4, 0), (0,)))
+def test_empty(shape):
+    x, log_weights = torch.zeros(shape, device=DEVICE), torch.arange(shape[0], dtype=torch.float32, device=DEVICE)
+    assert ops.randn(shape, seed=0, device=DEVICE, backend="triton").shape == shape
+    assert ops.reverse_step(x, x, VP, clip=DynamicThreshold(), backend="triton").shape == shape
+    x_s, weights = ops.propose_and_weigh(x, x, x, log_weights, VP, seed=0, backend="triton")
+    assert x_s.shape == shape and torch.equal(weights, log_weights)
+
+
+# --- tiles --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", (1024, 2048, 4096))
+def test_tiles_waste_little(block):
+    """Past the end of a row stands an eighth of its tiles, and less than half of them where it is short."""
+    for elements in (*range(1, 3000), 3072, 65536, 100_001, 196_608, 10**6):
+        groups, width = (elements + 3) // 4, tiles.groups_of_tile(elements, block)
+        assert width & (width - 1) == 0 and 4 * width <= block
+        assert -groups % width <= 0.125 * groups if groups >= 57 else -groups % width < groups
+
+
+def test_a_backend_says_what_it_cannot_do():
+    x = torch.zeros(2, 3, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"triton serves torch\.float32, .*and this is torch\.float64"):
+        ops.reverse_step(x, x, VP, backend="triton")
+    with pytest.raises(RuntimeError, match="triton has no kernel for resample"):
+        ops.resample(torch.zeros(3, device=DEVICE), backend="triton")
