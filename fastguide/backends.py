@@ -32,7 +32,7 @@ ORDER = ("cuda", "cpu", "triton", "reference")  # on each device the fastest fir
 _SERVES = {
     "cuda": ("randn",),
     "cpu": OPERATIONS,
-    "triton": ("randn", "reverse_step", "propose_and_weigh"),
+    "triton": ("randn", "reverse_step", "propose_and_weigh", "log_prob_and_gradient"),
     "reference": OPERATIONS,
 }
 _ANY_DTYPE = ("gather_particles_",)  # moves bytes

@@ -606,7 +606,12 @@ def log_prob_and_gradient(
 
         results = library.call_log_prob_and_gradient(z, y, family, scale, df, background, added, rows, backend)
         return results if return_gradient else (results[0], None)
-    if select("log_prob_and_gradient", backend, device=z.device, dtype=z.dtype, obstacle=obstacle) == "cpu":
+    dtype = torch.float64 if y.dtype == torch.float64 else z.dtype
+    chosen = select("log_prob_and_gradient", backend, device=z.device, dtype=dtype, obstacle=obstacle)
+    if chosen == "triton":
+        density = family, scale, df, background, added, rows
+        return _kernels("log_prob_and_gradient").log_prob_and_gradient(z, y, *density, return_gradient)
+    if chosen == "cpu":
         bad, log_prob, gradient = compiled.log_prob_and_gradient_cpu(
             z, y, family, scale, df, background, added, rows, return_gradient
         )

@@ -18,13 +18,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fastguide.kernels import propose_and_weigh, randn, reverse_step, tiles
+from fastguide.kernels import log_prob_and_gradient, propose_and_weigh, randn, reverse_step, tiles
+from fastguide.reference import FAMILIES
 
 ARCHITECTURES = (80, 90, 100)
 TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTEGERS = dict(particles="i32", elements="i64", seed="u64", step="u32", stream="u32", first_particle="i64")
-FLOATS = dict.fromkeys(("p", "q", "a", "b", "tau", "low", "high"), "fp32")
-ABSENT = dict.fromkeys(("displacement", "x0", "table", "bounds", "seed_on_device", "step_on_device", "sums"))
+INTEGERS |= dict.fromkeys(("samples", "y_rows", "added_rows"), "i32")
+FLOATS = dict.fromkeys(("p", "q", "a", "b", "tau", "low", "high", "variance", "df"), "fp32")
+FLOATS |= dict.fromkeys(("scale", "background", "constant"), "fp64")
+ABSENT = dict.fromkeys(
+    ("displacement", "x0", "table", "bounds", "seed_on_device", "step_on_device", "sums", "added", "rows", "constants")
+)
 
 
 def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
@@ -36,7 +41,7 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
     table = dict(displacement=pointer, x0=pointer, table="*fp32", bounds="*fp32", seed_on_device="*i64")
     weigh = dict(x=pointer, x0_hat=pointer, displacement=pointer, x_s=pointer, before="*fp64", after="*fp64")
     kernel = reverse_step.reverse_step_kernel
-    split = dict(SPLIT=propose_and_weigh.SPLIT)
+    split = dict(SPLIT=propose_and_weigh.SPLIT, BLOCK=propose_and_weigh.BLOCK)
     yield "randn", randn.randn_kernel, dict(out=pointer), count
     yield "reverse_step", kernel, step, count | flags
     yield "reverse_step, per sample", kernel, step | table, count | flags | dict(X0=True, CLIP=False)
@@ -48,6 +53,13 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
         weigh | dict(sums="*fp64"),
         count | split,
     )
+
+    density, alike = dict(z=pointer, y="*fp32", gradient=pointer, sums="*fp64"), dict(ALIGN=16, ABREAST=1)
+    for code, family in enumerate(FAMILIES):
+        more = dict(rows="*i64", constants="*fp64") if family == "poisson" else dict(added="*fp32")
+        number = dict(FAMILY=code, SPLIT=log_prob_and_gradient.SPLIT, BLOCK=log_prob_and_gradient.BLOCK)
+        kernel = log_prob_and_gradient.log_prob_and_gradient_kernel
+        yield f"log_prob_and_gradient, {family}", kernel, density | more, alike | number
 
 
 def compiled(kernel, pointers: dict[str, str], constants: dict[str, object], architecture: int, warps: int) -> dict:
@@ -95,7 +107,7 @@ def main() -> None:
             for name, kernel, pointers, constants in cases(state):
                 tuned = isinstance(kernel, triton.runtime.Autotuner)
                 for config in configs if tuned else tiles.CONFIGS[1:2]:
-                    block = config.kwargs["BLOCK"]
+                    block = constants.get("BLOCK", config.kwargs["BLOCK"])
                     tile = dict(BLOCK=block, ROWS=1, GROUPS=block // 4)
                     found = compiled(kernel, pointers, constants | tile, architecture, config.num_warps)
                     about = dict(name=name, state=state, architecture=architecture, block=block)

@@ -195,6 +195,70 @@ def test_empty(shape):
     assert x_s.shape == shape and torch.equal(weights, log_weights)
 
 
+# --- log_prob_and_gradient ----------------------------------------------------------------------------------
+
+
+def density(family: str, shape: tuple[int, ...], dtype: torch.dtype, y_of: str, spread: bool) -> tuple:
+    """``z``, ``y`` and options; ``y`` of one row, of each sample's, or of any."""
+    z, y, added = inputs(shape, number=3, seed=3)
+    if family == "poisson":
+        z, y = 5.0 * z.abs(), (4.0 * y.abs()).round()
+        z[0, 0] = -1.0  # a rate held at its floor
+    y = {"one": y[:1], "each": y, "rows": torch.cat([y, y])[: shape[0] + 1]}[y_of]
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randint(len(y), shape[:1], generator=generator).to(DEVICE) if y_of == "rows" else None
+    options = dict(
+        family=family, scale=0.7, df=3.0 if family == "student_t" else None, rows=rows,
+        background=0.1 if family == "poisson" else 0.0, added=added[:1].abs() if spread else None,
+    )  # fmt: skip
+    return z.to(dtype), y, options
+
+
+@pytest.mark.parametrize("shape", ((5, 1), (33, 7), (3, 1000), (2, 8193)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("family", reference.FAMILIES)
+def test_log_prob_and_gradient(shape, dtype, family):
+    for y_of, spread in itertools.product(("one", "each", "rows"), (False, True)):
+        if spread and family == "poisson":
+            continue
+        z, y, options = density(family, shape, dtype, y_of, spread)
+        log_prob, gradient = ops.log_prob_and_gradient(z, y, backend="triton", **options)
+        wide = options | dict(added=options["added"].double() if spread else None)
+        exact, exact_gradient = reference.log_prob_and_gradient(z.double(), y.double(), **wide)
+        assert log_prob.dtype == torch.float64 and gradient.dtype == dtype
+        # Terms of either sign, each rounded to float32 (float64 for Poisson).
+        one = 2.0 + (z.double() - y[options["rows"]].double() if y_of == "rows" else z.double() - y.double()) ** 2
+        size = one.sum(1) if family != "poisson" else 1e3 * exact.abs()
+        rounding = 2**-24 if family != "poisson" else 2**-52
+        assert ((log_prob - exact).abs() <= 2 * rounding * size).all()
+        assert error(gradient, exact_gradient) <= (4.0 if dtype == torch.float32 else 1.01)
+        again, nothing = ops.log_prob_and_gradient(z, y, backend="triton", return_gradient=False, **options)
+        assert torch.equal(again, log_prob) and nothing is None
+
+
+def test_student_t_of_small_residuals():
+    """log(1 + u) where 1 + u is 1 in float32."""
+    z = torch.zeros(1, 1000, device=DEVICE)
+    y = torch.full_like(z, 1e-4)
+    options = dict(family="student_t", scale=1.0, df=3.0)
+    zero, _ = ops.log_prob_and_gradient(z, z, backend="triton", **options)
+    got, _ = ops.log_prob_and_gradient(z, y, backend="triton", **options)
+    torch.testing.assert_close(got - zero, torch.full_like(got, -2.0 * 1000 * 1e-8 / 3.0), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("family", reference.FAMILIES)
+@pytest.mark.parametrize("elements", (7, 9000))
+def test_bad_measurements_are_nan_and_keep_to_themselves(family, elements):
+    z, y, options = density(family, (4, elements), torch.float32, "rows", False)
+    expected = ops.log_prob_and_gradient(z, y, backend="triton", **options)
+    options["rows"] = options["rows"].clone()
+    options["rows"][1], z[2, 3] = len(y), math.nan
+    log_prob, gradient = ops.log_prob_and_gradient(z, y, backend="triton", **options)
+    assert log_prob[1:3].isnan().all() and gradient[1].isnan().all() and gradient[2].isnan().sum() == 1
+    for a, b in zip((log_prob, gradient), expected, strict=True):
+        assert torch.equal(a[[0, 3]], b[[0, 3]])
+
+
 # --- tiles --------------------------------------------------------------------------------------------------
 
 
@@ -211,5 +275,7 @@ def test_a_backend_says_what_it_cannot_do():
     x = torch.zeros(2, 3, dtype=torch.float64, device=DEVICE)
     with pytest.raises(RuntimeError, match=r"triton serves torch\.float32, .*and this is torch\.float64"):
         ops.reverse_step(x, x, VP, backend="triton")
+    with pytest.raises(RuntimeError, match=r"and this is torch\.float64"):
+        ops.log_prob_and_gradient(x.float(), x, family="gaussian", scale=1.0, backend="triton")
     with pytest.raises(RuntimeError, match="triton has no kernel for resample"):
         ops.resample(torch.zeros(3, device=DEVICE), backend="triton")

@@ -1,0 +1,133 @@
+"""`fastguide.ops.log_prob_and_gradient` in Triton."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import FAMILIES, density_constant
+from .tiles import HEURISTICS, OPTIONS, alignment, rounded
+
+BLOCK = 1024  # measurements of a tile; not tuned, for the order of a sum must not depend on what was measured
+SPLIT = 8192  # measurements of a sample from which several programs share it
+
+_GAUSSIAN, _STUDENT_T, _LAPLACE, _POISSON = (tl.constexpr(code) for code in range(len(FAMILIES)))
+_LEAST_RATE = tl.constexpr(1e-6)  # as the reference's
+
+
+@triton.jit
+def _log1p(u):
+    """log(1 + u) of u >= 0, also where 1 + u has lost most of u."""
+    w = 1.0 + u
+    kept = w - 1.0
+    exact = (kept == u) | (kept == 0.0)
+    return tl.where(kept == 0.0, u, tl.log(w) * tl.where(exact, 1.0, u / tl.where(exact, 1.0, kept)))
+
+
+@triton.jit
+def _density(z, y, added, scale, background, variance, df, FAMILY: tl.constexpr):
+    """The term of each measurement and its derivative; ``added`` variances or None."""
+    if FAMILY == _POISSON:  # in float64: counts of 1e4 have terms of 1e5, which cancel to a few units
+        counts = y.to(tl.float64) / scale
+        rate = (z.to(tl.float64) + background) / scale
+        rate = tl.maximum(rate, tl.full(rate.shape, _LEAST_RATE, tl.float64), propagate_nan=tl.PropagateNan.ALL)
+        term = tl.where(counts == 0.0, 0.0, counts * tl.log(rate)) - rate
+        slope = ((counts / rate - 1.0) / scale).to(tl.float32)
+    else:
+        residual = y.to(tl.float32) - z.to(tl.float32)
+        v = variance
+        if added is not None:
+            v = variance + added.to(tl.float32)
+        if FAMILY == _GAUSSIAN:
+            slope = residual / v
+            term = -0.5 * residual * slope
+        elif FAMILY == _STUDENT_T:
+            square, spread = residual * residual, df * v
+            slope = (df + 1.0) * residual / (spread + square)
+            term = -0.5 * (df + 1.0) * _log1p(square / spread)
+        else:
+            inverse = 1.0 / tl.sqrt_rn(v)
+            slope = tl.where(residual > 0.0, inverse, tl.where(residual < 0.0, -inverse, residual))  # a NaN stays
+            term = -tl.abs(residual) * inverse
+        if added is not None:
+            term -= 0.5 * tl.log(v)
+    return term, slope
+
+
+@triton.heuristics(HEURISTICS)
+@triton.jit
+def log_prob_and_gradient_kernel(
+    z, y, added, rows, constants, gradient, sums, samples, y_rows, added_rows, elements: tl.int64,
+    scale: tl.float64, background: tl.float64, constant: tl.float64, variance: tl.float32, df: tl.float32,
+    FAMILY: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    elements = elements // ALIGN * ALIGN  # says that it is a multiple
+    splits = tl.cdiv(elements, SPLIT)
+    program = tl.program_id(0).to(tl.int64)
+    row = program // splits * ROWS + tl.arange(0, ROWS)
+    split = program % splits
+    live = row < samples
+    y_row = row if rows is None else tl.load(rows + row, mask=live, other=0)
+    y_row = tl.where(y_rows == 1, 0, y_row) if rows is None else y_row
+    there = live & (y_row >= 0) & (y_row < y_rows)  # a row that is not there is NaN, and never read
+    added_row = tl.where(added_rows == 1, 0, row)
+
+    total = tl.zeros([ROWS], tl.float64)
+    end = tl.minimum(elements, (split + 1) * SPLIT)
+    for column in range(split * SPLIT, end, 4 * GROUPS):
+        columns = (column + tl.arange(0, 4 * GROUPS))[None, :]
+        mask = live[:, None] & (columns < end)
+        place = row[:, None] * elements + columns
+        known = tl.load(y + y_row[:, None] * elements + columns, mask=mask & there[:, None], other=float("nan"))
+        more = None
+        if added is not None:
+            more = tl.load(added + added_row[:, None] * elements + columns, mask=mask, other=1.0)
+        term, slope = _density(
+            tl.load(z + place, mask=mask, other=0.0), known, more, scale, background, variance, df, FAMILY
+        )
+        if gradient is not None:
+            tl.store(gradient + place, rounded(slope, gradient.dtype.element_ty), mask=mask)
+        total += tl.sum(tl.where(mask, term, 0.0).to(tl.float64), axis=1)
+    if split == 0:
+        total += constant
+        if constants is not None:
+            total -= tl.load(constants + y_row, mask=there, other=float("nan"))
+    tl.store(sums + row * splits + split, total, mask=live)
+
+
+def log_prob_and_gradient(
+    z: Tensor,
+    y: Tensor,
+    family: str,
+    scale: float,
+    df: float | None,
+    background: float,
+    added: Tensor | None,
+    rows: Tensor | None,
+    return_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`fastguide.ops.log_prob_and_gradient` of tensors on a GPU. A row of ``y`` that is not there gives NaN."""
+    z, y = z.contiguous(), y.contiguous()
+    added = None if added is None else added.contiguous()
+    samples, elements = z.shape[0], math.prod(z.shape[1:])
+    constant = elements * density_constant(family, scale, df, added is not None)
+    gradient = torch.empty_like(z) if return_gradient else None
+    if z.numel() == 0:
+        return torch.full((samples,), constant, dtype=torch.float64, device=z.device), gradient
+    constants = None
+    if family == "poisson":  # log c! of every row of y, once
+        constants = torch.lgamma(y.double() / scale + 1.0).reshape(y.shape[0], elements).sum(1)
+    splits = triton.cdiv(elements, SPLIT)
+    sums = torch.empty((samples, splits), dtype=torch.float64, device=z.device)
+    log_prob_and_gradient_kernel[lambda meta: (triton.cdiv(samples, meta["ROWS"]) * splits,)](
+        z, y, added, rows, constants, gradient, sums, samples, y.shape[0],
+        0 if added is None else added.shape[0], elements, scale, background, constant, scale**2, df or 0.0,
+        FAMILY=FAMILIES.index(family), SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=1, BLOCK=BLOCK,
+        num_warps=4, **OPTIONS,
+    )  # fmt: skip
+    return sums.reshape(samples) if splits == 1 else sums.sum(1), gradient
