@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -46,10 +47,18 @@ def _philox_cuda(counter: Words, key: Words) -> Words:
     return tuple(word & 0xFFFFFFFF for word in out.tolist())
 
 
+def _philox_triton(counter: Words, key: Words) -> Words:
+    kernels = importlib.import_module("fastguide.kernels.randn")
+    out = torch.zeros(4, dtype=torch.int32, device="cuda" if torch.cuda.is_available() else "cpu")
+    kernels.philox_words(out, counter, key)
+    return tuple(word & 0xFFFFFFFF for word in out.tolist())
+
+
 _PHILOX: dict[str, Callable[[Words, Words], Words]] = {
     "reference": _philox_reference,
     "cpu": _philox_cpu,
     "cuda": _philox_cuda,
+    "triton": _philox_triton,
 }
 
 
@@ -110,6 +119,9 @@ def report() -> str:
             rows.append(("self-check", _self_check(backend.name)))
         if backend.name == "cpu" and backend.loaded:
             rows.append(("vectors", backend.details["instruction_set"]))
+        if backend.name == "triton" and backend.loaded:
+            how = "in Triton's interpreter" if backend.details["interpreted"] else "compiled"
+            rows.append(("version", f"{backend.details['triton']}, {how}"))
         if backend.name == "cuda" and record:
             cuda = record["cuda"]
             rows.append(("build", " ".join(filter(None, (cuda["status"], cuda["reason"])))))

@@ -727,7 +727,8 @@ ROWS = torch.zeros(2, 3)
         (ROWS, dict(seed=-1), ValueError, "seed: expected an integer"),
         (ROWS, dict(step=2**32), ValueError, "step: expected an integer"),
         (ROWS, dict(stream=2**16), ValueError, "stream: expected an integer"),
-        (ROWS, dict(backend="triton"), ValueError, "backend: expected one of"),
+        (ROWS, dict(backend="metal"), ValueError, "backend: expected one of"),
+        (ROWS, dict(backend="triton"), RuntimeError, "triton has no kernel for resample"),
     ],
 )
 def test_resample_errors(log_weights, options, error, message):

@@ -42,3 +42,18 @@ def randn(
         out, particles, elements, *counter(seed, step, stream, first_particle),
         ALIGN=alignment(elements), ABREAST=abreast(out.dtype), **OPTIONS,
     )  # fmt: skip
+
+
+@triton.jit
+def _philox_kernel(out, seed: tl.uint64, c0: tl.uint32, c1: tl.uint32, c2: tl.uint32, c3: tl.uint32):
+    lane = tl.arange(0, 4)
+    zero = tl.zeros([4], tl.uint32)
+    c0, c1, c2, c3 = c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, zero + c0, zero + c1, zero + c2, zero + c3)
+    word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
+    tl.store(out + lane, word.to(tl.int32, bitcast=True))
+
+
+def philox_words(out: torch.Tensor, counter: tuple[int, ...], key: tuple[int, ...]) -> None:
+    """Philox4x32-10 of one counter into ``out``, int32 ``[4]``: the known answers, asked of the hardware itself."""
+    _philox_kernel[(1,)](out, key[0] | key[1] << 32, *counter)
