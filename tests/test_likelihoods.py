@@ -253,8 +253,9 @@ def test_held_by_matrix_products_as_by_eigenvalues(m, condition):
         held = spectrum.clamp(min=0.0) + variance
         expected = (basis @ ((basis.mT @ residual[..., None])[..., 0] / held)[..., None])[..., 0]
         solution, log_det = _solve_held(0.5 * (gram + gram.mT), variance, residual)
-        torch.testing.assert_close(solution, expected, rtol=1e-9, atol=1e-9 / variance)
-        torch.testing.assert_close(log_det, torch.log(held).sum(1), rtol=1e-9, atol=1e-9)
+        allowed = 1e-10 / variance  # an eigenvalue below 1e-10 of the largest may come in as half of itself
+        torch.testing.assert_close(solution, expected, rtol=allowed, atol=allowed * float(expected.abs().max()))
+        torch.testing.assert_close(log_det, torch.log(held).sum(1), rtol=0.0, atol=m * allowed)
     nothing, log_det = _solve_held(torch.zeros_like(gram), 0.01, residual)
     torch.testing.assert_close(nothing, 100.0 * residual)
     torch.testing.assert_close(log_det, torch.full_like(log_det, m * math.log(0.01)))
