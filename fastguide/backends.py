@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,8 @@ _SERVES = {
     "triton": ("randn", "reverse_step", "propose_and_weigh", "log_prob_and_gradient"),
     "reference": OPERATIONS,
 }
+# Whether Triton's kernels run in its interpreter, on CPU tensors: asked of the environment, without an import.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 _ANY_DTYPE = ("gather_particles_",)  # moves bytes
 _DTYPES = {"cuda": compiled.CUDA_DTYPES, "cpu": compiled.CPU_DTYPES, "triton": compiled.CUDA_DTYPES}
 
@@ -61,7 +64,7 @@ def backends() -> dict[str, Backend]:
         cpu_details["instruction_set"] = compiled.module("cpu").instruction_set()
     details = {"cuda": cuda_details, "cpu": cpu_details, "triton": {}, "reference": {"torch": torch.__version__}}
     if not load_error("triton"):
-        details["triton"] = {"triton": importlib.metadata.version("triton"), "interpreted": _interpreted()}
+        details["triton"] = {"triton": importlib.metadata.version("triton"), "interpreted": _INTERPRETED}
     found = {}
     for name in ORDER:
         error = load_error(name)
@@ -86,20 +89,16 @@ def _triton_error() -> str:
     return ""
 
 
-def _interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
-    return importlib.import_module("fastguide.kernels.tiles").INTERPRETED.value
-
-
 def _no_device(name: str) -> str:
-    if name in ("cpu", "reference") or (name == "triton" and _interpreted()) or torch.cuda.is_available():
+    if name in ("cpu", "reference") or (name == "triton" and _INTERPRETED) or torch.cuda.is_available():
         return ""
     return "torch sees no CUDA device"
 
 
 def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.dtype, **facts: Any) -> str:
     """Why ``backend`` cannot serve this call, or ``""`` when it can. ``facts`` are what else the operation
-    knows of the call: ``obstacle``, what it is about these tensors that no kernel can serve, or ``""``."""
+    knows of the call: ``obstacle``, what it is about these tensors that no kernel can serve, or ``""``;
+    ``counter_on_device``, whether the seed or the step is a tensor."""
     if operation not in _SERVES[backend]:
         return f"{backend} has no kernel for {operation}"
     if backend == "reference":
@@ -109,22 +108,23 @@ def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.
         return f"{backend} serves tensors on {own}, and these are on {device}"
     if operation not in _ANY_DTYPE and dtype not in _DTYPES[backend]:
         return f"{backend} serves {', '.join(str(d) for d in _DTYPES[backend])}, and this is {dtype}"
+    if backend == "cuda" and facts.get("counter_on_device"):
+        return "cuda takes a seed and a step as numbers, and one of them is a tensor"
     if facts.get("obstacle"):
         return f"{backend} {facts['obstacle']}"
     return load_error(backend) or _no_device(backend)
 
 
 def _why_not_auto(backend: str, operation: str, **call: Any) -> str:
-    reason = why_not(backend, operation, **call)
-    if not reason and backend == "triton" and _interpreted():
+    if backend == "triton" and _INTERPRETED:
         return "triton's interpreter serves calls that name it, and no others"
-    return reason
+    return why_not(backend, operation, **call)
 
 
 def _device_of(backend: str) -> str:
     if backend != "triton":
         return backend
-    return "cpu" if not load_error("triton") and _interpreted() else "cuda"
+    return "cpu" if _INTERPRETED else "cuda"
 
 
 def select(operation: str, backend: str = "auto", *, device: torch.device, dtype: torch.dtype, **facts: Any) -> str:

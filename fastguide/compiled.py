@@ -17,7 +17,7 @@ from typing import Any
 import torch  # before the modules: the libgomp.so.1 that they ask for is then torch's, and so are the threads
 from torch import Tensor
 
-from .reference import FAMILIES, PREDICTIONS, SCHEMES, Clip, Coefficients, DynamicThreshold, density_constant
+from .reference import FAMILIES, PREDICTIONS, SCHEMES, Clip, Coefficients, Counted, DynamicThreshold, density_constant
 
 __all__ = [
     "CPU_DTYPES",
@@ -120,7 +120,7 @@ def _clip_code(clip: float | tuple[float, float] | DynamicThreshold) -> tuple[in
 
 
 Levels = Coefficients | tuple[float, ...] | Tensor  # five floats, or a float64 table [5, N]
-Counter = tuple[int, int, int, int]  # seed, step, stream, first_particle
+Counter = tuple[Counted, Counted, int, int]  # seed, step, stream, first_particle; a tensor is refused or read
 
 
 def levels(coefficients: Coefficients, particles: int) -> Levels:
@@ -226,8 +226,8 @@ def resample_cpu(
     scheme: str,
     number: int,
     ess_threshold: float | None,
-    seed: int,
-    step: int,
+    seed: Counted,
+    step: Counted,
     stream: int,
     sorted: bool,
 ) -> tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .reference import Clip, Coefficients, DynamicThreshold
+from .reference import Clip, Coefficients, Counted, DynamicThreshold
+
+Counter = tuple[Counted, Counted, int, int]  # seed, step, stream, first_particle
 
 _library = torch.library.Library("fastguide", "DEF")
 
-_COUNTER = "int seed, int step, int stream, int first_particle"
+_COUNTER = "int seed, int step, int stream, int first_particle, Tensor? seed_tensor, Tensor? step_tensor"
 for schema in (
     f"randn(SymInt[] shape, {_COUNTER}, ScalarType dtype, Device device, str backend) -> Tensor",
     "reverse_step(Tensor x, Tensor model_output, float[] coefficients, Tensor? table, str prediction, float[] clip, "
@@ -28,7 +30,7 @@ for schema in (
     "propose_and_weigh(Tensor x, Tensor x0_hat, Tensor displacement, Tensor log_weights, float[] coefficients, "
     f"Tensor? table, {_COUNTER}, str backend) -> (Tensor, Tensor)",
     "resample(Tensor log_weights, str scheme, SymInt num, float? ess_threshold, int seed, int step, int stream, "
-    "bool sorted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? seed_tensor, Tensor? step_tensor, bool sorted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "gather_particles_(Tensor ancestors, Tensor(a!)[] states, str backend) -> ()",
     "log_prob_and_gradient(Tensor z, Tensor y, str family, float scale, float? df, float background, Tensor? added, "
     "Tensor? rows, str backend) -> (Tensor, Tensor)",
@@ -64,13 +66,18 @@ def _unpack_clip(clip: list[float]) -> Clip:
     return DynamicThreshold(*clip[:2]) if len(clip) == 3 else (clip[0], clip[1])
 
 
-def _seed(seed: int) -> int:
-    """A schema's int is signed."""
-    return seed - (1 << 64) if seed >= 1 << 63 else seed
+def _pack_counter(seed: Counted, step: Counted, *rest: int) -> tuple[Any, ...]:
+    """A seed or a step that is a tensor in a place of its own; a schema's int is signed."""
+    numbers = [0 if isinstance(value, Tensor) else value for value in (seed, step)]
+    tensors = [value if isinstance(value, Tensor) else None for value in (seed, step)]
+    return numbers[0] - (1 << 64) if numbers[0] >= 1 << 63 else numbers[0], numbers[1], *rest, *tensors
 
 
-def _unsigned(seed: int) -> int:
-    return seed & (1 << 64) - 1
+def _unpack_counter(seed: int, step: int, seed_tensor: Tensor | None, step_tensor: Tensor | None) -> dict[str, Counted]:
+    return dict(
+        seed=seed & (1 << 64) - 1 if seed_tensor is None else seed_tensor,
+        step=step if step_tensor is None else step_tensor,
+    )
 
 
 # --- randn --------------------------------------------------------------------------------------------------
@@ -78,19 +85,18 @@ def _unsigned(seed: int) -> int:
 
 def call_randn(
     shape: Sequence[int],
-    counter: tuple[int, int, int, int],
+    counter: Counter,
     dtype: torch.dtype,
     device: torch.device,
     backend: str,
 ) -> Tensor:
-    return torch.ops.fastguide.randn(shape, _seed(counter[0]), *counter[1:], dtype, device, backend)
+    return torch.ops.fastguide.randn(shape, *_pack_counter(*counter), dtype, device, backend)
 
 
-def _randn(shape, seed, step, stream, first_particle, dtype, device, backend):
+def _randn(shape, seed, step, stream, first_particle, seed_tensor, step_tensor, dtype, device, backend):
     return ops.randn(
         shape,
-        seed=_unsigned(seed),
-        step=step,
+        **_unpack_counter(seed, step, seed_tensor, step_tensor),
         stream=stream,
         first_particle=first_particle,
         dtype=dtype,
@@ -99,7 +105,7 @@ def _randn(shape, seed, step, stream, first_particle, dtype, device, backend):
     )
 
 
-def _randn_fake(shape, seed, step, stream, first_particle, dtype, device, backend):
+def _randn_fake(shape, seed, step, stream, first_particle, seed_tensor, step_tensor, dtype, device, backend):
     return torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -113,20 +119,20 @@ def call_reverse_step(
     prediction: str,
     clip: Clip,
     displacement: Tensor | None,
-    counter: tuple[int, int, int, int],
+    counter: Counter,
     return_x0: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     values, table = _pack(coefficients, x)
     return torch.ops.fastguide.reverse_step(
         x, model_output, values, table, prediction, _pack_clip(clip), displacement,
-        _seed(counter[0]), *counter[1:], return_x0, backend,
+        *_pack_counter(*counter), return_x0, backend,
     )  # fmt: skip
 
 
 def _reverse_step(
     x, model_output, coefficients, table, prediction, clip, displacement,
-    seed, step, stream, first_particle, return_x0, backend,
+    seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, backend,
 ):  # fmt: skip
     out = ops.reverse_step(
         x,
@@ -135,8 +141,7 @@ def _reverse_step(
         prediction=prediction,
         clip=_unpack_clip(clip),
         displacement=displacement,
-        seed=_unsigned(seed),
-        step=step,
+        **_unpack_counter(seed, step, seed_tensor, step_tensor),
         stream=stream,
         first_particle=first_particle,
         return_x0=return_x0,
@@ -147,7 +152,7 @@ def _reverse_step(
 
 def _reverse_step_fake(
     x, model_output, coefficients, table, prediction, clip, displacement,
-    seed, step, stream, first_particle, return_x0, backend,
+    seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, backend,
 ):  # fmt: skip
     x_s = torch.empty_like(x, memory_format=torch.contiguous_format)
     return x_s, torch.empty_like(x_s) if return_x0 else x.new_empty(0)
@@ -158,7 +163,7 @@ def _reverse_step_setup(ctx, inputs, output):
     ctx.save_for_backward(x, model_output, table)
     ctx.coefficients, ctx.prediction, ctx.clip = coefficients, prediction, clip
     ctx.displacement_dtype = None if displacement is None else displacement.dtype
-    ctx.return_x0 = inputs[11]
+    ctx.return_x0 = inputs[13]
 
 
 def _reverse_step_backward(ctx, grad_x_s, grad_x0):
@@ -176,7 +181,7 @@ def _reverse_step_backward(ctx, grad_x_s, grad_x0):
         ctx.clip,
     )
     grad_displacement = None if ctx.displacement_dtype is None else grad_x_s.to(ctx.displacement_dtype)
-    return grad_x, grad_output, None, None, None, None, grad_displacement, None, None, None, None, None, None
+    return grad_x, grad_output, None, None, None, None, grad_displacement, *(None,) * 8
 
 
 _library.define(
@@ -205,17 +210,29 @@ def call_propose_and_weigh(
     displacement: Tensor,
     log_weights: Tensor,
     coefficients: Coefficients,
-    counter: tuple[int, int, int, int],
+    counter: Counter,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     values, table = _pack(coefficients, x)
     return torch.ops.fastguide.propose_and_weigh(
-        x, x0_hat, displacement, log_weights, values, table, _seed(counter[0]), *counter[1:], backend
+        x, x0_hat, displacement, log_weights, values, table, *_pack_counter(*counter), backend
     )
 
 
 def _propose_and_weigh(
-    x, x0_hat, displacement, log_weights, coefficients, table, seed, step, stream, first_particle, backend
+    x,
+    x0_hat,
+    displacement,
+    log_weights,
+    coefficients,
+    table,
+    seed,
+    step,
+    stream,
+    first_particle,
+    seed_tensor,
+    step_tensor,
+    backend,
 ):
     return ops.propose_and_weigh(
         x,
@@ -223,8 +240,7 @@ def _propose_and_weigh(
         displacement,
         log_weights,
         _unpack(coefficients, table),
-        seed=_unsigned(seed),
-        step=step,
+        **_unpack_counter(seed, step, seed_tensor, step_tensor),
         stream=stream,
         first_particle=first_particle,
         backend=backend,
@@ -232,7 +248,19 @@ def _propose_and_weigh(
 
 
 def _propose_and_weigh_fake(
-    x, x0_hat, displacement, log_weights, coefficients, table, seed, step, stream, first_particle, backend
+    x,
+    x0_hat,
+    displacement,
+    log_weights,
+    coefficients,
+    table,
+    seed,
+    step,
+    stream,
+    first_particle,
+    seed_tensor,
+    step_tensor,
+    backend,
 ):
     contiguous = torch.contiguous_format
     return torch.empty_like(x, memory_format=contiguous), torch.empty_like(log_weights, memory_format=contiguous)
@@ -246,24 +274,23 @@ def call_resample(
     scheme: str,
     num: int | None,
     ess_threshold: float | None,
-    counter: tuple[int, int, int],
+    counter: tuple[Counted, Counted, int],
     sorted: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     number = log_weights.shape[-1] if num is None else num
     return torch.ops.fastguide.resample(
-        log_weights, scheme, number, ess_threshold, _seed(counter[0]), *counter[1:], sorted, backend
+        log_weights, scheme, number, ess_threshold, *_pack_counter(*counter), sorted, backend
     )
 
 
-def _resample(log_weights, scheme, num, ess_threshold, seed, step, stream, sorted, backend):
+def _resample(log_weights, scheme, num, ess_threshold, seed, step, stream, seed_tensor, step_tensor, sorted, backend):
     return ops.resample(
         log_weights,
         scheme=scheme,
         num=num,
         ess_threshold=ess_threshold,
-        seed=_unsigned(seed),
-        step=step,
+        **_unpack_counter(seed, step, seed_tensor, step_tensor),
         stream=stream,
         sorted=sorted,
         check=False,
@@ -271,7 +298,9 @@ def _resample(log_weights, scheme, num, ess_threshold, seed, step, stream, sorte
     )
 
 
-def _resample_fake(log_weights, scheme, num, ess_threshold, seed, step, stream, sorted, backend):
+def _resample_fake(
+    log_weights, scheme, num, ess_threshold, seed, step, stream, seed_tensor, step_tensor, sorted, backend
+):
     rows = log_weights.shape[:-1]
     index_dtype = torch.int32 if log_weights.shape[-1] < 2**31 else torch.int64
     return (

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import compiled, reference
 from .backends import select
-from .reference import FAMILIES, SCHEMES, Clip, Coefficients, DynamicThreshold
+from .reference import FAMILIES, SCHEMES, Clip, Coefficients, Counted, DynamicThreshold
 
 __all__ = [
     "DynamicThreshold",
@@ -109,20 +109,33 @@ def _check_state(name: str, value: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{name}: expected a tensor on {like.device}, where x is, got {value.device}")
 
 
-def _check_counter(seed: int, step: int, stream: int, first_particle: int, particles: int, elements: int) -> None:
+def _check_counter(
+    seed: Counted, step: Counted, stream: int, first_particle: int, particles: int, elements: int, device: torch.device
+) -> None:
     for name, value, bits in (
         ("seed", seed, 64),
         ("step", step, 32),
         ("stream", stream, 16),
         ("first_particle", first_particle, 48),
     ):
-        if not isinstance(value, int) or not 0 <= value < 1 << bits:
+        if isinstance(value, Tensor) and bits in (64, 32):  # its value is not looked at: that would wait for the device
+            if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
+                raise ValueError(
+                    f"{name}: expected an integer, or an int64 tensor of one element on {device}, "
+                    f"got {value.dtype} {list(value.shape)} on {value.device}"
+                )
+        elif not isinstance(value, int) or not 0 <= value < 1 << bits:
             raise ValueError(f"{name}: expected an integer in [0, 2^{bits}), got {value!r}")
     if first_particle + particles > 1 << 48 or elements > 1 << 34:
         raise ValueError(
             "shape: expected particles below 2^48 and at most 2^34 elements in each, "
             f"got particles up to {first_particle + particles} of {elements}"
         )
+
+
+def _numbers(seed: Counted, step: Counted) -> tuple[int, int]:
+    """A seed and a step that stand in the host's memory, for a kernel that takes numbers."""
+    return int(seed) & (1 << 64) - 1, int(step) & (1 << 32) - 1
 
 
 def _check_coefficients(coefficients: Coefficients, x: Tensor, prediction: str) -> None:
@@ -215,8 +228,8 @@ def _check_density(family: str, scale: float, df: float | None, background: floa
 def randn(
     shape: Sequence[int],
     *,
-    seed: int,
-    step: int = 0,
+    seed: Counted,
+    step: Counted = 0,
     stream: int = 0,
     first_particle: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -229,18 +242,22 @@ def randn(
     ``stream`` (2^16), that global index and the element's place in the event, and on nothing else: not on ``N``, the
     backend (to 4 ulp of float32), the thread count or what was drawn before. ``|z|`` reaches 6.66. float16 and bfloat16
     are the float32 values rounded.
+
+    ``seed`` and ``step`` are integers, or int64 tensors of one element on ``device`` with their bits: a CUDA graph then
+    draws from what stands there when it is replayed. So in all operations.
     """
     if len(shape) == 0 or min(shape) < 0:
         raise ValueError(f"shape: expected [N, *event], got {list(shape)}")
     if dtype not in STATE_DTYPES:
         raise TypeError(f"dtype: expected one of float32, float16, bfloat16, float64, got {dtype}")
-    _check_counter(seed, step, stream, first_particle, shape[0], math.prod(shape[1:]))
     device = torch.device(device)
+    _check_counter(seed, step, stream, first_particle, shape[0], math.prod(shape[1:]), device)
     if _traced():
         from . import library
 
         return library.call_randn(shape, (seed, step, stream, first_particle), dtype, device, backend)
-    chosen = select("randn", backend, device=device, dtype=dtype)
+    reads = isinstance(seed, Tensor) or isinstance(step, Tensor)
+    chosen = select("randn", backend, device=device, dtype=dtype, counter_on_device=reads)
     if chosen == "reference":
         return reference.randn(
             shape,
@@ -258,7 +275,7 @@ def randn(
         _kernels("randn").randn(out, seed, step, stream, first_particle)
         return out
     fill = compiled.randn_cpu if chosen == "cpu" else compiled.randn_cuda
-    fill(out, seed, step, stream, first_particle)
+    fill(out, *_numbers(seed, step), stream, first_particle)
     return out
 
 
@@ -270,8 +287,8 @@ def reverse_step(
     prediction: str = "epsilon",
     clip: Clip = None,
     displacement: Tensor | None = None,
-    seed: int = 0,
-    step: int = 0,
+    seed: Counted = 0,
+    step: Counted = 0,
     stream: int = 0,
     first_particle: int = 0,
     return_x0: bool = False,
@@ -312,7 +329,7 @@ def reverse_step(
     if prediction not in reference.PREDICTIONS:
         raise ValueError(f"prediction: expected one of {reference.PREDICTIONS}, got {prediction!r}")
     _check_coefficients(coefficients, x, prediction)
-    _check_counter(*counter, x.shape[0], math.prod(x.shape[1:]))
+    _check_counter(*counter, x.shape[0], math.prod(x.shape[1:]), x.device)
     chosen = _choose("reverse_step", x, coefficients, backend)
     if chosen == "reference":
         return reference.reverse_step(
@@ -339,7 +356,7 @@ def reverse_step(
         return _kernels("reverse_step").reverse_step(
             x, model_output, coefficients, prediction, clip, displacement, counter, return_x0
         )
-    levels = compiled.levels(coefficients, x.shape[0])
+    levels, counter = compiled.levels(coefficients, x.shape[0]), (*_numbers(seed, step), stream, first_particle)
     return compiled.reverse_step_cpu(x, model_output, levels, prediction, clip, displacement, counter, return_x0)
 
 
@@ -350,8 +367,8 @@ def propose_and_weigh(
     log_weights: Tensor,
     coefficients: Coefficients,
     *,
-    seed: int,
-    step: int = 0,
+    seed: Counted,
+    step: Counted = 0,
     stream: int = 0,
     first_particle: int = 0,
     backend: str = "auto",
@@ -385,10 +402,10 @@ def propose_and_weigh(
         except (OverflowError, TypeError, ValueError):
             pass  # as in reverse_step
     _check_coefficients(coefficients, x, "sample")
-    _check_counter(*counter, x.shape[0], math.prod(x.shape[1:]))
+    _check_counter(*counter, x.shape[0], math.prod(x.shape[1:]), x.device)
     chosen = _choose("propose_and_weigh", x, coefficients, backend)
     if chosen == "cpu":
-        levels = compiled.levels(coefficients, x.shape[0])
+        levels, counter = compiled.levels(coefficients, x.shape[0]), (*_numbers(seed, step), stream, first_particle)
         return compiled.propose_and_weigh_cpu(x, x0_hat, displacement, log_weights, levels, counter)
     if chosen == "triton":
         return _kernels("propose_and_weigh").propose_and_weigh(
@@ -418,8 +435,8 @@ def resample(
     scheme: str = "systematic",
     num: int | None = None,
     ess_threshold: float | None = None,
-    seed: int = 0,
-    step: int = 0,
+    seed: Counted = 0,
+    step: Counted = 0,
     stream: int = 0,
     sorted: bool = True,
     check: bool = True,
@@ -468,7 +485,7 @@ def resample(
             if check and bad >= 0:
                 _refuse_weights(log_weights, bad)
             return results
-    _check_counter(seed, step, stream, 0, log_weights[..., 0].numel(), 4 * number)
+    _check_counter(seed, step, stream, 0, log_weights[..., 0].numel(), 4 * number, log_weights.device)
     if check and torch.compiler.is_compiling():
         raise ValueError("check: expected False inside torch.compile, since it looks at values, got True")
     if _through_dispatcher(log_weights):
@@ -478,6 +495,7 @@ def resample(
             counter = seed, step, stream
             results = library.call_resample(log_weights, scheme, num, ess_threshold, counter, sorted, backend)
     elif _choose_resampler(log_weights, backend) == "cpu":
+        arguments = scheme, number, ess_threshold, *_numbers(seed, step), stream, sorted
         results = compiled.resample_cpu(log_weights, *arguments)[1]
     else:
         with torch.no_grad():

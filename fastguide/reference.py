@@ -43,6 +43,7 @@ __all__ = [
 
 Scalar = float | Tensor
 Coefficients = tuple[Scalar, Scalar, Scalar, Scalar, Scalar]
+Counted = int | Tensor  # a seed or a step: a number, or an int64 tensor of one element, whose bits are the number's
 
 PREDICTIONS = ("epsilon", "sample", "score", "v", "flow")
 SCHEMES = ("systematic", "stratified", "multinomial", "residual")
@@ -60,7 +61,7 @@ def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK32, product & _MASK32
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Counted, Counted]) -> tuple[Tensor, ...]:
     """Philox4x32-10 (Salmon et al. 2011): four words from a counter of four and a key of two, each word an
     int64 in ``[0, 2^32)``."""
     c0, c1, c2, c3 = counter
@@ -74,7 +75,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def _words(
-    particles: int, groups: int, seed: int, step: int, stream: int, first_particle: int, device: torch.device
+    particles: int, groups: int, seed: Counted, step: Counted, stream: int, first_particle: int, device: torch.device
 ) -> tuple[Tensor, ...]:
     """Four words ``[particles, groups]`` for each particle and group of four elements.
 
@@ -89,7 +90,7 @@ def _words(
         zero + ((particle >> 32) | (stream << 16)),
         zero + step,
     )
-    return philox(counter, (seed & _MASK32, seed >> 32))
+    return philox(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
 
 
 def _box_muller(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,8 +109,8 @@ def _box_muller(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
 def randn(
     shape: Sequence[int],
     *,
-    seed: int,
-    step: int = 0,
+    seed: Counted,
+    step: Counted = 0,
     stream: int = 0,
     first_particle: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -248,8 +249,8 @@ def reverse_step(
     prediction: str = "epsilon",
     clip: Clip = None,
     displacement: Tensor | None = None,
-    seed: int = 0,
-    step: int = 0,
+    seed: Counted = 0,
+    step: Counted = 0,
     stream: int = 0,
     first_particle: int = 0,
     return_x0: bool = False,
@@ -325,8 +326,8 @@ def propose_and_weigh(
     log_weights: Tensor,
     coefficients: Coefficients,
     *,
-    seed: int,
-    step: int = 0,
+    seed: Counted,
+    step: Counted = 0,
     stream: int = 0,
     first_particle: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -445,7 +446,9 @@ def _uniform_below(q: Tensor, w0: Tensor, w1: Tensor) -> Tensor:
     return w1 * q1 + ((cross >> 32) & _MASK32) + ((w0 * q1) >> 32) + (middle >> 32)
 
 
-def _uniforms(rows: int, number: int, seed: int, step: int, stream: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _uniforms(
+    rows: int, number: int, seed: Counted, step: Counted, stream: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Words of ``[rows, number]`` 64-bit uniforms; row ``b`` is the counter's particle ``b``."""
     words = _words(rows, (number + 1) // 2, seed, step, stream, 0, device)
     w0 = torch.stack([words[0], words[2]], dim=-1).flatten(1)[:, :number]
@@ -453,7 +456,7 @@ def _uniforms(rows: int, number: int, seed: int, step: int, stream: int, device:
     return w0, w1
 
 
-def _exponentials(rows: int, number: int, seed: int, step: int, stream: int, device: torch.device) -> Tensor:
+def _exponentials(rows: int, number: int, seed: Counted, step: Counted, stream: int, device: torch.device) -> Tensor:
     """Standard exponentials ``[rows, number]`` as integers, ``round(-ln((word + 1) / 2^32) 2^26)``, from the words in
     the order of `randn`'s elements. Their distribution function is within 1e-8 of the exponential one, and their sums
     are exact."""
@@ -525,8 +528,8 @@ def resample(
     scheme: str = "systematic",
     num: int | None = None,
     ess_threshold: float | None = None,
-    seed: int = 0,
-    step: int = 0,
+    seed: Counted = 0,
+    step: Counted = 0,
     stream: int = 0,
     sorted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -50,7 +50,8 @@ def check(operator, *arguments) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_opcheck_randn(shape, dtype, backend):
-    check(OPERATORS.randn, shape, -1, 2, 3, 4, dtype, torch.device("cpu"), backend)
+    for tensors in ((None, None), (torch.tensor(-3), torch.tensor([2**32 - 1]))):
+        check(OPERATORS.randn, shape, -1, 2, 3, 4, *tensors, dtype, torch.device("cpu"), backend)
 
 
 def reverse_step_arguments(
@@ -60,7 +61,23 @@ def reverse_step_arguments(
     output = normal(*x.shape, seed=1, dtype=x.dtype, grad=x.requires_grad) if output is None else output
     displacement = normal(*x.shape, seed=2, dtype=x.dtype, grad=x.requires_grad) if moved else None
     clip = library._pack_clip(clip)
-    return x, output, values, table, prediction, clip, displacement, 5, 1, 0, 7, return_x0, "auto"
+    return (
+        x,
+        output,
+        values,
+        table,
+        prediction,
+        clip,
+        displacement,
+        5,
+        1,
+        0,
+        7,
+        None,
+        torch.tensor(1),
+        return_x0,
+        "auto",
+    )
 
 
 PER_SAMPLE = (torch.tensor([0.6, 0.0, 1.0]), 0.8, torch.ones(3), 0.6, torch.tensor([0.0, 0.3, 0.6]))
@@ -117,7 +134,7 @@ def test_opcheck_propose_and_weigh(weights_shape, dtype, coefficients, layout):
         states = [turned(state) for state in states]
     values, table = library._pack(coefficients, states[0])
     weights = normal(*weights_shape, dtype=torch.float64)
-    check(OPERATORS.propose_and_weigh, *states, weights, values, table, -1, 0, 0, 3, "auto")
+    check(OPERATORS.propose_and_weigh, *states, weights, values, table, -1, 0, 0, 3, torch.tensor([9]), None, "auto")
 
 
 @pytest.mark.parametrize("scheme", reference.SCHEMES)
@@ -129,7 +146,7 @@ def test_opcheck_propose_and_weigh(weights_shape, dtype, coefficients, layout):
 def test_opcheck_resample(scheme, shape, num, threshold, keep_sorted, dtype):
     rows = normal(*shape, dtype=dtype)
     rows = turned(rows) if dtype == torch.float64 else rows
-    check(OPERATORS.resample, rows, scheme, num, threshold, -1, 2, 3, keep_sorted, "auto")
+    check(OPERATORS.resample, rows, scheme, num, threshold, -1, 2, 3, torch.tensor(5), None, keep_sorted, "auto")
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
@@ -427,7 +444,7 @@ def test_eager_calls_skip_the_dispatcher():
         ops.reverse_step(parameter, parameter, VP, backend="reference")
     assert recorder.names and not [name for name in recorder.names if "fastguide" in name]
     with Recorder() as recorder:  # and the recorder would have seen it
-        OPERATORS.randn((2, 3), 1, 0, 0, 0, torch.float32, torch.device("cpu"), "auto")
+        OPERATORS.randn((2, 3), 1, 0, 0, 0, None, None, torch.float32, torch.device("cpu"), "auto")
         ops.reverse_step(parameter, parameter, VP)  # whose derivative the kernel does not record
     assert [name.split(".")[1] for name in recorder.names if "fastguide" in name] == ["randn", "reverse_step"]
 
@@ -436,7 +453,36 @@ def test_seeds_pass_through_the_signed_schema():
     for seed in (0, 2**63 - 1, 2**63, 2**64 - 1):
         got = library.call_randn((2, 5), (seed, 1, 2, 3), torch.float32, torch.device("cpu"), "auto")
         assert torch.equal(got, ops.randn((2, 5), seed=seed, step=1, stream=2, first_particle=3))
-        assert library._unsigned(library._seed(seed)) == seed
+        packed, step, *rest = library._pack_counter(seed, 1, 2, 3)
+        assert -(1 << 63) <= packed < 1 << 63 and rest == [2, 3, None, None]
+        assert library._unpack_counter(packed, step, None, None) == dict(seed=seed, step=1)
+
+
+@pytest.mark.parametrize("backend", ("auto", "cpu", "reference"))
+def test_seeds_and_steps_are_numbers_or_tensors(backend):
+    """The same bits, eager and compiled; and a compiled loop runs on with another seed."""
+    x, weights = normal(3, 5), normal(3, seed=1)
+
+    def draws(x, weights, seed, step):
+        counter = dict(seed=seed, step=step, stream=3, backend=backend)
+        z = ops.randn(x.shape, **counter)
+        proposed = ops.propose_and_weigh(x, z, 0.1 * x, weights, VP, **counter)
+        schemes = [ops.resample(weights, scheme=s, check=False, **counter)[0] for s in reference.SCHEMES]
+        return [z, ops.reverse_step(x, z, VP, **counter), *proposed, *schemes]
+
+    compiled_draws = torch.compile(draws, fullgraph=True, backend="aot_eager")
+    for seed, step in ((2**64 - 3, 2**32 - 2), (7, 0)):
+        expected = draws(x, weights, seed, step)
+        tensors = torch.tensor(seed - (1 << 64) if seed >= 1 << 63 else seed), torch.tensor([step])
+        for got in (draws(x, weights, *tensors), compiled_draws(x, weights, *tensors)):
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    for name, bad in (
+        ("seed", torch.tensor(1.0)),
+        ("step", torch.tensor([1, 2])),
+        ("seed", torch.tensor(1).to("meta")),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected an integer, or an int64 tensor of one element on cpu"):
+            ops.randn((2, 3), **{"seed": 1, name: bad})
 
 
 def test_clips_and_coefficients_pass_through_the_schema():
