@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import FAMILIES, density_constant
-from .tiles import HEURISTICS, OPTIONS, alignment, rounded
+from .tiles import HEURISTICS, OPTIONS, alignment, device_of, rounded
 
 BLOCK = 1024  # measurements of a tile; not tuned, for the order of a sum must not depend on what was measured
 SPLIT = 8192  # measurements of a sample from which several programs share it
@@ -124,10 +124,11 @@ def log_prob_and_gradient(
         constants = torch.lgamma(y.double() / scale + 1.0).reshape(y.shape[0], elements).sum(1)
     splits = triton.cdiv(elements, SPLIT)
     sums = torch.empty((samples, splits), dtype=torch.float64, device=z.device)
-    log_prob_and_gradient_kernel[lambda meta: (triton.cdiv(samples, meta["ROWS"]) * splits,)](
-        z, y, added, rows, constants, gradient, sums, samples, y.shape[0],
-        0 if added is None else added.shape[0], elements, scale, background, constant, scale**2, df or 0.0,
-        FAMILY=FAMILIES.index(family), SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=1, BLOCK=BLOCK,
-        num_warps=4, **OPTIONS,
-    )  # fmt: skip
+    with device_of(z):
+        log_prob_and_gradient_kernel[lambda meta: (triton.cdiv(samples, meta["ROWS"]) * splits,)](
+            z, y, added, rows, constants, gradient, sums, samples, y.shape[0],
+            0 if added is None else added.shape[0], elements, scale, background, constant, scale**2, df or 0.0,
+            FAMILY=FAMILIES.index(family), SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=1, BLOCK=BLOCK,
+            num_warps=4, **OPTIONS,
+        )  # fmt: skip
     return sums.reshape(samples) if splits == 1 else sums.sum(1), gradient

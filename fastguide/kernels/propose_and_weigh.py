@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reference import Coefficients
 from .noise import normals
 from .reverse_step import multiplier, multipliers
-from .tiles import HEURISTICS, OPTIONS, abreast, alignment, counter, rounded
+from .tiles import HEURISTICS, OPTIONS, abreast, alignment, counter, device_of, rounded
 
 BLOCK = 2048  # elements of a tile; not tuned, for the order of a sum must not depend on what was measured
 SPLIT = 8192  # elements of a particle from which several programs share it
@@ -81,11 +81,12 @@ def propose_and_weigh(
     (_, _, a, b, tau), table = multipliers(x, coefficients, "sample")
     splits = triton.cdiv(elements, SPLIT)
     sums = torch.empty((particles, splits), dtype=torch.float64, device=x.device) if splits > 1 else None
-    propose_and_weigh_kernel[lambda meta: (triton.cdiv(particles, meta["ROWS"]) * splits,)](
-        x, x0_hat, displacement, x_s, log_weights, after, sums, particles, elements, a, b, tau, table,
-        *counter(*counter_), SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=abreast(x.dtype), BLOCK=BLOCK,
-        num_warps=4, **OPTIONS,
-    )  # fmt: skip
+    with device_of(x):
+        propose_and_weigh_kernel[lambda meta: (triton.cdiv(particles, meta["ROWS"]) * splits,)](
+            x, x0_hat, displacement, x_s, log_weights, after, sums, particles, elements, a, b, tau, table,
+            *counter(*counter_), SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=abreast(x.dtype), BLOCK=BLOCK,
+            num_warps=4, **OPTIONS,
+        )  # fmt: skip
     if sums is not None:
         scale = torch.full_like(sums[:, 0], tau) if table is None else table[4].double()
         changed = log_weights.double() - (sums.sum(1) / scale).reshape(log_weights.shape)

@@ -7,11 +7,9 @@ import triton
 import triton.language as tl
 
 from .noise import normals
-from .tiles import CONFIGS, HEURISTICS, OPTIONS, abreast, alignment, counter, grid, rounded, tile_of_program
+from .tiles import Tuned, abreast, alignment, counter, rounded, tile_of_program
 
 
-@triton.autotune(CONFIGS, key=["elements"])
-@triton.heuristics(HEURISTICS)
 @triton.jit
 def randn_kernel(
     out, particles, elements: tl.int64, seed: tl.uint64, step: tl.uint32, stream: tl.uint32, first_particle: tl.int64,
@@ -30,6 +28,9 @@ def randn_kernel(
     tl.store(out + row[:, None] * elements + columns[None, :], rounded(z, out.dtype.element_ty), mask=mask)
 
 
+_launch = Tuned(randn_kernel, key=["ALIGN"])
+
+
 def randn(
     out: torch.Tensor, seed: int | torch.Tensor, step: int | torch.Tensor, stream: int, first_particle: int
 ) -> None:
@@ -38,9 +39,9 @@ def randn(
         return
     particles = out.shape[0]
     elements = out.numel() // particles
-    randn_kernel[grid(particles, elements)](
-        out, particles, elements, *counter(seed, step, stream, first_particle),
-        ALIGN=alignment(elements), ABREAST=abreast(out.dtype), **OPTIONS,
+    _launch(
+        particles, elements, out, particles, elements, *counter(seed, step, stream, first_particle),
+        ALIGN=alignment(elements), ABREAST=abreast(out.dtype),
     )  # fmt: skip
 
 

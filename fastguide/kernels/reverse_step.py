@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..reference import Clip, Coefficients, DynamicThreshold
 from .noise import normals
-from .tiles import CONFIGS, HEURISTICS, OPTIONS, abreast, alignment, counter, grid, rounded, tile_of_program
+from .tiles import Tuned, abreast, alignment, counter, rounded, tile_of_program
 
 
 @triton.jit
@@ -21,8 +21,6 @@ def multiplier(value, table, index: tl.constexpr, row, mask, particles):
     return value
 
 
-@triton.autotune(CONFIGS, key=["elements", "NOISE", "X0"])
-@triton.heuristics(HEURISTICS)
 @triton.jit
 def reverse_step_kernel(
     x, output, displacement, x_s, x0, particles, elements: tl.int64,
@@ -75,6 +73,9 @@ def clipped(value, low, high):
     return tl.where(value > high, high, value)
 
 
+_launch = Tuned(reverse_step_kernel, key=["ALIGN", "NOISE", "X0"])
+
+
 def reverse_step(
     x: Tensor,
     model_output: Tensor,
@@ -98,11 +99,12 @@ def reverse_step(
             bounds = dynamic_bounds(x, model_output, coefficients, prediction, clip)
         elif clip is not None:
             low, high = clip if isinstance(clip, tuple) else (-clip, clip)
-        reverse_step_kernel[grid(particles, elements)](
+        _launch(
+            particles, elements,
             x, model_output, displacement, x_s, x0, particles, elements, *numbers, table, low, high, bounds,
             *counter(*counter_), SAMPLE=prediction == "sample", CLIP=clip is not None and bounds is None,
             NOISE=table is not None or numbers[4] > 0.0, X0=return_x0,
-            ALIGN=alignment(elements), ABREAST=abreast(x.dtype), **OPTIONS,
+            ALIGN=alignment(elements), ABREAST=abreast(x.dtype),
         )  # fmt: skip
     return x_s if x0 is None else (x_s, x0)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,11 +55,36 @@ HEURISTICS = {
     "GROUPS": lambda args: shape_of_tile(args)[1],
 }
 
-CONFIGS = (
-    [triton.Config({"BLOCK": 2048}, num_warps=4)]
-    if INTERPRETED.value
-    else [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in ((1024, 4), (2048, 4), (4096, 8))]
-)
+CONFIGS = [triton.Config(dict(BLOCK=block), num_warps=warps) for block, warps in ((1024, 4), (2048, 4), (4096, 8))]
+
+_WORTH_TUNING = 1 << 22  # elements: below, every configuration takes as long as its launch
+
+
+class Tuned:
+    """An element-wise kernel in two forms: for large states the fastest of `CONFIGS`, measured once for each set of
+    the constants ``key``, and before a capture; for others the first of them."""
+
+    def __init__(self, kernel: Any, key: list[str]):
+        self.plain = triton.heuristics(HEURISTICS)(kernel)
+        self.large = triton.autotune(CONFIGS, key)(self.plain)
+
+    def __call__(self, particles: int, elements: int, *args: Any, **constants: Any) -> None:
+        """``args``: of the kernel, of which the first is a state of ``particles`` of ``elements``."""
+
+        def grid(meta: Mapping[str, Any]) -> tuple[int]:
+            return (triton.cdiv(particles, meta["ROWS"]) * triton.cdiv(elements, 4 * meta["GROUPS"]),)
+
+        with device_of(args[0]):
+            if particles * elements >= _WORTH_TUNING and not INTERPRETED.value:
+                self.large[grid](*args, **constants, **OPTIONS)
+            else:
+                first = CONFIGS[0]
+                self.plain[grid](*args, **constants, **first.kwargs, num_warps=first.num_warps, **OPTIONS)
+
+
+def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the device that is current: for the body, that of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 @triton.jit
@@ -87,8 +113,3 @@ def counter(seed: int | torch.Tensor, step: int | torch.Tensor, stream: int, fir
     on_device = [v if isinstance(v, torch.Tensor) else None for v in (seed, step)]
     values = [0 if isinstance(v, torch.Tensor) else v for v in (seed, step)]
     return *values, stream, first_particle, *on_device
-
-
-def grid(particles: int, elements: int) -> Callable[[Mapping[str, Any]], tuple[int]]:
-    """The grid of a kernel whose programs have one tile each."""
-    return lambda meta: (triton.cdiv(particles, meta["ROWS"]) * triton.cdiv(elements, 4 * meta["GROUPS"]),)
