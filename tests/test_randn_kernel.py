@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from fastguide import compiled
 from fastguide.backends import backends
@@ -226,6 +225,7 @@ def test_a_million_normals_are_normal(layout):
     n = z.size
     assert abs(z.mean()) < 5 / math.sqrt(n)
     assert abs(z.var() - 1) < 5 * math.sqrt(2 / n)
+    stats = pytest.importorskip("scipy.stats")  # not where benchmarks/gpu.sh runs
     assert abs(stats.skew(z)) < 5 * math.sqrt(6 / n)
     assert abs(stats.kurtosis(z)) < 5 * math.sqrt(24 / n)
     assert stats.kstest(z, "norm").pvalue > 1e-4
