@@ -15,6 +15,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -80,8 +81,7 @@ def compiled(kernel, pointers: dict[str, str], constants: dict[str, object], arc
         options=dict(num_warps=warps, **tiles.OPTIONS),
     )
     ptx, cubin = result.asm["ptx"], result.asm["cubin"]
-    nvidia = triton.knobs.nvidia
-    assembler = (nvidia.ptxas_blackwell if architecture >= 100 else nvidia.ptxas).path
+    assembler = get_ptxas(architecture).path
     target = re.search(r"\.target (\w+)", ptx)[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
