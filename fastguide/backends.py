@@ -7,7 +7,6 @@ named backend that cannot serve raises what it says. Importing this touches no G
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.metadata
 import os
 import warnings
@@ -83,7 +82,7 @@ def load_error(name: str) -> str:
 @functools.cache
 def _triton_error() -> str:
     try:
-        importlib.import_module("fastguide.kernels.tiles")
+        from .kernels import tiles  # noqa: F401  torch.compile follows this, and no importlib
     except ImportError as error:
         return f"triton did not load: {error}"
     return ""
@@ -139,19 +138,22 @@ def select(operation: str, backend: str = "auto", *, device: torch.device, dtype
     own = device.type  # a compiled backend has the name of the devices that it serves
     if own in _DTYPES and not why_not(own, operation, device=device, dtype=dtype, **facts):
         return own
+    missing = ""
     for name in ORDER:
         if not _why_not_auto(name, operation, device=device, dtype=dtype, **facts):
+            if name == "reference" and missing:
+                _warn_slow(device.type, missing)
             return name
-        if name == device.type and load_error(name) and operation in _SERVES[name]:
-            _warn_slow(name, load_error(name))
+        if _device_of(name) == device.type and operation in _SERVES[name]:
+            missing = missing or load_error(name)
     raise RuntimeError(explain(operation, device, dtype, **facts))
 
 
 @functools.cache
-def _warn_slow(name: str, reason: str) -> None:
+def _warn_slow(device: str, reason: str) -> None:
     # Once: what is missing stays missing for as long as the process lives.
     warnings.warn(
-        f"fastguide runs on {name} tensors without its compiled kernels, slowly: {reason}. "
+        f"fastguide runs on {device} tensors without its compiled kernels, slowly: {reason}. "
         "`fastguide doctor` tells more.",
         RuntimeWarning,
         stacklevel=4,

@@ -119,7 +119,8 @@ def _check_counter(
         ("first_particle", first_particle, 48),
     ):
         if isinstance(value, Tensor) and bits in (64, 32):  # its value is not looked at: that would wait for the device
-            if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
+            elsewhere = value.device.type != device.type or device.index not in (None, value.device.index)
+            if value.dtype != torch.int64 or value.numel() != 1 or elsewhere:
                 raise ValueError(
                     f"{name}: expected an integer, or an int64 tensor of one element on {device}, "
                     f"got {value.dtype} {list(value.shape)} on {value.device}"
