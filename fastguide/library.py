@@ -247,21 +247,7 @@ def _propose_and_weigh(
     )
 
 
-def _propose_and_weigh_fake(
-    x,
-    x0_hat,
-    displacement,
-    log_weights,
-    coefficients,
-    table,
-    seed,
-    step,
-    stream,
-    first_particle,
-    seed_tensor,
-    step_tensor,
-    backend,
-):
+def _propose_and_weigh_fake(x, x0_hat, displacement, log_weights, *_):
     contiguous = torch.contiguous_format
     return torch.empty_like(x, memory_format=contiguous), torch.empty_like(log_weights, memory_format=contiguous)
 

@@ -130,6 +130,16 @@ def test_the_watch_sees(question):
             loop(Asks(), device)
 
 
+def test_the_watch_lets_arithmetic_pass():
+    class Computes(Plain):
+        def step(self, run, state, i):
+            (state.x.to(torch.float64) + 1.0).sum()
+            return super().step(run, state, i)
+
+    for device in ("meta", "cpu"):
+        assert loop(Computes(), device).device.type == device
+
+
 def test_operations_ask_nothing():
     x, log_weights = torch.zeros(6, 5, device="meta"), torch.zeros(2, 3, device="meta")
     levels = tuple(torch.full((6,), c, device="meta") for c in (0.6, 0.8, 0.8, 0.6, 0.3))

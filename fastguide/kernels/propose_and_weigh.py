@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reference import Coefficients
 from .noise import normals
 from .reverse_step import multiplier, multipliers
-from .tiles import HEURISTICS, OPTIONS, abreast, alignment, counter, device_of, rounded
+from .tiles import HEURISTICS, OPTIONS, abreast, alignment, counter, device_of, read_counter, rounded
 
 BLOCK = 2048  # elements of a tile; not tuned, for the order of a sum must not depend on what was measured
 SPLIT = 8192  # elements of a particle from which several programs share it
@@ -27,10 +27,7 @@ def propose_and_weigh_kernel(
     SPLIT: tl.constexpr, ALIGN: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    if seed_on_device is not None:
-        seed = tl.load(seed_on_device).to(tl.uint64, bitcast=True)
-    if step_on_device is not None:
-        step = tl.load(step_on_device).to(tl.uint32)
+    seed, step = read_counter(seed, step, seed_on_device, step_on_device)
     elements = elements // ALIGN * ALIGN  # says that it is a multiple
     splits = tl.cdiv(elements, SPLIT)
     program = tl.program_id(0).to(tl.int64)
@@ -71,7 +68,7 @@ def propose_and_weigh_kernel(
 def propose_and_weigh(
     x: Tensor, x0_hat: Tensor, displacement: Tensor, log_weights: Tensor, coefficients: Coefficients, counter_: tuple
 ) -> tuple[Tensor, Tensor]:
-    """`fastguide.ops.propose_and_weigh` of tensors on a GPU, of noise that is not known to be none."""
+    """`fastguide.ops.propose_and_weigh` of tensors on a GPU."""
     x, x0_hat, displacement = x.contiguous(), x0_hat.contiguous(), displacement.contiguous()
     log_weights = log_weights.contiguous()
     x_s, after = torch.empty_like(x), torch.empty_like(log_weights)

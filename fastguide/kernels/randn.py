@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .noise import normals
-from .tiles import Tuned, abreast, alignment, counter, rounded, tile_of_program
+from .tiles import Tuned, abreast, alignment, counter, read_counter, rounded, tile_of_program
 
 
 @triton.jit
@@ -16,10 +16,7 @@ def randn_kernel(
     seed_on_device, step_on_device,
     ALIGN: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    if seed_on_device is not None:
-        seed = tl.load(seed_on_device).to(tl.uint64, bitcast=True)
-    if step_on_device is not None:
-        step = tl.load(step_on_device).to(tl.uint32)
+    seed, step = read_counter(seed, step, seed_on_device, step_on_device)
     elements = elements // ALIGN * ALIGN  # says that it is a multiple
     row, column = tile_of_program(particles, elements, ROWS, GROUPS)
     z = normals(seed, step, stream, first_particle + row, column // 4, GROUPS, ABREAST)

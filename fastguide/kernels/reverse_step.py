@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..reference import Clip, Coefficients, DynamicThreshold
 from .noise import normals
-from .tiles import Tuned, abreast, alignment, counter, rounded, tile_of_program
+from .tiles import Tuned, abreast, alignment, counter, read_counter, rounded, tile_of_program
 
 
 @triton.jit
@@ -30,10 +30,7 @@ def reverse_step_kernel(
     SAMPLE: tl.constexpr, CLIP: tl.constexpr, NOISE: tl.constexpr, X0: tl.constexpr,
     ALIGN: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    if seed_on_device is not None:
-        seed = tl.load(seed_on_device).to(tl.uint64, bitcast=True)
-    if step_on_device is not None:
-        step = tl.load(step_on_device).to(tl.uint32)
+    seed, step = read_counter(seed, step, seed_on_device, step_on_device)
     elements = elements // ALIGN * ALIGN  # says that it is a multiple
     row, column = tile_of_program(particles, elements, ROWS, GROUPS)
     columns = column + tl.arange(0, 4 * GROUPS)

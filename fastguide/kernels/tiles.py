@@ -98,6 +98,16 @@ def tile_of_program(particles, elements, ROWS: tl.constexpr, GROUPS: tl.constexp
 
 
 @triton.jit
+def read_counter(seed, step, seed_on_device, step_on_device):
+    """The seed and the step of a launch: numbers, or what stands on the device."""
+    if seed_on_device is not None:
+        seed = tl.load(seed_on_device).to(tl.uint64, bitcast=True)
+    if step_on_device is not None:
+        step = tl.load(step_on_device).to(tl.uint32)
+    return seed, step
+
+
+@triton.jit
 def rounded(value, dtype: tl.constexpr):
     """float32 as a state of ``dtype``, to the nearest."""
     if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts off
