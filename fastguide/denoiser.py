@@ -66,11 +66,14 @@ class Denoiser:
         self.check_level(level)
         # Not in a half of x: bfloat16 would leave eight bits of a time.
         dtype = torch.int64 if self.schedule.discrete else torch.promote_types(x.dtype, torch.float32)
-        t = torch.full((x.shape[0],), level.t, dtype=dtype, device=x.device)
+        if isinstance(level.t, Tensor):
+            t = level.t.to(dtype).expand(x.shape[0]).contiguous()
+        else:
+            t = torch.full((x.shape[0],), level.t, dtype=dtype, device=x.device)
         output = self._evaluate("net", self.net, x, t)
         if self.unconditional is not None and self.guidance_scale is not None:
             base = self._evaluate("unconditional", self.unconditional, x, t)
-            output = base + self.guidance_scale * (output - base)
+            output = base + reference.scaled(output - base, self.guidance_scale)
         return output
 
     def x0_hat(self, x: Tensor, level: Level) -> Tensor:
@@ -83,7 +86,7 @@ class Denoiser:
 
     def check_level(self, level: Level) -> None:
         """Raise if ``x0_hat`` cannot be had from this prediction type at a level."""
-        if level.alpha == 0.0 and self.prediction in ("epsilon", "score"):
+        if not isinstance(level.alpha, Tensor) and level.alpha == 0.0 and self.prediction in ("epsilon", "score"):
             raise ValueError(
                 f"prediction: {self.prediction!r} does not determine x_0 where alpha = 0 (t = {level.t} of "
                 f"{self.schedule}): expected 'sample', 'v' or 'flow' there, or levels that start below it"

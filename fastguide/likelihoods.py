@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import ops
 from .operators import Identity, LinearOperator, Operator
+from .reference import Scalar
 
 __all__ = ["Callable", "Gaussian", "Laplace", "Likelihood", "Poisson", "StudentT"]
 
@@ -84,7 +85,7 @@ class Likelihood:
             raise ValueError("t: expected the time whose scale to use, since scale is a function; got None")
         return self.value(x0, rows, self.scale_at(0.0 if t is None else t))
 
-    def value(self, x0: Tensor, rows: Tensor | None, scale: float, spread: float = 0.0) -> Tensor:
+    def value(self, x0: Tensor, rows: Tensor | None, scale: float, spread: Scalar = 0.0) -> Tensor:
         """`log_prob` with the scale given, and with the covariance ``spread`` of `log_prob_and_gradient`."""
         z, y = self.operator(x0), self.y
         if y.shape[0] == 1:
@@ -97,14 +98,14 @@ class Likelihood:
         return self._log_prob(z, y, scale, spread, rows)
 
     def log_prob_and_gradient(
-        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0, rows: Tensor | None = None
+        self, z: Tensor, y: Tensor, scale: float, spread: Scalar = 0.0, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``log p(y | z)`` ``[n]`` and its gradient in ``z``. ``spread`` is the variance ``r^2`` of ``x_0`` about its
         prediction: the ``"isotropic"`` covariance adds ``r^2 A A^T`` to that of the noise. With ``rows`` ``[n]`` sample
         ``i`` has row ``rows[i]`` of ``y``."""
         raise NotImplementedError
 
-    def _log_prob(self, z: Tensor, y: Tensor, scale: float, spread: float, rows: Tensor | None) -> Tensor:
+    def _log_prob(self, z: Tensor, y: Tensor, scale: float, spread: Scalar, rows: Tensor | None) -> Tensor:
         """Of `log_prob_and_gradient` the first alone."""
         return self.log_prob_and_gradient(z, y if rows is None else y[rows], scale, spread)[0]
 
@@ -126,29 +127,34 @@ class Likelihood:
 class _Density(Likelihood):
     """An error model that is one of the families of `fastguide.ops.log_prob_and_gradient`."""
 
-    def _density(self, z: Tensor, scale: float, spread: float) -> dict[str, Any]:
+    def _density(self, z: Tensor, scale: float, spread: Scalar) -> dict[str, Any]:
         """Which one: arguments of that operation."""
         raise NotImplementedError
 
     def log_prob_and_gradient(
-        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0, rows: Tensor | None = None
+        self, z: Tensor, y: Tensor, scale: float, spread: Scalar = 0.0, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         log_prob, gradient = ops.log_prob_and_gradient(z, y, rows=rows, **self._density(z, scale, spread))
         assert gradient is not None
         return log_prob, gradient
 
-    def _log_prob(self, z: Tensor, y: Tensor, scale: float, spread: float, rows: Tensor | None) -> Tensor:
+    def _log_prob(self, z: Tensor, y: Tensor, scale: float, spread: Scalar, rows: Tensor | None) -> Tensor:
         density = self._density(z, scale, spread)
         return ops.log_prob_and_gradient(z, y, rows=rows, return_gradient=False, **density)[0]
 
 
-def _widened(z: Tensor, scale: float, spread: float, diagonal: Tensor | float) -> dict[str, Any]:
+def _widened(z: Tensor, scale: float, spread: Scalar, diagonal: Scalar) -> dict[str, Any]:
     """The ``scale`` and ``added`` of that operation for the variances ``scale^2 + spread * diagonal``."""
-    if not spread:
+    if _is_none(spread):
         return dict(scale=scale)
-    if not isinstance(diagonal, Tensor):
-        return dict(scale=math.sqrt(scale**2 + spread * diagonal))
-    return dict(scale=scale, added=(spread * diagonal).expand(z.shape[1:])[None])
+    variance = spread * diagonal
+    if isinstance(variance, Tensor):
+        return dict(scale=scale, added=variance.to(z.dtype).expand(z.shape[1:])[None])
+    return dict(scale=math.sqrt(scale**2 + variance))
+
+
+def _is_none(spread: Scalar) -> bool:
+    return not isinstance(spread, Tensor) and spread == 0.0
 
 
 class Gaussian(_Density):
@@ -165,9 +171,9 @@ class Gaussian(_Density):
             return f"covariance='isotropic' needs the spectrum of A A^T, which {self.operator} does not know"
         return reason
 
-    def _density(self, z: Tensor, scale: float, spread: float) -> dict[str, Any]:
+    def _density(self, z: Tensor, scale: float, spread: Scalar) -> dict[str, Any]:
         self._check_noise(scale)
-        diagonal = self._diagonal(z) if spread else 0.0
+        diagonal = self._diagonal(z) if not _is_none(spread) else 0.0
         assert diagonal is not None
         return dict(family="gaussian", **_widened(z, scale, spread, diagonal))
 
@@ -177,9 +183,9 @@ class Gaussian(_Density):
         return self.operator.diagonal_gram(z)
 
     def log_prob_and_gradient(
-        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0, rows: Tensor | None = None
+        self, z: Tensor, y: Tensor, scale: float, spread: Scalar = 0.0, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        if not spread or self._diagonal(z) is not None:
+        if _is_none(spread) or self._diagonal(z) is not None:
             return super().log_prob_and_gradient(z, y, scale, spread, rows)
         self._check_noise(scale)
         operator = self.operator
@@ -190,8 +196,8 @@ class Gaussian(_Density):
         square = (residual * gradient).flatten(1).sum(1, dtype=torch.float64)
         return -0.5 * (square + logdet + residual[0].numel() * math.log(2 * math.pi)), gradient
 
-    def _log_prob(self, z: Tensor, y: Tensor, scale: float, spread: float, rows: Tensor | None) -> Tensor:
-        if not spread or self._diagonal(z) is not None:
+    def _log_prob(self, z: Tensor, y: Tensor, scale: float, spread: Scalar, rows: Tensor | None) -> Tensor:
+        if _is_none(spread) or self._diagonal(z) is not None:
             return super()._log_prob(z, y, scale, spread, rows)
         return self.log_prob_and_gradient(z, y, scale, spread, rows)[0]
 
@@ -274,8 +280,8 @@ class _Elementwise(_Density):
             return f"covariance='isotropic' needs the diagonal of A A^T, which {self.operator} does not know"
         return ""
 
-    def _density(self, z: Tensor, scale: float, spread: float) -> dict[str, Any]:
-        diagonal = self.operator.gram_diagonal(z) if spread else 0.0  # type: ignore[attr-defined]
+    def _density(self, z: Tensor, scale: float, spread: Scalar) -> dict[str, Any]:
+        diagonal = self.operator.gram_diagonal(z) if not _is_none(spread) else 0.0  # type: ignore[attr-defined]
         return dict(**_widened(z, scale, self._share * spread, diagonal), **self._family())
 
     def moment(self, z: Tensor, y: Tensor, scale: float, gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,7 +338,7 @@ class Poisson(_Density):
     def supports(self, covariance: str, measurements: int | None = None) -> str:
         return "" if covariance == "point" else f"covariance={covariance!r} is not defined for Poisson counts"
 
-    def _density(self, z: Tensor, scale: float, spread: float) -> dict[str, Any]:
+    def _density(self, z: Tensor, scale: float, spread: Scalar) -> dict[str, Any]:
         return dict(family="poisson", scale=scale, background=self.background)
 
     def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
@@ -358,7 +364,7 @@ class Callable(Likelihood):
     def supports(self, covariance: str, measurements: int | None = None) -> str:
         return "" if covariance == "point" else f"covariance={covariance!r} is not defined for a callable"
 
-    def value(self, x0: Tensor, rows: Tensor | None, scale: float, spread: float = 0.0) -> Tensor:
+    def value(self, x0: Tensor, rows: Tensor | None, scale: float, spread: Scalar = 0.0) -> Tensor:
         return self._call(x0, self.rows_of_y(rows), scale).double()
 
     def _call(self, x0: Tensor, y: Tensor, scale: float) -> Tensor:
@@ -372,7 +378,7 @@ class Callable(Likelihood):
         return value
 
     def log_prob_and_gradient(
-        self, z: Tensor, y: Tensor, scale: float, spread: float = 0.0, rows: Tensor | None = None
+        self, z: Tensor, y: Tensor, scale: float, spread: Scalar = 0.0, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         y = y if rows is None else y[rows]
         with torch.enable_grad():

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference import Scalar
+
 __all__ = [
     "AveragePool",
     "Blur",
@@ -91,12 +93,12 @@ class LinearOperator(Operator):
         standard = type(self).transform is known.transform and type(self).inverse_transform is known.inverse_transform
         return eigenvalues if standard else None
 
-    def solve_gram(self, v: Tensor, a: float, b: float) -> Tensor:
+    def solve_gram(self, v: Tensor, a: Scalar, b: Scalar) -> Tensor:
         """``(a A A^T + b I)^-1 v`` for ``v`` ``[n, *measurement]``, ``a > 0``, ``b >= 0``; at ``b = 0`` the
-        pseudo-inverse of ``a A A^T``, eigenvalues below 8 units of rounding of the largest taken for 0."""
-        eigenvalues = self.eigenvalues(v)
-        denominator = torch.as_tensor(a * eigenvalues + b, dtype=v.dtype, device=v.device)
-        if b > 0.0:
+        pseudo-inverse of ``a A A^T``, eigenvalues below 8 units of rounding of the largest taken for 0. ``a`` and ``b``
+        may be tensors ``[]``, ``b`` then above 0."""
+        denominator = _filled(a * self.eigenvalues(v) + b, v.dtype, v)
+        if isinstance(b, Tensor) or b > 0.0:
             inverse = 1.0 / denominator
         else:
             # Not a multiple of the size, as for a dense matrix: at 256 x 256 in float32 that would drop a
@@ -105,9 +107,9 @@ class LinearOperator(Operator):
             inverse = torch.where(denominator > floor, 1.0 / denominator, 0.0)
         return self.inverse_transform(self.transform(v) * inverse)
 
-    def gram_logdet(self, v: Tensor, a: float, b: float) -> Tensor:
+    def gram_logdet(self, v: Tensor, a: Scalar, b: Scalar) -> Tensor:
         """``log det(a A A^T + b I)`` over the measurements of one row of ``v``, float64, shape ``[]``."""
-        eigenvalues = torch.as_tensor(self.eigenvalues(v), dtype=torch.float64, device=v.device)
+        eigenvalues = _filled(self.eigenvalues(v), torch.float64, v)
         return torch.log(a * eigenvalues + b).expand(v.shape[1:]).sum()
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
@@ -127,6 +129,11 @@ class LinearOperator(Operator):
         basis = torch.eye(size, dtype=dtype, device=device).reshape(size, *event)
         with torch.no_grad():
             return self.to(device, dtype)(basis).flatten(1).T
+
+
+def _filled(value: Scalar, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A number as a tensor ``[]`` made where ``like`` is, since a copy from the host would wait; a tensor as it is."""
+    return value.to(dtype) if isinstance(value, Tensor) else like.new_full((), value, dtype=dtype)
 
 
 class Identity(LinearOperator):
@@ -320,7 +327,7 @@ class Blur(LinearOperator):
 
     def gram_diagonal(self, y: Tensor) -> Tensor | float:
         if self.padding == "circular":
-            return float((self.kernel.double() ** 2).sum())
+            return (self.kernel.double() ** 2).sum()
         ones = torch.ones_like(y[:1, ...])
         return self._convolve(ones, self.kernel.flip(0, 1) ** 2)[0]
 

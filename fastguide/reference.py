@@ -37,6 +37,7 @@ __all__ = [
     "resample",
     "reverse_step",
     "reverse_step_vjp",
+    "scaled",
     "step_coefficients",
     "x0_from_output",
 ]
@@ -167,6 +168,13 @@ def _columns(values: Sequence[Scalar], x: Tensor, dtype: torch.dtype) -> list[Sc
     """Coefficients as floats, or as ``[N, 1, ...]`` in ``dtype`` to multiply a state ``x`` ``[N, *event]``."""
     shape = (-1,) + (1,) * (x.ndim - 1)
     return [v.to(dtype).reshape(shape) if isinstance(v, Tensor) else v for v in values]
+
+
+def scaled(x: Tensor, factor: Scalar) -> Tensor:
+    """``x * factor``, the same bits for a number and for a float64 tensor ``[]`` of it."""
+    if isinstance(factor, Tensor) and x.dtype in (torch.float16, torch.bfloat16):
+        return (x.float() * factor).to(x.dtype)  # torch would round the factor to the dtype of x
+    return x * factor
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

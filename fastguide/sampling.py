@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import graphs, ops
 from .denoiser import Denoiser
 from .guidance.base import Run, Schedulable, State, integer, per_step
 from .guidance.plain import Plain
@@ -90,6 +90,7 @@ def sample(
     device: torch.device | str | None = None,
     chunk_size: int | None = None,
     keep_ancestors: bool = False,
+    graph: bool | str = "auto",
     progress: bool = False,
     callback: Callable[[Progress], None] | None = None,
     checkpoint: str | os.PathLike | None = None,
@@ -109,6 +110,10 @@ def sample(
     - ``x_T``: the start, ``[B, *event]`` (``[B, K, *event]`` for particles), in place of the prior's noise.
     - ``chunk_size``: the most samples that the network, a likelihood or a reward sees at once.
     - ``keep_ancestors``: return the ancestors of every step, ``[steps, B, K]``.
+    - ``graph``: True runs the whole loop as one CUDA graph, which the first call captures and others with the same
+      network, shapes and method replay, whatever their seed, observation and guidance scale (see `fastguide.graphs`);
+      a loop that cannot be captured is an error that says why. ``"auto"`` does so on a GPU from the second such call
+      on, and runs eagerly, saying why once, what cannot be captured; False runs eagerly.
     - ``progress``: a tqdm bar (needs tqdm). ``callback``: called with a `Progress` after each step.
     - ``checkpoint``: a file to write the state to, atomically, every ``checkpoint_every`` steps; where it exists the
       run goes on from it, to the same bits; removed at the end. A file of other arguments is refused; that the network
@@ -124,31 +129,60 @@ def sample(
     if keep_ancestors and not weighted:
         raise ValueError("keep_ancestors: expected False without particles (TDS, FK), got True")
 
-    if checkpoint is not None and os.path.exists(checkpoint):
-        state, first, ess, ancestors = _load(checkpoint, run, guidance, keep_ancestors)
-    else:
-        state, first, ess, ancestors = guidance.start(run), 0, [], []
-    for i in _progress_bar(range(first, run.steps), run.steps, first, progress):
-        state = guidance.step(run, state, i)
-        if weighted:
-            ess.append(state.ess)
-        if keep_ancestors:
-            ancestors.append(state.ancestors)
-        if callback is not None:
-            callback(Progress(i, run.levels[i + 1], _shaped(state.x, run, weighted), state.log_weights, state.ess))
-        if checkpoint is not None and (i + 1) % checkpoint_every == 0 and i + 1 < run.steps:
-            _save(checkpoint, run, guidance, keep_ancestors, (state, i + 1, ess, ancestors))
+    if graph not in ("auto", True, False):
+        raise ValueError(f"graph: expected 'auto', True or False, got {graph!r}")
+
+    watched = progress or callback is not None or checkpoint is not None
+    obstacle = "progress, callback and checkpoint see the loop between its steps" if watched else ""
+    loop = Loop(weighted, keep_ancestors, progress, callback, checkpoint, checkpoint_every)
+    samples = Samples(*graphs.call(loop, run, guidance, graph, obstacle))  # type: ignore[arg-type]
     if checkpoint is not None and os.path.exists(checkpoint):
         os.remove(checkpoint)
+    if samples.ess is not None and samples.log_weights is not None:
+        _check_particles(samples.ess, samples.log_weights)
+    return samples
 
-    x = _shaped(state.x, run, weighted)
-    if not weighted:
-        return Samples(x)
-    assert state.log_weights is not None
-    _, _, log_evidence, last_ess = ops.resample(state.log_weights, ess_threshold=0.0, check=False)
-    history = torch.stack([*ess, last_ess])
-    _check_particles(history, state.log_weights)
-    return Samples(x, state.log_weights, history, log_evidence, torch.stack(ancestors) if keep_ancestors else None)
+
+@dataclass(frozen=True)
+class Loop:
+    """The steps of a run, one after the other, and what becomes of them: the fields of `Samples`."""
+
+    weighted: bool
+    keep_ancestors: bool
+    progress: bool = False
+    callback: Callable[[Progress], None] | None = None
+    checkpoint: str | os.PathLike | None = None
+    checkpoint_every: int = 1
+
+    def __call__(self, run: Run, guidance: Any) -> tuple[Tensor | None, ...]:
+        if self.checkpoint is not None and os.path.exists(self.checkpoint):
+            state, first, ess, ancestors = _load(self.checkpoint, run, guidance, self.keep_ancestors)
+        else:
+            state, first, ess, ancestors = guidance.start(run), 0, [], []
+        for i in _progress_bar(range(first, run.steps), run.steps, first, self.progress):
+            state = guidance.step(run, state, i)
+            if self.weighted:
+                ess.append(state.ess)
+            if self.keep_ancestors:
+                ancestors.append(state.ancestors)
+            if self.callback is not None:
+                x = _shaped(state.x, run, self.weighted)
+                self.callback(Progress(i, run.levels[i + 1], x, state.log_weights, state.ess))
+            if self.checkpoint is not None and (i + 1) % self.checkpoint_every == 0 and i + 1 < run.steps:
+                _save(self.checkpoint, run, guidance, self.keep_ancestors, (state, i + 1, ess, ancestors))
+        return self.finish(run, state, ess, ancestors)
+
+    def finish(
+        self, run: Run, state: State, ess: Sequence[Tensor], ancestors: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """From the last state, and the ESS and ancestors of each step."""
+        x = _shaped(state.x, run, self.weighted)
+        if not self.weighted:
+            return (x,)
+        assert state.log_weights is not None
+        _, _, log_evidence, last_ess = ops.resample(state.log_weights, ess_threshold=0.0, check=False)
+        history = torch.stack([*ess, last_ess])
+        return x, state.log_weights, history, log_evidence, torch.stack(list(ancestors)) if ancestors else None
 
 
 def _prepare_run(prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size) -> Run:

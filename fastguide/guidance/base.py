@@ -21,7 +21,7 @@ from ..denoiser import Denoiser
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
 from ..operators import LinearOperator
-from ..reference import Clip, Coefficients, step_coefficients
+from ..reference import Clip, Coefficients, Counted, Scalar, scaled, step_coefficients
 from ..schedules import Level
 
 STREAM_INITIAL, STREAM_RESAMPLE, STREAM_RENOISE = 1, 2, 3  # 0, the operations' default, is the steps' noise
@@ -78,9 +78,32 @@ class State:
     ancestors: Tensor | None = None  # [B, K]
 
 
+class Step(int):
+    """The index of a step that a CUDA graph replays for others as well: decisions are this one's, and values are those
+    of the step that ``on_device``, an int64 tensor ``[1]``, says."""
+
+    on_device: Tensor
+
+    def __new__(cls, index: int, on_device: Tensor) -> Step:
+        step = super().__new__(cls, index)
+        step.on_device = on_device
+        return step
+
+    def __add__(self, other: int) -> Step:
+        return Step(int(self) + other, self.on_device + other)
+
+
+def entry(table: Any, i: int) -> Any:
+    """What a table has for step ``i``. For a `Step` the table is a tensor on the device, and so is its entry."""
+    return table.index_select(0, i.on_device)[0] if isinstance(i, Step) else table[i]
+
+
 @dataclass(frozen=True)
 class Run:
-    """The constants of one call of `fastguide.sample`."""
+    """The constants of one call of `fastguide.sample`.
+
+    ``levels`` and ``taus`` are for decisions; arithmetic takes `level` and `tau`, which follow a `Step` on the
+    device."""
 
     denoiser: Denoiser
     levels: tuple[Level, ...]
@@ -88,12 +111,13 @@ class Run:
     observations: int  # B
     particles: int  # K
     event: tuple[int, ...]
-    seed: int
+    seed: Counted
     clip: Clip
     chunk_size: int | None
     dtype: torch.dtype
     device: torch.device
     x_T: Tensor | None = None
+    tables: tuple[Tensor, Tensor] | None = None  # levels [steps + 1, 3] and taus [steps] on the device, for a `Step`
 
     @property
     def steps(self) -> int:
@@ -108,14 +132,44 @@ class Run:
     def compute_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def coefficients(self, i: int, tau: float | None = None) -> Coefficients:
-        t, s = self.levels[i], self.levels[i + 1]
-        return t.alpha, t.sigma, s.alpha, s.sigma, self.taus[i] if tau is None else tau
+    def level(self, i: int) -> Level:
+        """Level ``i``, from which step ``i`` goes; of a `Step` its numbers are tensors ``[]`` on the device."""
+        if not isinstance(i, Step):
+            return self.levels[i]
+        assert self.tables is not None
+        return Level(*entry(self.tables[0], i))
 
-    def x0_weight(self, i: int) -> float:
+    def tau(self, i: int) -> Scalar:
+        """The noise of step ``i``."""
+        if not isinstance(i, Step):
+            return self.taus[i]
+        assert self.tables is not None
+        return entry(self.tables[1], i)
+
+    def counter(self, i: int) -> dict[str, Any]:
+        """The seed and the step that an operation draws with in step ``i``."""
+        return {"seed": self.seed, "step": i.on_device if isinstance(i, Step) else i}
+
+    def _numbers(self, i: int, tau: Scalar | None = None) -> Coefficients:
+        t, s = self.level(i), self.level(i + 1)
+        return t.alpha, t.sigma, s.alpha, s.sigma, self.tau(i) if tau is None else tau
+
+    def coefficients(self, i: int, tau: Scalar | None = None) -> Coefficients:
+        """Of step ``i``, as an operation takes them."""
+        numbers = self._numbers(i, tau)
+        if not isinstance(i, Step):
+            return numbers
+        a, b, c, d, e = (n.expand(self.observations * self.particles) for n in numbers)  # type: ignore[union-attr]
+        return a, b, c, d, e
+
+    def x0_weight(self, i: int) -> Scalar:
         """How far the mean of step ``i`` moves with ``x0_hat``: the ``b`` of ``a x_t + b x0_hat``. Guidance moves
         ``x0_hat`` by ``(sigma_t^2 / alpha_t) g``, so this times that is its displacement of the mean."""
-        return float(step_coefficients(self.coefficients(i))[1])
+        return step_coefficients(self._numbers(i))[1]
+
+    def vanishing(self, i: int) -> bool:
+        """Whether the state at level ``i`` says as good as nothing of ``x_0``, see `PullBack`."""
+        return self.levels[i].alpha < _VANISHING * self.levels[i].sigma
 
     def initial(self) -> Tensor:
         """``x_T`` of the prior, of the variance that data of unit variance has at the first level."""
@@ -134,9 +188,7 @@ class Run:
     def reverse_step(self, x: Tensor, x0_hat: Tensor, i: int, **options) -> Tensor:
         """Step ``i`` from a predicted clean sample."""
         tau = options.pop("tau", None)
-        x_s = ops.reverse_step(
-            x, x0_hat, self.coefficients(i, tau), prediction="sample", seed=self.seed, step=i, **options
-        )
+        x_s = ops.reverse_step(x, x0_hat, self.coefficients(i, tau), prediction="sample", **self.counter(i), **options)
         assert isinstance(x_s, Tensor)  # no x0_hat was asked for
         return x_s
 
@@ -153,7 +205,7 @@ class Run:
     def x0_hat(self, x: Tensor, i: int) -> Tensor:
         """``E[x_0 | x_t]`` at level ``i``, without a graph."""
         with torch.no_grad():
-            return self.in_chunks(lambda rows, chunk: (self.denoiser.x0_hat(chunk, self.levels[i]),), x)[0]
+            return self.in_chunks(lambda rows, chunk: (self.denoiser.x0_hat(chunk, self.level(i)),), x)[0]
 
     def likelihood_score(
         self, likelihood: Likelihood, covariance: str, x: Tensor, i: int
@@ -164,13 +216,12 @@ class Run:
         ``p~`` approximates ``p(y | x_t)`` with the covariance named; ``z = A x0_hat``. The shift is
         ``(sigma_t^2 / alpha_t)`` times the gradient in ``x_t``, through the network.
         """
-        level = self.levels[i]
-        scale = likelihood.scale_at(level.t)
+        scale = likelihood.scale_at(self.levels[i].t)
         score = moment_score if covariance == "moment" else direct_score
-        spread = isotropic_variance(level) if covariance == "isotropic" else 0.0
+        spread = isotropic_variance(self.level(i)) if covariance == "isotropic" else 0.0
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-            pull_back = PullBack(self.denoiser, x, level, self.compute_dtype)
+            pull_back = PullBack(self, x, i)
             y = likelihood.rows_of_y(rows)
             shift, log_prob, gradient = score(pull_back, likelihood, y, scale, spread)
             return (
@@ -186,8 +237,8 @@ class Run:
     def likelihood_value(self, likelihood: Likelihood, covariance: str, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
         """``x0_hat`` and ``log p~(y | x_t)`` alone, without a derivative; not for ``"moment"``, which is made of
         them."""
-        level = self.levels[i]
-        scale = likelihood.scale_at(level.t)
+        level = self.level(i)
+        scale = likelihood.scale_at(self.levels[i].t)
         spread = isotropic_variance(level) if covariance == "isotropic" else 0.0
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +260,7 @@ class Run:
             return self.in_chunks(chunk, x)[0]
 
 
-def isotropic_variance(level: Level) -> float:
+def isotropic_variance(level: Level) -> Any:
     """``r_t^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2)``: the variance of ``x_0`` given ``x_t`` for unit-variance data
     (Song et al. 2023, PiGDM)."""
     return level.sigma**2 / (level.alpha**2 + level.sigma**2)
@@ -224,21 +275,21 @@ class PullBack:
     isotropic model's, ``r_t^2 I = I``, that of unit-variance data.
     """
 
-    def __init__(self, denoiser: Denoiser, x: Tensor, level: Level, dtype: torch.dtype):
+    def __init__(self, run: Run, x: Tensor, i: int):
         self.x = x.detach().requires_grad_()
-        self.level = level
+        self.level, self.vanishing = run.level(i), run.vanishing(i)
         with torch.enable_grad():
-            self.x0 = denoiser.x0_hat(self.x, level).to(dtype)
+            self.x0 = run.denoiser.x0_hat(self.x, self.level).to(run.compute_dtype)
         if not self.x0.requires_grad:
             raise ValueError("net: expected a network that autograd can differentiate, got an output without a graph")
 
     def __call__(self, output: Tensor, v: Tensor, retain_graph: bool = False) -> Tensor:
         """``C_t`` times the pull-back of ``v`` from ``output`` (a function of ``x0``) to ``x0``; ``[n, *event]``."""
-        if self.level.alpha < _VANISHING * self.level.sigma:
+        if self.vanishing:
             (g,) = torch.autograd.grad(output, self.x0, v, retain_graph=retain_graph)
-            return isotropic_variance(self.level) * g
+            return scaled(g, isotropic_variance(self.level))
         (g,) = torch.autograd.grad(output, self.x, v, retain_graph=retain_graph)
-        return (self.level.sigma**2 / self.level.alpha) * g
+        return scaled(g, self.level.sigma**2 / self.level.alpha)
 
 
 def measure(likelihood: Likelihood, x0: Tensor) -> Tensor:
@@ -254,7 +305,7 @@ def measure(likelihood: Likelihood, x0: Tensor) -> Tensor:
 
 
 def direct_score(
-    pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float, spread: float
+    pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float, spread: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
     z = measure(likelihood, pull_back.x0)
     log_prob, gradient = likelihood.log_prob_and_gradient(z.detach(), y, scale, spread)
@@ -262,7 +313,7 @@ def direct_score(
 
 
 def moment_score(
-    pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float, spread: float
+    pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float, spread: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pull-back per measurement gives the columns of ``C_t A^T``; the gradient is a combination of them."""
     linear, x0 = likelihood.operator, pull_back.x0

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..likelihoods import Likelihood
-from .base import Run, Schedulable, State, check_covariance, per_sample, per_step, prepare_likelihood
+from ..reference import Scalar, scaled
+from .base import Run, Schedulable, State, check_covariance, entry, per_sample, per_step, prepare_likelihood
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class DPS:
     normalize: bool = True
     covariance: str = "point"
 
+    device_inputs = ("zeta",)
+
     def prepare(self, run: Run) -> DPS:
         likelihood, measurements = prepare_likelihood(run, self.likelihood)
         check_covariance(likelihood, self.covariance, measurements)
@@ -45,14 +48,14 @@ class DPS:
 
     def step(self, run: Run, state: State, i: int) -> State:
         x0_hat, shift, _, norm = run.likelihood_score(self.likelihood, self.covariance, state.x, i)
-        displacement = shift * self._weight(run, i)
+        displacement = scaled(shift, self._weight(run, i))
         if self.normalize:
             displacement *= per_sample(torch.where(norm > 0, 2.0 / norm, 0.0), displacement)
         return State(run.reverse_step(state.x, x0_hat, i, clip=run.clip, displacement=displacement))
 
-    def _weight(self, run: Run, i: int) -> float:
+    def _weight(self, run: Run, i: int) -> Scalar:
         """Of the shift, which is ``sigma_t^2 / alpha_t`` times the gradient."""
-        if self.zeta == "score":
+        if isinstance(self.zeta, str):
             return run.x0_weight(i)
-        level = run.levels[i]
-        return self.zeta[i] * level.alpha / level.sigma**2  # type: ignore[index,operator]
+        level = run.level(i)
+        return entry(self.zeta, i) * level.alpha / level.sigma**2

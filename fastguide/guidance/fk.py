@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..likelihoods import Likelihood
-from ..reference import Coefficients
+from ..reference import Coefficients, scaled
 from .base import PullBack, Run, State, check_covariance, default_covariance, integer, prepare_likelihood
 from .particles import check_particles, log_ratio, propose_guided, resample_particles
 
@@ -51,6 +51,8 @@ class FK:
     ess_threshold: float | None = 0.5
     resample_steps: int | Sequence[int] | None = None
 
+    device_inputs = ("strength",)
+
     def prepare(self, run: Run) -> FK:
         reward, covariance = self.reward, self.covariance
         if isinstance(reward, Likelihood):
@@ -82,7 +84,7 @@ class FK:
         return State(x, log_potential.reshape(run.observations, run.particles).clone(), particles)
 
     def step(self, run: Run, state: State, i: int) -> State:
-        threshold = self.ess_threshold if self._resamples(i) else 0.0
+        threshold = self.ess_threshold if self.decides(i) else 0.0
         ancestors, log_weights, ess = resample_particles(run, state, i, self.resampler, threshold)
         x, log_weights = self._propose(run, state, log_weights, i)
         last = i + 1 == run.steps
@@ -90,7 +92,8 @@ class FK:
         log_potential = self._log_potential(particles, state.particles, last)
         return State(x, log_weights + log_potential.reshape(log_weights.shape), particles, ess, ancestors)
 
-    def _resamples(self, i: int) -> bool:
+    def decides(self, i: int) -> bool:
+        """Whether step ``i`` resamples."""
         if self.resample_steps is None:
             return True
         if isinstance(self.resample_steps, Sequence):
@@ -105,7 +108,7 @@ class FK:
             return propose_guided(run, state, log_weights, i)
         assert callable(self.proposal)
         coefficients: Coefficients = run.coefficients(i)
-        proposed = self.proposal(state.x, x0_hat, coefficients, seed=run.seed, step=i)
+        proposed = self.proposal(state.x, x0_hat, coefficients, **run.counter(i))
         if not isinstance(proposed, tuple) or len(proposed) != 2:
             raise TypeError(f"proposal: expected it to return (x_s, log_ratio), got {type(proposed).__name__}")
         x = _returned("proposal", proposed[0], state.x.shape)
@@ -118,7 +121,7 @@ class FK:
             assert self.covariance is not None
             if self.proposal == "guided" or self.covariance == "moment":
                 x0_hat, shift, reward, _ = run.likelihood_score(self.reward, self.covariance, x, i)
-                shift = shift * self.strength
+                shift = scaled(shift, self.strength)
             else:
                 x0_hat, reward = run.likelihood_value(self.reward, self.covariance, x, i)
         elif self.proposal == "guided":
@@ -130,12 +133,12 @@ class FK:
         return {**particles, "shift": shift} if self.proposal == "guided" else particles
 
     def _reward_score(self, run: Run, x: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        pull_back = PullBack(run.denoiser, x, run.levels[i], run.compute_dtype)
+        pull_back = PullBack(run, x, i)
         with torch.enable_grad():
             reward = self._call_reward(pull_back.x0)
         if not reward.requires_grad:
             raise ValueError("reward: expected one that autograd can differentiate for the guided proposal")
-        shift = pull_back(reward, torch.full_like(reward, self.strength))
+        shift = pull_back(reward, scaled(torch.ones_like(reward), self.strength))
         return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype), reward.detach().double()
 
     def _reward(self, run: Run, x0: Tensor) -> Tensor:

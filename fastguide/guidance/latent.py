@@ -13,6 +13,7 @@ from .. import ops
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
 from ..operators import Function
+from ..reference import scaled
 from .base import STREAM_RENOISE, Run, Schedulable, State
 from .pnp import PnP
 
@@ -94,17 +95,17 @@ class LatentPnP:
 
     def _stochastic_resample(self, run: Run, x: Tensor, z0_hat: Tensor, z0: Tensor, i: int) -> Tensor:
         assert self.gamma is not None
-        t, s = run.levels[i], run.levels[i + 1]
+        t, s, last = run.level(i), run.level(i + 1), run.levels[i + 1].sigma == 0.0
         given = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2  # variance of x_t given x_s
         prior = self.gamma * s.sigma**2 * given
         # The share of alpha_s z0* in the product's mean; written so that alpha_t = 0 has its limit, 1.
-        share = 1.0 if s.sigma == 0.0 else prior / (prior + s.sigma**2 * t.alpha**2)
+        share = 1.0 if last else prior / (prior + s.sigma**2 * t.alpha**2)
         unconditional = run.reverse_step(x, z0_hat, i, clip=run.clip)
-        z = share * s.alpha * z0 + (1.0 - share) * unconditional
-        if s.sigma == 0.0:
+        z = scaled(z0, share * s.alpha) + scaled(unconditional, 1.0 - share)
+        if last:
             return z
-        noise = ops.randn(x.shape, seed=run.seed, step=i, stream=STREAM_RENOISE, dtype=x.dtype, device=x.device)
-        return z + s.sigma * math.sqrt(share) * noise
+        noise = ops.randn(x.shape, **run.counter(i), stream=STREAM_RENOISE, dtype=x.dtype, device=x.device)
+        return z + scaled(noise, s.sigma * share**0.5)
 
 
 def replace_operator(likelihood: Likelihood, decoder: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Likelihood:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..reference import SCHEMES, clip_x0
+from ..reference import SCHEMES, clip_x0, scaled
 from .base import STREAM_RESAMPLE, Run, State
 
 
@@ -30,8 +30,7 @@ def resample_particles(
         state.log_weights,
         scheme=resampler,
         ess_threshold=ess_threshold,
-        seed=run.seed,
-        step=i,
+        **run.counter(i),
         stream=STREAM_RESAMPLE,
         sorted=False,
         check=False,  # looked at once, after the loop
@@ -47,11 +46,10 @@ def propose_guided(run: Run, state: State, log_weights: Tensor, i: int) -> tuple
     return ops.propose_and_weigh(
         state.x,
         clip_x0(state.particles["x0_hat"], run.clip),
-        state.particles["shift"] * run.x0_weight(i),
+        scaled(state.particles["shift"], run.x0_weight(i)),
         log_weights,
         run.coefficients(i),
-        seed=run.seed,
-        step=i,
+        **run.counter(i),
     )
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..likelihoods import Gaussian
 from ..operators import LinearOperator
-from .base import PullBack, Run, Schedulable, State, isotropic_variance, per_step, prepare_likelihood
+from ..reference import Scalar, scaled
+from .base import PullBack, Run, Schedulable, State, entry, isotropic_variance, per_step, prepare_likelihood
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class PiGDM:
     likelihood: Gaussian
     zeta: Schedulable = 1.0
 
+    device_inputs = ("zeta",)
+
     def prepare(self, run: Run) -> PiGDM:
         if not isinstance(self.likelihood, Gaussian):
             raise TypeError(f"likelihood: expected a Gaussian for PiGDM, got {self.likelihood!r}")
@@ -43,22 +46,21 @@ class PiGDM:
         return State(run.initial())
 
     def step(self, run: Run, state: State, i: int) -> State:
-        level = run.levels[i]
-        scale = self.likelihood.scale_at(level.t)
-        spread = isotropic_variance(level)
+        scale = self.likelihood.scale_at(run.levels[i].t)
+        spread = isotropic_variance(run.level(i))
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            pull_back = PullBack(run.denoiser, x, level, run.compute_dtype)
+            pull_back = PullBack(run, x, i)
             with torch.no_grad():
                 v = self.vector(pull_back.x0.detach(), self.likelihood.rows_of_y(rows), scale, spread)
             shift = pull_back(pull_back.x0, v / spread)
             return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype)
 
         x0_hat, shift = run.in_chunks(chunk, state.x)
-        displacement = shift * (self.zeta[i] * run.x0_weight(i))  # type: ignore[index]
+        displacement = scaled(shift, entry(self.zeta, i) * run.x0_weight(i))
         return State(run.reverse_step(state.x, x0_hat, i, clip=run.clip, displacement=displacement))
 
-    def vector(self, x0_hat: Tensor, y: Tensor, scale: float, spread: float) -> Tensor:
+    def vector(self, x0_hat: Tensor, y: Tensor, scale: float, spread: Scalar) -> Tensor:
         """``v`` above, ``[n, *event]``."""
         operator = self.likelihood.operator
         if scale == 0.0:

@@ -21,7 +21,7 @@ class Plain:
         return State(run.initial())
 
     def step(self, run: Run, state: State, i: int) -> State:
-        denoiser, level = run.denoiser, run.levels[i]
+        denoiser, level = run.denoiser, run.level(i)
         with torch.no_grad():
             (output,) = run.in_chunks(lambda rows, x: (denoiser(x, level),), state.x)
         x = ops.reverse_step(
@@ -30,8 +30,7 @@ class Plain:
             run.coefficients(i),
             prediction=denoiser.prediction,
             clip=run.clip,
-            seed=run.seed,
-            step=i,
+            **run.counter(i),
         )
         assert isinstance(x, torch.Tensor)  # no x0_hat was asked for
         return State(x)

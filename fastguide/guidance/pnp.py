@@ -11,7 +11,8 @@ from torch import Tensor
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator
-from .base import Run, Schedulable, State, integer, isotropic_variance, per_sample, per_step, prepare_likelihood
+from ..reference import Scalar
+from .base import Run, Schedulable, State, entry, integer, isotropic_variance, per_sample, per_step, prepare_likelihood
 
 SOLVERS = ("auto", "closed", "cg", "gauss-newton", "gradient")
 _ITERATIONS = {"closed": 1, "cg": 32, "gauss-newton": 4, "gradient": 32}
@@ -40,6 +41,8 @@ class PnP:
     iterations: int | None = None
 
     takes_eta = False
+    device_inputs = ("rho",)
+    step_tables = ("zeta",)
 
     def prepare(self, run: Run) -> PnP:
         likelihood, _ = prepare_likelihood(run, self.likelihood)
@@ -66,14 +69,13 @@ class PnP:
         x0 = self.data_step(run, x0_hat, i)
         return State(run.reverse_step(state.x, x0, i, tau=self.fresh_noise(run, i), clip=run.clip))
 
-    def fresh_noise(self, run: Run, i: int) -> float:
-        return run.levels[i + 1].sigma * self.zeta[i] ** 0.5  # type: ignore[index]
+    def fresh_noise(self, run: Run, i: int) -> Scalar:
+        return run.level(i + 1).sigma * entry(self.zeta, i) ** 0.5
 
     def data_step(self, run: Run, x0_hat: Tensor, i: int) -> Tensor:
         """``x0*`` for ``x0_hat`` ``[n, *event]`` at level ``i``."""
-        level = run.levels[i]
-        scale = self.likelihood.scale_at(level.t)
-        rho = 1.0 / isotropic_variance(level) if self.rho is None else self.rho[i]  # type: ignore[index]
+        scale = self.likelihood.scale_at(run.levels[i].t)
+        rho = 1.0 / isotropic_variance(run.level(i)) if self.rho is None else entry(self.rho, i)
         iterations = self.iterations or _ITERATIONS[self.solver]
 
         def chunk(rows: Tensor, x0: Tensor) -> tuple[Tensor]:
@@ -110,13 +112,13 @@ def choose_solver(likelihood: Likelihood, solver: str) -> str:
 
 @torch.no_grad()
 def solve(
-    likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: float, solver: str, iterations: int
+    likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: Scalar, solver: str, iterations: int
 ) -> Tensor:
     """``argmin_x -log p(y | x) + rho/2 norm(x - x0)^2`` for ``x0`` ``[n, *event]`` and its rows of ``y``."""
     operator = likelihood.operator
     if solver == "closed":
         assert isinstance(operator, LinearOperator)
-        return x0 + operator.adjoint(operator.solve_gram(y - operator(x0), 1.0, scale**2 * rho))
+        return x0 + operator.adjoint(operator.solve_gram(y - operator(x0), 1.0, scale**2 * rho if scale > 0.0 else 0.0))
     if solver == "gradient":
         return _gradient(likelihood, x0, y, scale, rho, iterations)
     outer, inner = (1, iterations) if solver == "cg" else (iterations, 16)
@@ -168,7 +170,7 @@ def conjugate_gradients(a: Callable[[Tensor], Tensor], b: Tensor, iterations: in
     return x
 
 
-def _gradient(likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: float, iterations: int) -> Tensor:
+def _gradient(likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: Scalar, iterations: int) -> Tensor:
     """Gradient descent with Barzilai-Borwein lengths per sample, never longer than ``1 / rho``: the exact length for
     the quadratic alone, and an upper bound where the log-density is concave."""
 

@@ -1,0 +1,430 @@
+"""A sampler's whole loop, network and backward pass included, as one CUDA graph that later calls replay.
+
+What changes from call to call stands in memory of the graph's own, which a replay reads: the seed, ``x_T``, the
+observation ``y``, and the scale of the guidance (`DPS.zeta`, `PiGDM.zeta`, `FK.strength`, and `Denoiser`'s
+``guidance_scale``; `PnP.rho`). A call that differs in anything else is another graph: another network, shape, dtype,
+device, levels, operator, error model or setting of the guidance.
+
+A loop of more than `UNROLLED` operations is recorded as one graph for each kind of step (the last is one of its own;
+others differ where a decision does), which reads the step's index on the device and is replayed for all of its kind.
+Its bits are the eager loop's but under the isotropic covariance, whose variances it adds in float32.
+
+Graphs are kept, the last `KEPT` of them, with the memory that their loops need; `clear` gives it back. A network's
+weights are read where they stand: weights changed in place count at the next replay, and a network whose weights were
+moved is captured anew. Of what else a function reaches (a closure, a global) a replay knows what was there at capture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import hashlib
+import threading
+import types
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .denoiser import Denoiser
+from .guidance.base import Run, State, Step
+from .likelihoods import Likelihood
+from .operators import Operator
+
+__all__ = ["KEPT", "UNROLLED", "clear"]
+
+KEPT = 8  # graphs, those least recently used go first
+UNROLLED = 1 << 16  # operations
+
+_DEVICE = "cuda"
+_REMEMBERED = 64
+
+Results = tuple[Tensor | None, ...]
+Take = Callable[[str, Any], Any]  # an input's name and its value, a number, a table or a tensor, to what stands for it
+
+_graphs: OrderedDict[Any, Captured] = OrderedDict()
+_met: OrderedDict[Any, None] = OrderedDict()  # calls that ran eagerly once
+_refused: OrderedDict[Any, tuple] = OrderedDict()  # calls that cannot be captured: why, and what their keys stand for
+
+
+class Loop(Protocol):
+    """What `fastguide.sampling` does with a run."""
+
+    @property
+    def keep_ancestors(self) -> bool: ...
+
+    def __call__(self, run: Run, guidance: Any) -> Results: ...
+
+    def finish(self, run: Run, state: State, ess: Sequence[Tensor], ancestors: Sequence[Tensor]) -> Results: ...
+
+
+def clear() -> None:
+    """Forget all graphs, and give their memory back."""
+    for entries in (_graphs, _met, _refused):
+        entries.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def call(loop: Loop, run: Run, guidance: Any, graph: bool | str, obstacle: str) -> Results:
+    """``loop(run, guidance)``: by a graph, as ``graph`` says (see `fastguide.sample`), or eagerly. ``obstacle``: why
+    this call needs an eager loop, or ``""``."""
+    on_device = run.device.type == _DEVICE
+    if graph is False or (graph == "auto" and not on_device):
+        return loop(run, guidance)
+    if not on_device:
+        obstacle = f"a CUDA graph runs on a GPU, and this run is on {run.device}"
+    key = None if obstacle else (loop.keep_ancestors, _surroundings(), _describe_call(run, guidance))
+    cause = None
+    if key in _refused:
+        obstacle = _refused[key][0]
+    elif key is not None and key not in _graphs and (graph is True or key in _met):
+        try:
+            _graphs[key] = Captured(loop, run, guidance)
+        except Exception as error:
+            cause, obstacle = error, _described_error(error)
+            _keep(_refused, key, (obstacle, run, guidance), _REMEMBERED)
+    if key in _graphs:
+        captured = _graphs[key]
+        _keep(_graphs, key, captured, KEPT)
+        return captured(run, guidance)
+    if graph is True:
+        raise RuntimeError(f"graph=True: the loop cannot be captured: {obstacle}") from cause
+    if obstacle:
+        _warn_eager(obstacle)
+    else:
+        _keep(_met, key, None, _REMEMBERED)
+    return loop(run, guidance)
+
+
+def _keep(entries: OrderedDict, key: Any, value: Any, most: int) -> None:
+    """As the most recent of ``most``."""
+    entries[key] = value
+    entries.move_to_end(key)
+    while len(entries) > most:
+        entries.popitem(last=False)
+
+
+@functools.cache
+def _warn_eager(reason: str) -> None:
+    warnings.warn(
+        f"fastguide runs this loop without a CUDA graph, slower where the network is small: {reason}. "
+        "graph=False asks for that.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+# --- what a graph is ----------------------------------------------------------------------------------------
+
+
+class Captured:
+    """A loop and the memory of its inputs, recorded."""
+
+    def __init__(self, loop: Loop, run: Run, guidance: Any):
+        self._inputs: dict[str, Tensor] = {}
+
+        def own(name: str, value: Any) -> Tensor:
+            tensor = self._inputs[name] = _to_tensor(value, run.device, copy=True)
+            return tensor
+
+        # Kept: nothing that the graph reads may go, and the identities in its key stay taken.
+        self._arguments = run, guidance = _with_inputs(run, guidance, own)
+        self._recording = Recording(run.device)
+        with _Count() as count:
+            guidance.step(run, guidance.start(run), 0)
+        if count.operations * run.steps <= UNROLLED:
+            results, replay = self._recording.record(lambda: loop(run, guidance))
+            replays = [replay]
+        else:
+            results, replays = _record_steps(self._recording, loop, run, guidance)
+        self._results: Results = results
+        self._replays: list[Callable[[], None]] = replays
+
+    def __call__(self, run: Run, guidance: Any) -> Results:
+        def fill(name: str, value: Any) -> Any:
+            self._inputs[name].copy_(_to_tensor(value, run.device))
+            return value
+
+        with self._recording.turn():
+            _with_inputs(run, guidance, fill)
+            for replay in self._replays:
+                replay()
+            return tuple(None if r is None else r.clone() for r in self._results)
+
+
+class _Count(TorchDispatchMode):
+    operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Recording:
+    """CUDA graphs that are replayed in the order in which they were recorded, and share their memory. Users, from any
+    thread and on any stream, take turns at it."""
+
+    def __init__(self, device: torch.device):
+        self._lock, self._device = threading.Lock(), device
+        with torch.cuda.device(device):
+            self._stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """What ``function`` returns, which stands in the graph's memory, and the replay that computes it anew."""
+        with torch.cuda.device(self._device), _autocast_without_cache():
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                function()  # compilers, tuners and caches have their say here; what is wrong with the call shows, too
+            current.wait_stream(self._stream)
+            graph, failure, results = torch.cuda.CUDAGraph(), None, None
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                    try:
+                        results = function()
+                    except Exception as error:  # the end of a broken capture is an error that says less
+                        failure = error
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return results, graph.replay
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        with self._lock, torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._done)
+            yield
+            self._done.record(stream)
+
+
+def _record_steps(recording: Recording, loop: Loop, run: Run, guidance: Any) -> tuple[Results, list]:
+    """The start, and one step of each kind, which moves the index on; the replays, in the order of the loop."""
+    if not type(guidance).__module__.startswith("fastguide."):
+        raise ValueError(
+            f"guidance: {type(guidance).__name__} takes more than {UNROLLED} operations, and of steps that stand for "
+            "each other fastguide knows its own alone"
+        )
+    index = torch.zeros(1, dtype=torch.int64, device=run.device)
+    levels, taus = (torch.tensor(t, dtype=torch.float64, device=run.device) for t in (run.levels, run.taus))
+    run = dataclasses.replace(run, tables=(levels, taus))
+    guidance = _replaced(guidance, "guidance", "step_tables", lambda name, value: _to_tensor(value, run.device))
+    state = _map_state(
+        guidance.start(run), Tensor.clone
+    )  # outside of the graphs' memory, each of which may use all of it
+    history: dict[str, Tensor] = {}
+
+    def carry(new: State) -> None:
+        _copy_state(new, state)
+
+    def start() -> None:
+        index.zero_()
+        carry(guidance.start(run))
+
+    def step(i: int) -> State:
+        new = guidance.step(run, _map_state(state, lambda t: t), Step(i, index))
+        for name in ("ess", "ancestors") if loop.keep_ancestors else ("ess",):
+            value = getattr(new, name)
+            if value is not None:
+                if name not in history:
+                    history[name] = value.new_empty((run.steps, *value.shape))
+                history[name].index_copy_(0, index, value[None])
+        return new
+
+    def between(i: int) -> None:
+        carry(step(i))
+        index.add_(1)
+
+    def last() -> Results:
+        new = step(run.steps - 1)
+        return loop.finish(run, new, *(list(history[name]) if name in history else [] for name in ("ess", "ancestors")))
+
+    replays, kinds = [recording.record(start)[1]], {}
+    for i in range(run.steps - 1):
+        kind = _kind(run, guidance, i)
+        if kind not in kinds:
+            index.fill_(i)
+            kinds[kind] = recording.record(functools.partial(between, i))[1]
+        replays.append(kinds[kind])
+    index.fill_(run.steps - 1)
+    results, replay = recording.record(last)
+    return results, [*replays, replay]
+
+
+def _kind(run: Run, guidance: Any, i: int) -> tuple:
+    """What step ``i`` decides: steps of one kind differ in numbers alone."""
+    likelihoods: list[Likelihood] = []
+    _find_likelihoods(guidance, likelihoods)
+    ends = []
+    for level, j in ((run.levels[i], i), (run.levels[i + 1], i + 1)):
+        scales = tuple(likelihood.scale_at(level.t) for likelihood in likelihoods)
+        ends.append((run.vanishing(j), level.alpha == 0.0, level.sigma == 0.0, scales))
+    return *ends, run.taus[i] > 0.0, guidance.decides(i) if hasattr(guidance, "decides") else None
+
+
+def _find_likelihoods(value: Any, found: list[Likelihood]) -> None:
+    if isinstance(value, Likelihood):
+        found.append(value)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _find_likelihoods(getattr(value, field.name), found)
+
+
+def _map_state(state: State, f: Callable[[Tensor], Tensor]) -> State:
+    """What a state carries on, the tensors of which are replaced."""
+    log_weights = None if state.log_weights is None else f(state.log_weights)
+    return State(f(state.x), log_weights, {name: f(value) for name, value in state.particles.items()})
+
+
+def _copy_state(source: State, target: State) -> None:
+    if source.particles.keys() != target.particles.keys():
+        raise ValueError(f"state: expected {sorted(target.particles)} in every step, got {sorted(source.particles)}")
+    target.x.copy_(source.x)
+    if target.log_weights is not None and source.log_weights is not None:
+        target.log_weights.copy_(source.log_weights)
+    for name, value in source.particles.items():
+        target.particles[name].copy_(value)
+
+
+def _autocast_without_cache() -> contextlib.AbstractContextManager:
+    """The caller's autocast; its cache would hold casts of weights that a replay does not make again."""
+    if not torch.is_autocast_enabled("cuda"):
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False)
+
+
+def _described_error(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+# --- inputs -------------------------------------------------------------------------------------------------
+
+
+def _with_inputs(run: Run, guidance: Any, take: Take) -> tuple[Run, Any]:
+    """Both, with what ``take`` puts in the place of every input."""
+    denoiser = run.denoiser
+    if denoiser.guidance_scale is not None:
+        denoiser = copy.copy(denoiser)
+        denoiser.guidance_scale = take("guidance_scale", _as_float(denoiser.guidance_scale))
+    x_T = None if run.x_T is None else take("x_T", run.x_T)
+    run = dataclasses.replace(run, denoiser=denoiser, seed=take("seed", run.seed), x_T=x_T)
+    return run, _replaced(guidance, "guidance", "device_inputs", take)
+
+
+def _replaced(value: Any, name: str, kind: str, take: Take) -> Any:
+    """``value`` with something else for its observation and for the numbers and tables that its class's ``kind``
+    names."""
+    if isinstance(value, Likelihood):
+        value = copy.copy(value)
+        value.y = take(f"{name}.y", value.y)
+        return value
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    changes = {}
+    for field in dataclasses.fields(value):
+        part, part_name = getattr(value, field.name), f"{name}.{field.name}"
+        if field.name in getattr(value, kind, ()) and isinstance(part, Real | tuple):
+            changes[field.name] = take(part_name, _as_float(part))
+        else:
+            changes[field.name] = _replaced(part, part_name, kind, take)
+    return dataclasses.replace(value, **changes)
+
+
+def _as_float(value: Any) -> Any:
+    return float(value) if isinstance(value, Real) else value
+
+
+def _to_tensor(value: Any, device: torch.device, copy: bool = False) -> Tensor:
+    """A number or a table in float64, a seed's 64 bits as an int64 of one element."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=copy)
+    if isinstance(value, int):
+        return torch.tensor([value - (1 << 64) if value >= 1 << 63 else value], device=device)
+    return torch.tensor(value, dtype=torch.float64, device=device)
+
+
+# --- what a graph depends on --------------------------------------------------------------------------------
+
+
+class _Slot(NamedTuple):
+    """An input as a key has it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _describe_call(run: Run, guidance: Any) -> Any:
+    def slot(name: str, value: Any) -> _Slot:
+        if isinstance(value, Tensor):
+            return _Slot(name, tuple(value.shape), str(value.dtype))
+        return _Slot(name, (len(value),) if isinstance(value, tuple) else (), type(value).__name__)
+
+    run, guidance = _with_inputs(run, guidance, slot)
+    times = [level.t for level in run.levels]
+    constants = [getattr(run, field.name) for field in dataclasses.fields(run)]
+    return _describe(constants, times), _describe(guidance, times)
+
+
+def _describe(value: Any, times: list[float]) -> Any:
+    """Something to compare a value by: its content where that is plain data, else its identity."""
+    if value is None or isinstance(value, bool | int | float | str | _Slot):
+        return value
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return tuple(value.shape), str(value.dtype), hashlib.sha256(content).digest()
+    if isinstance(value, tuple | list):
+        return tuple(_describe(v, times) for v in value)
+    if isinstance(value, Denoiser):
+        networks = (value.net, value.unconditional)
+        return value.prediction, value.schedule.discrete, value.guidance_scale, _describe(networks, times)
+    if isinstance(value, Likelihood | Operator) or dataclasses.is_dataclass(value):
+        parts = {name: part for name, part in vars(value).items() if name != "_cache"}
+        if isinstance(value, Likelihood):
+            parts["scale"] = [value.scale_at(t) for t in times]
+        return type(value), tuple((name, _describe(part, times)) for name, part in parts.items())
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    if isinstance(value, torch.nn.Module):  # where its weights stand, and how it is set
+        tensors = (*value.parameters(), *value.buffers())
+        return id(value), tuple(t.data_ptr() for t in tensors), tuple(m.training for m in value.modules())
+    if isinstance(value, types.FunctionType):  # made anew in every call, perhaps, of the same code and closure
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        held = [v for v in (*cells, *(value.__defaults__ or ())) if v is not value]
+        return id(value.__code__), _describe(held, times)
+    if isinstance(value, types.MethodType):
+        return _describe((value.__func__, value.__self__), times)
+    if isinstance(value, functools.partial):
+        return _describe((value.func, value.args, tuple(value.keywords.items())), times)
+    held = [v for v in getattr(value, "__dict__", {}).values() if isinstance(v, torch.nn.Module)]
+    return id(value), _describe(held, times)
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def _surroundings() -> tuple:
+    """The settings that decide which kernels torch takes."""
+    return (
+        torch.is_autocast_enabled("cuda") and str(torch.get_autocast_dtype("cuda")),
+        torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.deterministic,
+    )

@@ -1,0 +1,353 @@
+"""`fastguide.graphs`: what a captured loop reads anew at every replay, when it is captured, and what else it is not.
+
+Without a GPU, `torch.fx` stands in for the graph: a fixed list of operations on fixed memory, as a CUDA graph is. What
+Python computed while it was recorded is a constant in it, too, so a seed or an observation that did not stand on the
+device would show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+from test_sampling import assert_same
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten
+
+import fastguide as fg
+from fastguide import graphs
+from fastguide.likelihoods import Callable, Gaussian, Laplace
+from fastguide.operators import AveragePool, Blur, Inpainting
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
+]
+
+
+class Traced:
+    """`graphs.Recording` on the CPU."""
+
+    number = 0
+
+    def __init__(self, device):
+        pass
+
+    def record(self, function):
+        function()
+        graph = make_fx(function)()
+        Traced.number += 1
+        results = graph()
+        tensors, _ = tree_flatten(results)
+
+        def replay():
+            for tensor, new in zip(tensors, tree_flatten(graph())[0], strict=True):
+                if tensor is not None:
+                    tensor.copy_(new)
+
+        return results, replay
+
+    def turn(self):
+        return contextlib.nullcontext()
+
+
+@pytest.fixture(autouse=True)
+def recording(monkeypatch, request):
+    graphs.clear()
+    graphs._warn_eager.cache_clear()
+    Traced.number = 0
+    if "device" not in request.fixturenames or request.getfixturevalue("device") == "cpu":
+        monkeypatch.setattr(graphs, "_DEVICE", "cpu")
+        monkeypatch.setattr(graphs, "Recording", Traced)
+    yield
+    graphs.clear()
+
+
+class Network(torch.nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 1, 3, padding=1))
+
+    def forward(self, x, t):
+        return self.layers(x.to(self.layers[0].weight.dtype)) + 1e-3 * t.reshape(-1, 1, 1, 1)
+
+
+def brightness(x):
+    return x.flatten(1).sum(1)
+
+
+def measurement(seed, *shape):
+    return torch.randn(2, 1, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pooled(seed, scale=0.1, kind=Gaussian):
+    return kind(measurement(seed, 2, 2), AveragePool(4), scale)
+
+
+def blurred(seed, width=3):
+    return Gaussian(measurement(seed, 8, 8), Blur(torch.ones(width, width) / width**2, padding="zeros"), 0.1)
+
+
+def masked(seed):
+    return Gaussian(measurement(seed, 3, 3).flatten(1), Inpainting(MASK), 0.3)
+
+
+GUIDANCES = {
+    "plain": lambda seed: None,
+    "DPS": lambda seed: fg.DPS(pooled(seed), zeta=0.1 + seed % 7),
+    "DPS moment": lambda seed: fg.DPS(pooled(seed), "score", normalize=False, covariance="moment"),
+    "DPS isotropic": lambda seed: fg.DPS(pooled(seed), covariance="isotropic"),
+    "PiGDM": lambda seed: fg.PiGDM(pooled(seed), zeta=lambda t: 0.1 * (seed % 7)),
+    "PnP": lambda seed: fg.PnP(blurred(seed)),
+    "PnP Laplace": lambda seed: fg.PnP(pooled(seed, kind=Laplace), iterations=1),
+    "LatentPnP": lambda seed: fg.LatentPnP(pooled(seed), DECODER, gamma=40.0, solver="gradient", iterations=2),
+    "TDS": lambda seed: fg.TDS(pooled(seed, 0.3), 8),
+    "TDS multinomial": lambda seed: fg.TDS(masked(seed), 8, covariance="point", resampler="multinomial"),
+    "FK": lambda seed: fg.FK(brightness, 8, potential="max", strength=1 + seed % 7),
+    "FK guided": lambda seed: fg.FK(brightness, 8, potential="sum", proposal="guided", strength=1.5 + seed % 7),
+    "FK of y": lambda seed: fg.FK(Callable(nearness, y=measurement(seed, 8, 8)), 8, resample_steps=2),
+}
+MASK = torch.zeros(1, 8, 8, dtype=torch.bool)
+MASK[:, :3, :3] = True
+DECODER = torch.nn.Conv2d(1, 1, 1).requires_grad_(False)
+
+
+def nearness(x0, y):
+    return -(x0 - y).square().flatten(1).sum(1)
+
+
+def run(name, seed, prior=None, device="cpu", **options):
+    if prior is None:
+        prior = denoiser(device)
+    options = {"steps": 5, "seed": seed, "device": device, "keep_ancestors": name.startswith(("TDS", "FK"))} | options
+    return fg.sample(prior, (2, 1, 8, 8), guidance=GUIDANCES[name](seed), **options)
+
+
+def denoiser(device="cpu", seed=0):
+    return fg.Denoiser(Network(seed).to(device).requires_grad_(False), fg.schedules.vp_cosine(100), prediction="v")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", GUIDANCES)
+def test_a_replay_is_the_eager_loop_of_another_seed_and_observation(name, device):
+    prior = denoiser(device)
+    for seed in (1, 2**64 - 3):
+        eager = run(name, seed, prior, device, graph=False)
+        assert_same(run(name, seed, prior, device, graph=True), eager)
+        assert len(graphs._graphs) == 1
+    assert torch.isfinite(eager.x).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", GUIDANCES)
+def test_a_step_replayed_for_others_is_the_eager_loop(name, device, monkeypatch):
+    monkeypatch.setattr(graphs, "UNROLLED", 0)
+    prior = denoiser(device)
+    for seed in (1, 2**64 - 3):
+        eager = run(name, seed, prior, device, graph=False, steps=9)
+        replayed = run(name, seed, prior, device, graph=True, steps=9)
+        if "isotropic" in name:  # which adds its variances in float32
+            torch.testing.assert_close(replayed.x, eager.x, rtol=1e-5, atol=1e-5)
+        else:
+            assert_same(replayed, eager)
+    (captured,) = graphs._graphs.values()
+    assert len(set(map(id, captured._replays))) < len(captured._replays) == 10  # the start and nine steps
+
+
+# --- when a loop is captured --------------------------------------------------------------------------------
+
+
+class Rerun(Traced):
+    """Runs what it recorded again: enough to see what is recorded when, and quick."""
+
+    def record(self, function):
+        Traced.number += 1
+        results = function()
+
+        def replay():
+            for tensor, new in zip(tree_flatten(results)[0], tree_flatten(function())[0], strict=True):
+                if tensor is not None:
+                    tensor.copy_(new)
+
+        return results, replay
+
+
+@pytest.fixture
+def rerun(monkeypatch, recording):
+    monkeypatch.setattr(graphs, "Recording", Rerun)
+
+
+def test_auto_captures_at_the_second_call(rerun):
+    prior = denoiser()
+    outs = []
+    for seed, captures in ((1, 0), (2, 1), (3, 1)):
+        outs.append(run("TDS", seed, prior, graph="auto"))
+        assert Traced.number == captures
+    for seed, out in enumerate(outs, start=1):  # a replay leaves what was returned before alone
+        assert_same(out, run("TDS", seed, prior, graph=False))
+
+
+def plain(prior, **options):
+    options = {"steps": 3, "graph": True} | options
+    return fg.sample(prior, options.pop("shape", (2, 1, 8, 8)), **options)
+
+
+def test_what_a_graph_depends_on(rerun):
+    prior, y = denoiser(), measurement(0, 2, 2)
+
+    def guided(pool=4, scale=0.1, **options):
+        return plain(prior, guidance=fg.DPS(Gaussian(y, AveragePool(pool), scale), **options))
+
+    other, half = denoiser(seed=1), denoiser()
+    half.net.bfloat16()
+    calls = [
+        lambda: plain(prior),
+        lambda: plain(prior, steps=4),
+        lambda: plain(prior, eta=0.5),
+        lambda: plain(prior, clip=1.0),
+        lambda: plain(prior, chunk_size=1),
+        lambda: plain(prior, shape=(3, 1, 8, 8)),
+        lambda: plain(prior, dtype=torch.float64),
+        lambda: plain(prior, x_T=torch.zeros(2, 1, 8, 8)),
+        lambda: plain(other),
+        lambda: plain(half),
+        lambda: guided(),
+        lambda: guided(scale=0.2),
+        lambda: guided(normalize=False),
+        lambda: guided(covariance="isotropic"),
+        lambda: plain(prior, guidance=fg.PnP(blurred(0))),
+        lambda: plain(prior, guidance=fg.PnP(blurred(0, width=5))),
+    ]
+    for number, call in enumerate(calls, start=1):
+        call()
+        assert Traced.number == number
+    for call in calls[-graphs.KEPT :]:  # the last are kept
+        call()
+        assert Traced.number == len(calls)
+    calls[0]()
+    assert Traced.number == len(calls) + 1
+
+
+def test_networks_are_read_where_they_stand(rerun):
+    prior = denoiser()
+    before = plain(prior)
+    with torch.no_grad():
+        prior.net.layers[0].weight.mul_(2.0)
+    after = plain(prior)
+    assert Traced.number == 1 and not torch.equal(before.x, after.x)
+    assert_same(after, plain(prior, graph=False))
+    prior.net.layers[0].weight.data = prior.net.layers[0].weight.data.clone()
+    plain(prior)
+    assert Traced.number == 2
+    prior.net.eval()
+    plain(prior)
+    assert Traced.number == 3
+
+
+def test_functions_are_compared_by_code_and_closure(rerun):
+    def around(network, offset):
+        return fg.Denoiser(lambda x, t: network(x, t) + offset, fg.schedules.vp_cosine(100), prediction="v")
+
+    network = Network().requires_grad_(False)
+    for offset, captures in ((1.0, 1), (1.0, 1), (2.0, 2), (torch.ones(()), 3), (torch.ones(()), 3)):
+        out = plain(around(network, offset))
+        assert Traced.number == captures
+        assert_same(out, plain(around(network, offset), graph=False))
+    plain(around(Network(), 1.0))
+    assert Traced.number == 4
+
+
+def test_scales_of_guidance_are_inputs(rerun):
+    conditional, unconditional = (Network(seed).requires_grad_(False) for seed in (0, 1))
+    for scale in (1.0, 4.0):
+        prior = fg.Denoiser(
+            conditional, fg.schedules.vp_cosine(100), prediction="v", unconditional=unconditional, guidance_scale=scale
+        )
+        assert_same(plain(prior), plain(prior, graph=False))
+    assert Traced.number == 1
+    for dtype in (torch.bfloat16, torch.float32):
+        for zeta in (0.3, 0.7):
+            guidance = fg.DPS(pooled(0), zeta=zeta)
+            same = [plain(prior, guidance=guidance, dtype=dtype, graph=graph) for graph in (True, False)]
+            assert_same(*same)
+    for rho in (2.0, 5.0):
+        guidance = fg.PnP(pooled(0), rho=rho)
+        assert_same(*(plain(prior, guidance=guidance, graph=graph) for graph in (True, False)))
+    assert Traced.number == 4
+
+
+def test_memory_is_returned(rerun):
+    prior = denoiser()
+    plain(prior)
+    assert len(graphs._graphs) == 1
+    graphs.clear()
+    assert not graphs._graphs
+    plain(prior)
+    assert Traced.number == 2
+
+
+# --- what is not captured -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_loop_that_asks_the_device_runs_eagerly_and_says_so_once(device):
+    network = Network().to(device).requires_grad_(False)
+
+    def asks(x, t):
+        return network(x, t) * (1.0 if x.sum().item() > 0 else 0.5)
+
+    prior = fg.Denoiser(asks, fg.schedules.vp_cosine(100), prediction="v")
+    eager = plain(prior, device=device, graph=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            assert_same(plain(prior, device=device, graph="auto"), eager)
+    (warning,) = [w for w in caught if issubclass(w.category, RuntimeWarning)]
+    assert "without a CUDA graph" in str(warning.message)
+    with pytest.raises(RuntimeError, match=r"graph=True: the loop cannot be captured: .*Error: "):
+        plain(prior, device=device, graph=True)
+    good = denoiser(device)  # a capture that broke leaves nothing behind
+    assert_same(plain(good, device=device), plain(good, device=device, graph=False))
+
+
+def test_who_watches_the_loop_gets_an_eager_one(rerun, tmp_path):
+    prior, seen = denoiser(), []
+    for options in ({"callback": seen.append}, {"checkpoint": tmp_path / "run.pt"}):
+        with pytest.raises(RuntimeError, match=r"graph=True: .*see the loop between its steps"):
+            plain(prior, **options)
+    with pytest.warns(RuntimeWarning, match="see the loop between its steps"):
+        plain(prior, callback=seen.append, graph="auto")
+    assert len(seen) == 3 and Traced.number == 0
+
+
+def test_a_step_of_the_users_is_not_replayed_for_others(rerun, monkeypatch):
+    monkeypatch.setattr(graphs, "UNROLLED", 0)
+
+    class Own(fg.guidance.plain.Plain):
+        pass
+
+    with pytest.raises(RuntimeError, match="guidance: Own takes more than 0 operations"):
+        plain(denoiser(), guidance=Own())
+
+
+def test_graphs_need_a_gpu(monkeypatch):
+    monkeypatch.setattr(graphs, "_DEVICE", "cuda")
+    with pytest.raises(RuntimeError, match="a CUDA graph runs on a GPU, and this run is on cpu"):
+        plain(denoiser(), device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain(denoiser(), device="cpu", graph="auto")
+    with pytest.raises(ValueError, match="graph: expected 'auto', True or False, got 'always'"):
+        plain(denoiser(), graph="always")
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_a_compiled_network_is_captured(device):
+    prior = denoiser(device)
+    prior.net = torch.compile(prior.net)
+    for name in ("plain", "DPS", "TDS"):
+        for seed in (1, 2):
+            assert_same(run(name, seed, prior, device, graph=True), run(name, seed, prior, device, graph=False))
