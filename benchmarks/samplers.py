@@ -118,10 +118,10 @@ def _guidances(decode: Net) -> dict[str, Callable]:
 class Digits:
     """Three held-out digits whose lower half is missing: 128 samples each, or as many particles; 50 steps."""
 
-    def __init__(self, setting: Setting, method: str):
+    def __init__(self, setting: Setting, method: str, observations: int = 3, samples: int = 128):
         self.setting, self.method = setting, method
         self.device = setting.device
-        self.observations, self.samples, self.steps = setting.pick((3, 128, 50), (1, 8, 12))
+        self.observations, self.samples, self.steps = setting.pick((observations, samples, 50), (1, 8, 12))
         mask = torch.zeros(1, 8, 8, dtype=torch.bool, device=self.device)
         mask[:, :4] = True
         self.mask = mask
@@ -136,7 +136,7 @@ class Digits:
         else:
             self.prior, self.decode = digits.prior(device=self.device), _unwrapped
 
-    def run(self, wrap: Callable[[Net], Net] = _unwrapped) -> fg.Samples:
+    def run(self, wrap: Callable[[Net], Net] = _unwrapped, graph: bool | str = "auto") -> fg.Samples:
         prior = fg.Denoiser(wrap(self.prior.net), self.prior.schedule, self.prior.prediction)
         y = self.y if self.weighted else self.repeated_y()
         likelihood = fg.likelihoods.Gaussian(y, self.operator, NOISE)
@@ -144,7 +144,7 @@ class Digits:
         guidance = _guidances(decode)[self.method](likelihood, self.samples)
         event = (2, 4, 4) if self.latent else (1, 8, 8)
         shape = (self.observations if self.weighted else len(y), *event)
-        return fg.sample(prior, shape, guidance=guidance, steps=self.steps, seed=1, device=self.device)
+        return fg.sample(prior, shape, guidance=guidance, steps=self.steps, seed=1, device=self.device, graph=graph)
 
     def repeated_y(self) -> Tensor:
         return self.y.repeat_interleave(self.samples, 0)
@@ -268,6 +268,56 @@ def _import_deepinv() -> types.ModuleType:
 
 for _name in ("plain", "dps", "pnp", "pigdm", "latent-pnp", "tds", "fk"):
     case(f"samplers/digits-{_name}")(partial(_digits, method=_name))
+
+
+# --- captured -----------------------------------------------------------------------------------------------
+
+
+def _captured(setting: Setting, method: str, eager: float, reduced: float | None) -> Case:
+    """A whole loop as one CUDA graph, against the same loop launched from Python."""
+    if setting.device.type != "cuda":
+        raise Absent("CUDA graphs run on a GPU")
+    task = Digits(setting, method, observations=1, samples=1024)
+    ours = partial(task.run, graph=True)
+
+    def check() -> None:
+        task.check(Meter(setting.device))
+        found, expected = ours(), task.run(graph=False)
+        assert torch.equal(found.x, expected.x), "the graph gives other samples than the loop"
+
+    def reduce_overhead() -> Call:
+        net = torch.compile(task.prior.net, mode="reduce-overhead")
+
+        def begun(x: Tensor, t: Tensor) -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
+            return net(x, t)
+
+        def compiled(_: Net) -> Net:
+            return begun
+
+        return partial(task.run, compiled, graph=False)
+
+    return Case(
+        f"{method}, digits prior ({sum(p.numel() for p in task.prior.net.parameters()):,} parameters), "
+        f"{task.samples} {'particles' if task.weighted else 'samples'}, {task.steps} steps, one CUDA graph",
+        elements=task.samples * task.steps,
+        bytes=None,
+        ours=ours,
+        check=check,
+        rivals=[
+            rival("the same loop, eager", lambda: partial(task.run, graph=False), at_least=eager),
+            rival(
+                "the same, its network by torch.compile(mode='reduce-overhead')",
+                reduce_overhead,
+                **({} if reduced is None else {"at_least": reduced}),
+            ),
+        ],
+        least_rounds=3,
+    )
+
+
+case("samplers/graph-tds")(partial(_captured, method="tds", eager=10.0, reduced=2.0))
+case("samplers/graph-dps")(partial(_captured, method="dps", eager=3.0, reduced=None))
 
 
 # --- a mixture in two dimensions ----------------------------------------------------------------------------
