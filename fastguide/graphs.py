@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .denoiser import Denoiser
@@ -138,9 +139,7 @@ class Captured:
         # Kept: nothing that the graph reads may go, and the identities in its key stay taken.
         self._arguments = run, guidance = _with_inputs(run, guidance, own)
         self._recording = Recording(run.device)
-        with _Count() as count:
-            guidance.step(run, guidance.start(run), 0)
-        if count.operations * run.steps <= UNROLLED:
+        if count_operations(lambda: loop(run, guidance)) <= UNROLLED:
             results, replay = self._recording.record(lambda: loop(run, guidance))
             replays = [replay]
         else:
@@ -160,14 +159,6 @@ class Captured:
             return tuple(None if r is None else r.clone() for r in self._results)
 
 
-class _Count(TorchDispatchMode):
-    operations = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operations += 1
-        return function(*args, **(kwargs or {}))
-
-
 class Recording:
     """CUDA graphs that are replayed in the order in which they were recorded, and share their memory. Users, from any
     thread and on any stream, take turns at it."""
@@ -184,7 +175,7 @@ class Recording:
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
-                function()  # compilers, tuners and caches have their say here; what is wrong with the call shows, too
+                function()  # compilers, tuners and caches have their say here
             current.wait_stream(self._stream)
             graph, failure, results = torch.cuda.CUDAGraph(), None, None
             try:
@@ -301,6 +292,61 @@ def _autocast_without_cache() -> contextlib.AbstractContextManager:
     if not torch.is_autocast_enabled("cuda"):
         return contextlib.nullcontext()
     return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False)
+
+
+# --- what no graph holds ------------------------------------------------------------------------------------
+
+_aten = torch.ops.aten
+_WAITS = {
+    _aten._local_scalar_dense.default, _aten.equal.default, _aten.nonzero.default, _aten.masked_select.default,
+    _aten.is_nonzero.default, _aten._unique2.default, _aten.bincount.default, _aten.repeat_interleave.Tensor,
+    _aten._linalg_eigh.default, _aten.linalg_eig.default, _aten._linalg_svd.default,
+}  # fmt: skip
+_COPIES = (_aten._to_copy.default, _aten.copy_.default)
+_INDEXED = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
+
+
+class Watch(TorchDispatchMode):
+    """Counts ``operations``, and raises for one that waits for the device or copies between it and another. A capture
+    would break at it, and until torch 2.12 a broken capture cost the allocator its bookkeeping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.operations += 1
+        if function in _COPIES:
+            source, target = args[1::-1] if function is _aten.copy_.default else (args[0], None)
+            device = kwargs.get("device") or source.device if target is None else target.device
+            if source.device != device:
+                raise RuntimeError(f"{function} copies from {source.device} to {device}")
+        elif function in _WAITS and args[0].device.type != "cpu":
+            raise RuntimeError(f"{function} waits for the device")
+        elif function in _INDEXED and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            raise RuntimeError(f"{function} by a mask waits for the device")
+        return function(*args, **kwargs)
+
+
+class _WatchMaking(TorchFunctionMode):
+    """Raises where a tensor on a device is made of the host's numbers, which no operation shows."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.tensor, torch.as_tensor, torch.asarray) and not isinstance(args[0], Tensor):
+            device = torch.device(kwargs.get("device") or torch.get_default_device())
+            if device.type != "cpu":
+                raise RuntimeError(f"torch.{function.__name__} copies from the host to {device}")
+        return function(*args, **kwargs)
+
+
+def count_operations(function: Callable[[], Any]) -> int:
+    """The operations of ``function``; raises for the first that no graph holds. What is compiled runs as written."""
+    function()  # without the watch: caches are filled from the host, once
+    with torch.compiler.set_stance("force_eager"), _WatchMaking(), Watch() as watch:
+        function()
+    return watch.operations
 
 
 def _described_error(error: Exception) -> str:
