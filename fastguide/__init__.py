@@ -7,7 +7,7 @@ A trained network, a measurement and a forward model go in; samples of ``x | y``
     out = fastguide.sample(prior, (1, 1, 8, 8), guidance=fastguide.TDS(likelihood, particles=256))
 """
 
-from . import library, likelihoods, operators, ops, reference, schedules
+from . import graphs, library, likelihoods, operators, ops, reference, schedules
 from .backends import backends
 from .denoiser import Denoiser
 from .guidance import DPS, FK, TDS, LatentPnP, PiGDM, PnP
@@ -25,6 +25,7 @@ __all__ = [
     "PnP",
     "Samples",
     "backends",
+    "graphs",
     "library",
     "likelihoods",
     "operators",
