@@ -38,8 +38,11 @@ class Setting:
     quick: bool = False
     seconds: float = 20.0  # of timing for each case
 
-    def pick(self, full: T, quick: T) -> T:
-        return quick if self.quick else full
+    def pick(self, full: T, quick: T, gpu: T | None = None) -> T:
+        """``gpu``: a size in place of ``full`` where that is too small to fill a GPU."""
+        if self.quick:
+            return quick
+        return gpu if gpu is not None and self.device.type == "cuda" else full
 
     def backend(self, operation: str, dtype: torch.dtype = torch.float32) -> str:
         """The backend that ``auto`` chooses."""
@@ -97,6 +100,7 @@ class Case:
     check: Callable[[], None]
     rivals: Sequence[Rival] = ()
     triad_at_most: float | None = None  # how many times a triad's time we may take
+    copy_at_least: float | None = None  # what share of a copy's bandwidth we mean to reach
     backend: str = ""
     least_rounds: int = 5
     figures: Callable[[float], Sequence[Figure]] = lambda seconds: ()
@@ -209,7 +213,7 @@ def _yardsticks(case: Case, device: torch.device) -> list[Rival]:
 
     (to, source), (a, b, c) = buffers(2), buffers(3)
     return [
-        Rival(COPY, lambda: to.copy_(source)),
+        Rival(COPY, lambda: to.copy_(source), at_most=None if case.copy_at_least is None else 1 / case.copy_at_least),
         Rival(TRIAD, lambda: torch.add(b, c, alpha=0.5, out=a), at_most=case.triad_at_most),
     ]
 

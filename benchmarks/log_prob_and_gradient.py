@@ -15,7 +15,7 @@ OBSERVATIONS = 4
 
 def _case(setting: Setting, family: str, **options: float) -> Case:
     """Residuals of order one; four observations of as many particles each."""
-    particles, measurements = setting.pick((4096, 3072), (8, 33))
+    particles, measurements = setting.pick((4096, 3072), (8, 33), (65536, 3072))
     z, y = setting.randn(particles, measurements), setting.randn(OBSERVATIONS, measurements, seed=1)
     if family == "poisson":
         z, y = z.abs(), (10 * y.abs()).round()

@@ -46,7 +46,7 @@ def fused(inputs: Inputs, numbers: tuple[float, float, float], out: Tensor) -> T
 
 @case("propose_and_weigh/float32")
 def float32(setting: Setting) -> Case:
-    shape = setting.pick((4096, 3072), (16, 96))
+    shape = setting.pick((4096, 3072), (16, 96), (65536, 4096))
     values = coefficients(1.0)
     x, x0 = setting.randn(*shape), setting.randn(*shape, seed=1)
     displacement, log_weights = 0.01 * setting.randn(*shape, seed=2), setting.randn(shape[0], seed=3)

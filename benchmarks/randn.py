@@ -54,14 +54,14 @@ def _case(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
 
 @case("randn/float32")
 def float32(setting: Setting) -> Case:
-    return _case(setting, setting.pick((4096, 4096), (16, 96)), torch.float32)
+    return _case(setting, setting.pick((4096, 4096), (16, 96), (65536, 4096)), torch.float32)
 
 
 @case("randn/float16")
 def float16(setting: Setting) -> Case:
-    return _case(setting, setting.pick((4096, 4096), (16, 96)), torch.float16)
+    return _case(setting, setting.pick((4096, 4096), (16, 96), (65536, 4096)), torch.float16)
 
 
 @case("randn/bfloat16")
 def bfloat16(setting: Setting) -> Case:
-    return _case(setting, setting.pick((4096, 4096), (16, 96)), torch.bfloat16)
+    return _case(setting, setting.pick((4096, 4096), (16, 96), (65536, 4096)), torch.bfloat16)

@@ -19,7 +19,7 @@ from fastguide.sampling import noise
 from .cases import Absent, Call, Case, Figure, Setting, case, close, compiled, ends, rival
 
 SEED, STEP = 7, 3
-SHAPE, QUICK_SHAPE = (64, 3, 256, 256), (4, 3, 8, 8)
+SHAPES = (64, 3, 256, 256), (4, 3, 8, 8), (1024, 4, 256, 256)  # on the CPU, quick, on a GPU
 
 
 def coefficients(eta: float, index: int = 600) -> Coefficients:
@@ -143,43 +143,54 @@ def _case(
     )
 
 
+ON_CPU = {
+    "eager": {"at_least": 12.0},
+    "compile": {"at_least": 40.0},
+    "fallback": {"at_least": 8.0},
+    "given": {"at_least": 1.0},
+}
+ON_GPU = {"eager": {"at_least": 5.0}, "compile": {"at_least": 1.2}}
+
+
 @case("reverse_step/stochastic")
 def stochastic(setting: Setting) -> Case:
     return _case(
         setting,
         "DDIM, eta = 1, clipped, noise made inside",
         coefficients(1.0),
-        shape=setting.pick(SHAPE, QUICK_SHAPE),
-        targets={
-            "eager": {"at_least": 12.0},
-            "compile": {"at_least": 40.0},
-            "fallback": {"at_least": 8.0},
-            "given": {"at_least": 1.0},
-        },
+        shape=setting.pick(*SHAPES),
+        targets=ON_GPU if setting.device.type == "cuda" else ON_CPU,
+        copy_at_least=0.85 if setting.device.type == "cuda" else None,
     )
 
 
 @case("reverse_step/deterministic")
 def deterministic(setting: Setting) -> Case:
-    shape = setting.pick(SHAPE, QUICK_SHAPE)
+    shape = setting.pick(*SHAPES)
     return _case(setting, "DDIM, eta = 0, clipped", coefficients(0.0), shape=shape, triad_at_most=1.2)
 
 
 @case("reverse_step/float16")
 def float16(setting: Setting) -> Case:
-    shape = setting.pick(SHAPE, QUICK_SHAPE)
+    shape = setting.pick(*SHAPES)
     return _case(setting, "eta = 1, clipped", coefficients(1.0), shape=shape, dtype=torch.float16)
 
 
 @case("reverse_step/bfloat16")
 def bfloat16(setting: Setting) -> Case:
-    shape = setting.pick(SHAPE, QUICK_SHAPE)
-    return _case(setting, "eta = 1, clipped", coefficients(1.0), shape=shape, dtype=torch.bfloat16)
+    return _case(
+        setting,
+        "eta = 1, clipped",
+        coefficients(1.0),
+        shape=setting.pick(*SHAPES),
+        dtype=torch.bfloat16,
+        copy_at_least=0.7 if setting.device.type == "cuda" else None,
+    )
 
 
 @case("reverse_step/per-sample-levels")
 def per_sample(setting: Setting) -> Case:
-    shape = setting.pick(SHAPE, QUICK_SHAPE)
+    shape = setting.pick(*SHAPES)
     levels = [coefficients(1.0, 40 + 14 * i) for i in range(shape[0])]
     values = tuple(torch.tensor(column, device=setting.device) for column in zip(*levels, strict=True))
     return _case(setting, "eta = 1, clipped, a level of its own for each sample", values, shape=shape)

@@ -351,3 +351,28 @@ def test_a_compiled_network_is_captured(device):
     for name in ("plain", "DPS", "TDS"):
         for seed in (1, 2):
             assert_same(run(name, seed, prior, device, graph=True), run(name, seed, prior, device, graph=False))
+
+
+def test_a_compiled_network_is_watched_as_it_was_written():
+    network = Network().requires_grad_(False)
+    x, t = torch.zeros(2, 1, 8, 8), torch.zeros(2)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    expected = graphs.count_operations(lambda: network(x, t))
+    assert graphs.count_operations(lambda: compiled(x, t)) == expected >= 4
+
+
+@pytest.mark.parametrize(
+    ("waits", "reason"),
+    (
+        (lambda x: x.nonzero(), "nonzero.* waits"),
+        (lambda x: x[x > 0], "by a mask waits"),
+        (lambda x: x.to("cpu"), "copies from meta to cpu"),
+        (lambda x: torch.as_tensor(0.5, device=x.device), "as_tensor copies from the host to meta"),
+        (lambda x: torch.tensor([0.5], device=x.device), "tensor copies from the host to meta"),
+    ),
+)
+def test_what_no_graph_holds_is_found(waits, reason):
+    x = torch.zeros(4, device="meta")
+    calls = iter((lambda x: x, waits))  # the first call is not watched
+    with pytest.raises(RuntimeError, match=reason):
+        graphs.count_operations(lambda: next(calls)(x))
