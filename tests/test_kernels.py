@@ -16,7 +16,13 @@ from fastguide.kernels import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-SHAPES = ((5, 1), (7, 2), (3, 3), (4, 4), (33, 7), (5, 8), (9, 66), (70, 33), (2, 1000), (3, 260), (1, 5000), (2, 8193))
+# Every alignment; tiles of one row and of several, rows of one tile and of several, with and without a remainder.
+SHAPES = ((5, 1), (7, 2), (3, 3), (4, 4), (33, 7), (5, 8), (9, 66), (3, 68), (40, 33), (2, 1000), (2, 2047), (1, 3072))
+# Of float16 two shapes: but for its rounding it is bfloat16, and the interpreter takes 50 ms for a tile of normals.
+STATES = [
+    *itertools.product(SHAPES, (torch.float32, torch.bfloat16)),
+    *(((9, 66), torch.float16), ((2, 2047), torch.float16)),
+]
 VP = (0.6, 0.8, 0.8, 0.6, 0.35)
 STILL = (*VP[:4], 0.0)
 COUNTER = dict(seed=2**64 - 3, step=2**32 - 2, stream=7, first_particle=2**32 - 2)
@@ -46,8 +52,7 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
 # --- randn --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("shape", "dtype"), STATES)
 def test_randn(shape, dtype):
     z = ops.randn(shape, dtype=dtype, device=DEVICE, backend="triton", **COUNTER)
     exact = reference.randn(shape, dtype=torch.float64, device=DEVICE, **COUNTER)
@@ -82,11 +87,10 @@ def test_randn_reads_its_seed_and_step_from_the_device():
 # --- reverse_step -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("shape", "dtype"), STATES)
 def test_reverse_step(shape, dtype):
     x, output, displacement = inputs(shape, dtype)
-    for coefficients, moved in itertools.product((VP, STILL, per_sample(shape[0])), (None, displacement)):
+    for coefficients, moved in ((VP, displacement), (STILL, None), (per_sample(shape[0]), displacement)):
         options = dict(clip=(-0.4, 0.9), displacement=moved, return_x0=True, **COUNTER)
         got = ops.reverse_step(x, output, coefficients, backend="triton", **options)
         wide = {**options, "displacement": None if moved is None else moved.double()}
@@ -108,8 +112,8 @@ def test_every_option_of_reverse_step(prediction, clip):
         assert error(got, exact) <= 8.0
 
 
-@pytest.mark.parametrize("dtypes", list(itertools.product(FLOATS, FLOATS, FLOATS)))
-def test_every_mix_of_dtypes(dtypes):
+@pytest.mark.parametrize("dtypes", [(FLOATS[i], FLOATS[j], FLOATS[(i + j) % 3]) for i in range(3) for j in range(3)])
+def test_every_mix_of_two_dtypes(dtypes):
     x, output, displacement = (t.to(d) for t, d in zip(inputs((5, 36)), dtypes, strict=True))
     got = ops.reverse_step(x, output, VP, displacement=displacement, backend="triton", **COUNTER)
     exact = reference.reverse_step(x.double(), output.double(), VP, displacement=displacement.double(), **COUNTER)
@@ -140,14 +144,18 @@ def test_derivatives_of_reverse_step():
 # --- propose_and_weigh --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", (*SHAPES, (1, 8192), (2, 20_000)))
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("weights_dtype", (torch.float32, torch.float64))
-def test_propose_and_weigh(shape, dtype, weights_dtype):
+# With rows as long as a program takes, and of two programs and of three.
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*STATES, *itertools.product(((1, 8192), (2, 8193), (1, 16_400)), (torch.float32, torch.bfloat16))],
+)
+def test_propose_and_weigh(shape, dtype):
     x, x0_hat, displacement = inputs(shape, dtype)
     displacement *= 0.1
-    log_weights = inputs(shape[:1], number=1)[0].to(weights_dtype)
-    for coefficients in (VP, per_sample(shape[0])):
+    coarse_first = dtype == torch.float32
+    for coefficients, coarse in ((VP, coarse_first), (per_sample(shape[0]), not coarse_first)):
+        weights_dtype = torch.float32 if coarse else torch.float64
+        log_weights = inputs(shape[:1], number=1)[0].to(weights_dtype)
         x_s, weights = ops.propose_and_weigh(
             x, x0_hat, displacement, log_weights, coefficients, backend="triton", **COUNTER
         )
@@ -176,14 +184,14 @@ def test_without_noise_the_base_step(elements):
 
 @pytest.mark.parametrize("elements", (3, 100, 9000))
 def test_chunks_give_the_same_bits(elements):
-    x, x0_hat, displacement = inputs((9, elements))
-    log_weights = inputs((9,), number=1)[0]
+    x, x0_hat, displacement = inputs((4, elements))
+    log_weights = inputs((4,), number=1)[0]
     options = dict(seed=3, backend="triton")
     whole = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, VP, first_particle=100, **options)
     part = ops.propose_and_weigh(
-        x[4:7], x0_hat[4:7], displacement[4:7], log_weights[4:7], VP, first_particle=104, **options
+        x[1:3], x0_hat[1:3], displacement[1:3], log_weights[1:3], VP, first_particle=101, **options
     )
-    assert all(torch.equal(a, b[4:7]) for a, b in zip(part, whole, strict=True))
+    assert all(torch.equal(a, b[1:3]) for a, b in zip(part, whole, strict=True))
 
 
 @pytest.mark.parametrize("shape", ((0, 3), (4, 0), (0,)))
@@ -218,7 +226,8 @@ def density(family: str, shape: tuple[int, ...], dtype: torch.dtype, y_of: str, 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("family", reference.FAMILIES)
 def test_log_prob_and_gradient(shape, dtype, family):
-    for y_of, spread in itertools.product(("one", "each", "rows"), (False, True)):
+    few = ("rows",) if shape[1] > 8192 else ("one", "each", "rows")
+    for y_of, spread in itertools.product(few, (False, True)):
         if spread and family == "poisson":
             continue
         z, y, options = density(family, shape, dtype, y_of, spread)
