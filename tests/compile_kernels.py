@@ -1,21 +1,24 @@
 """Compiles the Triton kernels for GPUs that need not be there, and prints what came of each as one line of JSON.
 
-``python tests/compile_kernels.py`` (without TRITON_INTERPRET). Registers and spills are those that ptxas reports.
+``python tests/compile_kernels.py`` (without TRITON_INTERPRET), on every core. Registers and spills are those that ptxas
+reports.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
 import json
+import multiprocessing
+import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -75,19 +78,13 @@ def compiled(kernel, pointers: dict[str, str], constants: dict[str, object], arc
             signature[name] = pointers.get(name) or INTEGERS.get(name) or FLOATS[name]
         if name in pointers:
             attributes[(place,)] = [["tt.divisibility", 16]]
-    result = triton.compile(
-        ASTSource(kernel, signature, known, attributes),
-        target=GPUTarget("cuda", architecture, 32),
-        options=dict(num_warps=warps, **tiles.OPTIONS),
-    )
-    ptx, cubin = result.asm["ptx"], result.asm["cubin"]
-    assembler = get_ptxas(architecture).path
-    target = re.search(r"\.target (\w+)", ptx)[1]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [assembler, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        result = triton.compile(
+            ASTSource(kernel, signature, known, attributes),
+            target=GPUTarget("cuda", architecture, 32),
+            options=dict(num_warps=warps, **tiles.OPTIONS),
+        )
+    ptx, cubin, report = result.asm["ptx"], result.asm["cubin"], said.getvalue()
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     return dict(
         cubin=len(cubin),
@@ -100,18 +97,26 @@ def compiled(kernel, pointers: dict[str, str], constants: dict[str, object], arc
     )
 
 
+def compile_all(architecture: int, state: str) -> list[str]:
+    """A line of JSON for each kernel on states of a dtype."""
+    lines = []
+    configs = tiles.CONFIGS if architecture == 90 else tiles.CONFIGS[1:2]
+    for name, kernel, pointers, constants in cases(state):
+        tuned = isinstance(kernel, triton.JITFunction)  # the others choose their tiles themselves
+        for config in configs if tuned else tiles.CONFIGS[1:2]:
+            block = constants.get("BLOCK", config.kwargs["BLOCK"])
+            tile = dict(BLOCK=block, ROWS=1, GROUPS=block // 4)
+            found = compiled(kernel, pointers, constants | tile, architecture, config.num_warps)
+            about = dict(name=name, state=state, architecture=architecture, block=block)
+            lines.append(json.dumps(about | found))
+    return lines
+
+
 def main() -> None:
-    for architecture in ARCHITECTURES:
-        configs = tiles.CONFIGS if architecture == 90 else tiles.CONFIGS[1:2]
-        for state in ("fp32", "bf16"):
-            for name, kernel, pointers, constants in cases(state):
-                tuned = isinstance(kernel, triton.JITFunction)  # the others choose their tiles themselves
-                for config in configs if tuned else tiles.CONFIGS[1:2]:
-                    block = constants.get("BLOCK", config.kwargs["BLOCK"])
-                    tile = dict(BLOCK=block, ROWS=1, GROUPS=block // 4)
-                    found = compiled(kernel, pointers, constants | tile, architecture, config.num_warps)
-                    about = dict(name=name, state=state, architecture=architecture, block=block)
-                    print(json.dumps(about | found), flush=True)
+    triton.knobs.nvidia.dump_ptxas_log = True
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        for lines in pool.starmap(compile_all, itertools.product(ARCHITECTURES, ("fp32", "bf16")), chunksize=1):
+            print(*lines, sep="\n")
 
 
 if __name__ == "__main__":
