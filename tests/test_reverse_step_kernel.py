@@ -271,31 +271,30 @@ def test_threads_give_the_same_bits(particles, elements, clip):
     assert all(torch.equal(a, b) for other in others for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("name", _cpu.instruction_sets())
-@pytest.mark.parametrize("offset", (64, 65, 80))  # x0 aligned as x_s, otherwise, and as it again
-def test_large_results_have_the_same_bits(name, offset, instruction_set):
+def test_large_results_have_the_same_bits(instruction_set):
     """From 8 MiB they are written past the caches, from wherever the rows begin."""
     x, output, _ = inputs(701, 3001)
     expected = expected_of(x, output, STILL, clip=1.0)
-    with instruction_set(name):
-        for threads in (1, 2):
+    offsets = (64, 65, 80)  # x0 aligned as x_s, otherwise, and as it again
+    for name, offset, threads in itertools.product(_cpu.instruction_sets(), offsets, (1, 2)):
+        with instruction_set(name):
             assert_same(kernel(x, output, STILL, clip=1.0, offset=offset, threads=threads), expected)
 
 
-@pytest.mark.parametrize("name", _cpu.instruction_sets())
 @pytest.mark.parametrize("prediction", ("epsilon", "sample"))
 @pytest.mark.parametrize("moved", (False, True))
-def test_large_noisy_steps_have_the_same_bits(name, prediction, moved, instruction_set):
+def test_large_noisy_steps_have_the_same_bits(prediction, moved, instruction_set):
     """From 8 MiB each normal is used where it is made, if rows begin where a vector does; they end amid normals."""
     x, output, displacement = inputs(701, 3024)
     for coefficients, clip in ((VP, None), (per_sample(701), (-0.4, 0.9))):
         options = dict(prediction=prediction, clip=clip, displacement=displacement if moved else None, **COUNTER)
         expected = expected_of(x, output, coefficients, **options)
-        with instruction_set(name):
-            for threads, offset in ((1, 64), (2, 64), (1, 80)):  # at 80 the rows of x0 begin elsewhere
-                assert_same(kernel(x, output, coefficients, offset=offset, threads=threads, **options), expected)
-            x_s = ops.reverse_step(x, output, coefficients, backend="cpu", **options)  # without x0
-        assert_same([x_s], expected[:1])
+        for name in _cpu.instruction_sets():
+            with instruction_set(name):
+                for threads, offset in ((1, 64), (2, 64), (1, 80)):  # at 80 the rows of x0 begin elsewhere
+                    assert_same(kernel(x, output, coefficients, offset=offset, threads=threads, **options), expected)
+                x_s = ops.reverse_step(x, output, coefficients, backend="cpu", **options)  # without x0
+            assert_same([x_s], expected[:1])
 
 
 def test_particles_without_noise_get_none():
