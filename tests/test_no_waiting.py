@@ -1,22 +1,30 @@
 """No loop waits for the host, and none is fed by it: that is what makes it capturable as a CUDA graph.
 
-Every algorithm runs on the ``meta`` device, whose tensors have no values. Whatever would ask the device a question
-(``item``, ``bool``, ``nonzero``, a shape that depends on data) has no answer there and raises; `Watch` refuses what
-moves between devices, and what is known to wait on a GPU.
+Every algorithm runs on fake tensors of the ``meta`` device, which have no values, and every operation's reference on
+that device itself. Whatever would ask the device a question (``item``, ``bool``, ``nonzero``, a shape that depends on
+data) has no answer there and raises; `Watch` refuses what moves between devices, and what is known to wait on a GPU.
+But for values, the states are those of a run on the CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+
 import pytest
 import torch
+import torch._functorch.config
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastguide as fg
-from fastguide import ops, sampling
+from fastguide import ops, reference, sampling
+from fastguide.guidance.base import State
 from fastguide.guidance.plain import Plain
 from fastguide.likelihoods import Gaussian, Laplace, Poisson, StudentT
 from fastguide.operators import AveragePool, Blur, Inpainting
 
+VP = (0.6, 0.8, 0.8, 0.6, 0.3)
 aten = torch.ops.aten
 WAITS = {
     aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.is_nonzero.default,
@@ -42,9 +50,10 @@ class Watch(TorchDispatchMode):
 
 
 class Network(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, device: str):
         super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 1, 3, padding=1))
+        options = dict(padding=1, device=device)
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, **options), torch.nn.Conv2d(4, 1, 3, **options))
 
     def forward(self, x, t):
         return self.layers(x) + t.reshape(-1, 1, 1, 1)
@@ -54,55 +63,78 @@ def brightness(x):
     return x.flatten(1).sum(1)
 
 
-def guidances() -> dict[str, object]:
+def guidances(device: str) -> dict[str, object]:
+    """Iterations, which are all alike, are few; ``"moment"``, which takes the longest, stands where it is named."""
     y, few = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 2, 2)
     pool, mask = AveragePool(4), Inpainting(torch.ones(1, 8, 8, dtype=torch.bool))
     blur = Blur(torch.ones(3, 3) / 9, padding="zeros")
-    decoder = torch.nn.Conv2d(1, 1, 1).to("meta")
-    latent = fg.LatentPnP(Gaussian(few, pool, 0.1), decoder=decoder)
+    decoder = torch.nn.Conv2d(1, 1, 1, device=device)
+    latent = fg.LatentPnP(Gaussian(few, pool, 0.1), decoder=decoder, iterations=2)
     found = {"plain": Plain(), "PnP closed form": fg.PnP(Gaussian(few, pool, 0.1)), "LatentPnP": latent}
     found |= {f"DPS {c}": fg.DPS(Gaussian(few, pool, 0.1), covariance=c) for c in ("point", "isotropic", "moment")}
     found |= {
         "DPS Student-t": fg.DPS(StudentT(few, pool, 0.1, df=3.0)),
         "DPS Poisson": fg.DPS(Poisson(few.abs(), pool, 0.1)),
-        "PnP conjugate gradients": fg.PnP(Gaussian(y, blur, 0.1)),
-        "PnP Laplace": fg.PnP(Laplace(few, pool, 0.1)),
+        "PnP conjugate gradients": fg.PnP(Gaussian(y, blur, 0.1), solver="cg", iterations=2),
+        "PnP Laplace": fg.PnP(Laplace(few, pool, 0.1), iterations=2),
         "PnP masked": fg.PnP(Gaussian(y.flatten(1), mask, 0.1)),
         "PiGDM": fg.PiGDM(Gaussian(few, pool, 0.1)),
     }
-    for resampler in ("systematic", "stratified", "multinomial", "residual"):
-        found[f"TDS {resampler}"] = fg.TDS(Gaussian(few, pool, 0.1), particles=4, resampler=resampler)
-    found |= {f"TDS {c}": fg.TDS(Gaussian(few, pool, 0.1), particles=4, covariance=c) for c in ("point", "isotropic")}
+    for resampler in reference.SCHEMES:
+        found[f"TDS {resampler}"] = fg.TDS(Gaussian(few, pool, 0.1), 4, covariance="isotropic", resampler=resampler)
+    found |= {f"TDS {c}": fg.TDS(Gaussian(few, pool, 0.1), 4, covariance=c) for c in ("point", "moment")}
     for potential in ("difference", "max", "sum"):
         for proposal in ("base", "guided"):
             steering = fg.FK(brightness, particles=4, potential=potential, proposal=proposal)
             found[f"FK {potential}, {proposal}"] = steering
-    found["FK of a likelihood"] = fg.FK(Gaussian(few, pool, 0.1), particles=4, resample_steps=2, ess_threshold=None)
+    found["FK of a likelihood"] = fg.FK(
+        Gaussian(few, pool, 0.1), particles=4, covariance="isotropic", resample_steps=2, ess_threshold=None
+    )
     return found
 
 
-GUIDANCES = guidances()
+@contextlib.contextmanager
+def fake_tensors():
+    """Of the ``meta`` device too, and in the place of the tensors that a guidance object was made with."""
+    with torch._functorch.config.patch(fake_tensor_allow_meta=True), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
 
 
-def loop(guidance, device: str, chunk_size: int | None = None, clip=None) -> torch.Tensor:
-    """`fastguide.sample` between what it checks before the first step and after the last."""
-    prior = fg.Denoiser(Network().to(device), fg.schedules.vp_cosine(100), prediction="v")
-    shape, dtype = (2, 1, 8, 8), torch.float32
-    run = sampling._prepare_run(prior, shape, guidance, 4, None, None, clip, 7, None, dtype, device, chunk_size)
-    guidance = guidance.prepare(run)
-    state = guidance.start(run)
-    guidance.step(run, state, 0)  # an operator's spectrum is made on the host, once; a capture is warmed up as well
-    state = guidance.start(run)
-    with Watch():
-        for i in range(run.steps):
-            state = guidance.step(run, state, i)
-    return state.x
+def loop(guidance, device: str, chunk_size: int | None = None, clip=None, watch: bool = True) -> list[State]:
+    """The states of `fastguide.sample` between what it checks before the first step and after the last; on ``meta`` of
+    fake tensors."""
+    nothing = contextlib.nullcontext()
+    with fake_tensors() if device == "meta" else nothing:
+        prior = fg.Denoiser(Network(device), fg.schedules.vp_cosine(100), prediction="v")
+        shape, dtype = (2, 1, 8, 8), torch.float32
+        run = sampling._prepare_run(prior, shape, guidance, 3, None, None, clip, 7, None, dtype, device, chunk_size)
+        guidance = guidance.prepare(run)
+        state = guidance.start(run)
+        guidance.step(run, state, 0)  # an operator's spectrum is made on the host, once; a capture is warmed up as well
+        states = [guidance.start(run)]
+        with Watch() if watch else nothing:
+            for i in range(run.steps):
+                states.append(guidance.step(run, states[-1], i))
+    return states
 
 
-@pytest.mark.parametrize("name", GUIDANCES)
+def tensors_of(state: State) -> dict[str, torch.Tensor]:
+    found = {name: value for name, value in vars(state).items() if isinstance(value, torch.Tensor)}
+    return found | state.particles
+
+
+META, CPU = guidances("meta"), guidances("cpu")
+
+
+@pytest.mark.parametrize("name", META)
 def test_no_step_waits_or_is_fed(name):
-    x = loop(GUIDANCES[name], "meta", chunk_size=3, clip=1.0)
-    assert x.device.type == "meta" and x.shape[0] == 2 * getattr(GUIDANCES[name], "particles", 1)
+    fake = loop(META[name], "meta", chunk_size=5, clip=1.0)
+    real = loop(CPU[name], "cpu", watch=False, chunk_size=5, clip=1.0)  # eigh does not wait there
+    for got, expected in zip(map(tensors_of, fake), map(tensors_of, real), strict=True):
+        assert got.keys() == expected.keys()
+        for field, value in expected.items():
+            assert isinstance(got[field], FakeTensor) and got[field].device.type == "meta", field
+            assert (got[field].shape, got[field].dtype) == (value.shape, value.dtype), field
 
 
 @pytest.mark.parametrize(
@@ -137,17 +169,25 @@ def test_the_watch_lets_arithmetic_pass():
             return super().step(run, state, i)
 
     for device in ("meta", "cpu"):
-        assert loop(Computes(), device).device.type == device
+        assert loop(Computes(), device)[-1].x.device.type == device
 
 
 def test_operations_ask_nothing():
+    """The references, which serve a GPU without kernels; in the loops above stands one fake operator for each."""
     x, log_weights = torch.zeros(6, 5, device="meta"), torch.zeros(2, 3, device="meta")
-    levels = tuple(torch.full((6,), c, device="meta") for c in (0.6, 0.8, 0.8, 0.6, 0.3))
+    levels = tuple(torch.full((6,), c, device="meta") for c in VP)
+    rows = torch.zeros(6, dtype=torch.int64, device="meta")
     with Watch():
         ops.randn((6, 5), seed=1, device="meta")
-        ops.reverse_step(x, x, levels, clip=ops.DynamicThreshold(), displacement=x, return_x0=True)
-        ops.propose_and_weigh(x, x, x, log_weights, levels, seed=1)
-        ancestors = ops.resample(log_weights, ess_threshold=0.5, sorted=False, check=False)[0]
+        for clip, coefficients in itertools.product((None, 1.0, ops.DynamicThreshold()), (levels, VP)):
+            ops.reverse_step(x, x, coefficients, clip=clip, displacement=x, return_x0=True)
+        for coefficients in (levels, VP):
+            ops.propose_and_weigh(x, x, x, log_weights, coefficients, seed=1)
+        for scheme, threshold, keep_sorted in itertools.product(reference.SCHEMES, (None, 0.5), (False, True)):
+            options = dict(scheme=scheme, ess_threshold=threshold, sorted=keep_sorted)
+            ancestors = ops.resample(log_weights, check=False, **options)[0]
         ops.gather_particles_(ancestors, x.view(2, 3, 5), check=False)
-        for family in ("gaussian", "laplace", "poisson"):
-            ops.log_prob_and_gradient(x, x[:1], family=family, scale=1.0)
+        for family, added in itertools.product(reference.FAMILIES, (None, x[:1])):
+            if family != "poisson" or added is None:
+                options = dict(family=family, df=3.0 if family == "student_t" else None, added=added)
+                ops.log_prob_and_gradient(x, x[:2], scale=1.0, rows=rows, **options)
