@@ -21,6 +21,7 @@ from ..denoiser import Denoiser
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
 from ..operators import LinearOperator
+from ..ranges import phase
 from ..reference import Clip, Coefficients, Counted, Scalar, scaled, step_coefficients
 from ..schedules import Level
 
@@ -204,7 +205,7 @@ class Run:
 
     def x0_hat(self, x: Tensor, i: int) -> Tensor:
         """``E[x_0 | x_t]`` at level ``i``, without a graph."""
-        with torch.no_grad():
+        with torch.no_grad(), phase("network"):
             return self.in_chunks(lambda rows, chunk: (self.denoiser.x0_hat(chunk, self.level(i)),), x)[0]
 
     def likelihood_score(
@@ -222,14 +223,15 @@ class Run:
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, ...]:
             pull_back = PullBack(self, x, i)
-            y = likelihood.rows_of_y(rows)
-            shift, log_prob, gradient = score(pull_back, likelihood, y, scale, spread)
-            return (
-                pull_back.x0.detach().to(x.dtype),
-                shift.to(x.dtype),
-                log_prob,
-                gradient.flatten(1).norm(dim=1),
-            )
+            with phase("gradient"):
+                y = likelihood.rows_of_y(rows)
+                shift, log_prob, gradient = score(pull_back, likelihood, y, scale, spread)
+                return (
+                    pull_back.x0.detach().to(x.dtype),
+                    shift.to(x.dtype),
+                    log_prob,
+                    gradient.flatten(1).norm(dim=1),
+                )
 
         x0_hat, shift, log_prob, norm = self.in_chunks(chunk, x)
         return x0_hat, shift, log_prob, norm
@@ -242,8 +244,10 @@ class Run:
         spread = isotropic_variance(level) if covariance == "isotropic" else 0.0
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            x0_hat = self.denoiser.x0_hat(x, level)
-            return x0_hat, likelihood.value(x0_hat.to(self.compute_dtype), rows, scale, spread)
+            with phase("network"):
+                x0_hat = self.denoiser.x0_hat(x, level)
+            with phase("weights"):
+                return x0_hat, likelihood.value(x0_hat.to(self.compute_dtype), rows, scale, spread)
 
         with torch.no_grad():
             x0_hat, log_prob = self.in_chunks(chunk, x)
@@ -256,7 +260,7 @@ class Run:
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor]:
             return (likelihood.value(x.to(self.compute_dtype), rows, scale),)
 
-        with torch.no_grad():
+        with torch.no_grad(), phase("weights"):
             return self.in_chunks(chunk, x)[0]
 
 
@@ -278,7 +282,7 @@ class PullBack:
     def __init__(self, run: Run, x: Tensor, i: int):
         self.x = x.detach().requires_grad_()
         self.level, self.vanishing = run.level(i), run.vanishing(i)
-        with torch.enable_grad():
+        with torch.enable_grad(), phase("network"):
             self.x0 = run.denoiser.x0_hat(self.x, self.level).to(run.compute_dtype)
         if not self.x0.requires_grad:
             raise ValueError("net: expected a network that autograd can differentiate, got an output without a graph")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..likelihoods import Likelihood
+from ..ranges import phase
 from ..reference import Scalar, scaled
 from .base import Run, Schedulable, State, check_covariance, entry, per_sample, per_step, prepare_likelihood
 
@@ -48,10 +49,11 @@ class DPS:
 
     def step(self, run: Run, state: State, i: int) -> State:
         x0_hat, shift, _, norm = run.likelihood_score(self.likelihood, self.covariance, state.x, i)
-        displacement = scaled(shift, self._weight(run, i))
-        if self.normalize:
-            displacement *= per_sample(torch.where(norm > 0, 2.0 / norm, 0.0), displacement)
-        return State(run.reverse_step(state.x, x0_hat, i, clip=run.clip, displacement=displacement))
+        with phase("step"):
+            displacement = scaled(shift, self._weight(run, i))
+            if self.normalize:
+                displacement *= per_sample(torch.where(norm > 0, 2.0 / norm, 0.0), displacement)
+            return State(run.reverse_step(state.x, x0_hat, i, clip=run.clip, displacement=displacement))
 
     def _weight(self, run: Run, i: int) -> Scalar:
         """Of the shift, which is ``sigma_t^2 / alpha_t`` times the gradient."""

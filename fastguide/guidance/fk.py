@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..likelihoods import Likelihood
+from ..ranges import phase
 from ..reference import Coefficients, scaled
 from .base import PullBack, Run, State, check_covariance, default_covariance, integer, prepare_likelihood
 from .particles import check_particles, log_ratio, propose_guided, resample_particles
@@ -80,17 +81,21 @@ class FK:
     def start(self, run: Run) -> State:
         x = run.initial()
         particles = self._evaluate(run, x, 0)
-        log_potential = self._log_potential(particles, None, last=False)
+        with phase("weights"):
+            log_potential = self._log_potential(particles, None, last=False)
         return State(x, log_potential.reshape(run.observations, run.particles).clone(), particles)
 
     def step(self, run: Run, state: State, i: int) -> State:
         threshold = self.ess_threshold if self.decides(i) else 0.0
         ancestors, log_weights, ess = resample_particles(run, state, i, self.resampler, threshold)
-        x, log_weights = self._propose(run, state, log_weights, i)
+        with phase("step"):
+            x, log_weights = self._propose(run, state, log_weights, i)
         last = i + 1 == run.steps
         particles = {"reward": self._final_reward(run, x)} if last else self._evaluate(run, x, i + 1)
-        log_potential = self._log_potential(particles, state.particles, last)
-        return State(x, log_weights + log_potential.reshape(log_weights.shape), particles, ess, ancestors)
+        with phase("weights"):
+            log_potential = self._log_potential(particles, state.particles, last)
+            log_weights = log_weights + log_potential.reshape(log_weights.shape)
+        return State(x, log_weights, particles, ess, ancestors)
 
     def decides(self, i: int) -> bool:
         """Whether step ``i`` resamples."""
@@ -134,15 +139,16 @@ class FK:
 
     def _reward_score(self, run: Run, x: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
         pull_back = PullBack(run, x, i)
-        with torch.enable_grad():
-            reward = self._call_reward(pull_back.x0)
-        if not reward.requires_grad:
-            raise ValueError("reward: expected one that autograd can differentiate for the guided proposal")
-        shift = pull_back(reward, scaled(torch.ones_like(reward), self.strength))
-        return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype), reward.detach().double()
+        with phase("gradient"):
+            with torch.enable_grad():
+                reward = self._call_reward(pull_back.x0)
+            if not reward.requires_grad:
+                raise ValueError("reward: expected one that autograd can differentiate for the guided proposal")
+            shift = pull_back(reward, scaled(torch.ones_like(reward), self.strength))
+            return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype), reward.detach().double()
 
     def _reward(self, run: Run, x0: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), phase("weights"):
             return run.in_chunks(lambda rows, x0: (self._call_reward(x0).double(),), x0)[0]
 
     def _call_reward(self, x0: Tensor) -> Tensor:

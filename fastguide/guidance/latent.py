@@ -13,6 +13,7 @@ from .. import ops
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
 from ..operators import Function
+from ..ranges import phase
 from ..reference import scaled
 from .base import STREAM_RENOISE, Run, Schedulable, State
 from .pnp import PnP
@@ -82,16 +83,17 @@ class LatentPnP:
     def step(self, run: Run, state: State, i: int) -> State:
         assert self._pnp is not None
         z0_hat = run.x0_hat(state.x, i)
-        if self.encoder is None:
-            z0 = self._pnp.data_step(run, z0_hat, i)
-        else:
-            with torch.no_grad():
+        with torch.no_grad(), phase("solve"):
+            if self.encoder is None:
+                z0 = self._pnp.data_step(run, z0_hat, i)
+            else:
                 image = run.in_chunks(lambda rows, z: (self.decoder(z),), z0_hat)[0]
                 image = self._pnp.data_step(run, image, i)
                 z0 = run.in_chunks(lambda rows, x: (self.encoder(x),), image)[0]  # type: ignore[misc]
-        if self.gamma is None:
-            return State(run.reverse_step(state.x, z0, i, tau=self._pnp.fresh_noise(run, i), clip=run.clip))
-        return State(self._stochastic_resample(run, state.x, z0_hat, z0, i))
+        with phase("step"):
+            if self.gamma is None:
+                return State(run.reverse_step(state.x, z0, i, tau=self._pnp.fresh_noise(run, i), clip=run.clip))
+            return State(self._stochastic_resample(run, state.x, z0_hat, z0, i))
 
     def _stochastic_resample(self, run: Run, x: Tensor, z0_hat: Tensor, z0: Tensor, i: int) -> Tensor:
         assert self.gamma is not None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ranges import phase
 from ..reference import SCHEMES, clip_x0, scaled
 from .base import STREAM_RESAMPLE, Run, State
 
@@ -26,18 +27,20 @@ def resample_particles(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ancestors ``[B, K]``, log-weights and ESS ``[B]``; the state's particles are moved in place."""
     assert state.log_weights is not None
-    ancestors, log_weights, _, ess = ops.resample(
-        state.log_weights,
-        scheme=resampler,
-        ess_threshold=ess_threshold,
-        **run.counter(i),
-        stream=STREAM_RESAMPLE,
-        sorted=False,
-        check=False,  # looked at once, after the loop
-    )
-    shape = (run.observations, run.particles)
-    views = [t.view(*shape, *t.shape[1:]) for t in (state.x, *state.particles.values())]
-    ops.gather_particles_(ancestors, *views, check=False)
+    with phase("resample"):
+        ancestors, log_weights, _, ess = ops.resample(
+            state.log_weights,
+            scheme=resampler,
+            ess_threshold=ess_threshold,
+            **run.counter(i),
+            stream=STREAM_RESAMPLE,
+            sorted=False,
+            check=False,  # looked at once, after the loop
+        )
+    with phase("gather"):
+        shape = (run.observations, run.particles)
+        views = [t.view(*shape, *t.shape[1:]) for t in (state.x, *state.particles.values())]
+        ops.gather_particles_(ancestors, *views, check=False)
     return ancestors, log_weights, ess
 
 

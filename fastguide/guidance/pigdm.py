@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..likelihoods import Gaussian
 from ..operators import LinearOperator
+from ..ranges import phase
 from ..reference import Scalar, scaled
 from .base import PullBack, Run, Schedulable, State, entry, isotropic_variance, per_step, prepare_likelihood
 
@@ -51,14 +52,16 @@ class PiGDM:
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             pull_back = PullBack(run, x, i)
-            with torch.no_grad():
-                v = self.vector(pull_back.x0.detach(), self.likelihood.rows_of_y(rows), scale, spread)
-            shift = pull_back(pull_back.x0, v / spread)
-            return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype)
+            with phase("gradient"):
+                with torch.no_grad():
+                    v = self.vector(pull_back.x0.detach(), self.likelihood.rows_of_y(rows), scale, spread)
+                shift = pull_back(pull_back.x0, v / spread)
+                return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype)
 
         x0_hat, shift = run.in_chunks(chunk, state.x)
-        displacement = scaled(shift, entry(self.zeta, i) * run.x0_weight(i))
-        return State(run.reverse_step(state.x, x0_hat, i, clip=run.clip, displacement=displacement))
+        with phase("step"):
+            displacement = scaled(shift, entry(self.zeta, i) * run.x0_weight(i))
+            return State(run.reverse_step(state.x, x0_hat, i, clip=run.clip, displacement=displacement))
 
     def vector(self, x0_hat: Tensor, y: Tensor, scale: float, spread: Scalar) -> Tensor:
         """``v`` above, ``[n, *event]``."""

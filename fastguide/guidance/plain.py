@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import ops
+from ..ranges import phase
 from .base import Run, State
 
 
@@ -22,15 +23,16 @@ class Plain:
 
     def step(self, run: Run, state: State, i: int) -> State:
         denoiser, level = run.denoiser, run.level(i)
-        with torch.no_grad():
+        with torch.no_grad(), phase("network"):
             (output,) = run.in_chunks(lambda rows, x: (denoiser(x, level),), state.x)
-        x = ops.reverse_step(
-            state.x,
-            output,
-            run.coefficients(i),
-            prediction=denoiser.prediction,
-            clip=run.clip,
-            **run.counter(i),
-        )
+        with phase("step"):
+            x = ops.reverse_step(
+                state.x,
+                output,
+                run.coefficients(i),
+                prediction=denoiser.prediction,
+                clip=run.clip,
+                **run.counter(i),
+            )
         assert isinstance(x, torch.Tensor)  # no x0_hat was asked for
         return State(x)

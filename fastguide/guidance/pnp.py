@@ -11,6 +11,7 @@ from torch import Tensor
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator
+from ..ranges import phase
 from ..reference import Scalar
 from .base import Run, Schedulable, State, entry, integer, isotropic_variance, per_sample, per_step, prepare_likelihood
 
@@ -66,8 +67,10 @@ class PnP:
 
     def step(self, run: Run, state: State, i: int) -> State:
         x0_hat = run.x0_hat(state.x, i)
-        x0 = self.data_step(run, x0_hat, i)
-        return State(run.reverse_step(state.x, x0, i, tau=self.fresh_noise(run, i), clip=run.clip))
+        with phase("solve"):
+            x0 = self.data_step(run, x0_hat, i)
+        with phase("step"):
+            return State(run.reverse_step(state.x, x0, i, tau=self.fresh_noise(run, i), clip=run.clip))
 
     def fresh_noise(self, run: Run, i: int) -> Scalar:
         return run.level(i + 1).sigma * entry(self.zeta, i) ** 0.5

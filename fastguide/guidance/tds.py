@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..likelihoods import Likelihood
+from ..ranges import phase
 from .base import Run, State, check_covariance, default_covariance, prepare_likelihood
 from .particles import check_particles, log_ratio, propose_guided, resample_particles
 
@@ -44,13 +45,16 @@ class TDS:
 
     def step(self, run: Run, state: State, i: int) -> State:
         ancestors, log_weights, ess = resample_particles(run, state, i, self.resampler, self.ess_threshold)
-        x, log_weights = propose_guided(run, state, log_weights, i)
+        with phase("step"):
+            x, log_weights = propose_guided(run, state, log_weights, i)
         if i + 1 < run.steps:
             twist = self._twist(run, x, i + 1)
         else:  # x is x_0: the exact likelihood
             twist = {"log_prob": run.exact_log_prob(self.likelihood, x)}
-        change = log_ratio(twist["log_prob"], state.particles["log_prob"])
-        return State(x, log_weights + change.reshape(log_weights.shape), twist, ess, ancestors)
+        with phase("weights"):
+            change = log_ratio(twist["log_prob"], state.particles["log_prob"])
+            log_weights = log_weights + change.reshape(log_weights.shape)
+        return State(x, log_weights, twist, ess, ancestors)
 
     def _twist(self, run: Run, x: Tensor, i: int) -> dict[str, Tensor]:
         """``x0_hat``, its guided shift and ``log p~(y | x_t)``: one evaluation of the network serves the weight of this

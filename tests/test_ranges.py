@@ -1,0 +1,170 @@
+"""NVTX ranges: which phases each algorithm's step has, and that there are none where no tool listens."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+from gaussian import Y, example, gaussian_likelihood
+
+import fastguide as fg
+from fastguide import ranges, sampling
+from fastguide.guidance.plain import Plain
+
+
+class Recorder:
+    """Stands in for ``nvtx``: the ranges in their order, those within others behind them and a slash."""
+
+    def __init__(self):
+        self.found, self.open = [], []
+
+    def push_range(self, message):
+        self.open.append(message.removeprefix("fastguide."))
+        self.found.append("/".join(self.open))
+
+    def pop_range(self):
+        self.open.pop()
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """For a process that a tool has started."""
+    found = Recorder()
+    monkeypatch.setitem(sys.modules, "nvtx", found)
+    monkeypatch.setenv("NVTX_INJECTION64_PATH", "/a/tool.so")
+    ranges._range.cache_clear()
+    yield found
+    ranges._range.cache_clear()
+
+
+def phases(recorder, guidance, steps: int = 3, chunk_size: int | None = None) -> list[list[str]]:
+    """Of the start and of each step."""
+    run = sampling._prepare_run(
+        example().denoiser(), (2, 3), guidance, steps, None, None, None, 0, None, torch.float64, "cpu", chunk_size
+    )
+    guidance = guidance.prepare(run)
+    recorder.found.clear()
+    state, parts = guidance.start(run), []
+    for i in range(steps):
+        parts.append(recorder.found[:])
+        recorder.found.clear()
+        state = guidance.step(run, state, i)
+    assert recorder.open == []
+    return [*parts, recorder.found[:]]
+
+
+def reward(x):
+    return -x.square().sum(1)
+
+
+def same(z):
+    return z
+
+
+GUIDED = ["network", "gradient", "step"]
+SOLVED = ["network", "solve", "step"]
+MOVED = ["resample", "gather", "step"]
+# The start, a step, the last step.
+PHASES = {
+    "plain": (Plain(), [], ["network", "step"], ["network", "step"]),
+    "DPS": (fg.DPS(gaussian_likelihood()), [], GUIDED, GUIDED),
+    "DPS moment": (fg.DPS(gaussian_likelihood(), covariance="moment"), [], GUIDED, GUIDED),
+    "PiGDM": (fg.PiGDM(gaussian_likelihood()), [], GUIDED, GUIDED),
+    "PnP": (fg.PnP(gaussian_likelihood()), [], SOLVED, SOLVED),
+    "LatentPnP": (fg.LatentPnP(gaussian_likelihood(), same, iterations=1), [], SOLVED, SOLVED),
+    "LatentPnP in pixels": (fg.LatentPnP(gaussian_likelihood(), same, same, "pixel", gamma=40.0), [], SOLVED, SOLVED),
+    "TDS": (
+        fg.TDS(gaussian_likelihood(), 4),
+        ["network", "gradient"],
+        [*MOVED, "network", "gradient", "weights"],
+        [*MOVED, "weights", "weights"],
+    ),
+    "FK of a reward": (
+        fg.FK(reward, 4),
+        ["network", "weights", "weights"],
+        [*MOVED, "network", "weights", "weights"],
+        [*MOVED, "weights", "weights"],
+    ),
+    "FK of a reward, guided": (
+        fg.FK(reward, 4, proposal="guided"),
+        ["network", "gradient", "weights"],
+        [*MOVED, "network", "gradient", "weights"],
+        [*MOVED, "weights", "weights"],
+    ),
+    "FK of a likelihood": (
+        fg.FK(gaussian_likelihood(), 4, covariance="isotropic"),
+        ["network", "weights", "weights"],
+        [*MOVED, "network", "weights", "weights"],
+        [*MOVED, "weights", "weights"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_every_phase_of_a_step_has_its_range(name, recorder):
+    guidance, start, step, last = PHASES[name]
+    assert phases(recorder, guidance) == [start, step, step, last]
+
+
+def test_chunks_have_their_own(recorder):
+    _, _, _, last = phases(recorder, fg.DPS(gaussian_likelihood()), chunk_size=1)
+    assert last == ["network", "gradient", "network", "gradient", "step"]
+
+
+def test_a_range_is_closed_when_its_body_raises(recorder):
+    def net(x, t):
+        raise ArithmeticError("halfway")
+
+    prior = fg.Denoiser(net, example().schedule, "sample")
+    with pytest.raises(ArithmeticError):
+        fg.sample(prior, (2, 3), guidance=fg.DPS(gaussian_likelihood(Y)), steps=3)
+    assert recorder.found == ["network"] and recorder.open == []
+
+
+def test_ranges_nest(recorder):
+    with ranges.phase("step"), ranges.phase("weights"), ranges.phase("step"):
+        pass
+    assert recorder.found == ["step", "step/weights", "step/weights/step"] and recorder.open == []
+
+
+def test_nothing_is_called_where_nothing_listens(recorder, monkeypatch):
+    monkeypatch.delenv("NVTX_INJECTION64_PATH")
+    ranges._range.cache_clear()
+    assert phases(recorder, fg.TDS(gaussian_likelihood(), 4)) == [[]] * 4
+    assert ranges.phase("step") is ranges.phase("network")
+
+
+def test_torchs_own_ranges_stand_in_for_nvtx(monkeypatch, recorder):
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    torchs = types.SimpleNamespace(range_push=recorder.push_range, range_pop=recorder.pop_range)
+    monkeypatch.setattr(torch.cuda, "nvtx", torchs)
+    with ranges.phase("step"):
+        assert recorder.open == ["step"]
+    assert recorder.open == []
+    ranges._range.cache_clear()
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    with ranges.phase("step"):
+        assert recorder.open == []
+
+
+def test_compiled_code_has_none(recorder):
+    def doubled(x):
+        with ranges.phase("step"):
+            return 2.0 * x
+
+    assert torch.equal(torch.compile(doubled, fullgraph=True, backend="eager")(torch.ones(3)), torch.full((3,), 2.0))
+    assert recorder.found == []
+    doubled(torch.ones(3))
+    assert recorder.found == ["step"]
+
+
+def test_the_real_nvtx_takes_them(recorder, monkeypatch):
+    """No tool is loaded from that file, so that its functions do nothing: what is called is checked, and how."""
+    monkeypatch.delitem(sys.modules, "nvtx")
+    nvtx = pytest.importorskip("nvtx")
+    with ranges.phase("step"), ranges.phase("network"):
+        assert ranges._functions() == (nvtx.push_range, nvtx.pop_range)
+    assert isinstance(ranges.phase("step"), ranges._Range) and recorder.found == []
