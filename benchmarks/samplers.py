@@ -115,6 +115,9 @@ def _guidances(decode: Net) -> dict[str, Callable]:
     }
 
 
+METHODS = tuple(_guidances(_unwrapped))
+
+
 class Digits:
     """Three held-out digits whose lower half is missing: 128 samples each, or as many particles; 50 steps."""
 
@@ -266,7 +269,7 @@ def _import_deepinv() -> types.ModuleType:
     return deepinv
 
 
-for _name in ("plain", "dps", "pnp", "pigdm", "latent-pnp", "tds", "fk"):
+for _name in METHODS:
     case(f"samplers/digits-{_name}")(partial(_digits, method=_name))
 
 

@@ -9,8 +9,9 @@
 | ``fastguide.weights`` | densities, rewards and potentials, and the log-weights that they change |
 | ``fastguide.resample``, ``fastguide.gather`` | the ancestors, and the particles that move |
 
-Where the network and what follows see one chunk after the other, so do their ranges. A CUDA graph has none: they appear
-where it is captured, not where it is replayed.
+Where the network and what follows see one chunk after the other, their ranges take turns. A range is of the thread that
+opened it, and autograd launches a backward pass on a GPU from another. A CUDA graph has none: they appear where it is
+captured, not where it is replayed.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
 from benchmarks import __main__ as command
-from benchmarks import cases, memory, report, samplers, timing
+from benchmarks import cases, memory, profile, report, samplers, timing
 from benchmarks.cases import CASES, Case, Figure, Rival, Setting
 from fastguide import ops, reference
 
@@ -215,6 +216,31 @@ def test_wrong_offspring_are_counted(monkeypatch):
 def test_peak_memory_is_what_is_allocated():
     peak, kept = memory.peak_of(lambda: torch.ones(1 << 24), QUICK.device)
     assert kept.nbytes <= peak < 1.2 * kept.nbytes
+
+
+def test_a_profile_is_of_one_run_after_another(monkeypatch, capsys):
+    events: list = []
+
+    @contextlib.contextmanager
+    def phase(name):
+        events.append(name)
+        yield
+        events.append("end")
+
+    right = samplers.Digits.run
+
+    def run(self, **options):
+        events.append((self.method, self.steps, self.samples, options))
+        return right(self, **options)
+
+    monkeypatch.setattr(profile, "phase", phase)
+    monkeypatch.setattr(samplers.Digits, "run", run)
+    assert profile.main(["--sampler", "tds", "--steps", "3", "--particles", "8"]) == 0
+    one = ("tds", 3, 8, dict(graph=False))
+    assert events == [one, "run", one, "end"]
+    assert capsys.readouterr().out.startswith("tds, 3 steps, 8 samples on cpu: 0.")
+    with pytest.raises(SystemExit):
+        profile.main(["--sampler", "no-such"])
 
 
 def test_the_meter_sees_forward_and_backward_and_nothing_else(monkeypatch):
