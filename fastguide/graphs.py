@@ -341,10 +341,17 @@ class _WatchMaking(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def count_operations(function: Callable[[], Any]) -> int:
-    """The operations of ``function``; raises for the first that no graph holds. What is compiled runs as written."""
-    function()  # without the watch: caches are filled from the host, once
+@contextlib.contextmanager
+def watched() -> Iterator[Watch]:
+    """Raises for what no graph holds. What is compiled runs as it was written."""
     with torch.compiler.set_stance("force_eager"), _WatchMaking(), Watch() as watch:
+        yield watch
+
+
+def count_operations(function: Callable[[], Any]) -> int:
+    """The operations of ``function``, all of which a graph holds."""
+    function()  # unwatched: caches are filled from the host, once
+    with watched() as watch:
         function()
     return watch.operations
 
