@@ -6,10 +6,11 @@ pointers, sizes and the stream: the modules know no PyTorch.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -212,12 +213,18 @@ def propose_and_weigh_cpu(
     return x_s, after
 
 
+@contextlib.contextmanager
+def _cuda_stream(device: torch.device) -> Iterator[int]:
+    """The current stream of ``device``, which is the current device meanwhile."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
 def randn_cuda(out: Tensor, seed: int, step: int, stream: int, first_particle: int) -> None:
     """Fill ``out [N, *event]``, on a CUDA device, on the current stream; returns at once."""
     particles, elements = _rows(out)
     code = CUDA_DTYPES[out.dtype]
-    with torch.cuda.device(out.device):
-        queue = torch.cuda.current_stream().cuda_stream
+    with _cuda_stream(out.device) as queue:
         module("cuda").randn(out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, queue)
 
 
