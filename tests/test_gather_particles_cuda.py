@@ -135,8 +135,8 @@ def test_a_workspace_without_room(cuda_device):
         (2, 5, (), 0),
     ),
 )
-def test_what_a_call_asks_for(rows, particles, sizes, expected, emulated_module):
-    assert emulated_module.gather_workspace(rows, particles, [(0, size) for size in sizes]) == expected
+def test_what_a_call_asks_for(rows, particles, sizes, expected, cuda_device):
+    assert compiled.module("cuda").gather_workspace(rows, particles, [(0, size) for size in sizes]) == expected
 
 
 # --- ancestors out of range ---------------------------------------------------------------------------------
@@ -165,13 +165,13 @@ def test_the_operation_refuses_them(cuda_device):
     assert torch.equal(state, before)
 
 
-def test_bounds(emulated_module):
+def test_bounds(cuda_device):
     for rows, particles, message in (
         (1, 2**31, "particles must be below 2147483648"),
         (2**32, 1, "rows must be below"),
     ):
         with pytest.raises(ValueError, match=message):
-            emulated_module.gather_particles(0, False, rows, particles, [], 0, 0, 0, 0)
+            compiled.module("cuda").gather_particles(0, False, rows, particles, [], 0, 0, 0, 0)
 
 
 # --- the operation ------------------------------------------------------------------------------------------
