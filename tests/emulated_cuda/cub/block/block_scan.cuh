@@ -6,7 +6,7 @@ namespace cub {
 
 template <class T, int kThreads>
 class BlockScan {
-  public:
+public:
     struct TempStorage {
         T values[kThreads];
     };
@@ -46,7 +46,7 @@ class BlockScan {
         sum(input, output, kItems, false, total, line);
     }
 
-  private:
+private:
     TempStorage* storage_;
 
     void sum(const T* input, T* output, int items, bool inclusive, T& total, emulated::Line line) {
