@@ -6,10 +6,11 @@ pointers, sizes and the stream: the modules know no PyTorch.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "Counter",
     "build_record",
     "gather_particles_cpu",
+    "gather_particles_cuda",
     "levels",
     "load_error",
     "loaded",
@@ -212,12 +214,18 @@ def propose_and_weigh_cpu(
     return x_s, after
 
 
+@contextlib.contextmanager
+def _cuda_stream(device: torch.device) -> Iterator[int]:
+    """The current stream of ``device``, which is the current device meanwhile."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
 def randn_cuda(out: Tensor, seed: int, step: int, stream: int, first_particle: int) -> None:
     """Fill ``out [N, *event]``, on a CUDA device, on the current stream; returns at once."""
     particles, elements = _rows(out)
     code = CUDA_DTYPES[out.dtype]
-    with torch.cuda.device(out.device):
-        queue = torch.cuda.current_stream().cuda_stream
+    with _cuda_stream(out.device) as queue:
         module("cuda").randn(out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, queue)
 
 
@@ -276,6 +284,24 @@ def gather_particles_cpu(ancestors: Tensor, states: Sequence[Tensor]) -> int:
     if bad < 0:  # written past autograd's eyes
         torch.autograd.graph.increment_version([state for state in states if not state.is_inference()])
     return bad
+
+
+def gather_particles_cuda(ancestors: Tensor, states: Sequence[Tensor]) -> Tensor:
+    """As `gather_particles_cpu`, on a CUDA device, on the current stream; returns at once, an int32 on the device: 0,
+    or else an ancestor is out of range and nothing is moved."""
+    particles = ancestors.shape[-1]
+    rows = ancestors.numel() // particles if particles else 0
+    flags = torch.empty(rows + 2, dtype=torch.int32, device=ancestors.device)
+    arrays = [(state.data_ptr(), state.nbytes // ancestors.numel()) for state in states] if rows else []
+    cuda = module("cuda")
+    workspace = flags.new_empty(cuda.gather_workspace(rows, particles, arrays), dtype=torch.uint8)
+    with _cuda_stream(ancestors.device) as queue:
+        cuda.gather_particles(
+            ancestors.data_ptr(), ancestors.dtype == torch.int64, rows, particles, arrays, flags.data_ptr(),
+            workspace.data_ptr(), workspace.nbytes, queue,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version([state for state in states if not state.is_inference()])
+    return flags[-1]
 
 
 def log_prob_and_gradient_cpu(

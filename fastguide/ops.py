@@ -535,7 +535,8 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
 
     ``ancestors``: ``[B, K]`` or ``[K]``, int32 or int64 in ``[0, K)``, which ``check`` makes sure of (that waits for a
     GPU; the CPU always looks); each state ``[B, K, *event]`` or ``[K, *event]``, of any dtype. Only particles whose
-    ancestor is another are copied; with ancestors of `resample` with ``sorted=False`` they are the fewest.
+    ancestor is another are copied; with ancestors of `resample` with ``sorted=False`` they are the fewest. The compiled
+    kernels move nothing where an ancestor is out of range, checked or not.
     """
     if not isinstance(ancestors, Tensor) or ancestors.dtype not in (torch.int32, torch.int64):
         got = ancestors.dtype if isinstance(ancestors, Tensor) else type(ancestors).__name__
@@ -562,6 +563,11 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
         bad = compiled.gather_particles_cpu(ancestors.contiguous(), states)
         if bad >= 0:
             _refuse_index("ancestors", ancestors, ancestors.shape[-1], bad)
+        return
+    if chosen == "cuda":
+        outside = compiled.gather_particles_cuda(ancestors.contiguous(), states)
+        if check and outside.item():
+            _check_indices("ancestors", ancestors, ancestors.shape[-1])
         return
     if check:
         _check_indices("ancestors", ancestors, ancestors.shape[-1])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import sys
 
+import emulated_cuda
 import pytest
 import torch
 
@@ -82,3 +85,28 @@ def instruction_set():
             cpu.use_instruction_set(before)
 
     return using
+
+
+@pytest.fixture(scope="session")
+def emulated_module(tmp_path_factory):
+    """``fastguide._cuda`` for pointers on the host."""
+    pytest.importorskip("pybind11", reason="csrc/cuda/bindings.cpp needs it")
+    if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
+        pytest.skip("no C++ compiler")
+    return emulated_cuda.build_module(tmp_path_factory.mktemp("emulated_cuda"))
+
+
+@pytest.fixture(params=("emulated", "cuda"))
+def cuda_device(request, monkeypatch) -> torch.device:
+    """Where ``backend="cuda"`` computes: the CPU, emulated, or a GPU where there is one."""
+    backends = sys.modules["fastguide.backends"]  # the package's attribute of that name is its function
+    if request.param == "cuda":
+        if reason := backends.backends()["cuda"].reason:
+            pytest.skip(f"cuda: {reason}")
+        return torch.device("cuda")
+    device_of, no_device = backends._device_of, backends._no_device
+    monkeypatch.setitem(compiled._modules, "cuda", (request.getfixturevalue("emulated_module"), ""))
+    monkeypatch.setattr(compiled, "_cuda_stream", lambda device: contextlib.nullcontext(0))
+    monkeypatch.setattr(backends, "_device_of", lambda name: "cpu" if name == "cuda" else device_of(name))
+    monkeypatch.setattr(backends, "_no_device", lambda name: "" if name == "cuda" else no_device(name))
+    return torch.device("cpu")

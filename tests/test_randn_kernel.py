@@ -7,14 +7,12 @@ import pytest
 import torch
 
 from fastguide import compiled
-from fastguide.backends import backends
 from fastguide.doctor import KNOWN_ANSWERS
 
 _cpu = compiled.module("cpu")
 ELEMENTS = (1, 2, 3, 4, 5, 7, 16, 17, 1000)
 PARTICLES = (0, 1, 3, 257)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-needs_gpu = pytest.mark.skipif(bool(backends()["cuda"].reason), reason=f"cuda: {backends()['cuda'].reason}")
 
 
 # --- the contract, in numpy ---------------------------------------------------------------------------------
@@ -87,14 +85,6 @@ def cpu(particles, elements, dtype=torch.float32, *, seed=0, step=0, stream=0, f
 def test_philox_known_answers(counter, key, expected):
     assert _cpu.philox(counter, key) == expected
     assert tuple(int(word) for word in philox(counter, key)) == expected
-
-
-@needs_gpu
-@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
-def test_philox_known_answers_on_cuda(counter, key, expected):
-    out = torch.zeros(4, dtype=torch.int32, device="cuda")
-    compiled.module("cuda").philox(out.data_ptr(), counter, key, torch.cuda.current_stream().cuda_stream)
-    assert tuple(word & 0xFFFFFFFF for word in out.tolist()) == expected
 
 
 # --- values -------------------------------------------------------------------------------------------------
@@ -231,30 +221,6 @@ def test_a_million_normals_are_normal(layout):
     assert stats.kstest(z, "norm").pvalue > 1e-4
     for lag in (1, 2, 3, 4, 1000):
         assert abs((z[lag:] * z[:-lag]).mean()) < 5 / math.sqrt(n)
-
-
-# --- CUDA ---------------------------------------------------------------------------------------------------
-
-
-@needs_gpu
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
-@pytest.mark.parametrize("elements", ELEMENTS)
-@pytest.mark.parametrize("offset", (0, 1))  # an odd address cannot take 16-byte stores
-def test_cuda_gives_the_bits_of_the_cpu(dtype, elements, offset):
-    for particles in (*PARTICLES, 20_001):
-        buffer = torch.full((particles * elements + 64,), math.nan, dtype=dtype, device="cuda")
-        out = buffer[offset : offset + particles * elements].view(particles, elements)
-        arguments = (COUNTERS["seed"], COUNTERS["step"], COUNTERS["stream"], COUNTERS["first_particle"])
-        compiled.randn_cuda(out, *arguments)
-        assert torch.equal(out.cpu(), cpu(particles, elements, dtype, **COUNTERS))
-        assert buffer[:offset].isnan().all() and buffer[offset + particles * elements :].isnan().all()
-
-
-@pytest.mark.skipif(not backends()["cuda"].loaded, reason=f"cuda: {backends()['cuda'].reason}")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device: nothing fails")
-def test_a_failed_launch_names_the_cuda_error():
-    with pytest.raises(RuntimeError, match="cudaError"):
-        compiled.module("cuda").randn(0, 0, 1, 4, 0, 0, 0, 0, 0)
 
 
 # --- instruction sets ---------------------------------------------------------------------------------------

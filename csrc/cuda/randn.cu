@@ -83,8 +83,7 @@ void randn_as(void* data, const RandnShape& shape, cudaStream_t queue) {
     const Position stride{blocks * per_block / groups, blocks * per_block % groups};
     const bool wide = shape.elements % 4 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
     const auto kernel = wide ? randn_kernel<T, true> : randn_kernel<T, false>;
-    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, queue>>>(out, shape, groups, stride);
-    check(cudaGetLastError(), "randn");
+    launch("randn", kernel, static_cast<unsigned>(blocks), kThreads, queue, out, shape, groups, stride);
 }
 
 __global__ void philox_kernel(uint32_t* out, Words4 counter, uint32_t key0, uint32_t key1) {
@@ -108,8 +107,7 @@ void randn(void* out, Dtype dtype, const RandnShape& shape, cudaStream_t queue) 
 }
 
 void philox_words(uint32_t* out, Words4 counter, uint32_t key0, uint32_t key1, cudaStream_t queue) {
-    detail::philox_kernel<<<1, 1, 0, queue>>>(out, counter, key0, key1);
-    check(cudaGetLastError(), "philox");
+    launch("philox", detail::philox_kernel, 1, 1, queue, out, counter, key0, key1);
 }
 
 }  // namespace fastguide::cuda

@@ -1,0 +1,55 @@
+"""csrc/cuda compiled as plain C++ against the stand-ins for CUDA's headers in this folder, and run on the host.
+
+What a GPU computes can so be tested where there is none: the arithmetic, every bound, and what is missing between
+threads and blocks as far as cuda_runtime_api.h says. Of the hardware it shows nothing: no races within one stretch
+between barriers, no limit of registers or memory, no speed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).parent
+SOURCES = sorted((HERE.parents[1] / "csrc" / "cuda").glob("*.c*[pu]"))
+
+# No contraction, as in csrc/rules.ninja. What is not aligned as its type asks traps, as it would on a GPU.
+_FLAGS = (
+    "-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -fsanitize=alignment "
+    "-fsanitize-undefined-trap-on-error -x c++"
+)
+
+
+def compile_library(library: Path, sources: Sequence[Path], *headers: str) -> None:
+    """Compile ``sources``, side by side, into the shared ``library``; raises with the compiler's words."""
+    cxx = shlex.split(os.environ.get("CXX", "g++"))
+    include = [f"-I{HERE}", *(f"-isystem{folder}" for folder in headers)]
+    objects = [str(library.with_name(f"{source.name}.o")) for source in sources]
+    commands = [
+        [*cxx, *_FLAGS.split(), *include, "-c", str(source), "-o", made]
+        for source, made in zip(sources, objects, strict=True)
+    ]
+    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    words = "".join(process.communicate()[0] for process in running)
+    if any(process.returncode for process in running):
+        raise RuntimeError(words)
+    subprocess.run([*cxx, "-shared", *objects, "-o", str(library)], check=True)
+
+
+def build_module(folder: Path) -> ModuleType:
+    """``fastguide._cuda`` for pointers on the host, built in ``folder``. The streams that it takes mean nothing."""
+    import pybind11
+
+    library = folder / "_cuda.so"
+    compile_library(library, SOURCES, pybind11.get_include(), sysconfig.get_paths()["include"])
+    spec = importlib.util.spec_from_file_location("_cuda", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

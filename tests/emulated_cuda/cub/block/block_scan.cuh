@@ -1,0 +1,65 @@
+#pragma once
+
+#include "../collective.h"
+
+namespace cub {
+
+template <class T, int kThreads>
+class BlockScan {
+public:
+    struct TempStorage {
+        T values[kThreads];
+    };
+
+    explicit BlockScan(TempStorage& storage) : storage_(&storage) {}
+
+    void InclusiveSum(T input, T& output, emulated::Line line = {__builtin_LINE()}) {
+        T total;
+        sum(&input, &output, 1, true, total, line);
+    }
+    void InclusiveSum(T input, T& output, T& total, emulated::Line line = {__builtin_LINE()}) {
+        sum(&input, &output, 1, true, total, line);
+    }
+    void ExclusiveSum(T input, T& output, emulated::Line line = {__builtin_LINE()}) {
+        T total;
+        sum(&input, &output, 1, false, total, line);
+    }
+    void ExclusiveSum(T input, T& output, T& total, emulated::Line line = {__builtin_LINE()}) {
+        sum(&input, &output, 1, false, total, line);
+    }
+    template <int kItems>
+    void InclusiveSum(T (&input)[kItems], T (&output)[kItems], emulated::Line line = {__builtin_LINE()}) {
+        T total;
+        sum(input, output, kItems, true, total, line);
+    }
+    template <int kItems>
+    void InclusiveSum(T (&input)[kItems], T (&output)[kItems], T& total, emulated::Line line = {__builtin_LINE()}) {
+        sum(input, output, kItems, true, total, line);
+    }
+    template <int kItems>
+    void ExclusiveSum(T (&input)[kItems], T (&output)[kItems], emulated::Line line = {__builtin_LINE()}) {
+        T total;
+        sum(input, output, kItems, false, total, line);
+    }
+    template <int kItems>
+    void ExclusiveSum(T (&input)[kItems], T (&output)[kItems], T& total, emulated::Line line = {__builtin_LINE()}) {
+        sum(input, output, kItems, false, total, line);
+    }
+
+private:
+    TempStorage* storage_;
+
+    void sum(const T* input, T* output, int items, bool inclusive, T& total, emulated::Line line) {
+        emulated::use_storage(storage_);
+        const std::vector<T> sums = emulated::exchange(std::accumulate(input, input + items, T()), line);
+        T so_far = std::accumulate(sums.begin(), sums.begin() + threadIdx.x, T());
+        total = std::accumulate(sums.begin(), sums.end(), T());
+        for (int i = 0; i < items; ++i) {
+            const T item = input[i];  // output may be input
+            output[i] = inclusive ? so_far + item : so_far;
+            so_far = so_far + item;
+        }
+    }
+};
+
+}  // namespace cub
