@@ -57,12 +57,10 @@ def _case(setting: Setting, particles: int, elements: int, **target: float) -> C
 
 @case("gather_particles_/images")
 def images(setting: Setting) -> Case:
-    if setting.device.type == "cuda":  # 800 MB: many times what its caches hold
-        return _case(setting, *setting.pick((65536, 3072), (200, 30)), at_least=2.0)
-    return _case(setting, *setting.pick((16384, 3072), (200, 30)), at_least=1.5)
+    shape = setting.pick((16384, 3072), (200, 30), (65536, 3072))  # 800 MB: many times what a GPU's caches hold
+    return _case(setting, *shape, at_least=2.0 if setting.device.type == "cuda" else 1.5)
 
 
 @case("gather_particles_/points")
 def points(setting: Setting) -> Case:
-    particles = 50_000_000 if setting.device.type == "cuda" else 2_000_000
-    return _case(setting, *setting.pick((particles, 2), (200, 2)))
+    return _case(setting, *setting.pick((2_000_000, 2), (200, 2), (50_000_000, 2)))
