@@ -351,6 +351,8 @@ T __ldg(const T* at) {
 
 inline void __threadfence() {}
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 template <class T>
 T atomicAdd(T* at, std::common_type_t<T> value) {
     const T before = *at;

@@ -4,7 +4,9 @@
 
 namespace cub {
 
-template <class T, int kThreads>
+enum BlockScanAlgorithm { BLOCK_SCAN_RAKING, BLOCK_SCAN_WARP_SCANS };
+
+template <class T, int kThreads, BlockScanAlgorithm = BLOCK_SCAN_RAKING>
 class BlockScan {
   public:
     struct TempStorage {
@@ -44,6 +46,13 @@ class BlockScan {
     template <int kItems>
     void ExclusiveSum(T (&input)[kItems], T (&output)[kItems], T& total, emulated::Line line = {__builtin_LINE()}) {
         sum(input, output, kItems, false, total, line);
+    }
+
+    template <class Operation>
+    void ExclusiveScan(T input, T& output, T first, Operation operation, emulated::Line line = {__builtin_LINE()}) {
+        emulated::use_storage(storage_);
+        const std::vector<T> all = emulated::exchange(input, line);
+        output = std::accumulate(all.begin(), all.begin() + threadIdx.x, first, operation);
     }
 
   private:
