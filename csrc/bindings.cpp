@@ -117,7 +117,7 @@ PyMethodDef fast_methods[] = {
 py::tuple gather_particles(uintptr_t ancestors, bool wide, uint64_t rows, uint64_t particles,
                            const std::vector<std::pair<uintptr_t, uint64_t>>& states, int threads) {
     if (!wide) check_below("particles", particles, uint64_t{1} << 31);
-    std::vector<cpu::ParticleArray> arrays;
+    std::vector<ParticleArray> arrays;
     for (const auto& [data, bytes] : states) arrays.push_back({reinterpret_cast<void*>(data), bytes});
     cpu::Gathered done;
     {

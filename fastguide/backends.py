@@ -30,7 +30,7 @@ OPERATIONS = (
 ORDER = ("cuda", "cpu", "triton", "reference")  # on each device the fastest first
 
 _SERVES = {
-    "cuda": ("randn", "resample"),
+    "cuda": ("randn", "resample", "gather_particles_"),
     "cpu": OPERATIONS,
     "triton": ("randn", "reverse_step", "propose_and_weigh", "log_prob_and_gradient"),
     "reference": OPERATIONS,

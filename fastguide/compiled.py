@@ -26,6 +26,7 @@ __all__ = [
     "Counter",
     "build_record",
     "gather_particles_cpu",
+    "gather_particles_cuda",
     "levels",
     "load_error",
     "loaded",
@@ -332,6 +333,24 @@ def gather_particles_cpu(ancestors: Tensor, states: Sequence[Tensor]) -> int:
     if bad < 0:  # written past autograd's eyes
         torch.autograd.graph.increment_version([state for state in states if not state.is_inference()])
     return bad
+
+
+def gather_particles_cuda(ancestors: Tensor, states: Sequence[Tensor]) -> Tensor:
+    """As `gather_particles_cpu`, on a CUDA device, on the current stream; returns at once, an int32 on the device: 0,
+    or else an ancestor is out of range and nothing is moved."""
+    particles = ancestors.shape[-1]
+    rows = ancestors.numel() // particles if particles else 0
+    flags = torch.empty(rows + 2, dtype=torch.int32, device=ancestors.device)
+    arrays = [(state.data_ptr(), state.nbytes // ancestors.numel()) for state in states] if rows else []
+    cuda = module("cuda")
+    workspace = flags.new_empty(cuda.gather_workspace(rows, particles, arrays), dtype=torch.uint8)
+    with _cuda_stream(ancestors.device) as queue:
+        cuda.gather_particles(
+            ancestors.data_ptr(), ancestors.dtype == torch.int64, rows, particles, arrays, flags.data_ptr(),
+            workspace.data_ptr(), workspace.nbytes, queue,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version([state for state in states if not state.is_inference()])
+    return flags[-1]
 
 
 def log_prob_and_gradient_cpu(

@@ -566,6 +566,11 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
         if bad >= 0:
             _refuse_index("ancestors", ancestors, ancestors.shape[-1], bad)
         return
+    if chosen == "cuda":
+        outside = compiled.gather_particles_cuda(ancestors.contiguous(), states)
+        if check and outside.item():
+            _check_indices("ancestors", ancestors, ancestors.shape[-1])
+        return
     if check:
         _check_indices("ancestors", ancestors, ancestors.shape[-1])
     reference.gather_particles_(ancestors, *states)

@@ -4,18 +4,13 @@ import itertools
 
 import pytest
 import torch
+from maps import MAPS, bytes_of, indexed, survivors, uniform
 
 from fastguide import compiled, ops
 
 _cpu = compiled.module("cpu")
 MARGIN = 64
 ASIDE = 4096  # bytes of a particle that the kernel moves at a time where there is an order
-
-
-def bytes_of(rows: int, particles: int, size: int, seed: int = 0) -> torch.Tensor:
-    """Particles that all differ, as far as their bytes allow."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (rows, particles, size), generator=generator, dtype=torch.uint8)
 
 
 def gather(ancestors: torch.Tensor, *states: torch.Tensor, threads: int = 1) -> tuple[list[torch.Tensor], int, int]:
@@ -36,35 +31,6 @@ def gather(ancestors: torch.Tensor, *states: torch.Tensor, threads: int = 1) -> 
     return views, bad, scratch
 
 
-def indexed(ancestors: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    return torch.stack([row[a.long()] for row, a in zip(state, ancestors, strict=True)])
-
-
-def uniform(particles: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(particles, (particles,), generator=torch.Generator().manual_seed(seed))
-
-
-def survivors(particles: int, seed: int = 0) -> torch.Tensor:
-    """Each ancestor its own: what ``resample(sorted=False)`` returns."""
-    chosen = uniform(particles, seed)
-    places = torch.arange(particles)
-    alive = torch.isin(places, chosen)
-    return torch.where(alive, places, chosen)
-
-
-MAPS = {
-    "uniform": uniform,
-    "survivors in place": survivors,
-    "ascending": lambda k: uniform(k).sort().values,
-    "descending": lambda k: uniform(k).sort().values.flip(0),
-    "identity": torch.arange,
-    "reversed": lambda k: torch.arange(k).flip(0),
-    "one cycle": lambda k: torch.arange(k).roll(1),
-    "the other way": lambda k: torch.arange(k).roll(-1),
-    "a permutation": lambda k: torch.randperm(k, generator=torch.Generator().manual_seed(3)),
-    "the first": lambda k: torch.zeros(k, dtype=torch.int64),
-    "the last": lambda k: torch.full((k,), k - 1),
-}
 every_map = pytest.mark.parametrize("make", MAPS.values(), ids=MAPS.keys())
 both_indices = pytest.mark.parametrize("index_dtype", (torch.int32, torch.int64))
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../common/dtype.h"
+#include "../common/particles.h"
 #include "../common/philox.h"
 #include "../common/step.h"
 #include "../common/weights.h"
@@ -35,12 +36,6 @@ struct Weights {
     const void* before;
     void* after;
     bool doubles;
-};
-
-// [rows, particles] of so many bytes each.
-struct ParticleArray {
-    void* data;
-    uint64_t bytes;
 };
 
 // The place of the first ancestor out of range, or -1, and the memory that the call took for itself.

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -23,6 +25,26 @@ void launch(const char* what, void (*kernel)(Parameters...), dim3 blocks, unsign
     config.gridDim = blocks;
     config.blockDim = dim3(threads);
     config.stream = queue;
+    check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what);
+}
+
+// As many blocks as run at once on the device that is current, but no more than `most`, as one cooperative launch.
+template <class... Parameters, class... Arguments>
+void launch_together(const char* what, void (*kernel)(Parameters...), uint64_t most, unsigned threads,
+                     cudaStream_t queue, Arguments&&... arguments) {
+    int device, processors, on_each;
+    check(cudaGetDevice(&device), what);
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), what);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_each, kernel, static_cast<int>(threads), 0), what);
+    cudaLaunchAttribute cooperative{};
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(std::min<uint64_t>(most, processors * on_each)));
+    config.blockDim = dim3(threads);
+    config.stream = queue;
+    config.attrs = &cooperative;
+    config.numAttrs = 1;
     check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what);
 }
 

@@ -344,6 +344,9 @@ inline int __syncthreads_and(int predicate, emulated::Line line = {__builtin_LIN
     return __syncthreads_count(predicate, line) == static_cast<int>(blockDim.x);
 }
 
+using std::max;
+using std::min;
+
 template <class T>
 T __ldg(const T* at) {
     return *at;

@@ -1,0 +1,304 @@
+// state[b, k] = state[b, ancestors[b, k]] in place, for particles of any number of bytes.
+//
+// The host learns nothing of the ancestors. It launches for every call, and a graph may keep:
+//
+//   look      what each row needs: nothing, copies in any order, or more; and whether an ancestor is out of range
+//   move      rows in which every survivor keeps its place (a[a[k]] == a[k]): nothing that is read is written, so the
+//             particles that die are copied over, by anybody, at once. What resample(sorted=False) returns is such
+//   exchange  the other rows, through a workspace much smaller than the state: as many columns as it holds are packed
+//             in their new order, and once all blocks have read theirs they are written back. It returns at once
+//             where there is no such row. One cooperative launch, since the number of columns, and so of barriers, may
+//             be large, and pairs of launches would each cost their microseconds where there is nothing to do
+#include "gather_particles.cuh"
+
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "check.cuh"
+
+namespace fastguide::cuda {
+namespace detail {
+
+constexpr unsigned kThreads = 256;
+constexpr unsigned kExchangeThreads = 512;
+constexpr uint64_t kMaxBlocks = 1u << 11;  // a few times what a GPU runs at once; more cost time where nothing moves
+constexpr unsigned kLooks = 4;     // ancestors that a thread looks at before its block compares notes
+constexpr unsigned kInFlight = 4;  // units that a thread loads before it stores the first
+constexpr unsigned kMaxStates = 8;
+constexpr uint64_t kMaxUnit = 16, kMaxLanes = 32;
+
+enum : uint32_t { kMoves = 1, kEntangled = 2 };
+
+template <class Index>
+struct Map {
+    const Index* ancestors;
+    uint64_t rows, particles;
+    uint32_t* flags;  // of each row, of all of them, and whether an ancestor is out of range
+
+    __device__ uint32_t of_all() const { return flags[rows]; }
+    __device__ bool outside() const { return flags[rows + 1] != 0; }
+};
+
+template <class Index>
+__global__ void __launch_bounds__(kThreads) look_kernel(const Map<Index> map, uint64_t tiles_of_row) {
+    for (uint64_t tile = blockIdx.x; tile < map.rows * tiles_of_row; tile += gridDim.x) {
+        const uint64_t row = tile / tiles_of_row, begin = tile % tiles_of_row * (kLooks * blockDim.x) + threadIdx.x;
+        const Index* const a = map.ancestors + row * map.particles;
+        bool moves = false, entangled = false, outside = false;
+#pragma unroll
+        for (unsigned j = 0; j < kLooks; ++j) {
+            const uint64_t k = begin + j * blockDim.x;
+            if (k >= map.particles) continue;
+            const auto ancestor = static_cast<uint64_t>(a[k]);  // a negative one is larger than any
+            if (ancestor == k) continue;
+            moves = true;
+            if (ancestor >= map.particles)
+                outside = true;
+            else
+                entangled = entangled || static_cast<uint64_t>(a[ancestor]) != ancestor;
+        }
+        if (!__syncthreads_or(moves)) continue;
+        const uint32_t found = __syncthreads_or(entangled) ? kMoves | kEntangled : kMoves;
+        const int any_outside = __syncthreads_or(outside);
+        if (threadIdx.x == 0) {
+            atomicOr(map.flags + row, found);
+            atomicOr(map.flags + map.rows, found);
+            if (any_outside) map.flags[map.rows + 1] = 1;
+        }
+    }
+}
+
+// --- states ---------------------------------------------------------------------------------------------------
+
+struct Stride {
+    uint64_t places, particle;  // of all rows' particles; within a row
+    uint32_t row, column;
+};
+
+// Particles are made of units, the widest that their size and address allow, which lanes of a warp share: a column is
+// as many units as there are lanes. A group of lanes takes columns of the flat index (row, particle, column), `stride`
+// apart.
+struct State {
+    void* data;
+    uint64_t units;  // of a particle
+    Stride stride;
+    uint32_t columns;
+    unsigned unit_bytes, log2_lanes;
+};
+
+struct Batch {
+    State states[kMaxStates];
+    unsigned count;
+};
+
+// f(Unit{}) with the unsigned type of so many bytes.
+template <class F>
+__device__ void with_unit(unsigned bytes, const F& f) {
+    switch (bytes) {
+        case 1: return f(uint8_t{});
+        case 2: return f(uint16_t{});
+        case 4: return f(uint32_t{});
+        case 8: return f(uint2{});
+        default: return f(uint4{});
+    }
+}
+
+template <class Unit, class Index>
+__device__ void move(const Map<Index>& map, const State& state) {
+    Unit* const data = static_cast<Unit*>(state.data);
+    const unsigned lane = threadIdx.x & ((1u << state.log2_lanes) - 1);
+    const uint64_t end = map.rows * map.particles;
+    const uint64_t group = (static_cast<uint64_t>(blockIdx.x) * kThreads + threadIdx.x) >> state.log2_lanes;
+    uint64_t place = group / state.columns, particle = place % map.particles;
+    auto row = static_cast<uint32_t>(place / map.particles), column = static_cast<uint32_t>(group % state.columns);
+    while (place < end) {
+        uint64_t to[kInFlight];
+        Index back[kInFlight];  // so many particles before it the ancestor lies; 0 where nothing is to be done
+#pragma unroll
+        for (unsigned j = 0; j < kInFlight; ++j) {
+            const bool live = place < end;
+            const uint32_t flags = live ? map.flags[row] : 0;
+            const Index ancestor = live ? map.ancestors[place] : 0;
+            const uint64_t unit = (static_cast<uint64_t>(column) << state.log2_lanes) + lane;
+            const bool wanted = (flags == kMoves) & (unit < state.units);  // no branch between the loads
+            to[j] = place * state.units + unit;
+            back[j] = (static_cast<Index>(particle) - ancestor) * static_cast<Index>(wanted);
+
+            place += state.stride.places;
+            particle += state.stride.particle;
+            row += state.stride.row;
+            column += state.stride.column;
+            if (column >= state.columns) {
+                column -= state.columns;
+                ++place;
+                ++particle;
+            }
+            if (particle >= map.particles) {
+                particle -= map.particles;
+                ++row;
+            }
+        }
+        Unit units[kInFlight];
+#pragma unroll
+        for (unsigned j = 0; j < kInFlight; ++j)
+            if (back[j] != 0) units[j] = data[to[j] - static_cast<uint64_t>(back[j]) * state.units];
+#pragma unroll
+        for (unsigned j = 0; j < kInFlight; ++j)
+            if (back[j] != 0) data[to[j]] = units[j];
+    }
+}
+
+template <class Index>  // 64 registers: half the threads that a processor has room for, each with loads in flight
+__global__ void __launch_bounds__(kThreads, 4) move_kernel(const Map<Index> map, const __grid_constant__ Batch batch) {
+    if (map.of_all() == 0 || map.outside()) return;
+    const State& state = batch.states[blockIdx.y];
+    with_unit(state.unit_bytes, [&](auto unit) { move<decltype(unit)>(map, state); });
+}
+
+// --- rows that need an order -----------------------------------------------------------------------------------
+
+__device__ inline bool any_entangled(const uint32_t* flags, uint64_t rows) {
+    bool found = false;
+    for (uint64_t b = threadIdx.x; b < rows; b += kExchangeThreads) found = found || (flags[b] & kEntangled) != 0;
+    return __syncthreads_or(found) != 0;
+}
+
+// As many rows at a time as the workspace holds, or else of one row as many columns, of one unit here. Between pack and
+// unpack the whole grid waits. No wait is needed before the next pack: it reads what this unpack does not write, and
+// its cells of the workspace are each thread's own.
+template <class Unit, class Index>
+__device__ void exchange(const Map<Index>& map, const State& state, Unit* __restrict__ workspace, uint64_t room) {
+    Unit* const data = static_cast<Unit*>(state.data);
+    const uint64_t most_width = min(state.units, room / map.particles);
+    const uint64_t most_rows = max(uint64_t{1}, room / map.particles / state.units);
+    for (uint64_t first_row = 0; first_row < map.rows; first_row += most_rows) {
+        const uint64_t rows = min(most_rows, map.rows - first_row);
+        if (!any_entangled(map.flags + first_row, rows)) continue;
+        for (uint64_t first = 0; first < state.units; first += most_width) {
+            const uint64_t width = min(most_width, state.units - first);
+            // f(cell, the row's first unit in this column, the particle, its ancestor) of what moves
+            const auto each = [&](const auto& f) {
+                const uint64_t threads = static_cast<uint64_t>(gridDim.x) * kExchangeThreads;
+                uint64_t cell = static_cast<uint64_t>(blockIdx.x) * kExchangeThreads + threadIdx.x;
+                for (; cell < rows * map.particles * width; cell += threads) {
+                    const uint64_t particle = cell / width % map.particles, row = first_row + cell / width / map.particles;
+                    if ((map.flags[row] & kEntangled) == 0) continue;
+                    const auto ancestor = static_cast<uint64_t>(map.ancestors[row * map.particles + particle]);
+                    Unit* const column = data + row * map.particles * state.units + first + cell % width;
+                    if (ancestor != particle) f(workspace[cell], column[particle * state.units], column[ancestor * state.units]);
+                }
+            };
+            each([](Unit& packed, const Unit&, const Unit& from) { packed = from; });
+            cooperative_groups::this_grid().sync();
+            each([](const Unit& packed, Unit& to, const Unit&) { to = packed; });
+        }
+    }
+}
+
+template <class Index>
+__global__ void __launch_bounds__(kExchangeThreads, 2)
+    exchange_kernel(const Map<Index> map, const __grid_constant__ Batch batch, void* workspace, uint64_t bytes) {
+    if ((map.of_all() & kEntangled) == 0 || map.outside()) return;
+    for (unsigned s = 0; s < batch.count; ++s) {
+        const State& state = batch.states[s];
+        with_unit(state.unit_bytes, [&](auto unit) {
+            exchange(map, state, static_cast<decltype(unit)*>(workspace), bytes / sizeof(unit));
+        });
+        if (s + 1 < batch.count) cooperative_groups::this_grid().sync();  // other units: other owners of its bytes
+    }
+}
+
+// --- on the host -----------------------------------------------------------------------------------------------
+
+constexpr uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
+
+State layout(const ParticleArray& array) {
+    State state{};
+    state.data = array.data;
+    uint64_t unit = kMaxUnit;
+    while ((reinterpret_cast<uintptr_t>(array.data) | array.bytes) % unit != 0) unit /= 2;
+    state.unit_bytes = static_cast<unsigned>(unit);
+    state.units = array.bytes / unit;
+    while (uint64_t{1} << state.log2_lanes < std::min(state.units, kMaxLanes)) ++state.log2_lanes;
+    state.columns = static_cast<uint32_t>(ceil_div(state.units, uint64_t{1} << state.log2_lanes));
+    return state;
+}
+
+template <class Index>
+void move_batch(const Map<Index>& map, Batch& batch, const Gathering& call, cudaStream_t queue) {
+    uint64_t blocks = 1, cells = 1;
+    for (unsigned s = 0; s < batch.count; ++s) {
+        const State& state = batch.states[s];
+        const uint64_t threads = map.rows * map.particles * (uint64_t{state.columns} << state.log2_lanes);
+        blocks = std::max(blocks, ceil_div(threads, kThreads * kInFlight));
+        cells = std::max(cells, map.rows * map.particles * state.units);
+        if (call.workspace_bytes < map.particles * state.unit_bytes)
+            throw std::invalid_argument("workspace must hold " + std::to_string(map.particles * state.unit_bytes) +
+                                        " bytes, got " + std::to_string(call.workspace_bytes));
+    }
+    blocks = std::min(blocks, kMaxBlocks);
+    for (unsigned s = 0; s < batch.count; ++s) {
+        State& state = batch.states[s];
+        const uint64_t groups = blocks * kThreads >> state.log2_lanes, places = groups / state.columns;
+        state.stride = {places, places % map.particles, static_cast<uint32_t>(places / map.particles),
+                        static_cast<uint32_t>(groups % state.columns)};
+    }
+    launch("gather_particles: move", move_kernel<Index>, dim3(static_cast<unsigned>(blocks), batch.count), kThreads,
+           queue, map, batch);
+    launch_together("gather_particles: exchange", exchange_kernel<Index>, ceil_div(cells, kExchangeThreads),
+                    kExchangeThreads, queue, map, batch, call.workspace, call.workspace_bytes);
+}
+
+// Launches in order see the states in order, and so a state given twice is moved twice. In one launch the states are
+// moved side by side: none may lie where another one does.
+bool overlaps(const Batch& batch, const State& state, uint64_t particles) {
+    const auto end = [&](const State& s) {
+        return static_cast<const char*>(s.data) + particles * s.units * s.unit_bytes;
+    };
+    return std::any_of(batch.states, batch.states + batch.count,
+                       [&](const State& other) { return state.data < end(other) && other.data < end(state); });
+}
+
+template <class Index>
+void gather(const Gathering& call, const std::vector<ParticleArray>& states, cudaStream_t queue) {
+    const Map<Index> map{static_cast<const Index*>(call.ancestors), call.rows, call.particles, call.flags};
+    unsigned threads = 32;
+    while (threads < kThreads && threads * kLooks < map.particles) threads *= 2;
+    const uint64_t tiles = ceil_div(map.particles, threads * kLooks);
+    const uint64_t blocks = std::min(map.rows * tiles, kMaxBlocks);
+    launch("gather_particles: look", look_kernel<Index>, static_cast<unsigned>(blocks), threads, queue, map, tiles);
+
+    Batch batch{};
+    for (const ParticleArray& array : states) {
+        if (array.bytes == 0) continue;
+        const State state = layout(array);
+        if (batch.count == kMaxStates || overlaps(batch, state, map.rows * map.particles)) {
+            move_batch(map, batch, call, queue);
+            batch.count = 0;
+        }
+        batch.states[batch.count++] = state;
+    }
+    if (batch.count > 0) move_batch(map, batch, call, queue);
+}
+
+}  // namespace detail
+
+uint64_t gather_workspace(uint64_t rows, uint64_t particles, const std::vector<ParticleArray>& states) {
+    uint64_t most = 0;
+    for (const ParticleArray& state : states) {
+        const uint64_t all = rows * particles * state.bytes, column = particles * std::min(state.bytes, detail::kMaxUnit);
+        most = std::max(most, std::min(all, std::max({all / 64, column, uint64_t{1} << 21})));
+    }
+    return most;
+}
+
+void gather_particles(const Gathering& call, const std::vector<ParticleArray>& states, cudaStream_t queue) {
+    check(cudaMemsetAsync(call.flags, 0, (call.rows + 2) * sizeof(uint32_t), queue), "gather_particles");
+    if (call.rows == 0 || call.particles == 0) return;
+    call.wide ? detail::gather<int64_t>(call, states, queue) : detail::gather<int32_t>(call, states, queue);
+}
+
+}  // namespace fastguide::cuda
