@@ -16,18 +16,13 @@
 namespace fastguide::cuda {
 namespace resampling {
 
-constexpr int kItems = 4;      // consecutive particles or slots of a thread
-constexpr int kThreads = 512;  // of a tile
+constexpr int kItems = 8;      // consecutive particles or slots of a thread
+constexpr int kThreads = 256;  // of a tile
 constexpr int64_t kTile = kThreads * kItems;
 constexpr int64_t kMany = 8 * kTile;  // slots that a tile's own block fills: what is beyond is shared out
-constexpr int kAbreast = 8;           // tiles of which a block finds the largest log-weight
-constexpr int kFewThreads = 256;      // of the shortest rows
+constexpr int kAbreast = 4;           // tiles of which a block finds the largest log-weight
+constexpr int kFewThreads = 128, kShortThreads = 512;  // of the block that takes a whole row
 constexpr int kScanThreads = 1024, kSearchThreads = 256;
-
-using Key = unsigned long long;
-
-// Threads of the block that takes all of a short row. With more, residual resampling would be short of registers.
-FG_HD constexpr int short_threads(Scheme scheme) { return scheme == Scheme::residual ? 512 : 1024; }
 
 enum class Verdict : int { draw, keep, zero };
 
@@ -51,8 +46,8 @@ struct Job {
     int scale;
     int64_t particles, number, tiles, slot_tiles;  // slot_tiles: of number + 1 exponentials
     uint64_t bytes = 0;
-    Key* tops = nullptr;   // [rows], and whether any tile has more slots than its block fills
-    Row* rows = nullptr;   // [rows]
+    uint64_t* tops = nullptr;  // [rows] keys, and whether any tile has more slots than its block fills
+    Row* rows = nullptr;       // [rows]
     uint64_t *weights = nullptr, *squares = nullptr, *copies = nullptr, *slots = nullptr, *spares = nullptr;
     uint64_t* exponentials = nullptr;
     double* uniforms = nullptr;   // [rows, number]
@@ -83,7 +78,7 @@ struct Job {
         }
     }
 
-    bool is_short() const { return most() <= short_threads(call.scheme) * kItems; }
+    bool is_short() const { return most() <= kShortThreads * kItems; }
     int64_t most() const { return particles > number ? particles : number; }
     bool draws_uniforms() const { return call.scheme == Scheme::multinomial || call.scheme == Scheme::residual; }
 
@@ -151,11 +146,21 @@ __device__ __forceinline__ void store_slots(const Job& job, int64_t row, int64_t
     else store_items(static_cast<float*>(job.call.log_weights_after) + start, first, job.number, after);
 }
 
-__device__ __forceinline__ void store_slot(const Job& job, int64_t row, int64_t slot, int32_t ancestor, double after) {
-    const int64_t at = row * job.number + slot;
-    job.call.ancestors[at] = ancestor;
-    if (job.call.doubles) static_cast<double*>(job.call.log_weights_after)[at] = after;
-    else static_cast<float*>(job.call.log_weights_after)[at] = static_cast<float>(after);
+// The block's threads store `count` slots from `first` on, of which the k-th has ancestor(k).
+template <class Ancestor>
+__device__ __forceinline__ void store_slots(const Job& job, int64_t row, int64_t first, int64_t count, double after,
+                                            const Ancestor& ancestor) {
+    const int64_t start = row * job.number + first;
+    const uint32_t slots = static_cast<uint32_t>(count);
+    int32_t* const ancestors = job.call.ancestors + start;
+    for (uint32_t k = threadIdx.x; k < slots; k += blockDim.x) ancestors[k] = ancestor(k);
+    if (job.call.doubles) {
+        double* const to = static_cast<double*>(job.call.log_weights_after) + start;
+        for (uint32_t k = threadIdx.x; k < slots; k += blockDim.x) to[k] = after;
+    } else {
+        float* const to = static_cast<float*>(job.call.log_weights_after) + start;
+        for (uint32_t k = threadIdx.x; k < slots; k += blockDim.x) to[k] = static_cast<float>(after);
+    }
 }
 
 __device__ __forceinline__ void keep_items(const Job& job, int64_t row, int64_t first) {
@@ -174,13 +179,13 @@ using Sum = cub::BlockScan<uint64_t, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
 template <int kBlock>
 using Latest = cub::BlockScan<int32_t, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
 template <int kBlock>
-using Largest = cub::BlockReduce<Key, kBlock>;
+using Reduce = cub::BlockReduce<uint64_t, kBlock>;
 
 template <int kBlock>
 union Storage {
     typename Sum<kBlock>::TempStorage sum;
     typename Latest<kBlock>::TempStorage latest;
-    typename Largest<kBlock>::TempStorage largest;
+    typename Reduce<kBlock>::TempStorage reduce;
     int32_t last[kBlock];
 };
 
@@ -202,11 +207,16 @@ __device__ __forceinline__ int32_t largest_before(Storage<kBlock>& storage, int3
     return before;
 }
 
-// In the first thread alone.
+// These two in the first thread alone.
 template <int kBlock>
-__device__ __forceinline__ Key largest_of_all(Storage<kBlock>& storage, Key value) {
+__device__ __forceinline__ uint64_t largest_of_all(Storage<kBlock>& storage, uint64_t value) {
     __syncthreads();
-    return Largest<kBlock>(storage.largest).Reduce(value, [](Key a, Key b) { return a > b ? a : b; });
+    return Reduce<kBlock>(storage.reduce).Reduce(value, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+}
+template <int kBlock>
+__device__ __forceinline__ uint64_t sum_of_all(Storage<kBlock>& storage, uint64_t value) {
+    __syncthreads();
+    return Reduce<kBlock>(storage.reduce).Sum(value);
 }
 
 // The first of [low, high) of which `before` does not hold, or high, below 2^31. It is sought near the front first.
@@ -226,12 +236,12 @@ __device__ __forceinline__ uint32_t first_not(uint32_t low, uint32_t high, const
 // --- weights ------------------------------------------------------------------------------------------------
 
 // Ordered as numbers are, with NaN above all and 0 below.
-__device__ __forceinline__ Key key_of(double v) {
+__device__ __forceinline__ uint64_t key_of(double v) {
     const uint64_t bits = static_cast<uint64_t>(OneWideLane::bits(v)), sign = uint64_t{1} << 63;
     return v != v ? ~uint64_t{0} : bits & sign ? ~bits : bits | sign;
 }
 
-__device__ __forceinline__ double number_of(Key key) {
+__device__ __forceinline__ double number_of(uint64_t key) {
     const uint64_t sign = uint64_t{1} << 63;
     return OneWideLane::of_bits(static_cast<int64_t>(key & sign ? key ^ sign : ~key));
 }
@@ -425,7 +435,7 @@ __device__ __forceinline__ void fill_owners(Storage<kBlock>& storage, uint16_t* 
 // --- short rows ---------------------------------------------------------------------------------------------
 
 template <int kBlock, Scheme kScheme>
-__global__ void __launch_bounds__(kBlock) resample_short(const Job job) {
+__global__ void __launch_bounds__(kBlock, 1) resample_short(const Job job) {
     constexpr bool kDraws = kScheme == Scheme::multinomial || kScheme == Scheme::residual;
     constexpr int64_t kSlots = kBlock * kItems;
     __shared__ Storage<kBlock> storage;
@@ -439,7 +449,7 @@ __global__ void __launch_bounds__(kBlock) resample_short(const Job job) {
 
     double log_weights[kItems];
     load_log_weights(log_weights, job, index, first);
-    Key key = 0;
+    uint64_t key = 0;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) key = key_of(log_weights[i]) > key ? key_of(log_weights[i]) : key;
     key = largest_of_all<kBlock>(storage, key);
@@ -447,22 +457,19 @@ __global__ void __launch_bounds__(kBlock) resample_short(const Job job) {
     __syncthreads();
 
     int64_t q[kItems];
-    uint64_t squares = 0, total, all_squares;
+    uint64_t squares = 0, total;
     const uint64_t weight = sum_before<kBlock>(storage, weigh(q, log_weights, top, job.scale), total);
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
         squares += static_cast<uint64_t>(
             integer_square<OneWideLane>(exponential<OneWideLane>(log_weights[i] - top), job.scale));
-    sum_before<kBlock>(storage, squares, all_squares);
-    if (threadIdx.x == 0) shared_row = judge(job, index, top, total, all_squares);
+    squares = sum_of_all<kBlock>(storage, squares);
+    if (threadIdx.x == 0) shared_row = judge(job, index, top, total, squares);
     __syncthreads();
     const Row& row = shared_row;
     if (row.verdict == Verdict::keep) return keep_items(job, index, first);
-    if (row.verdict == Verdict::zero) {
-        for (int64_t slot = threadIdx.x; slot < job.number; slot += kBlock)
-            store_slot(job, index, slot, 0, row.log_mean_weight);
-        return;
-    }
+    if (row.verdict == Verdict::zero)
+        return store_slots(job, index, 0, job.number, row.log_mean_weight, [](uint32_t) { return 0; });
 
     const Counter counter(job.call, index);
     uint32_t copies[kItems] = {};
@@ -488,19 +495,22 @@ __global__ void __launch_bounds__(kBlock) resample_short(const Job job) {
     uint16_t* const owners = slots.owners->items;
     if (job.call.sorted) {
         fill_owners<kBlock>(storage, owners, ends, 0);
-        for (int64_t slot = threadIdx.x; slot < job.number; slot += kBlock)
-            store_slot(job, index, slot, owners[slot] - 1, row.log_mean_weight);
-        return;
+        return store_slots(job, index, 0, job.number, row.log_mean_weight, [=](uint32_t k) { return owners[k] - 1; });
     }
     const unsigned alive = leave_spares<kBlock>(storage, ends, total);
     fill_owners<kBlock>(storage, owners, ends, 0);
     int64_t rank = first - static_cast<int64_t>(
                                sum_before<kBlock>(storage, static_cast<uint64_t>(__popc(alive)), total));
-    for (int i = 0; i < kItems && first + i < job.number; ++i) {
-        const bool lives = alive >> i & 1u;
-        store_slot(job, index, first + i, static_cast<int32_t>(lives ? first + i : owners[rank] - 1), row.log_mean_weight);
+    int32_t ancestors[kItems];
+    double after[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+        const bool lives = (alive >> i & 1u) || first + i >= job.number;
+        ancestors[i] = static_cast<int32_t>(lives ? first + i : owners[rank] - 1);
+        after[i] = row.log_mean_weight;
         rank += !lives;
     }
+    store_slots(job, index, first, ancestors, after);
 }
 
 // --- long rows ----------------------------------------------------------------------------------------------
@@ -508,8 +518,10 @@ __global__ void __launch_bounds__(kBlock) resample_short(const Job job) {
 struct Place {
     int64_t row, tile, first;  // first: this thread's first particle or slot
 
-    __device__ Place(int64_t block, int64_t tiles)
-        : row(block / tiles), tile(block % tiles), first(tile * kTile + threadIdx.x * kItems) {}
+    __device__ Place(unsigned block, int64_t tiles)
+        : row(block / static_cast<unsigned>(tiles)),
+          tile(block % static_cast<unsigned>(tiles)),
+          first(tile * kTile + threadIdx.x * kItems) {}
 };
 
 __global__ void __launch_bounds__(kThreads) find_tops(const Job job) {
@@ -525,17 +537,17 @@ __global__ void __launch_bounds__(kThreads) find_tops(const Job job) {
         for (int i = 1; i < kItems; ++i)
             tops[j] = log_weights[i] > tops[j] || log_weights[i] != log_weights[i] ? log_weights[i] : tops[j];
     }
-    Key key = 0;
+    uint64_t key = 0;
 #pragma unroll
     for (int j = 0; j < kAbreast; ++j) key = key_of(tops[j]) > key ? key_of(tops[j]) : key;
     key = largest_of_all<kThreads>(storage, key);
-    if (threadIdx.x == 0) atomicMax(job.tops + at.row, key);
+    if (threadIdx.x == 0) atomicMax(reinterpret_cast<unsigned long long*>(job.tops + at.row), key);
 }
 
 // From the last tile to the first: what the pass before read last may still be in the cache.
 __global__ void __launch_bounds__(kThreads) sum_weights(const Job job) {
     __shared__ Storage<kThreads> storage;
-    const Place at(static_cast<int64_t>(gridDim.x) - 1 - blockIdx.x, job.tiles);
+    const Place at(gridDim.x - 1 - blockIdx.x, job.tiles);
     const double top = number_of(job.tops[at.row]);
     double log_weights[kItems];
     load_log_weights(log_weights, job, at.row, at.first);
@@ -546,12 +558,11 @@ __global__ void __launch_bounds__(kThreads) sum_weights(const Job job) {
         weight += static_cast<uint64_t>(integer_weight<OneWideLane>(x, job.scale));
         square += static_cast<uint64_t>(integer_square<OneWideLane>(x, job.scale));
     }
-    uint64_t weights, squares;
-    sum_before<kThreads>(storage, weight, weights);
-    sum_before<kThreads>(storage, square, squares);
+    weight = sum_of_all<kThreads>(storage, weight);
+    square = sum_of_all<kThreads>(storage, square);
     if (threadIdx.x == 0) {
-        job.weights[at.row * (job.tiles + 1) + at.tile] = weights;
-        job.squares[at.row * (job.tiles + 1) + at.tile] = squares;
+        job.weights[at.row * (job.tiles + 1) + at.tile] = weight;
+        job.squares[at.row * (job.tiles + 1) + at.tile] = square;
     }
 }
 
@@ -565,8 +576,7 @@ __global__ void __launch_bounds__(kThreads) sum_copies(const Job job) {
     load_log_weights(log_weights, job, at.row, at.first);
     weigh(q, log_weights, row.top, job.scale);
     uint32_t copies[kItems];
-    uint64_t total;
-    sum_before<kThreads>(storage, copy_whole(copies, q, row.slots), total);
+    const uint64_t total = sum_of_all<kThreads>(storage, copy_whole(copies, q, row.slots));
     if (threadIdx.x == 0) job.copies[at.row * (job.tiles + 1) + at.tile] = total;
 }
 
@@ -576,8 +586,8 @@ __global__ void __launch_bounds__(kThreads) sum_exponentials(const Job job) {
     const Row& row = job.rows[at.row];
     if (row.verdict != Verdict::draw) return;
     uint32_t drawn[kItems];
-    uint64_t sum;
-    sum_before<kThreads>(storage, draw_exponentials(drawn, Counter(job.call, at.row), at.first, row.uniforms), sum);
+    const uint64_t own = draw_exponentials(drawn, Counter(job.call, at.row), at.first, row.uniforms);
+    const uint64_t sum = sum_of_all<kThreads>(storage, own);
     if (threadIdx.x == 0) job.exponentials[at.row * (job.slot_tiles + 1) + at.tile] = sum;
 }
 
@@ -598,7 +608,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_tiles(const Job job, Table 
 
     const int64_t share = (tiles + kScanThreads - 1) / kScanThreads;
     const int64_t begin = threadIdx.x * share, end = begin + share < tiles ? begin + share : tiles;
-    uint64_t sum = 0, squares = 0, total, all_squares = 0;
+    uint64_t sum = 0, squares = 0, total;
     for (int64_t i = begin; i < end; ++i) {
         sum += table[i];
         if (which == Table::weights) squares += other[i];
@@ -609,10 +619,10 @@ __global__ void __launch_bounds__(kScanThreads) scan_tiles(const Job job, Table 
         table[i] = sum;
         sum += own;
     }
-    if (which == Table::weights) sum_before<kScanThreads>(storage, squares, all_squares);
+    if (which == Table::weights) squares = sum_of_all<kScanThreads>(storage, squares);
     if (threadIdx.x != 0) return;
     table[tiles] = total;
-    if (which == Table::weights) row = judge(job, index, number_of(job.tops[index]), total, all_squares);
+    if (which == Table::weights) row = judge(job, index, number_of(job.tops[index]), total, squares);
     if (which == Table::copies) row.uniforms = job.number - static_cast<int64_t>(total);
     if (which == Table::exponentials) row.spacing = spacing_of(row, job.call.scheme, row.uniforms, total);
 }
@@ -652,7 +662,7 @@ __global__ void __launch_bounds__(kSearchThreads) find_slots(const Job job) {
 // Ancestors, or the list of spares where they are not sorted. A block takes a tile of particles and the first kMany of
 // its slots; with `rest`, a stretch of kMany slots and what is beyond that of the tiles, two at most, that reach into it.
 template <Scheme kScheme>
-__global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 2 : 1) fill_slots(const Job job, bool rest) {
+__global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 1) fill_slots(const Job job, bool rest) {
     __shared__ Storage<kThreads> storage;
     __shared__ Line<uint16_t> owners[kThreads];
     const int64_t stretches = (job.number + kMany - 1) / kMany;
@@ -665,9 +675,8 @@ __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 2 : 
         return;
     }
     if (row.verdict == Verdict::zero) {
-        for (int64_t slot = at.tile * kThreads + threadIdx.x; slot < job.number; slot += job.tiles * kThreads)
-            store_slot(job, at.row, slot, 0, row.log_mean_weight);
-        return;
+        const int64_t from = at.tile * job.number / job.tiles, to = (at.tile + 1) * job.number / job.tiles;
+        return store_slots(job, at.row, from, to - from, row.log_mean_weight, [](uint32_t) { return 0; });
     }
     const Counter counter(job.call, at.row);
     const uint64_t* const slots = job.slots + at.row * (job.tiles + 1);
@@ -720,10 +729,12 @@ __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 2 : 
         for (; from < to; from += static_cast<uint32_t>(kTile)) {
             fill_owners<kThreads>(storage, owners->items, ends, from);
             const uint32_t filled = to - from < kTile ? to - from : static_cast<uint32_t>(kTile);
-            for (uint32_t j = threadIdx.x; j < filled; j += kThreads) {
-                const int32_t particle = before + owners->items[j];
-                if (sorted) store_slot(job, at.row, from + j, particle, row.log_mean_weight);
-                else job.spare[at.row * job.number + from + j] = particle;
+            const auto particle = [=](uint32_t k) { return before + owners->items[k]; };
+            if (sorted) {
+                store_slots(job, at.row, from, filled, row.log_mean_weight, particle);
+            } else {
+                int32_t* const spare = job.spare + at.row * job.number + from;
+                for (uint32_t k = threadIdx.x; k < filled; k += kThreads) spare[k] = particle(k);
             }
         }
     }
@@ -768,12 +779,11 @@ void resample_as(const Job& job, cudaStream_t queue) {
         launch("resample", kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), queue, job, more...);
     };
     if (job.is_short()) {
-        constexpr int kAll = short_threads(kScheme);
         if (job.most() <= kFewThreads * kItems) run(resample_short<kFewThreads, kScheme>, rows, kFewThreads);
-        else run(resample_short<kAll, kScheme>, rows, kAll);
+        else run(resample_short<kShortThreads, kScheme>, rows, kShortThreads);
         return;
     }
-    check(cudaMemsetAsync(job.tops, 0, (job.call.rows + 1) * sizeof(Key), queue), "resample");
+    check(cudaMemsetAsync(job.tops, 0, (job.call.rows + 1) * sizeof *job.tops, queue), "resample");
     run(find_tops, rows * ((job.tiles + kAbreast - 1) / kAbreast), kThreads);
     run(sum_weights, rows * job.tiles, kThreads);
     run(scan_tiles, rows, kScanThreads, Table::weights);
