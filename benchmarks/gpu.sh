@@ -35,11 +35,12 @@ part tests 180 bash -c '
     tests tests/test_kernels.py -k "reverse_step or dtypes or finite" & b=$!
     tests tests/test_kernels.py -k "propose or noise or chunks" & c=$!
     tests tests/test_kernels.py -k "density or log_prob or student or measurements or empty or tiles or backend" & d=$!
-    tests tests/test_randn_cuda.py -k "not emulated" & e=$!
+    tests tests/test_*_cuda.py -k "not emulated" & e=$!
     status=0
     for job in $a $b $c $d $e; do wait $job || status=1; done
     exit $status'
-part sanitizer 60 compute-sanitizer --error-exitcode 1 python -m pytest -q -p no:cacheprovider tests/test_randn_cuda.py -k "not emulated and not more_units"
+part sanitizer 60 compute-sanitizer --error-exitcode 1 python -m pytest -q -p no:cacheprovider tests/test_*_cuda.py \
+    -k "not emulated and (known or bits or sizes or aligned or smaller)"
 part benchmarks 170 python -m benchmarks randn reverse_step propose_and_weigh log_prob_and_gradient resample/systematic gather \
     --device cuda --seconds 3 --json "$out/benchmarks.json" --markdown "$out/benchmarks.md"
 

@@ -538,7 +538,8 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
 
     ``ancestors``: ``[B, K]`` or ``[K]``, int32 or int64 in ``[0, K)``, which ``check`` makes sure of (that waits for a
     GPU; the CPU always looks); each state ``[B, K, *event]`` or ``[K, *event]``, of any dtype. Only particles whose
-    ancestor is another are copied; with ancestors of `resample` with ``sorted=False`` they are the fewest.
+    ancestor is another are copied; with ancestors of `resample` with ``sorted=False`` they are the fewest. The compiled
+    kernels move nothing where an ancestor is out of range, checked or not.
     """
     if not isinstance(ancestors, Tensor) or ancestors.dtype not in (torch.int32, torch.int64):
         got = ancestors.dtype if isinstance(ancestors, Tensor) else type(ancestors).__name__

@@ -239,8 +239,10 @@ def test_a_missing_barrier_of_the_grid_gives_a_wrong_answer(launch):
         ("wait_apart", "is not reached by every thread of its block"),
         ("storage_again", "temporary storage of a CUB operation is used again"),
         ("one_block_waits", "barrier of the grid is not reached by every block"),
+        ("across_blocks", "barrier of the grid in a launch that is not cooperative"),
     ),
 )
 def test_mistakes_that_would_hang_or_mix_up(launch, kernel, words):
-    assert words in launch(kernel, ints(0), cooperative=kernel == "one_block_waits")
+    out = ints(*[0] * (BLOCKS * THREADS))
+    assert words in launch(kernel, out, cooperative=kernel == "one_block_waits")
     assert launch("votes", ints(*[0] * BLOCKS)) == "cudaSuccess"  # and the next launch knows nothing of it

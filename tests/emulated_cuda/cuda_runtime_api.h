@@ -2,13 +2,15 @@
 // tests, where there is no GPU. What it has is what they use.
 //
 // A launch has ended when it returns. Blocks run one after the other, in a shuffled order; those of a cooperative
-// launch live together. The threads of a block are coroutines of one thread of the system: each runs up to the next
-// barrier, the first of them first or the last of them first, in turn, so that whoever reads what is only written by
-// chance before him reads the wrong thing at one of the barriers. It is all the same in each run.
+// launch live together, and each runs ahead to the next barrier of the grid. The threads of a block are coroutines of
+// one thread of the system: each runs ahead to the next barrier, the first of them first or the last of them first, in
+// turn, so that whoever reads what was only by chance written before him reads the wrong thing sooner or later. It is
+// all the same in each run.
 //
-// An error of the launch: a barrier that some threads do not reach, or where they wait at different ones; CUB's
-// temporary storage used again without a barrier between. Not seen: races within one stretch between barriers that
-// both orders leave without effect, and anything that hangs on warps running in step.
+// An error of the launch: a barrier that some threads do not reach, or where they wait at different ones; one of the
+// grid in a launch that is not cooperative; CUB's temporary storage used again without a barrier between. Not seen:
+// races within one stretch between barriers that both orders leave without effect, and anything that hangs on warps
+// running in step.
 //
 // Shared memory is what is thread-local in the library: poisoned for each block, and put aside where blocks live
 // together.
@@ -78,16 +80,7 @@ struct Line {  // of the source, where a thread waits
     int number;
 };
 
-struct Block {
-    explicit Block(uint3 at) : index(at) {}
-
-    uint3 index;
-    unsigned barriers = 0;                   // the kernel's own, so far
-    std::map<const void*, unsigned> used;    // CUB's temporary storage: `barriers` when it was used last
-    std::vector<std::max_align_t> exchange;  // what threads show each other within a collective operation
-    std::vector<char> shared;                // its shared memory, while another block runs
-};
-
+struct Block;
 struct Coroutine;
 
 struct Thread {
@@ -96,6 +89,16 @@ struct Thread {
     Coroutine* waiting = nullptr;  // at a barrier
     bool whole_grid = false;
     int line = 0;
+};
+
+struct Block {
+    uint3 index;
+    std::vector<Thread> threads{};
+    bool begun = false;
+    unsigned barriers = 0;                     // the kernel's own, so far
+    std::map<const void*, unsigned> used{};    // CUB's temporary storage: `barriers` when it was used last
+    std::vector<std::max_align_t> exchange{};  // what threads show each other within a collective operation
+    std::vector<char> shared{};                // its shared memory, while another block runs
 };
 
 struct Coroutine {
@@ -137,6 +140,7 @@ struct Machine {
     std::vector<Coroutine*> idle;
     Coroutine* running = nullptr;
     const std::function<void()>* kernel = nullptr;
+    bool cooperative = false;
     std::vector<Thread*> order;  // not begun: from `next`
     std::size_t next = 0;
     SharedMemory shared{};
@@ -204,6 +208,7 @@ inline Coroutine* a_coroutine() {
 }
 
 inline void wait(bool whole_grid, Line line) {
+    if (whole_grid && !machine.cooperative) fail("a barrier of the grid in a launch that is not cooperative");
     Thread& thread = this_thread();
     thread.waiting = machine.running;
     thread.whole_grid = whole_grid;
@@ -213,64 +218,64 @@ inline void wait(bool whole_grid, Line line) {
     enter(thread);
 }
 
-// Whether all of these threads wait at one barrier; none has ended, and none waits elsewhere.
-inline bool together(const std::vector<Thread*>& threads) {
-    return std::all_of(threads.begin(), threads.end(), [&](const Thread* t) {
-        return t->waiting && t->whole_grid == threads[0]->whole_grid && t->line == threads[0]->line;
+// Whether all of these threads wait at one barrier: none has ended, and none waits elsewhere.
+inline bool together(const std::vector<Thread>& threads) {
+    return std::all_of(threads.begin(), threads.end(), [&](const Thread& t) {
+        return t.waiting && t.whole_grid == threads[0].whole_grid && t.line == threads[0].line;
     });
 }
 
-// Runs blocks that live together to their end, or to a failure.
-inline void run(std::vector<Block>& blocks, unsigned threads, bool descending) {
-    std::vector<Thread> all;
-    all.reserve(blocks.size() * threads);
-    std::vector<std::vector<Thread*>> members(blocks.size());
-    for (std::size_t b = 0; b < blocks.size(); ++b)
-        for (unsigned i = 0; i < threads; ++i) {
-            all.push_back({&blocks[b], i});
-            members[b].push_back(&all.back());
-        }
-    const auto everyone = [&] {
-        std::vector<Thread*> found;
-        for (Thread& thread : all) found.push_back(&thread);
-        return found;
-    }();
+inline std::vector<Thread*> in_order(Block& block, bool descending) {
+    std::vector<Thread*> found;
+    for (Thread& thread : block.threads) found.push_back(&thread);
+    if (descending) std::reverse(found.begin(), found.end());
+    return found;
+}
 
-    for (Block& block : blocks) block.shared.assign(machine.shared.bytes, kPoison);
-    machine.inside = nullptr;
-    machine.order = everyone;
-    machine.next = 0;
-    if (descending) std::reverse(machine.order.begin(), machine.order.end());
-    while (machine.next < machine.order.size() && machine.failure.empty()) resume(a_coroutine());
-
-    while (machine.failure.empty()) {
-        std::vector<Thread*> released;
-        bool waits = false;
-        for (const auto& block : members) {
-            const auto waiting = std::find_if(block.begin(), block.end(), [](Thread* t) { return t->waiting; });
-            if (waiting == block.end()) continue;
-            if (!together(block)) {
-                machine.failure = "the barrier of line " + std::to_string((*waiting)->line) +
-                                  " is not reached by every thread of its block";
-                return;
-            }
-            if ((*waiting)->whole_grid)
-                waits = true;
-            else
-                released.insert(released.end(), block.begin(), block.end());
-        }
-        if (released.empty() && !waits) return;
-        if (released.empty()) {
-            if (!together(everyone)) {
-                machine.failure = "a barrier of the grid is not reached by every block";
-                return;
-            }
-            released = everyone;
-        }
-        descending = !descending;
-        if (descending) std::reverse(released.begin(), released.end());
-        for (Thread* thread : released)
+// Runs a block, from its beginning or from a barrier of the grid, until it has ended or waits for the grid.
+inline void advance(Block& block, bool& descending) {
+    if (!block.begun) {
+        block.begun = true;
+        machine.order = in_order(block, descending);
+        machine.next = 0;
+        while (machine.next < machine.order.size() && machine.failure.empty()) resume(a_coroutine());
+    } else {
+        for (Thread* thread : in_order(block, descending))
             if (machine.failure.empty()) resume(thread->waiting);
+    }
+    while (machine.failure.empty()) {
+        const auto waiting =
+            std::find_if(block.threads.begin(), block.threads.end(), [](const Thread& t) { return t.waiting; });
+        if (waiting == block.threads.end()) return;
+        if (!together(block.threads)) {
+            machine.failure =
+                "the barrier of line " + std::to_string(waiting->line) + " is not reached by every thread of its block";
+            return;
+        }
+        if (waiting->whole_grid) return;
+        descending = !descending;
+        for (Thread* thread : in_order(block, descending))
+            if (machine.failure.empty()) resume(thread->waiting);
+    }
+}
+
+// Runs blocks that live together to their end, or to a failure: each as far as it comes without the others.
+inline void run(std::vector<Block*> blocks, unsigned threads, bool descending) {
+    for (Block* block : blocks) {
+        for (unsigned i = 0; i < threads; ++i) block->threads.push_back({block, i});
+        block->shared.assign(machine.shared.bytes, kPoison);
+    }
+    machine.inside = nullptr;
+    while (machine.failure.empty()) {
+        for (Block* block : blocks)
+            if (machine.failure.empty()) advance(*block, descending);
+        const auto waiting =
+            std::count_if(blocks.begin(), blocks.end(), [](const Block* b) { return b->threads[0].waiting; });
+        if (waiting == 0) return;
+        if (waiting != static_cast<std::ptrdiff_t>(blocks.size()))
+            machine.failure = "a barrier of the grid is not reached by every block";
+        descending = !descending;
+        std::reverse(blocks.begin(), blocks.end());
     }
 }
 
@@ -282,7 +287,7 @@ inline cudaError_t launch(dim3 grid, dim3 block, bool cooperative, const std::fu
     std::vector<Block> blocks;
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) blocks.emplace_back(uint3{x, y, z});
+            for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({{x, y, z}});
     if (cooperative && blocks.size() > kProcessors * kBlocksOnEach) return cudaErrorCooperativeLaunchTooLarge;
 
     std::mt19937 random(static_cast<unsigned>(blocks.size()));
@@ -290,17 +295,20 @@ inline cudaError_t launch(dim3 grid, dim3 block, bool cooperative, const std::fu
     gridDim = grid;
     blockDim = block;
     machine.kernel = &kernel;
+    machine.cooperative = cooperative;
     machine.failure.clear();
     machine.shared = find_shared_memory();
     const std::vector<char> before(machine.shared.at, machine.shared.at + machine.shared.bytes);
+    std::vector<Block*> all;
+    for (Block& each : blocks) all.push_back(&each);
     if (cooperative) {
-        run(blocks, block.x, random() & 1);
+        run(all, block.x, random() & 1);
     } else {
-        for (Block& each : blocks) {
-            std::vector<Block> alone{each};
-            run(alone, block.x, random() & 1);
-            if (!machine.failure.empty()) break;
-        }
+        for (Block* each : all)
+            if (machine.failure.empty()) {
+                run({each}, block.x, random() & 1);
+                *each = {};  // there may be many
+            }
     }
     std::copy(before.begin(), before.end(), machine.shared.at);  // there may be more than kernels' variables
     if (machine.failure.empty()) return cudaSuccess;
