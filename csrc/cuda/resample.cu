@@ -93,7 +93,7 @@ private:
 // --- memory -------------------------------------------------------------------------------------------------
 
 template <class T>
-struct alignas(sizeof(T) * kItems < 16 ? sizeof(T) * kItems : 16) Line {
+struct alignas(16) Line {
     T items[kItems];
 };
 
@@ -246,15 +246,21 @@ __device__ __forceinline__ double number_of(uint64_t key) {
     return OneWideLane::of_bits(static_cast<int64_t>(key & sign ? key ^ sign : ~key));
 }
 
-// Log-weights to integer weights; their sum.
-__device__ __forceinline__ uint64_t weigh(int64_t (&q)[kItems], const double (&log_weights)[kItems], double top, int scale) {
-    uint64_t sum = 0;
+struct Sums {
+    uint64_t weights, squares;
+};
+
+// Log-weights to integer weights, and this thread's sums.
+__device__ __forceinline__ Sums weigh(int64_t (&q)[kItems], const double (&log_weights)[kItems], double top, int scale) {
+    Sums sums{};
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-        q[i] = integer_weight<OneWideLane>(exponential<OneWideLane>(log_weights[i] - top), scale);
-        sum += static_cast<uint64_t>(q[i]);
+        const auto x = exponential<OneWideLane>(log_weights[i] - top);
+        q[i] = integer_weight<OneWideLane>(x, scale);
+        sums.weights += static_cast<uint64_t>(q[i]);
+        sums.squares += static_cast<uint64_t>(integer_square<OneWideLane>(x, scale));
     }
-    return sum;
+    return sums;
 }
 
 // The whole copies that residual resampling makes of each; their sum.
@@ -457,13 +463,10 @@ __global__ void __launch_bounds__(kBlock, 1) resample_short(const Job job) {
     __syncthreads();
 
     int64_t q[kItems];
-    uint64_t squares = 0, total;
-    const uint64_t weight = sum_before<kBlock>(storage, weigh(q, log_weights, top, job.scale), total);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i)
-        squares += static_cast<uint64_t>(
-            integer_square<OneWideLane>(exponential<OneWideLane>(log_weights[i] - top), job.scale));
-    squares = sum_of_all<kBlock>(storage, squares);
+    uint64_t total;
+    const Sums sums = weigh(q, log_weights, top, job.scale);
+    const uint64_t weight = sum_before<kBlock>(storage, sums.weights, total);
+    const uint64_t squares = sum_of_all<kBlock>(storage, sums.squares);
     if (threadIdx.x == 0) shared_row = judge(job, index, top, total, squares);
     __syncthreads();
     const Row& row = shared_row;
@@ -550,16 +553,11 @@ __global__ void __launch_bounds__(kThreads) sum_weights(const Job job) {
     const Place at(gridDim.x - 1 - blockIdx.x, job.tiles);
     const double top = number_of(job.tops[at.row]);
     double log_weights[kItems];
+    int64_t q[kItems];
     load_log_weights(log_weights, job, at.row, at.first);
-    uint64_t weight = 0, square = 0;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-        const auto x = exponential<OneWideLane>(log_weights[i] - top);
-        weight += static_cast<uint64_t>(integer_weight<OneWideLane>(x, job.scale));
-        square += static_cast<uint64_t>(integer_square<OneWideLane>(x, job.scale));
-    }
-    weight = sum_of_all<kThreads>(storage, weight);
-    square = sum_of_all<kThreads>(storage, square);
+    const Sums sums = weigh(q, log_weights, top, job.scale);
+    const uint64_t weight = sum_of_all<kThreads>(storage, sums.weights);
+    const uint64_t square = sum_of_all<kThreads>(storage, sums.squares);
     if (threadIdx.x == 0) {
         job.weights[at.row * (job.tiles + 1) + at.tile] = weight;
         job.squares[at.row * (job.tiles + 1) + at.tile] = square;
@@ -709,8 +707,8 @@ __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 
         load_log_weights(log_weights, job, at.row, at.tile * kTile + threadIdx.x * kItems);
         uint32_t copies[kItems] = {};
         uint64_t total, copied = 0;
-        uint64_t weight = weigh(q, log_weights, row.top, job.scale);
-        weight = job.weights[entry] + sum_before<kThreads>(storage, weight, total);
+        const uint64_t own = weigh(q, log_weights, row.top, job.scale).weights;
+        const uint64_t weight = job.weights[entry] + sum_before<kThreads>(storage, own, total);
         Uniforms uniforms{job.uniforms + at.row * job.number, all_from, all_to};
         if constexpr (kScheme == Scheme::residual) {
             copied = job.copies[entry] + sum_before<kThreads>(storage, copy_whole(copies, q, row.slots), total);
