@@ -99,8 +99,8 @@ class Case:
     ours: Call | None
     check: Callable[[], None]
     rivals: Sequence[Rival] = ()
-    triad_at_most: float | None = None  # how many times a triad's time we may take
-    copy_at_least: float | None = None  # what share of a copy's bandwidth we mean to reach
+    copy_at_most: float | None = None  # how many times a copy's time we may take
+    triad_at_most: float | None = None  # and a triad's
     backend: str = ""
     least_rounds: int = 5
     figures: Callable[[float], Sequence[Figure]] = lambda seconds: ()
@@ -213,7 +213,7 @@ def _yardsticks(case: Case, device: torch.device) -> list[Rival]:
 
     (to, source), (a, b, c) = buffers(2), buffers(3)
     return [
-        Rival(COPY, lambda: to.copy_(source), at_most=None if case.copy_at_least is None else 1 / case.copy_at_least),
+        Rival(COPY, lambda: to.copy_(source), at_most=case.copy_at_most),
         Rival(TRIAD, lambda: torch.add(b, c, alpha=0.5, out=a), at_most=case.triad_at_most),
     ]
 

@@ -160,7 +160,7 @@ def stochastic(setting: Setting) -> Case:
         coefficients(1.0),
         shape=setting.pick(*SHAPES),
         targets=ON_GPU if setting.device.type == "cuda" else ON_CPU,
-        copy_at_least=0.85 if setting.device.type == "cuda" else None,
+        copy_at_most=1 / 0.85 if setting.device.type == "cuda" else None,
     )
 
 
@@ -184,7 +184,7 @@ def bfloat16(setting: Setting) -> Case:
         coefficients(1.0),
         shape=setting.pick(*SHAPES),
         dtype=torch.bfloat16,
-        copy_at_least=0.7 if setting.device.type == "cuda" else None,
+        copy_at_most=1 / 0.7 if setting.device.type == "cuda" else None,
     )
 
 

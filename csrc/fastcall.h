@@ -34,7 +34,7 @@ public:
     double number() { return number(*next_++); }
     void* pointer() { return reinterpret_cast<void*>(static_cast<uintptr_t>(integer())); }
     Dtype dtype() { return code("dtype", Dtype::float64); }
-    cpu::Scheme scheme() { return code("scheme", cpu::Scheme::residual); }
+    Scheme scheme() { return code("scheme", Scheme::residual); }
     Prediction prediction() { return code("prediction", Prediction::flow); }
     Clip clip() {
         const ClipKind kind = code("clip", ClipKind::dynamic);

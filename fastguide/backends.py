@@ -30,7 +30,7 @@ OPERATIONS = (
 ORDER = ("cuda", "cpu", "triton", "reference")  # on each device the fastest first
 
 _SERVES = {
-    "cuda": ("randn", "gather_particles_"),
+    "cuda": ("randn", "resample", "gather_particles_"),
     "cpu": OPERATIONS,
     "triton": ("randn", "reverse_step", "propose_and_weigh", "log_prob_and_gradient"),
     "reference": OPERATIONS,
@@ -39,6 +39,7 @@ _SERVES = {
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 _ANY_DTYPE = ("gather_particles_",)  # moves bytes
 _DTYPES = {"cuda": compiled.CUDA_DTYPES, "cpu": compiled.CPU_DTYPES, "triton": compiled.CUDA_DTYPES}
+_WEIGHT_DTYPES = (torch.float32, torch.float64)  # of resample, whatever a backend's states are
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,7 @@ def _no_device(name: str) -> str:
 
 def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.dtype, **facts: Any) -> str:
     """Why ``backend`` cannot serve this call, or ``""`` when it can. ``facts`` are what else the operation
-    knows of the call: ``obstacle``, what it is about these tensors that no kernel can serve, or ``""``;
-    ``counter_on_device``, whether the seed or the step is a tensor."""
+    knows of the call: ``obstacle``, what it is about these tensors that no kernel can serve, or ``""``."""
     if operation not in _SERVES[backend]:
         return f"{backend} has no kernel for {operation}"
     if backend == "reference":
@@ -105,10 +105,9 @@ def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.
     own = _device_of(backend)
     if device.type != own:
         return f"{backend} serves tensors on {own}, and these are on {device}"
-    if operation not in _ANY_DTYPE and dtype not in _DTYPES[backend]:
-        return f"{backend} serves {', '.join(str(d) for d in _DTYPES[backend])}, and this is {dtype}"
-    if backend == "cuda" and facts.get("counter_on_device"):
-        return "cuda takes a seed and a step as numbers, and one of them is a tensor"
+    dtypes = _WEIGHT_DTYPES if operation == "resample" else _DTYPES[backend]
+    if operation not in _ANY_DTYPE and dtype not in dtypes:
+        return f"{backend} serves {', '.join(str(d) for d in dtypes)}, and this is {dtype}"
     if facts.get("obstacle"):
         return f"{backend} {facts['obstacle']}"
     return load_error(backend) or _no_device(backend)

@@ -36,6 +36,7 @@ __all__ = [
     "randn_cpu",
     "randn_cuda",
     "resample_cpu",
+    "resample_cuda",
     "reverse_step_cpu",
 ]
 
@@ -221,12 +222,21 @@ def _cuda_stream(device: torch.device) -> Iterator[int]:
         yield torch.cuda.current_stream().cuda_stream
 
 
-def randn_cuda(out: Tensor, seed: int, step: int, stream: int, first_particle: int) -> None:
+def _on_device(seed: Counted, step: Counted) -> tuple[tuple[int, int], tuple[int, int]]:
+    """A seed and a step as numbers, and where on the device they stand instead, or 0."""
+    values, places = zip(*((0, v.data_ptr()) if isinstance(v, Tensor) else (v, 0) for v in (seed, step)), strict=True)
+    return values, places
+
+
+def randn_cuda(out: Tensor, seed: Counted, step: Counted, stream: int, first_particle: int) -> None:
     """Fill ``out [N, *event]``, on a CUDA device, on the current stream; returns at once."""
     particles, elements = _rows(out)
     code = CUDA_DTYPES[out.dtype]
+    numbers, places = _on_device(seed, step)
     with _cuda_stream(out.device) as queue:
-        module("cuda").randn(out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, queue)
+        module("cuda").randn(
+            out.data_ptr(), code, particles, elements, *numbers, stream, first_particle, *places, queue
+        )
 
 
 def resample_cpu(
@@ -270,6 +280,45 @@ def resample_cpu(
         torch.get_num_threads(),
     )
     return bad, (ancestors, after, log_mean_weight, ess)
+
+
+def resample_cuda(
+    log_weights: Tensor,
+    scheme: str,
+    number: int,
+    ess_threshold: float | None,
+    seed: Counted,
+    step: Counted,
+    stream: int,
+    sorted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of `fastguide.ops.resample` for CUDA tensors, on the current stream; returns at once."""
+    log_weights = log_weights.contiguous()
+    *rows, particles = log_weights.shape
+    ancestors = log_weights.new_empty((*rows, number), dtype=torch.int32)
+    after = log_weights.new_empty((*rows, number))
+    log_mean_weight = log_weights.new_empty(rows, dtype=torch.float64)
+    ess = torch.empty_like(log_mean_weight)
+    shape = rows[0] if rows else 1, particles, number, _SCHEME_CODES[scheme], sorted
+    numbers, places = _on_device(seed, step)
+    with _cuda_stream(log_weights.device) as queue:
+        workspace = log_weights.new_empty(module("cuda").resample_workspace(*shape), dtype=torch.uint8)
+        module("cuda").resample(
+            log_weights.data_ptr(),
+            log_weights.dtype == torch.float64,
+            *shape,
+            math.inf if ess_threshold is None else float(ess_threshold * particles),
+            *numbers,
+            stream,
+            *places,
+            ancestors.data_ptr(),
+            after.data_ptr(),
+            log_mean_weight.data_ptr(),
+            ess.data_ptr(),
+            workspace.data_ptr(),
+            queue,
+        )
+    return ancestors, after, log_mean_weight, ess
 
 
 def gather_particles_cpu(ancestors: Tensor, states: Sequence[Tensor]) -> int:

@@ -257,8 +257,7 @@ def randn(
         from . import library
 
         return library.call_randn(shape, (seed, step, stream, first_particle), dtype, device, backend)
-    reads = isinstance(seed, Tensor) or isinstance(step, Tensor)
-    chosen = select("randn", backend, device=device, dtype=dtype, counter_on_device=reads)
+    chosen = select("randn", backend, device=device, dtype=dtype)
     if chosen == "reference":
         return reference.randn(
             shape,
@@ -275,8 +274,10 @@ def randn(
     if chosen == "triton":
         _kernels("randn").randn(out, seed, step, stream, first_particle)
         return out
-    fill = compiled.randn_cpu if chosen == "cpu" else compiled.randn_cuda
-    fill(out, *_numbers(seed, step), stream, first_particle)
+    if chosen == "cuda":
+        compiled.randn_cuda(out, seed, step, stream, first_particle)
+        return out
+    compiled.randn_cpu(out, *_numbers(seed, step), stream, first_particle)
     return out
 
 
@@ -495,7 +496,9 @@ def resample(
         with torch.no_grad():
             counter = seed, step, stream
             results = library.call_resample(log_weights, scheme, num, ess_threshold, counter, sorted, backend)
-    elif _choose_resampler(log_weights, backend) == "cpu":
+    elif (chosen := _choose_resampler(log_weights, backend)) == "cuda":
+        results = compiled.resample_cuda(log_weights, *arguments)
+    elif chosen == "cpu":
         arguments = scheme, number, ess_threshold, *_numbers(seed, step), stream, sorted
         results = compiled.resample_cpu(log_weights, *arguments)[1]
     else:

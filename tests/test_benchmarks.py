@@ -127,7 +127,7 @@ def test_unknown_names_are_refused(capsys):
 
 
 def test_names_select_by_their_beginning():
-    assert cases.chosen(["resample/sys"]) == ["resample/systematic-1e6", "resample/systematic-1e7"]
+    assert cases.chosen(["resample/sys"]) == [f"resample/systematic-1e{n}" for n in (6, 7, 8)]
     assert cases.chosen([]) == sorted(CASES, key=lambda name: cases.ORDER.index(name.split("/")[0]))
 
 

@@ -79,8 +79,8 @@ def test_select():
 def test_select_refuses_with_the_reason():
     with pytest.raises(ValueError, match=r"backend: expected one of auto, .*, got 'cudnn'"):
         select("randn", "cudnn", device=CPU, dtype=torch.float32)
-    with pytest.raises(RuntimeError, match="cuda has no kernel for resample"):
-        select("resample", "cuda", device=CPU, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="cuda has no kernel for reverse_step"):
+        select("reverse_step", "cuda", device=CPU, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="cuda serves tensors on cuda, and"):
         select("randn", "cuda", device=CPU, dtype=torch.float32)
     with pytest.raises(RuntimeError, match=r"this is torch\.int64"):
@@ -89,8 +89,9 @@ def test_select_refuses_with_the_reason():
 
 
 def test_explain_tells_what_was_passed_over():
-    text = explain("resample", "cpu", torch.float32)
-    assert text.splitlines() == ["resample on cpu, torch.float32: cpu", "  not cuda: cuda has no kernel for resample"]
+    text = explain("reverse_step", "cpu", torch.float32)
+    reason = "  not cuda: cuda has no kernel for reverse_step"
+    assert text.splitlines() == ["reverse_step on cpu, torch.float32: cpu", reason]
     text = explain("reverse_step", "cpu", torch.float32, obstacle="has no such thing")
     assert text.splitlines()[0] == "reverse_step on cpu, torch.float32: reference"
     assert "  not cpu: cpu has no such thing" in text.splitlines()

@@ -9,6 +9,7 @@
 #include "../common/particles.h"
 #include "../common/philox.h"
 #include "../common/step.h"
+#include "../common/weights.h"
 
 namespace fastguide::cpu {
 
@@ -65,8 +66,6 @@ struct DensityArrays {
     Dtype dtype;
     uint64_t samples, elements, y_rows, added_rows;
 };
-
-enum class Scheme : int { systematic = 0, stratified = 1, multinomial = 2, residual = 3 };
 
 // One call of resample: float32 or float64 log-weights [rows, particles] to ancestors [rows, number].
 struct Resampling {

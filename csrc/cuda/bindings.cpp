@@ -9,18 +9,24 @@
 #include "../common/arguments.h"
 #include "gather_particles.cuh"
 #include "randn.cuh"
+#include "resample.cuh"
 
 namespace py = pybind11;
 using namespace fastguide;
 
 namespace {
 
+cuda::CounterOnDevice on_device(uintptr_t seed, uintptr_t step) {
+    return {reinterpret_cast<const int64_t*>(seed), reinterpret_cast<const int64_t*>(step)};
+}
+
 void randn(uintptr_t data, int dtype, uint64_t particles, uint64_t elements, uint64_t seed, uint64_t step,
-           uint64_t stream, uint64_t first_particle, uintptr_t cuda_stream) {
+           uint64_t stream, uint64_t first_particle, uintptr_t seed_at, uintptr_t step_at, uintptr_t cuda_stream) {
     const RandnShape shape = checked_shape(particles, elements, seed, step, stream, first_particle);
     const Dtype type = checked_dtype(dtype, Dtype::bfloat16);
     const py::gil_scoped_release release;
-    cuda::randn(reinterpret_cast<void*>(data), type, shape, reinterpret_cast<cudaStream_t>(cuda_stream));
+    cuda::randn(reinterpret_cast<void*>(data), type, shape, on_device(seed_at, step_at),
+                reinterpret_cast<cudaStream_t>(cuda_stream));
 }
 
 void philox_words(uintptr_t out, const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key,
@@ -29,6 +35,38 @@ void philox_words(uintptr_t out, const std::array<uint32_t, 4>& counter, const s
     const Words4 words{counter[0], counter[1], counter[2], counter[3]};
     cuda::philox_words(reinterpret_cast<uint32_t*>(out), words, key[0], key[1],
                        reinterpret_cast<cudaStream_t>(cuda_stream));
+}
+
+cuda::Resampling resampling_of(uint64_t rows, uint64_t particles, uint64_t number, int scheme, bool sorted) {
+    check_below("rows", rows, uint64_t{1} << 31);
+    for (const uint64_t count : {particles, number})
+        check_below("particles and number, less one,", count - 1, (uint64_t{1} << 31) - 1);
+    check_below("scheme", static_cast<uint64_t>(scheme), 4);
+    cuda::Resampling call{};
+    call.rows = rows, call.particles = particles, call.number = number;
+    call.scheme = static_cast<Scheme>(scheme), call.sorted = sorted;
+    return call;
+}
+
+uint64_t resample_workspace(uint64_t rows, uint64_t particles, uint64_t number, int scheme, bool sorted) {
+    return cuda::resample_workspace(resampling_of(rows, particles, number, scheme, sorted));
+}
+
+void resample(uintptr_t log_weights, bool doubles, uint64_t rows, uint64_t particles, uint64_t number, int scheme,
+              bool sorted, double keep_from, uint64_t seed, uint64_t step, uint64_t stream, uintptr_t seed_at,
+              uintptr_t step_at, uintptr_t ancestors, uintptr_t log_weights_after, uintptr_t log_mean_weight,
+              uintptr_t ess, uintptr_t workspace, uintptr_t cuda_stream) {
+    cuda::Resampling call = resampling_of(rows, particles, number, scheme, sorted);
+    const RandnShape counter = checked_shape(rows, 1, seed, step, stream, 0);
+    call.log_weights = reinterpret_cast<const void*>(log_weights), call.doubles = doubles;
+    call.keep_from = keep_from;
+    call.seed = counter.seed, call.step = counter.step, call.stream = counter.stream;
+    call.counter = on_device(seed_at, step_at);
+    call.ancestors = reinterpret_cast<int32_t*>(ancestors);
+    call.log_weights_after = reinterpret_cast<void*>(log_weights_after);
+    call.log_mean_weight = reinterpret_cast<double*>(log_mean_weight), call.ess = reinterpret_cast<double*>(ess);
+    const py::gil_scoped_release release;
+    cuda::resample(call, reinterpret_cast<void*>(workspace), reinterpret_cast<cudaStream_t>(cuda_stream));
 }
 
 using States = std::vector<std::pair<uintptr_t, uint64_t>>;  // data, bytes of each particle
@@ -60,9 +98,17 @@ void gather_particles(uintptr_t ancestors, bool wide, uint64_t rows, uint64_t pa
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "fastguide's CUDA kernels";
     m.def("randn", &randn, py::arg("data"), py::arg("dtype"), py::arg("particles"), py::arg("elements"),
-          py::arg("seed"), py::arg("step"), py::arg("stream"), py::arg("first_particle"),
-          py::arg("cuda_stream"),
-          "Fill [particles, elements] at `data` with standard normals.");
+          py::arg("seed"), py::arg("step"), py::arg("stream"), py::arg("first_particle"), py::arg("seed_at"),
+          py::arg("step_at"), py::arg("cuda_stream"),
+          "Fill [particles, elements] at `data` with standard normals. A seed or a step that stands on the device, at "
+          "`seed_at` or `step_at`, takes the place of the number.");
+    m.def("resample_workspace", &resample_workspace, py::arg("rows"), py::arg("particles"), py::arg("number"),
+          py::arg("scheme"), py::arg("sorted"), "Bytes of device memory that resample needs for itself.");
+    m.def("resample", &resample, py::arg("log_weights"), py::arg("doubles"), py::arg("rows"), py::arg("particles"),
+          py::arg("number"), py::arg("scheme"), py::arg("sorted"), py::arg("keep_from"), py::arg("seed"),
+          py::arg("step"), py::arg("stream"), py::arg("seed_at"), py::arg("step_at"), py::arg("ancestors"),
+          py::arg("log_weights_after"), py::arg("log_mean_weight"), py::arg("ess"), py::arg("workspace"),
+          py::arg("cuda_stream"), "Ancestors, and the log-weights after them.");
     m.def("philox", &philox_words, py::arg("out"), py::arg("counter"), py::arg("key"), py::arg("cuda_stream"),
           "The four words of Philox4x32-10, into device memory at `out`.");
     m.def("gather_workspace", &gather_workspace, py::arg("rows"), py::arg("particles"), py::arg("states"),

@@ -38,8 +38,10 @@ __device__ void four_normals(const RandnShape& shape, Position at, T* z) {
 // that unit u lies at element 4 * Unit::groups * u whatever rows it spans.
 template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads)
-    randn_kernel(T* __restrict__ out, const RandnShape shape, uint64_t groups, Position stride) {
+    randn_kernel(T* __restrict__ out, const RandnShape given, const CounterOnDevice counter, uint64_t groups,
+                 Position stride) {
     constexpr int kGroups = Unit<T>::groups;
+    const RandnShape shape = with_counter(given, counter);
     const uint64_t total = shape.particles * groups;
     const uint64_t step = static_cast<uint64_t>(gridDim.x) * kThreads * kGroups;
     uint64_t index = (static_cast<uint64_t>(blockIdx.x) * kThreads + threadIdx.x) * kGroups;
@@ -75,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-void randn_as(void* data, const RandnShape& shape, cudaStream_t queue) {
+void randn_as(void* data, const RandnShape& shape, const CounterOnDevice& counter, cudaStream_t queue) {
     T* out = static_cast<T*>(data);
     const uint64_t groups = shape.groups_per_particle();
     const uint64_t per_block = static_cast<uint64_t>(kThreads) * Unit<T>::groups;
@@ -83,7 +85,7 @@ void randn_as(void* data, const RandnShape& shape, cudaStream_t queue) {
     const Position stride{blocks * per_block / groups, blocks * per_block % groups};
     const bool wide = shape.elements % 4 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
     const auto kernel = wide ? randn_kernel<T, true> : randn_kernel<T, false>;
-    launch("randn", kernel, static_cast<unsigned>(blocks), kThreads, queue, out, shape, groups, stride);
+    launch("randn", kernel, static_cast<unsigned>(blocks), kThreads, queue, out, shape, counter, groups, stride);
 }
 
 __global__ void philox_kernel(uint32_t* out, Words4 counter, uint32_t key0, uint32_t key1) {
@@ -96,12 +98,12 @@ __global__ void philox_kernel(uint32_t* out, Words4 counter, uint32_t key0, uint
 
 }  // namespace detail
 
-void randn(void* out, Dtype dtype, const RandnShape& shape, cudaStream_t queue) {
+void randn(void* out, Dtype dtype, const RandnShape& shape, const CounterOnDevice& counter, cudaStream_t queue) {
     if (shape.particles == 0 || shape.elements == 0) return;
     switch (dtype) {
-        case Dtype::float32: return detail::randn_as<float>(out, shape, queue);
-        case Dtype::float16: return detail::randn_as<Half>(out, shape, queue);
-        case Dtype::bfloat16: return detail::randn_as<BFloat16>(out, shape, queue);
+        case Dtype::float32: return detail::randn_as<float>(out, shape, counter, queue);
+        case Dtype::float16: return detail::randn_as<Half>(out, shape, counter, queue);
+        case Dtype::bfloat16: return detail::randn_as<BFloat16>(out, shape, counter, queue);
         case Dtype::float64: throw std::invalid_argument("randn: float64 is not made on CUDA");
     }
 }

@@ -19,10 +19,11 @@ from types import ModuleType
 HERE = Path(__file__).parent
 SOURCES = sorted((HERE.parents[1] / "csrc" / "cuda").glob("*.c*[pu]"))
 
-# No contraction, as in csrc/rules.ninja. What is not aligned as its type asks traps, as it would on a GPU.
+# No contraction, as in csrc/rules.ninja. What is not aligned as its type asks traps, as it would on a GPU. A fortified
+# longjmp takes another thread's stack for none.
 _FLAGS = (
-    "-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -fsanitize=alignment "
-    "-fsanitize-undefined-trap-on-error -x c++"
+    "-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -U_FORTIFY_SOURCE -fno-strict-aliasing "
+    "-fsanitize=alignment -fsanitize-undefined-trap-on-error -x c++"
 )
 
 

@@ -17,6 +17,7 @@
 #pragma once
 
 #include <link.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -101,7 +102,9 @@ struct Block {
 };
 
 struct Coroutine {
-    ucontext_t context;
+    ucontext_t begin;
+    jmp_buf at;  // where it left: swapcontext would ask the system at each switch
+    bool has_begun = false;
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     Thread* thread = nullptr;
 };
@@ -132,7 +135,7 @@ inline SharedMemory find_shared_memory() {
 }
 
 struct Machine {
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     std::vector<std::unique_ptr<Coroutine>> pool;
     std::vector<Coroutine*> idle;
     Coroutine* running = nullptr;
@@ -160,7 +163,9 @@ inline void enter(Thread& thread) {
     blockIdx = thread.block->index;
 }
 
-inline void leave() { swapcontext(&machine.running->context, &machine.scheduler); }
+inline void leave() {
+    if (_setjmp(machine.running->at) == 0) _longjmp(machine.scheduler, 1);
+}
 
 inline void fail(const std::string& what) {
     machine.failure = what;
@@ -181,17 +186,20 @@ inline void work() {
 
 inline void resume(Coroutine* coroutine) {
     machine.running = coroutine;
-    swapcontext(&machine.scheduler, &coroutine->context);
+    if (_setjmp(machine.scheduler) != 0) return;
+    if (coroutine->has_begun) _longjmp(coroutine->at, 1);
+    coroutine->has_begun = true;
+    setcontext(&coroutine->begin);
 }
 
 inline Coroutine* a_coroutine() {
     if (machine.idle.empty()) {
         machine.pool.push_back(std::make_unique<Coroutine>());
         Coroutine* const made = machine.pool.back().get();
-        getcontext(&made->context);
-        made->context.uc_stack.ss_sp = made->stack.get();
-        made->context.uc_stack.ss_size = kStackBytes;
-        makecontext(&made->context, work, 0);
+        getcontext(&made->begin);
+        made->begin.uc_stack.ss_sp = made->stack.get();
+        made->begin.uc_stack.ss_size = kStackBytes;
+        makecontext(&made->begin, work, 0);
         return made;
     }
     Coroutine* const found = machine.idle.back();
@@ -361,6 +369,8 @@ T __ldg(const T* at) {
 }
 
 inline void __threadfence() {}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 template <class T>
 T atomicAdd(T* at, std::common_type_t<T> value) {

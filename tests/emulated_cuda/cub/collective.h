@@ -16,6 +16,31 @@ inline void use_storage(const void* storage) {
     found->second = block.barriers;
 }
 
+template <class T>
+struct Results {
+    T own, all;
+};
+
+// What `compute` makes of the values that all threads of the block give, in their order. It does so once, in place, and
+// returns what it has for all of them. Every thread must call it.
+template <class T, class Compute>
+Results<T> collect(const T& value, Line line, const Compute& compute) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    auto& shown = this_thread().block->exchange;
+    const std::size_t places = (blockDim.x + 1) * sizeof(T) / sizeof(std::max_align_t) + 1;
+    if (shown.size() < places + 1) shown.resize(places + 1);
+    T* const values = reinterpret_cast<T*>(shown.data());
+    char* const computed = reinterpret_cast<char*>(&shown[places]);
+    values[threadIdx.x] = value;
+    *computed = 0;
+    wait(false, line);
+    if (!*computed) values[blockDim.x] = compute(values, blockDim.x);
+    *computed = 1;
+    const Results<T> results{values[threadIdx.x], values[blockDim.x]};
+    wait(false, line);
+    return results;
+}
+
 // What other threads than the first get where CUB promises them nothing.
 template <class T>
 T garbage() {

@@ -17,9 +17,10 @@ public:
     template <class Operation>
     T Reduce(T input, Operation operation, emulated::Line line = {__builtin_LINE()}) {
         emulated::use_storage(storage_);
-        const std::vector<T> all = emulated::exchange(input, line);
-        if (threadIdx.x != 0) return emulated::garbage<T>();
-        return std::accumulate(all.begin() + 1, all.end(), all[0], operation);
+        const T result = emulated::collect(input, line, [=](const T* values, unsigned threads) {
+            return std::accumulate(values + 1, values + threads, values[0], operation);
+        }).all;
+        return threadIdx.x == 0 ? result : emulated::garbage<T>();
     }
     T Sum(T input, emulated::Line line = {__builtin_LINE()}) {
         return Reduce(input, std::plus<T>(), line);

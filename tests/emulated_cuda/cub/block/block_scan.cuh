@@ -4,7 +4,9 @@
 
 namespace cub {
 
-template <class T, int kThreads>
+enum BlockScanAlgorithm { BLOCK_SCAN_RAKING, BLOCK_SCAN_WARP_SCANS };
+
+template <class T, int kThreads, BlockScanAlgorithm = BLOCK_SCAN_RAKING>
 class BlockScan {
 public:
     struct TempStorage {
@@ -46,14 +48,29 @@ public:
         sum(input, output, kItems, false, total, line);
     }
 
+    template <class Operation>
+    void ExclusiveScan(T input, T& output, T first, Operation operation, emulated::Line line = {__builtin_LINE()}) {
+        output = scan(input, first, operation, line).own;
+    }
+
 private:
     TempStorage* storage_;
 
-    void sum(const T* input, T* output, int items, bool inclusive, T& total, emulated::Line line) {
+    // Of each thread what comes before it, and of all.
+    template <class Operation>
+    emulated::Results<T> scan(T input, T first, Operation operation, emulated::Line line) {
         emulated::use_storage(storage_);
-        const std::vector<T> sums = emulated::exchange(std::accumulate(input, input + items, T()), line);
-        T so_far = std::accumulate(sums.begin(), sums.begin() + threadIdx.x, T());
-        total = std::accumulate(sums.begin(), sums.end(), T());
+        return emulated::collect(input, line, [=](T* values, unsigned threads) {
+            T so_far = first;
+            for (unsigned i = 0; i < threads; ++i) so_far = operation(so_far, std::exchange(values[i], so_far));
+            return so_far;
+        });
+    }
+
+    void sum(const T* input, T* output, int items, bool inclusive, T& total, emulated::Line line) {
+        const auto sums = scan(std::accumulate(input, input + items, T()), T(), std::plus<T>(), line);
+        T so_far = sums.own;
+        total = sums.all;
         for (int i = 0; i < items; ++i) {
             const T item = input[i];  // output may be input
             output[i] = inclusive ? so_far + item : so_far;

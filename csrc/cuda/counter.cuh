@@ -1,0 +1,22 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace fastguide::cuda {
+
+// Where a seed and a step stand on the device, or null where they are numbers.
+struct CounterOnDevice {
+    const int64_t *seed, *step;
+};
+
+// `call` with the seed and the step that stand there now: a launch that a graph replays reads them anew.
+template <class Call>
+__device__ __forceinline__ Call with_counter(Call call, const CounterOnDevice& at) {
+    if (at.seed) call.seed = static_cast<uint64_t>(*at.seed);
+    if (at.step) call.step = static_cast<uint32_t>(*at.step);
+    return call;
+}
+
+}  // namespace fastguide::cuda
