@@ -36,13 +36,14 @@ part tests 180 bash -c '
     tests tests/test_kernels.py -k "propose or noise or chunks" & c=$!
     tests tests/test_kernels.py -k "density or log_prob or student or measurements or empty or tiles or backend" & d=$!
     tests tests/test_*_cuda.py -k "not emulated" & e=$!
+    tests tests/test_graphs.py -k cuda & f=$!
     status=0
-    for job in $a $b $c $d $e; do wait $job || status=1; done
+    for job in $a $b $c $d $e $f; do wait $job || status=1; done
     exit $status'
 part sanitizer 60 compute-sanitizer --error-exitcode 1 python -m pytest -q -p no:cacheprovider tests/test_*_cuda.py \
     -k "not emulated and (known or bits or sizes or aligned or smaller or workspace or slots or dead)"
-part benchmarks 170 python -m benchmarks randn reverse_step propose_and_weigh log_prob_and_gradient resample/systematic resample/batched \
-    gather --device cuda --seconds 3 --json "$out/benchmarks.json" --markdown "$out/benchmarks.md"
+part benchmarks 170 python -m benchmarks randn/float32 reverse_step/stochastic reverse_step/bfloat16 propose_and_weigh \
+    log_prob_and_gradient resample/systematic-1e8 resample/batched gather samplers/graph --device cuda --seconds 3 --json "$out/benchmarks.json" --markdown "$out/benchmarks.md"
 
 tail -n 60 "$out/benchmarks.log" | cut -c1-150
 tail -n 3 "$out/tests.log"
