@@ -7,8 +7,8 @@
 //             particles that die are copied over, by anybody, at once. What resample(sorted=False) returns is such
 //   exchange  the other rows, through a workspace much smaller than the state: as many columns as it holds are packed
 //             in their new order, and once all blocks have read theirs they are written back. It returns at once
-//             where there is no such row. One cooperative launch, since the number of columns, and so of barriers, may
-//             be large, and pairs of launches would each cost their microseconds where there is nothing to do
+//             where there is no such row. One cooperative launch, which a graph keeps like any other: a pair of
+//             launches for each part of the columns would cost their microseconds where there is nothing to do
 #include "gather_particles.cuh"
 
 #include <cooperative_groups.h>
@@ -24,10 +24,10 @@ namespace detail {
 
 constexpr unsigned kThreads = 256;
 constexpr unsigned kExchangeThreads = 512;
-constexpr uint64_t kMaxBlocks = 1u << 11;  // a few times what a GPU runs at once; more cost time where nothing moves
-constexpr unsigned kLooks = 4;     // ancestors that a thread looks at before its block compares notes
-constexpr unsigned kInFlight = 4;  // units that a thread loads before it stores the first
-constexpr unsigned kMaxStates = 8;
+constexpr uint64_t kMaxBlocks = 1 << 11;  // a few times what a GPU runs at once; more would cost where nothing moves
+constexpr unsigned kLooks = 4;            // ancestors that a thread looks at before its block compares notes
+constexpr unsigned kInFlight = 4;         // units that a thread loads before it stores the first
+constexpr unsigned kMaxStates = 8;        // moved by one launch
 constexpr uint64_t kMaxUnit = 16, kMaxLanes = 32;
 
 enum : uint32_t { kMoves = 1, kEntangled = 2 };
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) look_kernel(const Map<Index> map, ui
     }
 }
 
-// --- states ---------------------------------------------------------------------------------------------------
+// --- states -------------------------------------------------------------------------------------------------
 
 struct Stride {
     uint64_t places, particle;  // of all rows' particles; within a row
@@ -107,7 +107,7 @@ __device__ void with_unit(unsigned bytes, const F& f) {
 }
 
 template <class Unit, class Index>
-__device__ void move(const Map<Index>& map, const State& state) {
+__device__ void move_units(const Map<Index>& map, const State& state) {
     Unit* const data = static_cast<Unit*>(state.data);
     const unsigned lane = threadIdx.x & ((1u << state.log2_lanes) - 1);
     const uint64_t end = map.rows * map.particles;
@@ -155,10 +155,10 @@ template <class Index>  // 64 registers: half the threads that a processor has r
 __global__ void __launch_bounds__(kThreads, 4) move_kernel(const Map<Index> map, const __grid_constant__ Batch batch) {
     if (map.of_all() == 0 || map.outside()) return;
     const State& state = batch.states[blockIdx.y];
-    with_unit(state.unit_bytes, [&](auto unit) { move<decltype(unit)>(map, state); });
+    with_unit(state.unit_bytes, [&](auto unit) { move_units<decltype(unit)>(map, state); });
 }
 
-// --- rows that need an order -----------------------------------------------------------------------------------
+// --- rows that need an order --------------------------------------------------------------------------------
 
 __device__ inline bool any_entangled(const uint32_t* flags, uint64_t rows) {
     bool found = false;
@@ -166,11 +166,11 @@ __device__ inline bool any_entangled(const uint32_t* flags, uint64_t rows) {
     return __syncthreads_or(found) != 0;
 }
 
-// As many rows at a time as the workspace holds, or else of one row as many columns, of one unit here. Between pack and
-// unpack the whole grid waits. No wait is needed before the next pack: it reads what this unpack does not write, and
-// its cells of the workspace are each thread's own.
+// As many rows at a time as the workspace has room for, or else of one row as many units of each particle. Between
+// pack and unpack the whole grid waits. No wait is needed before the next pack: it reads what this unpack does not
+// write, and a cell of the workspace is always the same thread's.
 template <class Unit, class Index>
-__device__ void exchange(const Map<Index>& map, const State& state, Unit* __restrict__ workspace, uint64_t room) {
+__device__ void exchange_units(const Map<Index>& map, const State& state, Unit* __restrict__ workspace, uint64_t room) {
     Unit* const data = static_cast<Unit*>(state.data);
     const uint64_t most_width = min(state.units, room / map.particles);
     const uint64_t most_rows = max(uint64_t{1}, room / map.particles / state.units);
@@ -179,16 +179,18 @@ __device__ void exchange(const Map<Index>& map, const State& state, Unit* __rest
         if (!any_entangled(map.flags + first_row, rows)) continue;
         for (uint64_t first = 0; first < state.units; first += most_width) {
             const uint64_t width = min(most_width, state.units - first);
-            // f(cell, the row's first unit in this column, the particle, its ancestor) of what moves
+            // f(its cell, itself, its ancestor's) for every unit of these that moves
             const auto each = [&](const auto& f) {
                 const uint64_t threads = static_cast<uint64_t>(gridDim.x) * kExchangeThreads;
                 uint64_t cell = static_cast<uint64_t>(blockIdx.x) * kExchangeThreads + threadIdx.x;
                 for (; cell < rows * map.particles * width; cell += threads) {
-                    const uint64_t particle = cell / width % map.particles, row = first_row + cell / width / map.particles;
+                    const uint64_t place = first_row * map.particles + cell / width;
+                    const uint64_t row = place / map.particles, particle = place % map.particles;
                     if ((map.flags[row] & kEntangled) == 0) continue;
-                    const auto ancestor = static_cast<uint64_t>(map.ancestors[row * map.particles + particle]);
-                    Unit* const column = data + row * map.particles * state.units + first + cell % width;
-                    if (ancestor != particle) f(workspace[cell], column[particle * state.units], column[ancestor * state.units]);
+                    const auto ancestor = static_cast<uint64_t>(map.ancestors[place]);
+                    if (ancestor == particle) continue;
+                    Unit* const units = data + first + cell % width;
+                    f(workspace[cell], units[place * state.units], units[(place - particle + ancestor) * state.units]);
                 }
             };
             each([](Unit& packed, const Unit&, const Unit& from) { packed = from; });
@@ -205,13 +207,13 @@ __global__ void __launch_bounds__(kExchangeThreads, 2)
     for (unsigned s = 0; s < batch.count; ++s) {
         const State& state = batch.states[s];
         with_unit(state.unit_bytes, [&](auto unit) {
-            exchange(map, state, static_cast<decltype(unit)*>(workspace), bytes / sizeof(unit));
+            exchange_units(map, state, static_cast<decltype(unit)*>(workspace), bytes / sizeof(unit));
         });
         if (s + 1 < batch.count) cooperative_groups::this_grid().sync();  // other units: other owners of its bytes
     }
 }
 
-// --- on the host -----------------------------------------------------------------------------------------------
+// --- on the host --------------------------------------------------------------------------------------------
 
 constexpr uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
 
@@ -289,7 +291,8 @@ void gather(const Gathering& call, const std::vector<ParticleArray>& states, cud
 uint64_t gather_workspace(uint64_t rows, uint64_t particles, const std::vector<ParticleArray>& states) {
     uint64_t most = 0;
     for (const ParticleArray& state : states) {
-        const uint64_t all = rows * particles * state.bytes, column = particles * std::min(state.bytes, detail::kMaxUnit);
+        const uint64_t all = rows * particles * state.bytes;
+        const uint64_t column = particles * std::min(state.bytes, detail::kMaxUnit);
         most = std::max(most, std::min(all, std::max({all / 64, column, uint64_t{1} << 21})));
     }
     return most;

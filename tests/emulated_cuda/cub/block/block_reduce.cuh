@@ -6,7 +6,7 @@ namespace cub {
 
 template <class T, int kThreads>
 class BlockReduce {
-  public:
+public:
     struct TempStorage {
         T values[kThreads];
     };
@@ -26,7 +26,7 @@ class BlockReduce {
         return Reduce(input, std::plus<T>(), line);
     }
 
-  private:
+private:
     TempStorage* storage_;
 };
 

@@ -8,7 +8,7 @@ enum BlockScanAlgorithm { BLOCK_SCAN_RAKING, BLOCK_SCAN_WARP_SCANS };
 
 template <class T, int kThreads, BlockScanAlgorithm = BLOCK_SCAN_RAKING>
 class BlockScan {
-  public:
+public:
     struct TempStorage {
         T values[kThreads];
     };
@@ -54,6 +54,9 @@ class BlockScan {
     }
 
   private:
+=======
+private:
+>>>>>>> w/gather
     TempStorage* storage_;
 
     // Of each thread what comes before it, and of all.
