@@ -53,10 +53,7 @@ public:
         output = scan(input, first, operation, line).own;
     }
 
-  private:
-=======
 private:
->>>>>>> w/gather
     TempStorage* storage_;
 
     // Of each thread what comes before it, and of all.
