@@ -150,7 +150,7 @@ def test_thresholds_and_bad_rows(scheme, cuda_device):
     spreads = torch.tensor([0.0, 0.3, 1.0, 1.5, 3.0, 8.0]).repeat(2)[:, None]
     for particles, dtype in ((1, torch.float64), (5, torch.float32), (1030, torch.float64), (5000, torch.float32)):
         weights = normal_weights(12, particles, 1.0, dtype) * spreads.to(dtype)
-        weights[7, particles // 2] = math.nan
+        weights[7, particles // 2] = math.copysign(math.nan, -1.0)
         weights[8, particles - 1] = math.inf
         weights[9] = -math.inf
         weights[10, 0], weights[10, -1] = math.nan, math.inf

@@ -46,7 +46,7 @@ struct OneWideLane {
 #endif
     }
     static FG_HD uint64_t multiply_low_words(uint64_t a, uint64_t b) { return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu); }
-    static FG_HD uint64_t multiply_by_word(uint64_t a, uint64_t b) { return a * static_cast<uint32_t>(b); }  // b below 2^32
+    static FG_HD uint64_t multiply_by_word(uint64_t a, uint64_t b) { return a * static_cast<uint32_t>(b); }
     static FG_HD int64_t one_if(bool condition) { return condition; }
     static FG_HD double smaller(double a, double b) { return a < b ? a : b; }
     static FG_HD double larger(double a, double b) { return a > b ? a : b; }

@@ -24,7 +24,7 @@ constexpr int kAbreast = 4;           // tiles of which a block finds the larges
 constexpr int kFewThreads = 128, kShortThreads = 512;  // of the block that takes a whole row
 constexpr int kScanThreads = 1024, kSearchThreads = 256;
 
-enum class Verdict : int { draw, keep, zero };
+enum class Verdict : int { draw, keep, zero };  // zero: all ancestors are 0
 
 // What is known of a row once its weights are summed.
 struct Row {
@@ -47,12 +47,12 @@ struct Job {
     int64_t particles, number, tiles, slot_tiles;  // slot_tiles: of number + 1 exponentials
     uint64_t bytes = 0;
     uint64_t* tops = nullptr;  // [rows] keys, and whether any tile has more slots than its block fills
-    Row* rows = nullptr;       // [rows]
+    Row* rows = nullptr;
     uint64_t *weights = nullptr, *squares = nullptr, *copies = nullptr, *slots = nullptr, *spares = nullptr;
     uint64_t* exponentials = nullptr;
-    double* uniforms = nullptr;   // [rows, number]
-    int32_t* spare = nullptr;     // [rows, number]: from each tile's first slot on, the particles of its spares
-    uint8_t* alive = nullptr;     // [rows, tiles, kThreads]: a bit for each particle
+    double* uniforms = nullptr;  // [rows, number]
+    int32_t* spare = nullptr;    // [rows, number]: from each tile's first slot on, its spares' particles
+    uint8_t* alive = nullptr;    // [rows, tiles + 1, kThreads]: a bit for each particle
 
     Job(const Resampling& of, void* memory)
         : call(of),
@@ -133,17 +133,19 @@ __device__ __forceinline__ void store_items(T* items, int64_t first, int64_t cou
 
 __device__ __forceinline__ void load_log_weights(double (&to)[kItems], const Job& job, int64_t row, int64_t first) {
     const int64_t start = row * job.particles;
-    if (job.call.doubles) load_items(to, static_cast<const double*>(job.call.log_weights) + start, first, job.particles);
-    else load_items(to, static_cast<const float*>(job.call.log_weights) + start, first, job.particles);
+    const void* const from = job.call.log_weights;
+    if (job.call.doubles) load_items(to, static_cast<const double*>(from) + start, first, job.particles);
+    else load_items(to, static_cast<const float*>(from) + start, first, job.particles);
 }
 
 // Ancestors and log-weights of the slots from `first` on.
-__device__ __forceinline__ void store_slots(const Job& job, int64_t row, int64_t first, const int32_t (&ancestors)[kItems],
-                                            const double (&after)[kItems]) {
+__device__ __forceinline__ void store_slots(const Job& job, int64_t row, int64_t first,
+                                            const int32_t (&ancestors)[kItems], const double (&after)[kItems]) {
     const int64_t start = row * job.number;
+    void* const to = job.call.log_weights_after;
     store_items(job.call.ancestors + start, first, job.number, ancestors);
-    if (job.call.doubles) store_items(static_cast<double*>(job.call.log_weights_after) + start, first, job.number, after);
-    else store_items(static_cast<float*>(job.call.log_weights_after) + start, first, job.number, after);
+    if (job.call.doubles) store_items(static_cast<double*>(to) + start, first, job.number, after);
+    else store_items(static_cast<float*>(to) + start, first, job.number, after);
 }
 
 // The block's threads store `count` slots from `first` on, of which the k-th has ancestor(k).
@@ -198,11 +200,10 @@ __device__ __forceinline__ uint64_t sum_before(Storage<kBlock>& storage, uint64_
     return before;
 }
 
-// The largest value of the threads before this one, or 0, which none is below.
+// The largest value of the threads before this one, or 0, which none is below. Must follow a barrier.
 template <int kBlock>
 __device__ __forceinline__ int32_t largest_before(Storage<kBlock>& storage, int32_t value) {
     int32_t before;
-    __syncthreads();
     Latest<kBlock>(storage.latest).ExclusiveScan(value, before, 0, [](int32_t a, int32_t b) { return a > b ? a : b; });
     return before;
 }
@@ -251,7 +252,8 @@ struct Sums {
 };
 
 // Log-weights to integer weights, and this thread's sums.
-__device__ __forceinline__ Sums weigh(int64_t (&q)[kItems], const double (&log_weights)[kItems], double top, int scale) {
+__device__ __forceinline__ Sums weigh(int64_t (&q)[kItems], const double (&log_weights)[kItems], double top,
+                                      int scale) {
     Sums sums{};
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -264,7 +266,8 @@ __device__ __forceinline__ Sums weigh(int64_t (&q)[kItems], const double (&log_w
 }
 
 // The whole copies that residual resampling makes of each; their sum.
-__device__ __forceinline__ uint64_t copy_whole(uint32_t (&copies)[kItems], const int64_t (&q)[kItems], const Slots& slots) {
+__device__ __forceinline__ uint64_t copy_whole(uint32_t (&copies)[kItems], const int64_t (&q)[kItems],
+                                               const Slots& slots) {
     uint64_t sum = 0;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -302,7 +305,8 @@ __device__ __forceinline__ uint64_t draw_exponentials(uint32_t (&to)[kItems], co
         const uint32_t words[4] = {w.w0, w.w1, w.w2, w.w3};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            to[i + j] = first + i + j <= uniforms ? static_cast<uint32_t>(integer_exponential<OneWideLane>(words[j])) : 0;
+            const uint64_t drawn = integer_exponential<OneWideLane>(words[j]);
+            to[i + j] = first + i + j <= uniforms ? static_cast<uint32_t>(drawn) : 0;
             sum += to[i + j];
         }
     }
@@ -334,9 +338,8 @@ __device__ __forceinline__ Row judge(const Job& job, int64_t index, double top, 
     Row row{};
     row.top = top;
     row.log_mean_weight = log_mean_weight;
-    row.verdict = call.number == call.particles && !(ess < call.keep_from) ? Verdict::keep
-                  : usable                                                ? Verdict::draw
-                                                                          : Verdict::zero;
+    row.verdict = usable ? Verdict::draw : Verdict::zero;
+    if (call.number == call.particles && !(ess < call.keep_from)) row.verdict = Verdict::keep;
     row.reciprocal = 1.0 / static_cast<double>(total);
     row.slots = slots_of(call.number, total);
     const Words4 words = Counter(call, index).words(0);
@@ -360,7 +363,8 @@ __device__ __forceinline__ int64_t slots_up_to(const Row& row, const Counter& co
     if constexpr (kScheme == Scheme::stratified) {  // stratum j's position is floor((j Q + r_j) / N)
         const Words4 w = counter.words(share.whole / 2);
         const bool odd = share.whole % 2 != 0;
-        return share.whole + (share.rest > uniform_below<OneWideLane>(row.slots.total, odd ? w.w2 : w.w0, odd ? w.w3 : w.w1));
+        const uint64_t low = odd ? w.w2 : w.w0, high = odd ? w.w3 : w.w1;
+        return share.whole + (share.rest > uniform_below<OneWideLane>(row.slots.total, low, high));
     }
     const double bound = kScheme == Scheme::residual ? remainder_of<OneWideLane>(share, copies, row.reciprocal)
                                                      : static_cast<double>(q);
@@ -397,8 +401,8 @@ __device__ __forceinline__ Ends count_slots(Storage<kBlock>& storage, const Row&
     return found;
 }
 
-// From each particle with a slot takes one away, and returns who they are: bit i is this thread's i-th. `total` is how
-// many there are in the block.
+// Takes a slot, the one in which it survives, from each particle that has any, and returns who they are: bit i is this
+// thread's i-th. `total` is how many there are in the block. What is left are the spares.
 template <int kBlock>
 __device__ __forceinline__ unsigned leave_spares(Storage<kBlock>& storage, Ends& slots, uint64_t& total) {
     unsigned alive = 0;
@@ -414,7 +418,8 @@ __device__ __forceinline__ unsigned leave_spares(Storage<kBlock>& storage, Ends&
 // owners[j]: of slot `from` + j the particle, counted from 1 within the block; for as many slots as there are
 // particles. There must be one that has slot `from`.
 template <int kBlock>
-__device__ __forceinline__ void fill_owners(Storage<kBlock>& storage, uint16_t* owners, const Ends& slots, int64_t from) {
+__device__ __forceinline__ void fill_owners(Storage<kBlock>& storage, uint16_t* owners, const Ends& slots,
+                                            uint32_t from) {
     constexpr int32_t kSlots = kBlock * kItems;
     const int32_t mine = static_cast<int32_t>(threadIdx.x) * kItems, begin = static_cast<int32_t>(from);
     auto* const line = reinterpret_cast<Line<uint16_t>*>(owners + mine);
@@ -431,9 +436,9 @@ __device__ __forceinline__ void fill_owners(Storage<kBlock>& storage, uint16_t* 
     Line<uint16_t> own = *line;  // the owner of a particle's first slot, else 0
 #pragma unroll
     for (int i = 1; i < kItems; ++i) own.items[i] = own.items[i] > own.items[i - 1] ? own.items[i] : own.items[i - 1];
-    const int32_t before = largest_before<kBlock>(storage, own.items[kItems - 1]);
+    const auto before = static_cast<uint16_t>(largest_before<kBlock>(storage, own.items[kItems - 1]));
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) own.items[i] = own.items[i] > before ? own.items[i] : static_cast<uint16_t>(before);
+    for (int i = 0; i < kItems; ++i) own.items[i] = own.items[i] > before ? own.items[i] : before;
     *line = own;
     __syncthreads();
 }
@@ -484,7 +489,8 @@ __global__ void __launch_bounds__(kBlock, 1) resample_short(const Job job) {
     }
     if constexpr (kDraws) {
         uint32_t exponentials[kItems];
-        uint64_t sum = sum_before<kBlock>(storage, draw_exponentials(exponentials, counter, first, uniforms.end), total);
+        const uint64_t own = draw_exponentials(exponentials, counter, first, uniforms.end);
+        uint64_t sum = sum_before<kBlock>(storage, own, total);
         if (uniforms.end == kSlots) total += integer_exponential<OneWideLane>(counter.words(kSlots / 4).w0);
         const Spacing spacing = spacing_of(row, kScheme, uniforms.end, total);
 #pragma unroll
@@ -502,8 +508,8 @@ __global__ void __launch_bounds__(kBlock, 1) resample_short(const Job job) {
     }
     const unsigned alive = leave_spares<kBlock>(storage, ends, total);
     fill_owners<kBlock>(storage, owners, ends, 0);
-    int64_t rank = first - static_cast<int64_t>(
-                               sum_before<kBlock>(storage, static_cast<uint64_t>(__popc(alive)), total));
+    const uint64_t alive_before = sum_before<kBlock>(storage, static_cast<uint64_t>(__popc(alive)), total);
+    int64_t rank = first - static_cast<int64_t>(alive_before);  // of this thread's first dead particle among all
     int32_t ancestors[kItems];
     double after[kItems];
 #pragma unroll
@@ -633,7 +639,8 @@ __global__ void __launch_bounds__(kThreads) draw_uniforms(const Job job) {
     uint32_t drawn[kItems];
     uint64_t total;
     const uint64_t own = draw_exponentials(drawn, Counter(job.call, at.row), at.first, row.uniforms);
-    uint64_t sum = job.exponentials[at.row * (job.slot_tiles + 1) + at.tile] + sum_before<kThreads>(storage, own, total);
+    uint64_t sum = sum_before<kThreads>(storage, own, total);
+    sum += job.exponentials[at.row * (job.slot_tiles + 1) + at.tile];
     double uniforms[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -646,7 +653,8 @@ __global__ void __launch_bounds__(kThreads) draw_uniforms(const Job job) {
 // The slots before each tile, a thread for each.
 template <Scheme kScheme>
 __global__ void __launch_bounds__(kSearchThreads) find_slots(const Job job) {
-    const int64_t entry = static_cast<int64_t>(blockIdx.x) * kSearchThreads + threadIdx.x, index = entry / (job.tiles + 1);
+    const int64_t entry = static_cast<int64_t>(blockIdx.x) * kSearchThreads + threadIdx.x;
+    const int64_t index = entry / (job.tiles + 1);
     if (index >= static_cast<int64_t>(job.call.rows)) return;
     const Row& row = job.rows[index];
     if (row.verdict != Verdict::draw) return;
@@ -658,9 +666,11 @@ __global__ void __launch_bounds__(kSearchThreads) find_slots(const Job job) {
 }
 
 // Ancestors, or the list of spares where they are not sorted. A block takes a tile of particles and the first kMany of
-// its slots; with `rest`, a stretch of kMany slots and what is beyond that of the tiles, two at most, that reach into it.
+// its slots; with `rest`, a stretch of kMany slots: of the tiles that have more, and then at most two reach into it, it
+// fills what they have beyond those.
 template <Scheme kScheme>
-__global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 1) fill_slots(const Job job, bool rest) {
+__global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 1)
+    fill_slots(const Job job, bool rest) {
     __shared__ Storage<kThreads> storage;
     __shared__ Line<uint16_t> owners[kThreads];
     const int64_t stretches = (job.number + kMany - 1) / kMany;
@@ -715,7 +725,8 @@ __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 
             uniforms.next -= static_cast<uint32_t>(job.copies[entry]);
             uniforms.end -= static_cast<uint32_t>(job.copies[entry + 1]);
         }
-        Ends ends = count_slots<kScheme, kThreads>(storage, row, counter, q, weight, copies, copied, uniforms, all_from);
+        Ends ends =
+            count_slots<kScheme, kThreads>(storage, row, counter, q, weight, copies, copied, uniforms, all_from);
         if (!sorted) {
             const unsigned alive = leave_spares<kThreads>(storage, ends, total);
             const uint32_t spares = all_to - all_from - static_cast<uint32_t>(total);
@@ -752,7 +763,7 @@ __global__ void __launch_bounds__(kThreads) settle(const Job job) {
     // Of the dead before this thread there are as many as slots that are not the survivors'.
     uint64_t rank = static_cast<uint64_t>(at.first) - (slots[at.tile] - spares[at.tile]) -
                     sum_before<kThreads>(storage, static_cast<uint64_t>(__popc(alive)), total);
-    uint32_t from = spares[at.tile] <= rank ? static_cast<uint32_t>(at.tile) : 0;  // the tile that has the spare of this rank
+    uint32_t from = spares[at.tile] <= rank ? static_cast<uint32_t>(at.tile) : 0;  // who has the spare of this rank
     const uint32_t tiles = static_cast<uint32_t>(job.tiles);
     int32_t ancestors[kItems];
     double after[kItems];
