@@ -114,8 +114,9 @@ def compile_all(architecture: int, state: str) -> list[str]:
 
 def main() -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        for lines in pool.starmap(compile_all, itertools.product(ARCHITECTURES, ("fp32", "bf16")), chunksize=1):
+    parts = list(itertools.product(ARCHITECTURES, ("fp32", "bf16")))
+    with multiprocessing.get_context("fork").Pool(min(os.cpu_count() or 1, len(parts))) as pool:
+        for lines in pool.starmap(compile_all, parts, chunksize=1):
             print(*lines, sep="\n")
 
 

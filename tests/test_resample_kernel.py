@@ -121,17 +121,15 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @every_kind
 def test_ancestors_are_the_references(scheme, dtype, kind):
     counter = dict(seed=0xFEDCBA9876543210, step=0xFFFFFFFE, stream=0xABCD)
-    turn = list(KINDS).index(kind)
-    for particles in SIZES:
-        turn += 1
-        for rows in (1, 3) if particles > 100 else (1, 64):
-            weights = KINDS[kind](rows, particles, dtype)
-            others = (1, particles // 3 + 1, 2 * particles + 5)  # each with every size, in two kinds of the six
-            for num in (None, others[turn % 3]):
-                expected = reference.resample(weights, scheme=scheme, num=num, **counter)
-                assert_same(kernel(weights, scheme, num=num, **counter), expected)
-            expected = reference.resample(weights, scheme=scheme, sorted=False, **counter)
-            assert_same(kernel(weights, scheme, sorted=False, **counter), expected)
+    # Of one row or several and of three other numbers of slots, each size meets all six pairs: one for each kind.
+    for turn, particles in enumerate(SIZES, start=list(KINDS).index(kind)):
+        rows = (3 if particles > 100 else 64) if turn % 2 else 1
+        weights = KINDS[kind](rows, particles, dtype)
+        for num in (None, (1, particles // 3 + 1, 2 * particles + 5)[turn // 2 % 3]):
+            expected = reference.resample(weights, scheme=scheme, num=num, **counter)
+            assert_same(kernel(weights, scheme, num=num, **counter), expected)
+        expected = reference.resample(weights, scheme=scheme, sorted=False, **counter)
+        assert_same(kernel(weights, scheme, sorted=False, **counter), expected)
 
 
 @every_scheme
