@@ -666,15 +666,15 @@ __global__ void __launch_bounds__(kSearchThreads) find_slots(const Job job) {
 }
 
 // Ancestors, or the list of spares where they are not sorted. A block takes a tile of particles and the first kMany of
-// its slots; with `rest`, a stretch of kMany slots: of the tiles that have more, and then at most two reach into it, it
-// fills what they have beyond those.
+// its slots. With `rest` it takes a stretch of kMany slots, and fills those of the tile that reaches into it from before
+// which are beyond that tile's first: a tile that begins within the stretch has none here.
 template <Scheme kScheme>
 __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 1)
     fill_slots(const Job job, bool rest) {
     __shared__ Storage<kThreads> storage;
     __shared__ Line<uint16_t> owners[kThreads];
-    const int64_t stretches = (job.number + kMany - 1) / kMany;
-    Place at(blockIdx.x, rest ? stretches : job.tiles);
+    constexpr uint32_t many = kMany;
+    Place at(blockIdx.x, rest ? (job.number + kMany - 1) / kMany : job.tiles);
     const Row& row = job.rows[at.row];
     const bool sorted = job.call.sorted;
     if (rest && (job.tops[job.call.rows] == 0 || row.verdict != Verdict::draw)) return;
@@ -686,65 +686,63 @@ __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 
         const int64_t from = at.tile * job.number / job.tiles, to = (at.tile + 1) * job.number / job.tiles;
         return store_slots(job, at.row, from, to - from, row.log_mean_weight, [](uint32_t) { return 0; });
     }
-    const Counter counter(job.call, at.row);
+
     const uint64_t* const slots = job.slots + at.row * (job.tiles + 1);
-    const uint32_t number = static_cast<uint32_t>(job.number);
-    const uint32_t begin = static_cast<uint32_t>(at.tile * kMany);
-    const uint32_t end = number - begin > kMany ? begin + static_cast<uint32_t>(kMany) : number;
-    for (int turn = 0; turn < (rest ? 2 : 1); ++turn) {
-        if (rest) {
-            const uint64_t slot = turn == 0 ? begin : end - 1;
-            const uint32_t tiles = static_cast<uint32_t>(job.tiles);
-            const int64_t tile = first_not(0, tiles, [=](uint32_t i) { return slots[i] <= slot; }) - 1;
-            if (turn == 1 && tile == at.tile) return;
-            at.tile = tile;
-        }
-        const uint32_t all_from = static_cast<uint32_t>(slots[at.tile]);
-        const uint32_t all_to = static_cast<uint32_t>(slots[at.tile + 1]);
-        uint32_t from = all_from, to = all_to;
-        if (to - from <= kMany) {
-            if (rest || (sorted && to == from)) continue;
-        } else if (rest) {
-            from = from + static_cast<uint32_t>(kMany) > begin ? from + static_cast<uint32_t>(kMany) : begin;
-            to = to < end ? to : end;
-        } else {
-            if (threadIdx.x == 0) job.tops[job.call.rows] = 1;
-            to = from + static_cast<uint32_t>(kMany);
-        }
-        const int64_t entry = at.row * (job.tiles + 1) + at.tile;
-        double log_weights[kItems];
-        int64_t q[kItems];
-        load_log_weights(log_weights, job, at.row, at.tile * kTile + threadIdx.x * kItems);
-        uint32_t copies[kItems] = {};
-        uint64_t total, copied = 0;
-        const uint64_t own = weigh(q, log_weights, row.top, job.scale).weights;
-        const uint64_t weight = job.weights[entry] + sum_before<kThreads>(storage, own, total);
-        Uniforms uniforms{job.uniforms + at.row * job.number, all_from, all_to};
-        if constexpr (kScheme == Scheme::residual) {
-            copied = job.copies[entry] + sum_before<kThreads>(storage, copy_whole(copies, q, row.slots), total);
-            uniforms.next -= static_cast<uint32_t>(job.copies[entry]);
-            uniforms.end -= static_cast<uint32_t>(job.copies[entry + 1]);
-        }
-        Ends ends =
-            count_slots<kScheme, kThreads>(storage, row, counter, q, weight, copies, copied, uniforms, all_from);
-        if (!sorted) {
-            const unsigned alive = leave_spares<kThreads>(storage, ends, total);
-            const uint32_t spares = all_to - all_from - static_cast<uint32_t>(total);
-            if (all_from + spares < to) to = all_from + spares;
+    const uint32_t begin = static_cast<uint32_t>(at.tile) * many;  // of the stretch
+    if (rest) {
+        const uint32_t tiles = static_cast<uint32_t>(job.tiles);
+        at.tile = first_not(0, tiles, [=](uint32_t i) { return slots[i] <= begin; }) - 1;
+    }
+    const uint32_t all_from = static_cast<uint32_t>(slots[at.tile]);
+    const uint32_t all_to = static_cast<uint32_t>(slots[at.tile + 1]);
+    uint32_t from = all_from, to = all_to;
+    if (rest) {
+        if (begin - from < many) from += many;
+        else from = begin;
+        if (from >= to) return;
+        if (to - begin > many) to = begin + many;
+    } else if (to - from > many) {
+        if (threadIdx.x == 0) job.tops[job.call.rows] = 1;
+        to = from + many;
+    } else if (sorted && to == from) {
+        return;
+    }
+
+    const int64_t entry = at.row * (job.tiles + 1) + at.tile;
+    double log_weights[kItems];
+    int64_t q[kItems];
+    load_log_weights(log_weights, job, at.row, at.tile * kTile + threadIdx.x * kItems);
+    uint32_t copies[kItems] = {};
+    uint64_t total, copied = 0;
+    const uint64_t own = weigh(q, log_weights, row.top, job.scale).weights;
+    const uint64_t weight = job.weights[entry] + sum_before<kThreads>(storage, own, total);
+    Uniforms uniforms{job.uniforms + at.row * job.number, all_from, all_to};
+    if constexpr (kScheme == Scheme::residual) {
+        copied = job.copies[entry] + sum_before<kThreads>(storage, copy_whole(copies, q, row.slots), total);
+        uniforms.next -= static_cast<uint32_t>(job.copies[entry]);
+        uniforms.end -= static_cast<uint32_t>(job.copies[entry + 1]);
+    }
+    const Counter counter(job.call, at.row);
+    Ends ends = count_slots<kScheme, kThreads>(storage, row, counter, q, weight, copies, copied, uniforms, all_from);
+    if (!sorted) {
+        const unsigned alive = leave_spares<kThreads>(storage, ends, total);
+        const uint32_t spares = all_to - all_from - static_cast<uint32_t>(total);
+        if (all_from + spares < to) to = all_from + spares;
+        if (!rest) {
             job.alive[entry * kThreads + threadIdx.x] = static_cast<uint8_t>(alive);
-            if (threadIdx.x == 0 && !rest) job.spares[entry] = spares;
+            if (threadIdx.x == 0) job.spares[entry] = spares;
         }
-        const int32_t before = static_cast<int32_t>(at.tile * kTile) - 1;
-        for (; from < to; from += static_cast<uint32_t>(kTile)) {
-            fill_owners<kThreads>(storage, owners->items, ends, from);
-            const uint32_t filled = to - from < kTile ? to - from : static_cast<uint32_t>(kTile);
-            const auto particle = [=](uint32_t k) { return before + owners->items[k]; };
-            if (sorted) {
-                store_slots(job, at.row, from, filled, row.log_mean_weight, particle);
-            } else {
-                int32_t* const spare = job.spare + at.row * job.number + from;
-                for (uint32_t k = threadIdx.x; k < filled; k += kThreads) spare[k] = particle(k);
-            }
+    }
+    const int32_t before = static_cast<int32_t>(at.tile * kTile) - 1;
+    for (; from < to; from += static_cast<uint32_t>(kTile)) {
+        fill_owners<kThreads>(storage, owners->items, ends, from);
+        const uint32_t filled = to - from < kTile ? to - from : static_cast<uint32_t>(kTile);
+        const auto particle = [=](uint32_t k) { return before + owners->items[k]; };
+        if (sorted) {
+            store_slots(job, at.row, from, filled, row.log_mean_weight, particle);
+        } else {
+            int32_t* const spare = job.spare + at.row * job.number + from;
+            for (uint32_t k = threadIdx.x; k < filled; k += kThreads) spare[k] = particle(k);
         }
     }
 }
