@@ -9,9 +9,9 @@ A loop of more than `UNROLLED` operations is recorded as one graph for each kind
 others differ where a decision does), which reads the step's index on the device and is replayed for all of its kind.
 Its bits are the eager loop's but under the isotropic covariance, whose variances it adds in float32.
 
-Graphs are kept, the last `KEPT` of them, with the memory that their loops need; `clear` gives it back. A network's
-weights are read where they stand: weights changed in place count at the next replay, and a network whose weights were
-moved is captured anew. Of what else a function reaches (a closure, a global) a replay knows what was there at capture.
+Graphs are kept, the last `KEPT` of them, with the memory that their loops need; `clear` gives it back. Networks and
+other functions are the same if they and what they hold are: weights and other tensors by where they stand, so that what
+is changed in place counts at the next replay; numbers and flags in closures, attributes and globals by their values.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ _REMEMBERED = 64
 Results = tuple[Tensor | None, ...]
 Take = Callable[[str, Any], Any]  # an input's name and its value, a number, a table or a tensor, to what stands for it
 
+_lock = threading.RLock()  # one capture at a time
 _graphs: OrderedDict[Any, Captured] = OrderedDict()
 _met: OrderedDict[Any, None] = OrderedDict()  # calls that ran eagerly once
 _refused: OrderedDict[Any, tuple] = OrderedDict()  # calls that cannot be captured: why, and what their keys stand for
@@ -68,8 +69,9 @@ class Loop(Protocol):
 
 def clear() -> None:
     """Forget all graphs, and give their memory back."""
-    for entries in (_graphs, _met, _refused):
-        entries.clear()
+    with _lock:
+        for entries in (_graphs, _met, _refused):
+            entries.clear()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -82,27 +84,43 @@ def call(loop: Loop, run: Run, guidance: Any, graph: bool | str, obstacle: str) 
         return loop(run, guidance)
     if not on_device:
         obstacle = f"a CUDA graph runs on a GPU, and this run is on {run.device}"
-    key = None if obstacle else (loop.keep_ancestors, _surroundings(), _describe_call(run, guidance))
-    cause = None
-    if key in _refused:
-        obstacle = _refused[key][0]
-    elif key is not None and key not in _graphs and (graph is True or key in _met):
+    captured = cause = None
+    if not obstacle:
+        key = loop.keep_ancestors, _surroundings(), _describe_call(run, guidance)
         try:
-            _graphs[key] = Captured(loop, run, guidance)
-        except Exception as error:
-            cause, obstacle = error, _described_error(error)
-            _keep(_refused, key, (obstacle, run, guidance), _REMEMBERED)
-    if key in _graphs:
-        captured = _graphs[key]
-        _keep(_graphs, key, captured, KEPT)
+            with _lock:
+                captured = _find(key, loop, run, guidance, at_once=graph is True)
+        except _NotCapturable as error:
+            cause, obstacle = error.__cause__, str(error)
+    if captured is not None:
         return captured(run, guidance)
     if graph is True:
         raise RuntimeError(f"graph=True: the loop cannot be captured: {obstacle}") from cause
     if obstacle:
         _warn_eager(obstacle)
-    else:
-        _keep(_met, key, None, _REMEMBERED)
     return loop(run, guidance)
+
+
+class _NotCapturable(Exception):
+    """Why."""
+
+
+def _find(key: Any, loop: Loop, run: Run, guidance: Any, at_once: bool) -> Captured | None:
+    """The graph of a call; None where it is met for the first time, unless it is captured ``at_once``."""
+    if key in _refused:
+        raise _NotCapturable(_refused[key][0])
+    if key not in _graphs:
+        if not at_once and key not in _met:
+            _keep(_met, key, None, _REMEMBERED)
+            return None
+        try:
+            _graphs[key] = Captured(loop, run, guidance)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            _keep(_refused, key, (reason, run, guidance), _REMEMBERED)
+            raise _NotCapturable(reason) from error
+    _keep(_graphs, key, _graphs[key], KEPT)
+    return _graphs[key]
 
 
 def _keep(entries: OrderedDict, key: Any, value: Any, most: int) -> None:
@@ -133,7 +151,7 @@ class Captured:
         self._inputs: dict[str, Tensor] = {}
 
         def own(name: str, value: Any) -> Tensor:
-            tensor = self._inputs[name] = _to_tensor(value, run.device, copy=True)
+            tensor = self._inputs[name] = _to_tensor(value, run.device)
             return tensor
 
         # Kept: nothing that the graph reads may go, and the identities in its key stay taken.
@@ -149,7 +167,11 @@ class Captured:
 
     def __call__(self, run: Run, guidance: Any) -> Results:
         def fill(name: str, value: Any) -> Any:
-            self._inputs[name].copy_(_to_tensor(value, run.device))
+            own = self._inputs[name]
+            if isinstance(value, Tensor | tuple):
+                own.copy_(value if isinstance(value, Tensor) else _from_host(value, own.device), non_blocking=True)
+            else:
+                own.fill_(_signed(value))
             return value
 
         with self._recording.turn():
@@ -209,10 +231,13 @@ def _record_steps(recording: Recording, loop: Loop, run: Run, guidance: Any) -> 
     index = torch.zeros(1, dtype=torch.int64, device=run.device)
     levels, taus = (torch.tensor(t, dtype=torch.float64, device=run.device) for t in (run.levels, run.taus))
     run = dataclasses.replace(run, tables=(levels, taus))
-    guidance = _replaced(guidance, "guidance", "step_tables", lambda name, value: _to_tensor(value, run.device))
-    state = _map_state(
-        guidance.start(run), Tensor.clone
-    )  # outside of the graphs' memory, each of which may use all of it
+
+    def on_device(name: str, value: Any) -> Tensor:
+        return value if isinstance(value, Tensor) else _to_tensor(value, run.device)
+
+    guidance = _replaced(guidance, "guidance", "step_tables", on_device)
+    # Outside of the graphs' memory, of which each may use all.
+    state = _map_state(guidance.start(run), Tensor.clone)
     history: dict[str, Tensor] = {}
 
     def carry(new: State) -> None:
@@ -349,16 +374,15 @@ def watched() -> Iterator[Watch]:
 
 
 def count_operations(function: Callable[[], Any]) -> int:
-    """The operations of ``function``, all of which a graph holds."""
-    function()  # unwatched: caches are filled from the host, once
-    with watched() as watch:
-        function()
+    """The operations of ``function``; raises where a graph cannot hold one of them."""
+    try:
+        with watched() as watch:
+            function()
+    except Exception:
+        function()  # fills caches from the host, perhaps, and will not do so again
+        with watched() as watch:
+            function()
     return watch.operations
-
-
-def _described_error(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 # --- inputs -------------------------------------------------------------------------------------------------
@@ -398,13 +422,22 @@ def _as_float(value: Any) -> Any:
     return float(value) if isinstance(value, Real) else value
 
 
-def _to_tensor(value: Any, device: torch.device, copy: bool = False) -> Tensor:
-    """A number or a table in float64, a seed's 64 bits as an int64 of one element."""
+def _to_tensor(value: Any, device: torch.device) -> Tensor:
+    """New: of a tensor a copy, a number or a table in float64, a seed's 64 bits as an int64 of one element."""
     if isinstance(value, Tensor):
-        return value.detach().to(device, copy=copy)
+        return value.detach().to(device, copy=True)
     if isinstance(value, int):
-        return torch.tensor([value - (1 << 64) if value >= 1 << 63 else value], device=device)
+        return torch.tensor([_signed(value)], device=device)
     return torch.tensor(value, dtype=torch.float64, device=device)
+
+
+def _signed(value: float) -> float:
+    return value - (1 << 64) if isinstance(value, int) and value >= 1 << 63 else value
+
+
+def _from_host(table: tuple[float, ...], device: torch.device) -> Tensor:
+    """From where a GPU copies while the host goes on."""
+    return torch.tensor(table, dtype=torch.float64, pin_memory=device.type == "cuda")
 
 
 # --- what a graph depends on --------------------------------------------------------------------------------
@@ -431,7 +464,7 @@ def _describe_call(run: Run, guidance: Any) -> Any:
 
 
 def _describe(value: Any, times: list[float]) -> Any:
-    """Something to compare a value by: its content where that is plain data, else its identity."""
+    """Guidance and a run's constants by their content. Every call has tensors of its own, moved to the device."""
     if value is None or isinstance(value, bool | int | float | str | _Slot):
         return value
     if isinstance(value, Tensor):
@@ -439,29 +472,67 @@ def _describe(value: Any, times: list[float]) -> Any:
         return tuple(value.shape), str(value.dtype), hashlib.sha256(content).digest()
     if isinstance(value, tuple | list):
         return tuple(_describe(v, times) for v in value)
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
     if isinstance(value, Denoiser):
-        networks = (value.net, value.unconditional)
-        return value.prediction, value.schedule.discrete, value.guidance_scale, _describe(networks, times)
+        networks = _identify((value.net, value.unconditional))
+        return type(value), value.prediction, value.schedule.discrete, value.guidance_scale, networks
     if isinstance(value, Likelihood | Operator) or dataclasses.is_dataclass(value):
         parts = {name: part for name, part in vars(value).items() if name != "_cache"}
         if isinstance(value, Likelihood):
             parts["scale"] = [value.scale_at(t) for t in times]
         return type(value), tuple((name, _describe(part, times)) for name, part in parts.items())
-    if isinstance(value, torch.dtype | torch.device):
-        return str(value)
-    if isinstance(value, torch.nn.Module):  # where its weights stand, and how it is set
+    return _identify(value)
+
+
+_NUMBERS = bool | int | float | complex | str | bytes | None
+_HELD = _NUMBERS | Tensor | torch.nn.Module | tuple | list | dict | types.FunctionType | types.MethodType
+
+
+def _identify(value: Any, depth: int = 6) -> Any:
+    """A function and what it holds: objects by their identity and attributes, numbers by their values, tensors by where
+    they stand, since that is where a graph reads them."""
+    if isinstance(value, _NUMBERS):
+        return value
+    if isinstance(value, Tensor):
+        return value.data_ptr(), tuple(value.shape), value.stride(), str(value.dtype)
+    if depth == 0 or isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
+        return id(value)
+    if isinstance(value, tuple | list):
+        return tuple(_identify(v, depth - 1) for v in value)
+    if isinstance(value, dict):
+        return tuple((str(name), _identify(v, depth - 1)) for name, v in value.items())
+    if isinstance(value, Operator):  # within the one of a latent
+        return _describe(value, [])
+    if isinstance(value, torch.nn.Module):
         tensors = (*value.parameters(), *value.buffers())
-        return id(value), tuple(t.data_ptr() for t in tensors), tuple(m.training for m in value.modules())
-    if isinstance(value, types.FunctionType):  # made anew in every call, perhaps, of the same code and closure
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        held = [v for v in (*cells, *(value.__defaults__ or ())) if v is not value]
-        return id(value.__code__), _describe(held, times)
+        settings = [_identify(_settings(module), 2) for module in value.modules()]
+        return id(value), tuple(t.data_ptr() for t in tensors), tuple(settings)
+    if isinstance(value, types.FunctionType):  # made anew in every call, perhaps
+        held = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        used = [value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__]
+        held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *used]
+        return id(value.__code__), _identify(held, depth - 1)
     if isinstance(value, types.MethodType):
-        return _describe((value.__func__, value.__self__), times)
+        return _identify((value.__func__, value.__self__), depth)
     if isinstance(value, functools.partial):
-        return _describe((value.func, value.args, tuple(value.keywords.items())), times)
-    held = [v for v in getattr(value, "__dict__", {}).values() if isinstance(v, torch.nn.Module)]
-    return id(value), _describe(held, times)
+        return _identify((value.func, value.args, value.keywords), depth)
+    attributes = {name: part for name, part in getattr(value, "__dict__", {}).items() if isinstance(part, _HELD)}
+    return id(value), _identify(attributes, depth - 1)
+
+
+def _settings(module: torch.nn.Module) -> dict[str, Any]:
+    """What a module is set to beside its weights: its own attributes, and whether others listen in."""
+    found = {name: part for name, part in vars(module).items() if not name.startswith("_") and isinstance(part, _HELD)}
+    return found | {"hooks": len(module._forward_hooks) + len(module._forward_pre_hooks)}
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """What a function's code, and that of the functions within it, asks of its module."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
 
 
 def _is_filled(cell: types.CellType) -> bool:

@@ -8,6 +8,7 @@ device would show.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 
 import pytest
@@ -247,17 +248,56 @@ def test_networks_are_read_where_they_stand(rerun):
     assert Traced.number == 3
 
 
-def test_functions_are_compared_by_code_and_closure(rerun):
-    def around(network, offset):
-        return fg.Denoiser(lambda x, t: network(x, t) + offset, fg.schedules.vp_cosine(100), prediction="v")
+OFFSET = 0.0
 
-    network = Network().requires_grad_(False)
-    for offset, captures in ((1.0, 1), (1.0, 1), (2.0, 2), (torch.ones(()), 3), (torch.ones(()), 3)):
-        out = plain(around(network, offset))
-        assert Traced.number == captures
-        assert_same(out, plain(around(network, offset), graph=False))
-    plain(around(Network(), 1.0))
-    assert Traced.number == 4
+
+class Shifted:
+    def __init__(self, network):
+        self.network, self.settings = network, {"offset": [0.0]}
+
+    def __call__(self, x, t):
+        return self.network(x, t) + self.settings["offset"][0]
+
+
+def test_functions_are_compared_by_what_they_hold(rerun, monkeypatch):
+    network, number = Network().requires_grad_(False), 0
+
+    def captures(net, new: bool):
+        nonlocal number
+        prior = fg.Denoiser(net, fg.schedules.vp_cosine(100), prediction="v")
+        assert_same(plain(prior), plain(prior, graph=False))
+        number += new
+        assert Traced.number == number
+
+    def around(network, offset):
+        return lambda x, t: network(x, t) + offset
+
+    for offset, new in ((1.0, True), (1.0, False), (2.0, True)):  # a closure
+        captures(around(network, offset), new)
+    tensor = torch.ones(())
+    captures(around(network, tensor), True)
+    tensor.fill_(2.0)  # read where it stands
+    captures(around(network, tensor), False)
+    captures(around(network, tensor.clone()), True)
+    captures(around(Network().requires_grad_(False), 1.0), True)
+
+    def with_global(x, t):
+        return network(x, t) + (lambda: OFFSET)()
+
+    for offset, new in ((1.0, True), (1.0, False), (2.0, True)):
+        monkeypatch.setitem(globals(), "OFFSET", offset)
+        captures(with_global, new)
+    shifted = Shifted(network)
+    for offset, new in ((1.0, True), (1.0, False), (2.0, True)):  # of an object
+        shifted.settings["offset"][0] = offset
+        captures(shifted, new)
+        captures(shifted.__call__, new)
+    captures(functools.partial(around(network, 3.0)), True)
+    network.scale = 2.0
+    captures(network, True)
+    captures(network, False)
+    network.scale = 3.0
+    captures(network, True)
 
 
 def test_scales_of_guidance_are_inputs(rerun):
@@ -373,6 +413,16 @@ def test_a_compiled_network_is_watched_as_it_was_written():
 )
 def test_what_no_graph_holds_is_found(waits, reason):
     x = torch.zeros(4, device="meta")
-    calls = iter((lambda x: x, waits))  # the first call is not watched
-    with pytest.raises(RuntimeError, match=reason):
-        graphs.count_operations(lambda: next(calls)(x))
+    with pytest.raises(RuntimeError, match=reason), graphs.watched():
+        waits(x)
+
+
+def test_what_waits_once_does_not_wait_in_a_replay():
+    x, made = torch.zeros(4, device="meta"), []
+
+    def cached():
+        if not made:
+            made.append(torch.tensor([0.5], device="meta"))
+        return x + made[0]
+
+    assert graphs.count_operations(cached) == 1
