@@ -1,6 +1,7 @@
-// Resampling. Rows of up to 4096 particles and slots take one launch, with a block for each row. Longer ones are cut
-// into tiles, a block for each, and take a fixed sequence of launches: the largest log-weight, the sums of the integer
-// weights, the slots before each tile, and the ancestors. Whatever depends on values is decided on the device.
+// Resampling. Rows of up to 4096 particles and slots (in residual resampling 2048) take one launch, with a block for
+// each row. Longer ones are cut into tiles, a block for each, and take a fixed sequence of launches: the largest
+// log-weight, the sums of the integer weights, the slots before each tile, and the ancestors. Whatever depends on
+// values is decided on the device.
 //
 // The integer weights are computed anew in each pass, as in csrc/cpu/kernels/resample.cpp: 4 bytes a particle are read
 // where 8 would be written and read. Prefix sums are those of integers, so no result depends on how the row is cut.
@@ -21,8 +22,11 @@ constexpr int kThreads = 256;  // of a tile
 constexpr int64_t kTile = kThreads * kItems;
 constexpr int64_t kMany = 8 * kTile;  // slots that a tile's own block fills: what is beyond is shared out
 constexpr int kAbreast = 4;           // tiles of which a block finds the largest log-weight
-constexpr int kFewThreads = 128, kShortThreads = 512;  // of the block that takes a whole row
+constexpr int kFewThreads = 128;      // of the block that takes the shortest rows
 constexpr int kScanThreads = 1024, kSearchThreads = 256;
+
+// Threads of the block that takes other short rows; with 512, residual resampling would spill registers.
+FG_HD constexpr int short_threads(Scheme scheme) { return scheme == Scheme::residual ? 256 : 512; }
 
 enum class Verdict : int { draw, keep, zero };  // zero: all ancestors are 0
 
@@ -78,7 +82,7 @@ struct Job {
         }
     }
 
-    bool is_short() const { return most() <= kShortThreads * kItems; }
+    bool is_short() const { return most() <= short_threads(call.scheme) * kItems; }
     int64_t most() const { return particles > number ? particles : number; }
     bool draws_uniforms() const { return call.scheme == Scheme::multinomial || call.scheme == Scheme::residual; }
 
@@ -356,15 +360,17 @@ struct Uniforms {
 
 // The slots of all particles up to one, from the weights and, of residual resampling, the copies of all up to it.
 template <Scheme kScheme>
-__device__ __forceinline__ int64_t slots_up_to(const Row& row, const Counter& counter, int64_t q, int64_t copies,
-                                               Uniforms& uniforms) {
-    if constexpr (kScheme == Scheme::systematic) return systematic_slots<OneWideLane>(q, row.slots, row.first);
+__device__ __forceinline__ uint32_t slots_up_to(const Row& row, const Counter& counter, int64_t q, uint32_t copies,
+                                                Uniforms& uniforms) {
+    if constexpr (kScheme == Scheme::systematic)
+        return static_cast<uint32_t>(systematic_slots<OneWideLane>(q, row.slots, row.first));
     const Share<OneWideLane> share = floor_share<OneWideLane>(q, row.slots);
     if constexpr (kScheme == Scheme::stratified) {  // stratum j's position is floor((j Q + r_j) / N)
         const Words4 w = counter.words(share.whole / 2);
         const bool odd = share.whole % 2 != 0;
         const uint64_t low = odd ? w.w2 : w.w0, high = odd ? w.w3 : w.w1;
-        return share.whole + (share.rest > uniform_below<OneWideLane>(row.slots.total, low, high));
+        const bool more = share.rest > uniform_below<OneWideLane>(row.slots.total, low, high);
+        return static_cast<uint32_t>(share.whole) + more;
     }
     const double bound = kScheme == Scheme::residual ? remainder_of<OneWideLane>(share, copies, row.reciprocal)
                                                      : static_cast<double>(q);
@@ -384,15 +390,15 @@ struct Ends {
 template <Scheme kScheme, int kBlock>
 __device__ __forceinline__ Ends count_slots(Storage<kBlock>& storage, const Row& row, const Counter& counter,
                                             const int64_t (&q)[kItems], uint64_t weight,
-                                            const uint32_t (&copies)[kItems], uint64_t copied, Uniforms& uniforms,
+                                            const uint32_t (&copies)[kItems], uint32_t copied, Uniforms& uniforms,
                                             uint32_t from) {
     Ends found;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
         weight += static_cast<uint64_t>(q[i]);
         copied += copies[i];
-        found.ends[i] = static_cast<int32_t>(slots_up_to<kScheme>(row, counter, static_cast<int64_t>(weight),
-                                                                  static_cast<int64_t>(copied), uniforms));
+        const auto up_to = static_cast<int64_t>(weight);
+        found.ends[i] = static_cast<int32_t>(slots_up_to<kScheme>(row, counter, up_to, copied, uniforms));
     }
     __syncthreads();
     storage.last[threadIdx.x] = found.ends[kItems - 1];
@@ -481,10 +487,11 @@ __global__ void __launch_bounds__(kBlock, 1) resample_short(const Job job) {
 
     const Counter counter(job.call, index);
     uint32_t copies[kItems] = {};
-    uint64_t copied = 0;
+    uint32_t copied = 0;
     Uniforms uniforms{slots.uniforms, 0, static_cast<uint32_t>(job.number)};
     if constexpr (kScheme == Scheme::residual) {
-        copied = sum_before<kBlock>(storage, copy_whole(copies, q, row.slots), total);
+        const uint64_t own = copy_whole(copies, q, row.slots);
+        copied = static_cast<uint32_t>(sum_before<kBlock>(storage, own, total));
         uniforms.end -= static_cast<uint32_t>(total);
     }
     if constexpr (kDraws) {
@@ -659,15 +666,15 @@ __global__ void __launch_bounds__(kSearchThreads) find_slots(const Job job) {
     const Row& row = job.rows[index];
     if (row.verdict != Verdict::draw) return;
     const Counter counter(job.call, index);
-    const int64_t copies = kScheme == Scheme::residual ? static_cast<int64_t>(job.copies[entry]) : 0;
+    const uint32_t copies = kScheme == Scheme::residual ? static_cast<uint32_t>(job.copies[entry]) : 0;
     Uniforms uniforms{job.uniforms + index * job.number, 0, static_cast<uint32_t>(row.uniforms)};
     const int64_t weight = static_cast<int64_t>(job.weights[entry]);
-    job.slots[entry] = static_cast<uint64_t>(slots_up_to<kScheme>(row, counter, weight, copies, uniforms));
+    job.slots[entry] = slots_up_to<kScheme>(row, counter, weight, copies, uniforms);
 }
 
 // Ancestors, or the list of spares where they are not sorted. A block takes a tile of particles and the first kMany of
-// its slots. With `rest` it takes a stretch of kMany slots, and fills those of the tile that reaches into it from before
-// which are beyond that tile's first: a tile that begins within the stretch has none here.
+// its slots. With `rest` it takes a stretch of kMany slots, and fills those of the tile that reaches into it from
+// before which are beyond that tile's first: a tile that begins within the stretch has none here.
 template <Scheme kScheme>
 __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 1)
     fill_slots(const Job job, bool rest) {
@@ -713,12 +720,14 @@ __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 
     int64_t q[kItems];
     load_log_weights(log_weights, job, at.row, at.tile * kTile + threadIdx.x * kItems);
     uint32_t copies[kItems] = {};
-    uint64_t total, copied = 0;
+    uint32_t copied = 0;
+    uint64_t total;
     const uint64_t own = weigh(q, log_weights, row.top, job.scale).weights;
     const uint64_t weight = job.weights[entry] + sum_before<kThreads>(storage, own, total);
     Uniforms uniforms{job.uniforms + at.row * job.number, all_from, all_to};
     if constexpr (kScheme == Scheme::residual) {
-        copied = job.copies[entry] + sum_before<kThreads>(storage, copy_whole(copies, q, row.slots), total);
+        const uint64_t before = sum_before<kThreads>(storage, copy_whole(copies, q, row.slots), total);
+        copied = static_cast<uint32_t>(job.copies[entry] + before);
         uniforms.next -= static_cast<uint32_t>(job.copies[entry]);
         uniforms.end -= static_cast<uint32_t>(job.copies[entry + 1]);
     }
@@ -787,7 +796,7 @@ void resample_as(const Job& job, cudaStream_t queue) {
     };
     if (job.is_short()) {
         if (job.most() <= kFewThreads * kItems) run(resample_short<kFewThreads, kScheme>, rows, kFewThreads);
-        else run(resample_short<kShortThreads, kScheme>, rows, kShortThreads);
+        else run(resample_short<short_threads(kScheme), kScheme>, rows, short_threads(kScheme));
         return;
     }
     check(cudaMemsetAsync(job.tops, 0, (job.call.rows + 1) * sizeof *job.tops, queue), "resample");
