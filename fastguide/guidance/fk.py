@@ -35,7 +35,7 @@ class FK:
       log-potential [n]``. The last one always makes the product ``exp(strength * r(x_0))``.
     - ``proposal``: ``"base"`` the reverse step; ``"guided"`` that of TDS, with the gradient of the reward; or
       ``f(x, x0_hat, coefficients, *, seed, step) -> (x_s, log_ratio [n])``, ``log_ratio`` the base kernel's
-      log-density minus its own.
+      log-density minus its own. All three are as the operations take them: in a CUDA graph, tensors.
     - Resampling at ``resample_steps`` (None: every step; an integer: every so many; a list of steps), of the rows whose
       effective sample size is below ``ess_threshold * particles`` (None: of all).
 
