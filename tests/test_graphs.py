@@ -28,6 +28,9 @@ DEVICES = [
 ]
 
 
+RECORDING = graphs.Recording
+
+
 class Traced:
     """`graphs.Recording` on the CPU."""
 
@@ -426,3 +429,93 @@ def test_what_waits_once_does_not_wait_in_a_replay():
         return x + made[0]
 
     assert graphs.count_operations(cached) == 1
+
+
+# --- what is asked of CUDA ----------------------------------------------------------------------------------
+
+
+class Calls:
+    """Stands in for ``torch.cuda``: notes what is asked of it. The end of a broken capture is an error of its own."""
+
+    def __init__(self, monkeypatch):
+        self.noted, self.stack, calls = [], ["main"], self
+
+        class Stream:
+            def __init__(self, name="side"):
+                self.name = name
+
+            def wait_stream(self, other):
+                calls.noted.append(f"{self.name} waits for {other.name}")
+
+            def wait_event(self, event):
+                calls.noted.append(f"{self.name} waits for the last user")
+
+        class Event:
+            def record(self, stream):
+                calls.noted.append(f"done on {stream.name}")
+
+        class CUDAGraph:
+            def replay(self):
+                calls.noted.append("replay")
+
+        @contextlib.contextmanager
+        def stream(on):
+            calls.stack.append(on.name)
+            yield
+            calls.stack.pop()
+
+        @contextlib.contextmanager
+        def graph(made, pool, stream):
+            calls.stack.append(f"capture on {stream.name} in {pool}")
+            yield
+            calls.stack.pop()
+            if "broken" in calls.noted:
+                raise RuntimeError("the capture was invalidated")
+
+        stand_ins = dict(
+            device=contextlib.nullcontext, Stream=Stream, Event=Event, CUDAGraph=CUDAGraph, stream=stream, graph=graph,
+            graph_pool_handle=lambda: "the pool", current_stream=lambda: Stream("main"),
+        )  # fmt: skip
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def loop(self):
+        self.noted.append(f"run: {self.stack[-1]}")
+        return "results"
+
+
+def test_a_loop_is_warmed_up_and_captured_on_a_stream_of_its_own(monkeypatch):
+    calls = Calls(monkeypatch)
+    recording = RECORDING(torch.device("cuda"))
+    results, replay = recording.record(calls.loop)
+    assert results == "results"
+    captured = "run: capture on side in the pool"
+    assert calls.noted == ["side waits for main", "run: side", "main waits for side", captured]
+    calls.noted.clear()
+    with recording.turn():
+        replay()
+        calls.noted.append("copied")
+    assert calls.noted == ["main waits for the last user", "replay", "copied", "done on main"]
+
+
+def test_a_broken_capture_says_what_broke_it(monkeypatch):
+    calls = Calls(monkeypatch)
+
+    def breaks():
+        if calls.stack[-1].startswith("capture"):
+            calls.noted.append("broken")
+            raise ValueError("this network asks the device")
+
+    with pytest.raises(ValueError, match="this network asks the device"):
+        RECORDING(torch.device("cuda")).record(breaks)
+
+
+def test_autocast_keeps_no_casts_of_weights_in_a_graph(monkeypatch):
+    calls, seen = Calls(monkeypatch), []
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    monkeypatch.setattr(
+        torch, "autocast", lambda *a, **k: contextlib.nullcontext(seen.append((a, k)))
+    )  # on a CPU the real one disables itself
+    RECORDING(torch.device("cuda")).record(calls.loop)
+    assert seen == [(("cuda", torch.bfloat16), {"cache_enabled": False})]
