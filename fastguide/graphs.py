@@ -12,6 +12,7 @@ Its bits are the eager loop's but under the isotropic covariance, whose variance
 Graphs are kept, the last `KEPT` of them, with the memory that their loops need; `clear` gives it back. Networks and
 other functions are the same if they and what they hold are: weights and other tensors by where they stand, so that what
 is changed in place counts at the next replay; numbers and flags in closures, attributes and globals by their values.
+A replay runs no Python: what a function prints or counts it does at capture alone.
 """
 
 from __future__ import annotations
