@@ -5,8 +5,8 @@
 one; float64 inside), and ``M`` (default ``N``), and returns ``M`` indices below ``N``, int64, ascending in
 `systematic`, `stratified`, `multinomial` and `ssp`.
 
-Every scheme draws what that of `particles` draws, in the same order, from the same generator: numpy's global one, and in
-`ssp` numba's. It sums the weights in the same order too, so that with the same seed the ancestors are equal, ties
+Every scheme draws what that of `particles` draws, in the same order, from the same generator: numpy's global one, and
+in `ssp` numba's. It sums the weights in the same order too, so that with the same seed the ancestors are equal, ties
 included. One case differs: where rounding leaves the sum of the weights below the last uniforms, `particles` reads past
 the end of ``W``; here they belong to the last particle whose weight is not 0.
 
@@ -82,12 +82,8 @@ def killing(W: Floats, M: int | None = None) -> Indices:
     W, M = _weights(W, M)
     if len(W) != M:
         raise ValueError("killing resampling defined only for M=N")
-    uniforms = np.random.rand(M)
-    uniforms *= W.max()
-    killed = uniforms >= W
-    ancestors = np.arange(M)
-    ancestors[killed] = multinomial(W, np.count_nonzero(killed))
-    return ancestors
+    killed = np.random.rand(M) * W.max() >= W
+    return _replace(killed, multinomial(W, int(np.count_nonzero(killed))))
 
 
 def ssp(W: Floats, M: int | None = None) -> Indices:
@@ -183,28 +179,39 @@ def _fill(ancestors, start, stop, k):
 
 
 @njit(cache=True, nogil=True)
+def _last_live(W):
+    k = len(W) - 1
+    while k > 0 and W[k] == 0.0:
+        k -= 1
+    return k
+
+
+@njit(cache=True, nogil=True)
 def _invert_strata(u, W, M):
     """``ancestors[n]``: the first ``k`` with ``(u[n] + n) / M <= W[0] + ... + W[k]``; one ``u`` may serve all ``n``.
 
-    How many uniforms lie below a sum is nearly known, ``M`` times the sum; comparisons make it exact.
+    ``M`` times the sum says how many uniforms lie below it, but for rounding: where that could matter, the quotients
+    themselves are compared.
     """
     ancestors = np.empty(M, np.int64)
     each = 0 if len(u) == 1 else 1
-    total, start, live = 0.0, 0, 0
+    slack = 1e-15 * M
+    total, start = 0.0, 0
     for k in range(len(W)):
         total += W[k]
-        live = k if W[k] != 0.0 else live
-        guess = total * M
-        stop = max(int(guess), start) if guess < M else M  # M too where the sum is NaN
-        if stop < M:
-            stop += (u[each * stop] + stop) / M <= total
-        while stop > start and (u[each * (stop - 1)] + (stop - 1)) / M > total:
-            stop -= 1
-        while stop < M and (u[each * stop] + stop) / M <= total:
-            stop += 1
+        expected = total * M
+        stop = int(expected) if expected < M else M  # M too where the sum is NaN
+        beyond = expected - stop
+        if slack < beyond < 1.0 - slack and abs(beyond - u[each * stop]) > slack:
+            stop += beyond > u[each * stop]
+        else:
+            while stop > 0 and (u[each * (stop - 1)] + (stop - 1)) / M > total:
+                stop -= 1
+            while stop < M and (u[each * stop] + stop) / M <= total:
+                stop += 1
         _fill(ancestors, start, stop, k)
         start = stop
-    _fill(ancestors, start, M, live)
+    _fill(ancestors, start, M, _last_live(W))
     return ancestors
 
 
@@ -215,10 +222,9 @@ def _invert(uniforms, W, scale, ancestors):
     Four comparisons are counted at once: which of them holds, a branch could not foresee.
     """
     M = len(uniforms)
-    total, start, live = 0.0, 0, 0
+    total, start = 0.0, 0
     for k in range(len(W)):
         total += W[k] / scale
-        live = k if W[k] != 0.0 else live
         stop = start
         while stop + 4 <= M:
             below = 0
@@ -232,7 +238,20 @@ def _invert(uniforms, W, scale, ancestors):
                 stop += 1
         _fill(ancestors, start, stop, k)
         start = stop
-    _fill(ancestors, start, M, live)
+    _fill(ancestors, start, M, _last_live(W))
+
+
+@njit(cache=True, nogil=True)
+def _replace(killed, ancestors):
+    """``arange``, with ``ancestors`` one after the other where a particle is killed."""
+    replaced = np.empty(len(killed), np.int64)
+    n = 0
+    for k in range(len(killed)):
+        replaced[k] = k
+        if killed[k]:
+            replaced[k] = ancestors[n]
+            n += 1
+    return replaced
 
 
 @njit(cache=True, nogil=True)
