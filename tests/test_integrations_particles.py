@@ -56,6 +56,7 @@ def test_ancestors_equal_theirs(scheme, n, spread):
 @pytest.mark.parametrize("M", [1, 3, 500, 1999, 20_000])
 def test_any_number_of_ancestors(scheme, M):
     _same(scheme, _weights(2000, 1.5), M)
+    _same(scheme, np.full(2 * M, 0.5 / M), M)  # halves: ssp's pairs tie
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -104,14 +104,14 @@ SCHEMES: dict[str, Callable[..., Indices]] = {
 
 def exp_and_normalise(lw: Floats) -> Floats:
     """``exp(lw) / sum(exp(lw))``, of the shape of the log-weights ``lw``."""
-    w = _exp(lw)
+    w = _exp(lw, lw.max())
     w /= w.sum()
     return w
 
 
 def essl(lw: Floats) -> float:
     """The effective sample size ``sum(w)^2 / sum(w^2)``, in ``[1, N]``, of the log-weights ``lw = log w`` ``[N]``."""
-    w = _exp(lw)
+    w = _exp(lw, lw.max())
     total = w.sum()
     w *= w
     return total**2 / w.sum()
@@ -119,8 +119,9 @@ def essl(lw: Floats) -> float:
 
 def log_mean_exp(v: Floats, W: Floats | None = None) -> float:
     """The log of the mean of ``exp(v)``, weighted by ``W`` if given."""
-    w = _exp(v)
-    return v.max() + np.log(w.mean() if W is None else np.average(w, weights=W))
+    largest = v.max()
+    w = _exp(v, largest)
+    return largest + np.log(w.mean() if W is None else np.average(w, weights=W))
 
 
 def patch() -> ExitStack:
@@ -142,8 +143,8 @@ def _weights(W: Floats, M: int | None) -> tuple[NDArray[np.float64], int]:
     return np.ascontiguousarray(W, dtype=np.float64), W.shape[0] if M is None else M
 
 
-def _exp(lw: Floats) -> Floats:
-    w = lw - lw.max()
+def _exp(lw: Floats, largest: float) -> Floats:
+    w = lw - largest
     return np.exp(w, out=w)
 
 
