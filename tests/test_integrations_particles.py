@@ -100,6 +100,9 @@ def test_errors_are_theirs():
             module.ssp(2.0 * W)
         with pytest.raises(ValueError):
             module.residual(3.0 * W)
+        for scheme in (module.residual, module.ssp):
+            with pytest.raises(ValueError):
+                scheme(np.array([2.0, -1.0]), 10)
         with pytest.raises(ZeroDivisionError):
             module.log_mean_exp(W, W=np.zeros(10))
 

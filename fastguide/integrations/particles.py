@@ -69,7 +69,7 @@ def residual(W: Floats, M: int | None = None) -> Indices:
     remainders = np.empty_like(W)
     copies = _copy_whole_shares(W, remainders, ancestors)
     if copies < 0:
-        raise ValueError(f"W: expected normalised weights, got more than {M} whole shares")
+        raise ValueError("W: expected normalised weights (>= 0, sum one)")
     if copies < M:
         _invert(_sorted_uniforms(M - copies), remainders, M - copies, ancestors[copies:])
     return ancestors
@@ -201,7 +201,7 @@ def _invert_strata(u, W, M):
     for k in range(len(W)):
         total += W[k]
         expected = total * M
-        stop = int(expected) if expected < M else M  # M too where the sum is NaN
+        stop = int(expected) if 0.0 <= expected < M else M  # M too where the sum is NaN
         beyond = expected - stop
         if slack < beyond < 1.0 - slack and abs(beyond - u[each * stop]) > slack:
             stop += beyond > u[each * stop]
@@ -257,16 +257,18 @@ def _replace(killed, ancestors):
 
 @njit(cache=True, nogil=True)
 def _copy_whole_shares(W, remainders, ancestors):
-    """``floor(M W[k])`` copies of each ``k``; their number, or -1 if it is above ``M``; what remains of the shares."""
+    """``floor(M W[k])`` copies of each ``k``, and what remains of the shares. Returns how many copies, or -1 if a number is
+    below 0 or all are more than ``M``.
+    """
     M = len(ancestors)
     start = 0
     for k in range(len(W)):
         share = M * W[k]
         whole = np.floor(share)
         remainders[k] = share - whole
-        stop = start + int(whole)
-        if stop > M:
+        if not 0.0 <= whole <= M - start:
             return -1
+        stop = start + int(whole)
         _fill(ancestors, start, stop, k)
         start = stop
     return start
@@ -282,6 +284,8 @@ def _round_in_pairs(W, ancestors):
     missing = M
     for k in range(N):
         copies[k] = int(np.floor(M * W[k]))
+        if copies[k] < 0:
+            return False
         missing -= copies[k]
     i, x = 0, M * W[0] - copies[0]  # a particle and its fraction
     j, y = i, x
