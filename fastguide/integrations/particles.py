@@ -257,7 +257,7 @@ def _replace(killed, ancestors):
 
 @njit(cache=True, nogil=True)
 def _copy_whole_shares(W, remainders, ancestors):
-    """``floor(M W[k])`` copies of each ``k``, and what remains of the shares. Returns how many copies, or -1 if a number is
+    """``floor(M W[k])`` copies of each ``k``, and what remains of the shares. Returns how many copies, or -1 if one is
     below 0 or all are more than ``M``.
     """
     M = len(ancestors)
