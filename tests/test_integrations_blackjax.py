@@ -1,0 +1,74 @@
+"""fastguide.integrations.blackjax where blackjax takes its own resampling."""
+
+import pytest
+
+pytest.importorskip("blackjax", reason="blackjax, or JAX, is not installed")
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from blackjax.smc import resampling as theirs
+
+from fastguide.integrations import blackjax as ours
+
+SCHEMES = ["multinomial", "residual", "stratified", "systematic"]
+
+
+def _weights(n, spread=1.5):
+    w = np.exp(spread * np.random.default_rng(0).standard_normal(n)).astype(np.float32)
+    return jnp.asarray(w / w.sum())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("num", [1, 50, 200])
+def test_mean_numbers_of_offspring(scheme, num):
+    weights = _weights(50)
+    resample = jax.jit(getattr(ours, scheme), static_argnums=2)
+    keys = jax.random.split(jax.random.key(1), 400)
+    indices = np.stack([resample(key, weights, num) for key in keys])
+    expected = getattr(theirs, scheme)(keys[0], weights, num)
+    assert indices.dtype == expected.dtype and indices.shape[1:] == expected.shape
+    counts = np.apply_along_axis(np.bincount, 1, indices, minlength=50)
+    share = num * np.asarray(weights, np.float64)
+    error = (counts.mean(0) - share) / np.sqrt(np.maximum(share, 1e-2) / 400)
+    assert np.abs(error).max() < 4.5  # multinomial counts vary most, by their mean
+    if scheme == "systematic":
+        assert np.abs(counts - share).max() < 1 + 1e-5 * num
+    assert len({row.tobytes() for row in indices}) > 1  # the key matters
+    np.testing.assert_array_equal(resample(keys[0], weights, num), indices[0])
+
+
+def test_old_keys_vmap_and_unnormalised_weights():
+    weights = jnp.stack([_weights(64), 7.0 * _weights(64)])
+    keys = jax.random.split(jax.random.PRNGKey(2), 2)
+    batch = jax.vmap(lambda key, w: ours.systematic(key, w, 64))(keys, weights)
+    for row, key in zip(batch, keys, strict=True):
+        np.testing.assert_array_equal(row, ours.systematic(key, weights[0], 64))
+
+
+def test_bad_weights_are_an_error():
+    with pytest.raises(Exception, match="NaN in row 0"):
+        ours.systematic(jax.random.key(0), jnp.array([0.5, jnp.nan]), 2).block_until_ready()
+
+
+def test_tempered_smc_finds_the_posterior():
+    """Prior ``N(0, 1)``, one observation ``1.5 ~ N(x, 0.5^2)``: the posterior is ``N(1.2, 0.2)``."""
+    parameters = {"step_size": 0.4, "inverse_mass_matrix": jnp.ones(1), "num_integration_steps": 4}
+    smc = blackjax.tempered_smc(
+        lambda x: -0.5 * jnp.sum(x**2),
+        lambda x: -2.0 * jnp.sum((1.5 - x) ** 2),
+        blackjax.hmc.build_kernel(),
+        blackjax.hmc.init,
+        blackjax.smc.extend_params(parameters),
+        resampling_fn=ours.systematic,
+        num_mcmc_steps=2,
+    )
+    state = smc.init(jax.random.normal(jax.random.key(0), (4000, 1)))
+    step = jax.jit(smc.step)
+    for i, temperature in enumerate((0.1, 0.4, 1.0)):
+        state, _ = step(jax.random.key(i + 1), state, temperature)
+    x, weights = np.asarray(state.particles)[:, 0], np.asarray(state.weights)
+    mean = np.average(x, weights=weights)
+    assert abs(mean - 1.2) < 0.04
+    assert abs(np.average((x - mean) ** 2, weights=weights) - 0.2) < 0.03

@@ -1,0 +1,209 @@
+"""FKD against closed forms, on chains of few states whose every path can be counted."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from fastguide.integrations.fkd import FKD
+
+POTENTIALS = ("diff", "max", "add", "rt")
+
+
+def _fkd(**changed):
+    arguments = dict(
+        potential_type="diff",
+        lmbda=2.0,
+        num_particles=4,
+        adaptive_resampling=True,
+        resample_frequency=2,
+        resampling_t_start=1,
+        resampling_t_end=5,
+        time_steps=10,
+        reward_fn=lambda images: images[:, 0],
+        device="cpu",
+        seed=0,
+    )
+    return FKD(**{**arguments, **changed})
+
+
+def _column(*values):
+    return torch.tensor(values, dtype=torch.float64)[:, None]
+
+
+def test_steps_that_weigh():
+    fkd = _fkd()
+    x = _column(0.0, 0.1, 0.2, 0.3)
+    weighed = []
+    for i in range(10):
+        latents, images = fkd.resample(sampling_idx=i, latents=x, x0_preds=x)
+        if images is None:
+            assert latents is x
+        else:
+            weighed.append(i)
+    assert weighed == [1, 3, 5, 9]
+    assert _fkd(resampling_t_end=4).steps == {1, 3, 9}
+    assert _fkd(resampling_t_end=9).steps == {1, 3, 5, 7, 9}
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+@pytest.mark.parametrize("strict", [False, True])
+def test_product_of_potentials(potential, strict):
+    """``exp(lmbda * r(x_0))``, of a particle that is alone, so that none takes its place."""
+    for minimum in (0.0, -3.0):
+        changed = {"seed": None, "strict": True} if strict else {}
+        fkd = _fkd(potential_type=potential, num_particles=1, reward_min_value=minimum, **changed)
+        for i, reward in ((1, 0.3), (3, -0.4), (5, 1.7), (9, 0.9)):
+            fkd.resample(sampling_idx=i, latents=_column(0.0), x0_preds=_column(reward))
+        expected = 2.0 * (0.9 - (minimum if potential == "diff" else 0.0))
+        assert fkd._log_product.item() == pytest.approx(expected, abs=1e-12)
+        if not strict:
+            assert fkd.log_weights.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("potential", "expected"),
+    [
+        ("diff", [[0.4, 0.6], [-0.6, 0.2]]),
+        ("max", [[0.4, 0.6], [0.4, 0.8]]),
+        ("add", [[0.4, 0.6], [0.2, 1.4]]),
+        ("rt", [[0.4, 0.6], [-0.2, 0.8]]),
+    ],
+)
+def test_log_potentials_and_weights_that_are_kept(potential, expected):
+    """Rewards 0.2, 0.3 and then -0.1, 0.4, of weights too even to be resampled."""
+    fkd = _fkd(potential_type=potential, num_particles=2)
+    total = torch.zeros(2, dtype=torch.float64)
+    for i, rewards, log_potential in zip((1, 3), ((0.2, 0.3), (-0.1, 0.4)), expected, strict=True):
+        x = _column(*rewards)
+        latents, images = fkd.resample(sampling_idx=i, latents=x + 5.0, x0_preds=x)
+        total += torch.tensor(log_potential)
+        torch.testing.assert_close(fkd.log_weights, total, rtol=0, atol=1e-6)
+        assert torch.equal(latents, x + 5.0) and torch.equal(images, x)
+
+
+def test_the_original_forgets_weights_and_clamps_them():
+    fkd = _fkd(num_particles=2, strict=True, seed=None)
+    for i, rewards in ((1, (0.2, 0.3)), (3, (0.1, 0.4))):
+        fkd.resample(sampling_idx=i, latents=_column(0, 1), x0_preds=_column(*rewards))
+    torch.testing.assert_close(fkd.log_weights, 2.0 * torch.tensor([-0.1, 0.1], dtype=torch.float64), rtol=0, atol=1e-6)
+
+    rewards = _column(20.0, 40.0, 0.0, float("nan"))  # exp(40), exp(80), 1 and nothing
+    for seed in range(20):
+        torch.manual_seed(seed)
+        strict, ours = _fkd(strict=True, seed=None, adaptive_resampling=False), _fkd(seed=seed)
+        latents = torch.arange(4.0)
+        kept = strict.resample(sampling_idx=1, latents=latents, x0_preds=rewards)[0]
+        torch.manual_seed(seed)
+        clamped = torch.tensor([1e10, 1e10, 1.0, 0.0])
+        assert torch.equal(kept, latents[torch.multinomial(clamped, 4, replacement=True)])
+        assert ours.resample(sampling_idx=1, latents=latents, x0_preds=rewards)[0].tolist() == [1.0] * 4
+
+
+def test_the_original_resamples_last_only_below_half():
+    even, uneven = _column(0.0, 0.1, 0.1, 0.0), _column(0.0, 9.0, 0.0, 0.0)
+    latents = torch.arange(4.0)
+    for adaptive in (True, False):
+        strict = _fkd(strict=True, seed=None, adaptive_resampling=adaptive)
+        assert strict.resample(sampling_idx=9, latents=latents, x0_preds=even)[0] is latents
+        strict = _fkd(strict=True, seed=None, adaptive_resampling=adaptive)
+        assert strict.resample(sampling_idx=9, latents=latents, x0_preds=uneven)[0].tolist() == [1.0] * 4
+    strict = _fkd(strict=True, seed=None)
+    assert strict.resample(sampling_idx=1, latents=latents, x0_preds=even)[0] is latents
+
+
+def _chain(fkd, generator, particles):
+    """A walk over the states 0, 1, 2 with the reward of a state; ``r`` of each level is that of the state now."""
+    x = torch.randint(3, (particles,), generator=generator)
+    for i in range(fkd.last_step + 1):
+        x = torch.multinomial(TRANSITION[x], 1, generator=generator)[:, 0]
+        x = fkd.resample(sampling_idx=i, latents=x, x0_preds=x)[0]
+    return x
+
+
+TRANSITION = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.4, 0.3], [0.1, 0.3, 0.6]], dtype=torch.float64)
+REWARD = torch.tensor([0.0, 1.2, -0.7], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("scheme", ["systematic", "multinomial"])
+def test_target_of_a_discrete_chain(potential, adaptive, scheme):
+    steps, particles = 4, 40_000
+    lmbda = 0.3 if potential == "add" else 1.0  # "add" goes furthest astray on the way
+    fkd = _fkd(
+        potential_type=potential,
+        lmbda=lmbda,
+        num_particles=particles,
+        adaptive_resampling=adaptive,
+        resample_frequency=1,
+        resampling_t_start=0,
+        resampling_t_end=steps,
+        time_steps=steps,
+        reward_fn=lambda x: REWARD[x],
+        scheme=scheme,
+    )
+    x = _chain(fkd, torch.Generator().manual_seed(1), particles)
+    prior = torch.full((3,), 1 / 3, dtype=torch.float64) @ torch.linalg.matrix_power(TRANSITION, steps)
+    tilted = prior * (lmbda * REWARD).exp()
+    shares = torch.bincount(x, minlength=3) / particles
+    torch.testing.assert_close(shares.double(), tilted / tilted.sum(), rtol=0, atol=0.025)
+    assert fkd.log_weights.unique().numel() == 1
+    assert fkd.log_weights[0].item() == pytest.approx(math.log(tilted.sum()), abs=0.03)
+
+
+def test_images_may_be_a_list_and_rewards_too():
+    fkd = _fkd(
+        lmbda=50.0,
+        latent_to_decode_fn=lambda x0: [f"image {k}" for k in range(len(x0))],
+        reward_fn=lambda images: [float(image == "image 2") for image in images],
+    )
+    latents = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)).half()
+    kept = latents.clone()
+    new, images = fkd.resample(sampling_idx=1, latents=latents, x0_preds=latents)
+    assert images == ["image 2"] * 4
+    assert new.dtype == torch.half and torch.equal(new, kept[[2, 2, 2, 2]])
+    assert torch.equal(latents, kept)  # the caller's own
+
+
+def test_dead_particles():
+    fkd = _fkd(reward_fn=lambda x: torch.tensor([math.nan, 0.0, math.nan, -math.inf]), adaptive_resampling=False)
+    assert fkd.resample(sampling_idx=1, latents=torch.arange(4), x0_preds=_column(*range(4)))[0].tolist() == [1] * 4
+    fkd = _fkd(reward_fn=lambda x: [math.nan] * 4)
+    assert fkd.resample(sampling_idx=1, latents=torch.arange(4), x0_preds=_column(*range(4)))[0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+
+
+def test_seeds():
+    x = _column(*(0.05 * k for k in range(64)))
+
+    def draw(step=9, **seed):
+        fkd = _fkd(num_particles=64, scheme="multinomial", adaptive_resampling=False, **seed)
+        return fkd.resample(sampling_idx=step, latents=x, x0_preds=x)[0]
+
+    torch.manual_seed(3)
+    drawn = [draw(seed=None), draw(seed=None), draw(seed=1), draw(seed=2), draw(step=1, seed=2)]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+    torch.manual_seed(3)
+    assert torch.equal(draw(seed=None), drawn[0]) and torch.equal(draw(seed=2), drawn[3])
+
+
+def test_other_keywords_and_errors():
+    _fkd(use_smc=True, output_dir="here")
+    with pytest.raises(ValueError, match="potential_type: expected one of"):
+        _fkd(potential_type="difference")
+    with pytest.raises(ValueError, match="scheme: expected one of"):
+        _fkd(scheme="killing")
+    with pytest.raises(ValueError, match="strict: expected neither"):
+        _fkd(strict=True)
+    with pytest.raises(ValueError, match="latents: expected 4 particles"):
+        _fkd().resample(sampling_idx=1, latents=_column(1, 2), x0_preds=_column(1, 2, 3, 4))
+    with pytest.raises(ValueError, match="x0_preds: expected 4 particles"):
+        _fkd().resample(sampling_idx=1, latents=_column(1, 2, 3, 4), x0_preds=_column(1, 2))
+    with pytest.raises(ValueError, match="reward_fn: expected 4 rewards"):
+        _fkd(reward_fn=lambda x: x).resample(sampling_idx=1, latents=_column(1, 2, 3, 4), x0_preds=_column(1, 2, 3, 4))
