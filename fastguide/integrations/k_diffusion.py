@@ -241,7 +241,7 @@ class _Run:
         return self.model(x, self.x.new_full(x.shape[:1], sigma), **self.extra_args)
 
     def widened(self, x: Tensor) -> Tensor:
-        """In the wider of its dtype and the sigmas', as k-diffusion's Euler steps leave it, not those of DPM-Solver++."""
+        """In the wider of its dtype and the sigmas', as k-diffusion's Euler steps leave it, its others not."""
         return x.to(torch.promote_types(x.dtype, self.sigmas.dtype))
 
     def report(self, i: int, x: Tensor, denoised: Tensor, growth: float = 1.0) -> None:
