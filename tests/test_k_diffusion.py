@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastguide import graphs
 from fastguide.integrations import k_diffusion as ours
@@ -104,16 +105,21 @@ def test_equals_the_original_in_other_dtypes(name, dtype, of_sigmas, tolerance):
     torch.testing.assert_close(x, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ("sample_euler", "sample_dpmpp_2m", "sample_euler_ancestral"))
+@pytest.mark.parametrize("name", ("sample_euler", "sample_dpmpp_2m", "sample_euler_ancestral", "sample_dpmpp_2m_sde"))
 def test_a_model_of_another_dtype(name):
-    """As under autocast: the wider of two dtypes."""
+    """As under autocast: the wider of two dtypes, in a fused step too."""
     for state, denoised in ((torch.float32, torch.float16), (torch.float16, torch.float32)):
-        seen = {}
+        seen = []
         for module in (ours, original):
+            x = start(state)
+            options = dict(noise_sampler=ours.PhiloxNoiseSampler(x)) if name in NOISY else {}
             torch.manual_seed(1)
-            cast = lambda x, sigma, to=denoised: model(x, sigma).to(to)  # noqa: E731
-            seen[module] = getattr(module, name)(cast, start(state), levels(torch.float32), disable=True)
-        torch.testing.assert_close(seen[ours], seen[original], rtol=2e-2, atol=2e-2)
+
+            def cast(x, sigma, to=denoised):
+                return model(x, sigma).to(to)
+
+            seen.append(getattr(module, name)(cast, x, levels(torch.float32), disable=True, **options))
+        torch.testing.assert_close(*seen, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("name", [name for name in NOISY if name not in SDES])
@@ -200,11 +206,12 @@ def test_derivative_and_ancestral_step():
 
 
 @pytest.mark.parametrize("seed", (None, 11, [3, 4]))
-def test_brownian_tree(seed):
+@pytest.mark.parametrize("ends", ((0.05, 10.0), (10.0, 0.05)))
+def test_brownian_tree(seed, ends):
     x, got, transform = start(torch.float32), {}, lambda sigma: sigma.log()
     for module in (ours, original):
         torch.manual_seed(8)
-        tree = module.BrownianTreeNoiseSampler(x, 0.05, 10.0, seed=seed, transform=transform)
+        tree = module.BrownianTreeNoiseSampler(x, *ends, seed=seed, transform=transform)
         got[module] = torch.stack([tree(10.0, 4.0), tree(0.5, 0.1), tree(0.1, 0.5)])
     torch.testing.assert_close(got[ours], got[original])
     torch.testing.assert_close(got[ours][1], -got[ours][2])
@@ -264,21 +271,31 @@ def test_progress(monkeypatch, capsys):
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "noise"), [(name, None) for name in SAMPLERS] + [(name, "philox") for name in NOISY])
+@pytest.mark.parametrize(
+    ("name", "noise"),
+    [(name, "default") for name in SAMPLERS if name not in SDES]
+    + [(name, noise) for name in NOISY for noise in ("caller's", "philox")],
+)
 def test_no_step_waits(name, noise, monkeypatch):
     """States and sigmas on the ``meta`` device have no values to ask for, but for the one read before the loop."""
-    reads = []
+    reads, asked = [], []
     monkeypatch.setattr(ours, "_to_host", lambda sigmas: reads.append(sigmas) or levels(torch.float32))
     x, sigmas = start(torch.float32).to("meta"), levels(torch.float32).to("meta")
     options = dict(s_churn=2.0, s_tmin=0.2, s_tmax=5.0) if name in CHURNED else {}
     if noise == "philox":
         options["noise_sampler"] = ours.PhiloxNoiseSampler(x)
-    elif name in SDES:
-        options["noise_sampler"] = ours.default_noise_sampler(x)
+    elif noise == "caller's":
+        options["noise_sampler"] = lambda *ends: asked.extend(ends) or torch.randn_like(x)
     with graphs.watched():
         out = getattr(ours, name)(model, x, sigmas, callback=lambda _: None, disable=True, **options)
     assert out.device.type == "meta" and out.shape == x.shape
     assert len(reads) == 1 and reads[0] is sigmas
+    assert all(sigma.device.type == "meta" for sigma in asked)  # where the sigmas are, as k-diffusion's
+
+
+def test_sigmas_are_read_from_the_device():
+    with FakeTensorMode():
+        assert ours._to_host(torch.empty(3, device="cuda")).device.type == "cpu"
 
 
 @pytest.mark.parametrize("name", SDES)

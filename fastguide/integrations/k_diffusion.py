@@ -574,6 +574,6 @@ def sample_dpmpp_2m_sde(
             else:
                 x = _mix(mixed, x, math.exp(-decay))
         else:
-            x = _mix(denoised, x, 0.0)
+            x = denoised
         before = denoised
     return x
