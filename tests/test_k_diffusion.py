@@ -118,7 +118,7 @@ def test_a_model_of_another_dtype(name):
             def cast(x, sigma, to=denoised):
                 return model(x, sigma).to(to)
 
-            seen.append(getattr(module, name)(cast, x, levels(torch.float32), disable=True, **options))
+            seen.append(getattr(module, name)(cast, x, levels(torch.float32)[:-1], disable=True, **options))
         torch.testing.assert_close(*seen, rtol=2e-2, atol=2e-2)
 
 
