@@ -1,0 +1,579 @@
+"""The samplers of ``k_diffusion.sampling`` (0.1.1), from a loop that never waits for the device.
+
+Signatures, defaults, callbacks, and results from the same torch seed (to rounding) are k-diffusion's: noise is drawn in
+the same order, and also where it then goes unused. Two things differ:
+
+- The sigmas are read to the host once, before the first step; whatever a step decides or computes of them are floats
+  there. Levels must be above 0, but the last.
+- `PhiloxNoiseSampler` as ``noise_sampler`` draws the noise inside the kernel that steps.
+
+``sigmas`` ``[steps + 1]`` decrease, most often to 0; ``x`` ``[N, *event]`` starts at ``sigmas[0]``;
+``model(x, sigma, **extra_args)`` predicts the clean sample, ``sigma`` being ``[N]`` in the dtype of ``x``. The callback
+is given ``x``, ``i``, ``sigma``, ``sigma_hat`` and ``denoised`` of every step, tensors. ``disable`` is tqdm's; without
+tqdm there is no bar.
+
+Every step below is one formula (Karras et al. 2022; Lu et al. 2022, DPM-Solver++, solved for the clean sample)::
+
+    x_s = ratio x + (1 - ratio) D + std z
+
+A first-order method has ``D = denoised`` and ``ratio = sigma_s / sigma_t``. Ancestral steps and SDEs go below
+``sigma_s`` and come back by ``z``. A second-order method has ``D = (1 - w) denoised + w other``, the other evaluation
+being between the levels (Heun: at ``sigma_s``) or that of the step before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+__all__ = [
+    "BrownianTreeNoiseSampler",
+    "PhiloxNoiseSampler",
+    "append_zero",
+    "default_noise_sampler",
+    "get_ancestral_step",
+    "get_sigmas_exponential",
+    "get_sigmas_karras",
+    "get_sigmas_polyexponential",
+    "get_sigmas_vp",
+    "sample_dpm_2",
+    "sample_dpm_2_ancestral",
+    "sample_dpmpp_2m",
+    "sample_dpmpp_2m_sde",
+    "sample_dpmpp_2s_ancestral",
+    "sample_dpmpp_sde",
+    "sample_euler",
+    "sample_euler_ancestral",
+    "sample_heun",
+    "to_d",
+]
+
+Model = Callable[..., Tensor]
+Callback = Callable[[dict[str, Any]], Any]
+NoiseSampler = Callable[[Any, Any], Tensor]
+Device = torch.device | str
+
+
+# --- levels -------------------------------------------------------------------------------------------------
+
+
+def append_zero(x: Tensor) -> Tensor:
+    """``[n]`` to ``[n + 1]``."""
+    return torch.nn.functional.pad(x, (0, 1))
+
+
+def get_sigmas_karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, device: Device = "cpu") -> Tensor:
+    """``[n + 1]``, ``sigma ** (1 / rho)`` evenly spaced, then 0 (Karras et al. 2022, eq. 5)."""
+    roots = sigma_max ** (1 / rho) + torch.linspace(0, 1, n) * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
+    return append_zero(roots**rho).to(device)
+
+
+def get_sigmas_exponential(n: int, sigma_min: float, sigma_max: float, device: Device = "cpu") -> Tensor:
+    """``[n + 1]``, ``log sigma`` evenly spaced, then 0."""
+    return get_sigmas_polyexponential(n, sigma_min, sigma_max, device=device)
+
+
+def get_sigmas_polyexponential(
+    n: int, sigma_min: float, sigma_max: float, rho: float = 1.0, device: Device = "cpu"
+) -> Tensor:
+    """``[n + 1]``, ``log sigma`` a power ``rho`` of the time, then 0."""
+    low, high = math.log(sigma_min), math.log(sigma_max)
+    return append_zero((low + torch.linspace(1, 0, n, device=device) ** rho * (high - low)).exp())
+
+
+def get_sigmas_vp(
+    n: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3, device: Device = "cpu"
+) -> Tensor:
+    """``[n + 1]``, those of the continuous variance-preserving process with linear betas, then 0."""
+    t = torch.linspace(1, eps_s, n, device=device)
+    return append_zero((torch.exp(t * (beta_min + t * beta_d / 2)) - 1).sqrt())
+
+
+def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
+    """``dx / dsigma`` of the probability-flow ODE; ``sigma`` is ``[]`` or ``[N]``."""
+    return (x - denoised) / sigma.reshape(*sigma.shape, *(1,) * (x.ndim - sigma.ndim))
+
+
+def get_ancestral_step(sigma_from: Any, sigma_to: Any, eta: float = 1.0) -> tuple[Any, Any]:
+    """``(sigma_down, sigma_up)``, whose squares add to that of ``sigma_to``: the level that a deterministic step goes
+    to, and the noise then added; with ``eta = 1`` the variance of ``x_s`` given ``x_t`` and ``x_0``. Floats, or tensors
+    ``[]``, which are waited for."""
+    if not eta:
+        return sigma_to, 0.0
+    share = 1 - (sigma_to / sigma_from) ** 2
+    sigma_up = min(sigma_to, eta * sigma_to * share**0.5) if share >= 0 else sigma_to  # upwards: noise alone
+    return (sigma_to**2 - sigma_up**2) ** 0.5, sigma_up
+
+
+# --- noise --------------------------------------------------------------------------------------------------
+
+
+def default_noise_sampler(x: Tensor) -> NoiseSampler:
+    """Standard normals of torch's generator, like ``x``."""
+    return lambda sigma, sigma_next: torch.randn_like(x)
+
+
+class BrownianTreeNoiseSampler:
+    """Increments of one Brownian path in ``transform(sigma)``, scaled to unit variance: the same path whatever the
+    number of steps. Needs torchsde.
+
+    ``seed`` is an integer, or one for each sample of ``x``; None draws one from torch's generator on the host.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        sigma_min: Any,
+        sigma_max: Any,
+        seed: int | Sequence[int] | None = None,
+        transform: Callable[[Tensor], Tensor] = lambda sigma: sigma,
+    ):
+        try:
+            import torchsde
+        except ImportError as error:
+            raise ImportError(
+                "noise_sampler: the default, a BrownianTreeNoiseSampler, needs torchsde, which is not installed"
+            ) from error
+        if seed is None:
+            seed = int(torch.randint(0, 2**63 - 1, []))
+        self._transform, self._batched = transform, isinstance(seed, Sequence)
+        seeds = seed if isinstance(seed, Sequence) else [seed]
+        if self._batched and len(seeds) != len(x):
+            raise ValueError(f"seed: expected one, or {len(x)}, one for each sample, got {len(seeds)}")
+        t0, t1, self._sign = self._interval(sigma_min, sigma_max)
+        w0 = torch.zeros_like(x[0] if self._batched else x)
+        self._trees = [torchsde.BrownianTree(t0, w0, t1, entropy=s) for s in seeds]
+
+    def _interval(self, sigma: Any, sigma_next: Any) -> tuple[Tensor, Tensor, int]:
+        t0, t1 = (self._transform(torch.as_tensor(level)) for level in (sigma, sigma_next))
+        return (t0, t1, 1) if t0 < t1 else (t1, t0, -1)
+
+    def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
+        t0, t1, sign = self._interval(sigma, sigma_next)
+        increments = [tree(t0, t1) for tree in self._trees]
+        increment = torch.stack(increments) if self._batched else increments[0]
+        return increment * (self._sign * sign / (t1 - t0).sqrt())
+
+
+class PhiloxNoiseSampler:
+    """Standard normals like ``x`` from `fastguide.ops.randn`, of ``seed``, the number of draws before and the sample's
+    index ``first_particle + n``. A sample is therefore the same in whatever batch.
+
+    The samplers of this module that take a ``noise_sampler`` draw it inside the kernel that steps, in one pass over
+    memory; k-diffusion's call it as any other. Draws are independent of one another: where a sampler asks twice about
+    one interval (`sample_dpmpp_sde`), a Brownian path is not.
+    """
+
+    def __init__(self, x: Tensor, seed: int = 0, first_particle: int = 0):
+        self._x, self._seed, self._first_particle, self._draws = x, seed, first_particle, 0
+
+    def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
+        x = self._x
+        return ops.randn(
+            x.shape,
+            seed=self._seed,
+            step=self._next_draw(),
+            first_particle=self._first_particle,
+            dtype=x.dtype,
+            device=x.device,
+        )
+
+    def step(self, x: Tensor, denoised: Tensor, ratio: float, std: float) -> Tensor:
+        """``ratio x + (1 - ratio) denoised + std z`` with the next ``z``."""
+        x_s = ops.reverse_step(
+            x.to(torch.promote_types(x.dtype, denoised.dtype)),
+            denoised,
+            (1.0, 1.0, 1.0, math.hypot(ratio, std), std),
+            prediction="sample",
+            seed=self._seed,
+            step=self._next_draw(),
+            first_particle=self._first_particle,
+        )
+        assert isinstance(x_s, Tensor)  # without return_x0
+        return x_s
+
+    def _next_draw(self) -> int:
+        self._draws += 1
+        return self._draws - 1
+
+
+# --- steps --------------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """What every sampler does at each step: iterated over, ``(i, sigma_t, sigma_s)`` in floats."""
+
+    def __init__(
+        self,
+        model: Model,
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: dict[str, Any] | None,
+        callback: Callback | None,
+        disable: bool | None,
+    ):
+        self.host = _to_host(sigmas)
+        self.levels: list[float] = self.host.tolist()
+        if not (all(level > 0.0 for level in self.levels[:-1]) and all(level >= 0.0 for level in self.levels[-1:])):
+            raise ValueError(f"sigmas: expected levels above 0, the last perhaps 0, got {self.levels}")
+        self.model, self.x, self.sigmas = model, x, sigmas
+        self.extra_args, self.callback, self.disable = extra_args or {}, callback, disable
+
+    def __iter__(self) -> Iterator[tuple[int, float, float]]:
+        steps: Any = range(len(self.levels) - 1)
+        if not self.disable:
+            try:
+                from tqdm.auto import tqdm
+
+                steps = tqdm(steps, disable=self.disable)
+            except ImportError:
+                pass  # a bar is all that is missing
+        for i in steps:
+            yield i, self.levels[i], self.levels[i + 1]
+
+    def denoise(self, x: Tensor, sigma: float) -> Tensor:
+        return self.model(x, self.x.new_full(x.shape[:1], sigma), **self.extra_args)
+
+    def widened(self, x: Tensor) -> Tensor:
+        """In the wider of its dtype and the sigmas', as k-diffusion's Euler steps leave it, its others not."""
+        return x.to(torch.promote_types(x.dtype, self.sigmas.dtype))
+
+    def report(self, i: int, x: Tensor, denoised: Tensor, growth: float = 1.0) -> None:
+        if self.callback is not None:
+            sigma = self.sigmas[i]
+            self.callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma * growth, "denoised": denoised})
+
+
+def _to_host(sigmas: Tensor) -> Tensor:
+    """The only wait for the device."""
+    return sigmas.detach().cpu()
+
+
+class _Churn:
+    """The noise by which an ODE sampler may go up before a step (Karras et al. 2022, algorithm 2)."""
+
+    def __init__(self, run: _Run, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float):
+        most = min(s_churn / max(len(run.levels) - 1, 1), 2**0.5 - 1)
+        within = (s_tmin <= run.host) & (run.host <= s_tmax)
+        self.gammas = [most if inside else 0.0 for inside in within.tolist()]
+        self.s_noise = s_noise
+
+    def __call__(self, i: int, x: Tensor, sigma: float) -> tuple[Tensor, float, float]:
+        """``x`` at its new level, that level, and by what factor it grew."""
+        z, gamma = (
+            torch.randn_like(x),
+            self.gammas[i],
+        )  # drawn where unused, as k-diffusion does: what follows has its z
+        if gamma > 0.0:
+            x = torch.add(x, z, alpha=self.s_noise * sigma * ((gamma + 1) ** 2 - 1) ** 0.5)
+        return x, sigma * (gamma + 1), gamma + 1
+
+
+class _Noise:
+    """The ``noise_sampler`` of a run, and the levels that it is asked about: the caller's own are given tensors where
+    the sigmas are, those of this module tensors on the host, so that nobody waits for the device."""
+
+    def __init__(self, run: _Run, sampler: NoiseSampler | None, s_noise: float, brownian: bool = False):
+        ours = sampler is None or isinstance(sampler, BrownianTreeNoiseSampler)
+        self.levels = run.host if ours else run.sigmas
+        if sampler is None and brownian:
+            positive = run.host[run.host > 0]
+            sampler = BrownianTreeNoiseSampler(run.x, positive.min(), positive.max())
+        self.sampler = default_noise_sampler(run.x) if sampler is None else sampler
+        self.s_noise = s_noise
+
+    def step(self, x: Tensor, denoised: Tensor, ratio: float, std: float, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        """``ratio x + (1 - ratio) denoised``, and noise for the interval between two levels."""
+        std *= self.s_noise
+        if isinstance(self.sampler, PhiloxNoiseSampler):
+            return self.sampler.step(x, denoised, ratio, std)
+        return torch.add(_mix(denoised, x, ratio), self.sampler(sigma, sigma_next), alpha=std)
+
+
+def _mix(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """``(1 - weight) a + weight b``; of two dtypes, as under autocast, in the wider."""
+    if a.dtype != b.dtype:
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(dtype), b.to(dtype)
+    return torch.lerp(a, b, weight)
+
+
+# --- samplers -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_euler(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Euler steps of the probability-flow ODE, with churn (Karras et al. 2022, algorithm 2)."""
+    run = _Run(model, x, sigmas, extra_args, callback, disable)
+    churn = _Churn(run, s_churn, s_tmin, s_tmax, s_noise)
+    for i, sigma, sigma_s in run:
+        x, sigma_t, growth = churn(i, x, sigma)
+        denoised = run.denoise(x, sigma_t)
+        run.report(i, x, denoised, growth)
+        x = run.widened(x)
+        x = _mix(denoised, x, sigma_s / sigma_t)
+    return x
+
+
+@torch.no_grad()
+def sample_heun(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Heun steps of the probability-flow ODE, with churn (Karras et al. 2022, algorithm 2)."""
+    run = _Run(model, x, sigmas, extra_args, callback, disable)
+    churn = _Churn(run, s_churn, s_tmin, s_tmax, s_noise)
+    for i, sigma, sigma_s in run:
+        x, sigma_t, growth = churn(i, x, sigma)
+        denoised = run.denoise(x, sigma_t)
+        run.report(i, x, denoised, growth)
+        x = run.widened(x)
+        ratio = sigma_s / sigma_t
+        if sigma_s > 0.0:
+            denoised = _mix(denoised, run.denoise(_mix(denoised, x, ratio), sigma_s), 0.5 / ratio)
+        x = _mix(denoised, x, ratio)
+    return x
+
+
+@torch.no_grad()
+def sample_dpm_2(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Midpoint steps of the probability-flow ODE, the midpoint in ``log sigma``, with churn."""
+    run = _Run(model, x, sigmas, extra_args, callback, disable)
+    churn = _Churn(run, s_churn, s_tmin, s_tmax, s_noise)
+    for i, sigma, sigma_s in run:
+        x, sigma_t, growth = churn(i, x, sigma)
+        denoised = run.denoise(x, sigma_t)
+        run.report(i, x, denoised, growth)
+        x = run.widened(x)
+        if sigma_s > 0.0:
+            denoised = _midpoint(run, x, denoised, sigma_t, sigma_s)
+        x = _mix(denoised, x, sigma_s / sigma_t)
+    return x
+
+
+def _midpoint(run: _Run, x: Tensor, denoised: Tensor, sigma_t: float, sigma_s: float) -> Tensor:
+    """``D`` of a step whose slope is that at the geometric mean of its levels."""
+    ratio = math.sqrt(sigma_s / sigma_t)
+    return _mix(denoised, run.denoise(_mix(denoised, x, ratio), sigma_t * ratio), 1 / ratio)
+
+
+@torch.no_grad()
+def sample_euler_ancestral(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """Euler steps to below the next level, and noise back to it."""
+    run = _Run(model, x, sigmas, extra_args, callback, disable)
+    noise = _Noise(run, noise_sampler, s_noise)
+    for i, sigma_t, sigma_s in run:
+        denoised = run.denoise(x, sigma_t)
+        run.report(i, x, denoised)
+        x = run.widened(x)
+        if sigma_s > 0.0:
+            down, up = get_ancestral_step(sigma_t, sigma_s, eta)
+            x = noise.step(x, denoised, down / sigma_t, up, noise.levels[i], noise.levels[i + 1])
+        else:
+            x = _mix(denoised, x, 0.0)
+    return x
+
+
+@torch.no_grad()
+def sample_dpm_2_ancestral(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """Midpoint steps to below the next level, and noise back to it (none where that is down to 0)."""
+    run = _Run(model, x, sigmas, extra_args, callback, disable)
+    noise = _Noise(run, noise_sampler, s_noise)
+    for i, sigma_t, sigma_s in run:
+        denoised = run.denoise(x, sigma_t)
+        run.report(i, x, denoised)
+        x = run.widened(x)
+        down, up = get_ancestral_step(sigma_t, sigma_s, eta)
+        if down > 0.0:
+            denoised = _midpoint(run, x, denoised, sigma_t, down)
+            x = noise.step(x, denoised, down / sigma_t, up, noise.levels[i], noise.levels[i + 1])
+        else:
+            x = _mix(denoised, x, 0.0)
+    return x
+
+
+@torch.no_grad()
+def sample_dpmpp_2s_ancestral(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """DPM-Solver++(2S), single-step and of second order, to below the next level, and noise back to it."""
+    run = _Run(model, x, sigmas, extra_args, callback, disable)
+    noise = _Noise(run, noise_sampler, s_noise)
+    for i, sigma_t, sigma_s in run:
+        denoised = run.denoise(x, sigma_t)
+        run.report(i, x, denoised)
+        down, up = get_ancestral_step(sigma_t, sigma_s, eta)
+        ratio = down / sigma_t
+        if ratio > 0.0:
+            middle = math.sqrt(ratio)
+            denoised = run.denoise(_mix(denoised, x, middle), sigma_t * middle)
+        if sigma_s > 0.0:
+            x = noise.step(x, denoised, ratio, up, noise.levels[i], noise.levels[i + 1])
+        else:
+            x = _mix(denoised, run.widened(x), ratio)
+    return x
+
+
+@torch.no_grad()
+def sample_dpmpp_sde(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+    r: float = 1 / 2,
+) -> Tensor:
+    """DPM-Solver++ for the diffusion SDE, single-step and of second order; ``r`` is where between the levels, in
+    ``log sigma``, the second evaluation stands. ``noise_sampler``: by default a `BrownianTreeNoiseSampler`."""
+    run = _Run(model, x, sigmas, extra_args, callback, disable)
+    noise = _Noise(run, noise_sampler, s_noise, brownian=True)
+    for i, sigma_t, sigma_s in run:
+        denoised = run.denoise(x, sigma_t)
+        run.report(i, x, denoised)
+        if sigma_s > 0.0:
+            # A Brownian path is rough: a level that is asked about must be k-diffusion's to the last bit.
+            t, t_s = (noise.levels[j].log().neg() for j in (i, i + 1))
+            begin, middle, end = (time.neg().exp() for time in (t, t + (t_s - t) * r, t_s))
+            sigma_r = sigma_t * (sigma_s / sigma_t) ** r
+            down, up = get_ancestral_step(sigma_t, sigma_r, eta)
+            x_r = noise.step(x, denoised, down / sigma_t, up, begin, middle)
+            denoised = _mix(denoised, run.denoise(x_r, sigma_r), 1 / (2 * r))
+            down, up = get_ancestral_step(sigma_t, sigma_s, eta)
+            x = noise.step(x, denoised, down / sigma_t, up, begin, end)
+        else:
+            x = _mix(denoised, run.widened(x), 0.0)
+    return x
+
+
+@torch.no_grad()
+def sample_dpmpp_2m(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M), multi-step and of second order: one evaluation for each step."""
+    run = _Run(model, x, sigmas, extra_args, callback, disable)
+    before, h_before = None, 0.0
+    for i, sigma_t, sigma_s in run:
+        denoised = mixed = run.denoise(x, sigma_t)
+        run.report(i, x, denoised)
+        if sigma_s > 0.0:
+            h = math.log(sigma_t / sigma_s)
+            if before is not None:
+                mixed = _mix(denoised, before, -h / (2 * h_before))
+            h_before = h
+        x = _mix(mixed, x, sigma_s / sigma_t)
+        before = denoised
+    return x
+
+
+@torch.no_grad()
+def sample_dpmpp_2m_sde(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+    solver_type: str = "midpoint",
+) -> Tensor:
+    """DPM-Solver++(2M) for the diffusion SDE, multi-step; ``solver_type`` is ``"midpoint"`` or ``"heun"``.
+    ``noise_sampler``: by default a `BrownianTreeNoiseSampler`."""
+    if solver_type not in ("heun", "midpoint"):
+        raise ValueError(f"solver_type must be 'heun' or 'midpoint', got {solver_type!r}")
+    run = _Run(model, x, sigmas, extra_args, callback, disable)
+    noise = _Noise(run, noise_sampler, s_noise, brownian=True)
+    before, h_before = None, 0.0
+    for i, sigma_t, sigma_s in run:
+        denoised = mixed = run.denoise(x, sigma_t)
+        run.report(i, x, denoised)
+        if sigma_s > 0.0:
+            h = math.log(sigma_t / sigma_s)
+            decay = (1 + eta) * h  # of x, for the drift of the SDE is (1 + eta) times that of the ODE
+            if before is not None:
+                w = 0.5 if solver_type == "midpoint" else -1 / math.expm1(-decay) - 1 / decay
+                mixed = _mix(denoised, before, -w * h / h_before)
+            h_before = h
+            if eta:
+                std = sigma_s * math.sqrt(-math.expm1(-2 * eta * h))
+                x = noise.step(x, mixed, math.exp(-decay), std, noise.levels[i], noise.levels[i + 1])
+            else:
+                x = _mix(mixed, x, math.exp(-decay))
+        else:
+            x = denoised
+        before = denoised
+    return x

@@ -1,0 +1,310 @@
+"""Against k-diffusion itself, from the same torch seed: every sampler with its options, callbacks and noise. In
+float64, where no rounding hides a difference."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import types
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastguide import graphs
+from fastguide.integrations import k_diffusion as ours
+
+
+def _import_original() -> types.ModuleType:
+    """`k_diffusion.sampling` alone: what the package imports besides, for training, may be absent, or a torchvision
+    wheel that does not fit this torch."""
+    spec = importlib.util.find_spec("k_diffusion")
+    if spec is None:
+        pytest.skip("k-diffusion is not installed", allow_module_level=True)
+    for name in ("scipy.integrate", "torchdiffeq", "torchsde", "PIL.Image", "safetensors", "tqdm.auto"):
+        pytest.importorskip(name, reason=f"k_diffusion.sampling needs {name}, which is not installed")
+    package, transforms = types.ModuleType("k_diffusion"), types.ModuleType("torchvision.transforms")
+    package.__path__ = list(spec.submodule_search_locations)
+    transforms.functional = None  # of images; no sampler calls it
+    stubs = {"k_diffusion": package, "torchvision": types.ModuleType("torchvision"), transforms.__name__: transforms}
+    with mock.patch.dict(sys.modules, stubs):
+        sampling = importlib.import_module("k_diffusion.sampling")
+        for name in ("k_diffusion.sampling", "k_diffusion.utils"):
+            del sys.modules[name]
+    return sampling
+
+
+original = _import_original()
+pytestmark = pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde, of the last bit of an end
+
+SAMPLERS = [name for name in ours.__all__ if name.startswith("sample_")]
+CHURNED = ("sample_euler", "sample_heun", "sample_dpm_2")
+SDES = ("sample_dpmpp_sde", "sample_dpmpp_2m_sde")
+NOISY = [name for name in SAMPLERS if name in SDES or name.endswith("ancestral")]
+
+
+def model(x, sigma, shift=0.0):
+    """Nonlinear in both, so that no difference is lost."""
+    sigma = sigma.reshape(-1, *(1,) * (x.ndim - 1))
+    return torch.tanh(x / (1 + sigma**2) ** 0.5 + shift) - 0.1 * sigma.log1p() * torch.sin(3 * x)
+
+
+def start(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    return 10 * torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def levels(dtype=torch.float64, n=7):
+    return ours.get_sigmas_karras(n, 0.05, 10.0).to(dtype)
+
+
+def both(name, *args, seed=5, **options):
+    """What the two give, and the next number of the generator after each."""
+    results = []
+    for module in (ours, original):
+        torch.manual_seed(seed)
+        x = getattr(module, name)(model, *args, disable=True, **options)
+        results.append((x, torch.rand([])))
+    (x, after), (expected, expected_after) = results
+    assert after == expected_after, "other draws than k-diffusion's"
+    assert x.dtype == expected.dtype
+    return x, expected
+
+
+CASES = [(name, {}) for name in SAMPLERS]
+CASES += [(name, dict(s_churn=churn, s_tmin=0.2, s_tmax=5.0, s_noise=1.1)) for name in CHURNED for churn in (2.0, 9.0)]
+CASES += [(name, dict(eta=eta, s_noise=0.9)) for name in NOISY for eta in (0.0, 0.5, 1.5)]
+CASES += [("sample_dpmpp_sde", dict(r=r)) for r in (0.3, 0.8)]
+CASES += [("sample_dpmpp_2m_sde", dict(solver_type="heun", eta=eta)) for eta in (0.0, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("ends_at_zero", (True, False))
+def test_equals_the_original(name, options, ends_at_zero):
+    x, expected = both(name, start(), levels() if ends_at_zero else levels()[:-1], **options)
+    torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    ("dtype", "of_sigmas", "tolerance"),
+    (
+        (torch.float32, torch.float32, 2e-5),
+        (torch.float32, torch.float64, 2e-5),
+        (torch.float16, torch.float32, 2e-2),
+        (torch.float16, torch.float16, 5e-2),
+    ),
+)
+def test_equals_the_original_in_other_dtypes(name, dtype, of_sigmas, tolerance):
+    """To how the original rounds: after every operation, its levels too."""
+    x, expected = both(name, start(dtype), levels(of_sigmas))
+    torch.testing.assert_close(x, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ("sample_euler", "sample_dpmpp_2m", "sample_euler_ancestral", "sample_dpmpp_2m_sde"))
+def test_a_model_of_another_dtype(name):
+    """As under autocast: the wider of two dtypes, in a fused step too."""
+    for state, denoised in ((torch.float32, torch.float16), (torch.float16, torch.float32)):
+        seen = []
+        for module in (ours, original):
+            x = start(state)
+            options = dict(noise_sampler=ours.PhiloxNoiseSampler(x)) if name in NOISY else {}
+            torch.manual_seed(1)
+
+            def cast(x, sigma, to=denoised):
+                return model(x, sigma).to(to)
+
+            seen.append(getattr(module, name)(cast, x, levels(torch.float32)[:-1], disable=True, **options))
+        torch.testing.assert_close(*seen, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", [name for name in NOISY if name not in SDES])
+def test_upwards(name):
+    """At a level above the last k-diffusion starts anew. Its SDEs are NaN there."""
+    x, expected = both(name, start(), torch.tensor([0.1, 0.5, 0.3, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_signature_and_callback(name):
+    signatures = [inspect.signature(getattr(module, name)).parameters for module in (ours, original)]
+    assert [(p.name, p.kind, p.default) for p in signatures[0].values()] == [
+        (p.name, p.kind, p.default) for p in signatures[1].values()
+    ]
+    seen = {}
+    for module in (ours, original):
+        calls = seen[module] = []
+        options = dict(s_churn=2.0) if name in CHURNED else {}
+        torch.manual_seed(5)
+        function = getattr(module, name)
+        x = start()
+        function(model, x, levels(), {"shift": 0.2}, calls.append, True, **options)
+        assert torch.equal(x, start()), "x was written to"
+    assert len(seen[ours]) == len(seen[original]) == 7
+    for got, expected in zip(seen[ours], seen[original], strict=True):
+        assert list(got) == list(expected)
+        for key, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(got[key], value, rtol=1e-10, atol=1e-10)
+            else:
+                assert got[key] == value
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_a_noise_sampler_is_asked_the_same(name):
+    asked = {}
+    for module in (ours, original):
+        generator, calls = torch.Generator().manual_seed(2), asked.setdefault(module, [])
+
+        def noise(sigma, sigma_next, generator=generator, calls=calls):
+            calls.append((sigma, sigma_next))
+            return torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
+
+        x = getattr(module, name)(model, start(), levels(), disable=True, noise_sampler=noise)
+        calls.append(x)
+    for got, expected in zip(asked[ours][:-1], asked[original][:-1], strict=True):
+        assert torch.equal(torch.stack(got), torch.stack(expected))
+    torch.testing.assert_close(asked[ours][-1], asked[original][-1], rtol=1e-10, atol=1e-10)
+
+
+# --- levels and noise ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    (
+        ("get_sigmas_karras", (9, 0.03, 14.6)),
+        ("get_sigmas_karras", (4, 0.1, 80.0, 5.0)),
+        ("get_sigmas_exponential", (9, 0.03, 14.6)),
+        ("get_sigmas_polyexponential", (9, 0.03, 14.6, 2.0)),
+        ("get_sigmas_vp", (9,)),
+        ("get_sigmas_vp", (5, 18.0, 0.2, 1e-2)),
+    ),
+)
+def test_levels(name, args):
+    torch.testing.assert_close(getattr(ours, name)(*args), getattr(original, name)(*args), rtol=2e-5, atol=0.0)
+    signatures = [inspect.signature(getattr(module, name)).parameters for module in (ours, original)]
+    assert [(p.name, p.default) for p in signatures[0].values()] == [
+        (p.name, p.default) for p in signatures[1].values()
+    ]
+
+
+def test_derivative_and_ancestral_step():
+    x, denoised, sigma = start(), start().cos(), torch.tensor([0.5, 2.0], dtype=torch.float64)
+    for level in (sigma, sigma[0]):
+        assert torch.equal(ours.to_d(x, level, denoised), original.to_d(x, level, denoised))
+    for pair in ((2.0, 0.5), (0.5, 0.4), (1.0, 0.0)):
+        for eta in (0.0, 0.3, 1.0, 4.0):
+            expected = torch.tensor(original.get_ancestral_step(*pair, eta))
+            torch.testing.assert_close(torch.tensor(ours.get_ancestral_step(*pair, eta)), expected)
+            tensors = ours.get_ancestral_step(*(torch.tensor(level) for level in pair), eta)
+            torch.testing.assert_close(torch.stack([torch.as_tensor(t) for t in tensors]), expected)
+
+
+@pytest.mark.parametrize("seed", (None, 11, [3, 4]))
+@pytest.mark.parametrize("ends", ((0.05, 10.0), (10.0, 0.05)))
+def test_brownian_tree(seed, ends):
+    x, got, transform = start(torch.float32), {}, lambda sigma: sigma.log()
+    for module in (ours, original):
+        torch.manual_seed(8)
+        tree = module.BrownianTreeNoiseSampler(x, *ends, seed=seed, transform=transform)
+        got[module] = torch.stack([tree(10.0, 4.0), tree(0.5, 0.1), tree(0.1, 0.5)])
+    torch.testing.assert_close(got[ours], got[original])
+    torch.testing.assert_close(got[ours][1], -got[ours][2])
+
+
+def test_brownian_tree_errors(monkeypatch):
+    with pytest.raises(ValueError, match="seed: expected one, or 2"):
+        ours.BrownianTreeNoiseSampler(start(), 0.05, 10.0, seed=[1, 2, 3])
+    monkeypatch.setitem(sys.modules, "torchsde", None)
+    for name in SDES:
+        with pytest.raises(ImportError, match="torchsde"):
+            getattr(ours, name)(model, start(), levels(), disable=True)
+        noise = ours.default_noise_sampler(start())
+        assert getattr(ours, name)(model, start(), levels(), disable=True, noise_sampler=noise).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_philox_noise(name):
+    """Fused into the step, and as k-diffusion calls it, it is the same noise; and for a part of a batch."""
+    x, sigmas = start(), levels()
+    fused = getattr(ours, name)(
+        model, x, sigmas, disable=True, s_noise=1.2, noise_sampler=ours.PhiloxNoiseSampler(x, seed=7)
+    )
+    called = getattr(original, name)(
+        model, x, sigmas, disable=True, s_noise=1.2, noise_sampler=ours.PhiloxNoiseSampler(x, seed=7)
+    )
+    torch.testing.assert_close(fused, called, rtol=1e-10, atol=1e-10)
+    part = ours.PhiloxNoiseSampler(x[1:], seed=7, first_particle=1)
+    torch.testing.assert_close(
+        getattr(ours, name)(model, x[1:], sigmas, disable=True, s_noise=1.2, noise_sampler=part), fused[1:]
+    )
+    other = ours.PhiloxNoiseSampler(x, seed=8)
+    assert not torch.allclose(getattr(ours, name)(model, x, sigmas, disable=True, noise_sampler=other), fused)
+
+
+# --- errors, progress, waiting ------------------------------------------------------------------------------
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="solver_type must be 'heun' or 'midpoint'"):
+        ours.sample_dpmpp_2m_sde(model, start(), levels(), solver_type="euler")
+    for bad in ([1.0, 0.0, 0.0], [0.0, 1.0], [1.0, -0.5], [math.nan, 0.0]):
+        with pytest.raises(ValueError, match="sigmas: expected levels above 0"):
+            ours.sample_euler(model, start(), torch.tensor(bad))
+    assert torch.equal(ours.sample_euler(model, start(), levels()[:1]), start())  # no step
+
+
+def test_progress(monkeypatch, capsys):
+    ours.sample_euler(model, start(), levels(), disable=True)
+    assert not capsys.readouterr().err
+    ours.sample_euler(model, start(), levels(), disable=False)
+    assert "7/7" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    expected = both("sample_euler", start(), levels())[1]
+    torch.manual_seed(5)
+    torch.testing.assert_close(ours.sample_euler(model, start(), levels()), expected)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "noise"),
+    [(name, "default") for name in SAMPLERS if name not in SDES]
+    + [(name, noise) for name in NOISY for noise in ("caller's", "philox")],
+)
+def test_no_step_waits(name, noise, monkeypatch):
+    """States and sigmas on the ``meta`` device have no values to ask for, but for the one read before the loop."""
+    reads, asked = [], []
+    monkeypatch.setattr(ours, "_to_host", lambda sigmas: reads.append(sigmas) or levels(torch.float32))
+    x, sigmas = start(torch.float32).to("meta"), levels(torch.float32).to("meta")
+    options = dict(s_churn=2.0, s_tmin=0.2, s_tmax=5.0) if name in CHURNED else {}
+    if noise == "philox":
+        options["noise_sampler"] = ours.PhiloxNoiseSampler(x)
+    elif noise == "caller's":
+        options["noise_sampler"] = lambda *ends: asked.extend(ends) or torch.randn_like(x)
+    with graphs.watched():
+        out = getattr(ours, name)(model, x, sigmas, callback=lambda _: None, disable=True, **options)
+    assert out.device.type == "meta" and out.shape == x.shape
+    assert len(reads) == 1 and reads[0] is sigmas
+    assert all(sigma.device.type == "meta" for sigma in asked)  # where the sigmas are, as k-diffusion's
+
+
+def test_sigmas_are_read_from_the_device():
+    with FakeTensorMode():
+        assert ours._to_host(torch.empty(3, device="cuda")).device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("given", (False, True))
+def test_a_brownian_tree_is_asked_on_the_host(name, given, monkeypatch):
+    """It compares levels: on a device it would wait for them."""
+    expected = both(name, start(), levels())[1]
+    monkeypatch.setattr(ours, "_to_host", lambda sigmas: levels())
+    torch.manual_seed(5)
+    options = dict(noise_sampler=ours.BrownianTreeNoiseSampler(start(), *levels()[[-2, 0]])) if given else {}
+    x = getattr(ours, name)(model, start(), levels().to("meta"), disable=True, **options)
+    torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)
