@@ -266,10 +266,8 @@ class _Churn:
 
     def __call__(self, i: int, x: Tensor, sigma: float) -> tuple[Tensor, float, float]:
         """``x`` at its new level, that level, and by what factor it grew."""
-        z, gamma = (
-            torch.randn_like(x),
-            self.gammas[i],
-        )  # drawn where unused, as k-diffusion does: what follows has its z
+        z = torch.randn_like(x)  # also where it goes unused, as k-diffusion does: what follows has its z
+        gamma = self.gammas[i]
         if gamma > 0.0:
             x = torch.add(x, z, alpha=self.s_noise * sigma * ((gamma + 1) ** 2 - 1) ** 0.5)
         return x, sigma * (gamma + 1), gamma + 1
