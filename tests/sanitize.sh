@@ -23,7 +23,7 @@ address)
     emulated="-fsanitize=address --param asan-use-after-return=0 -g1"
     # Of the emulator's, which are slow here, those that go each way once.
     repeats="(rows_of and spread) or thresholds_and_bad_rows or more_tiles_than or map_of_five"
-    selected=(tests/test_*_kernel.py tests/test_*_cuda.py -k "not ($repeats)")
+    selected=(tests/test_*_kernel.py tests/test_*_cuda.py -k "not (emulated and ($repeats))")
     ;;
 thread)
     # Threads of the standard library, as the sanitizer sees no order in what OpenMP's wait for.
