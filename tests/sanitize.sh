@@ -21,8 +21,8 @@ address)
     export UBSAN_OPTIONS=print_stacktrace=1:log_path=$work/report
     # The CUDA kernels are emulated by coroutines, whose frames the sanitizer must leave on their stacks.
     emulated="-fsanitize=address --param asan-use-after-return=0 -g1"
-    # Of the emulator's, which are slow here, those that go each way once.
-    repeats="(rows_of and spread) or thresholds_and_bad_rows or more_tiles_than or map_of_five"
+    # Of the emulator's, which are slow here, a few that go every way once.
+    repeats="(resample_cuda and not workspace and not more_slots) or map_of_five"
     selected=(tests/test_*_kernel.py tests/test_*_cuda.py -k "not (emulated and ($repeats))")
     ;;
 thread)
