@@ -21,9 +21,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import hashlib
 import threading
-import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -35,10 +33,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .denoiser import Denoiser
 from .guidance.base import Run, State, Step
+from .identity import describe, identify
 from .likelihoods import Likelihood
-from .operators import Operator
 
 __all__ = ["KEPT", "UNROLLED", "clear"]
 
@@ -458,89 +455,7 @@ def _describe_call(run: Run, guidance: Any) -> Any:
             return _Slot(name, tuple(value.shape), str(value.dtype))
         return _Slot(name, (len(value),) if isinstance(value, tuple) else (), type(value).__name__)
 
-    run, guidance = _with_inputs(run, guidance, slot)
-    times = [level.t for level in run.levels]
-    constants = [getattr(run, field.name) for field in dataclasses.fields(run)]
-    return _describe(constants, times), _describe(guidance, times)
-
-
-def _describe(value: Any, times: list[float]) -> Any:
-    """Guidance and a run's constants by their content. Every call has tensors of its own, moved to the device."""
-    if value is None or isinstance(value, bool | int | float | str | _Slot):
-        return value
-    if isinstance(value, Tensor):
-        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return tuple(value.shape), str(value.dtype), hashlib.sha256(content).digest()
-    if isinstance(value, tuple | list):
-        return tuple(_describe(v, times) for v in value)
-    if isinstance(value, torch.dtype | torch.device):
-        return str(value)
-    if isinstance(value, Denoiser):
-        networks = _identify((value.net, value.unconditional))
-        return type(value), value.prediction, value.schedule.discrete, value.guidance_scale, networks
-    if isinstance(value, Likelihood | Operator) or dataclasses.is_dataclass(value):
-        parts = {name: part for name, part in vars(value).items() if name != "_cache"}
-        if isinstance(value, Likelihood):
-            parts["scale"] = [value.scale_at(t) for t in times]
-        return type(value), tuple((name, _describe(part, times)) for name, part in parts.items())
-    return _identify(value)
-
-
-_NUMBERS = bool | int | float | complex | str | bytes | None
-_HELD = _NUMBERS | Tensor | torch.nn.Module | tuple | list | dict | types.FunctionType | types.MethodType
-
-
-def _identify(value: Any, depth: int = 6) -> Any:
-    """A function and what it holds: objects by their identity and attributes, numbers by their values, tensors by where
-    they stand, since that is where a graph reads them."""
-    if isinstance(value, _NUMBERS):
-        return value
-    if isinstance(value, Tensor):
-        return value.data_ptr(), tuple(value.shape), value.stride(), str(value.dtype)
-    if depth == 0 or isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
-        return id(value)
-    if isinstance(value, tuple | list):
-        return tuple(_identify(v, depth - 1) for v in value)
-    if isinstance(value, dict):
-        return tuple((str(name), _identify(v, depth - 1)) for name, v in value.items())
-    if isinstance(value, Operator):  # within the one of a latent
-        return _describe(value, [])
-    if isinstance(value, torch.nn.Module):
-        tensors = (*value.parameters(), *value.buffers())
-        settings = [_identify(_settings(module), 2) for module in value.modules()]
-        return id(value), tuple(t.data_ptr() for t in tensors), tuple(settings)
-    if isinstance(value, types.FunctionType):  # made anew in every call, perhaps
-        held = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        used = [value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__]
-        held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *used]
-        return id(value.__code__), _identify(held, depth - 1)
-    if isinstance(value, types.MethodType):
-        return _identify((value.__func__, value.__self__), depth)
-    if isinstance(value, functools.partial):
-        return _identify((value.func, value.args, value.keywords), depth)
-    attributes = {name: part for name, part in getattr(value, "__dict__", {}).items() if isinstance(part, _HELD)}
-    return id(value), _identify(attributes, depth - 1)
-
-
-def _settings(module: torch.nn.Module) -> dict[str, Any]:
-    """What a module is set to beside its weights: its own attributes, and whether others listen in."""
-    found = {name: part for name, part in vars(module).items() if not name.startswith("_") and isinstance(part, _HELD)}
-    return found | {"hooks": len(module._forward_hooks) + len(module._forward_pre_hooks)}
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """What a function's code, and that of the functions within it, asks of its module."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:
-        return False
+    return describe(_with_inputs(run, guidance, slot), identify)
 
 
 def _surroundings() -> tuple:

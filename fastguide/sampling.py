@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import math
 import os
 import tempfile
@@ -18,8 +16,7 @@ from . import graphs, ops
 from .denoiser import Denoiser
 from .guidance.base import Run, Schedulable, State, integer, per_step
 from .guidance.plain import Plain
-from .likelihoods import Likelihood
-from .operators import Operator
+from .identity import describe
 from .reference import Clip
 from .schedules import Level
 
@@ -265,23 +262,11 @@ def _progress_bar(steps: range, total: int, first: int, show: bool):
 def _fingerprint(run: Run, guidance: Any, keep_ancestors: bool) -> str:
     """What must be the same for a checkpoint to be this run's: everything but the code and weights of the network and
     of other functions, which go by their names."""
-    constants = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
-    return repr((_describe(constants), _describe(guidance), keep_ancestors))
+    return repr(describe((run, guidance, keep_ancestors), _name))
 
 
-def _describe(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return tuple(value.shape), str(value.dtype), hashlib.sha256(content).hexdigest()
-    if isinstance(value, tuple | list):
-        return [_describe(v) for v in value]
-    if isinstance(value, dict):
-        return {str(k): _describe(v) for k, v in value.items() if k != "_cache"}
-    if dataclasses.is_dataclass(value) or isinstance(value, Likelihood | Operator | Denoiser):
-        return type(value).__name__, _describe(vars(value))
-    if callable(value):
-        return getattr(value, "__qualname__", type(value).__name__)
-    return str(value)
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _save(path, run: Run, guidance: Any, keep_ancestors: bool, content: tuple[State, int, list, list]) -> None:

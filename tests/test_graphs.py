@@ -8,6 +8,7 @@ device would show.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import warnings
 
@@ -374,6 +375,30 @@ def test_a_step_of_the_users_is_not_replayed_for_others(rerun, monkeypatch):
 
     with pytest.raises(RuntimeError, match="guidance: Own takes more than 0 operations"):
         plain(denoiser(), guidance=Own())
+
+
+def test_guidance_of_the_users_is_compared_by_its_attributes(rerun):
+    class Shifted:
+        def __init__(self, shift):
+            self.shift = shift
+
+        def prepare(self, run):
+            return self
+
+        def start(self, run):
+            return fg.guidance.plain.Plain().start(run)
+
+        def step(self, run, state, i):
+            state = fg.guidance.plain.Plain().step(run, state, i)
+            return dataclasses.replace(state, x=state.x + self.shift)
+
+    prior, guidance = denoiser(), Shifted(0.0)
+    before = plain(prior, guidance=guidance)
+    guidance.shift = 1.0
+    after = plain(prior, guidance=guidance)
+    assert Traced.number == 2
+    assert_same(before, plain(prior, graph=False))
+    assert (after.x - before.x).abs().min() > 0.5
 
 
 def test_graphs_need_a_gpu(monkeypatch):

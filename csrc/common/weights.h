@@ -11,6 +11,19 @@ namespace fastguide {
 
 enum class Scheme : int { systematic = 0, stratified = 1, multinomial = 2, residual = 3 };
 
+// What one call of resample is given besides its log-weights [rows, particles], and where its results go.
+struct Resampling {
+    uint64_t rows, particles, number;  // the last two below 2^31
+    Scheme scheme;
+    bool sorted;
+    double keep_from;  // a row whose effective sample size is at least this keeps its particles
+    uint64_t seed;
+    uint32_t step, stream;
+    int32_t* ancestors;             // [rows, number]
+    void* log_weights_after;        // [rows, number]
+    double *log_mean_weight, *ess;  // [rows]
+};
+
 // One lane: what a GPU thread has, and plain C++.
 struct OneWideLane {
     using F64 = double;

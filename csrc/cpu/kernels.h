@@ -67,18 +67,9 @@ struct DensityArrays {
     uint64_t samples, elements, y_rows, added_rows;
 };
 
-// One call of resample: float32 or float64 log-weights [rows, particles] to ancestors [rows, number].
-struct Resampling {
+// Log-weights are float32 or float64.
+struct Resampling : fastguide::Resampling {
     Input log_weights;
-    uint64_t rows, particles, number;  // the last two below 2^31
-    Scheme scheme;
-    bool sorted;
-    double keep_from;  // a row whose effective sample size is at least this keeps its particles
-    uint64_t seed;
-    uint32_t step, stream;
-    int32_t* ancestors;
-    void* log_weights_after;  // [rows, number]
-    double *log_mean_weight, *ess;  // [rows]
     int threads;
 };
 

@@ -374,37 +374,17 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 template <class T>
 T atomicAdd(T* at, std::common_type_t<T> value) {
-    const T before = *at;
-    *at = before + value;
-    return before;
+    return std::exchange(*at, static_cast<T>(*at + value));
 }
 
 template <class T>
 T atomicMax(T* at, std::common_type_t<T> value) {
-    const T before = *at;
-    *at = std::max(before, value);
-    return before;
-}
-
-template <class T>
-T atomicMin(T* at, std::common_type_t<T> value) {
-    const T before = *at;
-    *at = std::min(before, value);
-    return before;
+    return std::exchange(*at, std::max(*at, value));
 }
 
 template <class T>
 T atomicOr(T* at, std::common_type_t<T> value) {
-    const T before = *at;
-    *at = before | value;
-    return before;
-}
-
-template <class T>
-T atomicExch(T* at, std::common_type_t<T> value) {
-    const T before = *at;
-    *at = value;
-    return before;
+    return std::exchange(*at, static_cast<T>(*at | value));
 }
 
 // --- on the host --------------------------------------------------------------------------------------------
