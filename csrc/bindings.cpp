@@ -37,15 +37,16 @@ void normals(uintptr_t words, uintptr_t out, std::size_t pairs) {
 }
 
 // x, x's dtype, model_output, its dtype, displacement (0: none), its dtype, x_s, x0 (0: none), prediction, clip (kind,
-// low, high), levels, shape (six), threads
+// low, high), clip_noise, levels, shape (six), threads
 PyObject* reverse_step(PyObject*, PyObject* const* values, Py_ssize_t given) {
     return none_or_error([&] {
-        Arguments in(values, given, 20);
+        Arguments in(values, given, 21);
         cpu::Step step{};
         double five[5];
         step.x = in.input(), step.output = in.input(), step.displacement = in.input();
         step.x_s = in.pointer(), step.x0 = in.pointer();
         step.prediction = in.prediction(), step.clip = in.clip();
+        step.clip_noise = in.integer() != 0;
         in.levels(step, five);
         step.shape = in.shape(), step.threads = static_cast<int>(in.integer());
         const py::gil_scoped_release release;
@@ -64,7 +65,7 @@ PyObject* propose_and_weigh(PyObject*, PyObject* const* values, Py_ssize_t given
         cpu::Weights weights;
         double five[5];
         step.x = in.input(), step.output = in.input(), step.displacement = in.input();
-        step.x_s = in.pointer(), step.prediction = Prediction::sample;
+        step.x_s = in.pointer(), step.prediction = Prediction::sample, step.clip_noise = true;
         weights.before = in.pointer(), weights.after = in.pointer(), weights.doubles = in.integer() != 0;
         in.levels(step, five);
         step.shape = in.shape(), step.threads = static_cast<int>(in.integer());

@@ -26,7 +26,7 @@ _COUNTER = "int seed, int step, int stream, int first_particle, Tensor? seed_ten
 for schema in (
     f"randn(SymInt[] shape, {_COUNTER}, ScalarType dtype, Device device, str backend) -> Tensor",
     "reverse_step(Tensor x, Tensor model_output, float[] coefficients, Tensor? table, str prediction, float[] clip, "
-    f"Tensor? displacement, {_COUNTER}, bool return_x0, str backend) -> (Tensor, Tensor)",
+    f"bool clip_noise, Tensor? displacement, {_COUNTER}, bool return_x0, str backend) -> (Tensor, Tensor)",
     "propose_and_weigh(Tensor x, Tensor x0_hat, Tensor displacement, Tensor log_weights, float[] coefficients, "
     f"Tensor? table, {_COUNTER}, str backend) -> (Tensor, Tensor)",
     "resample(Tensor log_weights, str scheme, SymInt num, float? ess_threshold, int seed, int step, int stream, "
@@ -118,6 +118,7 @@ def call_reverse_step(
     coefficients: Coefficients,
     prediction: str,
     clip: Clip,
+    clip_noise: bool,
     displacement: Tensor | None,
     counter: Counter,
     return_x0: bool,
@@ -125,13 +126,13 @@ def call_reverse_step(
 ) -> tuple[Tensor, Tensor]:
     values, table = _pack(coefficients, x)
     return torch.ops.fastguide.reverse_step(
-        x, model_output, values, table, prediction, _pack_clip(clip), displacement,
+        x, model_output, values, table, prediction, _pack_clip(clip), clip_noise, displacement,
         *_pack_counter(*counter), return_x0, backend,
     )  # fmt: skip
 
 
 def _reverse_step(
-    x, model_output, coefficients, table, prediction, clip, displacement,
+    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, backend,
 ):  # fmt: skip
     out = ops.reverse_step(
@@ -140,6 +141,7 @@ def _reverse_step(
         _unpack(coefficients, table),
         prediction=prediction,
         clip=_unpack_clip(clip),
+        clip_noise=clip_noise,
         displacement=displacement,
         **_unpack_counter(seed, step, seed_tensor, step_tensor),
         stream=stream,
@@ -151,7 +153,7 @@ def _reverse_step(
 
 
 def _reverse_step_fake(
-    x, model_output, coefficients, table, prediction, clip, displacement,
+    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, backend,
 ):  # fmt: skip
     x_s = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -159,11 +161,11 @@ def _reverse_step_fake(
 
 
 def _reverse_step_setup(ctx, inputs, output):
-    x, model_output, coefficients, table, prediction, clip, displacement = inputs[:7]
+    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement = inputs[:8]
     ctx.save_for_backward(x, model_output, table)
-    ctx.coefficients, ctx.prediction, ctx.clip = coefficients, prediction, clip
+    ctx.coefficients, ctx.prediction, ctx.clip, ctx.clip_noise = coefficients, prediction, clip, clip_noise
     ctx.displacement_dtype = None if displacement is None else displacement.dtype
-    ctx.return_x0 = inputs[13]
+    ctx.return_x0 = inputs[14]
 
 
 def _reverse_step_backward(ctx, grad_x_s, grad_x0):
@@ -179,24 +181,25 @@ def _reverse_step_backward(ctx, grad_x_s, grad_x0):
         table,
         ctx.prediction,
         ctx.clip,
+        ctx.clip_noise,
     )
     grad_displacement = None if ctx.displacement_dtype is None else grad_x_s.to(ctx.displacement_dtype)
-    return grad_x, grad_output, None, None, None, None, grad_displacement, *(None,) * 8
+    return grad_x, grad_output, *(None,) * 5, grad_displacement, *(None,) * 8
 
 
 _library.define(
     "reverse_step_backward(Tensor grad_x_s, Tensor? grad_x0, Tensor x, Tensor model_output, float[] coefficients, "
-    "Tensor? table, str prediction, float[] clip) -> (Tensor, Tensor)"
+    "Tensor? table, str prediction, float[] clip, bool clip_noise) -> (Tensor, Tensor)"
 )
 
 
-def _reverse_step_vjp(grad_x_s, grad_x0, x, model_output, coefficients, table, prediction, clip):
+def _reverse_step_vjp(grad_x_s, grad_x0, x, model_output, coefficients, table, prediction, clip, clip_noise):
     return reference.reverse_step_vjp(
-        grad_x_s, grad_x0, x, model_output, _unpack(coefficients, table), prediction, _unpack_clip(clip)
+        grad_x_s, grad_x0, x, model_output, _unpack(coefficients, table), prediction, _unpack_clip(clip), clip_noise
     )
 
 
-def _reverse_step_vjp_fake(grad_x_s, grad_x0, x, model_output, coefficients, table, prediction, clip):
+def _reverse_step_vjp_fake(grad_x_s, grad_x0, x, model_output, coefficients, table, prediction, clip, clip_noise):
     contiguous = torch.contiguous_format
     return torch.empty_like(x, memory_format=contiguous), torch.empty_like(model_output, memory_format=contiguous)
 

@@ -288,6 +288,7 @@ def reverse_step(
     *,
     prediction: str = "epsilon",
     clip: Clip = None,
+    clip_noise: bool = True,
     displacement: Tensor | None = None,
     seed: Counted = 0,
     step: Counted = 0,
@@ -307,7 +308,8 @@ def reverse_step(
     - ``coefficients = (alpha_t, sigma_t, alpha_s, sigma_s, tau)``, each a float or a tensor ``[N]``, with
       ``sigma_t > 0`` and ``0 <= tau <= sigma_s``. Values on a GPU are not checked. ``"epsilon"`` and ``"score"`` need
       ``alpha_t > 0``.
-    - ``clip``: None, a number ``c`` for ``[-c, c]``, ``(low, high)``, or a `DynamicThreshold`.
+    - ``clip``: None, a number ``c`` for ``[-c, c]``, ``(low, high)``, or a `DynamicThreshold`. ``clip_noise=False``
+      leaves ``eps_hat`` what it is of the unclipped ``x0_hat`` (diffusers' DDIM).
     - ``z``: `randn` of ``seed, step, stream, first_particle``; none is drawn where ``tau = 0``.
 
     Returns ``x_s`` in the dtype of ``x``, and the clipped ``x0_hat`` if ``return_x0``. Differentiable in the three
@@ -315,12 +317,14 @@ def reverse_step(
     """
     counter = seed, step, stream, first_particle
     tensors = (x, model_output) if displacement is None else (x, model_output, displacement)
-    if clip is not None:
+    if clip is None:
+        clip_noise = True  # which it is
+    else:
         check_clip(clip)
     if backend == "auto" and type(coefficients) is tuple and _plain(*tensors):
         try:
             return compiled.reverse_step_cpu(
-                x, model_output, coefficients, prediction, clip, displacement, counter, return_x0
+                x, model_output, coefficients, prediction, clip, clip_noise, displacement, counter, return_x0
             )
         except (KeyError, OverflowError, TypeError, ValueError):
             pass  # what follows says what is wrong, or serves coefficients that are not five floats
@@ -340,6 +344,7 @@ def reverse_step(
             coefficients,
             prediction=prediction,
             clip=clip,
+            clip_noise=clip_noise,
             displacement=displacement,
             seed=seed,
             step=step,
@@ -351,15 +356,17 @@ def reverse_step(
         from . import library
 
         x_s, x0 = library.call_reverse_step(
-            x, model_output, coefficients, prediction, clip, displacement, counter, return_x0, backend
+            x, model_output, coefficients, prediction, clip, clip_noise, displacement, counter, return_x0, backend
         )
         return (x_s, x0) if return_x0 else x_s
     if chosen == "triton":
         return _kernels("reverse_step").reverse_step(
-            x, model_output, coefficients, prediction, clip, displacement, counter, return_x0
+            x, model_output, coefficients, prediction, clip, clip_noise, displacement, counter, return_x0
         )
     levels, counter = compiled.levels(coefficients, x.shape[0]), (*_numbers(seed, step), stream, first_particle)
-    return compiled.reverse_step_cpu(x, model_output, levels, prediction, clip, displacement, counter, return_x0)
+    return compiled.reverse_step_cpu(
+        x, model_output, levels, prediction, clip, clip_noise, displacement, counter, return_x0
+    )
 
 
 def propose_and_weigh(

@@ -242,10 +242,12 @@ def _has_noise(tau: Scalar) -> bool:
     return isinstance(tau, Tensor) or tau > 0.0
 
 
-def _multipliers(x: Tensor, coefficients: Coefficients, prediction: str) -> list[Scalar]:
-    """``p, q, a, b, tau`` of ``x0_hat = p x + q output`` and ``x_s = a x + b clip(x0_hat) + tau z``."""
-    alpha_t, sigma_t = (c.double() if isinstance(c, Tensor) else c for c in coefficients[:2])
-    values = *_x0_coefficients(prediction, alpha_t, sigma_t), *step_coefficients(coefficients)
+def _multipliers(x: Tensor, coefficients: Coefficients, prediction: str, clip_noise: bool = True) -> list[Scalar]:
+    """``p, q, a, b, tau, c`` of ``x0_hat = p x + q output`` and ``x_s = a x + b clip(x0_hat) + c x0_hat + tau z``."""
+    alpha_t, sigma_t, alpha_s = (c.double() if isinstance(c, Tensor) else c for c in coefficients[:3])
+    a, b, tau = step_coefficients(coefficients)
+    b, c = (b, 0.0) if clip_noise else (alpha_s, -(alpha_t * a))
+    values = *_x0_coefficients(prediction, alpha_t, sigma_t), a, b, tau, c
     return _columns(values, x, _compute_dtype(x))
 
 
@@ -256,6 +258,7 @@ def reverse_step(
     *,
     prediction: str = "epsilon",
     clip: Clip = None,
+    clip_noise: bool = True,
     displacement: Tensor | None = None,
     seed: Counted = 0,
     step: Counted = 0,
@@ -263,12 +266,15 @@ def reverse_step(
     first_particle: int = 0,
     return_x0: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``x_s = a x_t + b clip(x0_hat) + displacement + tau z``. See `fastguide.ops.reverse_step`."""
+    """``x_s = a x_t + b clip(x0_hat) + c x0_hat + displacement + tau z``. See `fastguide.ops.reverse_step`."""
     dtype = _compute_dtype(x)
-    p, q, a, b, tau = _multipliers(x, coefficients, prediction)
+    p, q, a, b, tau, c = _multipliers(x, coefficients, prediction, clip_noise)
     state, output = x.to(dtype), model_output.to(dtype)
-    x0 = clip_x0(output if prediction == "sample" else p * state + q * output, clip)
+    unclipped = output if prediction == "sample" else p * state + q * output
+    x0 = clip_x0(unclipped, clip)
     x_s = a * state + b * x0
+    if not clip_noise:
+        x_s = x_s + c * unclipped
     if displacement is not None:
         x_s = x_s + displacement.to(dtype)
     if _has_noise(tau):
@@ -294,14 +300,17 @@ def reverse_step_vjp(
     coefficients: Coefficients,
     prediction: str,
     clip: Clip,
+    clip_noise: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Gradients in ``x`` and ``model_output`` from those in the results of `reverse_step`. The noise is additive and
     takes no part; the gradient in ``displacement`` is ``grad_x_s`` itself."""
     dtype = _compute_dtype(x)
-    p, q, a, b, _ = _multipliers(x, coefficients, prediction)
+    p, q, a, b, _, c = _multipliers(x, coefficients, prediction, clip_noise)
     grad_x_s, state, output = grad_x_s.to(dtype), x.to(dtype), model_output.to(dtype)
     grad = b * grad_x_s if grad_x0 is None else b * grad_x_s + grad_x0.to(dtype)
     grad = _clip_x0_vjp(grad, p * state + q * output, clip)
+    if not clip_noise:
+        grad = grad + c * grad_x_s
     grad_x, grad_output = a * grad_x_s + p * grad, q * grad
     return grad_x.to(x.dtype).contiguous(), grad_output.to(model_output.dtype).contiguous()
 

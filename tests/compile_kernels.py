@@ -29,7 +29,7 @@ ARCHITECTURES = (80, 90, 100)
 TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTEGERS = dict(particles="i32", elements="i64", seed="u64", step="u32", stream="u32", first_particle="i64")
 INTEGERS |= dict.fromkeys(("samples", "y_rows", "added_rows"), "i32")
-FLOATS = dict.fromkeys(("p", "q", "a", "b", "tau", "low", "high", "variance", "df"), "fp32")
+FLOATS = dict.fromkeys(("p", "q", "a", "b", "tau", "c", "low", "high", "variance", "df"), "fp32")
 FLOATS |= dict.fromkeys(("scale", "background", "constant"), "fp64")
 ABSENT = dict.fromkeys(
     ("displacement", "x0", "table", "bounds", "seed_on_device", "step_on_device", "sums", "added", "rows", "constants")
@@ -41,14 +41,14 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
     pointer, count = f"*{state}", dict(ALIGN=16, ABREAST=4 // TYPES[state] if state == "fp32" else 2)
     step = dict(x=pointer, output=pointer, x_s=pointer)
     weigher = propose_and_weigh.propose_and_weigh_kernel
-    flags = dict(SAMPLE=False, CLIP=True, NOISE=True, X0=False)
+    flags = dict(SAMPLE=False, CLIP=True, CLIP_NOISE=True, NOISE=True, X0=False)
     table = dict(displacement=pointer, x0=pointer, table="*fp32", bounds="*fp32", seed_on_device="*i64")
     weigh = dict(x=pointer, x0_hat=pointer, displacement=pointer, x_s=pointer, before="*fp64", after="*fp64")
     kernel = reverse_step.reverse_step_kernel
     split = dict(SPLIT=propose_and_weigh.SPLIT, BLOCK=propose_and_weigh.BLOCK)
     yield "randn", randn.randn_kernel, dict(out=pointer), count
     yield "reverse_step", kernel, step, count | flags
-    yield "reverse_step, per sample", kernel, step | table, count | flags | dict(X0=True, CLIP=False)
+    yield "reverse_step, per sample", kernel, step | table, count | flags | dict(X0=True, CLIP=False, CLIP_NOISE=False)
     yield "reverse_step, deterministic", kernel, step, count | flags | dict(NOISE=False)
     yield "propose_and_weigh", weigher, weigh, count | split
     yield (

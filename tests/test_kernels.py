@@ -100,11 +100,13 @@ def test_reverse_step(shape, dtype):
 
 
 @pytest.mark.parametrize("prediction", reference.PREDICTIONS)
-@pytest.mark.parametrize("clip", (None, 0.7, DynamicThreshold(0.9, 3.0)))
-def test_every_option_of_reverse_step(prediction, clip):
+@pytest.mark.parametrize(
+    ("clip", "clip_noise"), [(None, True), *itertools.product((0.7, DynamicThreshold(0.9, 3.0)), (True, False))]
+)
+def test_every_option_of_reverse_step(prediction, clip, clip_noise):
     x, output, displacement = inputs((6, 50))
     for coefficients in (VP, per_sample(6)):
-        options = dict(prediction=prediction, clip=clip, **COUNTER)
+        options = dict(prediction=prediction, clip=clip, clip_noise=clip_noise, **COUNTER)
         got = ops.reverse_step(x, output, coefficients, displacement=displacement, backend="triton", **options)
         exact = reference.reverse_step(
             x.double(), output.double(), coefficients, displacement=displacement.double(), **options

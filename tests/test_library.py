@@ -63,7 +63,7 @@ def test_opcheck_randn(shape, dtype, backend):
 
 
 def reverse_step_arguments(
-    x, *, output=None, coefficients=VP, prediction="epsilon", clip=None, moved=False, return_x0=False
+    x, *, output=None, coefficients=VP, prediction="epsilon", clip=None, clip_noise=True, moved=False, return_x0=False
 ) -> tuple:
     values, table = library._pack(coefficients, x)
     output = normal(*x.shape, seed=1, dtype=x.dtype, grad=x.requires_grad) if output is None else output
@@ -76,6 +76,7 @@ def reverse_step_arguments(
         table,
         prediction,
         clip,
+        clip_noise,
         displacement,
         5,
         1,
@@ -100,6 +101,7 @@ PER_SAMPLE = (torch.tensor([0.6, 0.0, 1.0]), 0.8, torch.ones(3), 0.6, torch.tens
         dict(clip=(-1, 2), moved=True),
         dict(prediction="sample", coefficients=(0.6, 0.8, 1.0, 0.0, 0.0)),
         dict(prediction="v", coefficients=PER_SAMPLE, clip=DynamicThreshold(0.9, 3.0), moved=True),
+        dict(clip=0.5, clip_noise=False, moved=True),
     ],
 )
 def test_opcheck_reverse_step(options, grad, return_x0):
@@ -135,7 +137,7 @@ def test_opcheck_reverse_step_backward(prediction, with_x0, layout):
     for coefficients in (VP, tuple(torch.full((3,), c) for c in VP)):
         values, table = library._pack(coefficients, x)
         gradients = grad_x_s, grad_x0 if with_x0 else None
-        check(OPERATORS.reverse_step_backward, *gradients, x, output, values, table, prediction, [-0.5, 0.5])
+        check(OPERATORS.reverse_step_backward, *gradients, x, output, values, table, prediction, [-0.5, 0.5], with_x0)
 
 
 @pytest.mark.parametrize("coefficients", [VP, PER_SAMPLE, (0.6, 0.8, 1.0, 0.0, 0.0)])
@@ -304,7 +306,8 @@ def test_the_operators_gradients_are_eagers(prediction, clip, return_x0, dtype):
         loss = (x_s * x_s.detach().sin()).sum() + sum(2.0 * (x0**2).sum() for x0 in rest if return_x0)
         return [*torch.autograd.grad(loss, tensors), x_s.detach()]
 
-    options = dict(prediction=prediction, clip=clip, return_x0=return_x0)
+    clip_noise = clip is None or prediction != "v"
+    options = dict(prediction=prediction, clip=clip, clip_noise=clip_noise, return_x0=return_x0)
 
     def eager(x, output, displacement):
         result = ops.reverse_step(x, output, VP, displacement=displacement, seed=5, **options)
@@ -312,7 +315,9 @@ def test_the_operators_gradients_are_eagers(prediction, clip, return_x0, dtype):
 
     def operator(x, output, displacement):
         counter = 5, 0, 0, 0
-        return library.call_reverse_step(x, output, VP, prediction, clip, displacement, counter, return_x0, "auto")
+        return library.call_reverse_step(
+            x, output, VP, prediction, clip, clip_noise, displacement, counter, return_x0, "auto"
+        )
 
     for a, b in zip(gradients(operator), gradients(eager), strict=True):
         torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)

@@ -329,9 +329,12 @@ def test_other_dtypes_beside_x(assert_close):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("clip", (None, 0.7, (-0.4, 0.9), DynamicThreshold(0.8, 3.0)))
+@pytest.mark.parametrize(
+    ("clip", "clip_noise"),
+    [(None, True), *itertools.product((0.7, (-0.4, 0.9), DynamicThreshold(0.8, 3.0)), (True, False))],
+)
 @pytest.mark.parametrize("per_sample", (False, True))
-def test_gradients(prediction, clip, per_sample):
+def test_gradients(prediction, clip, clip_noise, per_sample):
     tensors = tuple(v.requires_grad_() for v in inputs((2, 5), seed=3))
     coefficients = coefficients_of(*LEVELS["vp"], 0.5)
     if per_sample:
@@ -345,6 +348,7 @@ def test_gradients(prediction, clip, per_sample):
             coefficients,
             prediction=prediction,
             clip=clip,
+            clip_noise=clip_noise,
             displacement=displacement,
             seed=1,
             return_x0=True,
@@ -425,7 +429,8 @@ DDIM_CASES = [
 
 @pytest.mark.parametrize(("setting", "kind", "eta"), DDIM_CASES)
 @pytest.mark.parametrize("dtype", TO_ROUNDING)
-def test_diffusers_ddim(setting, kind, eta, dtype):
+@pytest.mark.parametrize("clip_noise", (True, False))
+def test_diffusers_ddim(setting, kind, eta, dtype, clip_noise):
     diffusers = pytest.importorskip("diffusers")
     options, clip = DDIM_SETTINGS[setting]
     scheduler = diffusers.DDIMScheduler(prediction_type=kind, **options)
@@ -435,12 +440,12 @@ def test_diffusers_ddim(setting, kind, eta, dtype):
     timesteps = scheduler.timesteps.tolist()
     x, outputs = supplied(dtype)
     levels = table_levels(scheduler, timesteps, lambda t: t - 1000 // STEPS)
-    ours = ours_over(levels, x, outputs, etas=[eta] * STEPS, prediction=KINDS[kind], clip=clip)
+    options = dict(prediction=KINDS[kind], clip=clip, clip_noise=clip_noise)
+    ours = ours_over(levels, x, outputs, etas=[eta] * STEPS, **options)
     theirs = []
     for i, (t, output) in enumerate(zip(timesteps, outputs, strict=True)):
-        # use_clipped_model_output: eps_hat follows from the clipped x0_hat, as it does here
         x = scheduler.step(
-            output, t, x, eta=eta, use_clipped_model_output=True, variance_noise=noise_of_step(i, x)
+            output, t, x, eta=eta, use_clipped_model_output=clip_noise, variance_noise=noise_of_step(i, x)
         ).prev_sample
         theirs.append(x)
     assert_same_trajectories(ours, theirs)

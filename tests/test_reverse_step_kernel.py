@@ -34,8 +34,8 @@ def per_sample(particles: int, rows=(VP, STILL, (0.5, 0.7, 0.9, 0.3, 0.3))) -> t
     return tuple(torch.tensor([row[i] for row in chosen], dtype=torch.float64) for i in range(5))
 
 
-def kernel(x, output, coefficients, *, prediction="epsilon", clip=None, displacement=None, threads=1, offset=64,
-           seed=0, step=0, stream=0, first_particle=0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def kernel(x, output, coefficients, *, prediction="epsilon", clip=None, clip_noise=True, displacement=None, threads=1,
+           offset=64, seed=0, step=0, stream=0, first_particle=0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """x_s and x0 into the middle of poisoned buffers, whose margins must stay as they were."""
     particles, elements = x.shape
     levels = compiled.levels(coefficients, particles)
@@ -50,7 +50,7 @@ def kernel(x, output, coefficients, *, prediction="epsilon", clip=None, displace
         0 if displacement is None else displacement.data_ptr(),
         0 if displacement is None else code[displacement.dtype],
         results[0].data_ptr(), results[1].data_ptr(), reference.PREDICTIONS.index(prediction),
-        *((0, 0.0, 0.0) if clip is None else compiled._clip_code(clip)),
+        *((0, 0.0, 0.0) if clip is None else compiled._clip_code(clip)), clip_noise,
         levels.data_ptr() if isinstance(levels, torch.Tensor) else levels,
         particles, elements, seed, step, stream, first_particle, threads,
     )  # fmt: skip
@@ -72,13 +72,19 @@ def fused(a, b, c):
     return (a.double() * b.double() + c.double()).to(c.dtype)
 
 
-def expected_of(x, output, coefficients, *, prediction="epsilon", clip=None, displacement=None, **counter):
+def expected_of(
+    x, output, coefficients, *, prediction="epsilon", clip=None, clip_noise=True, displacement=None, **counter
+):
     """x_s and x0, operation by operation."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     state, out = x.to(dtype), output.to(dtype)
-    p, q, a, b, tau = (torch.as_tensor(m, dtype=dtype) for m in reference._multipliers(state, coefficients, prediction))
-    x0 = reference.clip_x0(out if prediction == "sample" else fused(q, out, p * state), clip)
+    multipliers = reference._multipliers(state, coefficients, prediction, clip_noise)
+    p, q, a, b, tau, c = (torch.as_tensor(m, dtype=dtype) for m in multipliers)
+    unclipped = out if prediction == "sample" else fused(q, out, p * state)
+    x0 = reference.clip_x0(unclipped, clip)
     x_s = fused(b, x0, a * state)
+    if not clip_noise:
+        x_s = fused(c, unclipped, x_s)
     if displacement is not None:
         x_s = x_s + displacement.to(dtype)
     if (tau != 0).any():
@@ -105,8 +111,11 @@ def test_every_size(particles, elements):
 def test_every_option(prediction, clip, dtype):
     for particles, elements in ((3, 5), (70, 33), (5, 100), (2, 2500)):
         x, output, displacement = inputs(particles, elements, (dtype,) * 3)
-        for coefficients, moved in itertools.product((VP, STILL, per_sample(particles)), (False, True)):
+        for coefficients, moved, clip_noise in itertools.product(
+            (VP, STILL, per_sample(particles)), (False, True), (False, True)
+        ):
             options = dict(prediction=prediction, clip=clip, displacement=displacement if moved else None, **COUNTER)
+            options["clip_noise"] = clip_noise
             assert_same(kernel(x, output, coefficients, **options), expected_of(x, output, coefficients, **options))
 
 
@@ -179,6 +188,21 @@ def test_a_threshold_among_equal_values(dtype):
                 torch.testing.assert_close(a, b, rtol=4e-7, atol=0.0)
 
 
+@pytest.mark.parametrize("prediction", ("epsilon", "sample"))
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_threshold_of_x0_alone(prediction, dtype):
+    for particles, elements in ((70, 33), (2, 5000)):
+        x, output, displacement = inputs(particles, elements, (dtype,) * 3)
+        for coefficients, moved in itertools.product((VP, per_sample(particles)), (None, displacement)):
+            options = dict(clip=DynamicThreshold(0.9, 3.0), prediction=prediction, displacement=moved, **COUNTER)
+            got, expected = (f(2 * x, output, coefficients, clip_noise=False, **options) for f in (kernel, expected_of))
+            tolerance = 16 * ROUNDING[dtype if dtype != torch.float64 else torch.float32]
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+            whole, _ = kernel(2 * x, output, coefficients, **options)
+            assert (whole.double() - got[0].double()).abs().max() > 0.1
+
+
 # --- accuracy -----------------------------------------------------------------------------------------------
 
 LEVELS = (VP, (1.0, 3.0, 1.0, 1.25, 1.1), (0.25, 0.75, 0.5, 0.5, 0.2), (0.04, 0.9992, 0.11, 0.9939, 0.8))
@@ -197,7 +221,7 @@ def errors(dtype: torch.dtype, prediction: str, elements: int, seed: int = 0) ->
         exact = reference.reverse_step(
             x64, output64, coefficients, displacement=displacement64, return_x0=True, **options
         )
-        p, q, a, b, tau = reference._multipliers(x64, coefficients, prediction)
+        p, q, a, b, tau, _ = reference._multipliers(x64, coefficients, prediction)
         size0 = (p * x64).abs() + (q * output64).abs()
         z = reference.randn(x.shape, seed=seed, dtype=torch.float64)
         size = (a * x64).abs() + abs(b) * size0 + displacement64.abs() + (tau * z).abs()
@@ -359,7 +383,7 @@ def test_numbers_of_any_kind_are_coefficients():
 @pytest.mark.parametrize(
     ("change", "error"),
     (
-        (dict(count=19), TypeError),
+        (dict(count=20), TypeError),
         (dict(dtype=4), ValueError),
         (dict(dtype=1.0), TypeError),
         (dict(prediction=5), ValueError),
@@ -377,11 +401,12 @@ def test_numbers_of_any_kind_are_coefficients():
 )
 def test_the_module_takes_no_wrong_call(change, error):
     arguments = dict(x=0, dtype=0, output=0, output_dtype=0, displacement=0, displacement_dtype=0, x_s=0, x0=0,
-                     prediction=0, clip=0, low=0.0, high=0.0, levels=VP, particles=0, elements=4, seed=0, step=0,
+                     prediction=0, clip=0, low=0.0, high=0.0, clip_noise=True,
+                     levels=VP, particles=0, elements=4, seed=0, step=0,
                      stream=0, first_particle=0, threads=1)  # fmt: skip
     _cpu.reverse_step(*arguments.values())  # of no particles: reads nothing
     with pytest.raises(error):
-        _cpu.reverse_step(*list((arguments | change).values())[: change.get("count", 20)])
+        _cpu.reverse_step(*list((arguments | change).values())[: change.get("count", 21)])
 
 
 # --- derivatives that the operator does not know ------------------------------------------------------------

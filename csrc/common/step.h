@@ -1,4 +1,4 @@
-// The reverse step x_s = a x + b clip(x0_hat) + displacement + tau z, x0_hat = p x + q output, by its levels.
+// The reverse step x_s = a x + b clip(x0_hat) + c x0_hat + displacement + tau z, x0_hat = p x + q output, by its levels.
 #pragma once
 
 #include <cmath>
@@ -15,14 +15,14 @@ struct Levels {
 };
 
 struct Multipliers {
-    double p, q, a, b, tau;
+    double p, q, a, b, tau, c;
 };
 
 // fastguide.reference._multipliers, operation by operation.
-FG_HD Multipliers multipliers(const Levels& l, Prediction prediction) {
+FG_HD Multipliers multipliers(const Levels& l, Prediction prediction, bool clip_noise) {
     const double square = l.sigma_s * l.sigma_s - l.tau * l.tau;
     const double a = std::sqrt(square < 0.0 ? 0.0 : square) / l.sigma_t;
-    const double b = l.alpha_s - l.alpha_t * a;
+    const double share = l.alpha_t * a;  // of x0_hat in the noise
     const double alpha = l.alpha_t, sigma = l.sigma_t;
     double p = 0.0, q = 1.0;
     switch (prediction) {
@@ -32,7 +32,7 @@ FG_HD Multipliers multipliers(const Levels& l, Prediction prediction) {
         case Prediction::v: p = alpha / (alpha * alpha + sigma * sigma), q = -sigma / (alpha * alpha + sigma * sigma); break;
         case Prediction::flow: p = 1.0 / (alpha + sigma), q = -sigma / (alpha + sigma); break;
     }
-    return {p, q, a, b, l.tau};
+    return {p, q, a, clip_noise ? l.alpha_s - share : l.alpha_s, l.tau, clip_noise ? 0.0 : -share};
 }
 
 // none; range: to [low, high]; dynamic: to the `low` quantile of each particle's |x0|, held in [1, high], and

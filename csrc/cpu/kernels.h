@@ -27,6 +27,7 @@ struct Step {
     bool per_particle;
     Prediction prediction;
     Clip clip;
+    bool clip_noise;  // whether the noise, too, is that of the clipped x0
     RandnShape shape;
     int threads;
 };

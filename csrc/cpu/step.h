@@ -69,11 +69,11 @@ FG_INLINE const R* staged(R* buffer, const Input& from, uint64_t begin, uint64_t
 
 template <class R>
 struct Rounded {
-    R p, q, a, b, tau, half_inverse;  // 1 / (2 tau); 0 where tau is
+    R p, q, a, b, tau, c, half_inverse;  // 1 / (2 tau); 0 where tau is
 
     explicit FG_INLINE Rounded(const Multipliers& m)
         : p(static_cast<R>(m.p)), q(static_cast<R>(m.q)), a(static_cast<R>(m.a)), b(static_cast<R>(m.b)),
-          tau(static_cast<R>(m.tau)) {
+          tau(static_cast<R>(m.tau)), c(static_cast<R>(m.c)) {
         constexpr R kMost = sizeof(R) == 4 ? static_cast<R>(0x1.fffffep127) : static_cast<R>(0x1.fffffffffffffp1023);
         const R half_over = R{0.5} / tau;
         half_inverse = tau == R{0} ? R{0} : half_over > kMost ? kMost : half_over;
@@ -92,6 +92,7 @@ struct OneParticle {
     template <class Read> FG_INLINE V a(uint64_t, const Read&) const { return splat(m.a); }
     template <class Read> FG_INLINE V b(uint64_t, const Read&) const { return splat(m.b); }
     template <class Read> FG_INLINE V tau(uint64_t, const Read&) const { return splat(m.tau); }
+    template <class Read> FG_INLINE V c(uint64_t, const Read&) const { return splat(m.c); }
     template <class Read> FG_INLINE V half_inverse(uint64_t, const Read&) const { return splat(m.half_inverse); }
 };
 
@@ -100,13 +101,14 @@ template <class R>
 struct EachElement {
     using V = Vector<R>;
     static constexpr bool kMixed = true;
-    const R *p_, *q_, *a_, *b_, *tau_, *half_inverse_;
+    const R *p_, *q_, *a_, *b_, *tau_, *c_, *half_inverse_;
 
     template <class Read> FG_INLINE V p(uint64_t i, const Read& read) const { return read(p_ + i); }
     template <class Read> FG_INLINE V q(uint64_t i, const Read& read) const { return read(q_ + i); }
     template <class Read> FG_INLINE V a(uint64_t i, const Read& read) const { return read(a_ + i); }
     template <class Read> FG_INLINE V b(uint64_t i, const Read& read) const { return read(b_ + i); }
     template <class Read> FG_INLINE V tau(uint64_t i, const Read& read) const { return read(tau_ + i); }
+    template <class Read> FG_INLINE V c(uint64_t i, const Read& read) const { return read(c_ + i); }
     template <class Read> FG_INLINE V half_inverse(uint64_t i, const Read& read) const { return read(half_inverse_ + i); }
 };
 
@@ -120,10 +122,11 @@ struct Span {
     R *x_s, *x0, *terms;
     R low, high;       // x0 is clipped to
     bool past_caches;  // x_s and x0, which are equally aligned
+    bool keeps_noise;  // that of x0 before it is clipped
 
     FG_INLINE Span from(uint64_t i) const {
         return {x + i, output + i, displacement + (displacement ? i : 0), z + i, x_s + i, x0 + (x0 ? i : 0),
-                terms + (terms ? i : 0), low, high, past_caches};
+                terms + (terms ? i : 0), low, high, past_caches, keeps_noise};
     }
 };
 
@@ -135,8 +138,12 @@ FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const V
     const V x = read(s.x + i);
     V x0 = read(s.output + i);
     if constexpr (!(kFlags & kSample)) x0 = fused(m.q(i, read), x0, m.p(i, read) * x);
+    const V unclipped = x0;
     if constexpr (!(kFlags & kWeigh)) x0 = smaller(splat(s.high), larger(splat(s.low), x0));  // a NaN stays
     V x_s = fused(m.b(i, read), x0, m.a(i, read) * x);
+    if constexpr (!(kFlags & kWeigh)) {
+        if (s.keeps_noise) x_s = fused(m.c(i, read), unclipped, x_s);
+    }
     V displacement{};
     if constexpr (kFlags & kMoved) {
         displacement = read(s.displacement + i);
@@ -268,7 +275,7 @@ struct Run {
     R* bounds = nullptr;  // each particle's dynamic threshold
 
     explicit Run(const Step& s)
-        : step(s), common(s.per_particle ? Multipliers{} : multipliers(levels_of(s, 0), s.prediction)) {
+        : step(s), common(s.per_particle ? Multipliers{} : multipliers(levels_of(s, 0), s.prediction, s.clip_noise)) {
         const bool range = s.clip.kind == ClipKind::range;
         low = range ? static_cast<R>(s.clip.low) : -static_cast<R>(__builtin_inf());
         high = range ? static_cast<R>(s.clip.high) : static_cast<R>(__builtin_inf());
@@ -290,7 +297,7 @@ struct Run {
         return step.per_particle ? static_cast<R>(levels_of(step, row).tau) : common.tau;
     }
     FG_INLINE Rounded<R> of(uint64_t row) const {
-        return step.per_particle ? Rounded<R>(multipliers(levels_of(step, row), step.prediction)) : common;
+        return step.per_particle ? Rounded<R>(multipliers(levels_of(step, row), step.prediction, step.clip_noise)) : common;
     }
 
 private:
@@ -347,7 +354,7 @@ void step_tile(const Run<R>& run, const Tile& tile, Terms<R>* terms) {
         });
     }
     Span<R> span{staged(x, s.x, begin, count), staged(output, s.output, begin, count), nullptr, z, x_s, x0,
-                 terms ? terms->at : nullptr, run.low, run.high, run.past_caches};
+                 terms ? terms->at : nullptr, run.low, run.high, run.past_caches, !s.clip_noise};
     int flags = (s.prediction == Prediction::sample ? kSample : 0) | (s.x0 ? kX0 : 0);
     if (direct) span.x_s = static_cast<R*>(s.x_s) + begin, span.x0 = static_cast<R*>(s.x0) + (s.x0 ? begin : 0);
     if (s.displacement.data) span.displacement = staged(displacement, s.displacement, begin, count), flags |= kMoved;
@@ -356,6 +363,11 @@ void step_tile(const Run<R>& run, const Tile& tile, Terms<R>* terms) {
             const R bound = run.bounds[tile.row + i];
             R* row = output + i * elements;
             x0_of(row, span.x + i * elements, span.output + i * elements, run, tile.row + i, in_row);
+            if (!s.clip_noise) {  // what it adds is known before the threshold
+                const R c = run.of(tile.row + i).c;
+                const R* given = span.displacement ? span.displacement + i * elements : nullptr;
+                for (uint64_t k = 0; k < in_row; ++k) displacement[i * elements + k] = (given ? given[k] : R{0}) + c * row[k];
+            }
             for (uint64_t k = 0; k < in_row; ++k) {
                 const R v = row[k] < -bound ? -bound : row[k];
                 row[k] = (v > bound ? bound : v) / bound;
@@ -363,6 +375,7 @@ void step_tile(const Run<R>& run, const Tile& tile, Terms<R>* terms) {
         }
         span.output = output;
         flags |= kSample;
+        if (!s.clip_noise) span.displacement = displacement, span.keeps_noise = false, flags |= kMoved;
     }
     if constexpr (std::is_same_v<R, float>) {
         if (flows) {
@@ -381,16 +394,16 @@ void step_tile(const Run<R>& run, const Tile& tile, Terms<R>* terms) {
         if (noisy) flags |= kNoise;
         step_span_of<kWeighed>(flags, span, OneParticle<R>{run.common}, count);
     } else if (elements < kLongParticle) {
-        alignas(64) R p[kTile], q[kTile], a[kTile], b[kTile], tau[kTile], half_inverse[kTile];
+        alignas(64) R p[kTile], q[kTile], a[kTile], b[kTile], tau[kTile], c[kTile], half_inverse[kTile];
         for (uint64_t i = 0; i < tile.rows; ++i) {
             const Rounded<R> m = run.of(tile.row + i);
             for (uint64_t at = i * elements; at < (i + 1) * elements; ++at) {
                 p[at] = m.p, q[at] = m.q, a[at] = m.a, b[at] = m.b;
-                tau[at] = m.tau, half_inverse[at] = m.half_inverse;
+                tau[at] = m.tau, c[at] = m.c, half_inverse[at] = m.half_inverse;
             }
         }
         if (noisy) flags |= kNoise;
-        step_span_of<kWeighed>(flags, span, EachElement<R>{p, q, a, b, tau, half_inverse}, count);
+        step_span_of<kWeighed>(flags, span, EachElement<R>{p, q, a, b, tau, c, half_inverse}, count);
     } else {
         for (uint64_t i = 0; i < tile.rows; ++i) {
             const Rounded<R> m = run.of(tile.row + i);

@@ -75,7 +75,7 @@ def propose_and_weigh(
     if x.numel() == 0:
         return x_s, after.copy_(log_weights)
     particles, elements = x.shape[0], x.numel() // x.shape[0]
-    (_, _, a, b, tau), table = multipliers(x, coefficients, "sample")
+    (_, _, a, b, tau, _), table = multipliers(x, coefficients, "sample")
     splits = triton.cdiv(elements, SPLIT)
     sums = torch.empty((particles, splits), dtype=torch.float64, device=x.device) if splits > 1 else None
     with device_of(x):

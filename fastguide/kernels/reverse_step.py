@@ -15,7 +15,7 @@ from .tiles import Tuned, abreast, alignment, counter, read_counter, rounded, ti
 
 @triton.jit
 def multiplier(value, table, index: tl.constexpr, row, mask, particles):
-    """One number for all particles, or row ``index`` of the float32 table ``[5, N]``, as a column."""
+    """One number for all particles, or row ``index`` of the float32 table ``[6, N]``, as a column."""
     if table is not None:
         value = tl.load(table + index * particles + row, mask=mask, other=0.0)[:, None]
     return value
@@ -24,10 +24,10 @@ def multiplier(value, table, index: tl.constexpr, row, mask, particles):
 @triton.jit
 def reverse_step_kernel(
     x, output, displacement, x_s, x0, particles, elements: tl.int64,
-    p: tl.float32, q: tl.float32, a: tl.float32, b: tl.float32, tau: tl.float32, table,
+    p: tl.float32, q: tl.float32, a: tl.float32, b: tl.float32, tau: tl.float32, c: tl.float32, table,
     low: tl.float32, high: tl.float32, bounds,
     seed: tl.uint64, step: tl.uint32, stream: tl.uint32, first_particle: tl.int64, seed_on_device, step_on_device,
-    SAMPLE: tl.constexpr, CLIP: tl.constexpr, NOISE: tl.constexpr, X0: tl.constexpr,
+    SAMPLE: tl.constexpr, CLIP: tl.constexpr, CLIP_NOISE: tl.constexpr, NOISE: tl.constexpr, X0: tl.constexpr,
     ALIGN: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     seed, step = read_counter(seed, step, seed_on_device, step_on_device)
@@ -44,6 +44,7 @@ def reverse_step_kernel(
         p = multiplier(p, table, 0, row, live, particles)
         q = multiplier(q, table, 1, row, live, particles)
         x0_hat = tl.fma(q, x0_hat, p * state)
+    unclipped = x0_hat
     if bounds is not None:  # each particle's dynamic threshold
         bound = tl.load(bounds + row, mask=live, other=1.0)[:, None]
         x0_hat = clipped(x0_hat, -bound, bound) / bound
@@ -52,6 +53,9 @@ def reverse_step_kernel(
     a = multiplier(a, table, 2, row, live, particles)
     b = multiplier(b, table, 3, row, live, particles)
     result = tl.fma(b, x0_hat, a * state)
+    if not CLIP_NOISE:
+        c = multiplier(c, table, 5, row, live, particles)
+        result = tl.fma(c, unclipped, result)
     if displacement is not None:
         result += tl.load(displacement + place, mask=mask, other=0.0).to(tl.float32)
     if NOISE:
@@ -79,6 +83,7 @@ def reverse_step(
     coefficients: Coefficients,
     prediction: str,
     clip: Clip,
+    clip_noise: bool,
     displacement: Tensor | None,
     counter_: tuple,
     return_x0: bool,
@@ -90,7 +95,7 @@ def reverse_step(
     x0 = torch.empty_like(x) if return_x0 else None
     if x.numel():
         particles, elements = x.shape[0], x.numel() // x.shape[0]
-        numbers, table = multipliers(x, coefficients, prediction)
+        numbers, table = multipliers(x, coefficients, prediction, clip_noise)
         bounds, (low, high) = None, (0.0, 0.0)
         if isinstance(clip, DynamicThreshold):
             bounds = dynamic_bounds(x, model_output, coefficients, prediction, clip)
@@ -100,22 +105,25 @@ def reverse_step(
             particles, elements,
             x, model_output, displacement, x_s, x0, particles, elements, *numbers, table, low, high, bounds,
             *counter(*counter_), SAMPLE=prediction == "sample", CLIP=clip is not None and bounds is None,
+            CLIP_NOISE=clip_noise,
             NOISE=table is not None or numbers[4] > 0.0, X0=return_x0,
             ALIGN=alignment(elements), ABREAST=abreast(x.dtype),
         )  # fmt: skip
     return x_s if x0 is None else (x_s, x0)
 
 
-def multipliers(x: Tensor, coefficients: Coefficients, prediction: str) -> tuple[tuple[float, ...], Tensor | None]:
-    """``p, q, a, b, tau`` as floats, or, where any is per sample, a float32 table ``[5, N]``."""
-    values = reference._multipliers(x, coefficients, prediction)
+def multipliers(
+    x: Tensor, coefficients: Coefficients, prediction: str, clip_noise: bool = True
+) -> tuple[tuple[float, ...], Tensor | None]:
+    """``p, q, a, b, tau, c`` as floats, or, where any is per sample, a float32 table ``[6, N]``."""
+    values = reference._multipliers(x, coefficients, prediction, clip_noise)
     if not any(isinstance(v, Tensor) for v in values):
         return tuple(float(v) for v in values), None
     columns = [
         v.reshape(-1) if isinstance(v, Tensor) else torch.full((x.shape[0],), v, dtype=torch.float32, device=x.device)
         for v in values
     ]
-    return (0.0,) * 5, torch.stack(columns).contiguous()
+    return (0.0,) * 6, torch.stack(columns).contiguous()
 
 
 def dynamic_bounds(
