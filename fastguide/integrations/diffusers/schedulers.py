@@ -1,0 +1,874 @@
+"""The schedulers of diffusers, their steps by `fastguide.ops.reverse_step`.
+
+``pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)``, or `accelerate`, and nothing else changes: each
+class is a subclass of diffusers' of the same name and takes over `step` (and what of it asks the device). With the same
+noise the results are the parent's to rounding, and the noise is the parent's: of ``generator``, or torch's global one.
+
+Every step of these schedulers is, for numbers that depend on the level alone::
+
+    x0  = p sample + q model_output, clipped or thresholded
+    x_s = a sample + b x0 + std noise
+
+They are computed once for a schedule, in the parent's float32, and kept as floats on the host and as a table that goes
+to the device where it is needed:
+
+- No step waits for the device: which of the scheduler's ``timesteps`` it is given it tells by where that stands in
+  memory. A timestep on a GPU that is not one of those looks its numbers up in the table there.
+- `DDPMScheduler`, `DDIMScheduler`: ``timestep`` may be a tensor ``[N]``, one for each sample.
+- ``fused_noise=True`` of `accelerate` and ``from_config`` (or the attribute) draws the noise inside the kernel that
+  steps, from counters (`fastguide.ops.randn`): of the seed of ``generator`` (its seed, not its state; of a list of
+  generators each sample has its own), or without one of a seed that torch's global generator gives for each run; the
+  step; and the sample's index in the batch, from ``first_sample`` on. A sample is then the same in whatever batch.
+
+What this path cannot serve goes to the parent's code: ``parent_calls`` counts those steps by reason, and the first of
+each reason warns.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import warnings
+from collections import Counter
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteSchedulerOutput
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ... import ops
+from ...reference import Clip, DynamicThreshold
+
+__all__ = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "accelerate",
+]
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
+
+
+# --- a schedule's numbers -----------------------------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """The steps of a schedule as coefficients of `fastguide.ops.reverse_step`; None where it has none."""
+
+    prediction: str
+    still: list[tuple[float, ...] | None]  # without noise
+    noisy: list[tuple[float, ...] | None]
+    table: Tensor  # [6, steps], float64: alpha_t, sigma_t, alpha_s, sigma_s without noise, sigma_s with it, std
+    clip: Clip
+    clip_noise: bool
+
+    def columns(self, place: Tensor, device: torch.device) -> Tensor:
+        return self.table.to(device, non_blocking=True)[:, place]
+
+
+def _plan(
+    prediction: str,
+    alpha: Tensor | float,
+    sigma: Tensor,
+    a: Tensor,
+    b: Tensor,
+    std: Tensor | float = 0.0,
+    clip: Clip = None,
+    clip_noise: bool = True,
+) -> _Plan:
+    """Steps ``x_s = a x + b x0 + std z`` from levels where ``x0`` is what ``prediction`` says of (alpha, sigma): each
+    is the reverse step to a level of its own."""
+    a, b, alpha, sigma, std = torch.broadcast_tensors(*(torch.as_tensor(v).double() for v in (a, b, alpha, sigma, std)))
+    kept = a * sigma
+    table = torch.stack([alpha, sigma, b + alpha * a, kept, kept.hypot(std), std])
+    served = (table.isfinite() & (table >= 0.0)).all(dim=0) & (sigma > 0.0)
+    if prediction == "epsilon":
+        served &= alpha > 0.0
+    table = table.where(served, torch.nan)
+    still, noisy = [], []
+    for good, (*levels, s, noisy_s, tau) in zip(served.tolist(), table.T.tolist(), strict=True):
+        still.append((*levels, s, 0.0) if good else None)
+        noisy.append((*levels, noisy_s, tau) if good else None)
+    return _Plan(prediction, still, noisy, table, clip, clip_noise)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class _NotServed(Exception):
+    """Why a step goes to the parent's code; without a reason where the parent refuses it, too."""
+
+
+_NO_STEP = "x0 is not determined at this level, or the next is not below it"
+
+
+# --- what all have in common --------------------------------------------------------------------------------
+
+
+class _Fused:
+    """Stands before a scheduler of diffusers, whose names it uses."""
+
+    fused_noise = False
+    first_sample = 0
+    timesteps: Tensor
+    config: Any
+    _internal_dict: Any
+    _calls: Counter[str] | None = None
+    _known: tuple[Tensor, int, list[float]] | None = None  # timesteps on a device, and their values
+    _planned: tuple[tuple[Any, ...], Any, Any] | None = None  # what a plan depends on, the objects of that, the plan
+    _seed: int | None = None
+
+    @property
+    def parent_calls(self) -> Counter[str]:
+        """How many steps were diffusers' own, by reason."""
+        if self._calls is None:
+            self._calls = Counter()
+        return self._calls
+
+    @classmethod
+    def from_config(cls, config: Any = None, *, fused_noise: bool | None = None, **kwargs: Any) -> Any:
+        result = super().from_config(config, **kwargs)  # type: ignore[misc]
+        if fused_noise is not None:
+            (result[0] if isinstance(result, tuple) else result).fused_noise = fused_noise
+        return result
+
+    def _leave_to_parent(self, reason: _NotServed) -> None:
+        text = str(reason)
+        if not text:
+            return
+        if text not in self.parent_calls:
+            message = f"{type(self).__name__}: {text}; such steps are diffusers' own (counted in parent_calls)"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        self.parent_calls[text] += 1
+
+    # --- timesteps ---
+
+    def _keep_timesteps(self, device: torch.device | str | None) -> None:
+        """Move the timesteps, which stand on the host, to where the caller wants them."""
+        values = self.timesteps.tolist()
+        if device is not None:
+            self.timesteps = self.timesteps.to(device, non_blocking=True)
+        self._known = self.timesteps, _version(self.timesteps), values
+        self._seed = None
+
+    def _values(self) -> list[float]:
+        """Those of `timesteps`; of ones that the caller has put there on a device, after a wait."""
+        timesteps = self.timesteps
+        if self._known is None or self._known[0] is not timesteps or self._known[1] != _version(timesteps):
+            self._known = timesteps, _version(timesteps), timesteps.tolist()
+        return self._known[2]
+
+    def _value(self, timestep: Any) -> Any:
+        """A timestep on the host, or None where only a device knows it or there is one for each sample."""
+        if not isinstance(timestep, Tensor):
+            return timestep
+        if timestep.numel() != 1:
+            return None
+        if timestep.is_cpu:
+            return timestep.item()
+        known, ours = self._known, self.timesteps
+        if known is None or known[0] is not ours or known[1] != _version(ours):
+            return None
+        if timestep.dtype != ours.dtype or timestep.device != ours.device:
+            return None
+        if timestep.untyped_storage().data_ptr() != ours.untyped_storage().data_ptr():
+            return None
+        return known[2][timestep.storage_offset() - ours.storage_offset()]
+
+    # --- steps ---
+
+    def _cached(self, parts: tuple[Any, ...], *numbers: Any) -> Any:
+        """The plan that `_make_plan` makes of what it depends on: a tensor, other objects, and numbers."""
+        key = (_version(parts[0]), *map(id, parts), *numbers)
+        planned = self._planned
+        if planned is None or planned[0] != key:
+            self._planned = planned = key, parts, self._make_plan(*numbers)
+        return planned[2]
+
+    def _make_plan(self, *numbers: Any) -> Any:
+        raise NotImplementedError
+
+    def _advance(
+        self,
+        plan: _Plan,
+        place: int | Tensor,
+        x: Tensor,
+        output: Tensor,
+        *,
+        displacement: Tensor | None = None,
+        std: Tensor | float | None = None,
+        noise: Tensor | None = None,
+        noise_dtype: torch.dtype | None = None,
+        generator: Generators = None,
+        noisy: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """``(x_s, x0)`` of the steps at ``place``, one for all samples or one for each. ``noise`` is drawn where none
+        is given; ``std`` takes the place of the plan's."""
+        counter = {}
+        if isinstance(place, Tensor):
+            alpha_t, sigma_t, alpha_s, still_s, _, tau = columns = plan.columns(place, x.device)
+            if columns.is_cpu and columns.isnan().any():
+                raise _NotServed(_NO_STEP)
+            levels = alpha_t, sigma_t, alpha_s, still_s, 0.0
+            tau = tau.reshape(-1, *(1,) * (x.ndim - 1)).to(output.dtype)
+        else:
+            levels = plan.still[place]
+            if levels is None:
+                raise _NotServed(_NO_STEP)
+            if noisy and noise is None and std is None and self.fused_noise and not isinstance(generator, list):
+                levels, noisy = plan.noisy[place], False
+                counter = {"seed": self._counter(generator), "step": place, "first_particle": self.first_sample}
+            elif noisy:
+                tau = plan.noisy[place][4]
+        if noisy:
+            scale = tau if std is None else std
+            noise = self._draw(output, generator, place, noise_dtype).mul_(scale) if noise is None else noise * scale
+            displacement = noise if displacement is None else displacement.add_(noise)
+        x_s, x0 = ops.reverse_step(
+            x, output, levels, prediction=plan.prediction, clip=plan.clip, clip_noise=plan.clip_noise,
+            displacement=displacement, return_x0=True,
+            **counter,
+        )  # fmt: skip
+        return x_s, x0.to(output.dtype) if plan.prediction == "sample" else x0
+
+    def _counter(self, generator: torch.Generator | None) -> int:
+        """The seed of the noise that is drawn from counters."""
+        if generator is not None:
+            return generator.initial_seed() & (1 << 64) - 1
+        if self._seed is None:
+            self._seed = int(torch.randint(1 << 62, ()))
+        return self._seed
+
+    def _draw(
+        self, like: Tensor, generator: Generators, place: int | Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        dtype = dtype or like.dtype
+        if not self.fused_noise:
+            return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
+        number = like.shape[0]
+        if isinstance(generator, list) and len(generator) != number:
+            raise ValueError(f"generator: expected one, or {number}, one for each sample, got {len(generator)}")
+        if not isinstance(generator, list) and not isinstance(place, Tensor):
+            return ops.randn(
+                like.shape, seed=self._counter(generator), step=place, first_particle=self.first_sample,
+                dtype=dtype, device=like.device,
+            )  # fmt: skip
+        rows = []
+        for n in range(number):
+            step = place if not isinstance(place, Tensor) else place[n : n + 1].to(like.device)
+            own = isinstance(generator, list)
+            seed = self._counter(generator[n] if isinstance(generator, list) else generator)
+            first = 0 if own else self.first_sample + n
+            row = ops.randn(
+                (1, *like.shape[1:]), seed=seed, step=step, first_particle=first, dtype=dtype, device=like.device
+            )
+            rows.append(row)
+        return torch.cat(rows)
+
+
+def _checked(sample: Tensor, output: Tensor, least: torch.dtype | None = None) -> Tensor:
+    """The sample in the dtype of the step: the wider of both, or of ``least`` and that of the model's output."""
+    if output.shape != sample.shape:
+        raise _NotServed("model_output has not the shape of sample")
+    dtype, other = output.dtype, least or sample.dtype
+    if dtype is not other:
+        dtype = torch.promote_types(dtype, other)
+    if dtype not in ops.STATE_DTYPES:
+        raise _NotServed(f"the dtype is {dtype}")
+    return sample if sample.dtype is dtype else sample.to(dtype)
+
+
+def _clip_of(config: Any, clips: bool = True) -> Clip:
+    """What a configuration does to x0; ``clip_sample`` may stand in it and mean nothing."""
+    if config.thresholding:
+        if not (0.0 <= config.dynamic_thresholding_ratio <= 1.0 <= config.sample_max_value):
+            raise _NotServed("the dynamic threshold is below 1")
+        return DynamicThreshold(config.dynamic_thresholding_ratio, config.sample_max_value)
+    if not (clips and config.clip_sample):
+        return None
+    if not config.clip_sample_range > 0:
+        raise _NotServed("clip_sample_range is not above 0")
+    return float(config.clip_sample_range)
+
+
+# --- variance-preserving, a timestep being an index of alphas_cumprod ---------------------------------------
+
+
+class _Indexed(_Fused):
+    """DDPM and DDIM, whose steps depend on ``timestep`` alone."""
+
+    alphas_cumprod: Tensor
+    num_inference_steps: int | None
+
+    def _place(self, timestep: Any, sample: Tensor) -> int | Tensor:
+        value = self._value(timestep)
+        if value is None:
+            if timestep.is_floating_point() or timestep.numel() not in (1, sample.shape[0]):
+                raise _NotServed("")
+            return timestep.reshape(-1).long().expand(sample.shape[0])
+        if not isinstance(value, int | Integral) or not 0 <= value < self.alphas_cumprod.shape[0]:
+            raise _NotServed("")
+        return int(value)
+
+    def _prediction(self) -> str:
+        if self.config.prediction_type not in PREDICTIONS:
+            raise _NotServed("")
+        return PREDICTIONS[self.config.prediction_type]
+
+
+class DDPMScheduler(_Indexed, diffusers.DDPMScheduler):
+    """diffusers' ``DDPMScheduler`` with fused steps; see the module."""
+
+    @functools.wraps(diffusers.DDPMScheduler.set_timesteps)
+    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None):
+        super().set_timesteps(num_inference_steps, "cpu", timesteps)
+        self._keep_timesteps(device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """As the parent's; ``timestep`` may be a tensor ``[N]``."""
+        try:
+            result = self._step(model_output, timestep, sample, generator)
+        except _NotServed as reason:
+            self._leave_to_parent(reason)
+            return super().step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
+        return DDPMSchedulerOutput(*result) if return_dict else result
+
+    def _step(self, output: Tensor, timestep: Any, sample: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
+        place = self._place(timestep, sample)
+        parts = self.alphas_cumprod, self.timesteps, self._internal_dict
+        plan, log_variances = self._cached(parts, self.num_inference_steps, self.custom_timesteps, self.variance_type)
+        predicted = None
+        if log_variances is not None:
+            if isinstance(place, Tensor) or output.shape[1] != 2 * sample.shape[1]:
+                raise _NotServed("")
+            output, predicted = output.split(sample.shape[1], dim=1)
+        x = _checked(sample, output)
+        if isinstance(place, int) and place == 0:
+            return self._advance(plan, place, x, output)
+        std = None if predicted is None else _std_of(predicted, log_variances, place)
+        return self._advance(plan, place, x, output, generator=generator, noisy=True, std=std)
+
+    def _make_plan(self, num_inference_steps: int | None, custom: bool, variance_type: str) -> Any:
+        alpha_bar = self.alphas_cumprod.cpu()
+        before = torch.arange(len(alpha_bar)) - 1
+        if custom or num_inference_steps:
+            timesteps = [int(t) for t in self._values()]
+            before = torch.full_like(before, len(alpha_bar))  # there is none
+            for t, s in reversed([*zip(timesteps, [*timesteps[1:], -1], strict=True)]):  # of equal ones the first
+                if t < len(before):
+                    before[t] = s
+        alpha_bar_s = torch.cat([alpha_bar, torch.tensor([torch.nan, 1.0])])[before]
+        beta_bar, beta_bar_s = 1 - alpha_bar, 1 - alpha_bar_s
+        alpha = alpha_bar / alpha_bar_s
+        beta = 1 - alpha
+        b = alpha_bar_s**0.5 * beta / beta_bar
+        a = alpha**0.5 * beta_bar_s / beta_bar
+        variance = (beta_bar_s / beta_bar * beta).clamp(min=1e-20)
+        log_variances, std = None, torch.zeros_like(beta)
+        if variance_type in ("learned", "learned_range"):
+            log_variances = variance_type, variance.log().tolist(), beta.log().tolist()
+        elif variance_type in ("fixed_small", "fixed_small_log"):
+            std = variance**0.5
+        elif variance_type == "fixed_large":
+            std = beta**0.5
+        else:
+            raise _NotServed(f"variance_type is {variance_type}")
+        std[0] = 0.0
+        config = self.config
+        plan = _plan(self._prediction(), alpha_bar**0.5, beta_bar**0.5, a, b, std, _clip_of(config))
+        return plan, log_variances
+
+
+def _std_of(predicted: Tensor, log_variances: tuple[str, list[float], list[float]], place: int | Tensor) -> Tensor:
+    """Nichol, Dhariwal 2021, eq. 15: between the least and the largest variance, in the logarithm."""
+    kind, least, largest = log_variances
+    if kind == "learned":
+        return predicted**0.5
+    low, high = least[place], largest[place]  # type: ignore[index]
+    return predicted.mul((high - low) / 4).add_((high + low) / 4).exp_()
+
+
+class DDIMScheduler(_Indexed, diffusers.DDIMScheduler):
+    """diffusers' ``DDIMScheduler`` with fused steps; see the module."""
+
+    @functools.wraps(diffusers.DDIMScheduler.set_timesteps)
+    def set_timesteps(self, num_inference_steps, device=None):
+        super().set_timesteps(num_inference_steps, "cpu")
+        self._keep_timesteps(device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """As the parent's; ``timestep`` may be a tensor ``[N]``."""
+        try:
+            result = self._step(
+                model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise
+            )
+        except _NotServed as reason:
+            self._leave_to_parent(reason)
+            return super().step(
+                model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
+            )
+        return DDIMSchedulerOutput(*result) if return_dict else result
+
+    def _step(
+        self,
+        output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        eta: float,
+        clipped: bool,
+        generator: Generators,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if self.num_inference_steps is None or (eta > 0 and noise is not None and generator is not None):
+            raise _NotServed("")
+        place = self._place(timestep, sample)
+        parts = self.alphas_cumprod, self.final_alpha_cumprod, self._internal_dict
+        plan = self._cached(parts, self.num_inference_steps, float(eta), clipped)
+        x = _checked(sample, output)
+        return self._advance(plan, place, x, output, noise=noise, generator=generator, noisy=eta > 0)
+
+    def _make_plan(self, num_inference_steps: int, eta: float, clipped: bool) -> _Plan:
+        config = self.config
+        alpha_bar = self.alphas_cumprod.cpu()
+        before = torch.arange(len(alpha_bar)) - config.num_train_timesteps // num_inference_steps
+        alpha_bar_s = torch.where(before >= 0, alpha_bar[before.clamp(min=0)], self.final_alpha_cumprod.cpu())
+        beta_bar, beta_bar_s = 1 - alpha_bar, 1 - alpha_bar_s
+        alpha_t, sigma_t, alpha_s = alpha_bar**0.5, beta_bar**0.5, alpha_bar_s**0.5
+        std = eta * (beta_bar_s / beta_bar * (1 - alpha_bar / alpha_bar_s)) ** 0.5
+        a = (beta_bar_s - std**2) ** 0.5 / sigma_t
+        return _plan(
+            self._prediction(), alpha_t, sigma_t, a, alpha_s - alpha_t * a, std, _clip_of(config), clip_noise=clipped
+        )
+
+
+# --- by sigmas, in order ------------------------------------------------------------------------------------
+
+
+class _Ordered(_Fused):
+    """The schedulers that count their steps."""
+
+    sigmas: Tensor
+    _step_index: int | None
+    _begin_index: int | None
+
+    def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
+        """As the parent's, without a wait for one of `timesteps`."""
+        value = self._value(timestep) if schedule_timesteps is None else None
+        if value is None:
+            return super().index_for_timestep(timestep, schedule_timesteps)  # type: ignore[misc]
+        value = torch.tensor(value, dtype=self.timesteps.dtype).item()
+        places = [i for i, t in enumerate(self._values()) if t == value]
+        if not places:
+            return self._without_timestep()
+        return places[1] if len(places) > 1 else places[0]  # a run may begin at the second of two equal ones
+
+    def _without_timestep(self) -> int:
+        raise IndexError("timestep: expected one of the scheduler's timesteps")
+
+    def _init_step_index(self, timestep: Any) -> None:
+        self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+
+    def _count(self, timestep: Any) -> int:
+        """The step that this is."""
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        step = self._step_index
+        if not 0 <= step < len(self.sigmas) - 1:  # type: ignore[operator]
+            raise _NotServed("")
+        return step  # type: ignore[return-value]
+
+
+class _Scaled(_Ordered):
+    """The two Euler schedulers, variance exploding, whose model is given its input scaled."""
+
+    is_scale_input_called: bool
+
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
+        """As the parent's."""
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        self.is_scale_input_called = True
+        return sample / math.sqrt(self._host_sigmas()[self._step_index] ** 2 + 1)
+
+    def _host_sigmas(self) -> list[float]:
+        sigmas = self.sigmas
+        if self._listed is None or self._listed[0] is not sigmas or self._listed[1] != _version(sigmas):
+            self._listed = sigmas, _version(sigmas), sigmas.tolist()
+        return self._listed[2]
+
+    _listed: tuple[Tensor, int, list[float]] | None = None
+
+    def _check(self, timestep: Any) -> None:
+        if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
+            raise _NotServed("")
+        if not self.is_scale_input_called:
+            raise _NotServed("scale_model_input was not called")
+
+    def _euler(self, hat: Tensor, sigma: Tensor, ratio: Tensor, std: Tensor | float = 0.0) -> _Plan:
+        """``x_s = ratio x + (1 - ratio) x0 + std z``, where x has noise ``hat`` and the network was told ``sigma``."""
+        prediction = {"original_sample": "sample"}.get(self.config.prediction_type, self.config.prediction_type)
+        if prediction not in PREDICTIONS:
+            raise _NotServed("")
+        if prediction != "v_prediction":
+            return _plan(PREDICTIONS[prediction], 1.0, hat, ratio, 1 - ratio, std)
+        p, q = 1 / (sigma**2 + 1), sigma / (sigma**2 + 1) ** 0.5  # x0 = p x - q output: v of the levels with these
+        return _plan("v", p / (p**2 + q**2), q / (p**2 + q**2), ratio, 1 - ratio, std)
+
+
+class EulerDiscreteScheduler(_Scaled, diffusers.EulerDiscreteScheduler):
+    """diffusers' ``EulerDiscreteScheduler`` with fused steps; see the module."""
+
+    @functools.wraps(diffusers.EulerDiscreteScheduler.set_timesteps)
+    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None):
+        super().set_timesteps(num_inference_steps, "cpu", timesteps, sigmas)
+        self._keep_timesteps(device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> EulerDiscreteSchedulerOutput | tuple[Tensor, Tensor]:
+        """As the parent's."""
+        try:
+            result = self._step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator)
+        except _NotServed as reason:
+            self._leave_to_parent(reason)
+            return super().step(
+                model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict
+            )
+        return EulerDiscreteSchedulerOutput(*result) if return_dict else result
+
+    def _step(
+        self,
+        output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        s_churn: float,
+        s_tmin: float,
+        s_tmax: float,
+        s_noise: float,
+        generator: Generators,
+    ) -> tuple[Tensor, Tensor]:
+        self._check(timestep)
+        step = self._count(timestep)
+        plan, churns = self._cached((self.sigmas, self._internal_dict), s_churn, s_tmin, s_tmax)
+        x = _checked(sample, output, torch.float32)
+        if plan.still[step] is None:
+            raise _NotServed(_NO_STEP)
+        if churns[step] > 0:
+            x = torch.add(x, self._draw(output, generator, step), alpha=s_noise * churns[step])
+        x_s, x0 = self._advance(plan, step, x, output)
+        self._step_index = step + 1
+        return x_s.to(output.dtype), x0
+
+    def _make_plan(self, s_churn: float, s_tmin: float, s_tmax: float) -> Any:
+        sigmas = self.sigmas.cpu()
+        sigma, sigma_s = sigmas[:-1], sigmas[1:]
+        gamma = torch.where((s_tmin <= sigma) & (sigma <= s_tmax), min(s_churn / len(sigma), 2**0.5 - 1), 0.0)
+        hat = sigma * (gamma + 1)
+        churns = (hat**2 - sigma**2) ** 0.5
+        return self._euler(hat, sigma, sigma_s.double() / hat), churns.where(gamma > 0, 0.0).tolist()
+
+
+class EulerAncestralDiscreteScheduler(_Scaled, diffusers.EulerAncestralDiscreteScheduler):
+    """diffusers' ``EulerAncestralDiscreteScheduler`` with fused steps; see the module."""
+
+    @functools.wraps(diffusers.EulerAncestralDiscreteScheduler.set_timesteps)
+    def set_timesteps(self, num_inference_steps, device=None):
+        super().set_timesteps(num_inference_steps, "cpu")
+        self._keep_timesteps(device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> EulerAncestralDiscreteSchedulerOutput | tuple[Tensor, Tensor]:
+        """As the parent's."""
+        try:
+            result = self._step(model_output, timestep, sample, generator)
+        except _NotServed as reason:
+            self._leave_to_parent(reason)
+            return super().step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
+        return EulerAncestralDiscreteSchedulerOutput(*result) if return_dict else result
+
+    def _step(self, output: Tensor, timestep: Any, sample: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
+        self._check(timestep)
+        step = self._count(timestep)
+        plan = self._cached((self.sigmas, self._internal_dict))
+        x = _checked(sample, output, torch.float32)
+        x_s, x0 = self._advance(plan, step, x, output, generator=generator, noisy=True)
+        self._step_index = step + 1
+        return x_s.to(output.dtype), x0
+
+    def _make_plan(self) -> _Plan:
+        if self.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise _NotServed("")
+        sigmas = self.sigmas.cpu()
+        sigma, sigma_s = sigmas[:-1], sigmas[1:]
+        up = (sigma_s**2 * (sigma**2 - sigma_s**2) / sigma**2) ** 0.5
+        down = (sigma_s**2 - up**2) ** 0.5
+        return self._euler(sigma, sigma, down.double() / sigma, up)
+
+
+class FlowMatchEulerDiscreteScheduler(_Ordered, diffusers.FlowMatchEulerDiscreteScheduler):
+    """diffusers' ``FlowMatchEulerDiscreteScheduler`` with fused steps; see the module."""
+
+    @functools.wraps(diffusers.FlowMatchEulerDiscreteScheduler.set_timesteps)
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        super().set_timesteps(num_inference_steps, "cpu", sigmas, mu, timesteps)
+        self._keep_timesteps(device)
+        host = self.sigmas
+        if device is not None:
+            self.sigmas = host.to(device, non_blocking=True)
+        self._host_sigmas = self.sigmas, host
+
+    _host_sigmas: tuple[Tensor, Tensor] | None = None
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+        generator: Generators = None,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
+        """As the parent's, which makes nothing of ``s_churn``, ``s_tmin``, ``s_tmax`` and ``s_noise``, either."""
+        try:
+            result = self._step(model_output, timestep, sample, generator, per_token_timesteps)
+        except _NotServed as reason:
+            self._leave_to_parent(reason)
+            return super().step(
+                model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, per_token_timesteps,
+                return_dict,
+            )  # fmt: skip
+        return FlowMatchEulerDiscreteSchedulerOutput(result) if return_dict else (result,)
+
+    def _step(
+        self, output: Tensor, timestep: Any, sample: Tensor, generator: Generators, tokens: Tensor | None
+    ) -> Tensor:
+        if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
+            raise _NotServed("")
+        if tokens is not None:
+            raise _NotServed("per_token_timesteps were given")
+        step = self._count(timestep)
+        plan, increments = self._cached((self.sigmas, self._internal_dict))
+        if plan is None:
+            _checked(sample, output)
+            x_s = torch.add(sample, output, alpha=increments[step])
+        else:
+            x = _checked(sample, output, torch.float32)
+            x_s, _ = self._advance(plan, step, x, output, generator=generator, noisy=True)
+        self._step_index = step + 1
+        return x_s.to(output.dtype)
+
+    def _make_plan(self) -> Any:
+        known = self._host_sigmas
+        sigmas = known[1] if known is not None and known[0] is self.sigmas else self.sigmas.cpu()
+        sigma, sigma_s = sigmas[:-1], sigmas[1:]
+        if not self.config.stochastic_sampling:
+            return None, (sigma_s - sigma).tolist()
+        return _plan("epsilon", 1.0, sigma, torch.zeros_like(sigma), 1 - sigma_s, sigma_s), None
+
+
+class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepScheduler):
+    """diffusers' ``DPMSolverMultistepScheduler`` with fused steps, those of DPM-Solver++ (Lu et al. 2022); see the
+    module."""
+
+    model_outputs: list[Tensor | None]
+    lower_order_nums: int
+    num_inference_steps: int | None
+
+    @functools.wraps(diffusers.DPMSolverMultistepScheduler.set_timesteps)
+    def set_timesteps(self, num_inference_steps=None, device=None, mu=None, timesteps=None):
+        super().set_timesteps(num_inference_steps, "cpu", mu, timesteps)
+        self._keep_timesteps(device)
+
+    def _without_timestep(self) -> int:
+        return len(self.timesteps) - 1
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """As the parent's."""
+        try:
+            result = self._step(model_output, timestep, sample, generator, variance_noise)
+        except _NotServed as reason:
+            self._leave_to_parent(reason)
+            return super().step(model_output, timestep, sample, generator, variance_noise, return_dict)
+        return SchedulerOutput(result) if return_dict else (result,)
+
+    def _step(
+        self, output: Tensor, timestep: Any, sample: Tensor, generator: Generators, noise: Tensor | None
+    ) -> Tensor:
+        if self.num_inference_steps is None:
+            raise _NotServed("")
+        step = self._count(timestep)
+        plans, learned, order_most, noisy = self._cached((self.sigmas, self._internal_dict))
+        if learned:
+            output = output[:, :3]
+        x = _checked(sample, output)
+        order = self._order(step, order_most)
+        plan, *shares = plans[order - 1]
+        displacement = None
+        for share, earlier in zip(shares, reversed(self.model_outputs), strict=False):
+            if displacement is None:
+                displacement = earlier * share[step]
+            else:
+                displacement = displacement.add_(earlier, alpha=share[step])
+        if noisy and noise is not None:
+            noise = noise.to(device=x.device, dtype=torch.float32)
+        x_s, x0 = self._advance(
+            plan, step, x, output, displacement=displacement, noise=noise, noise_dtype=torch.float32,
+            generator=generator, noisy=noisy,
+        )  # fmt: skip
+        self.model_outputs = [*self.model_outputs[1:], x0]
+        self.lower_order_nums = min(self.lower_order_nums + 1, order_most)
+        self._step_index = step + 1
+        return x_s
+
+    def _order(self, step: int, most: int) -> int:
+        config, steps = self.config, len(self.timesteps)
+        few = config.lower_order_final and steps < 15
+        if step == steps - 1 and (config.euler_at_final or few or config.final_sigmas_type == "zero"):
+            return 1
+        return min(most, self.lower_order_nums + 1, 2 if step == steps - 2 and few else 3)
+
+    def _make_plan(self) -> Any:
+        config = self.config
+        if config.algorithm_type not in ("dpmsolver++", "sde-dpmsolver++"):
+            raise _NotServed(f"algorithm_type is {config.algorithm_type}")
+        sigmas = self.sigmas.cpu()
+        alpha, sigma = self._sigma_to_alpha_sigma_t(sigmas)
+        log_snr = alpha.log() - sigma.log()
+        h, alpha_s = log_snr[1:] - log_snr[:-1], alpha[1:]
+        a = sigma[1:] / sigma[:-1]
+        std: Tensor | float = 0.0
+        noisy = config.algorithm_type == "sde-dpmsolver++"
+        if noisy:
+            a = a * torch.exp(-h)
+            std = sigma[1:] * torch.sqrt(1.0 - torch.exp(-2 * h))
+            h = 2.0 * h  # the integrals are those of the ODE over twice the way
+        # phi_1, phi_2, phi_3: the integrals of the clean sample's constant, linear and quadratic part
+        zeroth = alpha_s * (1.0 - torch.exp(-h))
+        first = alpha_s * ((torch.exp(-h) - 1.0) / h + 1.0)
+        second = alpha_s * ((1.0 - torch.exp(-h) - h) / h**2 + (-0.5 if noisy else 0.5))  # the parent's sign
+        gone = torch.full((2,), torch.nan)
+        h_1 = torch.cat([gone[:1], h])[: len(h)]
+        h_2 = torch.cat([gone, h])[: len(h)]
+        r_0, r_1 = h_1 / h, h_2 / h
+        plans = []
+        slope = 0.5 * zeroth if config.solver_type == "midpoint" else first
+        w = (first * r_0 + second) / (r_0 + r_1)
+        for shares in (
+            (),
+            (-slope / r_0,),
+            (-(first + w) / r_0 - w / r_1, w / r_1),
+        ):
+            kind, level = self._kind(alpha, sigma, sigmas)
+            mine = zeroth - sum(shares, torch.zeros(()))
+            plan = _plan(kind, *level, a, mine, std, _clip_of(config, clips=False))
+            plans.append((plan, *(share.tolist() for share in shares)))
+        learned = config.prediction_type == "epsilon" and config.variance_type in ("learned", "learned_range")
+        return plans, learned, config.solver_order, noisy
+
+    def _kind(self, alpha: Tensor, sigma: Tensor, sigmas: Tensor) -> tuple[str, tuple[Tensor | float, Tensor]]:
+        kind = self.config.prediction_type
+        if kind == "flow_prediction":
+            return "epsilon", (1.0, sigmas[:-1])  # x0 = x - sigma output
+        if kind not in PREDICTIONS:
+            raise _NotServed("")
+        return PREDICTIONS[kind], (alpha[:-1], sigma[:-1])
+
+
+# --- one line for a pipeline --------------------------------------------------------------------------------
+
+SCHEDULERS = {
+    scheduler.__bases__[1]: scheduler
+    for scheduler in (
+        DDPMScheduler,
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+    )
+}
+
+
+def accelerate(pipe: Any, *, fused_noise: bool = False) -> Any:
+    """Give a pipeline's schedulers fused steps, with all that they are set to; returns ``pipe``.
+
+    ``pipe`` is any object with a ``scheduler``, or a ``DiffusionPipeline``, of whose components each scheduler counts.
+    ``fused_noise``: see `fastguide.integrations.diffusers.schedulers`. Raises ``TypeError`` where there is none that
+    this module has.
+    """
+    parts = dict(getattr(pipe, "components", {}))
+    if hasattr(pipe, "scheduler"):
+        parts.setdefault("scheduler", pipe.scheduler)
+    schedulers = {name: part for name, part in parts.items() if isinstance(part, diffusers.SchedulerMixin)}
+    served = {name: part for name, part in schedulers.items() if isinstance(part, _Fused) or type(part) in SCHEDULERS}
+    others = sorted({type(part).__name__ for name, part in schedulers.items() if name not in served})
+    if not served:
+        names = ", ".join(parent.__name__ for parent in SCHEDULERS)
+        raise TypeError(f"pipe: expected a scheduler that is one of {names}, got {', '.join(others) or 'none'}")
+    if others:
+        warnings.warn(f"accelerate leaves {', '.join(others)} as it is", RuntimeWarning, stacklevel=2)
+    for name, part in served.items():
+        scheduler = copy.copy(part)
+        scheduler.__class__ = SCHEDULERS.get(type(part), type(part))
+        scheduler.fused_noise = fused_noise
+        setattr(pipe, name, scheduler)
+    return pipe
