@@ -332,6 +332,8 @@ def reverse_step(
     _check_state("model_output", model_output, x)
     if displacement is not None:
         _check_state("displacement", displacement, x)
+    if not isinstance(clip_noise, bool):
+        raise TypeError(f"clip_noise: expected a bool, got {clip_noise!r}")
     if prediction not in reference.PREDICTIONS:
         raise ValueError(f"prediction: expected one of {reference.PREDICTIONS}, got {prediction!r}")
     _check_coefficients(coefficients, x, prediction)

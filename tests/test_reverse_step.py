@@ -577,6 +577,7 @@ def bad(**changes) -> dict:
         (dict(clip=(1.0,)), ValueError, "clip: expected a number > 0"),
         (dict(clip=[-1.0, 1.0]), ValueError, "clip: expected a number > 0"),
         (dict(clip=math.nan), ValueError, "clip: expected a number > 0"),
+        (dict(clip=1.0, clip_noise=None), TypeError, "clip_noise: expected a bool, got None"),
         (dict(clip=DynamicThreshold(1.5)), ValueError, "clip: expected 0 <= ratio <= 1"),
         (
             dict(clip=DynamicThreshold(0.9, 0.5)),

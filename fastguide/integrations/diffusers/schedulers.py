@@ -31,22 +31,22 @@ import functools
 import math
 import warnings
 from collections import Counter
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteSchedulerOutput
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput  # a saved pipeline is loaded by both
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ... import ops
-from ...reference import Clip, DynamicThreshold
+from ...reference import Clip, Coefficients, DynamicThreshold
 
 __all__ = [
     "DDIMScheduler",
@@ -67,11 +67,10 @@ PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
 
 
 class _Plan(NamedTuple):
-    """The steps of a schedule as coefficients of `fastguide.ops.reverse_step`; None where it has none."""
+    """The steps of a schedule as coefficients of `fastguide.ops.reverse_step`."""
 
     prediction: str
-    still: list[tuple[float, ...] | None]  # without noise
-    noisy: list[tuple[float, ...] | None]
+    steps: list[tuple[Coefficients, Coefficients] | None]  # without noise and with it; None where there are none
     table: Tensor  # [6, steps], float64: alpha_t, sigma_t, alpha_s, sigma_s without noise, sigma_s with it, std
     clip: Clip
     clip_noise: bool
@@ -92,18 +91,18 @@ def _plan(
 ) -> _Plan:
     """Steps ``x_s = a x + b x0 + std z`` from levels where ``x0`` is what ``prediction`` says of (alpha, sigma): each
     is the reverse step to a level of its own."""
-    a, b, alpha, sigma, std = torch.broadcast_tensors(*(torch.as_tensor(v).double() for v in (a, b, alpha, sigma, std)))
-    kept = a * sigma
-    table = torch.stack([alpha, sigma, b + alpha * a, kept, kept.hypot(std), std])
-    served = (table.isfinite() & (table >= 0.0)).all(dim=0) & (sigma > 0.0)
+    numbers = (torch.as_tensor(v).double() for v in (alpha, sigma, a, b, std))
+    alpha_t, sigma_t, a, b, tau = torch.broadcast_tensors(*numbers)
+    kept = a * sigma_t
+    table = torch.stack([alpha_t, sigma_t, b + alpha_t * a, kept, kept.hypot(tau), tau])
+    served = (table.isfinite() & (table >= 0.0)).all(dim=0) & (sigma_t > 0.0)
     if prediction == "epsilon":
-        served &= alpha > 0.0
-    table = table.where(served, torch.nan)
-    still, noisy = [], []
-    for good, (*levels, s, noisy_s, tau) in zip(served.tolist(), table.T.tolist(), strict=True):
-        still.append((*levels, s, 0.0) if good else None)
-        noisy.append((*levels, noisy_s, tau) if good else None)
-    return _Plan(prediction, still, noisy, table, clip, clip_noise)
+        served &= alpha_t > 0.0
+    steps = [
+        ((*levels, still_s, 0.0), (*levels, noisy_s, std)) if good else None
+        for good, (*levels, still_s, noisy_s, std) in zip(served.tolist(), table.T.tolist(), strict=True)
+    ]
+    return _Plan(prediction, steps, table.where(served, torch.nan), clip, clip_noise)
 
 
 def _version(tensor: Tensor) -> int:
@@ -114,7 +113,7 @@ class _NotServed(Exception):
     """Why a step goes to the parent's code; without a reason where the parent refuses it, too."""
 
 
-_NO_STEP = "x0 is not determined at this level, or the next is not below it"
+_NO_STEP = "the numbers of this step are those of no reverse step"
 
 
 # --- what all have in common --------------------------------------------------------------------------------
@@ -219,22 +218,23 @@ class _Fused:
     ) -> tuple[Tensor, Tensor]:
         """``(x_s, x0)`` of the steps at ``place``, one for all samples or one for each. ``noise`` is drawn where none
         is given; ``std`` takes the place of the plan's."""
-        counter = {}
+        counter: dict[str, Any] = {}
+        levels: Coefficients
         if isinstance(place, Tensor):
-            alpha_t, sigma_t, alpha_s, still_s, _, tau = columns = plan.columns(place, x.device)
+            alpha_t, sigma_t, alpha_s, sigma_s, _, tau = columns = plan.columns(place, x.device)
             if columns.is_cpu and columns.isnan().any():
                 raise _NotServed(_NO_STEP)
-            levels = alpha_t, sigma_t, alpha_s, still_s, 0.0
+            levels = alpha_t, sigma_t, alpha_s, sigma_s, 0.0
             tau = tau.reshape(-1, *(1,) * (x.ndim - 1)).to(output.dtype)
         else:
-            levels = plan.still[place]
-            if levels is None:
+            found = plan.steps[place]
+            if found is None:
                 raise _NotServed(_NO_STEP)
+            levels, moving = found
+            tau = moving[4]
             if noisy and noise is None and std is None and self.fused_noise and not isinstance(generator, list):
-                levels, noisy = plan.noisy[place], False
+                levels, noisy = moving, False
                 counter = {"seed": self._counter(generator), "step": place, "first_particle": self.first_sample}
-            elif noisy:
-                tau = plan.noisy[place][4]
         if noisy:
             scale = tau if std is None else std
             noise = self._draw(output, generator, place, noise_dtype).mul_(scale) if noise is None else noise * scale
@@ -321,7 +321,7 @@ class _Indexed(_Fused):
             if timestep.is_floating_point() or timestep.numel() not in (1, sample.shape[0]):
                 raise _NotServed("")
             return timestep.reshape(-1).long().expand(sample.shape[0])
-        if not isinstance(value, int | Integral) or not 0 <= value < self.alphas_cumprod.shape[0]:
+        if not isinstance(value, int | np.integer) or not 0 <= value < self.alphas_cumprod.shape[0]:
             raise _NotServed("")
         return int(value)
 
@@ -359,18 +359,20 @@ class DDPMScheduler(_Indexed, diffusers.DDPMScheduler):
         place = self._place(timestep, sample)
         parts = self.alphas_cumprod, self.timesteps, self._internal_dict
         plan, log_variances = self._cached(parts, self.num_inference_steps, self.custom_timesteps, self.variance_type)
-        predicted = None
+        std = None
         if log_variances is not None:
             if isinstance(place, Tensor) or output.shape[1] != 2 * sample.shape[1]:
                 raise _NotServed("")
             output, predicted = output.split(sample.shape[1], dim=1)
+            std = _std_of(predicted, log_variances, place)
         x = _checked(sample, output)
         if isinstance(place, int) and place == 0:
             return self._advance(plan, place, x, output)
-        std = None if predicted is None else _std_of(predicted, log_variances, place)
         return self._advance(plan, place, x, output, generator=generator, noisy=True, std=std)
 
     def _make_plan(self, num_inference_steps: int | None, custom: bool, variance_type: str) -> Any:
+        if variance_type != self.config.variance_type:
+            raise _NotServed("variance_type is not that of the configuration")
         alpha_bar = self.alphas_cumprod.cpu()
         before = torch.arange(len(alpha_bar)) - 1
         if custom or num_inference_steps:
@@ -401,12 +403,12 @@ class DDPMScheduler(_Indexed, diffusers.DDPMScheduler):
         return plan, log_variances
 
 
-def _std_of(predicted: Tensor, log_variances: tuple[str, list[float], list[float]], place: int | Tensor) -> Tensor:
+def _std_of(predicted: Tensor, log_variances: tuple[str, list[float], list[float]], place: int) -> Tensor:
     """Nichol, Dhariwal 2021, eq. 15: between the least and the largest variance, in the logarithm."""
     kind, least, largest = log_variances
     if kind == "learned":
         return predicted**0.5
-    low, high = least[place], largest[place]  # type: ignore[index]
+    low, high = least[place], largest[place]
     return predicted.mul((high - low) / 4).add_((high + low) / 4).exp_()
 
 
@@ -455,7 +457,7 @@ class DDIMScheduler(_Indexed, diffusers.DDIMScheduler):
             raise _NotServed("")
         place = self._place(timestep, sample)
         parts = self.alphas_cumprod, self.final_alpha_cumprod, self._internal_dict
-        plan = self._cached(parts, self.num_inference_steps, float(eta), clipped)
+        plan = self._cached(parts, self.num_inference_steps, float(eta), bool(clipped))
         x = _checked(sample, output)
         return self._advance(plan, place, x, output, noise=noise, generator=generator, noisy=eta > 0)
 
@@ -520,7 +522,7 @@ class _Scaled(_Ordered):
         if self._step_index is None:
             self._init_step_index(timestep)
         self.is_scale_input_called = True
-        return sample / math.sqrt(self._host_sigmas()[self._step_index] ** 2 + 1)
+        return sample / math.sqrt(self._host_sigmas()[self._step_index] ** 2 + 1)  # type: ignore[index]
 
     def _host_sigmas(self) -> list[float]:
         sigmas = self.sigmas
@@ -592,7 +594,7 @@ class EulerDiscreteScheduler(_Scaled, diffusers.EulerDiscreteScheduler):
         step = self._count(timestep)
         plan, churns = self._cached((self.sigmas, self._internal_dict), s_churn, s_tmin, s_tmax)
         x = _checked(sample, output, torch.float32)
-        if plan.still[step] is None:
+        if plan.steps[step] is None:
             raise _NotServed(_NO_STEP)
         if churns[step] > 0:
             x = torch.add(x, self._draw(output, generator, step), alpha=s_noise * churns[step])
@@ -858,7 +860,7 @@ def accelerate(pipe: Any, *, fused_noise: bool = False) -> Any:
     parts = dict(getattr(pipe, "components", {}))
     if hasattr(pipe, "scheduler"):
         parts.setdefault("scheduler", pipe.scheduler)
-    schedulers = {name: part for name, part in parts.items() if isinstance(part, diffusers.SchedulerMixin)}
+    schedulers = {name: part for name, part in parts.items() if isinstance(part, SchedulerMixin)}
     served = {name: part for name, part in schedulers.items() if isinstance(part, _Fused) or type(part) in SCHEDULERS}
     others = sorted({type(part).__name__ for name, part in schedulers.items() if name not in served})
     if not served:

@@ -1,0 +1,688 @@
+"""The schedulers of `fastguide.integrations.diffusers` against diffusers' own: the same results of the same noise, in
+every configuration; what is left to the parent, and that nothing waits for a device."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+
+from fastguide import ops
+
+diffusers = pytest.importorskip("diffusers")
+from fastguide.integrations import diffusers as ours  # noqa: E402
+
+NAMES = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+)
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+SHAPE = (3, 3, 5, 6)
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+
+
+def both(name: str, **config):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers': the older algorithms of DPM-Solver
+        return getattr(diffusers, name)(**config), getattr(ours, name)(**config)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+def trajectory(scheduler, steps: int = 10, *, dtypes=(F32, F32), outputs: int = 1, seed: int = 7, **options) -> list:
+    """``(prev_sample, pred_original_sample)`` of every step, and the generator at the end."""
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(seed)
+    fixed = normal(SHAPE[0], outputs * SHAPE[1], *SHAPE[2:], seed=1)
+    x = normal(*SHAPE, dtype=dtypes[0]) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    results = []
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        output = (0.3 * torch.cat([scaled.float()] * outputs, dim=1) + 0.5 * fixed).to(dtypes[1])
+        out = scheduler.step(output, t, x, generator=generator, **options)
+        results.append((out.prev_sample, getattr(out, "pred_original_sample", None)))
+        x = out.prev_sample.to(dtypes[0])
+    return [*results, generator.get_state()]
+
+
+def assert_same(got: list, expected: list, tolerance: float = 3e-5) -> None:
+    """To float32's rounding, a hundred times larger where x0 is a small difference over a small alpha."""
+    *got, got_state = got
+    *expected, state = expected
+    assert torch.equal(got_state, state)
+    for step, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
+        for a, b in zip(mine, theirs, strict=True):
+            if b is None:
+                assert a is None
+                continue
+            assert a.dtype == b.dtype and a.shape == b.shape
+            error = (a.double() - b.double()).abs().max() / b.double().abs().max()
+            assert error < tolerance, f"step {step}: {error:.1e}"
+
+
+# --- the parent's results -----------------------------------------------------------------------------------
+
+CLIPS = (
+    dict(),
+    dict(clip_sample=False),
+    dict(clip_sample_range=0.7),
+    dict(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=2.0),
+)
+SPACINGS = (dict(timestep_spacing="trailing"), dict(timestep_spacing="linspace"), dict(steps_offset=1))
+BETAS = (dict(beta_schedule="scaled_linear"), dict(trained_betas=[0.006] * 1000))
+ZERO_SNR = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+SIGMAS = (
+    dict(),
+    dict(use_karras_sigmas=True),
+    dict(use_exponential_sigmas=True),
+    dict(use_beta_sigmas=True),
+    dict(final_sigmas_type="sigma_min"),
+)
+CHURN = dict(s_churn=3.0, s_tmin=0.1, s_tmax=10.0, s_noise=1.1)
+
+
+def cases():
+    for prediction, config in itertools.product(PREDICTIONS, (*CLIPS, *SPACINGS, *BETAS)):
+        config = dict(prediction_type=prediction, **config)
+        yield "DDPMScheduler", config, {}
+        for options in ({}, dict(eta=1.0), dict(eta=0.6, use_clipped_model_output=True)):
+            yield "DDIMScheduler", config, options
+    for kind in ("fixed_small_log", "fixed_large"):
+        yield "DDPMScheduler", dict(variance_type=kind), {}
+    yield "DDIMScheduler", dict(set_alpha_to_one=False), dict(eta=0.5)
+    for prediction in PREDICTIONS[1:]:
+        yield "DDPMScheduler", dict(prediction_type=prediction, **ZERO_SNR), {}
+        yield "DDIMScheduler", dict(prediction_type=prediction, **ZERO_SNR), dict(eta=0.5)
+    for prediction, config, options in itertools.product(PREDICTIONS, (*SIGMAS, *SPACINGS, ZERO_SNR), ({}, CHURN)):
+        yield "EulerDiscreteScheduler", dict(prediction_type=prediction, **config), options
+    yield "EulerDiscreteScheduler", dict(prediction_type="v_prediction", timestep_type="continuous"), {}
+    yield "EulerDiscreteScheduler", dict(interpolation_type="log_linear"), CHURN
+    for prediction, config in itertools.product(("epsilon", "v_prediction"), ({}, *SPACINGS, ZERO_SNR)):
+        yield "EulerAncestralDiscreteScheduler", dict(prediction_type=prediction, **config), {}
+    for algorithm, order, solver in itertools.product(
+        ("dpmsolver++", "sde-dpmsolver++"), (1, 2, 3), ("midpoint", "heun")
+    ):
+        config = dict(algorithm_type=algorithm, solver_order=order, solver_type=solver)
+        yield "DPMSolverMultistepScheduler", config, {}
+        more = dict(prediction_type=PREDICTIONS[order - 1], thresholding=True, dynamic_thresholding_ratio=0.9)
+        yield "DPMSolverMultistepScheduler", config | more | SIGMAS[min(order, 2)], {}
+    for config in (
+        dict(use_lu_lambdas=True),
+        dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        dict(euler_at_final=True, final_sigmas_type="sigma_min"),
+        dict(lower_order_final=False, final_sigmas_type="sigma_min", solver_order=3),
+        dict(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1, variance_type="learned_range"),
+        ZERO_SNR,
+    ):
+        yield "DPMSolverMultistepScheduler", config, {}
+    for config in (
+        *({}, dict(shift=3.0), dict(stochastic_sampling=True), dict(shift_terminal=0.1), dict(invert_sigmas=True)),
+        *SIGMAS[1:4],
+    ):
+        yield "FlowMatchEulerDiscreteScheduler", config, {}
+
+
+CASES = [pytest.param(*case, id=f"{i}-{case[0]}") for i, case in enumerate(cases())]
+
+
+@pytest.mark.parametrize(("name", "config", "options"), CASES)
+def test_trajectories(name, config, options):
+    theirs, mine = both(name, **config)
+    for steps in (10, 16):  # DPM-Solver treats fewer than 15 in a way of its own
+        assert_same(trajectory(mine, steps, **options), trajectory(theirs, steps, **options))
+    assert not mine.parent_calls
+
+
+def test_a_variance_that_the_network_predicts():
+    theirs, mine = both("DDPMScheduler", variance_type="learned_range")
+    assert_same(trajectory(mine, outputs=2), trajectory(theirs, outputs=2))
+    theirs, mine = both("DDPMScheduler", variance_type="learned")
+    theirs.set_timesteps(5), mine.set_timesteps(5)
+    output, x = normal(2, 6, 4, 4).abs(), normal(2, 3, 4, 4)
+    expected, got = (s.step(output, 400, x, generator=torch.manual_seed(1)).prev_sample for s in (theirs, mine))
+    torch.testing.assert_close(got, expected)
+    assert not mine.parent_calls
+
+
+@pytest.mark.parametrize("dtypes", [(F16, F16), (BF16, BF16), (F32, F16), (F16, F32), (F64, F64)])
+@pytest.mark.parametrize(
+    ("name", "prediction"), [*itertools.product(NAMES[:2], PREDICTIONS), *((n, "") for n in NAMES)]
+)
+def test_dtypes(name, prediction, dtypes):
+    """Its dtypes, and errors that are no larger than the parent's, whose every operation rounds."""
+    theirs, mine = both(name, **(dict(prediction_type=prediction, clip_sample=False) if prediction else {}))
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(10)
+    t = scheduler.timesteps[4]
+    x, output = normal(*SHAPE, dtype=dtypes[0]), normal(*SHAPE, seed=1, dtype=dtypes[1])
+    steps = {}
+    for kind, scheduler, inputs in (
+        ("exact", theirs, (output.double(), t, x.double())),
+        ("theirs", theirs, (output, t, x)),
+        ("mine", mine, (output, t, x)),
+    ):
+        for attribute in ("_step_index", "_begin_index"):
+            setattr(scheduler, attribute, None)
+        scheduler.is_scale_input_called, scheduler.model_outputs, scheduler.lower_order_nums = True, [None] * 2, 0
+        torch.manual_seed(3)
+        # noise is drawn in the dtype of the output: compare what is not noise
+        options = dict(generator=torch.Generator().manual_seed(1)) if kind != "exact" else {}
+        steps[kind] = scheduler.step(*inputs, return_dict=False, **options)
+    for mine_, theirs_, exact in list(zip(steps["mine"], steps["theirs"], steps["exact"], strict=True))[::-1]:
+        assert mine_.dtype == theirs_.dtype
+        if name in ("DDPMScheduler", "EulerAncestralDiscreteScheduler") and mine_ is steps["mine"][0]:
+            exact = theirs_.double()
+            assert (mine_.double() - exact).abs().max() < 0.1
+            continue
+        errors = [(v.double() - exact).abs().max() for v in (mine_, theirs_)]
+        assert errors[0] <= errors[1] + 1e-6 * exact.abs().max()
+    assert not mine.parent_calls
+
+
+def test_noise_that_is_given():
+    for name, config, options in (
+        ("DDIMScheduler", {}, dict(eta=0.8)),
+        ("DPMSolverMultistepScheduler", dict(algorithm_type="sde-dpmsolver++"), {}),
+    ):
+        theirs, mine = both(name, **config)
+        results = []
+        for scheduler in (theirs, mine):
+            scheduler.set_timesteps(10)
+            inputs = normal(*SHAPE), scheduler.timesteps[3], normal(*SHAPE, seed=1)
+            results.append(scheduler.step(*inputs, variance_noise=normal(*SHAPE, seed=2), **options).prev_sample)
+        torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("name", NAMES[:5])
+def test_a_generator_for_each_sample(name):
+    theirs, mine = both(name, **(dict(algorithm_type="sde-dpmsolver++") if name.startswith("DPM") else {}))
+    options = dict(eta=1.0) if name == "DDIMScheduler" else dict(s_churn=2.0) if name == NAMES[2] else {}
+    results = []
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(10)
+        t = scheduler.timesteps[2]
+        x = scheduler.scale_model_input(normal(*SHAPE), t)
+        generators = [torch.Generator().manual_seed(n) for n in range(SHAPE[0])]
+        results.append(scheduler.step(normal(*SHAPE, seed=1), t, x, generator=generators, **options).prev_sample)
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signatures_and_outputs_are_the_parents(name):
+    theirs, mine = both(name)
+    for method in ("step", "set_timesteps", "scale_model_input", "index_for_timestep", "__init__"):
+        if hasattr(theirs, method):
+            a, b = (inspect.signature(getattr(type(s), method)).parameters for s in (mine, theirs))
+            assert [(p.name, p.default, p.kind) for p in a.values() if p.name != "args"] == [
+                (p.name, p.default, p.kind) for p in b.values() if p.name != "args"
+            ]
+    outputs = []
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(5)
+        scheduler.is_scale_input_called = True
+        t = scheduler.timesteps[0]
+        out = scheduler.step(normal(*SHAPE), t, normal(*SHAPE, seed=1), generator=torch.manual_seed(0))
+        scheduler._step_index = None
+        bare = scheduler.step(
+            normal(*SHAPE), t, normal(*SHAPE, seed=1), generator=torch.manual_seed(0), return_dict=False
+        )
+        for a, b in zip(bare, out.to_tuple(), strict=True):
+            torch.testing.assert_close(a, b)
+        outputs.append(out)
+    assert type(outputs[0]) is type(outputs[1]) and list(outputs[0]) == list(outputs[1])
+
+
+# --- where a run begins -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES[2:])
+def test_a_run_may_begin_anywhere(name):
+    theirs, mine = both(name)
+    x, output = normal(*SHAPE), normal(*SHAPE, seed=1)
+
+    def run(scheduler, begin):
+        scheduler.set_timesteps(12)
+        if begin is not None:
+            scheduler.set_begin_index(begin)
+        scheduler.is_scale_input_called = True
+        first, second = (
+            scheduler.step(output, t, x, generator=torch.manual_seed(0)).prev_sample for t in scheduler.timesteps[5:7]
+        )
+        assert scheduler.step_index == (5 if begin is None else begin) + 2
+        return first, second
+
+    for begin in (None, 5, 2):
+        for a, b in zip(run(mine, begin), run(theirs, begin), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_index_of_a_timestep():
+    theirs, mine = both("EulerDiscreteScheduler")
+    theirs.set_timesteps(7), mine.set_timesteps(7)
+    for t in (*theirs.timesteps, *theirs.timesteps.tolist()):
+        assert mine.index_for_timestep(t) == theirs.index_for_timestep(t)
+    with pytest.raises(IndexError):
+        mine.index_for_timestep(0.5)
+    theirs, mine = both("DPMSolverMultistepScheduler")
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(timesteps=[900, 600, 600, 300])
+    for t in (900, 600, 300, 17):  # the second of two, and the last for one that is not there
+        assert mine.index_for_timestep(t) == theirs.index_for_timestep(t)
+        assert mine.index_for_timestep(torch.tensor(t)) == theirs.index_for_timestep(torch.tensor(t))
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_without_a_schedule_or_with_timesteps_of_ones_own(name):
+    theirs, mine = both(name)
+    x, output = normal(*SHAPE), normal(*SHAPE, seed=1)
+
+    def step(scheduler, t):
+        return scheduler.step(output, t, x, generator=torch.manual_seed(0)).prev_sample
+
+    if name == "DDPMScheduler":
+        for t in (999, 1, 0):
+            torch.testing.assert_close(step(mine, t), step(theirs, t))
+        theirs.set_timesteps(timesteps=[800, 300, 20]), mine.set_timesteps(timesteps=[800, 300, 20])
+        for t in (800, 300, 20):
+            torch.testing.assert_close(step(mine, t), step(theirs, t))
+    theirs.set_timesteps(10), mine.set_timesteps(10)
+    for t in mine.timesteps.tolist():
+        torch.testing.assert_close(step(mine, t), step(theirs, t))
+    assert not mine.parent_calls
+
+
+def test_what_changes_under_way_is_noticed():
+    """Betas, sigmas and options that somebody sets after steps were taken."""
+    for name, config, change in (
+        ("DDIMScheduler", {}, lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod**2)),
+        ("DDIMScheduler", {}, lambda s: s.alphas_cumprod.mul_(0.9)),
+        ("DDIMScheduler", {}, lambda s: s.register_to_config(prediction_type="v_prediction")),
+        ("DDIMScheduler", {}, lambda s: s.set_timesteps(20)),
+        ("DDPMScheduler", {}, lambda s: setattr(s, "timesteps", s.timesteps - 10)),
+        ("DDPMScheduler", {}, lambda s: s.register_to_config(variance_type="fixed_large")),
+        ("DDPMScheduler", {}, lambda s: setattr(s, "variance_type", "fixed_large")),
+        ("EulerDiscreteScheduler", {}, lambda s: setattr(s, "sigmas", 2 * s.sigmas)),
+        ("EulerDiscreteScheduler", {}, lambda s: s.sigmas.mul_(0.5)),
+        ("FlowMatchEulerDiscreteScheduler", {}, lambda s: s.sigmas.mul_(0.5)),
+        ("FlowMatchEulerDiscreteScheduler", {}, lambda s: (s.set_shift(5.0), s.set_timesteps(10))),
+        ("DPMSolverMultistepScheduler", {}, lambda s: s.register_to_config(solver_type="heun")),
+    ):
+        results = []
+        for scheduler in both(name, **config):
+            scheduler.set_timesteps(10)
+            first, second = scheduler.timesteps[4], scheduler.timesteps[5]
+            x = normal(*SHAPE)
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, first)
+            before = scheduler.step(normal(*SHAPE, seed=1), first, x, generator=torch.manual_seed(0)).prev_sample
+            change(scheduler)
+            if name == "DDPMScheduler" and second not in scheduler.timesteps:
+                second = scheduler.timesteps[5]
+            if scheduler.num_inference_steps == 20 or getattr(scheduler, "step_index", 0) is None:
+                second = scheduler.timesteps[5]
+            after = scheduler.step(normal(*SHAPE, seed=2), second, x, generator=torch.manual_seed(0)).prev_sample
+            results.append((before, after))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+def test_gradients_are_the_parents():
+    for name, options in (("DDIMScheduler", dict(eta=0.5)), ("DDPMScheduler", {}), ("EulerDiscreteScheduler", {})):
+        gradients = []
+        for scheduler in both(name):
+            scheduler.set_timesteps(10)
+            scheduler.is_scale_input_called = True
+            x, output = normal(*SHAPE).requires_grad_(), normal(*SHAPE, seed=1).requires_grad_()
+            out = scheduler.step(output, scheduler.timesteps[3], x, generator=torch.manual_seed(0), **options)
+            loss = out.prev_sample.sin().sum() + out.pred_original_sample.cos().sum()
+            gradients.append(torch.autograd.grad(loss, (x, output)))
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+# --- what the parent does -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "reason"),
+    [
+        ("DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver", final_sigmas_type="sigma_min"), "dpmsolver"),
+        ("DDPMScheduler", dict(variance_type="fixed_large_log"), "fixed_large_log"),
+        ("DDIMScheduler", dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"), "no reverse step"),
+        ("DDPMScheduler", dict(thresholding=True, sample_max_value=0.5), "below 1"),
+    ],
+)
+def test_steps_that_are_left_to_the_parent_are_counted(name, config, reason):
+    theirs, mine = both(name, **config)
+    with pytest.warns(RuntimeWarning, match=rf"{name}: .*{reason}.*parent_calls") as warned:
+        got = trajectory(mine, 6)
+    assert sum(w.category is RuntimeWarning for w in warned) == 1
+    ((text, count),) = mine.parent_calls.items()
+    assert reason in text and count == (1 if "no reverse" in reason else 6)
+    for (a, _), (b, _) in zip(got[:-1], trajectory(theirs, 6)[:-1], strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def test_other_calls_that_are_left_to_the_parent():
+    theirs, mine = both("FlowMatchEulerDiscreteScheduler")
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(4)
+    tokens = dict(per_token_timesteps=torch.full((2, 3), 600.0))
+    x, output = normal(2, 3, 4), normal(2, 3, 4, seed=1)
+    with pytest.warns(RuntimeWarning, match="per_token_timesteps"):
+        got = mine.step(output, mine.timesteps[0], x, **tokens).prev_sample
+    assert torch.equal(got, theirs.step(output, theirs.timesteps[0], x, **tokens).prev_sample)
+    theirs, mine = both("DDIMScheduler")
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(4)
+    with pytest.warns(RuntimeWarning, match="shape"):
+        got = mine.step(output[:1], 750, x).prev_sample
+    assert torch.equal(got, theirs.step(output[:1], 750, x).prev_sample)
+    _, mine = both("EulerDiscreteScheduler")
+    mine.set_timesteps(4)
+    with pytest.warns(RuntimeWarning, match="scale_model_input was not called"):
+        mine.step(output, mine.timesteps[0], x)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "call"),
+    [
+        ("DDIMScheduler", {}, lambda s, x: s.step(x, 3, x)),  # no set_timesteps
+        ("DPMSolverMultistepScheduler", {}, lambda s, x: s.step(x, 3, x)),
+        ("DDIMScheduler", {}, lambda s, x: (s.set_timesteps(5), s.step(x, 1000, x))),
+        ("DDIMScheduler", {}, lambda s, x: (s.set_timesteps(5), s.step(x, 3.5, x))),
+        ("DDPMScheduler", {}, lambda s, x: (s.set_timesteps(5), s.step(x, 3, x))),
+        ("DDPMScheduler", {}, lambda s, x: s.set_timesteps(2000)),
+        (
+            "DDIMScheduler",
+            {},
+            lambda s, x: (
+                s.set_timesteps(5),
+                s.step(x, 200, x, eta=1.0, generator=torch.Generator(), variance_noise=x),
+            ),
+        ),
+        ("DDIMScheduler", dict(prediction_type="score"), lambda s, x: (s.set_timesteps(5), s.step(x, 200, x))),
+        ("DDPMScheduler", dict(variance_type="learned"), lambda s, x: s.step(x, 200, x)),
+        ("EulerDiscreteScheduler", {}, lambda s, x: s.step(x, 3, x)),
+        ("EulerDiscreteScheduler", {}, lambda s, x: s.step(x, torch.tensor(3), x)),
+        ("EulerDiscreteScheduler", dict(prediction_type="score"), lambda s, x: s.step(x, s.timesteps[0], x)),
+        ("EulerAncestralDiscreteScheduler", dict(prediction_type="sample"), lambda s, x: s.step(x, s.timesteps[0], x)),
+        ("FlowMatchEulerDiscreteScheduler", {}, lambda s, x: s.step(x, 3, x)),
+        ("FlowMatchEulerDiscreteScheduler", dict(use_dynamic_shifting=True), lambda s, x: s.set_timesteps(5)),
+        ("EulerDiscreteScheduler", dict(use_karras_sigmas=True, use_beta_sigmas=True), None),
+    ],
+)
+def test_errors_are_the_parents(name, config, call):
+    errors = []
+    for module in (diffusers, ours):
+        with pytest.raises(Exception) as caught:
+            scheduler = getattr(module, name)(**config)
+            scheduler.is_scale_input_called = True
+            call(scheduler, normal(2, 3, 4, 4))
+        errors.append((type(caught.value), str(caught.value)))
+    assert errors[0] == errors[1]
+
+
+# --- no wait ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("fused_noise", (False, True))
+def test_no_step_asks_the_device(name, fused_noise):
+    """Tensors without values: a question to them is an error. The parent asks, but where it counts its steps."""
+    theirs, mine = both(name)
+    mine.fused_noise = fused_noise
+    options = dict(eta=0.5) if name == "DDIMScheduler" else {}
+
+    def run(scheduler):
+        scheduler.set_timesteps(5, device="meta")
+        assert scheduler.timesteps.device.type == "meta"
+        x = torch.empty(SHAPE, device="meta")
+        for t in scheduler.timesteps:
+            if hasattr(scheduler, "scale_model_input"):
+                x = scheduler.scale_model_input(x, t)
+            x = scheduler.step(torch.empty_like(x), t, x, **options).prev_sample
+        return x
+
+    assert run(mine).shape == SHAPE and not mine.parent_calls
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        run(theirs)
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_a_timestep_that_only_the_device_knows(name):
+    _, mine = both(name)
+    mine.set_timesteps(5, device="meta")
+    x = torch.empty(SHAPE, device="meta")
+    out = mine.step(x, torch.empty((), dtype=torch.int64, device="meta"), x)
+    assert out.prev_sample.shape == SHAPE and not mine.parent_calls
+
+
+# --- a timestep for each sample -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(
+    ("name", "options"), [("DDPMScheduler", {}), ("DDIMScheduler", {}), ("DDIMScheduler", dict(eta=0.7))]
+)
+@pytest.mark.parametrize("fused_noise", (False, True))
+def test_timesteps_of_their_own(name, options, prediction, fused_noise):
+    theirs, mine = both(name, prediction_type=prediction)
+    theirs.set_timesteps(10), mine.set_timesteps(10)
+    mine.fused_noise = fused_noise
+    x, output = normal(*SHAPE), normal(*SHAPE, seed=1)
+    timesteps = torch.tensor([900, 0, 300])
+    got = mine.step(output, timesteps, x, generator=torch.Generator().manual_seed(5), **options)
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))
+    for n, t in enumerate(timesteps.tolist()):
+        one = slice(n, n + 1)
+        scheduler, generator = theirs, Replay(noise[one])
+        if fused_noise:
+            scheduler, generator = mine, torch.Generator().manual_seed(5)
+            mine.first_sample = n
+        with generator if isinstance(generator, Replay) else warnings.catch_warnings():
+            drawn = None if isinstance(generator, Replay) else generator
+            alone = scheduler.step(output[one], t, x[one], generator=drawn, **options)
+        torch.testing.assert_close(got.prev_sample[one], alone.prev_sample, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.pred_original_sample[one], alone.pred_original_sample, rtol=1e-5, atol=1e-5)
+    assert not mine.parent_calls
+
+
+class Replay:
+    """While it is entered, torch.randn gives what was given."""
+
+    def __init__(self, noise):
+        self.noise = noise
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(torch, "randn", lambda *shape, **options: self.noise.clone())
+
+    def __exit__(self, *_):
+        self.patch.undo()
+
+
+def test_timesteps_of_a_wrong_number():
+    _, mine = both("DDIMScheduler")
+    mine.set_timesteps(10)
+    with pytest.raises(RuntimeError):  # the parent's
+        mine.step(normal(*SHAPE), torch.tensor([100, 200]), normal(*SHAPE))
+
+
+# --- fused noise --------------------------------------------------------------------------------------------
+
+
+def stochastic(name: str, **config):
+    if name == "DPMSolverMultistepScheduler":
+        config["algorithm_type"] = "sde-dpmsolver++"
+    if name == "FlowMatchEulerDiscreteScheduler":
+        config["stochastic_sampling"] = True
+    scheduler = both(name, **config)[1]
+    scheduler.fused_noise = True
+    return scheduler
+
+
+OPTIONS = {"DDIMScheduler": dict(eta=1.0), "EulerDiscreteScheduler": dict(s_churn=4.0)}
+
+
+def fused_run(name, x, output, generator, first_sample=0, steps=4):
+    scheduler = stochastic(name)
+    scheduler.set_timesteps(steps)
+    scheduler.first_sample = first_sample
+    for t in scheduler.timesteps:
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, t)
+        x = scheduler.step(output, t, x, generator=generator, **OPTIONS.get(name, {})).prev_sample
+    assert not scheduler.parent_calls
+    return x
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sample_is_the_same_in_whatever_batch(name):
+    x, output = normal(4, 3, 5, 6), normal(4, 3, 5, 6, seed=1)
+    seeded = torch.Generator().manual_seed(11)
+    whole = fused_run(name, x, output, seeded)
+    for n in range(4):
+        one = slice(n, n + 1)
+        assert torch.equal(fused_run(name, x[one], output[one], seeded, first_sample=n), whole[one])
+    seeds = [torch.Generator().manual_seed(n) for n in (5, 6, 7, 8)]
+    listed = fused_run(name, x, output, seeds)
+    for n in range(4):
+        one = slice(n, n + 1)
+        assert torch.equal(fused_run(name, x[one], output[one], seeds[one]), listed[one])
+    torch.manual_seed(0)
+    free = [fused_run(name, x, output, None) for _ in range(2)]
+    torch.manual_seed(0)
+    assert torch.equal(fused_run(name, x, output, None), free[0]) and (free[0] - free[1]).abs().max() > 0.01
+    with pytest.raises(ValueError, match="generator: expected one, or 4"):
+        fused_run(name, x, output, seeds[:2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fused_noise_is_that_of_randn(name):
+    """What a step adds to its mean is its standard deviation times the normals of seed, step and sample."""
+    x, output = normal(*SHAPE), normal(*SHAPE, seed=1)
+    results = []
+    for fused in (True, False):
+        scheduler = stochastic(name)
+        scheduler.fused_noise = fused
+        scheduler.set_timesteps(10)
+        scheduler.is_scale_input_called = True
+        t = scheduler.timesteps[3]
+        step = int(t) if name in NAMES[:2] else 3
+        z = ops.randn(SHAPE, seed=9, step=step)
+        with Replay(z):
+            generator = torch.Generator().manual_seed(9) if fused else None
+            results.append(scheduler.step(output, t, x, generator=generator, **OPTIONS.get(name, {})).prev_sample)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+# --- configurations and pipelines ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saving_and_loading(name, tmp_path):
+    theirs, mine = both(name)
+    mine.save_pretrained(tmp_path)
+    for parent in (getattr(diffusers, name), getattr(ours, name)):
+        loaded = parent.from_pretrained(tmp_path)
+        assert type(loaded) is parent
+        assert all(loaded.config[key] == value for key, value in theirs.config.items() if key != "_use_default_values")
+    assert mine.compatibles == theirs.compatibles or set(mine.compatibles) == set(theirs.compatibles)
+    cls = getattr(ours, name)
+    assert not cls.from_config(theirs.config).fused_noise
+    assert cls.from_config(theirs.config, fused_noise=True).fused_noise
+    scheduler, unused = cls.from_config(theirs.config, return_unused_kwargs=True, fused_noise=True, more=1)
+    assert scheduler.fused_noise and unused["more"] == 1
+
+
+def pipeline(cls, scheduler):
+    torch.manual_seed(0)
+    net = diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return cls(net, scheduler)
+
+
+def images(pipe, **options):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return torch.from_numpy(pipe(2, generator, num_inference_steps=5, output_type="np", **options).images)
+
+
+def test_a_pipeline_in_one_line(tmp_path):
+    pipe = pipeline(diffusers.DDPMPipeline, diffusers.DDPMScheduler())
+    expected = images(pipe)
+    assert ours.accelerate(pipe) is pipe and type(pipe.scheduler) is ours.DDPMScheduler
+    torch.testing.assert_close(images(pipe), expected, rtol=1e-4, atol=1e-4)
+    assert not pipe.scheduler.parent_calls
+    pipe.save_pretrained(tmp_path)
+    loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is ours.DDPMScheduler
+    torch.testing.assert_close(images(loaded), expected, rtol=1e-4, atol=1e-4)
+    ours.accelerate(loaded, fused_noise=True)
+    assert loaded.scheduler.fused_noise and (images(loaded) - expected).abs().max() > 0.01
+
+
+def test_the_line_of_the_pipeline_with_ddim():
+    """Which passes ``use_clipped_model_output=None``, and makes a scheduler of diffusers' own of what it is given."""
+    pipe = pipeline(diffusers.DDIMPipeline, diffusers.DDIMScheduler())
+    expected = images(pipe, eta=0.5)
+    pipe.scheduler = ours.DDIMScheduler.from_config(pipe.scheduler.config)
+    torch.testing.assert_close(images(pipe, eta=0.5), expected, rtol=1e-4, atol=1e-4)
+    assert not pipe.scheduler.parent_calls
+
+
+def test_accelerate_keeps_what_a_scheduler_is_set_to():
+    class Pipe:
+        pass
+
+    pipe = Pipe()
+    pipe.scheduler = old = diffusers.FlowMatchEulerDiscreteScheduler()
+    old.set_shift(3.0)
+    old.set_timesteps(6)
+    ours.accelerate(pipe)
+    assert pipe.scheduler is not old and type(old) is diffusers.FlowMatchEulerDiscreteScheduler
+    assert pipe.scheduler.shift == 3.0 and torch.equal(pipe.scheduler.timesteps, old.timesteps)
+    x, output = normal(*SHAPE), normal(*SHAPE, seed=1)
+    for t in old.timesteps:
+        torch.testing.assert_close(pipe.scheduler.step(output, t, x)[0], old.step(output, t, x)[0])
+
+
+def test_accelerate_refuses_what_it_has_not():
+    class Pipe:
+        pass
+
+    pipe = Pipe()
+    with pytest.raises(TypeError, match=r"pipe: expected a scheduler that is one of DDPMScheduler, .*, got none"):
+        ours.accelerate(pipe)
+    pipe.scheduler = diffusers.PNDMScheduler()
+    with pytest.raises(TypeError, match="got PNDMScheduler"):
+        ours.accelerate(pipe)
+    pipe.components = {"scheduler": diffusers.PNDMScheduler(), "low_res_scheduler": diffusers.DDPMScheduler()}
+    with pytest.warns(RuntimeWarning, match="leaves PNDMScheduler as it is"):
+        ours.accelerate(pipe)
+    assert type(pipe.low_res_scheduler) is ours.DDPMScheduler
+
+
+def test_scaling_of_inputs():
+    for name in NAMES[2:4]:
+        theirs, mine = both(name)
+        theirs.set_timesteps(9), mine.set_timesteps(9)
+        for dtype in (F32, F16, F64):
+            x = normal(*SHAPE, dtype=dtype)
+            a, b = (s.scale_model_input(x, s.timesteps[4]) for s in (mine, theirs))
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=1e-6 if dtype == F64 else None, atol=0.0 if dtype == F64 else None)
+        assert math.isclose(float(mine.init_noise_sigma), float(theirs.init_noise_sigma))
