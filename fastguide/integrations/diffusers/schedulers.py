@@ -106,7 +106,15 @@ def _plan(
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    """How often it was changed in place; of one made in inference mode, which torch does not count, 0."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
+
+
+def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 class _NotServed(Exception):
@@ -227,6 +235,8 @@ class _Fused:
             levels = alpha_t, sigma_t, alpha_s, sigma_s, 0.0
             tau = tau.reshape(-1, *(1,) * (x.ndim - 1)).to(output.dtype)
         else:
+            if not 0 <= place < len(plan.steps):
+                raise _NotServed("")
             found = plan.steps[place]
             if found is None:
                 raise _NotServed(_NO_STEP)
@@ -244,7 +254,7 @@ class _Fused:
             displacement=displacement, return_x0=True,
             **counter,
         )  # fmt: skip
-        return x_s, x0.to(output.dtype) if plan.prediction == "sample" else x0
+        return x_s, _in(output.dtype, x0) if plan.prediction == "sample" else x0
 
     def _counter(self, generator: torch.Generator | None) -> int:
         """The seed of the noise that is drawn from counters."""
@@ -290,7 +300,7 @@ def _checked(sample: Tensor, output: Tensor, least: torch.dtype | None = None) -
         dtype = torch.promote_types(dtype, other)
     if dtype not in ops.STATE_DTYPES:
         raise _NotServed(f"the dtype is {dtype}")
-    return sample if sample.dtype is dtype else sample.to(dtype)
+    return _in(dtype, sample)
 
 
 def _clip_of(config: Any, clips: bool = True) -> Clip:
@@ -506,10 +516,7 @@ class _Ordered(_Fused):
         """The step that this is."""
         if self._step_index is None:
             self._init_step_index(timestep)
-        step = self._step_index
-        if not 0 <= step < len(self.sigmas) - 1:  # type: ignore[operator]
-            raise _NotServed("")
-        return step  # type: ignore[return-value]
+        return self._step_index  # type: ignore[return-value]
 
 
 class _Scaled(_Ordered):
@@ -594,13 +601,11 @@ class EulerDiscreteScheduler(_Scaled, diffusers.EulerDiscreteScheduler):
         step = self._count(timestep)
         plan, churns = self._cached((self.sigmas, self._internal_dict), s_churn, s_tmin, s_tmax)
         x = _checked(sample, output, torch.float32)
-        if plan.steps[step] is None:
-            raise _NotServed(_NO_STEP)
-        if churns[step] > 0:
+        if step < len(churns) and churns[step] > 0 and plan.steps[step] is not None:
             x = torch.add(x, self._draw(output, generator, step), alpha=s_noise * churns[step])
         x_s, x0 = self._advance(plan, step, x, output)
         self._step_index = step + 1
-        return x_s.to(output.dtype), x0
+        return _in(output.dtype, x_s), x0
 
     def _make_plan(self, s_churn: float, s_tmin: float, s_tmax: float) -> Any:
         sigmas = self.sigmas.cpu()
@@ -642,7 +647,7 @@ class EulerAncestralDiscreteScheduler(_Scaled, diffusers.EulerAncestralDiscreteS
         x = _checked(sample, output, torch.float32)
         x_s, x0 = self._advance(plan, step, x, output, generator=generator, noisy=True)
         self._step_index = step + 1
-        return x_s.to(output.dtype), x0
+        return _in(output.dtype, x_s), x0
 
     def _make_plan(self) -> _Plan:
         if self.config.prediction_type not in ("epsilon", "v_prediction"):
@@ -702,13 +707,14 @@ class FlowMatchEulerDiscreteScheduler(_Ordered, diffusers.FlowMatchEulerDiscrete
         step = self._count(timestep)
         plan, increments = self._cached((self.sigmas, self._internal_dict))
         if plan is None:
-            _checked(sample, output)
-            x_s = torch.add(sample, output, alpha=increments[step])
+            if not 0 <= step < len(increments):
+                raise _NotServed("")
+            x_s = torch.add(_checked(sample, output), output, alpha=increments[step])
         else:
             x = _checked(sample, output, torch.float32)
             x_s, _ = self._advance(plan, step, x, output, generator=generator, noisy=True)
         self._step_index = step + 1
-        return x_s.to(output.dtype)
+        return _in(output.dtype, x_s)
 
     def _make_plan(self) -> Any:
         known = self._host_sigmas
