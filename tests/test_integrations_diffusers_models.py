@@ -24,8 +24,12 @@ from diffusers import (  # noqa: E402
     VQModel,
 )
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers  # noqa: E402
+from test_demo import readme_example  # noqa: E402
+from test_no_waiting import fake_tensors, watch  # noqa: E402
 
 import fastguide as fg  # noqa: E402
+from fastguide import digits  # noqa: E402
+from fastguide.digits import train  # noqa: E402
 from fastguide.integrations.diffusers import codec, denoiser, from_pipeline  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # between diffusers and numpy
@@ -260,6 +264,27 @@ def test_arguments_within_a_dictionary():
     torch.testing.assert_close(prior(x, prior.schedule.level(300)), expected)
 
 
+@pytest.mark.parametrize(
+    "make, conditions",
+    [
+        (unet, {}),
+        (conditional_unet, {"prompt_embeds": normals(1, 5, 12)}),
+        (dit, {"class_labels": 3, "guidance_scale": 2.0}),
+        (sd3, {"prompt_embeds": normals(1, 4, 12), "pooled_projections": normals(1, 6)}),
+    ],
+)
+def test_no_call_of_a_model_waits_for_the_device(make, conditions):
+    """As a CUDA graph needs it, backward pass and decoder included."""
+    scheduler = FlowMatchEulerDiscreteScheduler() if make is sd3 else DDIMScheduler()
+    prior = denoiser(make().to("meta"), scheduler, **conditions)
+    decode, level = codec(autoencoder().to("meta"))[1], prior.schedule.levels(3)[1]
+    with fake_tensors():
+        x = torch.zeros(2, 2, 8, 8, device="meta", requires_grad=True)
+        with watch():
+            (gradient,) = torch.autograd.grad(decode(prior.x0_hat(x, level)).sum(), x)
+    assert gradient.shape == x.shape
+
+
 def test_class_labels_of_a_unet():
     model = unet(num_class_embeds=4)
     prior = denoiser(model, DDIMScheduler(), class_labels=1, negative_class_labels=3, guidance_scale=2.0)
@@ -370,13 +395,14 @@ def test_a_codebook_has_a_straight_through_gradient():
     torch.testing.assert_close(gradient, expected / 0.5)
 
 
-class WithPrompts(DDIMPipeline):
-    """``encode_prompt`` as Stable Diffusion's, of which the text encoder is another package's."""
+class WithPrompts(diffusers.DiffusionPipeline):
+    """``encode_prompt`` as Stable Diffusion's, whose text encoder is another package's."""
 
     returned = 2
 
-    def __init__(self, unet, scheduler):
-        super().__init__(unet, scheduler)
+    def __init__(self, unet, scheduler, vae):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
 
     def encode_prompt(
         self, prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt=None, **kwargs
@@ -387,7 +413,7 @@ class WithPrompts(DDIMPipeline):
 
 
 def test_prompts():
-    pipe = WithPrompts(conditional_unet(), DDIMScheduler())
+    pipe = WithPrompts(conditional_unet(), DDIMScheduler(), None)
     x = normals(2, 2, 8, 8)
 
     def output(prior):
@@ -475,3 +501,142 @@ def test_what_is_refused(tmp_path):
         from_pipeline("google/ddpm-cat-256")
     with pytest.raises(TypeError, match="got UNet2DModel"):
         from_pipeline(model)
+
+
+# ---------------------------------------------------------------------------------- a model of digits
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A latent pipeline's folder: an autoencoder and a U-Net of diffusers, trained here on the digits."""
+    pytest.importorskip("sklearn")
+    images, _, known, _ = train.load(seed=0)
+    images = train.scaled(images[known])
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(data, size):
+        return data[torch.randint(len(data), (size,), generator=generator)]
+
+    def reconstruction(step):
+        x = batch(images, 16)
+        z = vae.encode(x).latent_dist.mean
+        noisy = z + 0.05 * z.detach().std() * torch.randn(z.shape, generator=generator)  # for a smooth decoder
+        return (vae.decode(noisy).sample - x).square().mean() + 1e-4 * z.square().mean()
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        in_channels=1, out_channels=1, down_block_types=DOWN, up_block_types=UP, block_out_channels=(16, 16),
+        latent_channels=2, norm_num_groups=8, mid_block_add_attention=False, sample_size=8, scaling_factor=1.0,
+    )  # fmt: skip
+    vae = train.optimise(vae, reconstruction, steps=300, learning_rate=5e-3, ema=0.98)
+    with torch.no_grad():
+        z = vae.encode(images).latent_dist.mean
+    vae.register_to_config(latents_mean=z.mean((0, 2, 3)).tolist(), latents_std=z.std((0, 2, 3)).tolist())
+    with torch.no_grad():
+        latents = codec(vae)[0](images)
+
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
+        timestep_spacing="trailing",
+    )  # fmt: skip
+    table = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
+    net = UNet2DModel(
+        sample_size=4, in_channels=2, out_channels=2, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        block_out_channels=(32,), layers_per_block=1, norm_num_groups=8, attention_head_dim=16,
+    )  # fmt: skip
+
+    def denoising(step):
+        return train.v_loss(lambda x, t, label: net(x, t).sample, batch(latents, 32), None, generator, table)
+
+    net = train.optimise(net, denoising, steps=300, learning_rate=5e-3, ema=0.98)
+    folder = tmp_path_factory.mktemp("digits")
+    LDMPipeline(vae, net, scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latent_model(trained):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(trained)
+    for model in (pipe.unet, pipe.vqvae):
+        model.requires_grad_(False)
+    return from_pipeline(pipe)
+
+
+def decoded(decode, out):
+    """The images of samples, or the mean of a posterior's."""
+    with torch.no_grad():
+        if out.log_weights is None:
+            return decode(out.x)
+        images = decode(out.x.flatten(0, 1)).unflatten(0, out.x.shape[:2])
+        return (images * out.weights[..., None, None, None].float()).sum(1)
+
+
+@torch.no_grad()
+def test_the_trained_model(latent_model):
+    prior, encode, decode = latent_model
+    images, _ = digits.held_out()
+    z = encode(images)
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(2), rtol=0, atol=0.1)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(2), rtol=0, atol=0.1)
+    assert train.psnr(images, decode(z)) > 19
+    share, counts = train.confident(digits.classifier(), decode(fg.sample(prior, (200, 2, 4, 4), steps=25, seed=1).x))
+    assert share > 0.6 and min(counts) > 4
+
+
+def test_guidance_of_latents_by_their_images(latent_model):
+    prior, encode, decode = latent_model
+    truth, pool = digits.held_out()[0][:4], fg.operators.AveragePool(2)
+    y = pool(truth) + 0.1 * normals(4, 1, 4, 4)
+    of_image = fg.likelihoods.Gaussian(y, pool, scale=0.1)
+    of_latent = fg.likelihoods.Gaussian(y, fg.operators.Function(lambda z: pool(decode(z))), scale=0.1)
+
+    def residual_and_psnr(guidance, steps):
+        """The distance from ``y`` in its noise's standard deviations."""
+        images = decoded(decode, fg.sample(prior, (4, 2, 4, 4), guidance=guidance, steps=steps, seed=1))
+        return (pool(images) - y).square().mean().sqrt() / 0.1, train.psnr(truth, images)
+
+    unguided, at_random = residual_and_psnr(None, 20)
+    assert unguided > 3
+    for guidance, steps, most, gain in (
+        (fg.DPS(of_latent), 30, 1.2, 3.0),
+        (fg.LatentPnP(of_image, decode, iterations=1), 6, 1.4, 3.0),
+        (fg.LatentPnP(of_image, decode, encode, space="pixel"), 20, 2.2, 2.5),
+        (fg.TDS(of_latent, particles=32), 20, 1.2, 3.5),
+        (fg.FK(of_latent, particles=64), 20, 1.2, 3.5),
+    ):
+        residual, psnr = residual_and_psnr(guidance, steps)
+        assert residual < most and psnr > at_random + gain, guidance
+
+
+def test_steering_by_a_reward_of_the_images(latent_model):
+    """The evidence and the mean reward of ``p(x) exp(3 r(x))``, against a thousand samples of the prior."""
+    prior, _, decode = latent_model
+    classify = digits.classifier()
+
+    @torch.no_grad()
+    def three(z):
+        return classify(decode(z)).softmax(1)[:, 3]
+
+    out = fg.sample(prior, (1, 2, 4, 4), guidance=fg.FK(three, particles=400, strength=3.0), steps=20)
+    unguided = three(fg.sample(prior, (1000, 2, 4, 4), steps=20, seed=5).x)
+    tilt = (3 * unguided).exp()
+    expected = (tilt * unguided).mean() / tilt.mean()
+    assert unguided.mean() < 0.3 and expected > 0.5
+    assert abs((out.weights[0] * three(out.x[0])).sum() - expected) < 0.15
+    assert abs(out.log_evidence - tilt.mean().log()) < 0.4
+
+
+# -------------------------------------------------------------------------------------------- README
+
+
+def test_the_readme_example_runs():
+    torch.manual_seed(0)
+    pipe = WithPrompts(conditional_unet(), DDIMScheduler(prediction_type="v_prediction"), autoencoder())
+    operator, y, shape = fg.operators.AveragePool(2), torch.full((1, 1, 4, 4), 0.3), (1, 2, 4, 4)
+    names = dict(
+        fg=fg, pipe=pipe, operator=operator, y=y, shape=shape, reward=lambda images: 10 * images.flatten(1).mean(1)
+    )
+    exec(readme_example("from_pipeline"), names)
+    unguided = names["decode"](fg.sample(names["prior"], shape).x)
+    assert (operator(names["images"]) - y).norm() < 0.5 * (operator(unguided) - y).norm()
+    assert names["decode"](names["best"]).mean() > unguided.mean()
