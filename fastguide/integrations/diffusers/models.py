@@ -3,7 +3,7 @@
     prior, encode, decode = from_pipeline(pipe, prompt="a photograph of a lake", guidance_scale=7.5)
     z = fastguide.sample(prior, (1, 4, 64, 64), guidance=LatentPnP(likelihood, decode)).x
 
-Nothing is downloaded, and of what is given nothing is changed.
+Nothing is downloaded, and nothing that is given is changed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from diffusers import (
     VQModel,
 )
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...denoiser import Denoiser
 from ...schedules import Schedule, _Flow, _Table
@@ -93,7 +94,7 @@ def denoiser(
         if negative:
             raise ValueError(f"guidance_scale: expected other than 1 with negatives of {sorted(negative)}, got 1")
         return Denoiser(net, schedule, prediction)
-    expected = {name for name, value in conditions.items() if isinstance(value, Tensor | dict)}
+    expected = {name for name, value in conditions.items() if any(isinstance(v, Tensor) for v in tree_leaves(value))}
     if not expected or negative.keys() != expected:
         raise ValueError(
             f"guidance_scale: expected 1, or for every condition its negative, got {guidance_scale} with conditions "
@@ -108,7 +109,8 @@ def codec(vae: Any) -> tuple[Codec, Codec]:
     ``decode``, back (not clamped). Both are differentiable, and return the dtype they are given.
 
     ``vae``: AutoencoderKL (encodes to the posterior's mode), AutoencoderTiny, AutoencoderDC or VQModel (decodes the
-    nearest entries of its codebook, with a straight-through gradient).
+    nearest entries of its codebook, with a straight-through gradient), already where it shall run and in the dtype in
+    which it shall compute; SDXL's overflows in float16.
     """
     if not isinstance(vae, _AUTOENCODERS):
         expected = ", ".join(kind.__name__ for kind in _AUTOENCODERS)
@@ -204,7 +206,7 @@ class _Network:
         self.model, self.conditions, self.time_scale = model, conditions, time_scale
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        conditions = {name: _rows(value, len(x)) for name, value in self.conditions.items()}
+        conditions = tree_map_only(Tensor, lambda row: row.expand(len(x), *row.shape[1:]), self.conditions)
         # By name: some have the embeddings in second place.
         (output, *_) = self.model(x.to(self.model.dtype), timestep=t * self.time_scale, return_dict=False, **conditions)
         if output.shape[1] == 2 * x.shape[1]:  # a learned variance follows
@@ -212,28 +214,22 @@ class _Network:
         return output.to(x.dtype)
 
 
-def _rows(value: Any, n: int) -> Any:
-    if isinstance(value, dict):
-        return {name: _rows(part, n) for name, part in value.items()}
-    return value.expand(n, *value.shape[1:]) if isinstance(value, Tensor) else value
+def _one_row(name: str, value: Any, model: Any) -> Any:
+    """Its tensors where the model is and, if floating, in its dtype. Networks are not told which samples they see, so
+    that a row of one sample could go to another."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0 or len(tensor) != 1:
+            raise ValueError(
+                f"{name}: expected one row, for all samples, got shape {list(tensor.shape)}; give each a call"
+            )
+        return tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+
+    return tree_map_only(Tensor, moved, value)
 
 
 def _labels(value: int | Tensor | None) -> Tensor | None:
     return torch.tensor([value]) if isinstance(value, int) else value
-
-
-def _one_row(name: str, value: Any, model: Any) -> Any:
-    """Where the model is and, if floating, in its dtype. Networks are not told which samples they see, so a row of a
-    sample's own would go to another."""
-    if isinstance(value, dict):
-        return {key: _one_row(f"{name}[{key!r}]", part, model) for key, part in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    if value.ndim == 0 or len(value) != 1:
-        raise ValueError(
-            f"{name}: expected one row, for all samples, got shape {list(value.shape)}: give each a call of its own"
-        )
-    return value.to(model.device, model.dtype if value.is_floating_point() else None)
 
 
 # --- schedules ----------------------------------------------------------------------------------------------
@@ -252,8 +248,11 @@ class _SchedulerTable(_Table):
         if spacing != self.default_spacing:
             return super()._times(steps, spacing)
         scheduler = _set_timesteps(self._scheduler, steps)
-        times = scheduler.timesteps[:: scheduler.order]  # without the stages of a second-order one
-        return self._distinct(np.unique(times.numpy())[::-1])  # PNDM repeats some
+        stepped = scheduler.timesteps[:: scheduler.order]  # without the stages of second-order steps
+        times = np.unique(stepped.numpy())[::-1]  # PNDM repeats some
+        if times.size > self.alphas_cumprod.size:
+            raise ValueError(f"steps: expected at most {self.alphas_cumprod.size} for {self}, got {steps}")
+        return self._distinct(times)
 
 
 class _SchedulerFlow(_Flow):
@@ -269,8 +268,8 @@ class _SchedulerFlow(_Flow):
             return super()._times(steps, spacing)
         if self._scheduler.config.use_dynamic_shifting:
             raise ValueError(
-                f"steps: expected the times themselves, or a spacing, since {self} shifts its own by the resolution "
-                f"(see its set_timesteps(mu=)), got {steps}"
+                "steps: expected the times themselves, or a spacing, since the scheduler's own (use_dynamic_shifting) "
+                f"depends on the resolution, got {steps}"
             )
         return _set_timesteps(self._scheduler, steps).sigmas[:-1].double().numpy()
 
