@@ -1,6 +1,7 @@
 """Models, schedulers and pipelines of diffusers as priors: plain sampling is the pipeline's own, and guidance works."""
 
 import copy
+import socket
 
 import numpy as np
 import pytest
@@ -156,7 +157,7 @@ def test_eulers_states_are_larger_by_alpha(prediction_type):
     assert_same(fg.sample(prior, x_T.shape, steps=8, eta=0.0, x_T=x_T, dtype=torch.float64).x, expected)
 
 
-def test_pixel_pipeline_with_clipping(tmp_path):
+def test_pixel_pipeline_with_clipping(tmp_path, monkeypatch):
     pipe = DDIMPipeline(unet(channels=3), DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
@@ -164,6 +165,7 @@ def test_pixel_pipeline_with_clipping(tmp_path):
         generator=torch.Generator().manual_seed(0),
     ).images  # fmt: skip
     pipe.save_pretrained(tmp_path)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: pytest.fail("the network was asked"))
     prior, encode, decode = from_pipeline(tmp_path)
     x_T = normals(2, 3, 8, 8)
     x = fg.sample(prior, x_T.shape, steps=10, eta=0.0, clip=1.0, x_T=x_T).x
@@ -218,7 +220,7 @@ def test_prompt_embeddings_and_guidance(guidance_scale):
         return torch.lerp(*outputs, guidance_scale)
 
     expected = scheduler_loop(scheduler, net, x_T, 6)
-    conditions = dict(prompt_embeds=embeds)
+    conditions = dict(prompt_embeds=embeds, cross_attention_kwargs={})  # has no negative: it holds no tensor
     if guidance_scale != 1:
         conditions |= dict(negative_prompt_embeds=negative, guidance_scale=guidance_scale)
     prior = denoiser(model, scheduler, **conditions)
@@ -512,6 +514,7 @@ def test_what_is_refused(tmp_path):
         diffusers.EDMEulerScheduler(),
         EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
         diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        diffusers.UniPCMultistepScheduler(use_flow_sigmas=True),
         FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
         object(),
     ):

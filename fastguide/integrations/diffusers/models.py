@@ -193,7 +193,7 @@ def _embed(pipe: Any, device: Any, prompt: str, negative_prompt: str | None, gui
             f"prompt: expected None with {type(pipe).__name__}, whose encode_prompt returns {len(embeds)} values: call "
             "it, and pass them on under the names of the model's arguments"
         )
-    return {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1] if guided else None}
+    return {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
 
 
 # --- networks -----------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class _Network:
         (output, *_) = self.model(x.to(self.model.dtype), timestep=t * self.time_scale, return_dict=False, **conditions)
         if output.shape[1] == 2 * x.shape[1]:  # a learned variance follows
             output = output[:, : x.shape[1]]
-        return output.to(x.dtype)
+        return output
 
 
 def _one_row(name: str, value: Any, model: Any) -> Any:
@@ -247,8 +247,8 @@ class _SchedulerTable(_Table):
     def _times(self, steps: int, spacing: str) -> np.ndarray:
         if spacing != self.default_spacing:
             return super()._times(steps, spacing)
-        scheduler = _set_timesteps(self._scheduler, steps)
-        stepped = scheduler.timesteps[:: scheduler.order]  # without the stages of second-order steps
+        self._scheduler.set_timesteps(steps)
+        stepped = self._scheduler.timesteps[:: self._scheduler.order]  # without the stages of second-order steps
         times = np.unique(stepped.numpy())[::-1]  # PNDM repeats some
         if times.size > self.alphas_cumprod.size:
             raise ValueError(f"steps: expected at most {self.alphas_cumprod.size} for {self}, got {steps}")
@@ -271,14 +271,8 @@ class _SchedulerFlow(_Flow):
                 "steps: expected the times themselves, or a spacing, since the scheduler's own (use_dynamic_shifting) "
                 f"depends on the resolution, got {steps}"
             )
-        return _set_timesteps(self._scheduler, steps).sigmas[:-1].double().numpy()
-
-
-def _set_timesteps(scheduler: Any, steps: int) -> Any:
-    """A copy of it, set for so many steps."""
-    scheduler = copy.copy(scheduler)
-    scheduler.set_timesteps(steps)
-    return scheduler
+        self._scheduler.set_timesteps(steps)
+        return self._scheduler.sigmas[:-1].double().numpy()
 
 
 def _schedule(scheduler: Any) -> tuple[Schedule, str, int]:
