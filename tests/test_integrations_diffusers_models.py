@@ -624,7 +624,7 @@ def test_guidance_of_latents_by_their_images(latent_model):
     assert unguided > 3
     for guidance, steps, most, gain in (
         (fg.DPS(of_latent), 30, 1.2, 3.0),
-        (fg.LatentPnP(of_image, decode, iterations=1), 6, 1.4, 3.0),
+        (fg.LatentPnP(of_image, decode, iterations=1), 5, 1.4, 3.0),
         (fg.LatentPnP(of_image, decode, encode, space="pixel"), 20, 2.2, 2.5),
         (fg.TDS(of_latent, particles=32), 20, 1.2, 3.5),
         (fg.FK(of_latent, particles=64), 20, 1.2, 3.5),
