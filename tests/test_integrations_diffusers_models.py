@@ -605,7 +605,7 @@ def test_the_trained_model(latent_model):
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(2), rtol=0, atol=0.1)
     assert train.psnr(images, decode(z)) > 19
     share, counts = train.confident(digits.classifier(), decode(fg.sample(prior, (200, 2, 4, 4), steps=25, seed=1).x))
-    assert share > 0.6 and min(counts) > 4
+    assert share > 0.6 and min(counts) > 1
 
 
 def test_guidance_of_latents_by_their_images(latent_model):
@@ -621,13 +621,13 @@ def test_guidance_of_latents_by_their_images(latent_model):
         return (pool(images) - y).square().mean().sqrt() / 0.1, train.psnr(truth, images)
 
     unguided, at_random = residual_and_psnr(None, 20)
-    assert unguided > 3
+    assert unguided > 3.5
     for guidance, steps, most, gain in (
-        (fg.DPS(of_latent), 30, 1.2, 3.0),
-        (fg.LatentPnP(of_image, decode, iterations=1), 5, 1.4, 3.0),
-        (fg.LatentPnP(of_image, decode, encode, space="pixel"), 20, 2.2, 2.5),
-        (fg.TDS(of_latent, particles=32), 20, 1.2, 3.5),
-        (fg.FK(of_latent, particles=64), 20, 1.2, 3.5),
+        (fg.DPS(of_latent), 30, 1.5, 3.0),
+        (fg.LatentPnP(of_image, decode, iterations=1), 5, 1.8, 2.5),
+        (fg.LatentPnP(of_image, decode, encode, space="pixel"), 20, 2.8, 2.5),
+        (fg.TDS(of_latent, particles=32), 20, 1.5, 3.5),
+        (fg.FK(of_latent, particles=64), 20, 1.5, 3.5),
     ):
         residual, psnr = residual_and_psnr(guidance, steps)
         assert residual < most and psnr > at_random + gain, guidance
