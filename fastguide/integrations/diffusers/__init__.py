@@ -1,5 +1,6 @@
 """diffusers: its schedulers with fused steps, and its models as priors."""
 
+from .models import codec, denoiser, from_pipeline
 from .schedulers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -18,4 +19,7 @@ __all__ = [
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "accelerate",
+    "codec",
+    "denoiser",
+    "from_pipeline",
 ]

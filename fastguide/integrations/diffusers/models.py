@@ -1,0 +1,291 @@
+"""The models, schedulers and pipelines of diffusers as priors of `fastguide.sample`.
+
+    prior, encode, decode = from_pipeline(pipe, prompt="a photograph of a lake", guidance_scale=7.5)
+    z = fastguide.sample(prior, (1, 4, 64, 64), guidance=LatentPnP(likelihood, decode)).x
+
+Nothing is downloaded, and nothing that is given is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    VQModel,
+)
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ...denoiser import Denoiser
+from ...schedules import Schedule, _Flow, _Table
+
+__all__ = ["codec", "denoiser", "from_pipeline"]
+
+_PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
+
+# The pipelines of these give them another time than their scheduler's.
+_OTHER_TIME = ("AuraFlow", "Bria", "Chroma", "Flux", "LongCat", "Lumina", "Ovis", "QwenImage", "ZImage")
+
+_AUTOENCODERS: Any = (AutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel)
+
+Codec = Callable[[Tensor], Tensor]
+
+
+def denoiser(
+    model: Any,
+    scheduler: Any,
+    *,
+    prompt_embeds: Tensor | None = None,
+    negative_prompt_embeds: Tensor | None = None,
+    class_labels: int | Tensor | None = None,
+    negative_class_labels: int | Tensor | None = None,
+    guidance_scale: float = 1.0,
+    **model_kwargs: Any,
+) -> Denoiser:
+    """A diffusers model with the noise levels and the prediction type of its scheduler.
+
+    - ``model``: a U-Net or transformer whose ``forward(sample, timestep=..., ...)`` takes the scheduler's timesteps; in
+      eval mode, and already where it shall run. States of another dtype are cast to the model's and back. Of an output
+      with twice the channels (a learned variance, as DiT's) the first half counts.
+    - ``scheduler``: one with a table ``alphas_cumprod`` (DDIM, DDPM, PNDM, Euler, Heun, LMS, DPM-Solver, UniPC and kin;
+      the state is DDIM's, ``alpha`` times Euler's), or FlowMatchEulerDiscreteScheduler (``t`` is its sigma). Without a
+      ``spacing``, ``fastguide.sample(steps=n)`` visits the levels that the scheduler sets for ``n`` steps, of a table
+      the nearest entries, and then the clean one. Clipping is ``fastguide.sample(clip=)``.
+    - ``prompt_embeds`` ``[1, tokens, width]`` (the model's ``encoder_hidden_states``), ``class_labels`` and, in
+      ``model_kwargs``, what else the model takes: tensors of one row, the same for all samples.
+    - ``guidance_scale``: if not 1, classifier-free guidance by a second evaluation: in it ``negative_prompt_embeds``,
+      ``negative_class_labels`` (None: the null class of a DiT) and, for each ``name`` in ``model_kwargs`` that holds
+      tensors, ``negative_name`` take the places of the others.
+    """
+    if not all(hasattr(model, attribute) for attribute in ("config", "device", "dtype", "training")):
+        raise TypeError(f"model: expected a diffusers model, got {type(model).__name__}")
+    name = type(getattr(model, "_orig_mod", model)).__name__  # what torch.compile wraps
+    if name.startswith(_OTHER_TIME):
+        raise TypeError(
+            f"model: expected one that takes its scheduler's timesteps, got {name}, whose pipeline rescales them; "
+            "wrap it in a net(x, t) of fastguide.Denoiser"
+        )
+    if model.training:
+        raise ValueError("model: expected eval mode, got training mode; see model.eval()")
+    if negative_class_labels is None and class_labels is not None and guidance_scale != 1:
+        negative_class_labels = model.config.get("num_embeds_ada_norm")
+    arguments = model_kwargs | {
+        "encoder_hidden_states": prompt_embeds,
+        "negative_encoder_hidden_states": negative_prompt_embeds,
+        "class_labels": _labels(class_labels),
+        "negative_class_labels": _labels(negative_class_labels),
+    }
+    given = {name: _one_row(name, value, model) for name, value in arguments.items() if value is not None}
+    conditions = {name: value for name, value in given.items() if not name.startswith("negative_")}
+    negative = {name.removeprefix("negative_"): given[name] for name in given.keys() - conditions.keys()}
+    schedule, prediction, time_scale = _schedule(scheduler)
+    net = _Network(model, conditions, time_scale)
+    if guidance_scale == 1:
+        if negative:
+            raise ValueError(f"guidance_scale: expected other than 1 with negatives of {sorted(negative)}, got 1")
+        return Denoiser(net, schedule, prediction)
+    expected = {name for name, value in conditions.items() if any(isinstance(v, Tensor) for v in tree_leaves(value))}
+    if not expected or negative.keys() != expected:
+        raise ValueError(
+            f"guidance_scale: expected 1, or for every condition its negative, got {guidance_scale} with conditions "
+            f"{sorted(expected)} and negatives {sorted(negative)}"
+        )
+    unconditional = _Network(model, conditions | negative, time_scale)
+    return Denoiser(net, schedule, prediction, unconditional=unconditional, guidance_scale=guidance_scale)
+
+
+def codec(vae: Any) -> tuple[Codec, Codec]:
+    """``encode``, from images ``[n, C, H, W]`` in ``[-1, 1]`` to the latents that a pipeline's model sees, and
+    ``decode``, back (not clamped). Both are differentiable, and return the dtype they are given.
+
+    ``vae``: AutoencoderKL (encodes to the posterior's mode), AutoencoderTiny, AutoencoderDC or VQModel (decodes the
+    nearest entries of its codebook, with a straight-through gradient), already where it shall run and in the dtype in
+    which it shall compute; SDXL's overflows in float16.
+    """
+    if not isinstance(vae, _AUTOENCODERS):
+        expected = ", ".join(kind.__name__ for kind in _AUTOENCODERS)
+        raise TypeError(f"vae: expected one of {expected}, got {type(vae).__name__}")
+    shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+    if vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None:
+        shift, std = (
+            torch.tensor(vae.config[name], device=vae.device).reshape(-1, 1, 1)
+            for name in ("latents_mean", "latents_std")
+        )
+        scale = scale / std
+
+    def encode(images: Tensor) -> Tensor:
+        encoded = vae.encode(images.to(vae.dtype))
+        z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+        return ((z - shift) * scale).to(images.dtype)
+
+    def decode(latents: Tensor) -> Tensor:
+        return vae.decode((latents / scale + shift).to(vae.dtype)).sample.to(latents.dtype)
+
+    return encode, decode
+
+
+def from_pipeline(
+    pipe: Any,
+    *,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    guidance_scale: float = 1.0,
+    **conditions: Any,
+) -> tuple[Denoiser, Codec, Codec]:
+    """``(denoiser, encode, decode)`` of a pipeline's U-Net or transformer, scheduler and autoencoder. Without an
+    autoencoder the state is the image, and `encode` and `decode` return what they are given.
+
+    - ``pipe``: a pipeline, or the local folder of one (`DiffusionPipeline.save_pretrained`).
+    - ``prompt``, ``negative_prompt``: embedded by the pipeline's own ``encode_prompt``, where that makes one tensor of
+      each (Stable Diffusion 1 and 2). Of others the embeddings are among the ``conditions``.
+    - ``guidance_scale``, ``conditions``: see `denoiser`.
+    """
+    if isinstance(pipe, str | os.PathLike):
+        if not os.path.isdir(pipe):
+            raise ValueError(
+                f"pipe: expected a pipeline or a local folder, got {os.fspath(pipe)!r}, which is no folder"
+            )
+        pipe = DiffusionPipeline.from_pretrained(pipe, local_files_only=True)
+    if not hasattr(pipe, "components"):
+        raise TypeError(f"pipe: expected a diffusers pipeline or a local folder, got {type(pipe).__name__}")
+    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    model = parts.get("unet", parts.get("transformer"))
+    if model is None or "scheduler" not in parts:
+        raise TypeError(f"pipe: expected one with a U-Net or transformer, and a scheduler, got {sorted(parts)}")
+    guided = guidance_scale != 1
+    if negative_prompt is not None and not (guided and prompt is not None):
+        raise ValueError(f"negative_prompt: expected None without a prompt and guidance, got {negative_prompt!r}")
+    embeds = {} if prompt is None else _embed(pipe, model.device, prompt, negative_prompt, guided)
+    vae = parts.get("vae", parts.get("vqvae"))
+    encode, decode = (_unchanged, _unchanged) if vae is None else codec(vae)
+    return denoiser(model, parts["scheduler"], guidance_scale=guidance_scale, **embeds, **conditions), encode, decode
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _embed(pipe: Any, device: Any, prompt: str, negative_prompt: str | None, guided: bool) -> dict[str, Tensor | None]:
+    if not hasattr(pipe, "encode_prompt"):
+        raise ValueError(
+            f"prompt: expected None with {type(pipe).__name__}, which has no encode_prompt, got {prompt!r}"
+        )
+    with torch.no_grad():
+        embeds = pipe.encode_prompt(
+            prompt=prompt,
+            device=device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negative_prompt,
+        )
+    if len(embeds) != 2:
+        raise ValueError(
+            f"prompt: expected None with {type(pipe).__name__}, whose encode_prompt returns {len(embeds)} values: call "
+            "it, and pass them on under the names of the model's arguments"
+        )
+    return {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
+
+
+# --- networks -----------------------------------------------------------------------------------------------
+
+
+class _Network:
+    """``net(x, t)`` with the model's other arguments filled in."""
+
+    def __init__(self, model: Any, conditions: dict[str, Any], time_scale: int):
+        self.model, self.conditions, self.time_scale = model, conditions, time_scale
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        conditions = tree_map_only(Tensor, lambda row: row.expand(len(x), *row.shape[1:]), self.conditions)
+        # By name: some have the embeddings in second place.
+        (output, *_) = self.model(x.to(self.model.dtype), timestep=t * self.time_scale, return_dict=False, **conditions)
+        if output.shape[1] == 2 * x.shape[1]:  # a learned variance follows
+            output = output[:, : x.shape[1]]
+        return output
+
+
+def _one_row(name: str, value: Any, model: Any) -> Any:
+    """Its tensors where the model is and, if floating, in its dtype. Networks are not told which samples they see, so
+    that a row of one sample could go to another."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0 or len(tensor) != 1:
+            raise ValueError(
+                f"{name}: expected one row, for all samples, got shape {list(tensor.shape)}; give each a call"
+            )
+        return tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+
+    return tree_map_only(Tensor, moved, value)
+
+
+def _labels(value: int | Tensor | None) -> Tensor | None:
+    return torch.tensor([value]) if isinstance(value, int) else value
+
+
+# --- schedules ----------------------------------------------------------------------------------------------
+
+
+class _SchedulerTable(_Table):
+    """A scheduler's table; its usual spacing is the scheduler's."""
+
+    default_spacing = "scheduler"
+
+    def __init__(self, scheduler: Any):
+        super().__init__(scheduler.alphas_cumprod, type(scheduler).__name__)
+        self._scheduler = copy.copy(scheduler)
+
+    def _times(self, steps: int, spacing: str) -> np.ndarray:
+        if spacing != self.default_spacing:
+            return super()._times(steps, spacing)
+        self._scheduler.set_timesteps(steps)
+        stepped = self._scheduler.timesteps[:: self._scheduler.order]  # without the stages of second-order steps
+        times = np.unique(stepped.numpy())[::-1]  # PNDM repeats some
+        if times.size > self.alphas_cumprod.size:
+            raise ValueError(f"steps: expected at most {self.alphas_cumprod.size} for {self}, got {steps}")
+        return self._distinct(times)
+
+
+class _SchedulerFlow(_Flow):
+    """Sigmas in ``[0, 1]``; the usual spacing is the scheduler's, shift and all."""
+
+    default_spacing = "scheduler"
+
+    def __init__(self, scheduler: Any):
+        self._scheduler = copy.copy(scheduler)
+
+    def _times(self, steps: int, spacing: str) -> np.ndarray:
+        if spacing != self.default_spacing:
+            return super()._times(steps, spacing)
+        if self._scheduler.config.use_dynamic_shifting:
+            raise ValueError(
+                "steps: expected the times themselves, or a spacing, since the scheduler's own (use_dynamic_shifting) "
+                f"depends on the resolution, got {steps}"
+            )
+        self._scheduler.set_timesteps(steps)
+        return self._scheduler.sigmas[:-1].double().numpy()
+
+
+def _schedule(scheduler: Any) -> tuple[Schedule, str, int]:
+    """The schedule, what its networks predict, and by what their timestep is larger than its time."""
+    config: Any = getattr(scheduler, "config", {})
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not config.invert_sigmas:
+        return _SchedulerFlow(scheduler), "flow", config.num_train_timesteps
+    prediction = _PREDICTIONS.get(config.get("prediction_type"))
+    other_levels = config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous"
+    if prediction is None or other_levels or not hasattr(scheduler, "alphas_cumprod"):
+        raise TypeError(
+            f"scheduler: expected one with a table alphas_cumprod that predicts one of {tuple(_PREDICTIONS)} at its "
+            "timesteps, or a FlowMatchEulerDiscreteScheduler without invert_sigmas, got "
+            f"{type(scheduler).__name__} {dict(config)}"
+        )
+    return _SchedulerTable(scheduler), prediction, 1
