@@ -498,16 +498,13 @@ class _Ordered(_Fused):
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
         """As the parent's, without a wait for one of `timesteps`."""
         value = self._value(timestep) if schedule_timesteps is None else None
-        if value is None:
-            return super().index_for_timestep(timestep, schedule_timesteps)  # type: ignore[misc]
-        value = torch.tensor(value, dtype=self.timesteps.dtype).item()
-        places = [i for i, t in enumerate(self._values()) if t == value]
+        places = []
+        if value is not None:
+            value = torch.tensor(value, dtype=self.timesteps.dtype).item()
+            places = [i for i, t in enumerate(self._values()) if t == value]
         if not places:
-            return self._without_timestep()
+            return super().index_for_timestep(timestep, schedule_timesteps)  # type: ignore[misc]
         return places[1] if len(places) > 1 else places[0]  # a run may begin at the second of two equal ones
-
-    def _without_timestep(self) -> int:
-        raise IndexError("timestep: expected one of the scheduler's timesteps")
 
     def _init_step_index(self, timestep: Any) -> None:
         self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
@@ -737,9 +734,6 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
     def set_timesteps(self, num_inference_steps=None, device=None, mu=None, timesteps=None):
         super().set_timesteps(num_inference_steps, "cpu", mu, timesteps)
         self._keep_timesteps(device)
-
-    def _without_timestep(self) -> int:
-        return len(self.timesteps) - 1
 
     def step(
         self,

@@ -1,0 +1,46 @@
+"""diffusers' own scheduler tests with fastguide's schedulers in place of their parents: a plugin of pytest.
+
+With a checkout of diffusers at the installed version::
+
+    PYTHONPATH=.:tests pytest -p in_place_of_diffusers CHECKOUT/tests/schedulers/test_scheduler_ddim.py ...
+
+What passes without ``-p`` has to pass with it. It would, too, if every step were left to diffusers' code: so at the
+end stands how many steps of each scheduler were fused, how many were left, and why.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+
+import diffusers
+
+from fastguide.integrations.diffusers import schedulers
+
+steps: Counter[tuple[str, str]] = Counter()
+
+
+def _counted(step):
+    @functools.wraps(step)
+    def counted(self, *args, **kwargs):
+        try:
+            result = step(self, *args, **kwargs)
+        except schedulers._NotServed as reason:
+            steps[type(self).__name__, f"diffusers' own: {reason or 'it refuses this, too'}"] += 1
+            raise
+        steps[type(self).__name__, "fused"] += 1
+        return result
+
+    return counted
+
+
+for _parent, _ours in schedulers.SCHEDULERS.items():
+    _ours._step = _counted(_ours._step)
+    for _module in (diffusers, diffusers.schedulers):
+        setattr(_module, _parent.__name__, _ours)
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("fastguide's steps")
+    for (scheduler, way), number in sorted(steps.items()):
+        terminalreporter.line(f"{number:8,} {scheduler}: {way}")
