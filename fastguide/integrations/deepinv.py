@@ -7,9 +7,9 @@
 denoiser ``f(x, sigma)`` into what `fastguide.sample` takes. Images are in the range of the physics and the denoiser,
 usually [0, 1]; a state is ``x_t = x_0 + sigma eps`` in that range.
 
-Nothing of deepinv is imported: its objects are told by the names of their classes. They compute where they are and in
-the dtype of their own tensors. A physics with parameters for each sample of a batch (one mask each) serves one sample
-for each observation, without particles or chunks.
+Nothing of deepinv is imported: its objects are told by the names of their classes. They stay on their device. A physics
+with parameters for each sample of a batch (one mask each) serves one sample for each observation, without particles or
+chunks.
 """
 
 from __future__ import annotations
@@ -39,31 +39,20 @@ def _is(value: Any, name: str) -> bool:
     return any(base.__name__ == name for base in type(value).__mro__)
 
 
-def _cast(x: Tensor, owner: Any) -> Tensor:
-    """``x`` in the dtype of the owner's own tensors; as it is where there are none."""
-    if not isinstance(owner, nn.Module):
-        return x
-    for named in (owner.named_parameters(), owner.named_buffers()):
-        for name, value in named:
-            if not name.startswith("noise_model.") and (value.is_floating_point() or value.is_complex()):
-                return x.to(value.dtype.to_real())
-    return x
-
-
 # --- operators ----------------------------------------------------------------------------------------------
 
 
 class _Physics(operators.Operator):
     """``A``, and ``A_dagger`` as the pseudo-inverse."""
 
-    def __init__(self, physics: Any):
-        self.physics = physics
+    def __init__(self, physics: Any, compute_dtype: torch.dtype | None):
+        self.physics, self.compute_dtype = physics, compute_dtype
 
     def __repr__(self) -> str:
         return f"deepinv's {type(self.physics).__name__}"
 
     def _call(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return f(_cast(x, self.physics)).to(x.dtype)
+        return f(x.to(dtype=self.compute_dtype)).to(x.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._call(self.physics.A, x)
@@ -84,8 +73,8 @@ class _DecomposablePhysics(_LinearPhysics):
 
     spectral = True
 
-    def __init__(self, physics: Any):
-        super().__init__(physics)
+    def __init__(self, physics: Any, compute_dtype: torch.dtype | None):
+        super().__init__(physics, compute_dtype)
         if physics.mask is None:
             raise ValueError(f"physics: expected one whose mask or filter is set, got {self} without")
         values = (physics.mask.conj() * physics.mask).real
@@ -106,8 +95,8 @@ class _DecomposablePhysics(_LinearPhysics):
 class _BlurFFT(_DecomposablePhysics):
     """In the whole spectrum: deepinv's half, in real and imaginary parts, is no orthonormal basis."""
 
-    def __init__(self, physics: Any):
-        super().__init__(physics)
+    def __init__(self, physics: Any, compute_dtype: torch.dtype | None):
+        super().__init__(physics, compute_dtype)
         half, width = self._eigenvalues[..., 0], physics.img_size[-1]
         mirrored = half[..., 1 : (width + 1) // 2].flip(-2, -1).roll(1, -2)
         self._eigenvalues = torch.cat([half, mirrored], -1)
@@ -119,19 +108,20 @@ class _BlurFFT(_DecomposablePhysics):
         return torch.fft.ifft2(c, norm="ortho").real
 
 
-def operator(physics: Any) -> operators.Operator:
+def operator(physics: Any, dtype: torch.dtype | None = None) -> operators.Operator:
     """``physics`` as an operator: ``A``, ``A_adjoint`` and ``A_dagger`` are its own. A ``DecomposablePhysics`` has a
     spectrum, from which PnP, PiGDM and the isotropic covariance have closed forms; other linear ones do without, and
-    what is not linear has ``A`` and ``A_dagger`` alone."""
+    what is not linear has ``A`` and ``A_dagger`` alone. ``dtype``: what it computes in, whatever that of the state;
+    None is the state's."""
     if not _is(physics, "Physics"):
         raise TypeError(f"physics: expected a deepinv.physics object, got {type(physics).__name__}")
     if not _is(physics, "LinearPhysics"):
-        return _Physics(physics)
+        return _Physics(physics, dtype)
     defines_A = next(base.__name__ for base in type(physics).__mro__ if "A" in vars(base))
     if defines_A == "BlurFFT":
-        return _BlurFFT(physics)
-    # A subclass with an A of its own may have another spectrum (SequentialMRI)
-    return (_DecomposablePhysics if defines_A == "DecomposablePhysics" else _LinearPhysics)(physics)
+        return _BlurFFT(physics, dtype)
+    # A subclass with an A of its own may have another spectrum (DynamicMRI)
+    return (_DecomposablePhysics if defines_A == "DecomposablePhysics" else _LinearPhysics)(physics, dtype)
 
 
 # --- likelihoods --------------------------------------------------------------------------------------------
@@ -148,9 +138,10 @@ def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) 
 
     These parameters must be one number for all of ``y``; ``scale``, a number or a function of ``sigma_t``, takes the
     place of the one named. Of ``Inpainting`` with a mask of zeros and ones the observation is what was measured,
-    ``[B, m]``: densities count nothing else. A ``sensor_model`` takes no part, as in deepinv's samplers.
+    ``[B, m]``: densities count nothing else. A ``sensor_model`` takes no part, as in deepinv's samplers. The physics
+    computes in the dtype of ``y``.
     """
-    noise, forward = physics.noise_model, operator(physics)
+    noise, forward = physics.noise_model, operator(physics, y.dtype)
     if _is(physics, "Inpainting") and isinstance(forward, _DecomposablePhysics):
         mask = physics.mask
         if len(mask) == 1 and ((mask == 0) | (mask == 1)).all():
@@ -191,17 +182,6 @@ def _number(noise: Any, name: str) -> float:
 # --- priors -------------------------------------------------------------------------------------------------
 
 
-class _Net:
-    """``net(x, t)`` of a denoiser ``f(x, sigma)``, which is given ``sigma`` ``[]``: all samples are at one level."""
-
-    def __init__(self, denoiser: Callable[..., Tensor], clip: tuple[float, float] | None = None):
-        self.denoiser, self.clip = denoiser, clip
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        x0 = self.denoiser(_cast(x, self.denoiser), _cast(t[0], self.denoiser))
-        return x0 if self.clip is None else x0.clamp(*self.clip)
-
-
 class _Sigmas(schedules.Schedule):
     """These noise levels, decreasing; the last may be above 0."""
 
@@ -218,20 +198,28 @@ class _Sigmas(schedules.Schedule):
 def prior(
     denoiser: Callable[..., Tensor],
     schedule: schedules.Schedule | None = None,
+    *,
     clip: tuple[float, float] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Denoiser:
-    """A denoiser ``f(x, sigma) -> E[x_0 | x_0 + sigma eps = x]`` as a prior.
+    """A denoiser ``f(x, sigma) -> E[x_0 | x_0 + sigma eps = x]`` as a prior; ``sigma`` is ``[]``.
 
-    ``schedule``: one with ``alpha = 1``, by default ``edm(0.001, 40)``, that of Karras et al. for images in [0, 1];
-    variance-preserving processes have the same steps, in ``x_t / alpha_t``. ``clip``: the range that the output is held
-    in, before any gradient of it.
+    - ``schedule``: one with ``alpha = 1``, by default ``edm(0.001, 40)``, that of Karras et al. for images in [0, 1];
+      variance-preserving processes have the same steps, in ``x_t / alpha_t``.
+    - ``clip``: the range that the output is held in, before any gradient of it.
+    - ``dtype``: what the denoiser computes in, whatever that of the state; None is the state's.
     """
     if not callable(denoiser):
         raise TypeError(f"denoiser: expected a callable f(x, sigma), got {type(denoiser).__name__}")
     schedule = schedules.edm(0.001, 40.0) if schedule is None else schedule
     if isinstance(schedule, schedules.Schedule) and schedule.alpha(schedule.t_max) != 1.0:
         raise ValueError(f"schedule: expected one with alpha = 1 (ve, edm), got {schedule}")
-    return Denoiser(_Net(denoiser, clip), schedule, "sample")
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        x0 = denoiser(x.to(dtype=dtype), t[0].to(dtype=dtype))  # all samples are at one level
+        return x0 if clip is None else x0.clamp(*clip)
+
+    return Denoiser(net, schedule, "sample")
 
 
 # --- samplers -----------------------------------------------------------------------------------------------
@@ -258,7 +246,8 @@ class Sampler(nn.Module):
     - ``guidance``: a function of the likelihood that returns a guidance object: ``fastguide.PiGDM``,
       ``functools.partial(fastguide.TDS, particles=64)``.
     - ``likelihood``: the function of ``(y, physics)`` to use, ``functools.partial(likelihood, scale=0.01)``.
-    - ``options``: of `fastguide.sample`; ``dtype`` and ``device`` are those of ``y`` by default.
+    - ``options``: of `fastguide.sample`; ``dtype`` and ``device`` are those of ``y`` by default. The denoiser and the
+      physics compute in the dtype of ``y`` in any case.
     """
 
     def __init__(
@@ -271,8 +260,8 @@ class Sampler(nn.Module):
         **options: Any,
     ):
         super().__init__()
-        self.denoiser, self.guidance, self.likelihood, self.options = denoiser, guidance, likelihood, options
-        self.prior = prior(denoiser, schedule)
+        self.denoiser, self.guidance, self.likelihood = denoiser, guidance, likelihood
+        self.schedule, self.options = schedule, options
 
     def forward(self, y: Tensor, physics: Any, seed: int | None = None, shape: Shape | None = None) -> Tensor:
         """One draw for each observation, ``[B, *event]``; of particles, one by their weights.
@@ -288,7 +277,8 @@ class Sampler(nn.Module):
         """As `forward`, all that `fastguide.sample` returns: of TDS and FK the weighted particles and the evidence."""
         guidance = self.guidance(self.likelihood(y, physics))
         options: dict[str, Any] = {"dtype": y.dtype, "device": y.device} | self.options
-        return sample(self.prior, shape or _shape(y, physics), guidance=guidance, seed=_seed(seed), **options)
+        denoiser = prior(self.denoiser, self.schedule, dtype=y.dtype)
+        return sample(denoiser, shape or _shape(y, physics), guidance=guidance, seed=_seed(seed), **options)
 
 
 class DPS(nn.Module):
@@ -300,7 +290,8 @@ class DPS(nn.Module):
     - ``num_steps``: one more than evaluations of the denoiser.
     - ``guidance``: ``"norm"`` or ``"annealed"``, times ``weight``.
     - ``minus_one_one``: whether noise levels are those of images in [-1, 1], twice what the denoiser is given.
-    - ``dtype``: of the state and the result. Kernels for GPUs take float32, not the default.
+    - ``dtype``: of the state and the result; the denoiser computes in float32, the physics in the dtype of ``y``.
+      The kernels for GPUs do not take the default.
     - ``rng``: draws the seed of the noise in a call without one; None is torch's own.
     """
 
@@ -372,7 +363,7 @@ class DPS(nn.Module):
             z = ops.randn(shape, seed=seed, stream=STREAM_INITIAL, dtype=self.dtype, device=self.device)
             x = sigma[0].item() * z + shift
         states = [x]
-        forward, normalize = operator(physics), self.guidance == "norm"
+        forward, normalize = operator(physics, y.dtype), self.guidance == "norm"
         if normalize:
             error = likelihoods.Gaussian(y, forward, 1.0)  # any scale: the norm's gradient has none
         else:
@@ -380,7 +371,7 @@ class DPS(nn.Module):
             sigma_y = _number(noise, "sigma") if _is(noise, "GaussianNoise") else 0.0
             error = likelihoods.Gaussian(y, forward, lambda sigma_t: math.hypot(sigma_y, sigma_t))
         x = sample(
-            prior(self.denoiser, _Sigmas(sigma.tolist()), clip=(-1.0, 1.0)),
+            prior(self.denoiser, _Sigmas(sigma.tolist()), clip=(-1.0, 1.0), dtype=torch.float32),
             tuple(x.shape),
             guidance=guidance.DPS(error, (0.5 * zeta if normalize else zeta).tolist(), normalize),
             steps=sigma.tolist(),
@@ -394,7 +385,7 @@ class DPS(nn.Module):
         ).x
         if denoise_output and sigma[-1] > 0:
             with torch.no_grad():
-                x = _Net(self.denoiser)(x, x.new_full((1,), sigma[-1].item())).to(x.dtype)
+                x = self.denoiser(x.float(), sigma[-1].to(self.device, torch.float32)).to(x.dtype)
 
         def rescaled(x: Tensor, scale: float) -> Tensor:
             return scale * (x - shift) + shift
