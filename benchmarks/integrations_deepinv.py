@@ -1,5 +1,5 @@
 """``python -m benchmarks.integrations_deepinv``: deepinv's DPS and DiffPIR and ours in turn, of the same denoiser,
-inpainting task and number of steps, on two threads; medians in ms. That both give the same samples of the same noise is
+inpainting task and number of steps, on one thread; medians in ms. That both give the same samples of the same noise is
 tested (tests/test_integrations_deepinv.py).
 """
 
@@ -43,7 +43,7 @@ def shrink(x: Tensor, sigma: Tensor) -> Tensor:
 
 def main() -> None:
     deepinv = _import_deepinv()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     print(f"allocator: {keep_memory()}\n")
     network, fidelity = DigitsDenoiser(), deepinv.optim.data_fidelity.L2()
     denoisers: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import re
 import sys
 import types
+from pathlib import Path
 from unittest import mock
 
 import gaussian
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 import fastguide as fg
+from fastguide import graphs
 from fastguide.guidance.base import STREAM_INITIAL
 from fastguide.integrations import deepinv as ours
 from fastguide.operators import LinearOperator
@@ -417,7 +420,7 @@ def test_diffpir(name):
     fidelity = dinv.optim.data_fidelity.L2(sigma=0.8)
     if name == "another fidelity":
         fidelity = types.SimpleNamespace(prox=lambda x, y, physics, gamma: torch.lerp(x, y, gamma / (3.0 + gamma)))
-    for options in (dict(), dict(max_iter=20, zeta=0.6, lambda_=3.0, sigma=0.2)):
+    for options in (dict(), dict(max_iter=20, zeta=0.6, lambda_=3.0, sigma=40.0)):
         theirs = dinv.sampling.DiffPIR(denoiser, fidelity, **options)
         diffpir = ours.DiffPIR(denoiser, fidelity, **options)
         for x_init in (None, 0.5 * x):
@@ -428,7 +431,7 @@ def test_diffpir(name):
                 expected = theirs(y, physics, x_init=x_init)
             got = diffpir(y, physics, 5, x_init)
             assert got.dtype == expected.dtype
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 def test_diffpir_makes_one_evaluation_less():
@@ -471,6 +474,34 @@ def test_errors():
     for iterations in (1, 501):
         with pytest.raises(ValueError, match=r"^max_iter: expected an integer in \[2, 500\]"):
             ours.DiffPIR(Small(), fidelity, max_iter=iterations)
+    with pytest.raises(ValueError, match=r"^sigma: expected a number > 0, here or of the physics, got 0.0"):
+        ours.DiffPIR(Small(), fidelity)(X, dinv.physics.Denoising(dinv.physics.GaussianNoise(0.0)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    (
+        lambda denoiser: ours.DPS(denoiser, num_steps=4, guidance="annealed"),
+        lambda denoiser: ours.DiffPIR(denoiser, dinv.optim.data_fidelity.L2(), max_iter=4),
+        lambda denoiser: ours.Sampler(denoiser, fg.PiGDM, steps=4),
+    ),
+    ids=("DPS", "DiffPIR", "Sampler"),
+)
+def test_calls_share_a_graph(make, monkeypatch):
+    """On a GPU: calls that differ in the seed and the measurement have one key, those of another physics another."""
+    keys, call = [], graphs.call
+
+    def recorded(loop, run, guidance, *rest):
+        keys.append(graphs._describe_call(run, guidance))
+        return call(loop, run, guidance, *rest)
+
+    monkeypatch.setattr(graphs, "call", recorded)
+    sampler, noise = make(Small()), dinv.physics.GaussianNoise(0.1)
+    blurs = [dinv.physics.BlurFFT((1, 4, 5), filter=k, noise_model=noise) for k in (KERNEL, KERNEL.flip(-1))]
+    for seed, physics in ((1, blurs[0]), (2, blurs[0]), (1, blurs[1])):
+        sampler(physics(X), physics, seed=seed)
+    assert keys[0] == keys[1]
+    assert keys[0] != keys[2]
 
 
 def test_within_deepinv():
@@ -488,6 +519,16 @@ def test_within_deepinv():
         mean, variance = statistics(X, physics)
         torch.testing.assert_close(mean, many.mean(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(variance, many.var(0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_readme_example_runs():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "integrations.deepinv" in b)
+    physics = dinv.physics.Inpainting((1, 4, 5), mask=0.5, noise_model=dinv.physics.GaussianNoise(0.1))
+    names = dict(denoiser=Small(), physics=physics, y=physics(X), fidelity=dinv.optim.data_fidelity.L2(), fastguide=fg)
+    exec(block, names)
+    assert names["x"].shape == X.shape
+    assert (physics.A(names["x"]) - names["y"]).square().mean().sqrt() < 0.2
 
 
 def test_needs_neither_deepinv_nor_torchvision():

@@ -141,7 +141,7 @@ def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) 
     ``[B, m]``: densities count nothing else. A ``sensor_model`` takes no part, as in deepinv's samplers. The physics
     computes in the dtype of ``y``.
     """
-    noise, forward = physics.noise_model, operator(physics, y.dtype)
+    forward, noise = operator(physics, y.dtype), physics.noise_model
     if _is(physics, "Inpainting") and isinstance(forward, _DecomposablePhysics):
         mask = physics.mask
         if len(mask) == 1 and ((mask == 0) | (mask == 1)).all():
@@ -452,6 +452,8 @@ class DiffPIR(nn.Module):
         """
         noise = physics.noise_model
         sigma_y = _number(noise, "sigma") if hasattr(noise, "sigma") else self.sigma
+        if not sigma_y > 0:
+            raise ValueError(f"sigma: expected a number > 0, here or of the physics, got {sigma_y}")
         table = schedules.vp_linear(1000)
         index = torch.linspace(0, 1000**2, self.max_iter).sqrt().int()
         index[-1] = 999
