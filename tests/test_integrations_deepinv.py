@@ -293,6 +293,7 @@ def test_posterior_of_a_gaussian_prior():
     x = sampler(gaussian.Y, physics, seed=1)
     torch.testing.assert_close(x, samples.draw(1, seed=1)[:, 0], rtol=0, atol=0)
     both = sampler.sample(gaussian.Y[:1], physics, seed=1, shape=(2, 3))  # of one observation
+    assert both.x.shape == (2, particles, 3)
     assert ((both.mean() - mean[:1]).abs() < 4 * error).all()
 
 
@@ -389,6 +390,16 @@ def test_dps_from_and_to_other_times():
             expected = theirs(X, physics, x_init, timesteps=timesteps, denoise_output=denoise)
         got = dps(X, physics, x_init, 2, timesteps, denoise)
         torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_dps_draws_its_seed_from_the_rng():
+    rng, physics = torch.Generator(), dinv.physics.Denoising()
+    dps = ours.DPS(Small(), num_steps=4, rng=rng)
+    rng.manual_seed(3)
+    first, second = dps(X, physics), dps(X, physics)
+    rng.manual_seed(3)
+    assert torch.equal(first, dps(X, physics))
+    assert not torch.equal(first, second)
 
 
 def test_dps_of_what_is_not_linear():
