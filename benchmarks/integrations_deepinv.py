@@ -54,6 +54,7 @@ def main() -> None:
     }
     samplers: dict[str, Callable] = {
         "DPS": lambda module, denoiser: module.DPS(denoiser, num_steps=STEPS + 1),
+        "DPS in float32": lambda module, denoiser: module.DPS(denoiser, num_steps=STEPS + 1, dtype=torch.float32),
         "DiffPIR": lambda module, denoiser: module.DiffPIR(denoiser, fidelity, max_iter=STEPS),
     }
     print("| sampler, network | deepinv | fastguide | |\n| --- | --- | --- | --- |")
