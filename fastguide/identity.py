@@ -66,13 +66,13 @@ def identify(value: Any, depth: int = 6) -> Any:
         held = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         used = [value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__]
         held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *used]
-        return id(value.__code__), identify(held, depth - 1)
+        return id(value.__code__), identify(held, max(depth - 1, 1))  # the list is new: its own id says nothing
     if isinstance(value, types.MethodType):
         return identify((value.__func__, value.__self__), depth)
     if isinstance(value, functools.partial):
         return identify((value.func, value.args, value.keywords), depth)
     attributes = {name: part for name, part in getattr(value, "__dict__", {}).items() if isinstance(part, _HELD)}
-    return id(value), identify(attributes, depth - 1)
+    return id(value), identify(attributes, max(depth - 1, 1))
 
 
 def _settings(module: torch.nn.Module) -> dict[str, Any]:

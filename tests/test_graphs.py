@@ -302,6 +302,9 @@ def test_functions_are_compared_by_what_they_hold(rerun, monkeypatch):
     captures(network, False)
     network.scale = 3.0
     captures(network, True)
+    network.activation = around(network, 0.0)  # a module that holds a function
+    captures(network, True)
+    captures(network, False)
 
 
 def test_scales_of_guidance_are_inputs(rerun):

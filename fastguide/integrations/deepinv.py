@@ -1,0 +1,484 @@
+"""deepinv (0.5): its physics, noise models and denoisers for our samplers, and samplers that are called as its own are.
+
+    sampler = DPS(denoiser, num_steps=100)  # or DiffPIR, as deepinv's; Sampler, of any fastguide guidance
+    x = sampler(y, physics, seed=0)
+
+`operator`, `likelihood` and `prior` turn a ``deepinv.physics`` object, the measurement with its noise model, and a
+denoiser ``f(x, sigma)`` into what `fastguide.sample` takes. Images are in the range of the physics and the denoiser,
+usually [0, 1]; a state is ``x_t = x_0 + sigma eps`` in that range.
+
+Nothing of deepinv is imported: its objects are told by the names of their classes. They stay on their device. A physics
+with parameters for each sample of a batch (one mask each) serves one sample for each observation, without particles or
+chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import guidance, likelihoods, operators, ops, schedules
+from ..denoiser import Denoiser
+from ..guidance import PnP
+from ..guidance.base import STREAM_INITIAL, Run, entry
+from ..sampling import Samples, sample
+
+__all__ = ["DPS", "DiffPIR", "Sampler", "likelihood", "operator", "prior"]
+
+Shape = Sequence[int]
+
+
+def _is(value: Any, name: str) -> bool:
+    """Whether a class of deepinv of that name is among the bases."""
+    return any(base.__name__ == name for base in type(value).__mro__)
+
+
+# --- operators ----------------------------------------------------------------------------------------------
+
+
+class _Physics(operators.Operator):
+    """``A``, and ``A_dagger`` as the pseudo-inverse."""
+
+    def __init__(self, physics: Any, compute_dtype: torch.dtype | None):
+        self.physics, self.compute_dtype = physics, compute_dtype
+
+    def __repr__(self) -> str:
+        return f"deepinv's {type(self.physics).__name__}"
+
+    def _call(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return f(x.to(dtype=self.compute_dtype)).to(x.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._call(self.physics.A, x)
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        return self._call(self.physics.A_dagger, y)
+
+
+class _LinearPhysics(_Physics, operators.LinearOperator):
+    spectral = False
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self._call(self.physics.A_adjoint, y)
+
+
+class _DecomposablePhysics(_LinearPhysics):
+    """``A = U diag(s) V^T``: ``U`` is the eigenbasis of ``A A^T``, ``s^2`` the eigenvalues."""
+
+    spectral = True
+
+    def __init__(self, physics: Any, compute_dtype: torch.dtype | None):
+        super().__init__(physics, compute_dtype)
+        if physics.mask is None:
+            raise ValueError(f"physics: expected one whose mask or filter is set, got {self} without")
+        values = (physics.mask.conj() * physics.mask).real
+        while values.ndim and len(values) == 1:
+            values = values[0]
+        self._eigenvalues = values
+
+    def eigenvalues(self, y: Tensor) -> Tensor:
+        return self._eigenvalues.to(y.dtype)
+
+    def transform(self, y: Tensor) -> Tensor:
+        return self._call(self.physics.U_adjoint, y)
+
+    def inverse_transform(self, c: Tensor) -> Tensor:
+        return self._call(self.physics.U, c)
+
+
+class _BlurFFT(_DecomposablePhysics):
+    """In the whole spectrum: deepinv's half, in real and imaginary parts, is no orthonormal basis."""
+
+    def __init__(self, physics: Any, compute_dtype: torch.dtype | None):
+        super().__init__(physics, compute_dtype)
+        half, width = self._eigenvalues[..., 0], physics.img_size[-1]
+        mirrored = half[..., 1 : (width + 1) // 2].flip(-2, -1).roll(1, -2)
+        self._eigenvalues = torch.cat([half, mirrored], -1)
+
+    def transform(self, y: Tensor) -> Tensor:
+        return torch.fft.fft2(y, norm="ortho")
+
+    def inverse_transform(self, c: Tensor) -> Tensor:
+        return torch.fft.ifft2(c, norm="ortho").real
+
+
+def operator(physics: Any, dtype: torch.dtype | None = None) -> operators.Operator:
+    """``physics`` as an operator: ``A``, ``A_adjoint`` and ``A_dagger`` are its own. A ``DecomposablePhysics`` has a
+    spectrum, from which PnP, PiGDM and the isotropic covariance have closed forms; other linear ones do without, and
+    what is not linear has ``A`` and ``A_dagger`` alone. ``dtype``: what it computes in, whatever that of the state;
+    None is the state's."""
+    if not _is(physics, "Physics"):
+        raise TypeError(f"physics: expected a deepinv.physics object, got {type(physics).__name__}")
+    if not _is(physics, "LinearPhysics"):
+        return _Physics(physics, dtype)
+    defines_A = next(base.__name__ for base in type(physics).__mro__ if "A" in vars(base))
+    if defines_A == "BlurFFT":
+        return _BlurFFT(physics, dtype)
+    # A subclass with an A of its own may have another spectrum (DynamicMRI)
+    return (_DecomposablePhysics if defines_A == "DecomposablePhysics" else _LinearPhysics)(physics, dtype)
+
+
+# --- likelihoods --------------------------------------------------------------------------------------------
+
+
+def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) -> likelihoods.Likelihood:
+    """``p(y | x_0)`` of a measurement ``y`` ``[B, *measurement]``, by the noise model of the physics:
+
+    - ``GaussianNoise``: Gaussian, of scale ``sigma``;
+    - ``ZeroNoise``: Gaussian, of scale 0: an exact measurement, which serves PiGDM and PnP alone;
+    - ``LaplaceNoise``: Laplace, of scale ``b``;
+    - ``PoissonNoise``: Poisson, of scale ``gain``, whether or not ``normalize`` has multiplied ``y`` by it;
+    - ``LogPoissonNoise``: Poisson, of scale 1: counts ``N0 exp(-mu y)`` of rates ``N0 exp(-mu A(x))``.
+
+    These parameters must be one number for all of ``y``; ``scale``, a number or a function of ``sigma_t``, takes the
+    place of the one named. Of ``Inpainting`` with a mask of zeros and ones the observation is what was measured,
+    ``[B, m]``: densities count nothing else. A ``sensor_model`` takes no part, as in deepinv's samplers. The physics
+    computes in the dtype of ``y``.
+    """
+    forward, noise = operator(physics, y.dtype), physics.noise_model
+    if _is(physics, "Inpainting") and isinstance(forward, _DecomposablePhysics):
+        mask = physics.mask
+        if len(mask) == 1 and ((mask == 0) | (mask == 1)).all():
+            forward = operators.Inpainting(mask[0].bool().expand(y.shape[1:]))
+            y = forward(y)
+
+    def scale_or(default: float) -> likelihoods.Scale:
+        return default if scale is None else scale
+
+    if _is(noise, "GaussianNoise"):
+        return likelihoods.Gaussian(y, forward, scale_or(_number(noise, "sigma")))
+    if _is(noise, "ZeroNoise"):
+        return likelihoods.Gaussian(y, forward, scale_or(0.0))
+    if _is(noise, "LaplaceNoise"):
+        return likelihoods.Laplace(y, forward, scale_or(_number(noise, "b")))
+    if _is(noise, "PoissonNoise"):
+        gain = _number(noise, "gain")
+        return likelihoods.Poisson(y if noise.normalize else y * gain, forward, scale_or(gain))
+    if _is(noise, "LogPoissonNoise"):
+        mu, photons = _number(noise, "mu"), _number(noise, "N0")
+        rates = operators.Function(lambda x: photons * torch.exp(-mu * forward(x)))
+        return likelihoods.Poisson(photons * torch.exp(-mu * y), rates, scale_or(1.0))
+    raise ValueError(
+        "physics: expected a noise_model that is one of GaussianNoise, ZeroNoise, LaplaceNoise, PoissonNoise and "
+        f"LogPoissonNoise, got {type(noise).__name__}"
+    )
+
+
+def _number(noise: Any, name: str) -> float:
+    values = torch.as_tensor(getattr(noise, name)).flatten()
+    if not (values == values[0]).all():
+        raise ValueError(
+            f"physics: expected a noise_model whose {name} is one number for all samples, got {len(values)} of them"
+        )
+    return values[0].item()
+
+
+# --- priors -------------------------------------------------------------------------------------------------
+
+
+class _Sigmas(schedules.Schedule):
+    """These noise levels, decreasing; the last may be above 0."""
+
+    def __init__(self, sigmas: Sequence[float]):
+        self.t_max, self.t_min, self.clean = sigmas[0], sigmas[-2], sigmas[-1]
+
+    def __repr__(self) -> str:
+        return f"sigmas({self.t_max:g}, ..., {self.clean:g})"
+
+    def _alpha_sigma(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.ones_like(t), t.copy()
+
+
+def prior(
+    denoiser: Callable[..., Tensor],
+    schedule: schedules.Schedule | None = None,
+    *,
+    clip: tuple[float, float] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Denoiser:
+    """A denoiser ``f(x, sigma) -> E[x_0 | x_0 + sigma eps = x]`` as a prior; ``sigma`` is ``[]``.
+
+    - ``schedule``: one with ``alpha = 1``, by default ``edm(0.001, 40)``, that of Karras et al. for images in [0, 1];
+      variance-preserving processes have the same steps, in ``x_t / alpha_t``.
+    - ``clip``: the range that the output is held in, before any gradient of it.
+    - ``dtype``: what the denoiser computes in, whatever that of the state; None is the state's.
+    """
+    if not callable(denoiser):
+        raise TypeError(f"denoiser: expected a callable f(x, sigma), got {type(denoiser).__name__}")
+    schedule = schedules.edm(0.001, 40.0) if schedule is None else schedule
+    if isinstance(schedule, schedules.Schedule) and schedule.alpha(schedule.t_max) != 1.0:
+        raise ValueError(f"schedule: expected one with alpha = 1 (ve, edm), got {schedule}")
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        x0 = denoiser(x.to(dtype=dtype), t[0].to(dtype=dtype))  # all samples are at one level
+        return x0 if clip is None else x0.clamp(*clip)
+
+    return Denoiser(net, schedule, "sample")
+
+
+# --- samplers -----------------------------------------------------------------------------------------------
+
+
+def _shape(y: Tensor, physics: Any) -> Shape:
+    """Of the images that ``y`` measures."""
+    forward = operator(physics)
+    with torch.no_grad():
+        x = forward.adjoint(y) if isinstance(forward, operators.LinearOperator) else forward.pseudo_inverse(y)
+    return tuple(x.shape)
+
+
+def _seed(seed: int | None, rng: torch.Generator | None = None) -> int:
+    if seed is not None:
+        return seed
+    return int(torch.randint(1 << 62, (), generator=rng, device=None if rng is None else rng.device))
+
+
+class Sampler(nn.Module):
+    """A fastguide sampler as a deepinv one.
+
+    - ``denoiser``, ``schedule``: see `prior`.
+    - ``guidance``: a function of the likelihood that returns a guidance object: ``fastguide.PiGDM``,
+      ``functools.partial(fastguide.TDS, particles=64)``.
+    - ``likelihood``: the function of ``(y, physics)`` to use, ``functools.partial(likelihood, scale=0.01)``.
+    - ``options``: of `fastguide.sample`; ``dtype`` and ``device`` are those of ``y`` by default. The denoiser and the
+      physics compute in the dtype of ``y`` in any case.
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable[..., Tensor],
+        guidance: Callable[[Any], Any],
+        *,
+        schedule: schedules.Schedule | None = None,
+        likelihood: Callable[[Tensor, Any], likelihoods.Likelihood] = likelihood,
+        **options: Any,
+    ):
+        super().__init__()
+        self.denoiser, self.guidance, self.likelihood = denoiser, guidance, likelihood
+        self.schedule, self.options = schedule, options
+
+    def forward(self, y: Tensor, physics: Any, seed: int | None = None, shape: Shape | None = None) -> Tensor:
+        """One draw for each observation, ``[B, *event]``; of particles, one by their weights.
+
+        ``seed``: of the noise; None draws one from torch's generator. ``shape``: ``(B, *event)``, by default that of
+        ``A_adjoint(y)``, or ``A_dagger(y)`` where ``A`` is not linear.
+        """
+        seed = _seed(seed)
+        samples = self.sample(y, physics, seed, shape)
+        return samples.x if samples.log_weights is None else samples.draw(1, seed)[:, 0]
+
+    def sample(self, y: Tensor, physics: Any, seed: int | None = None, shape: Shape | None = None) -> Samples:
+        """As `forward`, all that `fastguide.sample` returns: of TDS and FK the weighted particles and the evidence."""
+        guidance = self.guidance(self.likelihood(y, physics))
+        options: dict[str, Any] = {"dtype": y.dtype, "device": y.device} | self.options
+        denoiser = prior(self.denoiser, self.schedule, dtype=y.dtype)
+        return sample(denoiser, shape or _shape(y, physics), guidance=guidance, seed=_seed(seed), **options)
+
+
+class DPS(nn.Module):
+    """Diffusion posterior sampling, with the arguments of ``deepinv.sampling.DPS`` and, given the same noise, its
+    results to rounding.
+
+    - ``schedule``: ``"vp"`` or ``"ve"``; ``solver``: ``"ddpm"``, ``"ddim"``, or ``"ancestral"`` with ``alpha`` in
+      [0, 1], a number or a function of the time in [0, 1]. There is no ``"euler"``, nor a solver object.
+    - ``num_steps``: one more than evaluations of the denoiser.
+    - ``guidance``: ``"norm"`` or ``"annealed"``, times ``weight``.
+    - ``minus_one_one``: whether noise levels are those of images in [-1, 1], twice what the denoiser is given.
+    - ``dtype``: of the state and the result; the denoiser computes in float32, the physics in the dtype of ``y``.
+      The kernels for GPUs do not take the default.
+    - ``rng``: draws the seed of the noise in a call without one; None is torch's own.
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable[..., Tensor],
+        schedule: str = "vp",
+        solver: str = "ddpm",
+        alpha: Callable[[Any], Any] | float = 1.0,
+        num_steps: int = 1000,
+        weight: float = 1.0,
+        guidance: str = "norm",
+        verbose: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float64,
+        rng: torch.Generator | None = None,
+        minus_one_one: bool = True,
+    ):
+        super().__init__()
+        for name, value, known in (
+            ("schedule", schedule, ("vp", "ve")),
+            ("solver", solver, ("ddpm", "ddim", "ancestral")),
+            ("guidance", guidance, ("norm", "annealed")),
+        ):
+            if not isinstance(value, str) or value.lower() not in known:
+                raise ValueError(f"{name}: expected one of {known}, got {value!r}")
+        if num_steps < 2:
+            raise ValueError(f"num_steps: expected an integer >= 2, got {num_steps}")
+        self.denoiser = denoiser
+        self.schedule, self.solver, self.alpha = schedule.lower(), solver.lower(), alpha
+        self.timesteps = torch.linspace(1, 0, num_steps, dtype=torch.float64)
+        self.weight, self.guidance, self.verbose = weight, guidance, verbose
+        self.device, self.dtype, self.rng, self.minus_one_one = device, dtype, rng, minus_one_one
+
+    def forward(
+        self,
+        y: Tensor,
+        physics: Any,
+        x_init: Tensor | Shape | None = None,
+        seed: int | None = None,
+        timesteps: Any = None,
+        denoise_output: bool = True,
+        get_trajectory: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """A sample ``[B, *event]`` for the measurement ``y``.
+
+        ``x_init``: the state at the first of the ``timesteps`` (decreasing, in [0, 1]) as deepinv scales it, or its
+        shape. ``seed``: of the noise, with or without an ``rng``. ``denoise_output``: denoise once more where the last
+        level is not clean. With ``get_trajectory`` also all the states, ``[num_steps, B, *event]``.
+        """
+        t = self.timesteps if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64).cpu()
+        if self.schedule == "vp":
+            scale = torch.exp(-0.5 * (0.1 * t + 0.5 * 19.9 * t**2))
+            sigma = (scale**-2 - 1).sqrt()
+        else:
+            scale, sigma = torch.ones_like(t), 0.001 * 80000.0**t
+        # deepinv's state is scale (x_t - shift) / unit
+        unit, shift = (0.5, 0.5) if self.minus_one_one else (1.0, 0.0)
+        sigma = unit * sigma
+        ratio = sigma[1:] / sigma[:-1]
+        eta = self._eta(t[:-1], ratio)
+        kept = ratio * (1 - eta**2 * (1 - ratio**2)).clamp(min=0).sqrt()  # of x_t in the mean of x_s
+        zeta = self.weight * sigma[:-1] ** 2 * (1 - kept)  # the score's weight in it
+        seed = _seed(seed, self.rng)
+        if isinstance(x_init, Tensor):
+            x = unit * x_init.to(self.device, self.dtype) / scale[0].item() + shift
+        else:
+            shape = x_init or _shape(y, physics)
+            z = ops.randn(shape, seed=seed, stream=STREAM_INITIAL, dtype=self.dtype, device=self.device)
+            x = sigma[0].item() * z + shift
+        states = [x]
+        forward, normalize = operator(physics, y.dtype), self.guidance == "norm"
+        if normalize:
+            error = likelihoods.Gaussian(y, forward, 1.0)  # any scale: the norm's gradient has none
+        else:
+            noise = physics.noise_model
+            sigma_y = _number(noise, "sigma") if _is(noise, "GaussianNoise") else 0.0
+            error = likelihoods.Gaussian(y, forward, lambda sigma_t: math.hypot(sigma_y, sigma_t))
+        x = sample(
+            prior(self.denoiser, _Sigmas(sigma.tolist()), clip=(-1.0, 1.0), dtype=torch.float32),
+            tuple(x.shape),
+            guidance=guidance.DPS(error, (0.5 * zeta if normalize else zeta).tolist(), normalize),
+            steps=sigma.tolist(),
+            eta=eta.tolist(),
+            seed=seed,
+            x_T=x,
+            dtype=self.dtype,
+            device=self.device,
+            progress=self.verbose,
+            callback=(lambda progress: states.append(progress.x.clone())) if get_trajectory else None,
+        ).x
+        if denoise_output and sigma[-1] > 0:
+            with torch.no_grad():
+                x = self.denoiser(x.float(), sigma[-1].to(self.device, torch.float32)).to(x.dtype)
+
+        def rescaled(x: Tensor, scale: float) -> Tensor:
+            return scale * (x - shift) + shift
+
+        output = rescaled(x, scale[-1].item())
+        if not get_trajectory:
+            return output
+        return output, torch.stack([rescaled(*pair) for pair in zip(states, scale.tolist(), strict=True)])
+
+    def _eta(self, t: Tensor, ratio: Tensor) -> Tensor:
+        """DDIM's, of every step from level ``t``, ``ratio`` being ``sigma_s / sigma_t``."""
+        if self.solver != "ancestral":
+            return torch.full_like(t, self.solver == "ddpm")
+        alpha = torch.tensor([float(self.alpha(v) if callable(self.alpha) else self.alpha) for v in t]).double()
+        if not ((alpha >= 0) & (alpha <= 1)).all():
+            raise ValueError(f"alpha: expected values in [0, 1], got {alpha.min():g} to {alpha.max():g}")
+        return ((1 - ratio ** (2 * alpha)) / (1 - ratio**2)).clamp(max=1.0).sqrt()
+
+
+@dataclass(frozen=True)
+class _ProximalPnP(PnP):
+    """PnP whose data step is the proximal operator of a deepinv data fidelity, of step size ``1 / rho``."""
+
+    data_fidelity: Any = None
+    physics: Any = None
+
+    @torch.no_grad()
+    def data_step(self, run: Run, x0_hat: Tensor, i: int) -> Tensor:
+        y, gamma = self.likelihood.rows_of_y(run.rows), 1.0 / entry(self.rho, i)
+        return self.data_fidelity.prox(x0_hat, y, self.physics, gamma=gamma)
+
+
+class DiffPIR(nn.Module):
+    """DiffPIR, with the arguments of ``deepinv.sampling.DiffPIR`` and, given the same noise, its results to rounding:
+    a last evaluation of the model that deepinv makes and does not use is left out.
+
+    ``data_fidelity``: any of deepinv's that has a ``prox``; ``max_iter``: 2 to 500 levels of its 1000. The result is,
+    as there, the state at the lowest level, whose noise has a standard deviation of 0.005.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        data_fidelity: Any,
+        sigma: float = 0.05,
+        max_iter: int = 100,
+        zeta: float = 0.1,
+        lambda_: float = 7.0,
+        verbose: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__()
+        if not 2 <= max_iter <= 500:
+            raise ValueError(f"max_iter: expected an integer in [2, 500], got {max_iter}")
+        self.model, self.data_fidelity = model, data_fidelity
+        self.sigma, self.max_iter, self.zeta, self.lambda_ = sigma, max_iter, zeta, lambda_
+        self.verbose, self.device = verbose, device
+
+    def forward(self, y: Tensor, physics: Any, seed: int | None = None, x_init: Tensor | None = None) -> Tensor:
+        """A sample ``[B, *event]`` for the measurement ``y``, whose noise is that of the physics where it says.
+
+        ``seed``: of the noise; None draws one from torch's generator. ``x_init``: an image to start from in place of
+        ``A_adjoint(y)``.
+        """
+        noise = physics.noise_model
+        sigma_y = _number(noise, "sigma") if hasattr(noise, "sigma") else self.sigma
+        if not sigma_y > 0:
+            raise ValueError(f"sigma: expected a number > 0, here or of the physics, got {sigma_y}")
+        table = schedules.vp_linear(1000)
+        index = torch.linspace(0, 1000**2, self.max_iter).sqrt().int()
+        index[-1] = 999
+        times = 999 - index.numpy()
+        ratio = table.sigma(times) / table.alpha(times)  # of images in [-1, 1]: half of it is that of [0, 1]
+        seed = _seed(seed)
+        x = physics.A_adjoint(y) if x_init is None else x_init
+        z = ops.randn(x.shape, seed=seed, stream=STREAM_INITIAL, dtype=x.dtype, device=x.device)
+        x = x + 0.5 * math.sqrt(ratio[0] ** 2 - 4.0 * self.sigma**2) * z
+        x = sample(
+            prior(self.model, _Sigmas((0.5 * ratio).tolist()), clip=(0.0, 1.0)),
+            tuple(x.shape),
+            guidance=_ProximalPnP(
+                likelihoods.Gaussian(y, operator(physics), sigma_y),
+                rho=(2.0 * self.lambda_ * sigma_y**2 / ratio[:-1] ** 2).tolist(),
+                zeta=self.zeta,
+                data_fidelity=self.data_fidelity,
+                physics=physics,
+            ),
+            steps=0.5 * ratio,
+            seed=seed,
+            x_T=x,
+            dtype=x.dtype,
+            device=self.device,
+            progress=self.verbose,
+        ).x
+        alpha = table.alpha(0)
+        return alpha * (x - 0.5) + 0.5

@@ -1,0 +1,550 @@
+"""Against deepinv itself: operators, densities, denoisers, and the samplers of the same name given the same noise."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import re
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import gaussian
+import pytest
+import torch
+
+import fastguide as fg
+from fastguide import graphs
+from fastguide.guidance.base import STREAM_INITIAL
+from fastguide.integrations import deepinv as ours
+from fastguide.operators import LinearOperator
+
+
+def _import_original() -> types.ModuleType:
+    try:
+        try:
+            import deepinv
+        except RuntimeError:  # a torchvision whose operators do not fit this torch; none of them is used here
+            name = "torchvision._meta_registrations"
+            sys.modules[name] = types.ModuleType(name)
+            import deepinv
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"deepinv cannot be imported: {error}", allow_module_level=True)
+    return deepinv
+
+
+dinv = _import_original()
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def generator():
+    return torch.Generator().manual_seed(7)
+
+
+def householder(v):
+    return lambda x: x - 2 * v * (x * v).sum(-1, keepdim=True) / (v @ v)
+
+
+def user_made():
+    """Of orthonormal U and V, each its own adjoint."""
+    u, v = householder(randn(6, seed=1)), householder(randn(6, seed=2))
+    return dinv.physics.DecomposablePhysics(U=u, U_adjoint=u, V=v, V_adjoint=v, mask=torch.arange(6.0))
+
+
+def matrix_physics(matrix, **kwargs):
+    return dinv.physics.LinearPhysics(A=lambda x: x @ matrix.T, A_adjoint=lambda y: y @ matrix, **kwargs)
+
+
+KERNEL = torch.tensor([[0.1, 0.3, 0.0], [0.2, 0.5, 0.1], [0.0, 0.2, 0.1]])[None, None]
+
+# The shape of an event, and the physics
+DECOMPOSABLE = {
+    "Denoising": ((1, 4, 5), lambda: dinv.physics.Denoising()),
+    "Inpainting": ((2, 4, 5), lambda: dinv.physics.Inpainting((2, 4, 5), mask=0.5, rng=generator())),
+    "Demosaicing": ((3, 4, 4), lambda: dinv.physics.Demosaicing((4, 4))),
+    "BlurFFT": ((2, 6, 8), lambda: dinv.physics.BlurFFT((2, 6, 8), filter=KERNEL)),
+    "BlurFFT, odd": ((1, 5, 7), lambda: dinv.physics.BlurFFT((1, 5, 7), filter=KERNEL)),
+    "MRI": ((2, 4, 6), lambda: dinv.physics.MRI(mask=(randn(4, 6) > 0).float(), img_size=(4, 6))),
+    "SinglePixelCamera": ((1, 8, 8), lambda: dinv.physics.SinglePixelCamera(20, (1, 8, 8))),
+    "SinglePixelCamera, random": (
+        (1, 4, 4),
+        lambda: dinv.physics.SinglePixelCamera(7, (1, 4, 4), fast=False, rng=generator()),
+    ),
+    "Decolorize": ((3, 3, 4), lambda: dinv.physics.Decolorize()),
+    "user-made": ((6,), user_made),
+}
+LINEAR = DECOMPOSABLE | {
+    "Blur": ((1, 6, 6), lambda: dinv.physics.Blur(KERNEL, padding="circular")),
+    "Downsampling": ((1, 8, 8), lambda: dinv.physics.Downsampling((1, 8, 8), filter="gaussian", factor=2)),
+    "CompressedSensing": ((1, 4, 4), lambda: dinv.physics.CompressedSensing(9, (1, 4, 4), rng=generator())),
+    "LinearPhysics": ((5,), lambda: matrix_physics(randn(3, 5))),
+    "DynamicMRI": (
+        (2, 3, 4, 4),
+        lambda: dinv.physics.DynamicMRI(mask=(randn(3, 4, 4) > 0).float(), img_size=(4, 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_physics(name):
+    event, make = LINEAR[name]
+    physics = make()
+    operator, x = ours.operator(physics), randn(3, *event)
+    y = physics.A(x)
+    assert isinstance(operator, LinearOperator)
+    assert operator.spectral == (name in DECOMPOSABLE)
+    torch.testing.assert_close(operator(x), y, rtol=0, atol=0)
+    v = randn(*y.shape, seed=1)
+    torch.testing.assert_close(operator.adjoint(v), physics.A_adjoint(v), rtol=0, atol=0)
+    torch.testing.assert_close(operator.pseudo_inverse(v), physics.A_dagger(v), rtol=0, atol=0)
+    torch.testing.assert_close((operator(x) * v).sum(), (x * operator.adjoint(v)).sum(), rtol=1e-4, atol=1e-4)
+
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(operator(leaf), leaf, v)
+    torch.testing.assert_close(gradient, operator.adjoint(v), rtol=1e-5, atol=1e-5)
+
+    wide = ours.operator(physics, torch.float32)(x.double())
+    torch.testing.assert_close(wide, y.double(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", DECOMPOSABLE)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_spectrum(name, dtype):
+    event, make = DECOMPOSABLE[name]
+    physics = make()
+    operator = ours.operator(physics, torch.float32).to(dtype=dtype)
+    matrix = operator.matrix(event)
+    y = randn(2, *physics.A(randn(1, *event)).shape[1:]).to(dtype)
+    gram = 0.7 * matrix @ matrix.T + 0.2 * torch.eye(len(matrix))
+    solved = operator.solve_gram(y, 0.7, 0.2)
+    assert solved.dtype == dtype
+    expected = torch.linalg.solve(gram, y.flatten(1).double().T).T.reshape(y.shape)
+    torch.testing.assert_close(solved.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(operator.gram_logdet(y, 0.7, 0.2), torch.logdet(gram), rtol=1e-5, atol=1e-4)
+
+
+class Square(dinv.physics.Physics):
+    def __init__(self):
+        super().__init__(A=lambda x: x**2, noise_model=dinv.physics.GaussianNoise(0.1))
+
+    def A_dagger(self, y, x_init=None):
+        return y.clamp(min=0).sqrt()
+
+
+def test_nonlinear_physics():
+    operator, x = ours.operator(Square()), randn(2, 5)
+    assert not isinstance(operator, LinearOperator)
+    torch.testing.assert_close(operator(x), x**2, rtol=0, atol=0)
+    torch.testing.assert_close(operator.pseudo_inverse(operator(x)), x.abs())
+
+
+def test_operator_errors():
+    with pytest.raises(TypeError, match=r"^physics: expected a deepinv\.physics object, got Identity"):
+        ours.operator(fg.operators.Identity())
+    with pytest.raises(ValueError, match=r"^physics: expected one whose mask or filter is set, got deepinv's Inpaint"):
+        ours.operator(dinv.physics.Inpainting((1, 4, 4)))
+
+
+# --- likelihoods --------------------------------------------------------------------------------------------
+
+X = torch.rand(3, 1, 4, 5, generator=generator()) + 0.1
+
+
+@pytest.mark.parametrize(
+    "noise, density",
+    (
+        (lambda: dinv.physics.GaussianNoise(0.3), lambda y: torch.distributions.Normal(X, 0.3).log_prob(y)),
+        (lambda: dinv.physics.LaplaceNoise(0.2), lambda y: torch.distributions.Laplace(X, 0.2).log_prob(y)),
+        (
+            lambda: dinv.physics.PoissonNoise(0.05),
+            lambda y: torch.distributions.Poisson(X / 0.05).log_prob((y / 0.05).round()),
+        ),
+        (
+            lambda: dinv.physics.PoissonNoise(0.05, normalize=False),
+            lambda y: torch.distributions.Poisson(X / 0.05).log_prob(y),
+        ),
+        (
+            lambda: dinv.physics.LogPoissonNoise(N0=100.0, mu=0.5),
+            lambda y: torch.distributions.Poisson(100 * torch.exp(-0.5 * X)).log_prob(
+                (100 * torch.exp(-0.5 * y)).round()
+            ),
+        ),
+    ),
+    ids=("gaussian", "laplace", "poisson", "counts", "log-poisson"),
+)
+def test_densities(noise, density):
+    torch.manual_seed(0)
+    physics = dinv.physics.Denoising(noise())
+    y = physics(X)
+    got = ours.likelihood(y, physics).log_prob(X)
+    torch.testing.assert_close(got, density(y.double()).flatten(1).sum(1), rtol=1e-5, atol=1e-4)
+
+
+def test_scale_in_place_of_the_noise_models():
+    physics = dinv.physics.Denoising(dinv.physics.ZeroNoise())
+    assert ours.likelihood(X, physics).scale_at(1.0) == 0.0
+    assert ours.likelihood(X, physics, scale=0.2).scale_at(1.0) == 0.2
+    physics.noise_model = dinv.physics.GaussianNoise(torch.full((3,), 0.25))  # one number, said three times
+    assert ours.likelihood(X, physics).scale_at(1.0) == 0.25
+    assert ours.likelihood(X, physics, scale=lambda t: t).scale_at(7.0) == 7.0
+
+
+def test_inpainting_counts_what_was_measured():
+    mask = torch.tensor([[1.0, 0, 1, 1, 0]]).expand(4, 5)[None]
+    physics = dinv.physics.Inpainting((1, 4, 5), mask=mask, noise_model=dinv.physics.GaussianNoise(0.3))
+    y = physics(X)
+    likelihood = ours.likelihood(y, physics)
+    assert likelihood.y.shape == (3, 12)
+    density = torch.distributions.Normal(X, 0.3).log_prob(y) * mask
+    torch.testing.assert_close(likelihood.log_prob(X).float(), density.flatten(1).sum(1))
+
+    # A mask of its own for each sample, or of other numbers, has no such operator
+    for other in (mask.expand(3, 1, 4, 5).clone(), 0.5 * mask):
+        physics.update(mask=other)
+        assert ours.likelihood(physics(X), physics).y.shape == X.shape
+
+
+def test_likelihood_errors():
+    physics = dinv.physics.Denoising(dinv.physics.UniformNoise(0.1))
+    with pytest.raises(
+        ValueError, match=r"^physics: expected a noise_model that is one of GaussianNoise.*UniformNoise$"
+    ):
+        ours.likelihood(X, physics)
+    physics.noise_model = dinv.physics.GaussianNoise(torch.tensor([0.1, 0.2, 0.3]))
+    with pytest.raises(ValueError, match=r"^physics: expected a noise_model whose sigma is one number.*got 3 of them"):
+        ours.likelihood(X, physics)
+
+
+# --- priors -------------------------------------------------------------------------------------------------
+
+
+class Small(dinv.models.Denoiser):
+    """Far from linear in both."""
+
+    def __init__(self, channels=1):
+        super().__init__()
+        torch.manual_seed(3)
+        self.mix = torch.nn.Conv2d(channels, channels, 3, padding=1).requires_grad_(False)
+
+    def forward(self, x, sigma, **kwargs):
+        sigma = self._handle_sigma(sigma, reference_tensor=x)
+        return (x + 0.3 * sigma**2 * torch.tanh(self.mix(x))) / (1 + sigma**2) + 0.3 * sigma / (1 + sigma)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+def test_prior(dtype):
+    denoiser, x = Small(), (2 * randn(3, 1, 4, 5)).to(dtype)
+    for clip in (None, (0.2, 0.9)):
+        prior = ours.prior(denoiser, fg.schedules.ve(0.01, 10.0), clip=clip, dtype=torch.float32)
+        x0 = prior.x0_hat(x, prior.schedule.level(2.0))
+        expected = denoiser(x.float(), 2.0)
+        assert x0.dtype == dtype
+        torch.testing.assert_close(x0, (expected if clip is None else expected.clamp(*clip)).to(dtype))
+
+
+def test_prior_of_a_network():
+    """A denoiser of deepinv's own, in a run of float64."""
+    denoiser = dinv.models.DRUNet(1, 1, nc=(4, 4, 4, 4), nb=1, pretrained=None)
+    prior, x = (
+        ours.prior(denoiser, dtype=torch.float32),
+        torch.rand(2, 1, 8, 8, generator=generator(), dtype=torch.float64),
+    )
+    level = prior.schedule.level(0.3)
+    torch.testing.assert_close(prior.x0_hat(x, level).float(), denoiser(x.float(), 0.3))
+
+
+def test_prior_errors():
+    with pytest.raises(TypeError, match=r"^denoiser: expected a callable f\(x, sigma\), got Tensor"):
+        ours.prior(X)
+    with pytest.raises(ValueError, match=r"^schedule: expected one with alpha = 1"):
+        ours.prior(Small(), fg.schedules.flow())
+    with pytest.raises(TypeError, match=r"^schedule: expected a fastguide.schedules schedule, got str"):
+        ours.prior(Small(), "ve")
+
+
+# --- samplers -----------------------------------------------------------------------------------------------
+
+
+def test_posterior_of_a_gaussian_prior():
+    """TDS is exact: mean, variance and evidence, of the prior that 40 steps make."""
+    schedule, steps, particles = fg.schedules.edm(0.01, 40.0), 40, 4000
+    prior = gaussian.example(schedule)
+    sampler = ours.Sampler(
+        lambda x, sigma: prior(x, sigma[None]),
+        functools.partial(fg.TDS, particles=particles),
+        schedule=schedule,
+        steps=steps,
+    )
+    physics = matrix_physics(gaussian.MATRIX, noise_model=dinv.physics.GaussianNoise(gaussian.SCALE))
+    samples = sampler.sample(gaussian.Y, physics, seed=1)
+    mean, covariance, evidence = gaussian.posterior(*prior.chain(steps), gaussian.MATRIX, gaussian.Y, gaussian.SCALE)
+    error = (covariance.diagonal() / samples.ess[-1].min()).sqrt()
+    assert samples.x.dtype == torch.float64
+    assert ((samples.mean() - mean).abs() < 4 * error).all()
+    torch.testing.assert_close(samples.variance(), covariance.diagonal().expand(2, 3), rtol=0.12, atol=0.0)
+    torch.testing.assert_close(samples.log_evidence, evidence, rtol=0, atol=0.05)
+
+    x = sampler(gaussian.Y, physics, seed=1)
+    torch.testing.assert_close(x, samples.draw(1, seed=1)[:, 0], rtol=0, atol=0)
+    both = sampler.sample(gaussian.Y[:1], physics, seed=1, shape=(2, 3))  # of one observation
+    assert both.x.shape == (2, particles, 3)
+    assert ((both.mean() - mean[:1]).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("name", ("Inpainting", "BlurFFT", "MRI"))
+def test_sampler_is_fastguides_own(name):
+    event, make = DECOMPOSABLE[name]
+    physics, denoiser = make(), Small(event[0])
+    physics.noise_model = dinv.physics.GaussianNoise(0.1)
+    y = physics(torch.rand(2, *event, generator=generator()))
+    got = ours.Sampler(denoiser, fg.PiGDM, steps=4, eta=0.5)(y, physics, seed=3)
+    likelihood = fg.likelihoods.Gaussian(y, ours.operator(physics), 0.1)
+    prior = fg.Denoiser(lambda x, t: denoiser(x, t), fg.schedules.edm(0.001, 40.0), "sample")
+    expected = fg.sample(prior, (2, *event), guidance=fg.PiGDM(likelihood), steps=4, eta=0.5, seed=3).x
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sampler_of_other_physics():
+    """Without a spectrum, without linearity, and of an exact measurement; the seed is torch's where none is given."""
+    x = torch.rand(2, 1, 8, 8, generator=generator())
+    blur = dinv.physics.Blur(KERNEL, padding="circular", noise_model=dinv.physics.GaussianNoise(0.05))
+    exact = dinv.physics.Inpainting((1, 8, 8), mask=0.5, rng=generator())
+    for physics, guidance, miss in ((blur, fg.PnP, 0.1), (Square(), fg.PnP, 0.2), (exact, fg.PnP, 1e-5)):
+        y, sampler = physics(x), ours.Sampler(Small(), guidance, steps=8)
+        torch.manual_seed(0)
+        found, again = sampler(y, physics), sampler(y, physics)
+        assert found.shape == x.shape
+        assert (physics.A(found) - y).square().mean().sqrt() < miss
+        assert not torch.equal(found, again)
+        torch.manual_seed(0)
+        assert torch.equal(found, sampler(y, physics))
+        assert torch.equal(sampler(y, physics, seed=4), sampler(y, physics, seed=4))
+
+
+def test_sampler_with_a_likelihood():
+    physics = dinv.physics.Denoising(dinv.physics.ZeroNoise())
+    tds = functools.partial(fg.TDS, particles=8)
+    with pytest.raises(ValueError, match=r"^scale: expected > 0"):
+        ours.Sampler(Small(), tds, steps=3)(X, physics, seed=0)
+    likelihood = functools.partial(ours.likelihood, scale=0.1)
+    sampler = ours.Sampler(Small(), tds, likelihood=likelihood, steps=3, chunk_size=16)
+    assert sampler(X, physics, seed=0).shape == X.shape
+
+
+def philox(seed):
+    """``randn_like`` of the noise of `fastguide.sample`: of step 0, 1, ..."""
+    steps = iter(range(1000))
+    return lambda x, **_: fg.ops.randn(x.shape, seed=seed, step=next(steps), dtype=x.dtype)
+
+
+DPS_OPTIONS = (
+    {},
+    dict(schedule="ve"),
+    dict(guidance="annealed", weight=0.7),
+    dict(solver="ddim", weight=3.0),
+    dict(solver="ancestral", alpha=lambda t: 0.3 + 0.2 * t),
+    dict(solver="ancestral", alpha=0.5, schedule="ve"),
+    dict(minus_one_one=False),
+)
+
+
+@pytest.mark.parametrize("options", DPS_OPTIONS, ids=lambda options: ", ".join(options) or "defaults")
+@pytest.mark.parametrize("name", ("Inpainting", "Blur"))
+def test_dps(name, options):
+    event = (1, 8, 8)
+    physics = {
+        "Inpainting": lambda: dinv.physics.Inpainting(event, mask=0.5, rng=generator()),
+        "Blur": lambda: dinv.physics.Blur(KERNEL, padding="circular"),
+    }[name]()
+    physics.noise_model = dinv.physics.GaussianNoise(0.1)
+    y, denoiser = physics(torch.rand(3, *event, generator=generator())), Small()
+    theirs = dinv.sampling.DPS(denoiser, num_steps=15, **options)
+    theirs.solver.randn_like = philox(5)
+    z = fg.ops.randn((3, *event), seed=5, stream=STREAM_INITIAL, dtype=torch.float64)
+    x_init = z * theirs.sde.sigma_t(1.0) * theirs.sde.scale_t(1.0)
+    expected = theirs(y, physics, x_init=x_init, get_trajectory=True)
+    dps = ours.DPS(denoiser, num_steps=15, **options)
+    found = dps(y, physics, seed=5, get_trajectory=True)
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == want.dtype == torch.float64
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=5e-6)
+    for given in (x_init, (3, *event)):
+        got = dps(y, physics, given, 5)
+        torch.testing.assert_close(got, expected[0], rtol=2e-6, atol=2e-6)
+
+
+def test_dps_from_and_to_other_times():
+    physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1))
+    theirs, dps = dinv.sampling.DPS(Small()), ours.DPS(Small())
+    timesteps, x_init = torch.linspace(0.6, 0.05, 10, dtype=torch.float64), randn(*X.shape).double()
+    for denoise in (True, False):
+        theirs.solver.randn_like = philox(2)
+        with mock.patch.object(theirs.solver, "timesteps", timesteps):
+            expected = theirs(X, physics, x_init, timesteps=timesteps, denoise_output=denoise)
+        got = dps(X, physics, x_init, 2, timesteps, denoise)
+        torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_dps_draws_its_seed_from_the_rng():
+    rng, physics = torch.Generator(), dinv.physics.Denoising()
+    dps = ours.DPS(Small(), num_steps=4, rng=rng)
+    rng.manual_seed(3)
+    first, second = dps(X, physics), dps(X, physics)
+    rng.manual_seed(3)
+    assert torch.equal(first, dps(X, physics))
+    assert not torch.equal(first, second)
+
+
+def test_dps_of_what_is_not_linear():
+    physics = Square()
+    theirs, dps = dinv.sampling.DPS(Small(), num_steps=10), ours.DPS(Small(), num_steps=10, dtype=torch.float32)
+    theirs.solver.randn_like = philox(2)
+    z = fg.ops.randn(X.shape, seed=2, stream=STREAM_INITIAL, dtype=torch.float64)
+    expected = theirs(X**2, physics, x_init=z * theirs.sde.sigma_t(1.0) * theirs.sde.scale_t(1.0))
+    got = dps(X**2, physics, seed=2)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ("Inpainting", "one mask each", "BlurFFT", "Downsampling", "no noise model", "another fidelity")
+)
+def test_diffpir(name):
+    event = (1, 8, 8)
+    noise = dinv.physics.ZeroNoise() if name == "no noise model" else dinv.physics.GaussianNoise(0.1)
+    if name == "BlurFFT":
+        physics = dinv.physics.BlurFFT(event, filter=KERNEL, noise_model=noise)
+    elif name == "Downsampling":
+        physics = dinv.physics.Downsampling(event, filter="gaussian", factor=2, noise_model=noise)
+    else:
+        mask = (randn(3, *event) > 0).float() if name == "one mask each" else 0.5
+        physics = dinv.physics.Inpainting(event, mask=mask, rng=generator(), noise_model=noise)
+    x = torch.rand(3, *event, generator=generator())
+    y, denoiser = physics(x), Small()
+    fidelity = dinv.optim.data_fidelity.L2(sigma=0.8)
+    if name == "another fidelity":
+        fidelity = types.SimpleNamespace(prox=lambda x, y, physics, gamma: torch.lerp(x, y, gamma / (3.0 + gamma)))
+    for options in (dict(), dict(max_iter=20, zeta=0.6, lambda_=3.0, sigma=40.0)):
+        theirs = dinv.sampling.DiffPIR(denoiser, fidelity, **options)
+        diffpir = ours.DiffPIR(denoiser, fidelity, **options)
+        for x_init in (None, 0.5 * x):
+            noises = philox(5)
+            first = fg.ops.randn(x.shape, seed=5, stream=STREAM_INITIAL)
+            draws = iter([lambda x, first=first: first])
+            with mock.patch.object(torch, "randn_like", lambda x, d=draws, n=noises: next(d, n)(x)):
+                expected = theirs(y, physics, x_init=x_init)
+            got = diffpir(y, physics, 5, x_init)
+            assert got.dtype == expected.dtype
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_diffpir_makes_one_evaluation_less():
+    calls = []
+
+    def denoiser(x, sigma):
+        calls.append(sigma.item())
+        return x / (1 + sigma**2)
+
+    physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1))
+    fidelity = dinv.optim.data_fidelity.L2()
+    dinv.sampling.DiffPIR(denoiser, fidelity, max_iter=10)(X, physics)
+    theirs = calls.copy()
+    calls.clear()
+    ours.DiffPIR(denoiser, fidelity, max_iter=10)(X, physics)
+    assert len(theirs) == 10
+    assert calls == pytest.approx(theirs[:-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ("DPS", "DiffPIR"))
+@pytest.mark.parametrize("method", ("__init__", "forward"))
+def test_signatures(name, method):
+    """deepinv's arguments in their places, with their defaults; minus_one_one is one of its keywords."""
+
+    def arguments(owner):
+        parameters = inspect.signature(getattr(getattr(owner, name), method)).parameters.values()
+        named = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        return [(p.name, p.default) for p in named if p.name != "minus_one_one"]
+
+    assert arguments(ours) == arguments(dinv.sampling)
+
+
+def test_errors():
+    fidelity = dinv.optim.data_fidelity.L2()
+    for name, value in (("schedule", "cosine"), ("solver", "euler"), ("guidance", "l1"), ("num_steps", 1)):
+        with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value!r}"):
+            ours.DPS(Small(), **{name: value})
+    with pytest.raises(ValueError, match=r"^alpha: expected values in \[0, 1\], got 2 to 2"):
+        ours.DPS(Small(), solver="ancestral", alpha=2.0, num_steps=3)(X, dinv.physics.Denoising())
+    for iterations in (1, 501):
+        with pytest.raises(ValueError, match=r"^max_iter: expected an integer in \[2, 500\]"):
+            ours.DiffPIR(Small(), fidelity, max_iter=iterations)
+    with pytest.raises(ValueError, match=r"^sigma: expected a number > 0, here or of the physics, got 0.0"):
+        ours.DiffPIR(Small(), fidelity)(X, dinv.physics.Denoising(dinv.physics.GaussianNoise(0.0)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    (
+        lambda denoiser: ours.DPS(denoiser, num_steps=4, guidance="annealed"),
+        lambda denoiser: ours.DiffPIR(denoiser, dinv.optim.data_fidelity.L2(), max_iter=4),
+        lambda denoiser: ours.Sampler(denoiser, fg.PiGDM, steps=4),
+    ),
+    ids=("DPS", "DiffPIR", "Sampler"),
+)
+def test_calls_share_a_graph(make, monkeypatch):
+    """On a GPU: calls that differ in the seed and the measurement have one key, those of another physics another."""
+    keys, call = [], graphs.call
+
+    def recorded(loop, run, guidance, *rest):
+        keys.append(graphs._describe_call(run, guidance))
+        return call(loop, run, guidance, *rest)
+
+    monkeypatch.setattr(graphs, "call", recorded)
+    sampler, noise = make(Small()), dinv.physics.GaussianNoise(0.1)
+    blurs = [dinv.physics.BlurFFT((1, 4, 5), filter=k, noise_model=noise) for k in (KERNEL, KERNEL.flip(-1))]
+    for seed, physics in ((1, blurs[0]), (2, blurs[0]), (1, blurs[1])):
+        sampler(physics(X), physics, seed=seed)
+    assert keys[0] == keys[1]
+    assert keys[0] != keys[2]
+
+
+def test_within_deepinv():
+    """Our samplers where deepinv takes its own."""
+    physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1))
+    for sampler in (
+        ours.DPS(Small(), num_steps=4, dtype=torch.float32),
+        ours.DiffPIR(Small(), dinv.optim.data_fidelity.L2(), max_iter=4),
+        ours.Sampler(Small(), fg.PiGDM, steps=4),
+    ):
+        torch.manual_seed(0)
+        many = torch.stack([X, *(sampler(X, physics) for _ in range(6))])  # deepinv counts where it starts
+        torch.manual_seed(0)
+        statistics = dinv.sampling.DiffusionSampler(sampler, max_iter=6, clip=None, verbose=False)
+        mean, variance = statistics(X, physics)
+        torch.testing.assert_close(mean, many.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(variance, many.var(0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_readme_example_runs():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "integrations.deepinv" in b)
+    physics = dinv.physics.Inpainting((1, 4, 5), mask=0.5, noise_model=dinv.physics.GaussianNoise(0.1))
+    names = dict(denoiser=Small(), physics=physics, y=physics(X), fidelity=dinv.optim.data_fidelity.L2(), fastguide=fg)
+    exec(block, names)
+    assert names["x"].shape == X.shape
+    assert (physics.A(names["x"]) - names["y"]).square().mean().sqrt() < 0.2
+
+
+def test_needs_neither_deepinv_nor_torchvision():
+    spec = importlib.util.find_spec("fastguide.integrations.deepinv")
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, {"deepinv": None, "torchvision": None}):
+        spec.loader.exec_module(module)
+    assert module.operator(dinv.physics.Denoising())(X) is not None
