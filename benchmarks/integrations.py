@@ -6,6 +6,7 @@ The threads of each are torch's (``OMP_NUM_THREADS``); `particles`, numba and nu
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -97,11 +98,14 @@ SAMPLERS = [name.removeprefix("sample_") for name in k_diffusion.__all__ if name
 NOISY = [name for name in SAMPLERS if name.endswith(("ancestral", "sde"))]
 
 
+@functools.cache
 def _original() -> types.ModuleType:
     """`k_diffusion.sampling` alone, without what the package imports for training."""
     spec = importlib.util.find_spec("k_diffusion")
     if spec is None:
         raise Absent("k-diffusion is not installed")
+    for name in ("scipy.integrate", "torchdiffeq", "torchsde", "PIL.Image", "safetensors", "tqdm.auto"):
+        importlib.import_module(name)  # what it needs stays, whereas mock forgets what is imported below
     package, transforms = types.ModuleType("k_diffusion"), types.ModuleType("torchvision.transforms")
     package.__path__ = list(spec.submodule_search_locations or ())
     transforms.functional = None  # type: ignore[attr-defined]  # of images; no sampler calls it
