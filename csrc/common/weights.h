@@ -74,8 +74,8 @@ struct Exponential {
     typename Lanes::U64 n;
 };
 
-// exp(d) for d <= 0, or exp(least): exp(-64) 2^62 rounds to 0. 2^n is taken off; 2^f on |f| <= 1/2 is a minimax fit good
-// to 2^-57.
+// exp(d) for d <= 0, or exp(least): exp(-64) 2^62 rounds to 0. 2^n is taken off; 2^f on |f| <= 1/2 is a minimax fit
+// good to 2^-57.
 template <class Lanes>
 FG_HD Exponential<Lanes> exponential(typename Lanes::F64 d, double least = -64.0) {
     using F64 = typename Lanes::F64;

@@ -21,7 +21,8 @@ struct BlockSums {
 };
 
 // Of up to kBlock elements; `out` and `weights` as in Exponentials.
-BlockSums exponentiate_block(const double* log_weights, const double* weights, double* out, uint64_t count, double top) {
+BlockSums exponentiate_block(const double* log_weights, const double* weights, double* out, uint64_t count,
+                             double top) {
     alignas(64) double w[kBlock + kLanes64], others[kBlock + kLanes64];
     const auto put = [&](uint64_t i, F64 log_weight, F64 weight) __attribute__((always_inline)) {
         const F64 e = exp_double(log_weight - top);

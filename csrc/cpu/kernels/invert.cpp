@@ -1,5 +1,5 @@
-// Resampling as `particles` (Chopin and Papaspiliopoulos 2020) has it, to the same bits: prefix sums of float64 weights in
-// their order, compared with positions in float64. Two sums of a call run side by side; what follows them is shared out.
+// Resampling as `particles` (Chopin and Papaspiliopoulos 2020) has it, to the same bits: prefix sums of float64 weights
+// in their order, compared with positions in float64. Two sums of a call run side by side; what follows is shared out.
 #include "../kernels.h"
 #include "../memory.h"
 #include "../scratch.h"
@@ -12,8 +12,8 @@ constexpr uint64_t kBlock = 1024, kGrain = 16 * kBlock;
 constexpr uint64_t kPiece = 16 * kBlock;  // steps of a merge
 constexpr uint64_t kShort = 64 * kBlock;  // not worth a second thread
 
-// sums[k] = W[0] / scale + ... + W[k] / scale, or an earlier sum that is larger, and NaN from the first NaN on; infinity
-// for the last particle whose weight is not 0. Returns the place of that.
+// sums[k] = W[0] / scale + ... + W[k] / scale, or an earlier sum that is larger, and NaN from the first NaN on;
+// infinity for the last particle whose weight is not 0. Returns the place of that.
 uint64_t sum_weights(const Inversion& call, double* sums) {
     double total = 0.0, largest = -__builtin_inf();
     for (uint64_t begin = 0; begin < call.particles; begin += kBlock) {
@@ -105,7 +105,8 @@ struct Merge {
         constexpr int kParts = 4;
         uint64_t n[kParts], k[kParts], stop[kParts];
         for (int part = 0; part <= kParts; ++part) {
-            const uint64_t i = begin + (end - begin) * static_cast<uint64_t>(part) / kParts, before = particle_before(i);
+            const uint64_t i = begin + (end - begin) * static_cast<uint64_t>(part) / kParts;
+            const uint64_t before = particle_before(i);
             if (part < kParts) k[part] = before, n[part] = i - before;
             if (part > 0) stop[part - 1] = i - before;
         }
@@ -171,7 +172,7 @@ void sum_parts(uint64_t particles, int threads, int64_t* sums, const F& f) {
 void repeat(const int64_t* copies, uint64_t begin, uint64_t end, int64_t* ancestors, int64_t start, int64_t limit) {
     for (uint64_t k = begin; k < end; ++k) {
         const int64_t stop = start + copies[k];
-        if (start + 4 <= limit) {  // four, whatever their number, which a branch could not foresee: later ones overwrite
+        if (start + 4 <= limit) {  // four, whatever their number, which a branch could not foresee: the next overwrite
             for (int i = 0; i < 4; ++i) ancestors[start + i] = static_cast<int64_t>(k);
             start += 4;
         }
@@ -195,8 +196,8 @@ void repeat_all(const int64_t* copies, uint64_t particles, int64_t* ancestors, i
     });
 }
 
-// The whole part of each share number W[k], and the rest. Returns the sum of the whole parts, or -1 where one is below
-// 0 or above `number`, or that sum is.
+// The whole part of each share number W[k], and the rest unless null. Returns the sum of the whole parts, or -1 where
+// one is below 0 or above `number`, or that sum is.
 int64_t split_shares(const Shares& call, int64_t* whole, double* rest) {
     const uint64_t parts = parts_of(call.particles);
     const Scratch<int64_t> sums(parts);
@@ -209,7 +210,7 @@ int64_t split_shares(const Shares& call, int64_t* whole, double* rest) {
             bad |= !in_range;
             whole[k] = static_cast<int64_t>(in_range ? floor : 0.0);
             sum += whole[k];
-            rest[k] = share - floor;
+            if (rest) rest[k] = share - floor;
         }
         return bad ? -1 : sum;
     });
@@ -250,21 +251,28 @@ int64_t whole_copies(const Shares& call, double* rest) {
 // random such that neither changes in the mean. What is left of both, x, meets the next, y.
 bool round_in_pairs(const Shares& call, const double* uniforms) {
     const Scratch<int64_t> copies(call.particles);
-    const Scratch<double> fractions(call.particles);
     large_pages(copies.data, call.particles * sizeof(int64_t));
-    large_pages(fractions.data, call.particles * sizeof(double));
-    int64_t sum = split_shares(call, copies.data, fractions.data);
+    int64_t sum = split_shares(call, copies.data, nullptr);
     if (sum < 0) return false;
-    One x = one(fractions.data[0]);
+    const auto fraction = [&](uint64_t k) {  // before its copies are changed
+        return one(static_cast<double>(call.number) * call.weights[k] - static_cast<double>(copies.data[k]));
+    };
+    One x = fraction(0);
     Choice owner{}, first = ~Choice{};  // whose x is; whether it is the first of the pair
     for (uint64_t n = 0; n + 1 < call.particles; ++n) {
-        const One y = one(fractions.data[n + 1]), to_x = 1.0 - x, to_y = 1.0 - y;
+        const double u = uniforms[n], v = 1.0 - u;
+        const One y = fraction(n + 1), to_x = 1.0 - x, to_y = 1.0 - y;
         const Choice y_fits = less(y, to_x), x_fits = less(x, to_y), next = Choice{} + static_cast<int64_t>(n + 1);
-        const One x_gains = choose(y_fits, y, to_x), y_gains = choose(x_fits, x, to_y), either = x_gains + y_gains;
-        const One gain = choose(first, x_gains, y_gains), margin = gain - uniforms[n] * either;
+        // What the first of the pair would gain less u times what either would, as linear functions of x: each step
+        // waits for the x of the one before. Where rounding could matter, the quotient itself decides.
+        const One fitting = choose(first, v * y, -u * y) + choose(first, one(-u), one(v)) * x;
+        const One full = choose(first, v - u * to_y, v * to_y - u) + choose(first, one(-v), one(u)) * x;
+        const One margin = choose(y_fits, fitting, full);
         Choice second = less(One{}, margin);
-        if (!(__builtin_fabs(margin[0]) > 1e-15 * either[0]))  // the quotient itself decides
-            second = Choice{} - (either[0] > 0.0 && uniforms[n] < gain[0] / either[0]);
+        if (!(__builtin_fabs(margin[0]) > 4e-15)) {
+            const One x_gains = choose(y_fits, y, to_x), y_gains = choose(x_fits, x, to_y), both = x_gains + y_gains;
+            second = Choice{} - (both[0] > 0.0 && u < choose(first, x_gains, y_gains)[0] / both[0]);
+        }
         const Choice x_grows = first ^ second;
         first = choose(x_grows, y_fits, x_fits);  // the other has none left
         const Choice changes = first ^ x_grows;  // the owner

@@ -1,4 +1,4 @@
-// The 32-bit Mersenne Twister MT19937 (Matsumoto and Nishimura 1998), many words at a time, on another generator's state.
+// The 32-bit Mersenne Twister MT19937 (Matsumoto and Nishimura 1998) on another generator's state, many words at a time.
 #include "../kernels.h"
 #include "../simd.h"
 
