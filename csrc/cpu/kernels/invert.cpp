@@ -81,23 +81,23 @@ struct Merge {
                                 [&](uint64_t k) { return passes(i - k - 1, k); });
     }
 
-    // How many of four positions the sum reaches.
-    static FG_INLINE uint64_t reached(const double* four, double sum) {
+    // Bit i says whether the sum does not reach position i of four, all four bits from that on.
+    static FG_INLINE uint32_t beyond(const double* four, double sum) {
 #if defined(__AVX2__)
-        const __m256d beyond = _mm256_cmp_pd(_mm256_loadu_pd(four), _mm256_set1_pd(sum), _CMP_GT_OQ);
-        return static_cast<uint64_t>(__builtin_ctz(static_cast<uint32_t>(_mm256_movemask_pd(beyond)) | 16));
+        const __m256d above = _mm256_cmp_pd(_mm256_loadu_pd(four), _mm256_set1_pd(sum), _CMP_GT_OQ);
+        return static_cast<uint32_t>(_mm256_movemask_pd(above));
 #else
-        uint64_t count = 0;
-        for (int i = 0; i < 4; ++i) count += !(four[i] > sum);
-        return count;
+        uint32_t bits = 0;
+        for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(four[i] > sum) << i;
+        return bits;
 #endif
     }
     // Four positions, those of them that k does not reach to be overwritten.
     FG_INLINE void step(uint64_t& n, uint64_t& k) const {
-        const uint64_t count = reached(positions + n, sums[k]);
+        const uint32_t bits = beyond(positions + n, sums[k]);
         for (int i = 0; i < 4; ++i) ancestors[n + i] = static_cast<int64_t>(k);
-        n += count;
-        k += count < 4;
+        n += static_cast<uint64_t>(__builtin_ctz(bits | 16));
+        k += bits != 0;
     }
 
     // Steps `begin` to `end` in parts walked together, as each step waits for the one before.
