@@ -83,6 +83,7 @@ def _particles_case(name: str, number: int, setting: Setting) -> Case:
     )
 
 
+# Other projects' cases stand in sections of their own below, registered in the same way.
 def _register(name: str, build: Callable[..., Case], *arguments: Any) -> None:
     case(f"integrations/{name}")(partial(build, *arguments))
 
