@@ -83,8 +83,22 @@ def test_ties_belong_to_the_particle_whose_sum_they_meet(monkeypatch):
         monkeypatch.setattr(ours, "_uniforms", np.random.rand)
         for scheme in ("systematic", "stratified"):
             np.testing.assert_array_equal(getattr(ours, scheme)(W), theirs.resampling(scheme, W))
+            even = np.full(64, 1 / 64)
+            np.testing.assert_array_equal(getattr(ours, scheme)(even, 256), theirs.resampling(scheme, even, M=256))
     monkeypatch.setattr(np.random, "rand", np.zeros)
     np.testing.assert_array_equal(ours.systematic(W), [0, 0, 2, 2])
+
+
+@pytest.mark.parametrize("share", [0.3, 0.85, 1.1, 1.9, 2.7])
+def test_ssp_decides_by_the_quotient_to_the_last_bit(monkeypatch, share):
+    W = np.array([share, 3.0 - share]) / 3.0
+    x, y = np.modf(3 * W)[0]
+    first, second = min(y, 1.0 - x), min(x, 1.0 - y)
+    quotient = first / (first + second)
+    for u in (quotient, np.nextafter(quotient, 0.0), np.nextafter(quotient, 1.0)):
+        monkeypatch.setattr(np.random, "rand", lambda n, u=u: np.full(n, u))
+        monkeypatch.setattr(ours, "_numba_uniforms", np.random.rand)
+        np.testing.assert_array_equal(ours.ssp(W, 3), theirs.ssp.__wrapped__.py_func(W, 3))
 
 
 @pytest.mark.parametrize("scheme", ["systematic", "stratified", "multinomial"])
