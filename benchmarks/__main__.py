@@ -10,6 +10,7 @@ import torch
 
 from . import (  # noqa: F401  each registers its cases
     gather_particles,
+    integrations,
     log_prob_and_gradient,
     propose_and_weigh,
     randn,

@@ -23,6 +23,7 @@ Call = Callable[[], Any]
 CASES: dict[str, Callable[[Setting], Case]] = {}
 ORDER = (
     "randn", "reverse_step", "propose_and_weigh", "resample", "gather_particles_", "log_prob_and_gradient", "samplers",
+    "integrations",
 )  # fmt: skip
 
 

@@ -156,6 +156,62 @@ void log_functions(uintptr_t x, uintptr_t log, uintptr_t log1p, uintptr_t log_ga
                                  reinterpret_cast<double*>(log1p), reinterpret_cast<double*>(log_gamma), count);
 }
 
+void mersenne_doubles(uintptr_t key, uintptr_t position, uintptr_t out, uint64_t count) {
+    const py::gil_scoped_release release;
+    cpu::kernels().mersenne_doubles(reinterpret_cast<uint32_t*>(key), reinterpret_cast<int32_t*>(position),
+                                    reinterpret_cast<double*>(out), count);
+}
+
+void invert(uintptr_t weights, uint64_t particles, double scale, int draws, uintptr_t positions, uint64_t number,
+            uintptr_t ancestors, int threads) {
+    check_below("particles, less one,", particles - 1, kMaxParticles);
+    check_below("draws", static_cast<uint64_t>(draws), 3);
+    const py::gil_scoped_release release;
+    cpu::kernels().invert({reinterpret_cast<const double*>(weights), particles, scale, static_cast<cpu::Draws>(draws),
+                           reinterpret_cast<double*>(positions), number, reinterpret_cast<int64_t*>(ancestors),
+                           threads});
+}
+
+cpu::Shares shares(uintptr_t weights, uint64_t particles, int64_t number, uintptr_t ancestors, int threads) {
+    check_below("particles, less one,", particles - 1, kMaxParticles);
+    return {reinterpret_cast<const double*>(weights), particles, number, reinterpret_cast<int64_t*>(ancestors), threads};
+}
+
+int64_t whole_copies(uintptr_t weights, uint64_t particles, int64_t number, uintptr_t ancestors, uintptr_t rest,
+                     int threads) {
+    const cpu::Shares call = shares(weights, particles, number, ancestors, threads);
+    const py::gil_scoped_release release;
+    return cpu::kernels().whole_copies(call, reinterpret_cast<double*>(rest));
+}
+
+bool round_in_pairs(uintptr_t weights, uint64_t particles, int64_t number, uintptr_t ancestors, uintptr_t uniforms,
+                    int threads) {
+    const cpu::Shares call = shares(weights, particles, number, ancestors, threads);
+    const py::gil_scoped_release release;
+    return cpu::kernels().round_in_pairs(call, reinterpret_cast<const double*>(uniforms));
+}
+
+void replace_killed(uintptr_t killed, uintptr_t drawn, uintptr_t ancestors, uint64_t particles) {
+    const py::gil_scoped_release release;
+    cpu::kernels().replace_killed(reinterpret_cast<const bool*>(killed), reinterpret_cast<const int64_t*>(drawn),
+                                  reinterpret_cast<int64_t*>(ancestors), particles);
+}
+
+py::tuple exponentiate(uintptr_t log_weights, uint64_t count, uintptr_t weights, uintptr_t out, int threads) {
+    check_below("count, less one,", count - 1, kMaxParticles);
+    cpu::Exponentials call{reinterpret_cast<const double*>(log_weights),
+                           reinterpret_cast<const double*>(weights),
+                           reinterpret_cast<double*>(out),
+                           count,
+                           {},
+                           threads};
+    {
+        const py::gil_scoped_release release;
+        cpu::kernels().exponentiate(call);
+    }
+    return py::make_tuple(call.sums[0], call.sums[1], call.sums[2]);
+}
+
 py::tuple philox_words(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
     const Words4 w = philox({counter[0], counter[1], counter[2], counter[3]}, key[0], key[1]);
     return py::make_tuple(w.w0, w.w1, w.w2, w.w3);
@@ -200,6 +256,24 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("log_functions", &log_functions, py::arg("x"), py::arg("log"), py::arg("log1p"),
           py::arg("log_gamma"), py::arg("count"),
           "ln x, ln(1 + x) and ln Gamma(x), as log_prob_and_gradient has them.");
+    m.def("mersenne_doubles", &mersenne_doubles, py::arg("key"), py::arg("position"), py::arg("out"),
+          py::arg("count"), "Uniforms of the MT19937 whose key [624] and position stand there, and move on.");
+    m.def("invert", &invert, py::arg("weights"), py::arg("particles"), py::arg("scale"), py::arg("draws"),
+          py::arg("positions"), py::arg("number"), py::arg("ancestors"), py::arg("threads"),
+          "Ancestors [number] (int64) of float64 weights [particles] over `scale`. Positions, overwritten, hold one "
+          "uniform (draws 0), one for each stratum (1), or logarithms of number + 1 of them (2).");
+    m.def("whole_copies", &whole_copies, py::arg("weights"), py::arg("particles"), py::arg("number"),
+          py::arg("ancestors"), py::arg("rest"), py::arg("threads"),
+          "The whole parts of the shares as ancestors, and what remains of each. Returns how many, or -1.");
+    m.def("round_in_pairs", &round_in_pairs, py::arg("weights"), py::arg("particles"), py::arg("number"),
+          py::arg("ancestors"), py::arg("uniforms"), py::arg("threads"),
+          "Ancestors by Srinivasan's sampling process. Returns whether they were `number`.");
+    m.def("replace_killed", &replace_killed, py::arg("killed"), py::arg("drawn"), py::arg("ancestors"),
+          py::arg("particles"), "Each particle's own index, or where it is killed the next that is drawn.");
+    m.def("exponentiate", &exponentiate, py::arg("log_weights"), py::arg("count"), py::arg("weights"),
+          py::arg("out"), py::arg("threads"),
+          "w = exp(log_weight - largest), normalised to `out` unless 0. Returns the largest, the sum of w, and that of "
+          "its squares, or of its products with `weights` unless 0.");
     m.def("philox", &philox_words, py::arg("counter"), py::arg("key"), "The four words of Philox4x32-10.");
     m.def("instruction_set", [] { return cpu::kernels().name; }, "What the kernels run with.");
     m.def("instruction_sets", &instruction_sets, "What they can run with on this processor, the best first.");

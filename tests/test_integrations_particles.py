@@ -1,7 +1,11 @@
 """fastguide.integrations.particles against particles itself: the same generator, the same ancestors, bit for bit."""
 
+import sys
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("particles", reason="particles is not installed")
 
@@ -10,6 +14,7 @@ from numba import njit
 from particles import distributions, state_space_models
 from particles import resampling as theirs
 
+from fastguide import compiled
 from fastguide.integrations import particles as ours
 
 SCHEMES = sorted(ours.SCHEMES)
@@ -75,10 +80,25 @@ def test_ties_belong_to_the_particle_whose_sum_they_meet(monkeypatch):
     W = np.array([0.25, 0.0, 0.5, 0.25])
     for u in (0.0, 0.5, 0.25):
         monkeypatch.setattr(np.random, "rand", lambda n, u=u: np.full(n, u))
+        monkeypatch.setattr(ours, "_uniforms", np.random.rand)
         for scheme in ("systematic", "stratified"):
             np.testing.assert_array_equal(getattr(ours, scheme)(W), theirs.resampling(scheme, W))
-    monkeypatch.setattr(np.random, "rand", lambda n: np.zeros(n))
+            even = np.full(64, 1 / 64)
+            np.testing.assert_array_equal(getattr(ours, scheme)(even, 256), theirs.resampling(scheme, even, M=256))
+    monkeypatch.setattr(np.random, "rand", np.zeros)
     np.testing.assert_array_equal(ours.systematic(W), [0, 0, 2, 2])
+
+
+@pytest.mark.parametrize("share", [0.3, 0.85, 1.1, 1.9, 2.7])
+def test_ssp_decides_by_the_quotient_to_the_last_bit(monkeypatch, share):
+    W = np.array([share, 3.0 - share]) / 3.0
+    x, y = np.modf(3 * W)[0]
+    first, second = min(y, 1.0 - x), min(x, 1.0 - y)
+    quotient = first / (first + second)
+    for u in (quotient, np.nextafter(quotient, 0.0), np.nextafter(quotient, 1.0)):
+        monkeypatch.setattr(np.random, "rand", lambda n, u=u: np.full(n, u))
+        monkeypatch.setattr(ours, "_numba_uniforms", np.random.rand)
+        np.testing.assert_array_equal(ours.ssp(W, 3), theirs.ssp.__wrapped__.py_func(W, 3))
 
 
 @pytest.mark.parametrize("scheme", ["systematic", "stratified", "multinomial"])
@@ -107,19 +127,128 @@ def test_errors_are_theirs():
             module.log_mean_exp(W, W=np.zeros(10))
 
 
-@pytest.mark.parametrize("n", [1, 7, 4096])
+@pytest.mark.parametrize("position", [0, 1, 311, 312, 623, 624])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 311, 312, 313, 5000])
+def test_uniforms_are_numpys_and_so_is_the_generator_after_them(position, count):
+    """From every kind of place: before the end of the words by an odd number, at it, and past it."""
+    np.random.seed(7)
+    start = np.random.get_state(legacy=False)
+    start["state"]["pos"] = position
+    np.random.set_state(start)
+    expected, after = np.random.rand(count), np.random.get_state(legacy=False)["state"]
+    np.random.set_state(start)
+    np.testing.assert_array_equal(ours._uniforms(count), expected)
+    left = np.random.get_state(legacy=False)["state"]
+    assert left["pos"] == after["pos"]
+    np.testing.assert_array_equal(left["key"], after["key"])
+
+
+def test_uniforms_of_another_generator_are_its_own():
+    kept = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(np.random.PCG64(3))
+        expected = np.random.rand(10)
+        np.random.set_bit_generator(np.random.PCG64(3))
+        np.testing.assert_array_equal(ours._uniforms(10), expected)
+    finally:
+        np.random.set_bit_generator(kept)
+
+
+@njit
+def _numba_rand(count):
+    return np.random.rand(count)
+
+
+def test_uniforms_of_numba_are_its_own():
+    for count in (1, 3, 623, 2000):
+        _seed_numba(11)
+        expected = _numba_rand(count), _numba_rand(5)
+        _seed_numba(11)
+        np.testing.assert_array_equal(ours._numba_uniforms(count), expected[0])
+        np.testing.assert_array_equal(_numba_rand(5), expected[1])
+
+
+def test_ssp_draws_from_numpy_where_particles_is_not_loaded(monkeypatch):
+    W = _weights(500, 1.0)
+    monkeypatch.delitem(sys.modules, "particles.resampling")
+    drawn = []
+    for seed in (0, 0, 1):
+        np.random.seed(seed)
+        drawn.append(ours.ssp(W))
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert (drawn[0] != drawn[2]).any()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_long_rows_on_every_instruction_set_and_number_of_threads(scheme):
+    """Enough for several threads, with a stretch of dead particles and one that takes a tenth of all."""
+    module, best = compiled.module("cpu"), compiled.module("cpu").instruction_set()
+    W = _weights(150_000, 1.0)
+    W[40_000:90_000] = 0.0
+    W[100_000] = W.sum() / 9
+    W /= W.sum()
+    _seed(5)
+    expected = theirs.resampling(scheme, W)
+    threads = torch.get_num_threads()
+    try:
+        for name in module.instruction_sets():
+            module.use_instruction_set(name)
+            for number in (1, 3):
+                torch.set_num_threads(number)
+                _seed(5)
+                np.testing.assert_array_equal(getattr(ours, scheme)(W), expected)
+    finally:
+        torch.set_num_threads(threads)
+        module.use_instruction_set(best)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_bad_weights_are_errors_or_indices(scheme, bad):
+    W = _weights(3000, 1.0)
+    W[[7, 2000]] = bad
+    try:
+        with np.errstate(invalid="ignore"):
+            A = getattr(ours, scheme)(W)
+    except ValueError:
+        assert scheme in ("residual", "ssp")
+    else:
+        assert A.min() >= 0 and A.max() < 3000
+
+
+@pytest.mark.parametrize("n", [1, 7, 4096, 50_001])
 def test_functions_of_log_weights(n):
     lw = _log_weights(n, 3.0, seed=1) + 1000.0
     lw[1::5] = -np.inf
+    lw[2::5] -= 600.0
     kept = lw.copy()
-    np.testing.assert_array_equal(ours.exp_and_normalise(lw), theirs.exp_and_normalise(lw))
-    assert ours.essl(lw) == theirs.essl(lw)
-    assert ours.log_mean_exp(lw) == theirs.log_mean_exp(lw)
+    near = partial(np.testing.assert_allclose, rtol=1e-12)
+    near(ours.exp_and_normalise(lw), theirs.exp_and_normalise(lw))
+    near(ours.essl(lw), theirs.essl(lw), rtol=1e-13)
+    near(ours.log_mean_exp(lw), theirs.log_mean_exp(lw), rtol=1e-15)
     W = _weights(n, 1.0, seed=2)
-    assert ours.log_mean_exp(lw, W=W) == theirs.log_mean_exp(lw, W=W)
+    near(ours.log_mean_exp(lw, W=W), theirs.log_mean_exp(lw, W=W), rtol=1e-15)
     np.testing.assert_array_equal(lw, kept)
-    ones = np.zeros(n)
-    assert ours.essl(ones) == n
+    assert ours.essl(np.zeros(n)) == n
+    np.testing.assert_array_equal(ours.exp_and_normalise(np.zeros(n)), np.full(n, 1.0 / n))
+    narrow = ours.exp_and_normalise(lw[::2].astype(np.float32))
+    assert narrow.dtype == np.float32
+    near(narrow, theirs.exp_and_normalise(lw[::2].astype(np.float32)), rtol=1e-5)
+
+
+def test_subnormal_and_vanishing_weights():
+    lw = np.array([0.0, -700.0, -708.5, -740.0, -744.0, -746.0, -800.0, -np.inf])
+    np.testing.assert_allclose(ours.exp_and_normalise(lw), np.exp(lw), rtol=1e-13, atol=5e-324)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_log_weights_that_are_not_finite_give_nan(bad):
+    lw = np.zeros(2000)
+    for broken in (np.where(np.arange(2000) == 1500, bad, lw), np.full(9, -np.inf)):
+        assert np.isnan(ours.exp_and_normalise(broken)).all()
+        assert np.isnan(ours.essl(broken)) and np.isnan(ours.log_mean_exp(broken))
+    with pytest.raises(ValueError):
+        ours.essl(np.empty(0))
 
 
 class _RandomWalk(state_space_models.StateSpaceModel):

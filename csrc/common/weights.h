@@ -74,12 +74,12 @@ struct Exponential {
     typename Lanes::U64 n;
 };
 
-// exp(d) for d <= 0, or exp(-64), since exp(-64) 2^62 rounds to 0. 2^n is taken off; 2^f on |f| <= 1/2 is a minimax fit
+// exp(d) for d <= 0, or exp(least): exp(-64) 2^62 rounds to 0. 2^n is taken off; 2^f on |f| <= 1/2 is a minimax fit
 // good to 2^-57.
 template <class Lanes>
-FG_HD Exponential<Lanes> exponential(typename Lanes::F64 d) {
+FG_HD Exponential<Lanes> exponential(typename Lanes::F64 d, double least = -64.0) {
     using F64 = typename Lanes::F64;
-    const F64 t = Lanes::larger(d, F64{} + -64.0) * 0x1.71547652b82fep+0;
+    const F64 t = Lanes::larger(d, F64{} + least) * 0x1.71547652b82fep+0;
     const F64 shifted = t + 0x1.8p52;  // leaves no room for a fraction
     const F64 f = t - (shifted - 0x1.8p52);
     const F64 y = f * f;  // even and odd powers apart: two chains of half the length

@@ -74,6 +74,40 @@ struct Resampling : fastguide::Resampling {
     int threads;
 };
 
+// What positions[number] hold of uniforms: one for all strata, one for each, or logarithms of number + 1.
+enum class Draws : int { one = 0, strata = 1, spacings = 2 };
+
+// Ancestors[number] of weights[particles] divided by `scale`. The positions are overwritten.
+struct Inversion {
+    const double* weights;
+    uint64_t particles;
+    double scale;
+    Draws draws;
+    double* positions;
+    uint64_t number;
+    int64_t* ancestors;
+    int threads;
+};
+
+// `number` ancestors of weights[particles], each as often as its share says.
+struct Shares {
+    const double* weights;
+    uint64_t particles;
+    int64_t number;
+    int64_t* ancestors;
+    int threads;
+};
+
+// w[count] = exp(log_weight - the largest), divided by its sum to `out` unless that is null. `sums`: the largest
+// log-weight, the sum of w, and that of its squares, or of its products with `weights` unless that is null.
+struct Exponentials {
+    const double *log_weights, *weights;
+    double* out;
+    uint64_t count;
+    double sums[3];
+    int threads;
+};
+
 // Fills out[particles, elements] with standard normals on at most `threads` threads.
 using Randn = void(void* out, Dtype dtype, const RandnShape& shape, int threads);
 // The normals of `pairs` pairs of words (radius, angle), as randn computes them in float32.
@@ -92,6 +126,17 @@ using GatherParticles = Gathered(const void* ancestors, bool wide, uint64_t rows
 using LogProbAndGradient = int64_t(const LogDensity& density, const DensityArrays& arrays, int threads);
 // ln x, ln(1 + x) and ln Gamma(x), as log_prob_and_gradient computes them.
 using LogFunctions = void(const double* x, double* log, double* log1p, double* log_gamma, std::size_t count);
+// Uniforms in [0, 1) as numpy makes them of the words of MT19937, whose key[624] and position move on.
+using MersenneDoubles = void(uint32_t* key, int32_t* position, double* out, uint64_t count);
+using Invert = void(const Inversion& call);
+// floor(number W[k]) copies of each k, and rest[particles] of the shares. Returns how many copies, or -1 if a share is
+// out of range or they are more than `number`.
+using WholeCopies = int64_t(const Shares& call, double* rest);
+// Srinivasan's sampling process with uniforms[particles - 1]. Returns whether the copies were `number`.
+using RoundInPairs = bool(const Shares& call, const double* uniforms);
+// Each k, or where it is killed the next of drawn[the number of those + 1].
+using ReplaceKilled = void(const bool* killed, const int64_t* drawn, int64_t* ancestors, uint64_t particles);
+using Exponentiate = void(Exponentials& call);
 
 struct Kernels {
     const char* name;
@@ -103,20 +148,33 @@ struct Kernels {
     GatherParticles* gather_particles;
     LogProbAndGradient* log_prob_and_gradient;
     LogFunctions* log_functions;
+    MersenneDoubles* mersenne_doubles;
+    Invert* invert;
+    WholeCopies* whole_copies;
+    RoundInPairs* round_in_pairs;
+    ReplaceKilled* replace_killed;
+    Exponentiate* exponentiate;
 };
 
-#define FG_DECLARE_KERNELS(isa)                                                                   \
-    namespace isa {                                                                               \
-    Randn randn;                                                                                  \
-    Normals normals;                                                                              \
-    ReverseStep reverse_step;                                                                     \
-    ProposeAndWeigh propose_and_weigh;                                                            \
-    Resample resample;                                                                            \
-    GatherParticles gather_particles;                                                             \
-    LogProbAndGradient log_prob_and_gradient;                                                     \
-    LogFunctions log_functions;                                                                   \
-    constexpr Kernels kKernels{#isa, randn, normals, reverse_step, propose_and_weigh,             \
-                               resample, gather_particles, log_prob_and_gradient, log_functions}; \
+#define FG_DECLARE_KERNELS(isa)                                                                                   \
+    namespace isa {                                                                                               \
+    Randn randn;                                                                                                  \
+    Normals normals;                                                                                              \
+    ReverseStep reverse_step;                                                                                     \
+    ProposeAndWeigh propose_and_weigh;                                                                            \
+    Resample resample;                                                                                            \
+    GatherParticles gather_particles;                                                                             \
+    LogProbAndGradient log_prob_and_gradient;                                                                     \
+    LogFunctions log_functions;                                                                                   \
+    MersenneDoubles mersenne_doubles;                                                                             \
+    Invert invert;                                                                                                \
+    WholeCopies whole_copies;                                                                                     \
+    RoundInPairs round_in_pairs;                                                                                  \
+    ReplaceKilled replace_killed;                                                                                 \
+    Exponentiate exponentiate;                                                                                    \
+    constexpr Kernels kKernels{#isa, randn, normals, reverse_step, propose_and_weigh, resample, gather_particles, \
+                               log_prob_and_gradient, log_functions, mersenne_doubles, invert, whole_copies,      \
+                               round_in_pairs, replace_killed, exponentiate};                                     \
     }
 
 #if defined(__x86_64__)

@@ -103,10 +103,10 @@ class FKD:
             return latents, images
         self._so_far, self._log_product = self._so_far[ancestors], self._log_product[ancestors]
         if isinstance(images, Tensor):
-            images = images[ancestors.to(images.device)]
+            images = images.index_select(0, ancestors.to(images.device))
         else:
             images = [images[k] for k in ancestors.tolist()]
-        return latents[ancestors.to(latents.device)], images
+        return latents.index_select(0, ancestors.to(latents.device)), images
 
     def _log_potential(self, rewards: Tensor, last: bool) -> Tensor:
         if self.potential_type == "diff":

@@ -6,23 +6,32 @@ one; float64 inside), and ``M`` (default ``N``), and returns ``M`` indices below
 `systematic`, `stratified`, `multinomial` and `ssp`.
 
 Every scheme draws what that of `particles` draws, in the same order, from the same generator: numpy's global one, and
-in `ssp` numba's. It sums the weights in the same order too, so that with the same seed the ancestors are equal, ties
-included. One case differs: where rounding leaves the sum of the weights below the last uniforms, `particles` reads past
-the end of ``W``; here they belong to the last particle whose weight is not 0.
+in `ssp`, where `particles` is loaded, numba's. It sums the weights in the same order too, so that with the same seed
+the ancestors are equal, ties included. One case differs: where rounding leaves the sum of the weights below the last
+uniforms, `particles` reads past the end of ``W``; here they belong to the last particle whose weight is not 0.
 
-The loops are compiled by numba, which `particles` needs as well; the first call of each compiles it, once per machine.
-`fastguide.ops.resample` (log-weights, its own counter-based uniforms, exact integer sums, GPUs) is faster still.
+`exp_and_normalise`, `essl` and `log_mean_exp`, of float64 inside too, are theirs to 1e-13: our own exp, and the sums in
+another order. `fastguide.ops.resample` (log-weights, its own counter-based uniforms, exact integer sums, GPUs) is
+faster still.
+
+The loops are compiled, in C++: without ``fastguide._cpu`` the import is an error. They use torch's threads.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-from numba import njit  # type: ignore
+import torch
 from numpy.typing import NDArray
+
+from .. import compiled
+
+if not compiled.loaded("cpu"):
+    raise ImportError(compiled.load_error("cpu"))
 
 __all__ = [
     "SCHEMES",
@@ -39,39 +48,42 @@ __all__ = [
 ]
 
 Floats = NDArray[np.floating[Any]]
+Doubles = NDArray[np.float64]
 Indices = NDArray[np.int64]
+
+_cpu = compiled.module("cpu")
+_ONE, _STRATA, _SPACINGS = range(3)  # the codes of Draws in csrc/cpu/kernels.h
 
 
 def systematic(W: Floats, M: int | None = None) -> Indices:
     """One uniform ``u``; uniform ``n`` is ``(u + n) / M``."""
     W, M = _weights(W, M)
-    return _invert_strata(np.random.rand(1), W, M)
+    positions = np.empty(max(M, 1))
+    positions[:1] = np.random.rand(1)
+    return _invert(W, 1.0, _ONE, positions, np.empty(M, np.int64))
 
 
 def stratified(W: Floats, M: int | None = None) -> Indices:
     """A uniform ``u_n`` for each stratum; uniform ``n`` is ``(u_n + n) / M``."""
     W, M = _weights(W, M)
-    return _invert_strata(np.random.rand(M), W, M)
+    return _invert(W, 1.0, _STRATA, _uniforms(M), np.empty(M, np.int64))
 
 
 def multinomial(W: Floats, M: int | None = None) -> Indices:
     """``M`` independent draws, sorted."""
     W, M = _weights(W, M)
-    ancestors = np.empty(M, np.int64)
-    _invert(_sorted_uniforms(M), W, 1, ancestors)
-    return ancestors
+    return _draw(W, 1.0, np.empty(M, np.int64))
 
 
 def residual(W: Floats, M: int | None = None) -> Indices:
     """``floor(M W[k])`` copies of each particle, ascending, then multinomial draws from what remains."""
     W, M = _weights(W, M)
-    ancestors = np.empty(M, np.int64)
-    remainders = np.empty_like(W)
-    copies = _copy_whole_shares(W, remainders, ancestors)
+    ancestors, remainders = np.empty(M, np.int64), np.empty_like(W)
+    copies = _cpu.whole_copies(_at(W), len(W), M, _at(ancestors), _at(remainders), torch.get_num_threads())
     if copies < 0:
         raise ValueError("W: expected normalised weights (>= 0, sum one)")
     if copies < M:
-        _invert(_sorted_uniforms(M - copies), remainders, M - copies, ancestors[copies:])
+        _draw(remainders, M - copies, ancestors[copies:])
     return ancestors
 
 
@@ -82,8 +94,13 @@ def killing(W: Floats, M: int | None = None) -> Indices:
     W, M = _weights(W, M)
     if len(W) != M:
         raise ValueError("killing resampling defined only for M=N")
-    killed = np.random.rand(M) * W.max() >= W
-    return _replace(killed, multinomial(W, int(np.count_nonzero(killed))))
+    u = _uniforms(M)
+    u *= W.max()
+    killed = u >= W
+    ancestors, drawn = np.empty(M, np.int64), np.empty(np.count_nonzero(killed) + 1, np.int64)
+    _draw(W, 1.0, drawn[:-1])
+    _cpu.replace_killed(_at(killed), _at(drawn), _at(ancestors), M)
+    return ancestors
 
 
 def ssp(W: Floats, M: int | None = None) -> Indices:
@@ -91,8 +108,9 @@ def ssp(W: Floats, M: int | None = None) -> Indices:
     each particle, ascending, with negatively associated numbers.
     """
     W, M = _weights(W, M)
+    uniforms = (_numba_uniforms if "particles.resampling" in sys.modules else _uniforms)(len(W) - 1)
     ancestors = np.empty(M, np.int64)
-    if not _round_in_pairs(W, ancestors):
+    if not _cpu.round_in_pairs(_at(W), len(W), M, _at(ancestors), _at(uniforms), torch.get_num_threads()):
         raise ValueError("ssp resampling: wrong size for output")
     return ancestors
 
@@ -104,24 +122,27 @@ SCHEMES: dict[str, Callable[..., Indices]] = {
 
 def exp_and_normalise(lw: Floats) -> Floats:
     """``exp(lw) / sum(exp(lw))``, of the shape of the log-weights ``lw``."""
-    w = _exp(lw, lw.max())
-    w /= w.sum()
-    return w
+    w = np.empty(lw.shape)
+    _exponentiate(lw, None, w)
+    return w.astype(np.result_type(lw.dtype, np.float16), copy=False)
 
 
 def essl(lw: Floats) -> float:
     """The effective sample size ``sum(w)^2 / sum(w^2)``, in ``[1, N]``, of the log-weights ``lw = log w`` ``[N]``."""
-    w = _exp(lw, lw.max())
-    total = w.sum()
-    w *= w
-    return total**2 / w.sum()
+    _, total, squares = _exponentiate(lw)
+    return np.float64(total**2 / squares)
 
 
 def log_mean_exp(v: Floats, W: Floats | None = None) -> float:
     """The log of the mean of ``exp(v)``, weighted by ``W`` if given."""
-    largest = v.max()
-    w = _exp(v, largest)
-    return largest + np.log(w.mean() if W is None else np.average(w, weights=W))
+    if W is None:
+        largest, total, _ = _exponentiate(v)
+        return largest + np.log(total / v.size)
+    largest, _, total = _exponentiate(v, W)
+    weights = W.sum()
+    if weights == 0.0:
+        raise ZeroDivisionError("W: expected weights that do not sum to 0")
+    return largest + np.log(total / weights)
 
 
 def patch() -> ExitStack:
@@ -139,182 +160,59 @@ def patch() -> ExitStack:
     return undo
 
 
-def _weights(W: Floats, M: int | None) -> tuple[NDArray[np.float64], int]:
-    return np.ascontiguousarray(W, dtype=np.float64), W.shape[0] if M is None else M
+def _weights(W: Floats, M: int | None) -> tuple[Doubles, int]:
+    return _doubles(W), W.shape[0] if M is None else M
 
 
-def _exp(lw: Floats, largest: float) -> Floats:
-    w = lw - largest
-    return np.exp(w, out=w)
+def _doubles(values: Floats) -> Doubles:
+    return np.ascontiguousarray(values, dtype=np.float64)
 
 
-def _sorted_uniforms(M: int) -> NDArray[np.float64]:
-    """``M`` sorted uniforms: the first arrival times of a Poisson process over the one that follows."""
-    times = np.random.rand(M + 1)
-    np.log(times, out=times)
-    _accumulate_negated(times)
-    uniforms = times[:-1]
-    uniforms /= times[-1]
+def _at(array: NDArray[Any]) -> int:
+    return array.ctypes.data
+
+
+def _uniforms(count: int) -> Doubles:
+    """``np.random.rand(count)``, and the generator as that leaves it."""
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # not in its stub
+    if not isinstance(generator, np.random.MT19937):  # somebody set another
+        return np.random.rand(count)
+    uniforms = np.empty(count)
+    key = generator.ctypes.state_address  # [624] words, and the position among them
+    with generator.lock:
+        _cpu.mersenne_doubles(key, key + 4 * 624, _at(uniforms), count)
     return uniforms
 
 
-@njit(cache=True, nogil=True)
-def _accumulate_negated(values):
-    total = 0.0
-    for n in range(len(values)):
-        total -= values[n]
-        values[n] = total
+def _numba_uniforms(count: int) -> Doubles:
+    """The same of numba's generator, from which compiled functions draw: this thread's position and its words."""
+    from numba import _helperlib  # type: ignore
+
+    uniforms, position = np.empty(count), _helperlib.rnd_get_np_state_ptr()
+    _cpu.mersenne_doubles(position + 4, position, _at(uniforms), count)
+    return uniforms
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _fill(ancestors, start, stop, k):
-    """``ancestors[start:stop] = k``: four are written whatever their number, which a branch could not foresee; later
-    particles overwrite those beyond ``stop``.
-    """
-    if start + 4 <= len(ancestors):
-        for n in range(4):
-            ancestors[start + n] = k
-        start += 4
-    for n in range(start, stop):
-        ancestors[n] = k
-
-
-@njit(cache=True, nogil=True)
-def _last_live(W):
-    k = len(W) - 1
-    while k > 0 and W[k] == 0.0:
-        k -= 1
-    return k
-
-
-@njit(cache=True, nogil=True)
-def _invert_strata(u, W, M):
-    """``ancestors[n]``: the first ``k`` with ``(u[n] + n) / M <= W[0] + ... + W[k]``; one ``u`` may serve all ``n``.
-
-    ``M`` times the sum says how many uniforms lie below it, but for rounding: where that could matter, the quotients
-    themselves are compared.
-    """
-    ancestors = np.empty(M, np.int64)
-    each = 0 if len(u) == 1 else 1
-    slack = 1e-15 * M
-    total, start = 0.0, 0
-    for k in range(len(W)):
-        total += W[k]
-        expected = total * M
-        stop = int(expected) if 0.0 <= expected < M else M  # M too where the sum is NaN
-        beyond = expected - stop
-        if slack < beyond < 1.0 - slack and abs(beyond - u[each * stop]) > slack:
-            stop += beyond > u[each * stop]
-        else:
-            while stop > 0 and (u[each * (stop - 1)] + (stop - 1)) / M > total:
-                stop -= 1
-            while stop < M and (u[each * stop] + stop) / M <= total:
-                stop += 1
-        _fill(ancestors, start, stop, k)
-        start = stop
-    _fill(ancestors, start, M, _last_live(W))
+def _invert(W: Doubles, scale: float, draws: int, positions: Doubles, ancestors: Indices) -> Indices:
+    """``ancestors[n]``: the first ``k`` with position ``n`` ``<= (W[0] + ... + W[k]) / scale``."""
+    number, threads = len(ancestors), torch.get_num_threads()
+    _cpu.invert(_at(W), len(W), scale, draws, _at(positions), number, _at(ancestors), threads)
     return ancestors
 
 
-@njit(cache=True, nogil=True)
-def _invert(uniforms, W, scale, ancestors):
-    """``ancestors[n]``: the first ``k`` with ``uniforms[n] <= (W[0] + ... + W[k]) / scale``; ``uniforms`` is sorted.
+def _draw(W: Doubles, scale: float, ancestors: Indices) -> Indices:
+    """Multinomial: sorted uniforms are the first arrival times of a Poisson process over the one that follows."""
+    positions = _uniforms(len(ancestors) + 1)
+    return _invert(W, scale, _SPACINGS, np.log(positions, out=positions), ancestors)
 
-    Four comparisons are counted at once: which of them holds, a branch could not foresee.
+
+def _exponentiate(lw: Floats, W: Floats | None = None, out: Doubles | None = None) -> tuple[float, float, float]:
+    """The largest of ``lw``, the sum of ``w = exp(lw - largest)``, and that of ``w * w``, or of ``w * W``; ``w``
+    normalised to ``out``.
     """
-    M = len(uniforms)
-    total, start = 0.0, 0
-    for k in range(len(W)):
-        total += W[k] / scale
-        stop = start
-        while stop + 4 <= M:
-            below = 0
-            for n in range(4):
-                below += not uniforms[stop + n] > total  # which a NaN is not, either
-            stop += below
-            if below < 4:
-                break
-        else:
-            while stop < M and not uniforms[stop] > total:
-                stop += 1
-        _fill(ancestors, start, stop, k)
-        start = stop
-    _fill(ancestors, start, M, _last_live(W))
-
-
-@njit(cache=True, nogil=True)
-def _replace(killed, ancestors):
-    """``arange``, with ``ancestors`` one after the other where a particle is killed."""
-    replaced = np.empty(len(killed), np.int64)
-    n = 0
-    for k in range(len(killed)):
-        replaced[k] = k
-        if killed[k]:
-            replaced[k] = ancestors[n]
-            n += 1
-    return replaced
-
-
-@njit(cache=True, nogil=True)
-def _copy_whole_shares(W, remainders, ancestors):
-    """``floor(M W[k])`` copies of each ``k``, and what remains of the shares. Returns how many copies, or -1 if one is
-    below 0 or all are more than ``M``.
-    """
-    M = len(ancestors)
-    start = 0
-    for k in range(len(W)):
-        share = M * W[k]
-        whole = np.floor(share)
-        remainders[k] = share - whole
-        if not 0.0 <= whole <= M - start:
-            return -1
-        stop = start + int(whole)
-        _fill(ancestors, start, stop, k)
-        start = stop
-    return start
-
-
-@njit(cache=True, nogil=True)
-def _round_in_pairs(W, ancestors):
-    """The fractions of the shares ``M W[k]``, two at a time: one gives to the other until it has none left or the other
-    is whole, at random such that neither changes in the mean. Returns whether the copies were ``M`` in number.
-    """
-    N, M = len(W), len(ancestors)
-    copies = np.empty(N, np.int64)
-    missing = M
-    for k in range(N):
-        copies[k] = int(np.floor(M * W[k]))
-        if copies[k] < 0:
-            return False
-        missing -= copies[k]
-    i, x = 0, M * W[0] - copies[0]  # a particle and its fraction
-    j, y = i, x
-    if N > 1:
-        j, y = 1, M * W[1] - copies[1]
-    uniforms = np.random.rand(N - 1)
-    for n in range(N - 1):
-        i_gains, j_gains = min(y, 1.0 - x), min(x, 1.0 - y)
-        either = i_gains + j_gains
-        if either > 0.0 and uniforms[n] < i_gains / either:
-            i, x, j, y = j, y, i, x
-        fresh = n + 2
-        fraction = M * W[fresh] - copies[fresh] if fresh < N else 0.0
-        if y < 1.0 - x:
-            x += y
-            j, y = fresh, fraction
-        else:
-            y -= 1.0 - x
-            copies[i] += 1
-            missing -= 1
-            i, x = fresh, fraction
-    last, fraction = (i, x) if i < N else (j, y)
-    if missing == 1 and fraction > 0.99:  # rounding kept it from being whole
-        copies[last] += 1
-        missing = 0
-    if missing != 0:
-        return False
-    start = 0
-    for k in range(N):
-        _fill(ancestors, start, start + copies[k], k)
-        start += copies[k]
-    return True
+    lw, W = _doubles(lw), W if W is None else _doubles(W)
+    if W is not None and W.shape != lw.shape:
+        raise ValueError(f"W: expected shape {list(lw.shape)}, got {list(W.shape)}")
+    return _cpu.exponentiate(
+        _at(lw), lw.size, 0 if W is None else _at(W), 0 if out is None else _at(out), torch.get_num_threads()
+    )

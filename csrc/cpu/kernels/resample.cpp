@@ -5,6 +5,7 @@
 // What a pass needs of the blocks before its own are prefix sums of integers, so no result depends on the sharing.
 #include "../../common/weights.h"
 #include "../kernels.h"
+#include "../largest.h"
 #include "../scratch.h"
 #include "../tiles.h"
 #include "../twin.h"
@@ -45,37 +46,6 @@ FG_INLINE int64_t sum_of_lanes(I64 v) {
     int64_t sum = 0;
     for (int lane = 0; lane < kLanes64; ++lane) sum += v[lane];
     return sum;
-}
-
-FG_INLINE auto load_lanes(const float* from) { return load<F32>(from); }
-FG_INLINE auto load_lanes(const double* from) { return load<F64>(from); }
-
-// NaN if there is one.
-template <class T>
-FG_INLINE double largest(const T* values, int64_t count) {
-    constexpr int kLanes = kBytes / static_cast<int>(sizeof(T));
-    T top = values[0];
-    bool nan = false;
-    int64_t i = 0;
-    if (count >= 4 * kLanes) {
-        auto tops = load_lanes(values);
-        auto nans = tops != tops;
-        for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-            const auto a = load_lanes(values + i), b = load_lanes(values + i + kLanes);
-            const auto c = load_lanes(values + i + 2 * kLanes), d = load_lanes(values + i + 3 * kLanes);
-            nans |= (a != a) | (b != b) | (c != c) | (d != d);
-            tops = larger(tops, larger(larger(a, b), larger(c, d)));
-        }
-        for (int lane = 0; lane < kLanes; ++lane) {
-            top = tops[lane] > top ? tops[lane] : top;
-            nan |= nans[lane] != 0;
-        }
-    }
-    for (; i < count; ++i) {
-        top = values[i] > top ? values[i] : top;
-        nan |= values[i] != values[i];
-    }
-    return nan || top != top ? __builtin_nan("") : static_cast<double>(top);
 }
 
 // `sum` and what comes before each element or with it; moves `sum` on.

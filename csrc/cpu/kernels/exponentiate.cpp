@@ -1,0 +1,72 @@
+// exp of log-weights less the largest, and sums of it, a block at a time: no result depends on the sharing.
+#include "../../common/weights.h"
+#include "../kernels.h"
+#include "../largest.h"
+#include "../scratch.h"
+#include "../sums.h"
+
+namespace fastguide::cpu::FG_ISA {
+namespace {
+
+constexpr uint64_t kBlock = 1024, kGrain = 16;  // elements, and blocks worth a thread
+
+// exp(d) for d <= 0, to 1e-15 and |d| 2^-53 of it, as if d had been rounded; below 2^-1022 a subnormal number or 0.
+FG_INLINE F64 exp_double(F64 d) {
+    const auto x = exponential<WideLanes>(d, -746.0);
+    return as<F64>(as<U64>(x.e) + ((x.n + 1000) << 52)) * 0x1p-1000;  // an exponent in range, then 2^n
+}
+
+struct BlockSums {
+    double weights, others;
+};
+
+// Of up to kBlock elements; `out` and `weights` as in Exponentials.
+BlockSums exponentiate_block(const double* log_weights, const double* weights, double* out, uint64_t count,
+                             double top) {
+    alignas(64) double w[kBlock + kLanes64], others[kBlock + kLanes64];
+    const auto put = [&](uint64_t i, F64 log_weight, F64 weight) __attribute__((always_inline)) {
+        const F64 e = exp_double(log_weight - top);
+        store(w + i, e);
+        store(others + i, e * (weights ? weight : e));
+    };
+    uint64_t i = 0;
+    for (; i + kLanes64 <= count; i += kLanes64)
+        put(i, load<F64>(log_weights + i), weights ? load<F64>(weights + i) : F64{});
+    if (i < count) {
+        const int left = static_cast<int>(count - i);
+        put(i, load_some<F64>(log_weights + i, left), weights ? load_some<F64>(weights + i, left) : F64{});
+    }
+    if (out) __builtin_memcpy(out, w, count * sizeof(double));
+    Sum<double> sum, other_sum;
+    return {sum.with(w, count), other_sum.with(others, count)};
+}
+
+}  // namespace
+
+void exponentiate(Exponentials& call) {
+    const uint64_t blocks = (call.count + kBlock - 1) / kBlock;
+    const auto size = [&](uint64_t block) { return block + 1 < blocks ? kBlock : call.count - block * kBlock; };
+    const Scratch<double> tops(blocks);
+    share_out(blocks, kGrain, call.threads, [&](uint64_t block) {
+        tops.data[block] = largest(call.log_weights + block * kBlock, static_cast<int64_t>(size(block)));
+    });
+    const double top = largest(tops.data, static_cast<int64_t>(blocks));
+    const Scratch<BlockSums> sums(blocks);
+    share_out(blocks, kGrain, call.threads, [&](uint64_t block) {
+        const uint64_t at = block * kBlock;
+        sums.data[block] = exponentiate_block(call.log_weights + at, call.weights ? call.weights + at : nullptr,
+                                              call.out ? call.out + at : nullptr, size(block), top);
+    });
+    call.sums[0] = top, call.sums[1] = call.sums[2] = top - top;  // NaN unless that is finite
+    for (uint64_t block = 0; block < blocks; ++block) {
+        call.sums[1] += sums.data[block].weights;
+        call.sums[2] += sums.data[block].others;
+    }
+    if (!call.out) return;
+    const double inverse = 1.0 / call.sums[1];
+    share_ranges(call.count, kGrain * kBlock, call.threads, [&](uint64_t begin, uint64_t end) {
+        for (uint64_t i = begin; i < end; ++i) call.out[i] *= inverse;
+    });
+}
+
+}  // namespace fastguide::cpu::FG_ISA

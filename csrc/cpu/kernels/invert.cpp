@@ -1,0 +1,300 @@
+// Resampling as `particles` (Chopin and Papaspiliopoulos 2020) has it, to the same bits: prefix sums of float64 weights
+// in their order, compared with positions in float64. Two sums of a call run side by side; what follows is shared out.
+#include "../kernels.h"
+#include "../memory.h"
+#include "../scratch.h"
+#include "../tiles.h"
+
+namespace fastguide::cpu::FG_ISA {
+namespace {
+
+constexpr uint64_t kBlock = 1024, kGrain = 16 * kBlock;
+constexpr uint64_t kPiece = 16 * kBlock;  // steps of a merge
+constexpr uint64_t kShort = 64 * kBlock;  // not worth a second thread
+
+// sums[k] = W[0] / scale + ... + W[k] / scale, or an earlier sum that is larger, and NaN from the first NaN on;
+// infinity for the last particle whose weight is not 0. Returns the place of that.
+uint64_t sum_weights(const Inversion& call, double* sums) {
+    double total = 0.0, largest = -__builtin_inf();
+    for (uint64_t begin = 0; begin < call.particles; begin += kBlock) {
+        const uint64_t end = begin + kBlock < call.particles ? begin + kBlock : call.particles;
+        const double* terms = call.weights;
+        if (call.scale != 1.0) {
+            for (uint64_t k = begin; k < end; ++k) sums[k] = call.weights[k] / call.scale;
+            terms = sums;
+        }
+        for (uint64_t k = begin; k < end; ++k) {
+            total += terms[k];
+            largest = largest > total ? largest : total;
+            sums[k] = largest;
+        }
+    }
+    uint64_t last = call.particles - 1;
+    while (last > 0 && call.weights[last] == 0.0) --last;
+    sums[last] = __builtin_inf();
+    return last;
+}
+
+// In place: uniforms to positions in their strata, or logarithms of uniforms to arrival times.
+void place(const Inversion& call) {
+    double* at = call.positions;
+    const double number = static_cast<double>(call.number), first = at[0];
+    switch (call.draws) {
+        case Draws::one:
+            for (uint64_t n = 0; n < call.number; ++n) at[n] = (first + static_cast<double>(n)) / number;
+            return;
+        case Draws::strata:
+            for (uint64_t n = 0; n < call.number; ++n) at[n] = (at[n] + static_cast<double>(n)) / number;
+            return;
+        case Draws::spacings:
+            double total = 0.0;
+            for (uint64_t n = 0; n <= call.number; ++n) at[n] = total -= at[n];
+    }
+}
+
+// The positions and the sums merged, both ascending: position n belongs to the first k with !(positions[n] > sums[k]).
+// A step takes the next of either; before step i, n + k = i.
+struct Merge {
+    const double *positions, *sums;
+    int64_t* ancestors;
+    uint64_t number, last;  // the k that the last position belongs to
+
+    FG_INLINE bool passes(uint64_t n, uint64_t k) const { return positions[n] > sums[k]; }
+    uint64_t steps() const { return number + last; }
+
+    // The first k in [low, high] that is not passed, of which `high` is one.
+    template <class F>
+    static FG_INLINE uint64_t first_not_passed(uint64_t low, uint64_t high, const F& passed) {
+        while (low < high) {
+            const uint64_t k = low + (high - low) / 2;
+            if (passed(k)) low = k + 1;
+            else high = k;
+        }
+        return low;
+    }
+    uint64_t owner(uint64_t n) const {
+        return first_not_passed(0, last, [&](uint64_t k) { return passes(n, k); });
+    }
+    // The k before step i.
+    uint64_t particle_before(uint64_t i) const {
+        return first_not_passed(i > number ? i - number : 0, i < last ? i : last,
+                                [&](uint64_t k) { return passes(i - k - 1, k); });
+    }
+
+    // Bit i says whether the sum does not reach position i of four, all four bits from that on.
+    static FG_INLINE uint32_t beyond(const double* four, double sum) {
+#if defined(__AVX2__)
+        const __m256d above = _mm256_cmp_pd(_mm256_loadu_pd(four), _mm256_set1_pd(sum), _CMP_GT_OQ);
+        return static_cast<uint32_t>(_mm256_movemask_pd(above));
+#else
+        uint32_t bits = 0;
+        for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(four[i] > sum) << i;
+        return bits;
+#endif
+    }
+    // Four positions, those of them that k does not reach to be overwritten.
+    FG_INLINE void step(uint64_t& n, uint64_t& k) const {
+        const uint32_t bits = beyond(positions + n, sums[k]);
+        for (int i = 0; i < 4; ++i) ancestors[n + i] = static_cast<int64_t>(k);
+        n += static_cast<uint64_t>(__builtin_ctz(bits | 16));
+        k += bits != 0;
+    }
+
+    // Steps `begin` to `end` in parts walked together, as each step waits for the one before.
+    void walk(uint64_t begin, uint64_t end) const {
+        constexpr int kParts = 4;
+        uint64_t n[kParts], k[kParts], stop[kParts];
+        for (int part = 0; part <= kParts; ++part) {
+            const uint64_t i = begin + (end - begin) * static_cast<uint64_t>(part) / kParts;
+            const uint64_t before = particle_before(i);
+            if (part < kParts) k[part] = before, n[part] = i - before;
+            if (part > 0) stop[part - 1] = i - before;
+        }
+        for (uint64_t rounds = 1; rounds;) {
+            rounds = end;
+            for (int part = 0; part < kParts; ++part) {
+                const uint64_t sure = (stop[part] - n[part]) / 4;
+                rounds = sure < rounds ? sure : rounds;
+            }
+            for (uint64_t round = 0; round < rounds; ++round)
+                for (int part = 0; part < kParts; ++part) step(n[part], k[part]);
+        }
+        for (int part = 0; part < kParts; ++part) {
+            while (n[part] + 4 <= stop[part]) step(n[part], k[part]);
+            for (; n[part] < stop[part]; ++n[part]) {
+                while (passes(n[part], k[part])) ++k[part];
+                ancestors[n[part]] = static_cast<int64_t>(k[part]);
+            }
+        }
+    }
+};
+
+}  // namespace
+
+void invert(const Inversion& call) {
+    if (call.number == 0) return;
+    const Scratch<double> sums(call.particles);
+    large_pages(sums.data, call.particles * sizeof(double));
+    uint64_t last = 0;
+    const int threads = call.particles + call.number < kShort ? 1 : call.threads;
+    share_out(2, 1, threads, [&](uint64_t job) {
+        if (job == 0) last = sum_weights(call, sums.data);
+        else place(call);
+    });
+    double* positions = call.positions;
+    if (call.draws == Draws::spacings) {
+        share_ranges(call.number, kGrain, threads, [&](uint64_t begin, uint64_t end) {
+            for (uint64_t n = begin; n < end; ++n) positions[n] /= positions[call.number];
+        });
+    }
+    Merge merge{positions, sums.data, call.ancestors, call.number, last};
+    merge.last = merge.owner(call.number - 1);
+    const uint64_t pieces = (merge.steps() + kPiece - 1) / kPiece;
+    share_out(pieces, 1, threads, [&](uint64_t i) {
+        merge.walk(merge.steps() * i / pieces, merge.steps() * (i + 1) / pieces);
+    });
+}
+
+namespace {
+
+uint64_t parts_of(uint64_t particles) { return (particles + kGrain - 1) / kGrain; }
+
+// sums[part] = f(first k, last k + 1) for each part of the particles.
+template <class F>
+void sum_parts(uint64_t particles, int threads, int64_t* sums, const F& f) {
+    share_out(parts_of(particles), 1, threads, [&](uint64_t part) {
+        const uint64_t begin = part * kGrain;
+        sums[part] = f(begin, begin + kGrain < particles ? begin + kGrain : particles);
+    });
+}
+
+// ancestors[start], ...: copies[k] of each k.
+void repeat(const int64_t* copies, uint64_t begin, uint64_t end, int64_t* ancestors, int64_t start, int64_t limit) {
+    for (uint64_t k = begin; k < end; ++k) {
+        const int64_t stop = start + copies[k];
+        if (start + 4 <= limit) {  // four, whatever their number, which a branch could not foresee: the next overwrite
+            for (int i = 0; i < 4; ++i) ancestors[start + i] = static_cast<int64_t>(k);
+            start += 4;
+        }
+        for (; start < stop; ++start) ancestors[start] = static_cast<int64_t>(k);
+        start = stop;
+    }
+}
+
+void repeat_all(const int64_t* copies, uint64_t particles, int64_t* ancestors, int threads) {
+    const uint64_t parts = parts_of(particles);
+    const Scratch<int64_t> ends(parts);
+    sum_parts(particles, threads, ends.data, [&](uint64_t begin, uint64_t end) {
+        int64_t sum = 0;
+        for (uint64_t k = begin; k < end; ++k) sum += copies[k];
+        return sum;
+    });
+    for (uint64_t part = 1; part < parts; ++part) ends.data[part] += ends.data[part - 1];
+    share_out(parts, 1, threads, [&](uint64_t part) {
+        const uint64_t begin = part * kGrain, end = begin + kGrain < particles ? begin + kGrain : particles;
+        repeat(copies, begin, end, ancestors, part ? ends.data[part - 1] : 0, ends.data[part]);
+    });
+}
+
+// The whole part of each share number W[k], and the rest unless null. Returns the sum of the whole parts, or -1 where
+// one is below 0 or above `number`, or that sum is.
+int64_t split_shares(const Shares& call, int64_t* whole, double* rest) {
+    const uint64_t parts = parts_of(call.particles);
+    const Scratch<int64_t> sums(parts);
+    const double most = static_cast<double>(call.number);
+    sum_parts(call.particles, call.threads, sums.data, [&](uint64_t begin, uint64_t end) {
+        int64_t sum = 0, bad = 0;
+        for (uint64_t k = begin; k < end; ++k) {
+            const double share = most * call.weights[k], floor = __builtin_floor(share);
+            const bool in_range = floor >= 0.0 && floor <= most;
+            bad |= !in_range;
+            whole[k] = static_cast<int64_t>(in_range ? floor : 0.0);
+            sum += whole[k];
+            if (rest) rest[k] = share - floor;
+        }
+        return bad ? -1 : sum;
+    });
+    int64_t sum = 0;
+    for (uint64_t part = 0; part < parts && sum >= 0; ++part) {
+        sum += sums.data[part];
+        if (sums.data[part] < 0 || sum > call.number) sum = -1;
+    }
+    return sum;
+}
+
+// One number in a vector: what compilers choose between without a branch.
+typedef double One __attribute__((vector_size(16)));
+typedef int64_t Choice __attribute__((vector_size(16)));
+
+FG_INLINE One one(double x) { return x - One{}; }
+FG_INLINE Choice less(One a, One b) {
+#if defined(__x86_64__)  // with AVX-512 GCC would compare into a mask register
+    return (Choice)_mm_cmplt_pd((__m128d)a, (__m128d)b);
+#else
+    return a < b;
+#endif
+}
+FG_INLINE Choice choose(Choice which, Choice a, Choice b) { return (which & a) | (~which & b); }
+FG_INLINE One choose(Choice which, One a, One b) { return (One)choose(which, (Choice)a, (Choice)b); }
+
+}  // namespace
+
+int64_t whole_copies(const Shares& call, double* rest) {
+    const Scratch<int64_t> copies(call.particles);
+    large_pages(copies.data, call.particles * sizeof(int64_t));
+    const int64_t sum = split_shares(call, copies.data, rest);
+    if (sum >= 0) repeat_all(copies.data, call.particles, call.ancestors, call.threads);
+    return sum;
+}
+
+// The fractions of the shares two at a time: one gives to the other until it has none left or the other is whole, at
+// random such that neither changes in the mean. What is left of both, x, meets the next, y.
+bool round_in_pairs(const Shares& call, const double* uniforms) {
+    const Scratch<int64_t> copies(call.particles);
+    large_pages(copies.data, call.particles * sizeof(int64_t));
+    int64_t sum = split_shares(call, copies.data, nullptr);
+    if (sum < 0) return false;
+    const auto fraction = [&](uint64_t k) {  // before its copies are changed
+        return one(static_cast<double>(call.number) * call.weights[k] - static_cast<double>(copies.data[k]));
+    };
+    One x = fraction(0);
+    Choice owner{}, first = ~Choice{};  // whose x is; whether it is the first of the pair
+    for (uint64_t n = 0; n + 1 < call.particles; ++n) {
+        const double u = uniforms[n], v = 1.0 - u;
+        const One y = fraction(n + 1), to_x = 1.0 - x, to_y = 1.0 - y;
+        const Choice y_fits = less(y, to_x), x_fits = less(x, to_y), next = Choice{} + static_cast<int64_t>(n + 1);
+        // What the first of the pair would gain less u times what either would, as linear functions of x: each step
+        // waits for the x of the one before. Where rounding could matter, the quotient itself decides.
+        const One fitting = choose(first, v * y, -u * y) + choose(first, one(-u), one(v)) * x;
+        const One full = choose(first, v - u * to_y, v * to_y - u) + choose(first, one(-v), one(u)) * x;
+        const One margin = choose(y_fits, fitting, full);
+        Choice second = less(One{}, margin);
+        if (!(__builtin_fabs(margin[0]) > 4e-15)) {
+            const One x_gains = choose(y_fits, y, to_x), y_gains = choose(x_fits, x, to_y), both = x_gains + y_gains;
+            second = Choice{} - (both[0] > 0.0 && u < choose(first, x_gains, y_gains)[0] / both[0]);
+        }
+        const Choice x_grows = first ^ second;
+        first = choose(x_grows, y_fits, x_fits);  // the other has none left
+        const Choice changes = first ^ x_grows;  // the owner
+        copies.data[choose(changes, owner, next)[0]] += 1 + first[0];
+        sum += 1 + first[0];
+        owner = choose(changes, next, owner);
+        x = choose(first, x + y, choose(x_grows, y - to_x, x - to_y));
+    }
+    if (sum == call.number - 1 && x[0] > 0.99) {  // rounding kept it from being whole
+        ++copies.data[owner[0]];
+        ++sum;
+    }
+    if (sum == call.number) repeat_all(copies.data, call.particles, call.ancestors, call.threads);
+    return sum == call.number;
+}
+
+void replace_killed(const bool* killed, const int64_t* drawn, int64_t* ancestors, uint64_t particles) {
+    for (uint64_t k = 0, n = 0; k < particles; ++k) {
+        const int64_t own = static_cast<int64_t>(k), other = drawn[n];
+        ancestors[k] = own ^ ((own ^ other) & -static_cast<int64_t>(killed[k]));
+        n += killed[k];
+    }
+}
+
+}  // namespace fastguide::cpu::FG_ISA

@@ -1,0 +1,70 @@
+// The 32-bit Mersenne Twister MT19937 (Matsumoto and Nishimura 1998) on another generator's state, many words at a time.
+#include "../kernels.h"
+#include "../simd.h"
+
+namespace fastguide::cpu::FG_ISA {
+namespace {
+
+constexpr int kWords = 624, kMiddle = 397;
+
+FG_INLINE uint32_t twisted(uint32_t first, uint32_t next, uint32_t middle) {
+    const uint32_t joined = (first & 0x80000000u) | (next & 0x7FFFFFFFu);
+    return middle ^ (joined >> 1) ^ (-(joined & 1u) & 0x9908B0DFu);
+}
+
+// Each word from words that are not yet replaced, or were long before: the compiler's vectors are shorter than that.
+void twist(uint32_t* key) {
+    for (int i = 0; i < kWords - kMiddle; ++i) key[i] = twisted(key[i], key[i + 1], key[i + kMiddle]);
+    for (int i = kWords - kMiddle; i < kWords - 1; ++i) key[i] = twisted(key[i], key[i + 1], key[i + kMiddle - kWords]);
+    key[kWords - 1] = twisted(key[kWords - 1], key[0], key[kMiddle - 1]);
+}
+
+template <class Word>
+FG_INLINE Word tempered(Word word) {
+    word ^= word >> 11;
+    word ^= (word << 7) & 0x9D2C5680u;
+    word ^= (word << 15) & 0xEFC60000u;
+    return word ^ (word >> 18);
+}
+
+// 27 bits of the low word and 26 of the high one, in 2^-53.
+FG_INLINE F64 doubles(const uint32_t* words) {
+    const U64 pair = as<U64>(tempered(load<U32>(words)));
+    return to_double(as<I64>((((pair & 0xFFFFFFFFu) >> 5) << 26) | (pair >> 38))) * 0x1p-53;
+}
+
+}  // namespace
+
+void mersenne_doubles(uint32_t* key, int32_t* position, double* out, uint64_t count) {
+    uint32_t halves[2 * kLanes64] = {};
+    uint64_t half = 0;  // words of a pair that are kept from before the last twist
+    for (uint64_t done = 0; done < count;) {
+        if (*position >= kWords) {
+            twist(key);
+            *position = 0;
+        }
+        if (half || *position + 1 == kWords) {
+            halves[half++] = key[(*position)++];
+            if (half == 2) {
+                out[done++] = doubles(halves)[0];
+                half = 0;
+            }
+            continue;
+        }
+        const uint64_t whole = static_cast<uint64_t>(kWords - *position) / 2, left = count - done;
+        const uint64_t pairs = whole < left ? whole : left;
+        const uint32_t* words = key + *position;
+        uint64_t i = 0;
+        for (; i + kLanes64 <= pairs; i += kLanes64) store(out + done + i, doubles(words + 2 * i));
+        if (i < pairs) {
+            const int rest = static_cast<int>(pairs - i);
+            uint32_t last[2 * kLanes64] = {};
+            __builtin_memcpy(last, words + 2 * i, 8 * static_cast<std::size_t>(rest));
+            store_some(out + done + i, doubles(last), rest);
+        }
+        done += pairs;
+        *position += static_cast<int32_t>(2 * pairs);
+    }
+}
+
+}  // namespace fastguide::cpu::FG_ISA
