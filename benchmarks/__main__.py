@@ -11,6 +11,8 @@ import torch
 from . import (  # noqa: F401  each registers its cases
     gather_particles,
     integrations,
+    integrations_deepinv,
+    integrations_diffusers,
     log_prob_and_gradient,
     propose_and_weigh,
     randn,

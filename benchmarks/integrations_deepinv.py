@@ -1,23 +1,19 @@
-"""``python -m benchmarks.integrations_deepinv``: deepinv's DPS and DiffPIR and ours in turn, of the same denoiser,
-inpainting task and number of steps, on one thread; medians in ms. That both give the same samples of the same noise is
-tested (tests/test_integrations_deepinv.py).
-"""
+"""DPS and DiffPIR against deepinv's own: inpainting, with the digits network and with a denoiser that costs nothing.
+That both give the same samples of the same noise is tested (tests/test_integrations_deepinv.py)."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.samplers import _import_deepinv
-from benchmarks.timing import alternate, keep_memory
 from fastguide import digits
 from fastguide.integrations import deepinv as ours
 
-STEPS = 50
+from .cases import Case, Figure, Setting, case, cpu_only, rival
+from .samplers import _import_deepinv
 
 
 class DigitsDenoiser(nn.Module):
@@ -41,41 +37,45 @@ def shrink(x: Tensor, sigma: Tensor) -> Tensor:
     return x / (1.0 + sigma**2)
 
 
-def main() -> None:
-    deepinv = _import_deepinv()
-    torch.set_num_threads(1)
-    print(f"allocator: {keep_memory()}\n")
-    network, fidelity = DigitsDenoiser(), deepinv.optim.data_fidelity.L2()
-    denoisers: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
-        "the digits network, 64 images of 8 x 8": (network, (64, 1, 8, 8)),
-        "the digits network, one of 8 x 8": (network, (1, 1, 8, 8)),
-        "none, one of 8 x 8": (shrink, (1, 1, 8, 8)),
-        "none, one of 3 x 256 x 256": (shrink, (1, 3, 256, 256)),
-    }
-    samplers: dict[str, Callable] = {
-        "DPS": lambda module, denoiser: module.DPS(denoiser, num_steps=STEPS + 1),
-        "DPS in float32": lambda module, denoiser: module.DPS(denoiser, num_steps=STEPS + 1, dtype=torch.float32),
-        "DiffPIR": lambda module, denoiser: module.DiffPIR(denoiser, fidelity, max_iter=STEPS),
-    }
-    print("| sampler, network | deepinv | fastguide | |\n| --- | --- | --- | --- |")
-    for name, make in samplers.items():
-        for kind, (denoiser, shape) in denoisers.items():
-            torch.manual_seed(0)
-            noise = deepinv.physics.GaussianNoise(0.05)
-            physics = deepinv.physics.Inpainting(shape[1:], mask=0.5, noise_model=noise)
-            y = physics(torch.rand(shape))
-            calls = {
-                "deepinv": partial(make(deepinv.sampling, denoiser), y, physics),
-                "fastguide": partial(make(ours, denoiser), y, physics),
-            }
-            first, second = (call() for call in calls.values())
-            assert first.shape == second.shape
-            assert first.dtype == second.dtype
-            samples, broken = alternate(calls, torch.device("cpu"), seconds=10.0)
-            assert not broken, broken
-            before, after = (1e3 * statistics.median(samples[who]) for who in calls)
-            print(f"| {name}, {kind} | {before:.0f} | {after:.0f} | {before / after:.2f}x |")
+def _build(name: str, network: bool, options: dict[str, Any], setting: Setting) -> Case:
+    cpu_only(setting)
+    deepinv = _import_deepinv()  # its physics are needed on both sides
+    steps = setting.pick(50, 4)
+    shape = setting.pick((64, 1, 8, 8) if network else (1, 3, 256, 256), (1, 1, 8, 8))
+    denoiser = DigitsDenoiser() if network else shrink
+    torch.manual_seed(0)
+    noise = deepinv.physics.GaussianNoise(0.05)
+    physics = deepinv.physics.Inpainting(shape[1:], mask=0.5, noise_model=noise)
+    y = physics(torch.rand(shape))
+
+    def sampler(module: Any) -> Any:
+        if name == "DPS":
+            return module.DPS(denoiser, num_steps=steps + 1, **options)
+        return module.DiffPIR(denoiser, deepinv.optim.data_fidelity.L2(), max_iter=steps)
+
+    calls = [partial(sampler(module), y, physics) for module in (ours, deepinv.sampling)]
+
+    def check() -> None:
+        got, expected = (call() for call in calls)
+        assert got.shape == expected.shape and got.dtype == expected.dtype and got.isfinite().all()
+
+    return Case(
+        f"{name}{' in float32' if options else ''}, {steps} steps of {list(shape)}, "
+        f"{'the digits network' if network else 'no network'}",
+        elements=y.numel() * steps,
+        bytes=None,
+        ours=calls[0],
+        check=check,
+        rivals=[rival("deepinv", lambda: calls[1])],
+        figures=lambda seconds: [Figure("ours, one step", seconds / steps * 1e6, "us")],
+    )
 
 
-if __name__ == "__main__":
-    main()
+for _kind, _name, _options in (
+    ("dps", "DPS", {}),
+    ("dps-float32", "DPS", dict(dtype=torch.float32)),
+    ("diffpir", "DiffPIR", {}),
+):
+    for _network in (True, False):
+        _suffix = "network" if _network else "bare"
+        case(f"integrations/deepinv-{_kind}-{_suffix}")(partial(_build, _name, _network, _options))
