@@ -9,7 +9,7 @@ A trained network, a measurement and a forward model go in; samples of ``x | y``
 
 from . import graphs, library, likelihoods, operators, ops, reference, schedules
 from .backends import backends
-from .denoiser import Denoiser
+from .denoiser import Conditional, Denoiser
 from .guidance import DPS, FK, TDS, LatentPnP, PiGDM, PnP
 from .sampling import Samples, sample
 
@@ -19,6 +19,7 @@ __all__ = [
     "DPS",
     "FK",
     "TDS",
+    "Conditional",
     "Denoiser",
     "LatentPnP",
     "PiGDM",

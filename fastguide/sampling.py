@@ -212,6 +212,7 @@ def _prepare_run(prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, d
     levels = prior.schedule.levels(steps, spacing)
     for level in levels[:-1]:
         prior.check_level(level)
+    prior.check_observations(shape[0])
     if eta is not None and not getattr(guidance, "takes_eta", True):
         raise ValueError(f"eta: expected None with {type(guidance).__name__}, whose zeta splits the noise, got {eta!r}")
     etas = per_step("eta", 1.0 if eta is None else eta, levels, high=1.0)

@@ -171,7 +171,7 @@ def test_labels():
             digits.prior(bad)
     with pytest.raises(ValueError, match="guidance_scale"):
         digits.prior(guidance_scale=2.0)
-    with pytest.raises(ValueError, match="rows of x, got 3"):
+    with pytest.raises(ValueError, match="a sample for each of the 3 conditions, got 4"):
         digits.prior(torch.tensor([1, 2, 3]))(x, level)
 
 

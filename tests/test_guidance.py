@@ -122,7 +122,7 @@ def test_pull_back_is_the_second_order_tweedie_covariance():
     x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     exact = prior.covariance - t.alpha * prior.gain(t.alpha, t.sigma) @ prior.covariance
     v = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    pull_back = PullBack(run, x, 3)
+    pull_back = PullBack(run, x, 3, run.rows)
     assert torch.allclose(pull_back(pull_back.x0, v), v @ exact, atol=1e-10)
 
 
@@ -300,3 +300,51 @@ def test_tmpd_on_a_gaussian_prior_draws_from_the_posterior():
     x = fg.sample(prior.denoiser(), (count, 3), guidance=guidance, steps=200, dtype=torch.float64).x
     assert torch.allclose(x.mean(0), means[0], atol=0.03)
     assert torch.allclose(torch.cov(x.T), covariance, atol=0.04)
+
+
+# --- conditions ---------------------------------------------------------------------------------------------
+
+
+GUIDANCES = {
+    "plain": lambda likelihood: None,
+    "DPS": fg.DPS,
+    "DPS moment": lambda likelihood: fg.DPS(likelihood, "score", normalize=False, covariance="moment"),
+    "PnP": fg.PnP,
+    "PiGDM": fg.PiGDM,
+    "LatentPnP": lambda likelihood: fg.LatentPnP(likelihood, lambda z: z, iterations=2),
+    "TDS": lambda likelihood: fg.TDS(likelihood, particles=3),
+    "TDS point": lambda likelihood: fg.TDS(likelihood, particles=3, covariance="point"),
+    "FK": lambda likelihood: fg.FK(lambda x: x.flatten(1).sum(1), particles=3),
+    "FK guided": lambda likelihood: fg.FK(lambda x: x.flatten(1).sum(1), particles=3, proposal="guided"),
+    "FK of y": lambda likelihood: fg.FK(likelihood, particles=3, covariance="isotropic"),
+}
+
+
+@pytest.mark.parametrize("name", GUIDANCES)
+@pytest.mark.parametrize("chunk_size", (None, 2))
+def test_each_observation_has_its_conditions(name, chunk_size):
+    """Observation ``b`` of a batch is what it is where all have its condition, here the mean of the prior."""
+    means = torch.tensor([[-1.0, 0.0], [0.5, 2.0]])
+
+    def net(x, t, mean):
+        return x / 2 + mean
+
+    def run(rows):
+        prior = fg.Denoiser(fg.Conditional(net, mean=means[rows]), fg.schedules.vp_linear(100), "sample")
+        likelihood = fg.likelihoods.Gaussian(torch.tensor([[0.3, 0.1]]), fg.operators.Identity(), 0.5)
+        options = dict(guidance=GUIDANCES[name](likelihood), steps=4, chunk_size=chunk_size)
+        return fg.sample(prior, (2, 2), **options).x
+
+    both = run([0, 1])
+    for b in range(2):
+        torch.testing.assert_close(both[b], run([b, b])[b])
+        torch.testing.assert_close(both[b], run([b])[b])
+    assert (run([0])[1] - both[1]).abs().max() > 0.1
+
+
+def test_conditions_of_a_wrong_kind():
+    with pytest.raises(TypeError, match="net: expected a callable"):
+        fg.Conditional(None)
+    for shape in ((), (0, 2), (3, 2)):
+        with pytest.raises(ValueError, match="b: expected one row, or one for each"):
+            fg.Conditional(torch.add, a=torch.zeros(2), b={"c": torch.zeros(shape)})

@@ -301,6 +301,8 @@ def test_class_labels_of_a_unet():
 
 @pytest.mark.parametrize("kind", [kind.name for kind in KarrasDiffusionSchedulers if kind.name != "EDMEulerScheduler"])
 def test_levels_are_the_schedulers(kind):
+    if kind == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde", reason="diffusers' DPMSolverSDEScheduler needs torchsde")
     scheduler = getattr(diffusers, kind)(1000, **({"skip_prk_steps": True} if kind == "PNDMScheduler" else {}))
     schedule = denoiser(unet(), scheduler).schedule
     times = [level.t for level in schedule.levels(10)]
@@ -461,15 +463,35 @@ def test_prompts():
         from_pipeline(DDIMPipeline(unet(), DDIMScheduler()), prompt="cat")
 
 
-def test_conditions_of_one_sample_go_to_no_other():
-    """With two observations of two particles in chunks of two, embeddings of two rows would fit, and be wrong."""
+@pytest.mark.parametrize("chunk_size", (None, 2, 3))
+def test_prompts_for_each_observation(chunk_size):
+    """With two observations of two particles in chunks of two, embeddings of two rows would fit as they are, and be
+    wrong."""
+    model, embeds, none = conditional_unet(), normals(2, 5, 12), normals(1, 5, 12, seed=1)
+
+    def run(rows):
+        prior = denoiser(
+            model, DDIMScheduler(), prompt_embeds=embeds[rows], negative_prompt_embeds=none, guidance_scale=3.0
+        )
+        guidance = fg.FK(lambda z: -z.square().flatten(1).sum(1), particles=2)
+        return fg.sample(prior, (2, 2, 8, 8), guidance=guidance, steps=3, chunk_size=chunk_size).x
+
+    both = run([0, 1])
+    for n in range(2):
+        torch.testing.assert_close(both[n], run([n, n])[n], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(both[n], run([n])[n], rtol=1e-4, atol=1e-5)
+    assert (run([0])[1] - both[1]).abs().max() > 1e-3
+
+
+def test_conditions_of_a_wrong_number():
     model, embeds = conditional_unet(), normals(2, 5, 12)
+    prior = denoiser(model, DDIMScheduler(), prompt_embeds=embeds)
+    with pytest.raises(ValueError, match="shape: expected 2 observations, for which net has conditions, got 3"):
+        fg.sample(prior, (3, 2, 8, 8), steps=2)
     with pytest.raises(ValueError, match=r"encoder_hidden_states: expected one row, .* got shape \[2, 5, 12\]"):
-        denoiser(model, DDIMScheduler(), prompt_embeds=embeds)
-    with pytest.raises(ValueError, match="class_labels: expected one row"):
-        denoiser(dit(), DDIMScheduler(), class_labels=torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="added_cond_kwargs: expected one row"):
-        denoiser(model, DDIMScheduler(), prompt_embeds=embeds[:1], added_cond_kwargs=dict(time_ids=torch.zeros(2, 6)))
+        denoiser(model, DDIMScheduler(), prompt_embeds=embeds, time_ids=torch.zeros(3, 6))
+    with pytest.raises(ValueError, match=r"encoder_hidden_states: expected one row, .* got shape \[\]"):
+        denoiser(model, DDIMScheduler(), prompt_embeds=embeds.sum())
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@ every configuration; what is left to the parent, and that nothing waits for a de
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import math
+import pickle
 import warnings
 
 import pytest
@@ -335,6 +337,15 @@ def test_what_changes_under_way_is_noticed():
             results.append((before, after))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+def test_copies_are_schedulers_of_their_own():
+    _, mine = both("EulerDiscreteScheduler")
+    expected = trajectory(mine, 5)
+    for other in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine)), copy.copy(mine)):
+        other.sigmas = 3 * other.sigmas
+        assert_same(trajectory(mine, 5), expected, tolerance=0.0001)
+        assert_same(trajectory(other, 5), expected, tolerance=0.0001)
 
 
 def test_gradients_are_the_parents():

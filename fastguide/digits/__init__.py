@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import Denoiser
+from ..denoiser import Conditional, Denoiser
 from ..schedules import vp_cosine
 from .networks import CLASSES, Autoencoder, Classifier, UNet
 
@@ -51,7 +51,7 @@ def prior(
 ) -> Denoiser:
     """Denoiser of images [N, 1, 8, 8] in [-1, 1]; predicts `v` on `vp_cosine(1000)`.
 
-    `label`: the digit asked for, 0..9; an int, or a tensor [N] with one for each row of the batch. None: any
+    `label`: the digit asked for, 0..9; an int, or a tensor [B] with one for each observation. None: any
     digit. `guidance_scale`: classifier-free guidance, `unconditional + scale * (conditional -
     unconditional)`, at the cost of a second evaluation; needs a label. None or 1: the conditional prediction.
     """
@@ -61,7 +61,7 @@ def prior(
     schedule = vp_cosine(1000)
     if label is None:
         return Denoiser(net, schedule, prediction="v")
-    conditional = _OfClass(net, label).to(device)
+    conditional = Conditional(net, label=_labels(label).to(device))
     if guidance_scale is None or guidance_scale == 1:
         return Denoiser(conditional, schedule, prediction="v")
     return Denoiser(conditional, schedule, prediction="v", unconditional=net, guidance_scale=guidance_scale)
@@ -86,23 +86,11 @@ def classifier(*, device: torch.device | str = "cpu", dtype: torch.dtype = torch
     return _load(Classifier, "classifier", device, dtype)
 
 
-class _OfClass(nn.Module):
-    """`net(x, t)` with the label filled in."""
-
-    label: Tensor  # [] or [N]
-
-    def __init__(self, net: UNet, label: int | Tensor) -> None:
-        super().__init__()
-        labels = torch.as_tensor(label)
-        if labels.dtype.is_floating_point or labels.ndim > 1 or labels.min() < 0 or labels.max() >= CLASSES:
-            raise ValueError(f"label: expected integers 0..{CLASSES - 1}, one or one per row, got {label}")
-        self.net = net
-        self.register_buffer("label", labels.to(torch.int64), persistent=False)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        if self.label.ndim == 1 and len(self.label) != len(x):
-            raise ValueError(f"label: expected one for each of the {len(x)} rows of x, got {len(self.label)}")
-        return self.net(x, t, self.label.expand(len(x)))
+def _labels(label: int | Tensor) -> Tensor:
+    labels = torch.as_tensor(label)
+    if labels.dtype.is_floating_point or labels.ndim > 1 or labels.min() < 0 or labels.max() >= CLASSES:
+        raise ValueError(f"label: expected integers 0..{CLASSES - 1}, one or one per observation, got {label}")
+    return labels.to(torch.int64).reshape(-1)
 
 
 def _load(kind: type[_Net], name: str, device: torch.device | str, dtype: torch.dtype) -> _Net:

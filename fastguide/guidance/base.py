@@ -206,7 +206,7 @@ class Run:
     def x0_hat(self, x: Tensor, i: int) -> Tensor:
         """``E[x_0 | x_t]`` at level ``i``, without a graph."""
         with torch.no_grad(), phase("network"):
-            return self.in_chunks(lambda rows, chunk: (self.denoiser.x0_hat(chunk, self.level(i)),), x)[0]
+            return self.in_chunks(lambda rows, chunk: (self.denoiser.x0_hat(chunk, self.level(i), rows),), x)[0]
 
     def likelihood_score(
         self, likelihood: Likelihood, covariance: str, x: Tensor, i: int
@@ -222,7 +222,7 @@ class Run:
         spread = isotropic_variance(self.level(i)) if covariance == "isotropic" else 0.0
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-            pull_back = PullBack(self, x, i)
+            pull_back = PullBack(self, x, i, rows)
             with phase("gradient"):
                 y = likelihood.rows_of_y(rows)
                 shift, log_prob, gradient = score(pull_back, likelihood, y, scale, spread)
@@ -245,7 +245,7 @@ class Run:
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             with phase("network"):
-                x0_hat = self.denoiser.x0_hat(x, level)
+                x0_hat = self.denoiser.x0_hat(x, level, rows)
             with phase("weights"):
                 return x0_hat, likelihood.value(x0_hat.to(self.compute_dtype), rows, scale, spread)
 
@@ -279,11 +279,11 @@ class PullBack:
     isotropic model's, ``r_t^2 I = I``, that of unit-variance data.
     """
 
-    def __init__(self, run: Run, x: Tensor, i: int):
+    def __init__(self, run: Run, x: Tensor, i: int, rows: Tensor):
         self.x = x.detach().requires_grad_()
         self.level, self.vanishing = run.level(i), run.vanishing(i)
         with torch.enable_grad(), phase("network"):
-            self.x0 = run.denoiser.x0_hat(self.x, self.level).to(run.compute_dtype)
+            self.x0 = run.denoiser.x0_hat(self.x, self.level, rows).to(run.compute_dtype)
         if not self.x0.requires_grad:
             raise ValueError("net: expected a network that autograd can differentiate, got an output without a graph")
 

@@ -130,15 +130,15 @@ class FK:
             else:
                 x0_hat, reward = run.likelihood_value(self.reward, self.covariance, x, i)
         elif self.proposal == "guided":
-            x0_hat, shift, reward = run.in_chunks(lambda rows, x: self._reward_score(run, x, i), x)
+            x0_hat, shift, reward = run.in_chunks(lambda rows, x: self._reward_score(run, x, i, rows), x)
         else:
             x0_hat = run.x0_hat(x, i)
             reward = self._reward(run, x0_hat)
         particles = {"x0_hat": x0_hat, "reward": reward}
         return {**particles, "shift": shift} if self.proposal == "guided" else particles
 
-    def _reward_score(self, run: Run, x: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        pull_back = PullBack(run, x, i)
+    def _reward_score(self, run: Run, x: Tensor, i: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pull_back = PullBack(run, x, i, rows)
         with phase("gradient"):
             with torch.enable_grad():
                 reward = self._call_reward(pull_back.x0)

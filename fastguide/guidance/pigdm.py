@@ -51,7 +51,7 @@ class PiGDM:
         spread = isotropic_variance(run.level(i))
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            pull_back = PullBack(run, x, i)
+            pull_back = PullBack(run, x, i, rows)
             with phase("gradient"):
                 with torch.no_grad():
                     v = self.vector(pull_back.x0.detach(), self.likelihood.rows_of_y(rows), scale, spread)

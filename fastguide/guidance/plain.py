@@ -24,7 +24,7 @@ class Plain:
     def step(self, run: Run, state: State, i: int) -> State:
         denoiser, level = run.denoiser, run.level(i)
         with torch.no_grad(), phase("network"):
-            (output,) = run.in_chunks(lambda rows, x: (denoiser(x, level),), state.x)
+            (output,) = run.in_chunks(lambda rows, x: (denoiser(x, level, rows),), state.x)
         with phase("step"):
             x = ops.reverse_step(
                 state.x,

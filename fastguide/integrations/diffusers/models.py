@@ -26,7 +26,7 @@ from diffusers import (
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ...denoiser import Denoiser
+from ...denoiser import Conditional, Denoiser, Net
 from ...schedules import Schedule, _Flow, _Table
 
 __all__ = ["codec", "denoiser", "from_pipeline"]
@@ -61,8 +61,8 @@ def denoiser(
       the state is DDIM's, ``alpha`` times Euler's), or FlowMatchEulerDiscreteScheduler (``t`` is its sigma). Without a
       ``spacing``, ``fastguide.sample(steps=n)`` visits the levels that the scheduler sets for ``n`` steps, of a table
       the nearest entries, and then the clean one. Clipping is ``fastguide.sample(clip=)``.
-    - ``prompt_embeds`` ``[1, tokens, width]`` (the model's ``encoder_hidden_states``), ``class_labels`` and, in
-      ``model_kwargs``, what else the model takes: tensors of one row, the same for all samples.
+    - ``prompt_embeds`` ``[B, tokens, width]`` (the model's ``encoder_hidden_states``), ``class_labels`` and, in
+      ``model_kwargs``, what else the model takes: tensors with a row for each observation, or one for all.
     - ``guidance_scale``: if not 1, classifier-free guidance by a second evaluation: in it ``negative_prompt_embeds``,
       ``negative_class_labels`` (None: the null class of a DiT) and, for each ``name`` in ``model_kwargs`` that holds
       tensors, ``negative_name`` take the places of the others.
@@ -85,11 +85,12 @@ def denoiser(
         "class_labels": _labels(class_labels),
         "negative_class_labels": _labels(negative_class_labels),
     }
-    given = {name: _one_row(name, value, model) for name, value in arguments.items() if value is not None}
+    given = {name: _moved(value, model) for name, value in arguments.items() if value is not None}
     conditions = {name: value for name, value in given.items() if not name.startswith("negative_")}
     negative = {name.removeprefix("negative_"): given[name] for name in given.keys() - conditions.keys()}
     schedule, prediction, time_scale = _schedule(scheduler)
-    net = _Network(model, conditions, time_scale)
+    network = _Network(model, time_scale)
+    net: Net = Conditional(network, **conditions) if conditions else network
     if guidance_scale == 1:
         if negative:
             raise ValueError(f"guidance_scale: expected other than 1 with negatives of {sorted(negative)}, got 1")
@@ -100,7 +101,7 @@ def denoiser(
             f"guidance_scale: expected 1, or for every condition its negative, got {guidance_scale} with conditions "
             f"{sorted(expected)} and negatives {sorted(negative)}"
         )
-    unconditional = _Network(model, conditions | negative, time_scale)
+    unconditional = Conditional(network, **conditions | negative)
     return Denoiser(net, schedule, prediction, unconditional=unconditional, guidance_scale=guidance_scale)
 
 
@@ -137,8 +138,8 @@ def codec(vae: Any) -> tuple[Codec, Codec]:
 def from_pipeline(
     pipe: Any,
     *,
-    prompt: str | None = None,
-    negative_prompt: str | None = None,
+    prompt: str | list[str] | None = None,
+    negative_prompt: str | list[str] | None = None,
     guidance_scale: float = 1.0,
     **conditions: Any,
 ) -> tuple[Denoiser, Codec, Codec]:
@@ -146,8 +147,9 @@ def from_pipeline(
     autoencoder the state is the image, and `encode` and `decode` return what they are given.
 
     - ``pipe``: a pipeline, or the local folder of one (`DiffusionPipeline.save_pretrained`).
-    - ``prompt``, ``negative_prompt``: embedded by the pipeline's own ``encode_prompt``, where that makes one tensor of
-      each (Stable Diffusion 1 and 2). Of others the embeddings are among the ``conditions``.
+    - ``prompt``, ``negative_prompt``: one for each observation, or one for all; embedded by the pipeline's own
+      ``encode_prompt``, where that makes one tensor of each (Stable Diffusion 1 and 2). Of others the embeddings are
+      among the ``conditions``.
     - ``guidance_scale``, ``conditions``: see `denoiser`.
     """
     if isinstance(pipe, str | os.PathLike):
@@ -175,7 +177,7 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _embed(pipe: Any, device: Any, prompt: str, negative_prompt: str | None, guided: bool) -> dict[str, Tensor | None]:
+def _embed(pipe: Any, device: Any, prompt: Any, negative_prompt: Any, guided: bool) -> dict[str, Tensor | None]:
     if not hasattr(pipe, "encode_prompt"):
         raise ValueError(
             f"prompt: expected None with {type(pipe).__name__}, which has no encode_prompt, got {prompt!r}"
@@ -200,13 +202,12 @@ def _embed(pipe: Any, device: Any, prompt: str, negative_prompt: str | None, gui
 
 
 class _Network:
-    """``net(x, t)`` with the model's other arguments filled in."""
+    """``net(x, t, **conditions)`` of a model."""
 
-    def __init__(self, model: Any, conditions: dict[str, Any], time_scale: int):
-        self.model, self.conditions, self.time_scale = model, conditions, time_scale
+    def __init__(self, model: Any, time_scale: int):
+        self.model, self.time_scale = model, time_scale
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        conditions = tree_map_only(Tensor, lambda row: row.expand(len(x), *row.shape[1:]), self.conditions)
+    def __call__(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
         # By name: some have the embeddings in second place.
         (output, *_) = self.model(x.to(self.model.dtype), timestep=t * self.time_scale, return_dict=False, **conditions)
         if output.shape[1] == 2 * x.shape[1]:  # a learned variance follows
@@ -214,15 +215,10 @@ class _Network:
         return output
 
 
-def _one_row(name: str, value: Any, model: Any) -> Any:
-    """Its tensors where the model is and, if floating, in its dtype. Networks are not told which samples they see, so
-    that a row of one sample could go to another."""
+def _moved(value: Any, model: Any) -> Any:
+    """Its tensors where the model is and, if floating, in its dtype."""
 
     def moved(tensor: Tensor) -> Tensor:
-        if tensor.ndim == 0 or len(tensor) != 1:
-            raise ValueError(
-                f"{name}: expected one row, for all samples, got shape {list(tensor.shape)}; give each a call"
-            )
         return tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
 
     return tree_map_only(Tensor, moved, value)

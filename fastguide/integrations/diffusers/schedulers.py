@@ -29,6 +29,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import operator
 import warnings
 from collections import Counter
 from typing import Any, NamedTuple
@@ -71,12 +72,16 @@ class _Plan(NamedTuple):
 
     prediction: str
     steps: list[tuple[Coefficients, Coefficients] | None]  # without noise and with it; None where there are none
-    table: Tensor  # [6, steps], float64: alpha_t, sigma_t, alpha_s, sigma_s without noise, sigma_s with it, std
     clip: Clip
     clip_noise: bool
+    # On each device that asked, [6, steps], float64: alpha_t, sigma_t, alpha_s, sigma_s without noise and with it, std
+    tables: dict[torch.device, Tensor]
 
-    def columns(self, place: Tensor, device: torch.device) -> Tensor:
-        return self.table.to(device, non_blocking=True)[:, place]
+    def columns(self, place: Tensor) -> Tensor:
+        device = place.device
+        if device not in self.tables:
+            self.tables[device] = self.tables[torch.device("cpu")].to(device, non_blocking=True)
+        return self.tables[device][:, place]
 
 
 def _plan(
@@ -102,7 +107,8 @@ def _plan(
         ((*levels, still_s, 0.0), (*levels, noisy_s, std)) if good else None
         for good, (*levels, still_s, noisy_s, std) in zip(served.tolist(), table.T.tolist(), strict=True)
     ]
-    return _Plan(prediction, steps, table.where(served, torch.nan), clip, clip_noise)
+    table = table.where(served, torch.nan)
+    return _Plan(prediction, steps, clip, clip_noise, {table.device: table})
 
 
 def _version(tensor: Tensor) -> int:
@@ -201,9 +207,8 @@ class _Fused:
 
     def _cached(self, parts: tuple[Any, ...], *numbers: Any) -> Any:
         """The plan that `_make_plan` makes of what it depends on: a tensor, other objects, and numbers."""
-        key = (_version(parts[0]), *map(id, parts), *numbers)
-        planned = self._planned
-        if planned is None or planned[0] != key:
+        key, planned = (_version(parts[0]), *numbers), self._planned
+        if planned is None or planned[0] != key or not all(map(operator.is_, planned[1], parts)):
             self._planned = planned = key, parts, self._make_plan(*numbers)
         return planned[2]
 
@@ -226,10 +231,10 @@ class _Fused:
     ) -> tuple[Tensor, Tensor]:
         """``(x_s, x0)`` of the steps at ``place``, one for all samples or one for each. ``noise`` is drawn where none
         is given; ``std`` takes the place of the plan's."""
-        counter: dict[str, Any] = {}
+        seed = first_particle = 0
         levels: Coefficients
         if isinstance(place, Tensor):
-            alpha_t, sigma_t, alpha_s, sigma_s, _, tau = columns = plan.columns(place, x.device)
+            alpha_t, sigma_t, alpha_s, sigma_s, _, tau = columns = plan.columns(place.to(x.device))
             if columns.is_cpu and columns.isnan().any():
                 raise _NotServed(_NO_STEP)
             levels = alpha_t, sigma_t, alpha_s, sigma_s, 0.0
@@ -244,15 +249,15 @@ class _Fused:
             tau = moving[4]
             if noisy and noise is None and std is None and self.fused_noise and not isinstance(generator, list):
                 levels, noisy = moving, False
-                counter = {"seed": self._counter(generator), "step": place, "first_particle": self.first_sample}
+                seed, first_particle = self._counter(generator), self.first_sample
         if noisy:
             scale = tau if std is None else std
             noise = self._draw(output, generator, place, noise_dtype).mul_(scale) if noise is None else noise * scale
             displacement = noise if displacement is None else displacement.add_(noise)
         x_s, x0 = ops.reverse_step(
             x, output, levels, prediction=plan.prediction, clip=plan.clip, clip_noise=plan.clip_noise,
-            displacement=displacement, return_x0=True,
-            **counter,
+            displacement=displacement, seed=seed, step=0 if isinstance(place, Tensor) else place,
+            first_particle=first_particle, return_x0=True,
         )  # fmt: skip
         return x_s, _in(output.dtype, x0) if plan.prediction == "sample" else x0
 
@@ -319,6 +324,9 @@ def _clip_of(config: Any, clips: bool = True) -> Clip:
 # --- variance-preserving, a timestep being an index of alphas_cumprod ---------------------------------------
 
 
+_INTEGERS = (int, np.integer)
+
+
 class _Indexed(_Fused):
     """DDPM and DDIM, whose steps depend on ``timestep`` alone."""
 
@@ -326,12 +334,13 @@ class _Indexed(_Fused):
     num_inference_steps: int | None
 
     def _place(self, timestep: Any, sample: Tensor) -> int | Tensor:
+        """The place of the timestep in a plan, or of each sample's."""
         value = self._value(timestep)
         if value is None:
             if timestep.is_floating_point() or timestep.numel() not in (1, sample.shape[0]):
                 raise _NotServed("")
             return timestep.reshape(-1).long().expand(sample.shape[0])
-        if not isinstance(value, int | np.integer) or not 0 <= value < self.alphas_cumprod.shape[0]:
+        if not isinstance(value, _INTEGERS):
             raise _NotServed("")
         return int(value)
 
