@@ -172,7 +172,7 @@ def _any(condition: bool | Tensor) -> bool:
 
 def check_clip(clip: Clip) -> None:
     """Raise unless ``clip`` is one that `reverse_step` takes."""
-    if clip is None:
+    if clip is None or (type(clip) is float and clip > 0.0):
         return
     if isinstance(clip, DynamicThreshold):
         if not (0.0 <= clip.ratio <= 1.0 and clip.max_value >= 1.0):
