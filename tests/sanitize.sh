@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 kind=${1:?expected address, emulated or thread}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-cp -r csrc fastguide tests setup.py pyproject.toml README.md LICENSE "$work"
+tar -c --exclude=__pycache__ csrc fastguide tests setup.py pyproject.toml README.md LICENSE | tar -x -C "$work"
 cd "$work"
 rm -f fastguide/_cpu*.so fastguide/_cuda*.so
 sed -i 's/ -O3 / -O1 /' csrc/rules.ninja  # what is looked for is in the source, and -O3 takes minutes to compile
