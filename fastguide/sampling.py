@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import graphs, ops
-from .denoiser import Denoiser
+from .denoiser import Conditional, Denoiser
 from .guidance.base import Run, Schedulable, State, integer, per_step
 from .guidance.plain import Plain
 from .identity import describe
@@ -262,11 +262,13 @@ def _progress_bar(steps: range, total: int, first: int, show: bool):
 
 def _fingerprint(run: Run, guidance: Any, keep_ancestors: bool) -> str:
     """What must be the same for a checkpoint to be this run's: everything but the code and weights of the network and
-    of other functions, which go by their names."""
+    of other functions, which go by their names, and by the conditions that they are given."""
     return repr(describe((run, guidance, keep_ancestors), _name))
 
 
-def _name(function: Any) -> str:
+def _name(function: Any) -> Any:
+    if isinstance(function, Conditional):
+        return _name(function.net), describe(function.conditions, _name)
     return getattr(function, "__qualname__", type(function).__name__)
 
 

@@ -151,6 +151,25 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     assert not file.exists()
 
 
+def test_a_checkpoint_of_other_conditions_is_refused(tmp_path):
+    file = tmp_path / "run.pt"
+
+    def draw(labels, **options):
+        net = fg.Conditional(lambda x, t, label: label[:, None] * x, label=torch.tensor(labels))
+        prior = fg.Denoiser(net, fg.schedules.vp_linear(100))
+        return fg.sample(prior, (2, 3), steps=4, checkpoint=file, checkpoint_every=2, **options)
+
+    def kill(progress):
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw([0.1, 0.2], callback=kill)
+    with pytest.raises(ValueError, match="checkpoint: expected a file of this very run"):
+        draw([0.1, 0.3])
+    draw([0.1, 0.2])
+
+
 def test_the_callback_sees_every_step():
     seen = []
     out = run("tds", callback=lambda p: seen.append((p.step, p.level, p.x.clone(), p.log_weights.clone(), p.ess)))
