@@ -100,8 +100,9 @@ NOISY = [name for name in SAMPLERS if name.endswith(("ancestral", "sde"))]
 
 
 @functools.cache
-def _original() -> types.ModuleType:
-    """`k_diffusion.sampling` alone, without what the package imports for training."""
+def original_k_diffusion() -> types.ModuleType:
+    """`k_diffusion.sampling` alone: what the package imports besides, for training, may be absent, or a torchvision
+    wheel that does not fit this torch."""
     spec = importlib.util.find_spec("k_diffusion")
     if spec is None:
         raise Absent("k-diffusion is not installed")
@@ -135,7 +136,7 @@ def _k_diffusion_case(name: str, philox: bool, shape: tuple[int, ...], at_least:
     def check() -> None:
         torch.testing.assert_close(run(k_diffusion), x0_hat, rtol=1e-5, atol=1e-5)  # at 0, what the model says
         try:
-            modules = k_diffusion, _original()
+            modules = k_diffusion, original_k_diffusion()
         except (Absent, ImportError):
             return
         results = []
@@ -150,7 +151,7 @@ def _k_diffusion_case(name: str, philox: bool, shape: tuple[int, ...], at_least:
         bytes=None,
         ours=partial(run, k_diffusion),
         check=check,
-        rivals=[rival("k-diffusion", lambda: partial(run, _original(), False), at_least=at_least)],
+        rivals=[rival("k-diffusion", lambda: partial(run, original_k_diffusion(), False), at_least=at_least)],
         figures=lambda seconds: [Figure("ours, one step", seconds / steps * 1e6, "us")],
     )
 
@@ -166,18 +167,44 @@ for _name in SAMPLERS:
 
 
 class PlainFKD:
-    """What `FKD` says of the original under ``strict``, in plain torch, with the potential ``"diff"``: the weights of
-    each step alone, in float32 and at most 1e10, and multinomial resampling."""
+    """The FKD of the text-to-image pipelines of Singhal et al. 2025, in plain torch: what `FKD` does under ``strict``,
+    at steps that weigh."""
 
-    def __init__(self, lmbda: float, reward_fn: Callable[[Tensor], Tensor], latents: Tensor):
-        self.lmbda, self.reward_fn = lmbda, reward_fn
+    def __init__(
+        self,
+        potential: str,
+        lmbda: float,
+        reward_fn: Callable[[Tensor], Tensor],
+        latents: Tensor,
+        last_step: int,
+        adaptive: bool = False,
+    ):
+        self.potential, self.lmbda, self.reward_fn, self.adaptive = potential, lmbda, reward_fn, adaptive
+        self.last_step = last_step
         self.rewards = torch.zeros(len(latents), device=latents.device)
+        self.product = torch.ones(len(latents), device=latents.device)
 
     def resample(self, *, sampling_idx: int, latents: Tensor, x0_preds: Tensor) -> tuple[Tensor, Tensor]:
-        rewards = self.reward_fn(x0_preds).float()
-        weights = torch.exp(self.lmbda * (rewards - self.rewards)).nan_to_num(0.0).clamp(0.0, 1e10)
+        rewards, last = self.reward_fn(x0_preds), sampling_idx == self.last_step
+        if self.potential == "diff":
+            weights = torch.exp(self.lmbda * (rewards - self.rewards))
+        else:
+            if self.potential == "max":
+                rewards = torch.maximum(rewards, self.rewards)
+            elif self.potential == "add":
+                rewards = rewards + self.rewards
+            weights = torch.exp(self.lmbda * rewards)
+            if last:
+                weights = weights / self.product
+        weights = torch.where(weights.isnan(), 0.0, weights.clamp(0.0, 1e10))
+        self.rewards = rewards
+        if self.adaptive or last:
+            ess = 1.0 / (weights / weights.sum()).square().sum()
+            if not ess < len(weights) / 2:
+                return latents, x0_preds
         ancestors = torch.multinomial(weights, len(weights), replacement=True)
         self.rewards = rewards[ancestors]
+        self.product = self.product[ancestors] * weights[ancestors]
         return latents[ancestors], x0_preds[ancestors]
 
 
@@ -203,7 +230,7 @@ def _fkd_case(shape: Sequence[int], setting: Setting) -> Case:
         )
 
     def check() -> None:
-        strict, plain = steering(strict=True), PlainFKD(1.0, reward_fn, latents)
+        strict, plain = steering(strict=True), PlainFKD("diff", 1.0, reward_fn, latents, 19)
         for seed in range(3):
             results = []
             for resampler in (strict, plain):
@@ -226,7 +253,11 @@ def _fkd_case(shape: Sequence[int], setting: Setting) -> Case:
         ours=partial(steering(seed=0).resample, **inputs),
         check=check,
         rivals=[
-            rival("plain torch", lambda: partial(PlainFKD(1.0, reward_fn, latents).resample, **inputs), at_least=4.0)
+            rival(
+                "plain torch",
+                lambda: partial(PlainFKD("diff", 1.0, reward_fn, latents, 19).resample, **inputs),
+                at_least=4.0,
+            )
         ],
     )
 

@@ -1,11 +1,17 @@
 """FKD against closed forms, on chains of few states whose every path can be counted."""
 
+import enum
 import itertools
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
+
+from benchmarks.integrations import PlainFKD
 from fastguide.integrations.fkd import FKD
 
 POTENTIALS = ("diff", "max", "add", "rt")
@@ -43,23 +49,23 @@ def test_steps_that_weigh():
         else:
             weighed.append(i)
     assert weighed == [1, 3, 5, 9]
+    assert fkd.resample(sampling_idx=torch.tensor(5), latents=x, x0_preds=x)[1] is not None
+    with pytest.raises(ValueError, match="sampling_idx: expected"):
+        fkd.resample(sampling_idx=5.5, latents=x, x0_preds=x)
     assert _fkd(resampling_t_end=4).steps == {1, 3, 9}
     assert _fkd(resampling_t_end=9).steps == {1, 3, 5, 7, 9}
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
-@pytest.mark.parametrize("strict", [False, True])
-def test_product_of_potentials(potential, strict):
+def test_product_of_potentials(potential):
     """``exp(lmbda * r(x_0))``, of a particle that is alone, so that none takes its place."""
     for minimum in (0.0, -3.0):
-        changed = {"seed": None, "strict": True} if strict else {}
-        fkd = _fkd(potential_type=potential, num_particles=1, reward_min_value=minimum, **changed)
+        fkd = _fkd(potential_type=potential, num_particles=1, reward_min_value=minimum)
         for i, reward in ((1, 0.3), (3, -0.4), (5, 1.7), (9, 0.9)):
             fkd.resample(sampling_idx=i, latents=_column(0.0), x0_preds=_column(reward))
         expected = 2.0 * (0.9 - (minimum if potential == "diff" else 0.0))
         assert fkd._log_product.item() == pytest.approx(expected, abs=1e-12)
-        if not strict:
-            assert fkd.log_weights.item() == pytest.approx(expected, abs=1e-12)
+        assert fkd.log_weights.item() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -83,20 +89,59 @@ def test_log_potentials_and_weights_that_are_kept(potential, expected):
         assert torch.equal(latents, x + 5.0) and torch.equal(images, x)
 
 
+@pytest.mark.parametrize(
+    ("potential", "forced", "adaptive"),
+    [
+        ("diff", 0.9 - 1.7, 0.9 - 1.7),
+        ("max", 1.7 - (0.3 + 0.3 + 1.7), 1.7),
+        ("add", 2.5 - (0.3 - 0.1 + 1.6), 2.5),
+        ("rt", 0.9 - (0.3 - 0.4 + 1.7), 0.9),
+    ],
+)
+def test_last_weight_of_the_original(potential, forced, adaptive):
+    """Of a particle that is alone: over the product of the steps that resampled, none of the adaptive ones."""
+    for expected, changed in ((forced, {"adaptive_resampling": False}), (adaptive, {})):
+        fkd = _fkd(potential_type=potential, num_particles=1, strict=True, seed=None, **changed)
+        for i, reward in ((1, 0.3), (3, -0.4), (5, 1.7), (9, 0.9)):
+            fkd.resample(sampling_idx=i, latents=_column(0.0), x0_preds=_column(reward))
+        assert fkd.log_weights.item() == pytest.approx(2.0 * expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_choices_of_the_original(potential, adaptive):
+    generator = torch.Generator().manual_seed(0)
+    latents, reward = torch.arange(16), lambda images: images[:, 0]
+    fkd = _fkd(potential_type=potential, num_particles=16, strict=True, seed=None, adaptive_resampling=adaptive)
+    plain = PlainFKD(potential, 2.0, reward, latents, last_step=9, adaptive=adaptive)
+    moved = 0
+    for seed, i in enumerate((1, 3, 5, 9)):
+        x0 = torch.randn(16, 2, generator=generator)
+        results = []
+        for resampler in (fkd, plain):
+            torch.manual_seed(seed)
+            results.append(resampler.resample(sampling_idx=i, latents=latents, x0_preds=x0))
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(fkd.population_rs, plain.rewards)
+        moved += not torch.equal(results[0][0], latents)
+    assert moved >= 2
+
+
 def test_the_original_forgets_weights_and_clamps_them():
     fkd = _fkd(num_particles=2, strict=True, seed=None)
     for i, rewards in ((1, (0.2, 0.3)), (3, (0.1, 0.4))):
         fkd.resample(sampling_idx=i, latents=_column(0, 1), x0_preds=_column(*rewards))
     torch.testing.assert_close(fkd.log_weights, 2.0 * torch.tensor([-0.1, 0.1], dtype=torch.float64), rtol=0, atol=1e-6)
 
-    rewards = _column(20.0, 40.0, 0.0, float("nan"))  # exp(40), exp(80), 1 and nothing
+    rewards = _column(12.0, 40.0, 11.0, float("nan"))  # exp(24), exp(80), exp(22) and nothing
     for seed in range(20):
         torch.manual_seed(seed)
         strict, ours = _fkd(strict=True, seed=None, adaptive_resampling=False), _fkd(seed=seed)
         latents = torch.arange(4.0)
         kept = strict.resample(sampling_idx=1, latents=latents, x0_preds=rewards)[0]
         torch.manual_seed(seed)
-        clamped = torch.tensor([1e10, 1e10, 1.0, 0.0])
+        clamped = torch.tensor([1e10, 1e10, math.exp(22.0), 0.0])
         assert torch.equal(kept, latents[torch.multinomial(clamped, 4, replacement=True)])
         assert ours.resample(sampling_idx=1, latents=latents, x0_preds=rewards)[0].tolist() == [1.0] * 4
 
@@ -194,7 +239,8 @@ def test_seeds():
 
 
 def test_other_keywords_and_errors():
-    _fkd(use_smc=True, output_dir="here")
+    fkd = _fkd(use_smc=True, output_dir="here", potential_type=enum.Enum("PotentialType", {"MAX": "max"}).MAX)
+    assert fkd.potential_type == "max"
     with pytest.raises(ValueError, match="potential_type: expected one of"):
         _fkd(potential_type="difference")
     with pytest.raises(ValueError, match="scheme: expected one of"):

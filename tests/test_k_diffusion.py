@@ -3,42 +3,26 @@ float64, where no rounding hides a difference."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
 import sys
-import types
-from unittest import mock
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
+
+from benchmarks.cases import Absent
+from benchmarks.integrations import original_k_diffusion
 from fastguide import graphs
 from fastguide.integrations import k_diffusion as ours
 
-
-def _import_original() -> types.ModuleType:
-    """`k_diffusion.sampling` alone: what the package imports besides, for training, may be absent, or a torchvision
-    wheel that does not fit this torch."""
-    spec = importlib.util.find_spec("k_diffusion")
-    if spec is None:
-        pytest.skip("k-diffusion is not installed", allow_module_level=True)
-    for name in ("scipy.integrate", "torchdiffeq", "torchsde", "PIL.Image", "safetensors", "tqdm.auto"):
-        pytest.importorskip(name, reason=f"k_diffusion.sampling needs {name}, which is not installed")
-    package, transforms = types.ModuleType("k_diffusion"), types.ModuleType("torchvision.transforms")
-    package.__path__ = list(spec.submodule_search_locations)
-    transforms.functional = None  # of images; no sampler calls it
-    stubs = {"k_diffusion": package, "torchvision": types.ModuleType("torchvision"), transforms.__name__: transforms}
-    with mock.patch.dict(sys.modules, stubs):
-        sampling = importlib.import_module("k_diffusion.sampling")
-        for name in ("k_diffusion.sampling", "k_diffusion.utils"):
-            del sys.modules[name]
-    return sampling
-
-
-original = _import_original()
+try:
+    original = original_k_diffusion()
+except (Absent, ImportError) as error:
+    pytest.skip(f"k-diffusion: {error}", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde, of the last bit of an end
 
 SAMPLERS = [name for name in ours.__all__ if name.startswith("sample_")]

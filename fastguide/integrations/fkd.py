@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..guidance.base import integer
 
 __all__ = ["FKD"]
 
 POTENTIALS = ("diff", "max", "add", "rt")
+_COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"max": torch.maximum, "add": torch.add}
 
 
 class FKD:
@@ -31,11 +33,13 @@ class FKD:
     - ``scheme``: a resampler of `fastguide.ops.resample`; ``seed``: its seed, None for one of torch's global generator.
     - ``strict=True``: what the original does instead. Weights of each step alone, in float32 and no larger than 1e10;
       multinomial resampling by torch's global generator; the last step, too, only below half. A weight that was not
-      resampled is then forgotten, so that the images no longer follow ``p(x_0) exp(lmbda * r(x_0))``.
+      resampled is then forgotten, also by the product, and the last reward of ``"max"`` and ``"add"`` is the largest,
+      or the sum: the images no longer follow ``p(x_0) exp(lmbda * r(x_0))``.
 
     Other keywords are taken and ignored: pipelines pass on all of their ``fkd_args``.
 
-    ``log_weights`` ``[num_particles]`` are the weights now; after the last step (``strict`` apart) they are equal: all
+    ``population_rs`` ``[num_particles]``: the rewards, of ``"max"`` and ``"add"`` so far. ``log_weights``
+    ``[num_particles]`` are the weights now; after the last step (``strict`` apart) they are equal: all
     the estimate of the log of the mean product of potentials.
     """
 
@@ -59,6 +63,7 @@ class FKD:
         strict: bool = False,
         **kwargs: Any,
     ) -> None:
+        potential_type = getattr(potential_type, "value", potential_type)  # the original's is an Enum
         if potential_type not in POTENTIALS:
             raise ValueError(f"potential_type: expected one of {POTENTIALS}, got {potential_type!r}")
         if scheme not in ops.SCHEMES:
@@ -77,51 +82,50 @@ class FKD:
         self.seed = int(torch.randint(1 << 62, ())) if seed is None and not strict else seed
         self.strict = strict
         self.log_weights = torch.zeros(num_particles, dtype=torch.float64, device=device)
-        self._so_far = torch.full_like(self.log_weights, reward_min_value)
+        dtype = torch.float32 if strict else torch.float64
+        self.population_rs = torch.full_like(self.log_weights, reward_min_value, dtype=dtype)
         self._log_product = torch.zeros_like(self.log_weights)
+        self._product = torch.ones_like(self.population_rs)  # of strict
 
     def resample(self, *, sampling_idx: int, latents: Tensor, x0_preds: Tensor) -> tuple[Tensor, Any]:
         """``latents`` ``[num_particles, ...]`` of step ``sampling_idx``, resampled by the rewards of what ``x0_preds``
         ``[num_particles, ...]`` decode to, and those images, resampled likewise; at a step that does not weigh, the
         same latents and None. Images that are no tensor wait for the device; nothing else does, but ``strict``.
         """
-        if sampling_idx not in self.steps:
+        step = integer("sampling_idx", sampling_idx, 0)
+        if step not in self.steps:
             return latents, None
         for name, value in (("latents", latents), ("x0_preds", x0_preds)):
             if value.shape[0] != self.num_particles:
                 raise ValueError(f"{name}: expected {self.num_particles} particles, got shape {list(value.shape)}")
         images = self.latent_to_decode_fn(x0_preds)
-        rewards = torch.as_tensor(self.reward_fn(images), dtype=torch.float64, device=self.log_weights.device)
+        rewards = torch.as_tensor(
+            self.reward_fn(images), dtype=self.population_rs.dtype, device=self.population_rs.device
+        )
         if rewards.shape != self.log_weights.shape:
             raise ValueError(f"reward_fn: expected {self.num_particles} rewards, got shape {list(rewards.shape)}")
-        last = sampling_idx == self.last_step
-        log_potential = self._log_potential(rewards, last)
-        self._log_product = self._log_product + log_potential
+        so_far = self.population_rs
+        combine = _COMBINATIONS.get(self.potential_type)
+        self.population_rs = combine(rewards, so_far) if combine else rewards
         choose = self._choose_as_the_original if self.strict else self._choose
-        ancestors = choose(log_potential, sampling_idx, last)
+        ancestors = choose(rewards, so_far, step)
         if ancestors is None:
             return latents, images
-        self._so_far, self._log_product = self._so_far[ancestors], self._log_product[ancestors]
+        self.population_rs = self.population_rs[ancestors]
         if isinstance(images, Tensor):
             images = images.index_select(0, ancestors.to(images.device))
         else:
             images = [images[k] for k in ancestors.tolist()]
         return latents.index_select(0, ancestors.to(latents.device)), images
 
-    def _log_potential(self, rewards: Tensor, last: bool) -> Tensor:
+    def _choose(self, rewards: Tensor, so_far: Tensor, step: int) -> Tensor:
+        last = step == self.last_step
         if self.potential_type == "diff":
-            log_potential = self.lmbda * (rewards - self._so_far)
-            self._so_far = rewards
-            return log_potential
-        if last:
-            return self.lmbda * rewards - self._log_product
-        if self.potential_type == "rt":
-            return self.lmbda * rewards
-        combine = torch.maximum if self.potential_type == "max" else torch.add
-        self._so_far = combine(rewards, self._so_far)
-        return self.lmbda * self._so_far
-
-    def _choose(self, log_potential: Tensor, step: int, last: bool) -> Tensor:
+            log_potential = self.lmbda * (rewards - so_far)
+        elif last:
+            log_potential = self.lmbda * rewards - self._log_product
+        else:
+            log_potential = self.lmbda * self.population_rs
         log_weights = self.log_weights + log_potential
         log_weights = log_weights.masked_fill(log_weights.isnan(), -torch.inf)
         assert self.seed is not None
@@ -133,14 +137,22 @@ class FKD:
             step=step,
             check=False,
         )
-        return ancestors.long()
+        chosen = ancestors.long()
+        self._log_product = (self._log_product + log_potential)[chosen]
+        return chosen
 
-    def _choose_as_the_original(self, log_potential: Tensor, step: int, last: bool) -> Tensor | None:
-        weights = log_potential.float().exp().nan_to_num(nan=0.0).clamp(max=1e10)
+    def _choose_as_the_original(self, rewards: Tensor, so_far: Tensor, step: int) -> Tensor | None:
+        last = step == self.last_step
+        weights = torch.exp(self.lmbda * (rewards - so_far if self.potential_type == "diff" else self.population_rs))
+        if last and self.potential_type != "diff":
+            weights = weights / self._product
+        weights = weights.clamp(max=1e10).nan_to_num(nan=0.0)
         self.log_weights = weights.double().log()
         if self.adaptive_resampling or last:
-            ess = weights.sum() ** 2 / (weights**2).sum()
-            if not ess < 0.5 * self.num_particles:
+            shares = weights / weights.sum()
+            if not 1.0 / (shares**2).sum() < 0.5 * self.num_particles:
                 return None
         self.log_weights = torch.zeros_like(self.log_weights)
-        return torch.multinomial(weights, self.num_particles, replacement=True)
+        chosen = torch.multinomial(weights, self.num_particles, replacement=True)
+        self._product = self._product[chosen] * weights[chosen]
+        return chosen
