@@ -16,15 +16,6 @@ pytest.importorskip("safetensors")
 FOLDER = Path(digits.__file__).parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are small: on a busy machine two threads spend far longer waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def classify():
     return digits.classifier()

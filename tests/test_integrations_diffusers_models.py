@@ -39,15 +39,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # between
 DOWN, UP = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are small: on a busy machine two threads spend far longer waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def made(kind, seed=0, **config):
     """A model of random weights, none of them zero, whose output is of order one."""
     torch.manual_seed(seed)

@@ -312,6 +312,7 @@ def test_what_changes_under_way_is_noticed():
         ("DDIMScheduler", {}, lambda s: s.register_to_config(prediction_type="v_prediction")),
         ("DDIMScheduler", {}, lambda s: s.set_timesteps(20)),
         ("DDPMScheduler", {}, lambda s: setattr(s, "timesteps", s.timesteps - 10)),
+        ("DDPMScheduler", {}, lambda s: s.timesteps.sub_(10)),
         ("DDPMScheduler", {}, lambda s: s.register_to_config(variance_type="fixed_large")),
         ("DDPMScheduler", {}, lambda s: setattr(s, "variance_type", "fixed_large")),
         ("EulerDiscreteScheduler", {}, lambda s: setattr(s, "sigmas", 2 * s.sigmas)),

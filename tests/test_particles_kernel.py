@@ -7,29 +7,18 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 
 from fastguide import compiled
 from fastguide.integrations import particles
 
-_cpu = compiled.module("cpu")
 SIZES = (1, 2, 5, 64, 1025, 70_000)
 
 
-@pytest.fixture(params=_cpu.instruction_sets(), autouse=True)
-def instruction_set(request):
-    before = _cpu.instruction_set()
-    _cpu.use_instruction_set(request.param)
-    yield
-    _cpu.use_instruction_set(before)
-
-
-@pytest.fixture(params=(1, 3), autouse=True)
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(params=itertools.product(compiled.module("cpu").instruction_sets(), (1, 3)), ids=str, autouse=True)
+def everywhere(request, instruction_set, threads):
+    name, number = request.param
+    with instruction_set(name), threads(number):
+        yield
 
 
 def weights(number: int, spread: float = 1.0, dead: bool = False) -> np.ndarray:

@@ -32,6 +32,7 @@ import math
 import operator
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffusers
@@ -145,6 +146,8 @@ class _Fused:
     _known: tuple[Tensor, int, list[float]] | None = None  # timesteps on a device, and their values
     _planned: tuple[tuple[Any, ...], Any, Any] | None = None  # what a plan depends on, the objects of that, the plan
     _seed: int | None = None
+    _step: Callable[..., tuple[Tensor, ...]]  # of the parent's arguments, but the last
+    _make_plan: Callable[..., Any]  # of the numbers given to `_cached`
 
     @property
     def parent_calls(self) -> Counter[str]:
@@ -160,13 +163,21 @@ class _Fused:
             (result[0] if isinstance(result, tuple) else result).fused_noise = fused_noise
         return result
 
-    def _leave_to_parent(self, reason: _NotServed) -> None:
-        text = str(reason)
+    def _fuse_or_leave(self, output: Any, return_dict: bool, *arguments: Any) -> Any:
+        """What `_step` makes of the parent's arguments, or else the parent."""
+        try:
+            result = self._step(*arguments)
+        except _NotServed as reason:
+            self._count_parent_call(str(reason))
+            return super().step(*arguments, return_dict)  # type: ignore[misc]
+        return output(*result) if return_dict else result
+
+    def _count_parent_call(self, text: str) -> None:
         if not text:
             return
         if text not in self.parent_calls:
             message = f"{type(self).__name__}: {text}; such steps are diffusers' own (counted in parent_calls)"
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
         self.parent_calls[text] += 1
 
     # --- timesteps ---
@@ -211,9 +222,6 @@ class _Fused:
         if planned is None or planned[0] != key or not all(map(operator.is_, planned[1], parts)):
             self._planned = planned = key, parts, self._make_plan(*numbers)
         return planned[2]
-
-    def _make_plan(self, *numbers: Any) -> Any:
-        raise NotImplementedError
 
     def _advance(
         self,
@@ -367,17 +375,13 @@ class DDPMScheduler(_Indexed, diffusers.DDPMScheduler):
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """As the parent's; ``timestep`` may be a tensor ``[N]``."""
-        try:
-            result = self._step(model_output, timestep, sample, generator)
-        except _NotServed as reason:
-            self._leave_to_parent(reason)
-            return super().step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
-        return DDPMSchedulerOutput(*result) if return_dict else result
+        return self._fuse_or_leave(DDPMSchedulerOutput, return_dict, model_output, timestep, sample, generator)
 
     def _step(self, output: Tensor, timestep: Any, sample: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
         place = self._place(timestep, sample)
         parts = self.alphas_cumprod, self.timesteps, self._internal_dict
-        plan, log_variances = self._cached(parts, self.num_inference_steps, self.custom_timesteps, self.variance_type)
+        scheduled = bool(self.custom_timesteps or self.num_inference_steps)
+        plan, log_variances = self._cached(parts, _version(self.timesteps), scheduled, self.variance_type)
         std = None
         if log_variances is not None:
             if isinstance(place, Tensor) or output.shape[1] != 2 * sample.shape[1]:
@@ -389,12 +393,12 @@ class DDPMScheduler(_Indexed, diffusers.DDPMScheduler):
             return self._advance(plan, place, x, output)
         return self._advance(plan, place, x, output, generator=generator, noisy=True, std=std)
 
-    def _make_plan(self, num_inference_steps: int | None, custom: bool, variance_type: str) -> Any:
+    def _make_plan(self, _: int, scheduled: bool, variance_type: str) -> Any:
         if variance_type != self.config.variance_type:
             raise _NotServed("variance_type is not that of the configuration")
         alpha_bar = self.alphas_cumprod.cpu()
         before = torch.arange(len(alpha_bar)) - 1
-        if custom or num_inference_steps:
+        if scheduled:
             timesteps = [int(t) for t in self._values()]
             before = torch.full_like(before, len(alpha_bar))  # there is none
             for t, s in reversed([*zip(timesteps, [*timesteps[1:], -1], strict=True)]):  # of equal ones the first
@@ -417,8 +421,7 @@ class DDPMScheduler(_Indexed, diffusers.DDPMScheduler):
         else:
             raise _NotServed(f"variance_type is {variance_type}")
         std[0] = 0.0
-        config = self.config
-        plan = _plan(self._prediction(), alpha_bar**0.5, beta_bar**0.5, a, b, std, _clip_of(config))
+        plan = _plan(self._prediction(), alpha_bar**0.5, beta_bar**0.5, a, b, std, _clip_of(self.config))
         return plan, log_variances
 
 
@@ -451,16 +454,8 @@ class DDIMScheduler(_Indexed, diffusers.DDIMScheduler):
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """As the parent's; ``timestep`` may be a tensor ``[N]``."""
-        try:
-            result = self._step(
-                model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise
-            )
-        except _NotServed as reason:
-            self._leave_to_parent(reason)
-            return super().step(
-                model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
-            )
-        return DDIMSchedulerOutput(*result) if return_dict else result
+        arguments = model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise
+        return self._fuse_or_leave(DDIMSchedulerOutput, return_dict, *arguments)
 
     def _step(
         self,
@@ -583,14 +578,8 @@ class EulerDiscreteScheduler(_Scaled, diffusers.EulerDiscreteScheduler):
         return_dict: bool = True,
     ) -> EulerDiscreteSchedulerOutput | tuple[Tensor, Tensor]:
         """As the parent's."""
-        try:
-            result = self._step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator)
-        except _NotServed as reason:
-            self._leave_to_parent(reason)
-            return super().step(
-                model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict
-            )
-        return EulerDiscreteSchedulerOutput(*result) if return_dict else result
+        arguments = model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator
+        return self._fuse_or_leave(EulerDiscreteSchedulerOutput, return_dict, *arguments)
 
     def _step(
         self,
@@ -639,12 +628,8 @@ class EulerAncestralDiscreteScheduler(_Scaled, diffusers.EulerAncestralDiscreteS
         return_dict: bool = True,
     ) -> EulerAncestralDiscreteSchedulerOutput | tuple[Tensor, Tensor]:
         """As the parent's."""
-        try:
-            result = self._step(model_output, timestep, sample, generator)
-        except _NotServed as reason:
-            self._leave_to_parent(reason)
-            return super().step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
-        return EulerAncestralDiscreteSchedulerOutput(*result) if return_dict else result
+        arguments = model_output, timestep, sample, generator
+        return self._fuse_or_leave(EulerAncestralDiscreteSchedulerOutput, return_dict, *arguments)
 
     def _step(self, output: Tensor, timestep: Any, sample: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
         self._check(timestep)
@@ -675,9 +660,9 @@ class FlowMatchEulerDiscreteScheduler(_Ordered, diffusers.FlowMatchEulerDiscrete
         host = self.sigmas
         if device is not None:
             self.sigmas = host.to(device, non_blocking=True)
-        self._host_sigmas = self.sigmas, host
+        self._host_sigmas = self.sigmas, _version(self.sigmas), host
 
-    _host_sigmas: tuple[Tensor, Tensor] | None = None
+    _host_sigmas: tuple[Tensor, int, Tensor] | None = None
 
     def step(
         self,
@@ -693,19 +678,22 @@ class FlowMatchEulerDiscreteScheduler(_Ordered, diffusers.FlowMatchEulerDiscrete
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
         """As the parent's, which makes nothing of ``s_churn``, ``s_tmin``, ``s_tmax`` and ``s_noise``, either."""
-        try:
-            result = self._step(model_output, timestep, sample, generator, per_token_timesteps)
-        except _NotServed as reason:
-            self._leave_to_parent(reason)
-            return super().step(
-                model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, per_token_timesteps,
-                return_dict,
-            )  # fmt: skip
-        return FlowMatchEulerDiscreteSchedulerOutput(result) if return_dict else (result,)
+        churn = s_churn, s_tmin, s_tmax, s_noise
+        arguments = model_output, timestep, sample, *churn, generator, per_token_timesteps
+        return self._fuse_or_leave(FlowMatchEulerDiscreteSchedulerOutput, return_dict, *arguments)
 
     def _step(
-        self, output: Tensor, timestep: Any, sample: Tensor, generator: Generators, tokens: Tensor | None
-    ) -> Tensor:
+        self,
+        output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        s_churn: float,
+        s_tmin: float,
+        s_tmax: float,
+        s_noise: float,
+        generator: Generators,
+        tokens: Tensor | None,
+    ) -> tuple[Tensor]:
         if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
             raise _NotServed("")
         if tokens is not None:
@@ -720,11 +708,12 @@ class FlowMatchEulerDiscreteScheduler(_Ordered, diffusers.FlowMatchEulerDiscrete
             x = _checked(sample, output, torch.float32)
             x_s, _ = self._advance(plan, step, x, output, generator=generator, noisy=True)
         self._step_index = step + 1
-        return _in(output.dtype, x_s)
+        return (_in(output.dtype, x_s),)
 
     def _make_plan(self) -> Any:
-        known = self._host_sigmas
-        sigmas = known[1] if known is not None and known[0] is self.sigmas else self.sigmas.cpu()
+        sigmas, known = self.sigmas, self._host_sigmas
+        unchanged = known is not None and known[0] is sigmas and known[1] == _version(sigmas)
+        sigmas = known[2] if known is not None and unchanged else sigmas.cpu()
         sigma, sigma_s = sigmas[:-1], sigmas[1:]
         if not self.config.stochastic_sampling:
             return None, (sigma_s - sigma).tolist()
@@ -754,16 +743,12 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """As the parent's."""
-        try:
-            result = self._step(model_output, timestep, sample, generator, variance_noise)
-        except _NotServed as reason:
-            self._leave_to_parent(reason)
-            return super().step(model_output, timestep, sample, generator, variance_noise, return_dict)
-        return SchedulerOutput(result) if return_dict else (result,)
+        arguments = model_output, timestep, sample, generator, variance_noise
+        return self._fuse_or_leave(SchedulerOutput, return_dict, *arguments)
 
     def _step(
         self, output: Tensor, timestep: Any, sample: Tensor, generator: Generators, noise: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor]:
         if self.num_inference_steps is None:
             raise _NotServed("")
         step = self._count(timestep)
@@ -788,7 +773,7 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
         self.model_outputs = [*self.model_outputs[1:], x0]
         self.lower_order_nums = min(self.lower_order_nums + 1, order_most)
         self._step_index = step + 1
-        return x_s
+        return (x_s,)
 
     def _order(self, step: int, most: int) -> int:
         config, steps = self.config, len(self.timesteps)
@@ -820,6 +805,7 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
         h_1 = torch.cat([gone[:1], h])[: len(h)]
         h_2 = torch.cat([gone, h])[: len(h)]
         r_0, r_1 = h_1 / h, h_2 / h
+        kind, level = self._kind(alpha, sigma, sigmas)
         plans = []
         slope = 0.5 * zeroth if config.solver_type == "midpoint" else first
         w = (first * r_0 + second) / (r_0 + r_1)
@@ -828,7 +814,6 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
             (-slope / r_0,),
             (-(first + w) / r_0 - w / r_1, w / r_1),
         ):
-            kind, level = self._kind(alpha, sigma, sigmas)
             mine = zeroth - sum(shares, torch.zeros(()))
             plan = _plan(kind, *level, a, mine, std, _clip_of(config, clips=False))
             plans.append((plan, *(share.tolist() for share in shares)))
