@@ -57,7 +57,10 @@ def _build(name: str, network: bool, options: dict[str, Any], setting: Setting) 
 
     def check() -> None:
         got, expected = (call() for call in calls)
-        assert got.shape == expected.shape and got.dtype == expected.dtype and got.isfinite().all()
+        assert got.shape == expected.shape and got.dtype == expected.dtype
+        for far in (lambda x: physics.A(x) - y, lambda x: x.diff()):  # from the measurement, and from pixel to pixel
+            ours_far, theirs_far = (far(x).square().mean().sqrt() for x in (got, expected))
+            assert abs(ours_far / theirs_far - 1.0) < (0.05 if y.numel() > 1000 else 0.5), (ours_far, theirs_far)
 
     return Case(
         f"{name}{' in float32' if options else ''}, {steps} steps of {list(shape)}, "
