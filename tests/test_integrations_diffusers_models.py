@@ -65,6 +65,13 @@ def conditional_unet(**config):
     )  # fmt: skip
 
 
+def sized_unet():
+    """As SDXL's."""
+    return conditional_unet(
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=3 + 6 * 4
+    )
+
+
 def autoencoder(kind=AutoencoderKL, **config):
     return made(
         kind, in_channels=1, out_channels=1, down_block_types=DOWN, up_block_types=UP, block_out_channels=(8, 8),
@@ -263,6 +270,14 @@ def test_arguments_within_a_dictionary():
     [
         (unet, {}),
         (conditional_unet, {"prompt_embeds": normals(1, 5, 12)}),
+        (
+            sized_unet,
+            {
+                "prompt_embeds": normals(1, 5, 12),
+                "added_cond_kwargs": {"text_embeds": normals(1, 3)},
+                "vae_scale_factor": 2,
+            },
+        ),
         (dit, {"class_labels": 3, "guidance_scale": 2.0}),
         (sd3, {"prompt_embeds": normals(1, 4, 12), "pooled_projections": normals(1, 6)}),
     ],
@@ -411,47 +426,98 @@ def test_a_codebook_has_a_straight_through_gradient():
     torch.testing.assert_close(gradient, expected / 0.5)
 
 
-class WithPrompts(diffusers.DiffusionPipeline):
-    """``encode_prompt`` as Stable Diffusion's, whose text encoder is another package's."""
-
-    returned = 2
-
-    def __init__(self, unet, scheduler, vae):
-        super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-
-    def encode_prompt(
-        self, prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt=None, **kwargs
-    ):
-        embeds = normals(num_images_per_prompt, 5, 12, seed=len(prompt))
-        negative = normals(num_images_per_prompt, 5, 12, seed=len(negative_prompt or ""))
-        return (embeds, negative if do_classifier_free_guidance else None, None, None)[: self.returned]
+# -------------------------------------------------------------------------------------------- prompts
 
 
-def test_prompts():
-    pipe = WithPrompts(conditional_unet(), DDIMScheduler(), None)
-    x = normals(2, 2, 8, 8)
+def tokenizer():
+    transformers = pytest.importorskip("transformers", reason="transformers, which reads the prompts, is not installed")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=9)
 
-    def output(prior):
-        return prior(x, prior.schedule.level(300))
 
-    def direct(**conditions):
-        return output(denoiser(pipe.unet, pipe.scheduler, **conditions))
+def text_encoder(width, pooled=True):
+    transformers = pytest.importorskip("transformers", reason="transformers, which reads the prompts, is not installed")
+    config = transformers.CLIPTextConfig(
+        vocab_size=54, hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=9, projection_dim=3, bos_token_id=52, eos_token_id=53,
+    )  # fmt: skip
+    kind = transformers.CLIPTextModelWithProjection if pooled else transformers.CLIPTextModel
+    torch.manual_seed(width)
+    return kind(config).eval().requires_grad_(False)
 
-    cat, dog, nothing = (normals(1, 5, 12, seed=len(words)) for words in ("cat", "a dog", ""))
-    assert torch.equal(output(from_pipeline(pipe, prompt="cat")[0]), direct(prompt_embeds=cat))
-    expected = direct(prompt_embeds=cat, negative_prompt_embeds=nothing, guidance_scale=3.0)
-    assert torch.equal(output(from_pipeline(pipe, prompt="cat", guidance_scale=3.0)[0]), expected)
-    expected = direct(prompt_embeds=cat, negative_prompt_embeds=dog, guidance_scale=3.0)
-    got = from_pipeline(pipe, prompt="cat", negative_prompt="a dog", guidance_scale=3.0)[0]
-    assert torch.equal(output(got), expected)
+
+def stable_diffusion(**config):
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1, **config)
+    parts = dict(tokenizer=tokenizer(), text_encoder=text_encoder(12, pooled=False), vae=autoencoder())
+    return diffusers.StableDiffusionPipeline(
+        unet=conditional_unet(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False, **parts,
+    )  # fmt: skip
+
+
+def stable_diffusion_xl():
+    return diffusers.StableDiffusionXLPipeline(
+        unet=sized_unet(), scheduler=DDIMScheduler(clip_sample=False), vae=autoencoder(), tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(), text_encoder=text_encoder(4), text_encoder_2=text_encoder(8),
+    )  # fmt: skip
+
+
+def stable_diffusion_3():
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=sd3(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(),
+        tokenizer=tokenizer(), tokenizer_2=tokenizer(), text_encoder=text_encoder(4), text_encoder_2=text_encoder(8),
+        tokenizer_3=None, text_encoder_3=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("made_pipe", [stable_diffusion, stable_diffusion_xl, stable_diffusion_3])
+@pytest.mark.parametrize("guidance_scale, negative_prompt", [(1.0, None), (3.0, None), (3.0, "a bad lake")])
+def test_prompts(made_pipe, guidance_scale, negative_prompt):
+    """Plain sampling is the pipeline, from the same noise."""
+    pipe = made_pipe().to(torch.float64)
+    pipe.set_progress_bar_config(disable=True)
+    x_T, prompts = normals(2, 2, 8, 4, dtype=torch.float64), ["a lake", "two men in a boat"]
+    options = dict(prompt=prompts, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+    both = options | {"negative_prompt": negative_prompt and [negative_prompt] * 2}
+    expected = pipe(**both, num_inference_steps=4, latents=x_T, height=16, width=8, output_type="latent").images
+
+    def draw(**changed):
+        prior, _, _ = from_pipeline(pipe, **options | changed)
+        return fg.sample(prior, x_T.shape, steps=4, eta=0.0, x_T=x_T, dtype=torch.float64).x
+
+    assert_same(draw(), expected)
+    other = draw(prompt="a lake", negative_prompt=negative_prompt and [negative_prompt] * 2)  # for both
+    assert_same(other[0], expected[0])
+    assert (other[1] - expected[1]).abs().max() > 1e-3
+
+
+def test_a_saved_pipeline_reads_prompts(tmp_path):
+    pipe = stable_diffusion_xl()
+    pipe.save_pretrained(tmp_path)
+    x, options = normals(1, 2, 8, 8), dict(prompt="a lake", guidance_scale=3.0)
+    got, expected = (from_pipeline(source, **options)[0] for source in (tmp_path, pipe))
+    torch.testing.assert_close(got(x, got.schedule.level(300)), expected(x, expected.schedule.level(300)))
+
+
+def test_prompts_that_are_not_read():
+    class Prompted(diffusers.DiffusionPipeline):
+        def __init__(self, unet, scheduler):
+            super().__init__()
+            self.register_modules(unet=unet, scheduler=scheduler)
+
+        def encode_prompt(self, **kwargs):
+            return normals(1, 5, 12), normals(1, 5), normals(1, 5, 12), normals(1, 5)  # with masks, as PixArt's
+
+    for model in (conditional_unet(), dit()):
+        with pytest.raises(ValueError, match="prompt: expected None with Prompted of "):
+            from_pipeline(Prompted(model, DDIMScheduler()), prompt="cat")
     with pytest.raises(ValueError, match="negative_prompt: expected None"):
-        from_pipeline(pipe, prompt="cat", negative_prompt="a dog")
-    pipe.returned = 4
-    with pytest.raises(ValueError, match="prompt: expected None with WithPrompts, whose encode_prompt returns 4"):
-        from_pipeline(pipe, prompt="cat")
+        from_pipeline(Prompted(conditional_unet(), DDIMScheduler()), prompt="cat", negative_prompt="a dog")
     with pytest.raises(ValueError, match="which has no encode_prompt"):
         from_pipeline(DDIMPipeline(unet(), DDIMScheduler()), prompt="cat")
+    with pytest.raises(ValueError, match="vae_scale_factor: expected None with UNet2DConditionModel"):
+        denoiser(conditional_unet(), DDIMScheduler(), vae_scale_factor=8)
 
 
 @pytest.mark.parametrize("chunk_size", (None, 2, 3))
@@ -669,7 +735,7 @@ def test_steering_by_a_reward_of_the_images(latent_model):
 
 def test_the_readme_example_runs():
     torch.manual_seed(0)
-    pipe = WithPrompts(conditional_unet(), DDIMScheduler(prediction_type="v_prediction"), autoencoder())
+    pipe = stable_diffusion(prediction_type="v_prediction")
     operator, y, shape = fg.operators.AveragePool(2), torch.full((1, 1, 4, 4), 0.3), (1, 2, 4, 4)
     names = dict(
         fg=fg, pipe=pipe, operator=operator, y=y, shape=shape, reward=lambda images: 10 * images.flatten(1).mean(1)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...denoiser import Conditional, Denoiser, Net
+from ...guidance.base import integer
 from ...schedules import Schedule, _Flow, _Table
 
 __all__ = ["codec", "denoiser", "from_pipeline"]
@@ -50,6 +51,7 @@ def denoiser(
     class_labels: int | Tensor | None = None,
     negative_class_labels: int | Tensor | None = None,
     guidance_scale: float = 1.0,
+    vae_scale_factor: int | None = None,
     **model_kwargs: Any,
 ) -> Denoiser:
     """A diffusers model with the noise levels and the prediction type of its scheduler.
@@ -66,10 +68,12 @@ def denoiser(
     - ``guidance_scale``: if not 1, classifier-free guidance by a second evaluation: in it ``negative_prompt_embeds``,
       ``negative_class_labels`` (None: the null class of a DiT) and, for each ``name`` in ``model_kwargs`` that holds
       tensors, ``negative_name`` take the places of the others.
+    - ``vae_scale_factor``: of SDXL's U-Net, whose ``added_cond_kwargs`` need then no ``time_ids``: they say that the
+      image is by this larger than the state, and whole.
     """
     if not all(hasattr(model, attribute) for attribute in ("config", "device", "dtype", "training")):
         raise TypeError(f"model: expected a diffusers model, got {type(model).__name__}")
-    name = type(getattr(model, "_orig_mod", model)).__name__  # what torch.compile wraps
+    name = _class_name(model)
     if name.startswith(_OTHER_TIME):
         raise TypeError(
             f"model: expected one that takes its scheduler's timesteps, got {name}, whose pipeline rescales them; "
@@ -89,7 +93,13 @@ def denoiser(
     conditions = {name: value for name, value in given.items() if not name.startswith("negative_")}
     negative = {name.removeprefix("negative_"): given[name] for name in given.keys() - conditions.keys()}
     schedule, prediction, time_scale = _schedule(scheduler)
-    network = _Network(model, time_scale)
+    if vae_scale_factor is not None:
+        vae_scale_factor = integer("vae_scale_factor", vae_scale_factor, 1)
+        if model.config.get("addition_embed_type") != "text_time":
+            raise ValueError(
+                f"vae_scale_factor: expected None with {name}, which takes no sizes, got {vae_scale_factor}"
+            )
+    network = _Network(model, time_scale, vae_scale_factor)
     net: Net = Conditional(network, **conditions) if conditions else network
     if guidance_scale == 1:
         if negative:
@@ -148,8 +158,8 @@ def from_pipeline(
 
     - ``pipe``: a pipeline, or the local folder of one (`DiffusionPipeline.save_pretrained`).
     - ``prompt``, ``negative_prompt``: one for each observation, or one for all; embedded by the pipeline's own
-      ``encode_prompt``, where that makes one tensor of each (Stable Diffusion 1 and 2). Of others the embeddings are
-      among the ``conditions``.
+      ``encode_prompt``: Stable Diffusion 1, 2, XL (whose image is as large as the state says, and whole) and 3. Of
+      others the embeddings are among the ``conditions``.
     - ``guidance_scale``, ``conditions``: see `denoiser`.
     """
     if isinstance(pipe, str | os.PathLike):
@@ -167,7 +177,7 @@ def from_pipeline(
     guided = guidance_scale != 1
     if negative_prompt is not None and not (guided and prompt is not None):
         raise ValueError(f"negative_prompt: expected None without a prompt and guidance, got {negative_prompt!r}")
-    embeds = {} if prompt is None else _embed(pipe, model.device, prompt, negative_prompt, guided)
+    embeds = {} if prompt is None else _embed(pipe, model, prompt, negative_prompt, guided)
     vae = parts.get("vae", parts.get("vqvae"))
     encode, decode = (_unchanged, _unchanged) if vae is None else codec(vae)
     return denoiser(model, parts["scheduler"], guidance_scale=guidance_scale, **embeds, **conditions), encode, decode
@@ -177,25 +187,49 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _embed(pipe: Any, device: Any, prompt: Any, negative_prompt: Any, guided: bool) -> dict[str, Tensor | None]:
+def _embed(pipe: Any, model: Any, prompt: Any, negative_prompt: Any, guided: bool) -> dict[str, Any]:
+    """The arguments of `denoiser`. What the values of an ``encode_prompt`` are, the model tells."""
     if not hasattr(pipe, "encode_prompt"):
         raise ValueError(
             f"prompt: expected None with {type(pipe).__name__}, which has no encode_prompt, got {prompt!r}"
         )
-    with torch.no_grad():
-        embeds = pipe.encode_prompt(
-            prompt=prompt,
-            device=device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=guided,
-            negative_prompt=negative_prompt,
-        )
-    if len(embeds) != 2:
+    name = _class_name(model)
+    kind = model.config.get("addition_embed_type") if name == "UNet2DConditionModel" else name
+    pooling = kind in ("text_time", "SD3Transformer2DModel")
+    if isinstance(prompt, list) and isinstance(negative_prompt, str):
+        negative_prompt = [negative_prompt] * len(prompt)
+    elif isinstance(prompt, str) and isinstance(negative_prompt, list):
+        prompt = [prompt] * len(negative_prompt)
+    embeds: tuple[Any, ...] = ()
+    if pooling or kind in (None, "text"):
+        others = {"prompt_2": None, "prompt_3": None} if kind == "SD3Transformer2DModel" else {}
+        with torch.no_grad():
+            embeds = pipe.encode_prompt(
+                prompt=prompt,
+                device=model.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=guided,
+                negative_prompt=negative_prompt,
+                **others,
+            )
+    if len(embeds) != (4 if pooling else 2):
         raise ValueError(
-            f"prompt: expected None with {type(pipe).__name__}, whose encode_prompt returns {len(embeds)} values: call "
-            "it, and pass them on under the names of the model's arguments"
+            f"prompt: expected None with {type(pipe).__name__} of {name}, which is no Stable Diffusion: call its "
+            "encode_prompt, and pass the values on under the names of the model's arguments"
         )
-    return {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
+    arguments: dict[str, Any] = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
+    for sign, pooled in zip(("", "negative_"), embeds[2:], strict=False):
+        if pooled is not None and kind == "text_time":
+            arguments[sign + "added_cond_kwargs"] = {"text_embeds": pooled}
+        elif pooled is not None:
+            arguments[sign + "pooled_projections"] = pooled
+    if kind == "text_time":
+        arguments["vae_scale_factor"] = pipe.vae_scale_factor
+    return arguments
+
+
+def _class_name(model: Any) -> str:
+    return type(getattr(model, "_orig_mod", model)).__name__  # what torch.compile wraps
 
 
 # --- networks -----------------------------------------------------------------------------------------------
@@ -204,10 +238,16 @@ def _embed(pipe: Any, device: Any, prompt: Any, negative_prompt: Any, guided: bo
 class _Network:
     """``net(x, t, **conditions)`` of a model."""
 
-    def __init__(self, model: Any, time_scale: int):
-        self.model, self.time_scale = model, time_scale
+    def __init__(self, model: Any, time_scale: int, vae_scale_factor: int | None):
+        self.model, self.time_scale, self.vae_scale_factor = model, time_scale, vae_scale_factor
 
     def __call__(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
+        if self.vae_scale_factor is not None:
+            height, width = (self.vae_scale_factor * size for size in x.shape[-2:])
+            values = height, width, 0, 0, height, width  # the image, where it was cropped, what is wanted of it
+            columns = [torch.full((len(x), 1), v, device=x.device, dtype=self.model.dtype) for v in values]  # no wait
+            added = {"time_ids": torch.cat(columns, dim=1)} | conditions.get("added_cond_kwargs", {})
+            conditions = conditions | {"added_cond_kwargs": added}
         # By name: some have the embeddings in second place.
         (output, *_) = self.model(x.to(self.model.dtype), timestep=t * self.time_scale, return_dict=False, **conditions)
         if output.shape[1] == 2 * x.shape[1]:  # a learned variance follows
