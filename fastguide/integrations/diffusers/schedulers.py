@@ -752,12 +752,13 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
         if self.num_inference_steps is None:
             raise _NotServed("")
         step = self._count(timestep)
-        plans, learned, order_most, noisy = self._cached((self.sigmas, self._internal_dict))
+        plans, learned, orders, noisy = self._cached((self.sigmas, self.timesteps, self._internal_dict))
         if learned:
             output = output[:, :3]
         x = _checked(sample, output)
-        order = self._order(step, order_most)
-        plan, *shares = plans[order - 1]
+        if not 0 <= step < len(orders):
+            raise _NotServed("")
+        plan, *shares = plans[min(orders[step], self.lower_order_nums + 1) - 1]  # the first have no history
         displacement = None
         for share, earlier in zip(shares, reversed(self.model_outputs), strict=False):
             if displacement is None:
@@ -771,16 +772,9 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
             generator=generator, noisy=noisy,
         )  # fmt: skip
         self.model_outputs = [*self.model_outputs[1:], x0]
-        self.lower_order_nums = min(self.lower_order_nums + 1, order_most)
+        self.lower_order_nums = min(self.lower_order_nums + 1, len(self.model_outputs))
         self._step_index = step + 1
         return (x_s,)
-
-    def _order(self, step: int, most: int) -> int:
-        config, steps = self.config, len(self.timesteps)
-        few = config.lower_order_final and steps < 15
-        if step == steps - 1 and (config.euler_at_final or few or config.final_sigmas_type == "zero"):
-            return 1
-        return min(most, self.lower_order_nums + 1, 2 if step == steps - 2 and few else 3)
 
     def _make_plan(self) -> Any:
         config = self.config
@@ -818,7 +812,14 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
             plan = _plan(kind, *level, a, mine, std, _clip_of(config, clips=False))
             plans.append((plan, *(share.tolist() for share in shares)))
         learned = config.prediction_type == "epsilon" and config.variance_type in ("learned", "learned_range")
-        return plans, learned, config.solver_order, noisy
+        steps = len(self.timesteps)
+        few = config.lower_order_final and steps < 15
+        orders = [min(config.solver_order, 3)] * steps
+        if few:
+            orders[-2:] = [min(order, 2) for order in orders[-2:]]
+        if few or config.euler_at_final or config.final_sigmas_type == "zero":
+            orders[-1] = 1
+        return plans, learned, orders, noisy
 
     def _kind(self, alpha: Tensor, sigma: Tensor, sigmas: Tensor) -> tuple[str, tuple[Tensor | float, Tensor]]:
         kind = self.config.prediction_type
