@@ -32,7 +32,7 @@ from test_no_waiting import fake_tensors, watch  # noqa: E402
 import fastguide as fg  # noqa: E402
 from fastguide import digits  # noqa: E402
 from fastguide.digits import train  # noqa: E402
-from fastguide.integrations.diffusers import codec, denoiser, from_pipeline  # noqa: E402
+from fastguide.integrations.diffusers import accelerate, codec, denoiser, from_pipeline  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # between diffusers and numpy
 
@@ -465,7 +465,7 @@ def stable_diffusion_xl():
 
 def stable_diffusion_3():
     return diffusers.StableDiffusion3Pipeline(
-        transformer=sd3(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(),
+        transformer=sd3(), vae=autoencoder(shift_factor=0.1), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         tokenizer=tokenizer(), tokenizer_2=tokenizer(), text_encoder=text_encoder(4), text_encoder_2=text_encoder(8),
         tokenizer_3=None, text_encoder_3=None,
     )  # fmt: skip
@@ -490,6 +490,34 @@ def test_prompts(made_pipe, guidance_scale, negative_prompt):
     other = draw(prompt="a lake", negative_prompt=negative_prompt and [negative_prompt] * 2)  # for both
     assert_same(other[0], expected[0])
     assert (other[1] - expected[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "made_pipe, scheduler, options",
+    [
+        (stable_diffusion, diffusers.DDPMScheduler, {}),
+        (stable_diffusion, DDIMScheduler, {"eta": 0.7}),
+        (stable_diffusion, diffusers.DPMSolverMultistepScheduler, {"timesteps": [900, 500, 200, 30]}),
+        (stable_diffusion_xl, EulerDiscreteScheduler, {"sigmas": [9.0, 3.0, 0.5]}),
+        (stable_diffusion_xl, diffusers.EulerAncestralDiscreteScheduler, {}),
+        (stable_diffusion_3, FlowMatchEulerDiscreteScheduler, {}),
+    ],
+)
+def test_an_accelerated_pipeline_draws_the_same(made_pipe, scheduler, options):
+    pipe = made_pipe()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+
+    def draw():
+        generator = torch.Generator().manual_seed(3)
+        return pipe("a lake", num_inference_steps=6, generator=generator, output_type="np", **options).images
+
+    expected = draw()
+    accelerate(pipe)
+    got = draw()
+    assert type(pipe.scheduler) is not scheduler and not pipe.scheduler.parent_calls
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    assert expected.std() > 0.01
 
 
 def test_a_saved_pipeline_reads_prompts(tmp_path):
