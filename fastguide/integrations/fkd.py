@@ -111,7 +111,7 @@ class FKD:
         ancestors = choose(rewards, so_far, step)
         if ancestors is None:
             return latents, images
-        self.population_rs = self.population_rs[ancestors]
+        self.population_rs = self.population_rs.index_select(0, ancestors)
         if isinstance(images, Tensor):
             images = images.index_select(0, ancestors.to(images.device))
         else:
@@ -126,8 +126,7 @@ class FKD:
             log_potential = self.lmbda * rewards - self._log_product
         else:
             log_potential = self.lmbda * self.population_rs
-        log_weights = self.log_weights + log_potential
-        log_weights = log_weights.masked_fill(log_weights.isnan(), -torch.inf)
+        log_weights = (self.log_weights + log_potential).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         assert self.seed is not None
         ancestors, self.log_weights, _, _ = ops.resample(
             log_weights,
@@ -138,7 +137,8 @@ class FKD:
             check=False,
         )
         chosen = ancestors.long()
-        self._log_product = (self._log_product + log_potential)[chosen]
+        if self.potential_type != "diff":  # whose product is what it should be, always
+            self._log_product = (self._log_product + log_potential).index_select(0, chosen)
         return chosen
 
     def _choose_as_the_original(self, rewards: Tensor, so_far: Tensor, step: int) -> Tensor | None:
