@@ -18,7 +18,8 @@ to the device where it is needed:
 - ``fused_noise=True`` of `accelerate` and ``from_config`` (or the attribute) draws the noise inside the kernel that
   steps, from counters (`fastguide.ops.randn`): of the seed of ``generator`` (its seed, not its state; of a list of
   generators each sample has its own), or without one of a seed that torch's global generator gives for each run; the
-  step; and the sample's index in the batch, from ``first_sample`` on. A sample is then the same in whatever batch.
+  step; and the sample's index in the batch, from ``first_sample`` on. A sample is then the same in whatever batch. It
+  is no part of the configuration: what is saved is diffusers' own.
 
 What this path cannot serve goes to the parent's code: ``parent_calls`` counts those steps by reason, and the first of
 each reason warns.
