@@ -26,7 +26,7 @@ def _counted(step):
         try:
             result = step(self, *args, **kwargs)
         except schedulers._NotServed as reason:
-            steps[type(self).__name__, f"diffusers' own: {reason or 'it refuses this, too'}"] += 1
+            steps[type(self).__name__, f"diffusers' own: {reason or 'whatever it says'}"] += 1
             raise
         steps[type(self).__name__, "fused"] += 1
         return result

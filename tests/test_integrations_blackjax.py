@@ -47,6 +47,27 @@ def test_old_keys_vmap_and_unnormalised_weights():
         np.testing.assert_array_equal(row, ours.systematic(key, weights[0], 64))
 
 
+def test_derivatives_pass_by():
+    x, key = jnp.linspace(-1.0, 2.0, 6), jax.random.key(3)
+
+    def value(theta, of=ours):
+        return (x[of.systematic(key, jax.nn.softmax(theta * x), 6)] * theta).sum()
+
+    indices = ours.systematic(key, jax.nn.softmax(0.3 * x), 6)
+    np.testing.assert_allclose(jax.grad(value)(0.3), x[indices].sum(), rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(value, (0.3,), (1.0,))[1], x[indices].sum(), rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_of_zero_and_of_half():
+    weights = np.array([0.0, 0.25, 0.0, 0.75])
+    expected = ours.systematic(jax.random.key(0), jnp.asarray(weights), 8)
+    assert set(np.asarray(expected)) == {1, 3}
+    for dtype in (jnp.float16, jnp.bfloat16):
+        got = ours.systematic(jax.random.key(0), jnp.asarray(weights, dtype), np.int64(8))
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_bad_weights_are_an_error():
     with pytest.raises(Exception, match="NaN in row 0"):
         ours.systematic(jax.random.key(0), jnp.array([0.5, jnp.nan]), 2).block_until_ready()

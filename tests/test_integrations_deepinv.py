@@ -380,6 +380,20 @@ def test_dps(name, options):
         torch.testing.assert_close(got, expected[0], rtol=2e-6, atol=2e-6)
 
 
+def test_measurements_of_another_dtype_and_kernels_of_each_sample():
+    kernels = torch.rand(2, 1, 3, 3, generator=generator())
+    physics = dinv.physics.Blur(kernels / 9.0, padding="circular", noise_model=dinv.physics.GaussianNoise(0.1))
+    x = torch.rand(2, 1, 8, 8, generator=generator())
+    y = physics(x)
+    for sampler in (ours.DPS(Small(), num_steps=4), ours.DiffPIR(Small(), dinv.optim.data_fidelity.L2(), max_iter=4)):
+        got = sampler(y.requires_grad_(), physics, seed=1)
+        assert got.shape == x.shape and got.isfinite().all() and not got.requires_grad
+    one = dinv.physics.Blur(KERNEL, padding="circular", noise_model=dinv.physics.GaussianNoise(0.1))
+    y = one(x)
+    expected = ours.DPS(Small(), num_steps=4)(y, one, seed=1)
+    assert torch.equal(ours.DPS(Small(), num_steps=4)(y.double(), one, seed=1), expected)
+
+
 def test_dps_from_and_to_other_times():
     physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1))
     theirs, dps = dinv.sampling.DPS(Small()), ours.DPS(Small())

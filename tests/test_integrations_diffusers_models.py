@@ -298,6 +298,10 @@ def test_class_labels_of_a_unet():
     model = unet(num_class_embeds=4)
     prior = denoiser(model, DDIMScheduler(), class_labels=1, negative_class_labels=3, guidance_scale=2.0)
     x = normals(2, 2, 8, 8)
+    listed = denoiser(
+        model, DDIMScheduler(), class_labels=[1, np.int64(1)], negative_class_labels=3, guidance_scale=2.0
+    )
+    assert torch.equal(listed(x, prior.schedule.level(300)), prior(x, prior.schedule.level(300)))
     one, three = (model(x, 300, torch.tensor([label, label])).sample for label in (1, 3))
     torch.testing.assert_close(prior(x, prior.schedule.level(300)), 2 * one - three)
 
@@ -309,7 +313,7 @@ def test_class_labels_of_a_unet():
 def test_levels_are_the_schedulers(kind):
     if kind == "DPMSolverSDEScheduler":
         pytest.importorskip("torchsde", reason="diffusers' DPMSolverSDEScheduler needs torchsde")
-    scheduler = getattr(diffusers, kind)(1000, **({"skip_prk_steps": True} if kind == "PNDMScheduler" else {}))
+    scheduler = getattr(diffusers, kind)(1000)
     schedule = denoiser(unet(), scheduler).schedule
     times = [level.t for level in schedule.levels(10)]
     scheduler.set_timesteps(10)
@@ -520,6 +524,12 @@ def test_an_accelerated_pipeline_draws_the_same(made_pipe, scheduler, options):
     assert expected.std() > 0.01
 
 
+def test_no_guidance_as_in_a_pipeline():
+    pipe, x = stable_diffusion(), normals(1, 2, 8, 8)
+    got, expected = (from_pipeline(pipe, prompt="a lake", guidance_scale=scale)[0] for scale in (0.0, 1.0))
+    assert torch.equal(got(x, got.schedule.level(300)), expected(x, expected.schedule.level(300)))
+
+
 def test_a_saved_pipeline_reads_prompts(tmp_path):
     pipe = stable_diffusion_xl()
     pipe.save_pretrained(tmp_path)
@@ -617,6 +627,20 @@ def test_what_is_refused(tmp_path):
     for rescaled in (flux, torch.compile(flux)):
         with pytest.raises(TypeError, match="got FluxTransformer2DModel, whose pipeline rescales them"):
             denoiser(rescaled, FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="timestep_cond: expected an embedding of the guidance"):
+        denoiser(conditional_unet(time_cond_proj_dim=4), scheduler)
+    scaled = unet()
+    scaled.register_to_config(timestep_scale=0.001)
+    with pytest.raises(TypeError, match="got UNet2DModel, whose pipeline rescales them"):
+        denoiser(scaled, scheduler)
+
+    class Controlled(diffusers.DiffusionPipeline):
+        def __init__(self, unet, scheduler, controlnet):
+            super().__init__()
+            self.register_modules(unet=unet, scheduler=scheduler, controlnet=controlnet)
+
+    with pytest.raises(TypeError, match=r"expected one of a model alone, got Controlled with \['controlnet'\]"):
+        from_pipeline(Controlled(model, scheduler, unet()))
     for bad in (
         diffusers.EDMEulerScheduler(),
         EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),

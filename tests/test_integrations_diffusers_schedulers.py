@@ -122,6 +122,8 @@ def cases():
     for config in (
         dict(use_lu_lambdas=True),
         dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        dict(prediction_type="v_prediction", use_flow_sigmas=True),
+        dict(prediction_type="v_prediction", use_flow_sigmas=True, algorithm_type="sde-dpmsolver++"),
         dict(euler_at_final=True, final_sigmas_type="sigma_min"),
         dict(lower_order_final=False, final_sigmas_type="sigma_min", solver_order=3),
         dict(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1, variance_type="learned_range"),
@@ -190,6 +192,43 @@ def test_dtypes(name, prediction, dtypes):
         errors = [(v.double() - exact).abs().max() for v in (mine_, theirs_)]
         assert errors[0] <= errors[1] + 1e-6 * exact.abs().max()
     assert not mine.parent_calls
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F64])
+def test_a_flow_draws_in_float32(dtype):
+    theirs, mine = both("FlowMatchEulerDiscreteScheduler", stochastic_sampling=True)
+    results = []
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(10)
+        generator = torch.Generator().manual_seed(1)
+        output, x = normal(2, 3, 5, dtype=dtype), normal(2, 3, 5, seed=1, dtype=dtype)
+        x_s = scheduler.step(output, scheduler.timesteps[3], x, generator=generator).prev_sample
+        results.append((x_s, torch.randn(3, generator=generator)))
+    tolerance = {F16: 2e-3, BF16: 2e-2, F64: 1e-6}[dtype]
+    torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)
+
+
+def test_dtypes_of_a_solver_that_predicts_the_sample():
+    for dtypes in ((F16, F32), (F32, F16), (BF16, BF16)):
+        found = []
+        for scheduler in both("DPMSolverMultistepScheduler", prediction_type="sample"):
+            scheduler.set_timesteps(5)
+            for t in scheduler.timesteps[:2]:
+                x_s = scheduler.step(normal(*SHAPE, dtype=dtypes[0]), t, normal(*SHAPE, dtype=dtypes[1])).prev_sample
+            found.append((x_s.dtype, scheduler.model_outputs[-1].dtype))
+        assert found[0] == found[1]
+
+
+def test_noise_of_another_shape_or_dtype():
+    for noise in (normal(1, 3, 1, 1), normal(*SHAPE, dtype=F64)):
+        theirs, mine = both("DDIMScheduler")
+        for scheduler in (theirs, mine):
+            scheduler.set_timesteps(10)
+        x, output = normal(*SHAPE), normal(*SHAPE, seed=1)
+        expected = theirs.step(output, 600, x, eta=1.0, variance_noise=noise).prev_sample
+        with pytest.warns(RuntimeWarning, match="variance_noise has another shape than sample, or a wider dtype"):
+            got = mine.step(output, 600, x, eta=1.0, variance_noise=noise).prev_sample
+        assert torch.equal(got, expected) and got.dtype == expected.dtype
 
 
 def test_noise_that_is_given():
@@ -405,6 +444,39 @@ def test_other_calls_that_are_left_to_the_parent():
     mine.set_timesteps(4)
     with pytest.warns(RuntimeWarning, match="scale_model_input was not called"):
         mine.step(output, mine.timesteps[0], x)
+
+
+@pytest.mark.parametrize(
+    ("name", "timestep"), [("DDIMScheduler", -5), ("EulerDiscreteScheduler", torch.tensor(999, dtype=torch.int16))]
+)
+def test_unusual_arguments_are_counted_where_the_parent_takes_them(name, timestep):
+    theirs, mine = both(name)
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(4)
+        scheduler.is_scale_input_called, scheduler._step_index = True, 1
+    x, output = normal(*SHAPE), normal(*SHAPE, seed=1)
+    expected = theirs.step(output, timestep, x).prev_sample
+    with pytest.warns(RuntimeWarning, match="the arguments are unusual"):
+        assert torch.equal(mine.step(output, timestep, x).prev_sample, expected)
+    assert sum(mine.parent_calls.values()) == 1
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_a_compiled_step(name):
+    results = []
+    for scheduler in both(name):
+        scheduler.set_timesteps(5)
+        t = int(scheduler.timesteps[0]) if name == "DDIMScheduler" else scheduler.timesteps[0]
+        scheduler.is_scale_input_called, scheduler._step_index = True, 0
+
+        def step(output, x, scheduler=scheduler, t=t):
+            return scheduler.step(output, t, x, return_dict=False)[0]
+
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        compiled = torch.compile(step, backend="eager", fullgraph=True)
+        results.append(compiled(normal(*SHAPE), normal(*SHAPE, seed=1)))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize(
@@ -677,6 +749,32 @@ def test_accelerate_keeps_what_a_scheduler_is_set_to():
     x, output = normal(*SHAPE), normal(*SHAPE, seed=1)
     for t in old.timesteps:
         torch.testing.assert_close(pipe.scheduler.step(output, t, x)[0], old.step(output, t, x)[0])
+
+
+def test_accelerate_counts_anew():
+    class Pipe:
+        pass
+
+    pipe = Pipe()
+    pipe.scheduler = diffusers.DDIMScheduler()
+    first = ours.accelerate(pipe).scheduler
+    first.set_timesteps(4)
+    with pytest.warns(RuntimeWarning, match="shape"):
+        first.step(normal(1, 3), 750, normal(2, 3))
+    second = ours.accelerate(pipe).scheduler
+    assert first.parent_calls and not second.parent_calls
+
+
+def test_timesteps_that_stand_elsewhere():
+    """A slice of those on a device; here on none, so that a question to it would be an error."""
+    _, mine = both("DDPMScheduler")
+    mine.set_timesteps(10)
+    values, full = mine.timesteps.tolist(), mine.timesteps.to("meta")
+    for part in (slice(0, None, 2), slice(5, None)):
+        mine.timesteps = full[part]
+        mine._known = mine.timesteps, 0, values[part]
+        for t, value in zip(full, values, strict=True):
+            assert mine._value(t) in (value if value in values[part] else None, None)
 
 
 def test_accelerate_refuses_what_it_has_not():

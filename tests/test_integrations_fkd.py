@@ -108,14 +108,15 @@ def test_last_weight_of_the_original(potential, forced, adaptive):
 
 @pytest.mark.parametrize("potential", POTENTIALS)
 @pytest.mark.parametrize("adaptive", [True, False])
-def test_choices_of_the_original(potential, adaptive):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_choices_of_the_original(potential, adaptive, dtype):
     generator = torch.Generator().manual_seed(0)
     latents, reward = torch.arange(16), lambda images: images[:, 0]
     fkd = _fkd(potential_type=potential, num_particles=16, strict=True, seed=None, adaptive_resampling=adaptive)
     plain = PlainFKD(potential, 2.0, reward, latents, last_step=9, adaptive=adaptive)
     moved = 0
     for seed, i in enumerate((1, 3, 5, 9)):
-        x0 = torch.randn(16, 2, generator=generator)
+        x0 = torch.randn(16, 2, generator=generator, dtype=dtype)
         results = []
         for resampler in (fkd, plain):
             torch.manual_seed(seed)
@@ -221,6 +222,31 @@ def test_dead_particles():
         2,
         3,
     ]
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_step_without_rewards_does_not_take_place(potential, adaptive):
+    """Between others, of which the first is too even to resample."""
+    runs = []
+    for middle in ([(3, (math.nan,) * 4)], []):
+        fkd = _fkd(potential_type=potential, adaptive_resampling=adaptive)
+        for i, rewards in [(1, (0.1, 0.2, 0.0, 0.1)), *middle, (5, (0.0, 0.0, 9.0, 0.0))]:
+            kept = fkd.resample(sampling_idx=i, latents=torch.arange(4), x0_preds=_column(*rewards))[0]
+        runs.append((kept, fkd.log_weights, fkd.population_rs))
+    assert runs[0][0].tolist() == [2] * 4
+    for got, expected in zip(*runs, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_rewards_are_the_callers_own():
+    images = _column(0.0, 1.0, 2.0, 3.0).requires_grad_()
+    for strict in ({}, {"strict": True, "seed": None}):
+        fkd = _fkd(potential_type="add", **strict)
+        fkd.resample(sampling_idx=1, latents=torch.arange(4), x0_preds=images)
+        assert not fkd.population_rs.requires_grad and not fkd.log_weights.requires_grad
+    with pytest.raises(ValueError, match="reward_fn: expected rewards below infinity"):
+        _fkd().resample(sampling_idx=1, latents=torch.arange(4), x0_preds=_column(0.0, math.inf, 1.0, 2.0))
 
 
 def test_seeds():

@@ -123,3 +123,13 @@ def test_uniforms_are_numpys(count):
         got = particles._uniforms(count), np.random.rand()
         np.testing.assert_array_equal(got[0], expected[0])
         assert got[1] == expected[1]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, list])
+def test_log_mean_exp_of_narrow_weights(dtype):
+    """Summed in float64, as numpy.average does."""
+    v = np.random.default_rng(0).standard_normal(70_000)
+    W = np.random.default_rng(1).random(70_000).astype(np.float16)
+    W = W.tolist() if dtype is list else W.astype(dtype)
+    expected = v.max() + np.log(np.average(np.exp(v - v.max()), weights=W))
+    np.testing.assert_allclose(particles.log_mean_exp(v, W), expected, rtol=1e-12)

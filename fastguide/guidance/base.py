@@ -372,7 +372,7 @@ def prepare_likelihood(run: Run, likelihood: Likelihood) -> tuple[Likelihood, in
         likelihood.scale_at(level.t)
     if isinstance(likelihood, CallableLikelihood):
         return likelihood, 0
-    probe = torch.zeros(1, *run.event, dtype=run.compute_dtype, device=run.device)
+    probe = torch.zeros(rows, *run.event, dtype=run.compute_dtype, device=run.device)
     with torch.no_grad():
         z = likelihood.operator(probe)
     if z.shape[1:] != likelihood.y.shape[1:]:

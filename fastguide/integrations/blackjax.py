@@ -23,13 +23,16 @@ __all__ = ["multinomial", "residual", "stratified", "systematic"]
 
 def _resample(scheme: str, rng_key: Any, weights: Any, num_samples: int) -> Any:
     seed = jax.random.bits(rng_key, (2,), np.uint32)
+    num_samples = int(num_samples)
     indices = jax.ShapeDtypeStruct((num_samples,), np.int32)
-    return jax.pure_callback(partial(_on_host, scheme, num_samples), indices, seed, weights, vmap_method="sequential")
+    on_host, weights = partial(_on_host, scheme, num_samples), jax.lax.stop_gradient(weights)  # a callback has no JVP
+    return jax.pure_callback(on_host, indices, seed, weights, vmap_method="sequential")
 
 
 def _on_host(scheme: str, num_samples: int, seed: Any, weights: Any) -> Any:
     high, low = map(int, seed)
-    log_weights = torch.from_numpy(np.log(weights))
+    with np.errstate(divide="ignore"):  # weights of 0
+        log_weights = torch.from_numpy(np.log(np.asarray(weights, np.float64)))
     ancestors = ops.resample(log_weights, scheme=scheme, num=num_samples, seed=high << 32 | low)[0]
     return ancestors.numpy()
 

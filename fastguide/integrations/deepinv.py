@@ -290,7 +290,7 @@ class DPS(nn.Module):
     - ``num_steps``: one more than evaluations of the denoiser.
     - ``guidance``: ``"norm"`` or ``"annealed"``, times ``weight``.
     - ``minus_one_one``: whether noise levels are those of images in [-1, 1], twice what the denoiser is given.
-    - ``dtype``: of the state and the result; the denoiser computes in float32, the physics in the dtype of ``y``.
+    - ``dtype``: of the state and the result; denoiser and physics compute in float32, as there.
       The kernels for GPUs do not take the default.
     - ``rng``: draws the seed of the noise in a call without one; None is torch's own.
     """
@@ -342,6 +342,7 @@ class DPS(nn.Module):
         shape. ``seed``: of the noise, with or without an ``rng``. ``denoise_output``: denoise once more where the last
         level is not clean. With ``get_trajectory`` also all the states, ``[num_steps, B, *event]``.
         """
+        y = y.detach()
         t = self.timesteps if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64).cpu()
         if self.schedule == "vp":
             scale = torch.exp(-0.5 * (0.1 * t + 0.5 * 19.9 * t**2))
@@ -357,13 +358,13 @@ class DPS(nn.Module):
         zeta = self.weight * sigma[:-1] ** 2 * (1 - kept)  # the score's weight in it
         seed = _seed(seed, self.rng)
         if isinstance(x_init, Tensor):
-            x = unit * x_init.to(self.device, self.dtype) / scale[0].item() + shift
+            x = unit * x_init.detach().to(self.device, self.dtype) / scale[0].item() + shift
         else:
-            shape = x_init or _shape(y, physics)
+            shape = x_init or _shape(y.float(), physics)
             z = ops.randn(shape, seed=seed, stream=STREAM_INITIAL, dtype=self.dtype, device=self.device)
             x = sigma[0].item() * z + shift
         states = [x]
-        forward, normalize = operator(physics, y.dtype), self.guidance == "norm"
+        forward, normalize = operator(physics, torch.float32), self.guidance == "norm"
         if normalize:
             error = likelihoods.Gaussian(y, forward, 1.0)  # any scale: the norm's gradient has none
         else:
@@ -450,7 +451,7 @@ class DiffPIR(nn.Module):
         ``seed``: of the noise; None draws one from torch's generator. ``x_init``: an image to start from in place of
         ``A_adjoint(y)``.
         """
-        noise = physics.noise_model
+        y, noise = y.detach(), physics.noise_model
         sigma_y = _number(noise, "sigma") if hasattr(noise, "sigma") else self.sigma
         if not sigma_y > 0:
             raise ValueError(f"sigma: expected a number > 0, here or of the physics, got {sigma_y}")
@@ -460,7 +461,7 @@ class DiffPIR(nn.Module):
         times = 999 - index.numpy()
         ratio = table.sigma(times) / table.alpha(times)  # of images in [-1, 1]: half of it is that of [0, 1]
         seed = _seed(seed)
-        x = physics.A_adjoint(y) if x_init is None else x_init
+        x = physics.A_adjoint(y) if x_init is None else x_init.detach()
         z = ops.randn(x.shape, seed=seed, stream=STREAM_INITIAL, dtype=x.dtype, device=x.device)
         x = x + 0.5 * math.sqrt(ratio[0] ** 2 - 4.0 * self.sigma**2) * z
         x = sample(

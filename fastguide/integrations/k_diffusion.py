@@ -24,7 +24,7 @@ being between the levels (Heun: at ``sigma_s``) or that of the step before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def get_sigmas_karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7
 
 def get_sigmas_exponential(n: int, sigma_min: float, sigma_max: float, device: Device = "cpu") -> Tensor:
     """``[n + 1]``, ``log sigma`` evenly spaced, then 0."""
-    return get_sigmas_polyexponential(n, sigma_min, sigma_max, device=device)
+    return append_zero(torch.linspace(math.log(sigma_max), math.log(sigma_min), n, device=device).exp())
 
 
 def get_sigmas_polyexponential(
@@ -92,7 +92,7 @@ def get_sigmas_vp(
 ) -> Tensor:
     """``[n + 1]``, those of the continuous variance-preserving process with linear betas, then 0."""
     t = torch.linspace(1, eps_s, n, device=device)
-    return append_zero((torch.exp(t * (beta_min + t * beta_d / 2)) - 1).sqrt())
+    return append_zero((torch.exp(beta_d * t**2 / 2 + beta_min * t) - 1).sqrt())
 
 
 def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
@@ -142,8 +142,8 @@ class BrownianTreeNoiseSampler:
             ) from error
         if seed is None:
             seed = int(torch.randint(0, 2**63 - 1, []))
-        self._transform, self._batched = transform, isinstance(seed, Sequence)
-        seeds = seed if isinstance(seed, Sequence) else [seed]
+        self._transform, self._batched = transform, isinstance(seed, Sized)
+        seeds = [int(s) for s in seed] if self._batched else [seed]  # type: ignore[union-attr]
         if self._batched and len(seeds) != len(x):
             raise ValueError(f"seed: expected one, or {len(x)}, one for each sample, got {len(seeds)}")
         t0, t1, self._sign = self._interval(sigma_min, sigma_max)
@@ -244,6 +244,17 @@ class _Run:
         """In the wider of its dtype and the sigmas', as k-diffusion's Euler steps leave it, its others not."""
         return x.to(torch.promote_types(x.dtype, self.sigmas.dtype))
 
+    def toward(self, i: int, x: Tensor, denoised: Tensor, ratio: float, growth: float) -> tuple[Tensor, Tensor]:
+        """``x``, and ``ratio x + (1 - ratio) denoised``, reported: the callback may change ``x``, and not where it was
+        heading."""
+        if self.callback is None:
+            x = self.widened(x)
+            return x, _mix(denoised, x, ratio)
+        apart = denoised - x
+        self.report(i, x, denoised, growth)
+        x = self.widened(x)
+        return x, torch.add(x, apart, alpha=1 - ratio)
+
     def report(self, i: int, x: Tensor, denoised: Tensor, growth: float = 1.0) -> None:
         if self.callback is not None:
             sigma = self.sigmas[i]
@@ -323,10 +334,7 @@ def sample_euler(
     churn = _Churn(run, s_churn, s_tmin, s_tmax, s_noise)
     for i, sigma, sigma_s in run:
         x, sigma_t, growth = churn(i, x, sigma)
-        denoised = run.denoise(x, sigma_t)
-        run.report(i, x, denoised, growth)
-        x = run.widened(x)
-        x = _mix(denoised, x, sigma_s / sigma_t)
+        _, x = run.toward(i, x, run.denoise(x, sigma_t), sigma_s / sigma_t, growth)
     return x
 
 
@@ -348,13 +356,9 @@ def sample_heun(
     churn = _Churn(run, s_churn, s_tmin, s_tmax, s_noise)
     for i, sigma, sigma_s in run:
         x, sigma_t, growth = churn(i, x, sigma)
-        denoised = run.denoise(x, sigma_t)
-        run.report(i, x, denoised, growth)
-        x = run.widened(x)
         ratio = sigma_s / sigma_t
-        if sigma_s > 0.0:
-            denoised = _mix(denoised, run.denoise(_mix(denoised, x, ratio), sigma_s), 0.5 / ratio)
-        x = _mix(denoised, x, ratio)
+        x, x_s = run.toward(i, x, run.denoise(x, sigma_t), ratio, growth)
+        x = _mix(x_s, _mix(run.denoise(x_s, sigma_s), x, ratio), 0.5 / ratio) if sigma_s > 0.0 else x_s
     return x
 
 
@@ -376,19 +380,16 @@ def sample_dpm_2(
     churn = _Churn(run, s_churn, s_tmin, s_tmax, s_noise)
     for i, sigma, sigma_s in run:
         x, sigma_t, growth = churn(i, x, sigma)
-        denoised = run.denoise(x, sigma_t)
-        run.report(i, x, denoised, growth)
-        x = run.widened(x)
-        if sigma_s > 0.0:
-            denoised = _midpoint(run, x, denoised, sigma_t, sigma_s)
-        x = _mix(denoised, x, sigma_s / sigma_t)
+        middle = math.sqrt(sigma_s / sigma_t)
+        x, x_m = run.toward(i, x, run.denoise(x, sigma_t), middle, growth)
+        x = _mix(_midpoint(run, x, x_m, sigma_t, middle), x, sigma_s / sigma_t) if sigma_s > 0.0 else x_m
     return x
 
 
-def _midpoint(run: _Run, x: Tensor, denoised: Tensor, sigma_t: float, sigma_s: float) -> Tensor:
-    """``D`` of a step whose slope is that at the geometric mean of its levels."""
-    ratio = math.sqrt(sigma_s / sigma_t)
-    return _mix(denoised, run.denoise(_mix(denoised, x, ratio), sigma_t * ratio), 1 / ratio)
+def _midpoint(run: _Run, x: Tensor, x_m: Tensor, sigma_t: float, middle: float) -> Tensor:
+    """``D`` of a step whose slope is that at the geometric mean of its levels, ``middle`` times the first, where
+    ``x_m`` is. What was denoised before is not read again: a model may have one output that it overwrites."""
+    return torch.add(x, run.denoise(x_m, sigma_t * middle) - x_m, alpha=1 / middle)
 
 
 @torch.no_grad()
@@ -439,7 +440,8 @@ def sample_dpm_2_ancestral(
         x = run.widened(x)
         down, up = get_ancestral_step(sigma_t, sigma_s, eta)
         if down > 0.0:
-            denoised = _midpoint(run, x, denoised, sigma_t, down)
+            middle = math.sqrt(down / sigma_t)
+            denoised = _midpoint(run, x, _mix(denoised, x, middle), sigma_t, middle)
             x = noise.step(x, denoised, down / sigma_t, up, noise.levels[i], noise.levels[i + 1])
         else:
             x = _mix(denoised, x, 0.0)

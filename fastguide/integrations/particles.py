@@ -7,8 +7,9 @@ one; float64 inside), and ``M`` (default ``N``), and returns ``M`` indices below
 
 Every scheme draws what that of `particles` draws, in the same order, from the same generator: numpy's global one, and
 in `ssp`, where `particles` is loaded, numba's. It sums the weights in the same order too, so that with the same seed
-the ancestors are equal, ties included. One case differs: where rounding leaves the sum of the weights below the last
-uniforms, `particles` reads past the end of ``W``; here they belong to the last particle whose weight is not 0.
+the ancestors of float64 weights are equal, ties included. One case differs: where rounding leaves the sum of the
+weights below the last uniforms, `particles` reads past the end of ``W``; here they belong to the last particle whose
+weight is not 0.
 
 `exp_and_normalise`, `essl` and `log_mean_exp`, of float64 inside too, are theirs to 1e-13: our own exp, and the sums in
 another order. `fastguide.ops.resample` (log-weights, its own counter-based uniforms, exact integer sums, GPUs) is
@@ -139,7 +140,7 @@ def log_mean_exp(v: Floats, W: Floats | None = None) -> float:
         largest, total, _ = _exponentiate(v)
         return largest + np.log(total / v.size)
     largest, _, total = _exponentiate(v, W)
-    weights = W.sum()
+    weights = _doubles(W).sum()
     if weights == 0.0:
         raise ZeroDivisionError("W: expected weights that do not sum to 0")
     return largest + np.log(total / weights)

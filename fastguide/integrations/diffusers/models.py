@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,11 @@ __all__ = ["codec", "denoiser", "from_pipeline"]
 
 _PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
 
-# The pipelines of these give them another time than their scheduler's.
-_OTHER_TIME = ("AuraFlow", "Bria", "Chroma", "Flux", "LongCat", "Lumina", "Ovis", "QwenImage", "ZImage")
+# The pipelines of these give them another time than their scheduler's, or take another output.
+_OTHER_TIME = (
+    "AuraFlow", "Bria", "Chroma", "Cosmos", "Flux", "GlmImage", "HiDream", "Ideogram", "Krea", "LongCat", "Lumina",
+    "NucleusMoE", "Ovis", "PRX", "QwenImage", "ZImage",
+)  # fmt: skip
 
 _AUTOENCODERS: Any = (AutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel)
 
@@ -48,8 +51,8 @@ def denoiser(
     *,
     prompt_embeds: Tensor | None = None,
     negative_prompt_embeds: Tensor | None = None,
-    class_labels: int | Tensor | None = None,
-    negative_class_labels: int | Tensor | None = None,
+    class_labels: int | Sequence[int] | Tensor | None = None,
+    negative_class_labels: int | Sequence[int] | Tensor | None = None,
     guidance_scale: float = 1.0,
     vae_scale_factor: int | None = None,
     **model_kwargs: Any,
@@ -74,13 +77,15 @@ def denoiser(
     if not all(hasattr(model, attribute) for attribute in ("config", "device", "dtype", "training")):
         raise TypeError(f"model: expected a diffusers model, got {type(model).__name__}")
     name = _class_name(model)
-    if name.startswith(_OTHER_TIME):
+    if name.startswith(_OTHER_TIME) or model.config.get("timestep_scale", 1) != 1:
         raise TypeError(
             f"model: expected one that takes its scheduler's timesteps, got {name}, whose pipeline rescales them; "
             "wrap it in a net(x, t) of fastguide.Denoiser"
         )
     if model.training:
         raise ValueError("model: expected eval mode, got training mode; see model.eval()")
+    if model.config.get("time_cond_proj_dim") is not None and "timestep_cond" not in model_kwargs:
+        raise ValueError(f"timestep_cond: expected an embedding of the guidance, which {name} is given, got none")
     if negative_class_labels is None and class_labels is not None and guidance_scale != 1:
         negative_class_labels = model.config.get("num_embeds_ada_norm")
     arguments = model_kwargs | {
@@ -160,7 +165,9 @@ def from_pipeline(
     - ``prompt``, ``negative_prompt``: one for each observation, or one for all; embedded by the pipeline's own
       ``encode_prompt``: Stable Diffusion 1, 2, XL (whose image is as large as the state says, and whole) and 3. Of
       others the embeddings are among the ``conditions``.
-    - ``guidance_scale``, ``conditions``: see `denoiser`.
+    - ``guidance_scale``, ``conditions``: see `denoiser`; but as in a pipeline, a scale below 1 is none.
+
+    A ControlNet or an adapter takes no part, so that a pipeline with one is an error.
     """
     if isinstance(pipe, str | os.PathLike):
         if not os.path.isdir(pipe):
@@ -174,6 +181,10 @@ def from_pipeline(
     model = parts.get("unet", parts.get("transformer"))
     if model is None or "scheduler" not in parts:
         raise TypeError(f"pipe: expected one with a U-Net or transformer, and a scheduler, got {sorted(parts)}")
+    others = sorted(name for name in parts if "controlnet" in name or "adapter" in name)
+    if others or hasattr(pipe, "set_pag_applied_layers"):
+        raise TypeError(f"pipe: expected one of a model alone, got {type(pipe).__name__} with {others or 'PAG'}")
+    guidance_scale = max(guidance_scale, 1.0)
     guided = guidance_scale != 1
     if negative_prompt is not None and not (guided and prompt is not None):
         raise ValueError(f"negative_prompt: expected None without a prompt and guidance, got {negative_prompt!r}")
@@ -264,8 +275,8 @@ def _moved(value: Any, model: Any) -> Any:
     return tree_map_only(Tensor, moved, value)
 
 
-def _labels(value: int | Tensor | None) -> Tensor | None:
-    return torch.tensor([value]) if isinstance(value, int) else value
+def _labels(value: Any) -> Tensor | None:
+    return None if value is None else torch.as_tensor(value).reshape(-1)
 
 
 # --- schedules ----------------------------------------------------------------------------------------------
@@ -278,6 +289,8 @@ class _SchedulerTable(_Table):
 
     def __init__(self, scheduler: Any):
         super().__init__(scheduler.alphas_cumprod, type(scheduler).__name__)
+        if scheduler.config.get("skip_prk_steps") is False:  # PNDM's first steps visit more levels
+            scheduler = type(scheduler).from_config(scheduler.config, skip_prk_steps=True)
         self._scheduler = copy.copy(scheduler)
 
     def _times(self, steps: int, spacing: str) -> np.ndarray:

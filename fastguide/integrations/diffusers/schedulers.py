@@ -22,7 +22,7 @@ to the device where it is needed:
   is no part of the configuration: what is saved is diffusers' own.
 
 What this path cannot serve goes to the parent's code: ``parent_calls`` counts those steps by reason, and the first of
-each reason warns.
+each reason warns. ``torch.compile`` traces the parent's code, and fuses that itself.
 """
 
 from __future__ import annotations
@@ -76,14 +76,15 @@ class _Plan(NamedTuple):
     steps: list[tuple[Coefficients, Coefficients] | None]  # without noise and with it; None where there are none
     clip: Clip
     clip_noise: bool
-    # On each device that asked, [6, steps], float64: alpha_t, sigma_t, alpha_s, sigma_s without noise and with it, std
+    # On each device that asked, [6, steps + 1], float64: alpha_t, sigma_t, alpha_s, sigma_s without noise and with it,
+    # std; the last are NaN, for timesteps below 0
     tables: dict[torch.device, Tensor]
 
     def columns(self, place: Tensor) -> Tensor:
         device = place.device
         if device not in self.tables:
             self.tables[device] = self.tables[torch.device("cpu")].to(device, non_blocking=True)
-        return self.tables[device][:, place]
+        return self.tables[device][:, place.clamp(min=-1)]
 
 
 def _plan(
@@ -109,8 +110,14 @@ def _plan(
         ((*levels, still_s, 0.0), (*levels, noisy_s, std)) if good else None
         for good, (*levels, still_s, noisy_s, std) in zip(served.tolist(), table.T.tolist(), strict=True)
     ]
-    table = table.where(served, torch.nan)
+    table = torch.cat([table.where(served, torch.nan), torch.full((6, 1), torch.nan, dtype=table.dtype)], dim=1)
     return _Plan(prediction, steps, clip, clip_noise, {table.device: table})
+
+
+def _v_level(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The (alpha, sigma) of which ``x0 = p x - q output`` is what the prediction "v" says."""
+    p, q = p.double(), q.double()
+    return p / (p**2 + q**2), q / (p**2 + q**2)
 
 
 def _version(tensor: Tensor) -> int:
@@ -126,7 +133,7 @@ def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
 
 
 class _NotServed(Exception):
-    """Why a step goes to the parent's code; without a reason where the parent refuses it, too."""
+    """Why a step goes to the parent's code; without a reason where the parent should refuse it, too."""
 
 
 _NO_STEP = "the numbers of this step are those of no reverse step"
@@ -166,16 +173,17 @@ class _Fused:
 
     def _fuse_or_leave(self, output: Any, return_dict: bool, *arguments: Any) -> Any:
         """What `_step` makes of the parent's arguments, or else the parent."""
+        if torch.compiler.is_compiling():  # which fuses the parent's operations itself
+            return super().step(*arguments, return_dict)  # type: ignore[misc]
         try:
             result = self._step(*arguments)
         except _NotServed as reason:
-            self._count_parent_call(str(reason))
-            return super().step(*arguments, return_dict)  # type: ignore[misc]
+            left = super().step(*arguments, return_dict)  # type: ignore[misc]
+            self._count_parent_call(str(reason) or "the arguments are unusual")
+            return left
         return output(*result) if return_dict else result
 
     def _count_parent_call(self, text: str) -> None:
-        if not text:
-            return
         if text not in self.parent_calls:
             message = f"{type(self).__name__}: {text}; such steps are diffusers' own (counted in parent_calls)"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
@@ -211,9 +219,10 @@ class _Fused:
             return None
         if timestep.dtype != ours.dtype or timestep.device != ours.device:
             return None
-        if timestep.untyped_storage().data_ptr() != ours.untyped_storage().data_ptr():
+        if timestep.untyped_storage().data_ptr() != ours.untyped_storage().data_ptr() or not ours.is_contiguous():
             return None
-        return known[2][timestep.storage_offset() - ours.storage_offset()]
+        place = timestep.storage_offset() - ours.storage_offset()
+        return known[2][place] if 0 <= place < len(known[2]) else None
 
     # --- steps ---
 
@@ -260,6 +269,8 @@ class _Fused:
                 levels, noisy = moving, False
                 seed, first_particle = self._counter(generator), self.first_sample
         if noisy:
+            if noise is not None and (noise.shape != x.shape or torch.promote_types(noise.dtype, x.dtype) != x.dtype):
+                raise _NotServed("variance_noise has another shape than sample, or a wider dtype")
             scale = tau if std is None else std
             noise = self._draw(output, generator, place, noise_dtype).mul_(scale) if noise is None else noise * scale
             displacement = noise if displacement is None else displacement.add_(noise)
@@ -307,13 +318,13 @@ class _Fused:
 
 def _checked(sample: Tensor, output: Tensor, least: torch.dtype | None = None) -> Tensor:
     """The sample in the dtype of the step: the wider of both, or of ``least`` and that of the model's output."""
-    if output.shape != sample.shape:
+    if output.shape != sample.shape or not sample.ndim:
         raise _NotServed("model_output has not the shape of sample")
     dtype, other = output.dtype, least or sample.dtype
+    if dtype not in ops.STATE_DTYPES or sample.dtype not in ops.STATE_DTYPES:
+        raise _NotServed(f"the dtypes are {dtype} and {sample.dtype}")
     if dtype is not other:
         dtype = torch.promote_types(dtype, other)
-    if dtype not in ops.STATE_DTYPES:
-        raise _NotServed(f"the dtype is {dtype}")
     return _in(dtype, sample)
 
 
@@ -505,7 +516,8 @@ class _Ordered(_Fused):
         value = self._value(timestep) if schedule_timesteps is None else None
         places = []
         if value is not None:
-            value = torch.tensor(value, dtype=self.timesteps.dtype).item()
+            if self.timesteps.is_floating_point():
+                value = torch.tensor(value, dtype=self.timesteps.dtype).item()
             places = [i for i, t in enumerate(self._values()) if t == value]
         if not places:
             return super().index_for_timestep(timestep, schedule_timesteps)  # type: ignore[misc]
@@ -554,8 +566,8 @@ class _Scaled(_Ordered):
             raise _NotServed("")
         if prediction != "v_prediction":
             return _plan(PREDICTIONS[prediction], 1.0, hat, ratio, 1 - ratio, std)
-        p, q = 1 / (sigma**2 + 1), sigma / (sigma**2 + 1) ** 0.5  # x0 = p x - q output: v of the levels with these
-        return _plan("v", p / (p**2 + q**2), q / (p**2 + q**2), ratio, 1 - ratio, std)
+        level = _v_level(1 / (sigma**2 + 1), sigma / (sigma**2 + 1) ** 0.5)
+        return _plan("v", *level, ratio, 1 - ratio, std)
 
 
 class EulerDiscreteScheduler(_Scaled, diffusers.EulerDiscreteScheduler):
@@ -707,7 +719,7 @@ class FlowMatchEulerDiscreteScheduler(_Ordered, diffusers.FlowMatchEulerDiscrete
             x_s = torch.add(_checked(sample, output), output, alpha=increments[step])
         else:
             x = _checked(sample, output, torch.float32)
-            x_s, _ = self._advance(plan, step, x, output, generator=generator, noisy=True)
+            x_s, _ = self._advance(plan, step, x, output, generator=generator, noisy=True, noise_dtype=torch.float32)
         self._step_index = step + 1
         return (_in(output.dtype, x_s),)
 
@@ -775,7 +787,7 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
         self.model_outputs = [*self.model_outputs[1:], x0]
         self.lower_order_nums = min(self.lower_order_nums + 1, len(self.model_outputs))
         self._step_index = step + 1
-        return (x_s,)
+        return (_in(x0.dtype, x_s),)
 
     def _make_plan(self) -> Any:
         config = self.config
@@ -828,7 +840,8 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
             return "epsilon", (1.0, sigmas[:-1])  # x0 = x - sigma output
         if kind not in PREDICTIONS:
             raise _NotServed("")
-        return PREDICTIONS[kind], (alpha[:-1], sigma[:-1])
+        level = alpha[:-1], sigma[:-1]
+        return PREDICTIONS[kind], _v_level(*level) if kind == "v_prediction" else level  # those of a flow add to 1
 
 
 # --- one line for a pipeline --------------------------------------------------------------------------------
@@ -867,6 +880,6 @@ def accelerate(pipe: Any, *, fused_noise: bool = False) -> Any:
     for name, part in served.items():
         scheduler = copy.copy(part)
         scheduler.__class__ = SCHEDULERS.get(type(part), type(part))
-        scheduler.fused_noise = fused_noise
+        scheduler.fused_noise, scheduler._calls = fused_noise, None
         setattr(pipe, name, scheduler)
     return pipe
