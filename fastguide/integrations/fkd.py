@@ -28,8 +28,8 @@ class FKD:
       resamples, and so does the last, ``time_steps - 1``. With ``adaptive_resampling`` those before the last resample
       only where the effective sample size is below half of the particles; weights are kept until then.
     - ``latent_to_decode_fn(x0_preds) -> images``, a tensor or a sequence, and ``reward_fn(images) -> [num_particles]``
-      rewards, a tensor or a sequence. A NaN is a particle of weight 0; where all have weight 0, all are
-      kept as they were. Infinity is an error (not looked for on a GPU).
+      rewards, a tensor or a sequence. A NaN is a particle of weight 0. Where all have weight 0, or one has infinity,
+      the step does not count: all are kept, with what they had.
     - ``device``: where rewards and weights are kept, in float64.
     - ``scheme``: a resampler of `fastguide.ops.resample`; ``seed``: its seed, None for one of torch's global generator.
     - ``strict=True``: what the original does instead. Weights of each step alone, in float32 and no larger than 1e10;
@@ -105,8 +105,6 @@ class FKD:
             rewards = rewards.to(self.population_rs.dtype)
         if rewards.shape != self.log_weights.shape:
             raise ValueError(f"reward_fn: expected {self.num_particles} rewards, got shape {list(rewards.shape)}")
-        if rewards.is_cpu and not self.strict and (rewards == torch.inf).any():
-            raise ValueError(f"reward_fn: expected rewards below infinity, got {rewards.tolist()}")
         so_far = self.population_rs
         combine = _COMBINATIONS.get(self.potential_type)
         self.population_rs = combine(rewards, so_far) if combine else rewards
@@ -131,7 +129,7 @@ class FKD:
             log_potential = self.lmbda * self.population_rs
         log_weights = (self.log_weights + log_potential).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         assert self.seed is not None
-        ancestors, after, _, _ = ops.resample(
+        ancestors, after, _, ess = ops.resample(
             log_weights,
             scheme=self.scheme,
             ess_threshold=0.5 if self.adaptive_resampling and not last else None,
@@ -140,12 +138,12 @@ class FKD:
             check=False,
         )
         chosen = ancestors.long()
-        alive = log_weights.max() > -torch.inf  # else the step did not take place
-        self.log_weights = torch.where(alive, after, self.log_weights)
-        self.population_rs = torch.where(alive, self.population_rs, so_far)
+        usable = ess == ess  # NaN where no weight is
+        self.log_weights = torch.where(usable, after, self.log_weights)
+        self.population_rs = torch.where(usable, self.population_rs, so_far)
         if self.potential_type != "diff":  # whose product is what it should be, always
             product = (self._log_product + log_potential).index_select(0, chosen)
-            self._log_product = torch.where(alive, product, self._log_product)
+            self._log_product = torch.where(usable, product, self._log_product)
         return chosen
 
     def _choose_as_the_original(self, rewards: Tensor, so_far: Tensor, step: int) -> Tensor | None:
