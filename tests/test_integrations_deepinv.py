@@ -394,6 +394,46 @@ def test_measurements_of_another_dtype_and_kernels_of_each_sample():
     assert torch.equal(ours.DPS(Small(), num_steps=4)(y.double(), one, seed=1), expected)
 
 
+def stack(second=0.1):
+    """A blurred image and half of its pixels."""
+    parts = (
+        dinv.physics.Blur(KERNEL, padding="circular", noise_model=dinv.physics.GaussianNoise(0.1)),
+        dinv.physics.Inpainting((1, 8, 8), mask=0.5, rng=generator(), noise_model=dinv.physics.GaussianNoise(second)),
+    )
+    return dinv.physics.stack(*parts), parts
+
+
+def test_stacked_physics():
+    physics, parts = stack()
+    x = torch.rand(3, 1, 8, 8, generator=generator())
+    y = physics(x)
+    forward = ours.operator(physics, y=y)
+    assert isinstance(forward, LinearOperator)
+    measured = forward(x)
+    expected = torch.cat([part.A(x).flatten(1) for part in parts], dim=1)
+    assert torch.equal(measured, expected) and measured.shape == (3, 128)
+    v = randn(3, 128)
+    torch.testing.assert_close((forward.adjoint(v) * x).sum(), (v * measured).sum())
+    torch.testing.assert_close(forward.pseudo_inverse(measured), physics.A_dagger(physics.A(x)))
+    separate = [
+        fg.likelihoods.Gaussian(part_y, ours.operator(part), 0.1).log_prob(x)
+        for part, part_y in zip(parts, y, strict=True)
+    ]
+    torch.testing.assert_close(ours.likelihood(y, physics).log_prob(x), sum(separate))
+    for sampler in (
+        ours.DPS(Small(), num_steps=6),
+        ours.DiffPIR(Small(), dinv.optim.data_fidelity.L2(), max_iter=6),
+        ours.Sampler(Small(), fg.DPS, steps=4),
+    ):
+        got = sampler(y, physics, seed=1)
+        assert got.shape == x.shape and got.isfinite().all()
+    with pytest.raises(ValueError, match="y: expected the measurements of a StackedLinearPhysics, got None"):
+        ours.operator(physics)
+    physics, _ = stack(0.2)
+    with pytest.raises(ValueError, match="physics: expected one noise_model for all measurements, got"):
+        ours.likelihood(y, physics)
+
+
 def test_dps_from_and_to_other_times():
     physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1))
     theirs, dps = dinv.sampling.DPS(Small()), ours.DPS(Small())

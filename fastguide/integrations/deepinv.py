@@ -9,7 +9,7 @@ usually [0, 1]; a state is ``x_t = x_0 + sigma eps`` in that range.
 
 Nothing of deepinv is imported: its objects are told by the names of their classes. They stay on their device. A physics
 with parameters for each sample of a batch (one mask each) serves one sample for each observation, without particles or
-chunks.
+chunks. Of a ``StackedPhysics`` all measurements have one noise model.
 """
 
 from __future__ import annotations
@@ -108,13 +108,46 @@ class _BlurFFT(_DecomposablePhysics):
         return torch.fft.ifft2(c, norm="ortho").real
 
 
-def operator(physics: Any, dtype: torch.dtype | None = None) -> operators.Operator:
+class _Stack(_Physics):
+    """Several measurements as one ``[B, m]``: each flattened, one after the other. ``y``: some, for their shapes."""
+
+    def __init__(self, physics: Any, compute_dtype: torch.dtype | None, y: Any):
+        super().__init__(physics, compute_dtype)
+        if y is None:
+            raise ValueError(f"y: expected the measurements of a {type(physics).__name__}, got None")
+        self._kind, self._shapes = type(y), [part.shape[1:] for part in y]
+
+    def flattened(self, parts: Any) -> Tensor:
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+    def parts(self, y: Tensor) -> Any:
+        pieces = y.split([shape.numel() for shape in self._shapes], dim=1)
+        return self._kind([p.reshape(len(y), *shape) for p, shape in zip(pieces, self._shapes, strict=True)])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._call(lambda x: self.flattened(self.physics.A(x)), x)
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        return self._call(lambda y: self.physics.A_dagger(self.parts(y)), y)
+
+
+class _LinearStack(_Stack, operators.LinearOperator):
+    spectral = False
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self._call(lambda y: self.physics.A_adjoint(self.parts(y)), y)
+
+
+def operator(physics: Any, dtype: torch.dtype | None = None, y: Any = None) -> operators.Operator:
     """``physics`` as an operator: ``A``, ``A_adjoint`` and ``A_dagger`` are its own. A ``DecomposablePhysics`` has a
     spectrum, from which PnP, PiGDM and the isotropic covariance have closed forms; other linear ones do without, and
-    what is not linear has ``A`` and ``A_dagger`` alone. ``dtype``: what it computes in, whatever that of the state;
-    None is the state's."""
+    what is not linear has ``A`` and ``A_dagger`` alone. The measurements of a ``StackedPhysics``, of which it needs
+    some as ``y``, stand as one, ``[B, m]``. ``dtype``: what it computes in, whatever that of the state; None is the
+    state's."""
     if not _is(physics, "Physics"):
         raise TypeError(f"physics: expected a deepinv.physics object, got {type(physics).__name__}")
+    if _is(physics, "StackedPhysics"):
+        return (_LinearStack if _is(physics, "LinearPhysics") else _Stack)(physics, dtype, y)
     if not _is(physics, "LinearPhysics"):
         return _Physics(physics, dtype)
     defines_A = next(base.__name__ for base in type(physics).__mro__ if "A" in vars(base))
@@ -141,7 +174,7 @@ def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) 
     ``[B, m]``: densities count nothing else. A ``sensor_model`` takes no part, as in deepinv's samplers. The physics
     computes in the dtype of ``y``.
     """
-    forward, noise = operator(physics, y.dtype), physics.noise_model
+    forward, y, noise = _measured(y, physics, y[0].dtype)
     if _is(physics, "Inpainting") and isinstance(forward, _DecomposablePhysics):
         mask = physics.mask
         if len(mask) == 1 and ((mask == 0) | (mask == 1)).all():
@@ -168,6 +201,21 @@ def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) 
         "physics: expected a noise_model that is one of GaussianNoise, ZeroNoise, LaplaceNoise, PoissonNoise and "
         f"LogPoissonNoise, got {type(noise).__name__}"
     )
+
+
+def _measured(y: Any, physics: Any, dtype: torch.dtype | None = None) -> tuple[operators.Operator, Tensor, Any]:
+    """The operator, the measurement as one tensor, and its noise model."""
+    forward = operator(physics, dtype, y)
+    if not isinstance(forward, _Stack):
+        return forward, y, physics.noise_model
+    noises = [part.noise_model for part in physics.physics_list]
+    kinds = set()
+    for noise in noises:
+        numbers = {name: value.tolist() for name, value in noise.state_dict().items() if name != "initial_random_state"}
+        kinds.add(f"{type(noise).__name__} {numbers}")
+    if len(kinds) > 1:
+        raise ValueError(f"physics: expected one noise_model for all measurements, got {sorted(kinds)}")
+    return forward, forward.flattened(y), noises[0]
 
 
 def _number(noise: Any, name: str) -> float:
@@ -225,9 +273,8 @@ def prior(
 # --- samplers -----------------------------------------------------------------------------------------------
 
 
-def _shape(y: Tensor, physics: Any) -> Shape:
+def _shape(y: Tensor, forward: operators.Operator) -> Shape:
     """Of the images that ``y`` measures."""
-    forward = operator(physics)
     with torch.no_grad():
         x = forward.adjoint(y) if isinstance(forward, operators.LinearOperator) else forward.pseudo_inverse(y)
     return tuple(x.shape)
@@ -276,9 +323,10 @@ class Sampler(nn.Module):
     def sample(self, y: Tensor, physics: Any, seed: int | None = None, shape: Shape | None = None) -> Samples:
         """As `forward`, all that `fastguide.sample` returns: of TDS and FK the weighted particles and the evidence."""
         guidance = self.guidance(self.likelihood(y, physics))
-        options: dict[str, Any] = {"dtype": y.dtype, "device": y.device} | self.options
-        denoiser = prior(self.denoiser, self.schedule, dtype=y.dtype)
-        return sample(denoiser, shape or _shape(y, physics), guidance=guidance, seed=_seed(seed), **options)
+        forward, measured, _ = _measured(y, physics)
+        options: dict[str, Any] = {"dtype": measured.dtype, "device": measured.device} | self.options
+        denoiser = prior(self.denoiser, self.schedule, dtype=measured.dtype)
+        return sample(denoiser, shape or _shape(measured, forward), guidance=guidance, seed=_seed(seed), **options)
 
 
 class DPS(nn.Module):
@@ -342,7 +390,7 @@ class DPS(nn.Module):
         shape. ``seed``: of the noise, with or without an ``rng``. ``denoise_output``: denoise once more where the last
         level is not clean. With ``get_trajectory`` also all the states, ``[num_steps, B, *event]``.
         """
-        y = y.detach()
+        forward, y, noise = _measured(y.detach(), physics, torch.float32)
         t = self.timesteps if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64).cpu()
         if self.schedule == "vp":
             scale = torch.exp(-0.5 * (0.1 * t + 0.5 * 19.9 * t**2))
@@ -360,15 +408,14 @@ class DPS(nn.Module):
         if isinstance(x_init, Tensor):
             x = unit * x_init.detach().to(self.device, self.dtype) / scale[0].item() + shift
         else:
-            shape = x_init or _shape(y.float(), physics)
+            shape = x_init or _shape(y, forward)
             z = ops.randn(shape, seed=seed, stream=STREAM_INITIAL, dtype=self.dtype, device=self.device)
             x = sigma[0].item() * z + shift
         states = [x]
-        forward, normalize = operator(physics, torch.float32), self.guidance == "norm"
+        normalize = self.guidance == "norm"
         if normalize:
             error = likelihoods.Gaussian(y, forward, 1.0)  # any scale: the norm's gradient has none
         else:
-            noise = physics.noise_model
             sigma_y = _number(noise, "sigma") if _is(noise, "GaussianNoise") else 0.0
             error = likelihoods.Gaussian(y, forward, lambda sigma_t: math.hypot(sigma_y, sigma_t))
         x = sample(
@@ -416,6 +463,9 @@ class _ProximalPnP(PnP):
     @torch.no_grad()
     def data_step(self, run: Run, x0_hat: Tensor, i: int) -> Tensor:
         y, gamma = self.likelihood.rows_of_y(run.rows), 1.0 / entry(self.rho, i)
+        forward = self.likelihood.operator
+        if isinstance(forward, _Stack):
+            y = forward.parts(y)
         return self.data_fidelity.prox(x0_hat, y, self.physics, gamma=gamma)
 
 
@@ -451,7 +501,8 @@ class DiffPIR(nn.Module):
         ``seed``: of the noise; None draws one from torch's generator. ``x_init``: an image to start from in place of
         ``A_adjoint(y)``.
         """
-        y, noise = y.detach(), physics.noise_model
+        y = y.detach()
+        forward, measured, noise = _measured(y, physics)
         sigma_y = _number(noise, "sigma") if hasattr(noise, "sigma") else self.sigma
         if not sigma_y > 0:
             raise ValueError(f"sigma: expected a number > 0, here or of the physics, got {sigma_y}")
@@ -468,7 +519,7 @@ class DiffPIR(nn.Module):
             prior(self.model, _Sigmas((0.5 * ratio).tolist()), clip=(0.0, 1.0)),
             tuple(x.shape),
             guidance=_ProximalPnP(
-                likelihoods.Gaussian(y, operator(physics), sigma_y),
+                likelihoods.Gaussian(measured, forward, sigma_y),
                 rho=(2.0 * self.lambda_ * sigma_y**2 / ratio[:-1] ** 2).tolist(),
                 zeta=self.zeta,
                 data_fidelity=self.data_fidelity,
