@@ -432,6 +432,7 @@ def test_stacked_physics():
     physics, _ = stack(0.2)
     with pytest.raises(ValueError, match="physics: expected one noise_model for all measurements, got"):
         ours.likelihood(y, physics)
+    assert ours.DPS(Small(), num_steps=4)(y, physics, seed=1).isfinite().all()  # which asks for no scale
 
 
 def test_dps_from_and_to_other_times():

@@ -174,7 +174,8 @@ def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) 
     ``[B, m]``: densities count nothing else. A ``sensor_model`` takes no part, as in deepinv's samplers. The physics
     computes in the dtype of ``y``.
     """
-    forward, y, noise = _measured(y, physics, y[0].dtype)
+    forward, y = _measured(y, physics, y[0].dtype)
+    noise = _noise_of(physics)
     if _is(physics, "Inpainting") and isinstance(forward, _DecomposablePhysics):
         mask = physics.mask
         if len(mask) == 1 and ((mask == 0) | (mask == 1)).all():
@@ -203,19 +204,23 @@ def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) 
     )
 
 
-def _measured(y: Any, physics: Any, dtype: torch.dtype | None = None) -> tuple[operators.Operator, Tensor, Any]:
-    """The operator, the measurement as one tensor, and its noise model."""
+def _measured(y: Any, physics: Any, dtype: torch.dtype | None = None) -> tuple[operators.Operator, Tensor]:
+    """The operator, and the measurement as one tensor."""
     forward = operator(physics, dtype, y)
-    if not isinstance(forward, _Stack):
-        return forward, y, physics.noise_model
-    noises = [part.noise_model for part in physics.physics_list]
-    kinds = set()
+    return forward, forward.flattened(y) if isinstance(forward, _Stack) else y
+
+
+def _noise_of(physics: Any) -> Any:
+    """The noise model, of a stack the one that all its parts have."""
+    if not _is(physics, "StackedPhysics"):
+        return physics.noise_model
+    noises, kinds = [part.noise_model for part in physics.physics_list], set()
     for noise in noises:
         numbers = {name: value.tolist() for name, value in noise.state_dict().items() if name != "initial_random_state"}
         kinds.add(f"{type(noise).__name__} {numbers}")
     if len(kinds) > 1:
         raise ValueError(f"physics: expected one noise_model for all measurements, got {sorted(kinds)}")
-    return forward, forward.flattened(y), noises[0]
+    return noises[0]
 
 
 def _number(noise: Any, name: str) -> float:
@@ -323,7 +328,7 @@ class Sampler(nn.Module):
     def sample(self, y: Tensor, physics: Any, seed: int | None = None, shape: Shape | None = None) -> Samples:
         """As `forward`, all that `fastguide.sample` returns: of TDS and FK the weighted particles and the evidence."""
         guidance = self.guidance(self.likelihood(y, physics))
-        forward, measured, _ = _measured(y, physics)
+        forward, measured = _measured(y, physics)
         options: dict[str, Any] = {"dtype": measured.dtype, "device": measured.device} | self.options
         denoiser = prior(self.denoiser, self.schedule, dtype=measured.dtype)
         return sample(denoiser, shape or _shape(measured, forward), guidance=guidance, seed=_seed(seed), **options)
@@ -390,7 +395,7 @@ class DPS(nn.Module):
         shape. ``seed``: of the noise, with or without an ``rng``. ``denoise_output``: denoise once more where the last
         level is not clean. With ``get_trajectory`` also all the states, ``[num_steps, B, *event]``.
         """
-        forward, y, noise = _measured(y.detach(), physics, torch.float32)
+        forward, y = _measured(y.detach(), physics, torch.float32)
         t = self.timesteps if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64).cpu()
         if self.schedule == "vp":
             scale = torch.exp(-0.5 * (0.1 * t + 0.5 * 19.9 * t**2))
@@ -416,6 +421,7 @@ class DPS(nn.Module):
         if normalize:
             error = likelihoods.Gaussian(y, forward, 1.0)  # any scale: the norm's gradient has none
         else:
+            noise = _noise_of(physics)
             sigma_y = _number(noise, "sigma") if _is(noise, "GaussianNoise") else 0.0
             error = likelihoods.Gaussian(y, forward, lambda sigma_t: math.hypot(sigma_y, sigma_t))
         x = sample(
@@ -502,7 +508,8 @@ class DiffPIR(nn.Module):
         ``A_adjoint(y)``.
         """
         y = y.detach()
-        forward, measured, noise = _measured(y, physics)
+        forward, measured = _measured(y, physics)
+        noise = _noise_of(physics)
         sigma_y = _number(noise, "sigma") if hasattr(noise, "sigma") else self.sigma
         if not sigma_y > 0:
             raise ValueError(f"sigma: expected a number > 0, here or of the physics, got {sigma_y}")
