@@ -191,7 +191,7 @@ LIKELIHOOD_GUIDANCES = {
             1.0,
             r"matrix: expected events of shape \[7\], got \[3\]",
         ),
-        (torch.zeros(2, 4), AveragePool(2), 1.0, r"factor: expected a divisor .*\[1, 3\], got 2"),
+        (torch.zeros(2, 4), AveragePool(2), 1.0, r"factor: expected a divisor .*\[2, 3\], got 2"),
         (Y, Identity(), lambda t: -1.0, r"scale\(19\): expected a finite number >= 0, got -1.0"),
     ],
 )
