@@ -85,8 +85,7 @@ class FKD:
         self.log_weights = torch.zeros(num_particles, dtype=torch.float64, device=device)
         dtype = torch.float32 if strict else torch.float64
         self.population_rs = torch.full_like(self.log_weights, reward_min_value, dtype=dtype)
-        self._log_product = torch.zeros_like(self.log_weights)
-        self._product = torch.ones_like(self.population_rs)  # of strict
+        self._product = torch.full_like(self.population_rs, float(strict))  # of potentials; its log, if not strict
 
     def resample(self, *, sampling_idx: int, latents: Tensor, x0_preds: Tensor) -> tuple[Tensor, Any]:
         """``latents`` ``[num_particles, ...]`` of step ``sampling_idx``, resampled by the rewards of what ``x0_preds``
@@ -124,7 +123,7 @@ class FKD:
         if self.potential_type == "diff":
             log_potential = self.lmbda * (rewards - so_far)
         elif last:
-            log_potential = self.lmbda * rewards - self._log_product
+            log_potential = self.lmbda * rewards - self._product
         else:
             log_potential = self.lmbda * self.population_rs
         log_weights = (self.log_weights + log_potential).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -142,8 +141,8 @@ class FKD:
         self.log_weights = torch.where(usable, after, self.log_weights)
         self.population_rs = torch.where(usable, self.population_rs, so_far)
         if self.potential_type != "diff":  # whose product is what it should be, always
-            product = (self._log_product + log_potential).index_select(0, chosen)
-            self._log_product = torch.where(usable, product, self._log_product)
+            product = (self._product + log_potential).index_select(0, chosen)
+            self._product = torch.where(usable, product, self._product)
         return chosen
 
     def _choose_as_the_original(self, rewards: Tensor, so_far: Tensor, step: int) -> Tensor | None:

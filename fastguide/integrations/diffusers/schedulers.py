@@ -695,18 +695,8 @@ class FlowMatchEulerDiscreteScheduler(_Ordered, diffusers.FlowMatchEulerDiscrete
         arguments = model_output, timestep, sample, *churn, generator, per_token_timesteps
         return self._fuse_or_leave(FlowMatchEulerDiscreteSchedulerOutput, return_dict, *arguments)
 
-    def _step(
-        self,
-        output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        s_churn: float,
-        s_tmin: float,
-        s_tmax: float,
-        s_noise: float,
-        generator: Generators,
-        tokens: Tensor | None,
-    ) -> tuple[Tensor]:
+    def _step(self, output: Tensor, timestep: Any, sample: Tensor, *others: Any) -> tuple[Tensor]:
+        *_, generator, tokens = others
         if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
             raise _NotServed("")
         if tokens is not None:
