@@ -382,14 +382,17 @@ def sample_dpm_2(
         x, sigma_t, growth = churn(i, x, sigma)
         middle = math.sqrt(sigma_s / sigma_t)
         x, x_m = run.toward(i, x, run.denoise(x, sigma_t), middle, growth)
-        x = _mix(_midpoint(run, x, x_m, sigma_t, middle), x, sigma_s / sigma_t) if sigma_s > 0.0 else x_m
+        if sigma_s > 0.0:
+            x = torch.add(x, _slope(run, x_m, sigma_t * middle), alpha=(1 - middle**2) / middle)
+        else:
+            x = x_m
     return x
 
 
-def _midpoint(run: _Run, x: Tensor, x_m: Tensor, sigma_t: float, middle: float) -> Tensor:
-    """``D`` of a step whose slope is that at the geometric mean of its levels, ``middle`` times the first, where
-    ``x_m`` is. What was denoised before is not read again: a model may have one output that it overwrites."""
-    return torch.add(x, run.denoise(x_m, sigma_t * middle) - x_m, alpha=1 / middle)
+def _slope(run: _Run, x_m: Tensor, sigma_m: float) -> Tensor:
+    """``-sigma dx / dsigma`` at the geometric mean of a step's levels, where ``x_m`` is. What was denoised before is not
+    read again: a model may have one output that it overwrites."""
+    return run.denoise(x_m, sigma_m) - x_m
 
 
 @torch.no_grad()
@@ -441,7 +444,7 @@ def sample_dpm_2_ancestral(
         down, up = get_ancestral_step(sigma_t, sigma_s, eta)
         if down > 0.0:
             middle = math.sqrt(down / sigma_t)
-            denoised = _midpoint(run, x, _mix(denoised, x, middle), sigma_t, middle)
+            denoised = torch.add(x, _slope(run, _mix(denoised, x, middle), sigma_t * middle), alpha=1 / middle)
             x = noise.step(x, denoised, down / sigma_t, up, noise.levels[i], noise.levels[i + 1])
         else:
             x = _mix(denoised, x, 0.0)
