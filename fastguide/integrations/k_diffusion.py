@@ -390,8 +390,8 @@ def sample_dpm_2(
 
 
 def _slope(run: _Run, x_m: Tensor, sigma_m: float) -> Tensor:
-    """``-sigma dx / dsigma`` at the geometric mean of a step's levels, where ``x_m`` is. What was denoised before is not
-    read again: a model may have one output that it overwrites."""
+    """``-sigma dx / dsigma`` at the geometric mean of a step's levels, where ``x_m`` is. What was denoised before is
+    not read again: a model may have one output that it overwrites."""
     return run.denoise(x_m, sigma_m) - x_m
 
 
