@@ -254,9 +254,16 @@ def _solve_held(gram: Tensor, variance: float, residual: Tensor) -> tuple[Tensor
     for _ in range(6):
         sign = sign @ (1.5 * _identity(gram) - 0.5 * (sign @ sign))
     held = 0.5 * (gram + gram @ sign)
-    factor = torch.linalg.cholesky_ex(0.5 * (held + held.mT) + variance * _identity(gram)).L
-    solution = torch.cholesky_solve(residual[..., None], factor)[..., 0]
-    return solution, 2.0 * torch.log(factor.diagonal(dim1=1, dim2=2)).sum(1)
+    # Gauss-Jordan, without pivoting since S is positive definite. Until torch 2.12 `torch.cholesky_solve` waits for
+    # the device, and which of the solver libraries' calls a graph may hold is nowhere promised.
+    rows = torch.cat([0.5 * (held + held.mT) + variance * _identity(gram), residual[..., None]], 2)
+    pivots = []
+    for j in range(gram.shape[1]):
+        pivots.append(rows[:, j : j + 1, j])
+        row = rows[:, j : j + 1] / pivots[j][..., None]
+        rows = torch.addcmul(rows, rows[:, :, j : j + 1], row, value=-1.0)
+        rows[:, j : j + 1] = row
+    return rows[:, :, -1], torch.log(torch.cat(pivots, 1)).sum(1)
 
 
 def _identity(like: Tensor) -> Tensor:
