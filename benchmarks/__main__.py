@@ -51,11 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     for name in names:
         results.append(run(name, setting))
         print(text(results[-1]), flush=True)
+        if options.json:  # after each, so that what is cut off leaves the rest
+            write_json(options.json, about, results)
+        if options.markdown:
+            options.markdown.write_text(markdown(about, results))
     print(summary(results))
-    if options.json:
-        write_json(options.json, about, results)
-    if options.markdown:
-        options.markdown.write_text(markdown(about, results))
     return int(any(result.status == "failed" for result in results))
 
 
