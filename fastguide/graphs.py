@@ -78,10 +78,13 @@ def call(loop: Loop, run: Run, guidance: Any, graph: bool | str, obstacle: str) 
     """``loop(run, guidance)``: by a graph, as ``graph`` says (see `fastguide.sample`), or eagerly. ``obstacle``: why
     this call needs an eager loop, or ``""``."""
     on_device = run.device.type == _DEVICE
-    if graph is False or (graph == "auto" and not on_device):
+    captured_by_caller = on_device and _is_capturing()
+    if graph is False or (graph == "auto" and (captured_by_caller or not on_device)):
         return loop(run, guidance)
     if not on_device:
         obstacle = f"a CUDA graph runs on a GPU, and this run is on {run.device}"
+    if captured_by_caller:
+        obstacle = "this call is within a capture of the caller's"
     captured = cause = None
     if not obstacle:
         key = loop.keep_ancestors, _surroundings(), _describe_call(run, guidance)
@@ -97,6 +100,10 @@ def call(loop: Loop, run: Run, guidance: Any, graph: bool | str, obstacle: str) 
     if obstacle:
         _warn_eager(obstacle)
     return loop(run, guidance)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class _NotCapturable(Exception):
@@ -198,8 +205,10 @@ class Recording:
                 function()  # compilers, tuners and caches have their say here
             current.wait_stream(self._stream)
             graph, failure, results = torch.cuda.CUDAGraph(), None, None
+            # What other threads do meanwhile, such as pinning memory, breaks no capture of this one.
+            capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
             try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                with torch.cuda.stream(current), capture:  # a broken capture leaves its stream the current one
                     try:
                         results = function()
                     except Exception as error:  # the end of a broken capture is an error that says less

@@ -415,6 +415,18 @@ def test_graphs_need_a_gpu(monkeypatch):
         plain(denoiser(), graph="always")
 
 
+def test_within_a_capture_of_the_callers_the_loop_is_a_part_of_it(rerun, monkeypatch):
+    prior = denoiser()
+    monkeypatch.setattr(graphs, "_is_capturing", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outs = [plain(prior, graph=graph) for graph in ("auto", "auto", False)]
+    assert_same(outs[1], outs[2])
+    assert Traced.number == 0
+    with pytest.raises(RuntimeError, match="this call is within a capture of the caller's"):
+        plain(prior)
+
+
 @pytest.mark.parametrize("device", DEVICES[1:])
 def test_a_compiled_network_is_captured(device):
     prior = denoiser(device)
@@ -488,17 +500,21 @@ class Calls:
 
         @contextlib.contextmanager
         def stream(on):
+            before = list(calls.stack)
             calls.stack.append(on.name)
-            yield
-            calls.stack.pop()
+            try:
+                yield
+            finally:
+                calls.stack[:] = before
 
         @contextlib.contextmanager
-        def graph(made, pool, stream):
+        def graph(made, pool, stream, capture_error_mode):
+            assert capture_error_mode == "thread_local"
             calls.stack.append(f"capture on {stream.name} in {pool}")
             yield
-            calls.stack.pop()
-            if "broken" in calls.noted:
+            if "broken" in calls.noted:  # torch leaves the stream of the capture the current one
                 raise RuntimeError("the capture was invalidated")
+            calls.stack.pop()
 
         stand_ins = dict(
             device=contextlib.nullcontext, Stream=Stream, Event=Event, CUDAGraph=CUDAGraph, stream=stream, graph=graph,
@@ -536,6 +552,7 @@ def test_a_broken_capture_says_what_broke_it(monkeypatch):
 
     with pytest.raises(ValueError, match="this network asks the device"):
         RECORDING(torch.device("cuda")).record(breaks)
+    assert calls.stack == ["main"]
 
 
 def test_autocast_keeps_no_casts_of_weights_in_a_graph(monkeypatch):
