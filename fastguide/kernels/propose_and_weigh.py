@@ -37,7 +37,7 @@ def propose_and_weigh_kernel(
     a = multiplier(a, table, 2, row, live, particles)
     b = multiplier(b, table, 3, row, live, particles)
     tau = multiplier(tau, table, 4, row, live, particles)
-    half_inverse = tl.where(tau != 0.0, tl.minimum(0.5 / tl.where(tau != 0.0, tau, 1.0), _MOST), 0.0)
+    half_inverse = tl.where(tau != 0.0, tl.minimum(tl.div_rn(0.5, tl.where(tau != 0.0, tau, 1.0)), _MOST), 0.0)
 
     # Of tau times the log-density ratio: delta (z + delta / 2) with delta = displacement / tau.
     terms = tl.zeros([ROWS, 4 * GROUPS], tl.float32)

@@ -47,7 +47,7 @@ def reverse_step_kernel(
     unclipped = x0_hat
     if bounds is not None:  # each particle's dynamic threshold
         bound = tl.load(bounds + row, mask=live, other=1.0)[:, None]
-        x0_hat = clipped(x0_hat, -bound, bound) / bound
+        x0_hat = tl.div_rn(clipped(x0_hat, -bound, bound), bound)
     if CLIP:
         x0_hat = clipped(x0_hat, low, high)
     a = multiplier(a, table, 2, row, live, particles)
