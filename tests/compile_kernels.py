@@ -113,7 +113,7 @@ def compile_all(architecture: int, state: str) -> list[str]:
 
 
 def main() -> None:
-    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     parts = list(itertools.product(ARCHITECTURES, ("fp32", "bf16")))
     with multiprocessing.get_context("fork").Pool(min(os.cpu_count() or 1, len(parts))) as pool:
         for lines in pool.starmap(compile_all, parts, chunksize=1):

