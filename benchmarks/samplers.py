@@ -12,7 +12,7 @@ import statistics
 import sys
 import types
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -138,6 +138,9 @@ class Digits:
             self.prior, _, self.decode = digits.latent_prior(device=self.device)
         else:
             self.prior, self.decode = digits.prior(device=self.device), _unwrapped
+        count = f"{self.observations} x {self.samples} {'particles' if self.weighted else 'samples'}"
+        parameters = sum(p.numel() for p in self.prior.net.parameters())
+        self.what = f"{method}, digits prior ({parameters:,} parameters), {count}, {self.steps} steps"
 
     def run(self, wrap: Callable[[Net], Net] = _unwrapped, graph: bool | str = "auto") -> fg.Samples:
         prior = fg.Denoiser(wrap(self.prior.net), self.prior.schedule, self.prior.prediction)
@@ -181,9 +184,8 @@ def _digits(setting: Setting, method: str) -> Case:
         _, share = time_outside(setting.device, task.run, setting.pick(3, 1))
         return [Figure("time outside the network's passes", share, "of all", at_most=aim)]
 
-    count = f"{task.observations} x {task.samples} {'particles' if task.weighted else 'samples'}"
     return Case(
-        f"{method}, digits prior, {count}, {task.steps} steps",
+        task.what,
         elements=task.observations * task.samples * task.steps,  # network evaluations of one sample
         bytes=None,
         ours=task.run,
@@ -273,56 +275,6 @@ for _name in METHODS:
     case(f"samplers/digits-{_name}")(partial(_digits, method=_name))
 
 
-# --- captured -----------------------------------------------------------------------------------------------
-
-
-def _captured(setting: Setting, method: str, eager: float, reduced: float | None) -> Case:
-    """A whole loop as one CUDA graph, against the same loop launched from Python."""
-    if setting.device.type != "cuda":
-        raise Absent("CUDA graphs run on a GPU")
-    task = Digits(setting, method, observations=1, samples=1024)
-    ours = partial(task.run, graph=True)
-
-    def check() -> None:
-        task.check(Meter(setting.device))
-        found, expected = ours(), task.run(graph=False)
-        assert torch.equal(found.x, expected.x), "the graph gives other samples than the loop"
-
-    def reduce_overhead() -> Call:
-        net = torch.compile(task.prior.net, mode="reduce-overhead")
-
-        def begun(x: Tensor, t: Tensor) -> Tensor:
-            torch.compiler.cudagraph_mark_step_begin()
-            return net(x, t)
-
-        def compiled(_: Net) -> Net:
-            return begun
-
-        return partial(task.run, compiled, graph=False)
-
-    return Case(
-        f"{method}, digits prior ({sum(p.numel() for p in task.prior.net.parameters()):,} parameters), "
-        f"{task.samples} {'particles' if task.weighted else 'samples'}, {task.steps} steps, one CUDA graph",
-        elements=task.samples * task.steps,
-        bytes=None,
-        ours=ours,
-        check=check,
-        rivals=[
-            rival("the same loop, eager", lambda: partial(task.run, graph=False), at_least=eager),
-            rival(
-                "the same, its network by torch.compile(mode='reduce-overhead')",
-                reduce_overhead,
-                **({} if reduced is None else {"at_least": reduced}),
-            ),
-        ],
-        least_rounds=3,
-    )
-
-
-case("samplers/graph-tds")(partial(_captured, method="tds", eager=10.0, reduced=2.0))
-case("samplers/graph-dps")(partial(_captured, method="dps", eager=3.0, reduced=None))
-
-
 # --- a mixture in two dimensions ----------------------------------------------------------------------------
 
 
@@ -333,15 +285,18 @@ class Mixture:
     def __init__(self, device: torch.device):
         self.grid, self.width = torch.arange(-2.0, 3.0, device=device), 0.15
         self.schedule = fg.schedules.vp_linear(1000)
+        times = torch.arange(1000)
+        levels = torch.stack([self.schedule.alpha(times), self.schedule.sigma(times)])
+        self.levels = levels.to(device, torch.float32)  # looked up there: a graph waits for nobody
         self.matrix, self.scale = torch.tensor([[1.0, 0.6]], device=device), 0.25
         self.y = torch.tensor([[0.9]], device=device)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        level = self.schedule.level(int(t[0]))
-        variance = (level.alpha * self.width) ** 2 + level.sigma**2
-        residual = x[..., None] - level.alpha * self.grid  # [N, 2, 5]
+        alpha, sigma = self.levels[:, t[:1].long()]  # one level for all
+        variance = (alpha * self.width) ** 2 + sigma**2
+        residual = x[..., None] - alpha * self.grid  # [N, 2, 5]
         share = torch.softmax(-0.5 * residual.square() / variance, dim=-1)
-        return (share * (self.grid + level.alpha * self.width**2 / variance * residual)).sum(-1)
+        return (share * (self.grid + alpha * self.width**2 / variance * residual)).sum(-1)
 
     def evidence(self) -> float:
         variance = (self.width**2 * self.matrix.square().sum() + self.scale**2).item()
@@ -413,22 +368,32 @@ def _resample_torch(weights: Tensor) -> Tensor:
     return torch.searchsorted(weights.cumsum(0), positions).clamp_(max=len(weights) - 1)
 
 
+class Points:
+    """Twisted diffusion sampling of the mixture, of which one measurement is known."""
+
+    def __init__(self, setting: Setting, particles: int, steps: int):
+        self.device, self.samples, self.steps = setting.device, particles, steps
+        self.model = model = Mixture(setting.device)
+        self.likelihood = fg.likelihoods.Gaussian(model.y, fg.operators.Matrix(model.matrix), model.scale)
+        self.what = f"TDS, mixture of 25 modes in two dimensions, K = {particles}, {steps} steps"
+
+    def run(self, wrap: Callable[[Net], Net] = _unwrapped, graph: bool | str = "auto") -> fg.Samples:
+        prior = fg.Denoiser(wrap(self.model), self.model.schedule, "sample")
+        guidance = fg.TDS(self.likelihood, self.samples, covariance="moment")
+        return fg.sample(prior, (1, 2), guidance=guidance, steps=self.steps, seed=0, device=self.device, graph=graph)
+
+    def check(self, meter: Meter) -> None:
+        found, exact = self.run(meter.wrap).log_evidence.item(), self.model.evidence()
+        allowed = max(0.05, 20.0 * self.samples**-0.5)  # some four standard deviations, and the steps' share
+        assert abs(found - exact) < allowed, f"log p(y) = {found}, expected {exact}"
+
+
 @case("samplers/mixture-tds")
 def mixture_tds(setting: Setting) -> Case:
-    particles, steps = setting.pick((100_000, 100), (4000, 60))
-    model = Mixture(setting.device)
-    exact, tolerance = model.evidence(), setting.pick(0.05, 0.3)  # some four standard deviations
-    likelihood = fg.likelihoods.Gaussian(model.y, fg.operators.Matrix(model.matrix), model.scale)
+    task = Points(setting, *setting.pick((100_000, 100), (4000, 60)))
+    model, particles, steps, run = task.model, task.samples, task.steps, task.run
+    exact = model.evidence()
     meter = Meter(setting.device, record=True)
-
-    def run(wrap: Callable[[Net], Net] = _unwrapped) -> fg.Samples:
-        prior = fg.Denoiser(wrap(model), model.schedule, "sample")
-        guidance = fg.TDS(likelihood, particles, covariance="moment")
-        return fg.sample(prior, (1, 2), guidance=guidance, steps=steps, seed=0, device=setting.device)
-
-    def check() -> None:
-        found = run(meter.wrap).log_evidence.item()
-        assert abs(found - exact) < tolerance, f"log p(y) = {found}, expected {exact}"
 
     def eager(resample: Callable[[Tensor], Tensor]) -> Call:
         # Fewer particles tell as well whether it is the same algorithm.
@@ -465,12 +430,69 @@ def mixture_tds(setting: Setting) -> Case:
         rivals.append(rival(f"eager loop, resampling by {name} searchsorted", lambda: eager(stand_in)))
     rivals.append(rival("the denoiser's passes alone, same inputs", lambda: meter.replay))
     return Case(
-        f"TDS, mixture of 25 modes in two dimensions, K = {particles}, {steps} steps",
+        task.what,
         elements=particles * steps,
         bytes=None,
         ours=run,
-        check=check,
+        check=partial(task.check, meter),
         rivals=rivals,
         least_rounds=3,
         figures=figures,
     )
+
+
+# --- captured -----------------------------------------------------------------------------------------------
+
+
+def _captured(
+    setting: Setting, build: Callable[[Setting], Digits | Points], eager: float, reduced: float | None
+) -> Case:
+    """A whole loop as one CUDA graph, against the same loop launched from Python."""
+    if setting.device.type != "cuda":
+        raise Absent("CUDA graphs run on a GPU")
+    task = build(setting)
+    ours = partial(task.run, graph=True)
+
+    def check() -> None:
+        task.check(Meter(setting.device))
+        found, expected = ours(), task.run(graph=False)
+        assert torch.equal(found.x, expected.x), "the graph gives other samples than the loop"
+
+    def reduce_overhead() -> Call:
+        @cache
+        def compiled(net: Net) -> Net:
+            net = torch.compile(net, mode="reduce-overhead")
+
+            def begun(x: Tensor, t: Tensor) -> Tensor:
+                torch.compiler.cudagraph_mark_step_begin()
+                return net(x, t)
+
+            return begun
+
+        return partial(task.run, compiled, graph=False)
+
+    return Case(
+        f"{task.what}, one CUDA graph",
+        elements=task.samples * task.steps,
+        bytes=None,
+        ours=ours,
+        check=check,
+        rivals=[
+            rival("the same loop, eager", lambda: partial(task.run, graph=False), at_least=eager),
+            rival(
+                "the same, its network by torch.compile(mode='reduce-overhead')",
+                reduce_overhead,
+                **({} if reduced is None else {"at_least": reduced}),
+            ),
+        ],
+        least_rounds=3,
+    )
+
+
+def _captured_digits(setting: Setting, method: str) -> Digits:
+    return Digits(setting, method, observations=1, samples=1024)
+
+
+case("samplers/graph-tds-mixture")(partial(_captured, build=lambda s: Points(s, 1024, 50), eager=10.0, reduced=2.0))
+case("samplers/graph-tds")(partial(_captured, build=partial(_captured_digits, method="tds"), eager=10.0, reduced=2.0))
+case("samplers/graph-dps")(partial(_captured, build=partial(_captured_digits, method="dps"), eager=3.0, reduced=None))
