@@ -137,8 +137,8 @@ def test_more_slots_than_a_block_fills(scheme, sorted, cuda_device):
 
 
 @pytest.mark.parametrize(("scheme", "sorted"), (("systematic", False), ("multinomial", True)))
-def test_more_tiles_than_the_scan_has_threads(scheme, sorted, cuda_device):
-    weights = normal_weights(1, 1030 * TILE + 5, 1.0, torch.float32)
+def test_more_tiles_than_the_scan_takes_at_once(scheme, sorted, cuda_device):
+    weights = normal_weights(1, 4100 * TILE + 5, 1.0, torch.float32)
     check(weights, cuda_device, scheme, sorted=sorted, seed=7)
 
 

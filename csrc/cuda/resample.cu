@@ -24,7 +24,7 @@ constexpr int64_t kTile = kThreads * kItems;
 constexpr int64_t kMany = 8 * kTile;  // slots that a tile's own block fills: what is beyond is shared out
 constexpr int kAbreast = 4;           // tiles of which a block finds the largest log-weight
 constexpr int kFewThreads = 128;      // of the block that takes the shortest rows
-constexpr int kScanThreads = 1024, kSearchThreads = 256;
+constexpr int kScanThreads = 1024, kScanItems = 4, kSearchThreads = 256;
 
 // Threads of the block that takes other short rows; with 512, residual resampling would spill registers.
 FG_HD constexpr int short_threads(Scheme scheme) { return scheme == Scheme::residual ? 256 : 512; }
@@ -618,18 +618,23 @@ __global__ void __launch_bounds__(kScanThreads) scan_tiles(const Job job, Table 
                                                                                   : job.spares);
     const uint64_t* const other = job.squares + index * (tiles + 1);
 
-    const int64_t share = (tiles + kScanThreads - 1) / kScanThreads;
-    const int64_t begin = threadIdx.x * share, end = begin + share < tiles ? begin + share : tiles;
-    uint64_t sum = 0, squares = 0, total;
-    for (int64_t i = begin; i < end; ++i) {
-        sum += table[i];
-        if (which == Table::weights) squares += other[i];
-    }
-    sum = sum_before<kScanThreads>(storage, sum, total);
-    for (int64_t i = begin; i < end; ++i) {
-        const uint64_t own = table[i];
-        table[i] = sum;
-        sum += own;
+    uint64_t total = 0, squares = 0;
+    for (int64_t from = 0; from < tiles; from += kScanThreads * kScanItems) {  // neighbours read neighbouring tiles
+        const int64_t first = from + threadIdx.x * kScanItems;
+        uint64_t own[kScanItems], sum = 0, sum_of_some;
+#pragma unroll
+        for (int i = 0; i < kScanItems; ++i) {
+            own[i] = first + i < tiles ? table[first + i] : 0;
+            sum += own[i];
+            if (which == Table::weights && first + i < tiles) squares += other[first + i];
+        }
+        sum = total + sum_before<kScanThreads>(storage, sum, sum_of_some);
+#pragma unroll
+        for (int i = 0; i < kScanItems; ++i) {
+            if (first + i < tiles) table[first + i] = sum;
+            sum += own[i];
+        }
+        total += sum_of_some;
     }
     if (which == Table::weights) squares = sum_of_all<kScanThreads>(storage, squares);
     if (threadIdx.x != 0) return;
