@@ -91,6 +91,7 @@ def compiled(kernel, pointers: dict[str, str], constants: dict[str, object], arc
         registers=int(re.search(r"Used (\d+) registers", report)[1]),
         spills=int(spills[1]) + int(spills[2]),
         shared=result.metadata.shared,
+        recompiled_for=[p.name for p in kernel.params if p.name in INTEGERS and not p.do_not_specialize],
         loads=len(re.findall(r"ld\.global", ptx)),
         wide_loads=len(re.findall(r"ld\.global[^;]*\.v4\.b32", ptx)),
         wide_stores=len(re.findall(r"st\.global[^;]*\.v4\.b32", ptx)),

@@ -47,6 +47,10 @@ def test_no_register_spills(kernels):
     assert all(k["registers"] <= 128 for k in kernels)  # 512 threads of a multiprocessor at the least
 
 
+def test_another_batch_seed_or_step_is_the_same_code(kernels):
+    assert all(k["recompiled_for"] == ["elements"] for k in kernels)
+
+
 def test_states_move_128_bits_at_a_time(kernels):
     """A thread has ``block / (32 warps)`` elements, in pieces of 16 bytes of each state that is read or written."""
     states = {

@@ -184,9 +184,12 @@ def test_without_noise_the_base_step(elements):
     assert torch.equal(x_s, base) and torch.equal(weights, log_weights)
 
 
-@pytest.mark.parametrize("elements", (3, 100, 9000))
-def test_chunks_give_the_same_bits(elements):
-    x, x0_hat, displacement = inputs((4, elements))
+@pytest.mark.parametrize(
+    ("elements", "dtype"), ((3, torch.float32), (100, torch.float32), (9000, torch.float32), (12, torch.bfloat16))
+)
+def test_chunks_give_the_same_bits(elements, dtype):
+    """Also where they begin at an address that 16 does not divide."""
+    x, x0_hat, displacement = inputs((4, elements), dtype)
     log_weights = inputs((4,), number=1)[0]
     options = dict(seed=3, backend="triton")
     whole = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, VP, first_particle=100, **options)
@@ -194,6 +197,11 @@ def test_chunks_give_the_same_bits(elements):
         x[1:3], x0_hat[1:3], displacement[1:3], log_weights[1:3], VP, first_particle=101, **options
     )
     assert all(torch.equal(a, b[1:3]) for a, b in zip(part, whole, strict=True))
+    density = dict(family="student_t", scale=0.7, df=3.0, backend="triton")
+    whole = ops.log_prob_and_gradient(x, x0_hat, **density)
+    for rows in (slice(1, 3), slice(3, 4)):  # one sample, with one row of y, is not another kernel
+        part = ops.log_prob_and_gradient(x[rows], x0_hat[rows], **density)
+        assert all(torch.equal(a, b[rows]) for a, b in zip(part, whole, strict=True))
 
 
 @pytest.mark.parametrize("shape", ((0, 3), (4, 0), (0,)))

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import FAMILIES, density_constant
-from .tiles import HEURISTICS, OPTIONS, alignment, device_of, rounded
+from .tiles import HEURISTICS, OPTIONS, aligned, alignment, device_of, rounded
 
 BLOCK = 1024  # measurements of a tile; not tuned, for the order of a sum must not depend on what was measured
 SPLIT = 8192  # measurements of a sample from which several programs share it
@@ -60,7 +60,7 @@ def _density(z, y, added, scale, background, variance, df, FAMILY: tl.constexpr)
 
 
 @triton.heuristics(HEURISTICS)
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "y_rows", "added_rows"])
 def log_prob_and_gradient_kernel(
     z, y, added, rows, constants, gradient, sums, samples, y_rows, added_rows, elements: tl.int64,
     scale: tl.float64, background: tl.float64, constant: tl.float64, variance: tl.float32, df: tl.float32,
@@ -113,8 +113,8 @@ def log_prob_and_gradient(
     return_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`fastguide.ops.log_prob_and_gradient` of tensors on a GPU. A row of ``y`` that is not there gives NaN."""
-    z, y = z.contiguous(), y.contiguous()
-    added = None if added is None else added.contiguous()
+    z, y = aligned(z), aligned(y)
+    added = None if added is None else aligned(added)
     samples, elements = z.shape[0], math.prod(z.shape[1:])
     constant = elements * density_constant(family, scale, df, added is not None)
     gradient = torch.empty_like(z) if return_gradient else None

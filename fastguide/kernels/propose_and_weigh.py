@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reference import Coefficients
 from .noise import normals
 from .reverse_step import multiplier, multipliers
-from .tiles import HEURISTICS, OPTIONS, abreast, alignment, counter, device_of, read_counter, rounded
+from .tiles import HEURISTICS, OPTIONS, VARYING, abreast, aligned, alignment, counter, device_of, read_counter, rounded
 
 BLOCK = 2048  # elements of a tile; not tuned, for the order of a sum must not depend on what was measured
 SPLIT = 8192  # elements of a particle from which several programs share it
@@ -19,7 +19,7 @@ _MOST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.heuristics(HEURISTICS)
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def propose_and_weigh_kernel(
     x, x0_hat, displacement, x_s, before, after, sums, particles, elements: tl.int64,
     a: tl.float32, b: tl.float32, tau: tl.float32, table,
@@ -69,7 +69,7 @@ def propose_and_weigh(
     x: Tensor, x0_hat: Tensor, displacement: Tensor, log_weights: Tensor, coefficients: Coefficients, counter_: tuple
 ) -> tuple[Tensor, Tensor]:
     """`fastguide.ops.propose_and_weigh` of tensors on a GPU."""
-    x, x0_hat, displacement = x.contiguous(), x0_hat.contiguous(), displacement.contiguous()
+    x, x0_hat, displacement = aligned(x), aligned(x0_hat), aligned(displacement)
     log_weights = log_weights.contiguous()
     x_s, after = torch.empty_like(x), torch.empty_like(log_weights)
     if x.numel() == 0:

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 
 from .noise import normals
-from .tiles import Tuned, abreast, alignment, counter, read_counter, rounded, tile_of_program
+from .tiles import VARYING, Tuned, abreast, alignment, counter, read_counter, rounded, tile_of_program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def randn_kernel(
     out, particles, elements: tl.int64, seed: tl.uint64, step: tl.uint32, stream: tl.uint32, first_particle: tl.int64,
     seed_on_device, step_on_device,

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..reference import Clip, Coefficients, DynamicThreshold
 from .noise import normals
-from .tiles import Tuned, abreast, alignment, counter, read_counter, rounded, tile_of_program
+from .tiles import VARYING, Tuned, abreast, alignment, counter, read_counter, rounded, tile_of_program
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def multiplier(value, table, index: tl.constexpr, row, mask, particles):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def reverse_step_kernel(
     x, output, displacement, x_s, x0, particles, elements: tl.int64,
     p: tl.float32, q: tl.float32, a: tl.float32, b: tl.float32, tau: tl.float32, c: tl.float32, table,

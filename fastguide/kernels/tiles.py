@@ -13,6 +13,9 @@ import triton.language as tl
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
+# Arguments for whose values (1, multiples of 16) no kernel is compiled anew.
+VARYING = ["particles", "seed", "step", "stream", "first_particle"]
+
 OPTIONS = {} if INTERPRETED.value else {"enable_fp_fusion": False}  # of every launch, see noise.py
 
 _LEAST_GROUPS = 8  # of a tile's row, where the row has as many: 128 bytes of float32
@@ -37,6 +40,13 @@ def groups_of_tile(elements: int, block: int) -> int:
 def alignment(elements: int) -> int:
     """The largest power of two up to 16 that divides the elements of a particle: what the compiler may count on."""
     return math.gcd(elements, 16)
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous, at an address that 16 divides. A kernel that sums gets no others: the compiler would cut its tiles
+    otherwise, and sum in another order."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def abreast(dtype: torch.dtype) -> int:
