@@ -58,7 +58,7 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
         count | split,
     )
 
-    density, alike = dict(z=pointer, y="*fp32", gradient=pointer, sums="*fp64"), dict(ALIGN=16, ABREAST=1)
+    density, alike = dict(z=pointer, y="*fp32", gradient=pointer, sums="*fp64"), dict(ALIGN=16)
     for code, family in enumerate(FAMILIES):
         more = dict(rows="*i64", constants="*fp64") if family == "poisson" else dict(added="*fp32")
         number = dict(FAMILY=code, SPLIT=log_prob_and_gradient.SPLIT, BLOCK=log_prob_and_gradient.BLOCK)
@@ -67,11 +67,10 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
 
 
 def compiled(kernel, pointers: dict[str, str], constants: dict[str, object], architecture: int, warps: int) -> dict:
-    while not isinstance(kernel, triton.JITFunction):
-        kernel = kernel.fn
-    signature, attributes, known = {}, {}, dict(constants)
+    signature, attributes = {}, {}
+    known = {name: value for name, value in constants.items() if name in kernel.arg_names}
     for place, name in enumerate(kernel.arg_names):
-        if name in constants or (name in ABSENT and name not in pointers):
+        if name in known or (name in ABSENT and name not in pointers):
             signature[name] = "constexpr"
             known.setdefault(name, None)
         else:
@@ -103,8 +102,7 @@ def compile_all(architecture: int, state: str) -> list[str]:
     lines = []
     configs = tiles.CONFIGS if architecture == 90 else tiles.CONFIGS[1:2]
     for name, kernel, pointers, constants in cases(state):
-        tuned = isinstance(kernel, triton.JITFunction)  # the others choose their tiles themselves
-        for config in configs if tuned else tiles.CONFIGS[1:2]:
+        for config in tiles.CONFIGS[1:2] if "BLOCK" in constants else configs:
             block = constants.get("BLOCK", config.kwargs["BLOCK"])
             tile = dict(BLOCK=block, ROWS=1, GROUPS=block // 4)
             found = compiled(kernel, pointers, constants | tile, architecture, config.num_warps)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import FAMILIES, density_constant
-from .tiles import HEURISTICS, OPTIONS, aligned, alignment, device_of, rounded
+from .tiles import OPTIONS, aligned, alignment, ceil_div, device_of, rounded, shape_of_tile
 
 BLOCK = 1024  # measurements of a tile; not tuned, for the order of a sum must not depend on what was measured
 SPLIT = 8192  # measurements of a sample from which several programs share it
@@ -59,13 +59,11 @@ def _density(z, y, added, scale, background, variance, df, FAMILY: tl.constexpr)
     return term, slope
 
 
-@triton.heuristics(HEURISTICS)
 @triton.jit(do_not_specialize=["samples", "y_rows", "added_rows"])
 def log_prob_and_gradient_kernel(
     z, y, added, rows, constants, gradient, sums, samples, y_rows, added_rows, elements: tl.int64,
     scale: tl.float64, background: tl.float64, constant: tl.float64, variance: tl.float32, df: tl.float32,
-    FAMILY: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    FAMILY: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     elements = elements // ALIGN * ALIGN  # says that it is a multiple
     splits = tl.cdiv(elements, SPLIT)
@@ -123,13 +121,14 @@ def log_prob_and_gradient(
     constants = None
     if family == "poisson":  # log c! of every row of y, once
         constants = torch.lgamma(y.double() / scale + 1.0).reshape(y.shape[0], elements).sum(1)
-    splits = triton.cdiv(elements, SPLIT)
+    splits = ceil_div(elements, SPLIT)
+    tile_rows, groups = shape_of_tile(elements, BLOCK, 1)
     sums = torch.empty((samples, splits), dtype=torch.float64, device=z.device)
     with device_of(z):
-        log_prob_and_gradient_kernel[lambda meta: (triton.cdiv(samples, meta["ROWS"]) * splits,)](
+        log_prob_and_gradient_kernel[(ceil_div(samples, tile_rows) * splits,)](
             z, y, added, rows, constants, gradient, sums, samples, y.shape[0],
             0 if added is None else added.shape[0], elements, scale, background, constant, scale**2, df or 0.0,
-            FAMILY=FAMILIES.index(family), SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=1, BLOCK=BLOCK,
-            num_warps=4, **OPTIONS,
+            FAMILY=FAMILIES.index(family), SPLIT=SPLIT, ALIGN=alignment(elements),
+            ROWS=tile_rows, GROUPS=groups, num_warps=4, **OPTIONS,
         )  # fmt: skip
     return sums.reshape(samples) if splits == 1 else sums.sum(1), gradient

@@ -11,19 +11,18 @@ import triton
 import triton.language as tl
 
 
-def _constants(*values: str) -> tuple[tl.constexpr, ...]:
-    return tuple(tl.constexpr(float.fromhex(value)) for value in values)
+def _constants(*values: str) -> tl.constexpr:
+    """One global: Triton looks at each at every launch."""
+    return tl.constexpr(tuple(float.fromhex(value) for value in values))
 
 
-_Q8, _Q7, _Q6, _Q5, _Q4, _Q3, _Q2, _Q1, _Q0 = _constants(
+_LOG = _constants(
     "0x1.be525ap-9", "-0x1.3cfc7cp-7", "0x1.f88f3p-7", "-0x1.2f3e04p-7", "0x1.5c3ae6p-7", "0x1.6830e8p-7",
     "0x1.01e9dap-5", "0x1.5542f6p-4", "0x1.00001ep-2",
 )  # fmt: skip
-_TWO_LN2, _SHRINK = _constants("0x1.62e43p+0", "0x1p-32")
-_S3, _S2, _S1, _S0, _HALF_PI = _constants(
-    "-0x1.2d7928p-8", "0x1.465e16p-4", "-0x1.4abbb8p-1", "-0x1.a34p-25", "0x1.921fb6p+0"
-)
-_C3, _C2, _C1, _C0 = _constants("0x1.d4f7eep-11", "-0x1.55b2b6p-6", "0x1.03c1bp-2", "-0x1.3bd3ccp+0")
+_TWO_LN2 = tl.constexpr(float.fromhex("0x1.62e43p+0"))
+_SIN = _constants("-0x1.2d7928p-8", "0x1.465e16p-4", "-0x1.4abbb8p-1", "-0x1.a34p-25", "0x1.921fb6p+0")
+_COS = _constants("0x1.d4f7eep-11", "-0x1.55b2b6p-6", "0x1.03c1bp-2", "-0x1.3bd3ccp+0")
 
 
 @triton.jit
@@ -38,29 +37,29 @@ def _minus_two_log(w):
     s_high = tl.fma(high.to(tl.float32), scale, tl.where(above_half, 0.0, 2.0))
     s_low = (c - high).to(tl.float32) * scale
     s = s_high + s_low
-    q = tl.fma(s, _Q8, _Q7)
-    q = tl.fma(q, s, _Q6)
-    q = tl.fma(q, s, _Q5)
-    q = tl.fma(q, s, _Q4)
-    q = tl.fma(q, s, _Q3)
-    q = tl.fma(q, s, _Q2)
-    q = tl.fma(q, s, _Q1)
-    q = tl.fma(q, s, _Q0)
+    q = tl.fma(s, _LOG[0], _LOG[1])
+    q = tl.fma(q, s, _LOG[2])
+    q = tl.fma(q, s, _LOG[3])
+    q = tl.fma(q, s, _LOG[4])
+    q = tl.fma(q, s, _LOG[5])
+    q = tl.fma(q, s, _LOG[6])
+    q = tl.fma(q, s, _LOG[7])
+    q = tl.fma(q, s, _LOG[8])
     return tl.fma(halvings.to(tl.float32), _TWO_LN2, s_high + tl.fma(s * s, q, s_low))
 
 
 @triton.jit
 def _cos_sin_of_turn(w):
     """Cosine and sine of 2 pi w / 2^32."""
-    y = (w << 2).to(tl.int32, bitcast=True).to(tl.float32) * _SHRINK
+    y = (w << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-32
     z = y * y
-    tail = tl.fma(z, _S3, _S2)
-    tail = tl.fma(tail, z, _S1)
-    tail = tl.fma(tail, z, _S0)
-    s = tl.fma(y, _HALF_PI, y * tail)
-    bend = tl.fma(z, _C3, _C2)
-    bend = tl.fma(bend, z, _C1)
-    bend = tl.fma(bend, z, _C0)
+    tail = tl.fma(z, _SIN[0], _SIN[1])
+    tail = tl.fma(tail, z, _SIN[2])
+    tail = tl.fma(tail, z, _SIN[3])
+    s = tl.fma(y, _SIN[4], y * tail)
+    bend = tl.fma(z, _COS[0], _COS[1])
+    bend = tl.fma(bend, z, _COS[2])
+    bend = tl.fma(bend, z, _COS[3])
     c = tl.fma(bend, z, 1.0)
     turned = w + 0x20000000  # its two top bits are the quadrant
     odd = (turned & 0x40000000) != 0

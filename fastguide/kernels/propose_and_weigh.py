@@ -10,7 +10,19 @@ from torch import Tensor
 from ..reference import Coefficients
 from .noise import normals
 from .reverse_step import multiplier, multipliers
-from .tiles import HEURISTICS, OPTIONS, VARYING, abreast, aligned, alignment, counter, device_of, read_counter, rounded
+from .tiles import (
+    OPTIONS,
+    VARYING,
+    abreast,
+    aligned,
+    alignment,
+    ceil_div,
+    counter,
+    device_of,
+    read_counter,
+    rounded,
+    shape_of_tile,
+)
 
 BLOCK = 2048  # elements of a tile; not tuned, for the order of a sum must not depend on what was measured
 SPLIT = 8192  # elements of a particle from which several programs share it
@@ -18,14 +30,12 @@ SPLIT = 8192  # elements of a particle from which several programs share it
 _MOST = tl.constexpr(3.4028234663852886e38)
 
 
-@triton.heuristics(HEURISTICS)
 @triton.jit(do_not_specialize=VARYING)
 def propose_and_weigh_kernel(
     x, x0_hat, displacement, x_s, before, after, sums, particles, elements: tl.int64,
     a: tl.float32, b: tl.float32, tau: tl.float32, table,
     seed: tl.uint64, step: tl.uint32, stream: tl.uint32, first_particle: tl.int64, seed_on_device, step_on_device,
-    SPLIT: tl.constexpr, ALIGN: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    SPLIT: tl.constexpr, ALIGN: tl.constexpr, ABREAST: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     seed, step = read_counter(seed, step, seed_on_device, step_on_device)
     elements = elements // ALIGN * ALIGN  # says that it is a multiple
@@ -76,13 +86,14 @@ def propose_and_weigh(
         return x_s, after.copy_(log_weights)
     particles, elements = x.shape[0], x.numel() // x.shape[0]
     (_, _, a, b, tau, _), table = multipliers(x, coefficients, "sample")
-    splits = triton.cdiv(elements, SPLIT)
+    splits = ceil_div(elements, SPLIT)
+    rows, groups = shape_of_tile(elements, BLOCK, abreast(x.dtype))
     sums = torch.empty((particles, splits), dtype=torch.float64, device=x.device) if splits > 1 else None
     with device_of(x):
-        propose_and_weigh_kernel[lambda meta: (triton.cdiv(particles, meta["ROWS"]) * splits,)](
+        propose_and_weigh_kernel[(ceil_div(particles, rows) * splits,)](
             x, x0_hat, displacement, x_s, log_weights, after, sums, particles, elements, a, b, tau, table,
-            *counter(*counter_), SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=abreast(x.dtype), BLOCK=BLOCK,
-            num_warps=4, **OPTIONS,
+            *counter(*counter_), SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=abreast(x.dtype),
+            ROWS=rows, GROUPS=groups, num_warps=4, **OPTIONS,
         )  # fmt: skip
     if sums is not None:
         scale = torch.full_like(sums[:, 0], tau) if table is None else table[4].double()

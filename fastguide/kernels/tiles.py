@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,11 +22,16 @@ OPTIONS = {} if INTERPRETED.value else {"enable_fp_fusion": False}  # of every l
 _LEAST_GROUPS = 8  # of a tile's row, where the row has as many: 128 bytes of float32
 
 
+def ceil_div(a: int, b: int) -> int:
+    """As `triton.cdiv`, which the host takes 2 us to call."""
+    return -(-a // b)
+
+
 def groups_of_tile(elements: int, block: int) -> int:
     """Groups of four elements in a tile's row, a power of two and at most ``block`` elements: the most with which no
     more than an eighth of the tiles stands past the end of a row."""
     groups = max(1, (elements + 3) // 4)
-    most = min(triton.next_power_of_2(groups), block // 4)
+    most = min(1 << (groups - 1).bit_length(), block // 4)
     width, best, least = most, most, math.inf
     while width >= min(_LEAST_GROUPS, most):
         waste = (-groups % width) / groups
@@ -54,16 +60,18 @@ def abreast(dtype: torch.dtype) -> int:
     return 1 if dtype == torch.float32 else 2
 
 
-def shape_of_tile(args: Mapping[str, Any]) -> tuple[int, int]:
-    """``(ROWS, GROUPS)`` of a kernel with arguments ``elements`` and ``BLOCK``, the elements of a tile."""
-    groups = max(groups_of_tile(args["elements"], args["BLOCK"]), args["ABREAST"])
-    return max(1, args["BLOCK"] // (4 * groups)), groups
+@functools.cache  # asked for at every launch
+def shape_of_tile(elements: int, block: int, abreast: int) -> tuple[int, int]:
+    """``(ROWS, GROUPS)`` of a launch whose tiles have ``block`` elements."""
+    groups = max(groups_of_tile(elements, block), abreast)
+    return max(1, block // (4 * groups)), groups
 
 
-HEURISTICS = {
-    "ROWS": lambda args: shape_of_tile(args)[0],
-    "GROUPS": lambda args: shape_of_tile(args)[1],
-}
+def _shape_of_config(args: Mapping[str, Any]) -> tuple[int, int]:
+    return shape_of_tile(args["elements"], args["BLOCK"], args["ABREAST"])
+
+
+_HEURISTICS = {"ROWS": lambda args: _shape_of_config(args)[0], "GROUPS": lambda args: _shape_of_config(args)[1]}
 
 CONFIGS = [triton.Config(dict(BLOCK=block), num_warps=warps) for block, warps in ((1024, 4), (2048, 4), (4096, 8))]
 
@@ -75,21 +83,25 @@ class Tuned:
     the constants ``key``, and before a capture; for others the first of them."""
 
     def __init__(self, kernel: Any, key: list[str]):
-        self.plain = triton.heuristics(HEURISTICS)(kernel)
-        self.large = triton.autotune(CONFIGS, key)(self.plain)
+        self.plain = kernel
+        self.large = triton.autotune(CONFIGS, key)(triton.heuristics(_HEURISTICS)(kernel))
 
     def __call__(self, particles: int, elements: int, *args: Any, **constants: Any) -> None:
         """``args``: of the kernel, of which the first is a state of ``particles`` of ``elements``."""
 
         def grid(meta: Mapping[str, Any]) -> tuple[int]:
-            return (triton.cdiv(particles, meta["ROWS"]) * triton.cdiv(elements, 4 * meta["GROUPS"]),)
+            return (ceil_div(particles, meta["ROWS"]) * ceil_div(elements, 4 * meta["GROUPS"]),)
 
         with device_of(args[0]):
             if particles * elements >= _WORTH_TUNING and not INTERPRETED.value:
                 self.large[grid](*args, **constants, **OPTIONS)
             else:
                 first = CONFIGS[0]
-                self.plain[grid](*args, **constants, **first.kwargs, num_warps=first.num_warps, **OPTIONS)
+                constants |= first.kwargs
+                constants["ROWS"], constants["GROUPS"] = shape_of_tile(
+                    elements, constants["BLOCK"], constants["ABREAST"]
+                )
+                self.plain[grid(constants)](*args, **constants, num_warps=first.num_warps, **OPTIONS)
 
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
