@@ -144,6 +144,15 @@ def test_doctor_shows_a_wrong_count(monkeypatch):
     assert "FAILED: Philox gives 00000001 00000002 00000003 00000004, expected 6627e8d5" in doctor.report()
 
 
+def test_doctor_shows_what_a_compiler_raises(monkeypatch):
+    def raises(counter, key):
+        raise KeyError("ptxas\nwas not found")  # no RuntimeError, and of several lines
+
+    monkeypatch.setitem(doctor._PHILOX, "cpu", raises)
+    text = doctor.report()
+    assert "FAILED: KeyError: " in text and "backend reference: usable" in text
+
+
 def test_doctor_shows_why_cuda_was_not_built(monkeypatch):
     cuda = {
         "status": "failed",
