@@ -127,6 +127,7 @@ def nearness(x0, y):
 def run(name, seed, prior=None, device="cpu", **options):
     if prior is None:
         prior = denoiser(device)
+    DECODER.to(device)
     options = {"steps": 3, "seed": seed, "device": device, "keep_ancestors": name.startswith(("TDS", "FK"))} | options
     return fg.sample(prior, (2, 1, 8, 8), guidance=GUIDANCES[name](seed), **options)
 
