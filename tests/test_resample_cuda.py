@@ -213,6 +213,7 @@ def test_in_a_graph(scheme, sorted, particles):
     weights, seed = torch.empty(2, particles, dtype=torch.float64, device="cuda"), torch.tensor([0], device="cuda")
     options = dict(scheme=scheme, sorted=sorted, ess_threshold=0.5, check=False)
     weights.copy_(normal_weights(2, particles))
+    ops.resample(weights, seed=seed, backend="cuda", **options)  # its kernels are loaded at their first launch
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = ops.resample(weights, seed=seed, backend="cuda", **options)
