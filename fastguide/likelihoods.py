@@ -254,8 +254,8 @@ def _solve_held(gram: Tensor, variance: float, residual: Tensor) -> tuple[Tensor
     for _ in range(6):
         sign = sign @ (1.5 * _identity(gram) - 0.5 * (sign @ sign))
     held = 0.5 * (gram + gram @ sign)
-    # Gauss-Jordan, without pivoting since S is positive definite. Until torch 2.12 `torch.cholesky_solve` waits for
-    # the device, and which of the solver libraries' calls a graph may hold is nowhere promised.
+    # Gauss-Jordan, without pivoting since S is positive definite. Which calls of the solver libraries a graph may hold
+    # is nowhere promised, and before torch 2.12 `torch.cholesky_solve` of a batch is MAGMA's, with queues of its own.
     rows = torch.cat([0.5 * (held + held.mT) + variance * _identity(gram), residual[..., None]], 2)
     pivots = []
     for j in range(gram.shape[1]):

@@ -28,8 +28,8 @@ VP = (0.6, 0.8, 0.8, 0.6, 0.3)
 
 
 class NothingFed(TorchDispatchMode):
-    """Refuses a tensor of the host's values, wherever it is, and what GPUs leave to solver libraries. Nobody says which
-    of their calls a graph may hold; before torch 2.12 some wait."""
+    """Refuses a tensor of the host's values, wherever it is, and what GPUs leave to solver libraries: nobody says which
+    of their calls a graph may hold."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name()
