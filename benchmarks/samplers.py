@@ -489,10 +489,10 @@ def _captured(
     )
 
 
-def _captured_digits(setting: Setting, method: str) -> Digits:
-    return Digits(setting, method, observations=1, samples=1024)
+def _register(name: str, build: Callable[[Setting], Digits | Points], eager: float, reduced: float | None) -> None:
+    case(name)(partial(_captured, build=build, eager=eager, reduced=reduced))
 
 
-case("samplers/graph-tds-mixture")(partial(_captured, build=lambda s: Points(s, 1024, 50), eager=10.0, reduced=2.0))
-case("samplers/graph-tds")(partial(_captured, build=partial(_captured_digits, method="tds"), eager=10.0, reduced=2.0))
-case("samplers/graph-dps")(partial(_captured, build=partial(_captured_digits, method="dps"), eager=3.0, reduced=None))
+_register("samplers/graph-tds-mixture", lambda setting: Points(setting, 1024, 50), 10.0, 2.0)
+_register("samplers/graph-tds", lambda setting: Digits(setting, "tds", 1, 1024), 10.0, 2.0)
+_register("samplers/graph-dps", lambda setting: Digits(setting, "dps", 1, 1024), 3.0, None)
