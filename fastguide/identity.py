@@ -31,7 +31,7 @@ def describe(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return tuple((str(name), describe(v, function)) for name, v in value.items() if name != "_cache")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}
         return function(type(value)), describe(fields, function)
     if isinstance(value, Likelihood | Operator | Denoiser):
         return function(type(value)), describe(vars(value), function)

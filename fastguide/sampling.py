@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import graphs, ops
-from .denoiser import Conditional, Denoiser
+from . import checkpoints, graphs, ops
+from .denoiser import Denoiser
 from .guidance.base import Run, Schedulable, State, integer, per_step
 from .guidance.plain import Plain
-from .identity import describe
 from .reference import Clip
+from .samples import Samples
 from .schedules import Level
 
 __all__ = ["Progress", "Samples", "sample"]
@@ -32,44 +31,6 @@ class Progress(NamedTuple):
     x: Tensor
     log_weights: Tensor | None  # [B, K]
     ess: Tensor | None  # [B], when the step decided whether to resample
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What `sample` returns. For TDS and FK every particle carries a weight; nothing is resampled at the end."""
-
-    x: Tensor  # [B, *event], or [B, K, *event]
-    log_weights: Tensor | None = None  # [B, K] float64, unnormalised
-    ess: Tensor | None = None  # [steps + 1, B] float64: before each step, and of the final weights
-    log_evidence: Tensor | None = None  # [B] float64: log mean weight, the estimate of log p(y)
-    ancestors: Tensor | None = None  # [steps, B, K] int32, with keep_ancestors=True
-
-    @property
-    def weights(self) -> Tensor:
-        """``[B, K]``, each row adding to 1."""
-        return torch.softmax(self._log_weights(), dim=1)
-
-    def mean(self) -> Tensor:
-        """Posterior mean ``[B, *event]``, float64."""
-        return (self._column_weights() * self.x.double()).sum(1)
-
-    def variance(self) -> Tensor:
-        """Posterior variance of each element ``[B, *event]``, float64."""
-        return (self._column_weights() * (self.x.double() - self.mean()[:, None]) ** 2).sum(1)
-
-    def draw(self, num: int, seed: int = 0) -> Tensor:
-        """``num`` equally weighted draws ``[B, num, *event]`` by systematic resampling."""
-        ancestors = ops.resample(self._log_weights(), num=num, seed=seed)[0].long()  # [B, num]
-        return self.x[torch.arange(self.x.shape[0], device=self.x.device)[:, None], ancestors]
-
-    def _log_weights(self) -> Tensor:
-        if self.log_weights is None:
-            raise ValueError("samples: expected the weighted particles of TDS or FK, got samples without weights")
-        return self.log_weights
-
-    def _column_weights(self) -> Tensor:
-        weights = self.weights
-        return weights.reshape(*weights.shape, *(1,) * (self.x.ndim - 2))
 
 
 def sample(
@@ -153,7 +114,7 @@ class Loop:
 
     def __call__(self, run: Run, guidance: Any) -> tuple[Tensor | None, ...]:
         if self.checkpoint is not None and os.path.exists(self.checkpoint):
-            state, first, ess, ancestors = _load(self.checkpoint, run, guidance, self.keep_ancestors)
+            state, first, ess, ancestors = checkpoints.load(self.checkpoint, run, guidance, self.keep_ancestors)
         else:
             state, first, ess, ancestors = guidance.start(run), 0, [], []
         for i in _progress_bar(range(first, run.steps), run.steps, first, self.progress):
@@ -166,7 +127,7 @@ class Loop:
                 x = _shaped(state.x, run, self.weighted)
                 self.callback(Progress(i, run.levels[i + 1], x, state.log_weights, state.ess))
             if self.checkpoint is not None and (i + 1) % self.checkpoint_every == 0 and i + 1 < run.steps:
-                _save(self.checkpoint, run, guidance, self.keep_ancestors, (state, i + 1, ess, ancestors))
+                checkpoints.save(self.checkpoint, run, guidance, self.keep_ancestors, (state, i + 1, ess, ancestors))
         return self.finish(run, state, ess, ancestors)
 
     def finish(
@@ -255,48 +216,3 @@ def _progress_bar(steps: range, total: int, first: int, show: bool):
     except ImportError as error:
         raise ImportError("progress: expected tqdm to be installed (pip install 'fastguide[demo]')") from error
     return tqdm(steps, total=total, initial=first, desc="sampling", unit="step")
-
-
-# --- checkpoints --------------------------------------------------------------------------------------------
-
-
-def _fingerprint(run: Run, guidance: Any, keep_ancestors: bool) -> str:
-    """What must be the same for a checkpoint to be this run's: everything but the code and weights of the network and
-    of other functions, which go by their names, and by the conditions that they are given."""
-    return repr(describe((run, guidance, keep_ancestors), _name))
-
-
-def _name(function: Any) -> Any:
-    if isinstance(function, Conditional):
-        return _name(function.net), describe(function.conditions, _name)
-    return getattr(function, "__qualname__", type(function).__name__)
-
-
-def _save(path, run: Run, guidance: Any, keep_ancestors: bool, content: tuple[State, int, list, list]) -> None:
-    """Written beside the file and renamed, so that a run that is killed leaves the last whole one."""
-    state, done, ess, ancestors = content
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".fastguide-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(
-                {
-                    "fingerprint": _fingerprint(run, guidance, keep_ancestors),
-                    "done": done,
-                    "state": vars(state),
-                    "ess": ess,
-                    "ancestors": ancestors,
-                },
-                file,
-            )
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _load(path, run: Run, guidance: Any, keep_ancestors: bool) -> tuple[State, int, list, list]:
-    saved = torch.load(path, map_location=run.device, weights_only=True)
-    if saved["fingerprint"] != _fingerprint(run, guidance, keep_ancestors):
-        raise ValueError(f"checkpoint: expected a file of this very run, got {os.fspath(path)} of another one")
-    return State(**saved["state"]), saved["done"], saved["ess"], saved["ancestors"]

@@ -24,6 +24,7 @@ from ..operators import LinearOperator
 from ..ranges import phase
 from ..reference import Clip, Coefficients, Counted, Scalar, scaled, step_coefficients
 from ..schedules import Level
+from .watch import Watch
 
 STREAM_INITIAL, STREAM_RESAMPLE, STREAM_RENOISE = 1, 2, 3  # 0, the operations' default, is the steps' noise
 
@@ -118,6 +119,7 @@ class Run:
     dtype: torch.dtype
     device: torch.device
     x_T: Tensor | None = None
+    watch: Watch = field(default_factory=Watch, compare=False)  # notes where values stop being finite
     tables: tuple[Tensor, Tensor] | None = None  # levels [steps + 1, 3] and taus [steps] on the device, for a `Step`
 
     @property

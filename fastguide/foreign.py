@@ -1,0 +1,49 @@
+"""Calls of functions that the user brought: networks, decoders, rewards, potentials, proposals.
+
+Such a function gets a copy of its tensors, so that it may write into them, and the autocast of whoever called
+`fastguide.sample`. The package's own arithmetic runs without autocast, inference mode and gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["call", "package_modes"]
+
+# The autocast of the caller of `fastguide.sample`: arguments of torch.autocast, of each device type where it is on.
+_autocast: ContextVar[tuple[dict[str, Any], ...]] = ContextVar("fastguide_autocast", default=())
+
+
+@contextlib.contextmanager
+def package_modes(device: torch.device) -> Iterator[None]:
+    """Inside, arithmetic is the package's own: no autocast, no inference mode, no gradients."""
+    found = []
+    with contextlib.ExitStack() as modes:
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                dtype, cache = torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
+                found.append(dict(device_type=kind, dtype=dtype, cache_enabled=cache))
+                modes.enter_context(torch.autocast(kind, enabled=False))
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.no_grad())
+        token = _autocast.set(tuple(found))
+        modes.callback(_autocast.reset, token)
+        yield
+
+
+def call(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``f(*args, **kwargs)`` with copies of the tensors among ``args``, under the caller's autocast."""
+    copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
+    modes = _autocast.get()
+    if not modes:
+        return f(*copies, **kwargs)
+    with contextlib.ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(torch.autocast(**mode))
+        return f(*copies, **kwargs)
