@@ -2,23 +2,102 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .denoiser import Conditional
+from . import ops
+from .denoiser import Conditional, Denoiser
 from .guidance.base import Run, State
+from .guidance.watch import Watch
 from .identity import describe
+from .likelihoods import Likelihood
+from .schedules import Level
 
-__all__ = ["load", "save"]
+__all__ = ["Checkpoint", "saved_seed"]
+
+# A trial's results: numbers that sum up each tensor, or the word for a function that no numbers tell from another.
+Trial = dict[str, list[float] | str]
+_RANDOM, _FAILED = "random", "failed"
+
+_STREAM_TRIAL = 0x7472  # of the trials' input, which no run draws from
 
 
-def _fingerprint(run: Run, guidance: Any, keep_ancestors: bool) -> str:
-    """What must be the same for a checkpoint to be this run's: everything but the code and weights of the network and
-    of other functions, which go by their names, and by the conditions that they are given."""
-    return repr(describe((run, guidance, keep_ancestors), _name))
+class Checkpoint:
+    """The file of one run, for `fastguide.sample`. What tells the run from others is computed once, here.
+
+    - A run goes on from a file of the same numbers, schedules (evaluated at the run's levels), tensors (by content),
+      kinds of objects, names of functions and ``run_id``.
+    - Functions must also give the same results: the network on one sample at the middle level, and the operators,
+      likelihoods, rewards, potentials, proposals and decoders in a few steps of the guidance with two particles, in
+      which a stand-in takes the place of the network. Results are compared to three digits, since another number of
+      threads rounds otherwise.
+    - Each trial runs twice. Where the two differ (dropout), or a function raises on such an input, its name alone
+      counts. So do functions that agree on the trial's input: ``run_id`` is for those.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, run: Run, guidance: Any, keep_ancestors: bool, run_id: str | None = None
+    ):
+        if run_id is not None and not isinstance(run_id, str):
+            raise TypeError(f"run_id: expected a string or None, got {type(run_id).__name__}")
+        self.path, self._run = path, run
+        scales = [likelihood.scale_at(level.t) for likelihood in _likelihoods(guidance) for level in run.levels]
+        self._arguments = repr(describe((run, guidance, keep_ancestors, run_id, scales), _name))
+        self._trials = {
+            "network": _twice(run, lambda: _try_network(run)),
+            "guidance": _twice(run, lambda: _try_guidance(run, guidance)),
+        }
+
+    def load(self) -> tuple[State, int, list, list] | None:
+        """State, steps done, ESS and ancestors of each step; None without a file. Raises ValueError for the file of
+        another run."""
+        if not os.path.exists(self.path):
+            return None
+        saved = torch.load(self.path, map_location=self._run.device, weights_only=True)
+        tolerance = _tolerance(self._run)
+        found = [] if saved["arguments"] == self._arguments else ["its arguments differ"]
+        for part, trial in self._trials.items():
+            if not _agree(trial, saved["trials"][part], tolerance):
+                found.append(f"its {part} gives other results")
+        if found:
+            raise ValueError(
+                f"checkpoint: expected a file of this very run, got {os.fspath(self.path)} of another one: "
+                + ", ".join(found)
+            )
+        return State(**saved["state"]), saved["done"], saved["ess"], saved["ancestors"]
+
+    def save(self, state: State, done: int, ess: list, ancestors: list) -> None:
+        """Written beside the file and renamed, so that a run that is killed leaves the last whole one."""
+        content = {
+            "arguments": self._arguments,
+            "trials": self._trials,
+            "seed": self._run.seed,
+            "done": done,
+            "state": vars(state),
+            "ess": ess,
+            "ancestors": ancestors,
+        }
+        folder = os.path.dirname(os.path.abspath(self.path))
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".fastguide-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(content, file)
+            os.replace(temporary, self.path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def saved_seed(path: str | os.PathLike) -> Any:
+    """The seed of the run whose file this is, for a run that was started without one; None without a file."""
+    return torch.load(path, map_location="cpu", weights_only=True)["seed"] if os.path.exists(path) else None
 
 
 def _name(function: Any) -> Any:
@@ -27,31 +106,129 @@ def _name(function: Any) -> Any:
     return getattr(function, "__qualname__", type(function).__name__)
 
 
-def save(path, run: Run, guidance: Any, keep_ancestors: bool, content: tuple[State, int, list, list]) -> None:
-    """Written beside the file and renamed, so that a run that is killed leaves the last whole one."""
-    state, done, ess, ancestors = content
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".fastguide-")
+def _likelihoods(value: Any) -> Iterator[Likelihood]:
+    """Those that a guidance object holds, at any depth."""
+    if isinstance(value, Likelihood):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _likelihoods(part)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _likelihoods(getattr(value, field.name))
+
+
+# --- trials -------------------------------------------------------------------------------------------------
+
+
+class _StandIn(Denoiser):
+    """A network that costs nothing: ``x_0`` is ``x_t`` brought to the size of the data."""
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__(_nothing, denoiser.schedule, "sample")
+
+    def __call__(self, x: Tensor, level: Level, rows: Tensor | None = None) -> Tensor:
+        return x / math.hypot(level.alpha, level.sigma)
+
+
+def _nothing(x: Tensor, t: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+def _twice(run: Run, trial: Callable[[], Trial]) -> Trial:
+    """What both runs of a trial say. Torch's generators are left as they were."""
+    devices = [run.device] if run.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        first, second = trial(), trial()
+    tolerance = _tolerance(run)
+    return {
+        name: value if name in second and _match(value, second[name], tolerance) else _RANDOM
+        for name, value in first.items()
+    }
+
+
+def _try_network(run: Run) -> Trial:
+    level = run.levels[run.steps // 2]
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(
-                {
-                    "fingerprint": _fingerprint(run, guidance, keep_ancestors),
-                    "done": done,
-                    "state": vars(state),
-                    "ess": ess,
-                    "ancestors": ancestors,
-                },
-                file,
-            )
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        x = _input(run, (1, *run.event)) * math.hypot(level.alpha, level.sigma)
+        with torch.no_grad():
+            return {"net": _sum_up(run.denoiser(x, level, run.rows[:1]))}
+    except Exception:
+        return {"net": _FAILED}
 
 
-def load(path, run: Run, guidance: Any, keep_ancestors: bool) -> tuple[State, int, list, list]:
-    saved = torch.load(path, map_location=run.device, weights_only=True)
-    if saved["fingerprint"] != _fingerprint(run, guidance, keep_ancestors):
-        raise ValueError(f"checkpoint: expected a file of this very run, got {os.fspath(path)} of another one")
-    return State(**saved["state"]), saved["done"], saved["ess"], saved["ancestors"]
+def _try_guidance(run: Run, guidance: Any) -> Trial:
+    """The operators and densities of its likelihoods; then the state after its first steps, and after the last."""
+    trial: Trial = {}
+    small = dataclasses.replace(
+        run, denoiser=_StandIn(run.denoiser), observations=1, particles=min(run.particles, 2), seed=0, x_T=None,
+        watch=Watch(),
+    )  # fmt: skip
+    for number, likelihood in enumerate(_likelihoods(guidance)):
+        try:
+            x0 = _input(run, (2, *run.event)).to(run.compute_dtype)
+            with torch.no_grad():
+                trial[f"operator {number}"] = _sum_up(likelihood.operator(x0))
+                log_prob = likelihood.value(x0, run.rows[:1].expand(2), likelihood.scale_at(run.levels[0].t))
+                trial[f"likelihood {number}"] = _sum_up(log_prob)
+        except Exception:
+            trial[f"likelihood {number}"] = _FAILED
+    steps = [run.steps // 2]
+    if hasattr(guidance, "particles"):
+        steps = sorted({_first_decision(run, guidance), run.steps - 1})
+    try:
+        state = guidance.start(small)
+        _record(trial, "start", state)
+        for i in steps:
+            state = guidance.step(small, state, i)
+            _record(trial, f"step {i}", state)
+    except Exception:
+        trial["steps"] = _FAILED
+    return trial
+
+
+def _first_decision(run: Run, guidance: Any) -> int:
+    """The first step at which the guidance resamples, as FK chooses."""
+    decides = getattr(guidance, "decides", lambda i: True)
+    return next((i for i in range(run.steps) if decides(i)), 0)
+
+
+def _input(run: Run, shape: tuple[int, ...]) -> Tensor:
+    return ops.randn(shape, seed=0, stream=_STREAM_TRIAL, dtype=run.dtype, device=run.device)
+
+
+def _record(trial: Trial, when: str, state: State) -> None:
+    for name, value in {"x": state.x, "log_weights": state.log_weights, **state.particles}.items():
+        if value is not None:
+            trial[f"{when}, {name}"] = _sum_up(value)
+
+
+def _sum_up(value: Tensor) -> list[float]:
+    """Its size and counts of NaN and both infinities; the root of the mean square of the rest, and eight random
+    projections of it, each as large as that root."""
+    value = value.detach().double().flatten()
+    counts = [value.numel(), *(int(mask.sum()) for mask in (value.isnan(), value == math.inf, value == -math.inf))]
+    value = value.nan_to_num(0.0, 0.0, 0.0)
+    root = value.square().mean().sqrt()
+    directions = ops.randn((8, value.numel()), seed=0, stream=_STREAM_TRIAL, dtype=torch.float64, device=value.device)
+    projections = directions @ value / math.sqrt(max(value.numel(), 1))
+    return [*counts, root.item(), *projections.tolist()]
+
+
+def _tolerance(run: Run) -> float:
+    return 1e-3 if run.dtype in (torch.float32, torch.float64) else 5e-2
+
+
+def _agree(ours: Trial, theirs: Trial, tolerance: float) -> bool:
+    if ours.keys() != theirs.keys():
+        return _RANDOM in (*ours.values(), *theirs.values())  # what follows a random value may fail, or not
+    return all(_match(value, theirs[name], tolerance) for name, value in ours.items())
+
+
+def _match(a: list[float] | str, b: list[float] | str, tolerance: float) -> bool:
+    if _RANDOM in (a, b):
+        return True
+    if isinstance(a, str) or isinstance(b, str):
+        return a == b
+    largest = tolerance * max(a[4], b[4])
+    return a[:4] == b[:4] and all(abs(u - v) <= largest for u, v in zip(a[4:], b[4:], strict=True))

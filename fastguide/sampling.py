@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checkpoints, graphs, ops
+from . import graphs, ops
+from .checkpoints import Checkpoint
 from .denoiser import Denoiser
 from .guidance.base import Run, Schedulable, State, integer, per_step
 from .guidance.plain import Plain
@@ -53,6 +54,7 @@ def sample(
     callback: Callable[[Progress], None] | None = None,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 10,
+    run_id: str | None = None,
 ) -> Samples:
     """Draw samples of the prior, or of ``x | y`` with a guidance object.
 
@@ -74,8 +76,9 @@ def sample(
       on, and runs eagerly, saying why once, what cannot be captured; False runs eagerly.
     - ``progress``: a tqdm bar (needs tqdm). ``callback``: called with a `Progress` after each step.
     - ``checkpoint``: a file to write the state to, atomically, every ``checkpoint_every`` steps; where it exists the
-      run goes on from it, to the same bits; removed at the end. A file of other arguments is refused; that the network
-      is the same one is the caller's to see to.
+      run goes on from it, to the same bits; removed at the end. A file of other arguments is refused, and of functions
+      that give other results on a small trial, for which the network, rewards and operators are called a few times more
+      (see `fastguide.checkpoints`). ``run_id``: any string; a file of another one is refused.
 
     ``device``: that of ``x_T``, else the CPU.
     """
@@ -92,7 +95,9 @@ def sample(
 
     watched = progress or callback is not None or checkpoint is not None
     obstacle = "progress, callback and checkpoint see the loop between its steps" if watched else ""
-    loop = Loop(weighted, keep_ancestors, progress, callback, checkpoint, checkpoint_every)
+    if run_id is not None and checkpoint is None:
+        raise ValueError(f"run_id: expected None without a checkpoint, got {run_id!r}")
+    loop = Loop(weighted, keep_ancestors, progress, callback, checkpoint, checkpoint_every, run_id)
     samples = Samples(*graphs.call(loop, run, guidance, graph, obstacle))  # type: ignore[arg-type]
     if checkpoint is not None and os.path.exists(checkpoint):
         os.remove(checkpoint)
@@ -111,12 +116,14 @@ class Loop:
     callback: Callable[[Progress], None] | None = None
     checkpoint: str | os.PathLike | None = None
     checkpoint_every: int = 1
+    run_id: str | None = None
 
     def __call__(self, run: Run, guidance: Any) -> tuple[Tensor | None, ...]:
-        if self.checkpoint is not None and os.path.exists(self.checkpoint):
-            state, first, ess, ancestors = checkpoints.load(self.checkpoint, run, guidance, self.keep_ancestors)
-        else:
-            state, first, ess, ancestors = guidance.start(run), 0, [], []
+        file = None
+        if self.checkpoint is not None:
+            file = Checkpoint(self.checkpoint, run, guidance, self.keep_ancestors, self.run_id)
+        saved = None if file is None else file.load()
+        state, first, ess, ancestors = (guidance.start(run), 0, [], []) if saved is None else saved
         for i in _progress_bar(range(first, run.steps), run.steps, first, self.progress):
             state = guidance.step(run, state, i)
             if self.weighted:
@@ -126,8 +133,8 @@ class Loop:
             if self.callback is not None:
                 x = _shaped(state.x, run, self.weighted)
                 self.callback(Progress(i, run.levels[i + 1], x, state.log_weights, state.ess))
-            if self.checkpoint is not None and (i + 1) % self.checkpoint_every == 0 and i + 1 < run.steps:
-                checkpoints.save(self.checkpoint, run, guidance, self.keep_ancestors, (state, i + 1, ess, ancestors))
+            if file is not None and (i + 1) % self.checkpoint_every == 0 and i + 1 < run.steps:
+                file.save(state, i + 1, ess, ancestors)
         return self.finish(run, state, ess, ancestors)
 
     def finish(
