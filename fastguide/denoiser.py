@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import reference
-from .schedules import Level, Schedule
+from . import foreign, reference
+from .schedules import Level, Schedule, per_step
 
 __all__ = ["Conditional", "Denoiser"]
 
-Net = Callable[[Tensor, Tensor], Tensor]
+Net = Callable[[Tensor, Tensor], Any]
+GuidanceScale = float | Sequence[float] | Callable[[float], float] | Tensor
 
 
 class Conditional:
@@ -59,14 +65,19 @@ class Denoiser:
     """A network with its schedule and what it predicts.
 
     ``net(x, t)``: ``x`` is ``[N, *event]``, ``t`` is ``[N]`` in the schedule's own time (int64 step index of
-    a table, else float32 or, with ``x``, float64: sigma for VE/EDM, [0, 1] for flow); returns a tensor like ``x``.
+    a table, else float32 or, with ``x``, float64: sigma for VE/EDM, [0, 1] for flow); returns a tensor like ``x``. Also
+    taken: an output object with ``.sample``, a dict with ``"sample"``, the first of a tuple, a numpy array, and twice
+    the channels of ``x``, whose first half is then the prediction (networks with a learned variance). A module whose
+    parameters have one floating dtype is called in that dtype. ``net`` gets a copy of ``x``.
 
     ``prediction``, with ``x_t = alpha x_0 + sigma eps``: ``"epsilon"`` eps; ``"sample"`` x_0; ``"score"``
     ``-eps / sigma``; ``"v"`` ``alpha eps - sigma x_0``; ``"flow"`` ``eps - x_0``.
 
     ``unconditional``: a second network of the same kind; then the prediction is
     ``unconditional + guidance_scale * (net - unconditional)``, classifier-free guidance (Ho & Salimans 2021). Either
-    may be a `Conditional`, with labels or prompts for each observation.
+    may be a `Conditional`, with labels or prompts for each observation. ``guidance_scale``: a finite number, a table
+    (list or tuple) with one entry per step, a function of the schedule's time, or a tensor ``[B]`` with a number for
+    each observation.
 
     Samplers differentiate through ``net``; its parameters take no part, so freeze them to save memory.
     """
@@ -78,7 +89,7 @@ class Denoiser:
         prediction: str = "epsilon",
         *,
         unconditional: Net | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: GuidanceScale | None = None,
     ):
         if not callable(net):
             raise TypeError(f"net: expected a callable net(x, t), got {type(net).__name__}")
@@ -97,7 +108,8 @@ class Denoiser:
         self.schedule = schedule
         self.prediction = prediction
         self.unconditional = unconditional
-        self.guidance_scale = guidance_scale
+        self.guidance_scale: Any = _checked_scale(guidance_scale)
+        self._dtypes: dict[str, torch.dtype | None] = {}  # of the networks, looked up once for a run
 
     def __repr__(self) -> str:
         return f"Denoiser({type(self.net).__name__}, {self.schedule}, {self.prediction!r})"
@@ -115,8 +127,48 @@ class Denoiser:
         output = self._evaluate("net", self.net, x, t, rows)
         if self.unconditional is not None and self.guidance_scale is not None:
             base = self._evaluate("unconditional", self.unconditional, x, t, rows)
-            output = base + reference.scaled(output - base, self.guidance_scale)
+            output = base + reference.scaled(output - base, self._scale_at(level, x, rows))
         return output
+
+    def _scale_at(self, level: Level, x: Tensor, rows: Tensor | None) -> Any:
+        """The guidance scale of each sample at one level: a float or a tensor that multiplies ``x``."""
+        scale = self.guidance_scale
+        if isinstance(scale, dict):
+            return scale[level.t]
+        if callable(scale):
+            return _checked_scale(float(scale(level.t)))
+        if isinstance(scale, tuple):
+            raise ValueError(
+                "guidance_scale: a table has an entry for each step of fastguide.sample, got a single call"
+            )
+        if isinstance(scale, Tensor) and scale.ndim == 1:
+            if rows is None and len(scale) != len(x):
+                raise ValueError(f"guidance_scale: expected a number or {len(x)} of them, got {len(scale)}")
+            each = scale.to(x.device) if rows is None else scale.to(x.device)[rows]
+            return each.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+        return scale
+
+    def prepared(self, levels: Sequence[Level], observations: int, device: torch.device) -> Denoiser:
+        """A copy for one run: the guidance scale is looked up in a table, or stands on ``device``. Raises unless
+        ``guidance_scale`` and the conditions fit the steps and the observations."""
+        self.check_observations(observations)
+        prepared, scale = copy.copy(self), self.guidance_scale
+        prepared._dtypes = {}
+        for name, net in (("net", self.net), ("unconditional", self.unconditional)):
+            net = net.net if isinstance(net, Conditional) else net
+            _warn_of_training(name, net)
+            prepared._dtypes[name] = _dtype_of(net)
+        if isinstance(scale, Tensor) and scale.ndim == 1:
+            if len(scale) not in (1, observations):
+                raise ValueError(
+                    f"guidance_scale: expected a number, or one for each of {observations} observations, "
+                    f"got {len(scale)}"
+                )
+            prepared.guidance_scale = scale.to(device).expand(observations)
+        elif isinstance(scale, tuple) or callable(scale):
+            values = per_step("guidance_scale", scale, levels, low=-math.inf)
+            prepared.guidance_scale = {level.t: v for level, v in zip(levels, values, strict=False)}
+        return prepared
 
     def x0_hat(self, x: Tensor, level: Level, rows: Tensor | None = None) -> Tensor:
         """``E[x_0 | x_t]`` (Tweedie's formula) for ``x`` ``[N, *event]`` at one level; ``rows`` as in a call."""
@@ -124,7 +176,9 @@ class Denoiser:
         # In float32 also for halves: x / alpha alone leaves float16 where alpha is small.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         x0 = reference.x0_from_output(x.to(dtype), output.to(dtype), level.alpha, level.sigma, self.prediction)
-        return x0.to(x.dtype)
+        x0 = x0.to(x.dtype)
+        # The caller keeps x0 and writes into it; a network may keep its output's memory.
+        return x0.clone() if self.prediction == "sample" and not x0.requires_grad else x0
 
     def check_level(self, level: Level) -> None:
         """Raise if ``x0_hat`` cannot be had from this prediction type at a level."""
@@ -142,19 +196,101 @@ class Denoiser:
                     f"shape: expected {net.observations} observations, for which {name} has conditions, got {number}"
                 )
 
-    @staticmethod
-    def _evaluate(name: str, net: Net, x: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
-        output = net(x, t, rows) if isinstance(net, Conditional) else net(x, t)
-        if not isinstance(output, Tensor):
-            raise TypeError(f"{name}: expected it to return a tensor, got {type(output).__name__}")
+    def _evaluate(self, name: str, net: Net, x: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
+        dtype = self._dtypes[name] if self._dtypes else _dtype_of(net.net if isinstance(net, Conditional) else net)
+        given = x if dtype is None else x.to(dtype)
+        try:
+            output = foreign.call(net, given, t, rows) if isinstance(net, Conditional) else foreign.call(net, given, t)
+        except Exception as error:
+            error.add_note(
+                f"{name}: raised when called with x {given.dtype} {list(x.shape)}{_grad_words(x)} and t {t.dtype} "
+                f"{list(t.shape)}. sample(dtype=...) sets the dtype of x"
+            )
+            raise
+        output = _prediction(name, output, x)
         if output.shape != x.shape or output.device != x.device or not output.is_floating_point():
             raise ValueError(
                 f"{name}: expected it to return a floating tensor of shape {list(x.shape)} on {x.device}, "
                 f"got {output.dtype} of shape {list(output.shape)} on {output.device}"
             )
-        if x.requires_grad and torch.is_grad_enabled() and not output.requires_grad:
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return output.detach().to(x.dtype)
+        if not output.requires_grad:
             # x0_hat would keep a graph through x alone, and a gradient without the network's part
             raise ValueError(
-                f"{name}: expected a network that autograd can differentiate, got an output without a graph"
+                f"{name}: expected a network that autograd can differentiate, got an output without a graph "
+                "(numpy, no_grad or inference_mode inside the network); PnP and FK need no derivative of it"
             )
         return output.to(x.dtype)
+
+
+def _checked_scale(scale: Any) -> Any:
+    """A guidance scale as `Denoiser` keeps it: None, a float, a tuple, a function, or a tensor of 0 or 1 dimensions."""
+    if scale is None or (callable(scale) and not isinstance(scale, Tensor)):
+        return scale
+    if isinstance(scale, Tensor) and scale.ndim > 0:
+        if scale.numel() != len(scale):
+            raise ValueError(f"guidance_scale: expected a number for each observation, got shape {list(scale.shape)}")
+        scale = scale.detach().flatten()
+        finite = bool(torch.isfinite(scale).all())
+    elif isinstance(scale, list | tuple | np.ndarray):
+        scale = tuple(float(v) for v in scale)
+        finite = all(map(math.isfinite, scale))
+    elif isinstance(scale, Real | Tensor) and not isinstance(scale, bool):
+        scale = float(scale)
+        finite = math.isfinite(scale)
+    else:
+        raise TypeError(
+            "guidance_scale: expected a number, a table, a function of the time or a tensor [B], "
+            f"got {type(scale).__name__}"
+        )
+    if not finite:
+        raise ValueError(f"guidance_scale: expected finite values, got {scale}")
+    return scale
+
+
+def _prediction(name: str, output: Any, x: Tensor) -> Tensor:
+    """The tensor that a network means by what it returned."""
+    if isinstance(output, dict) and "sample" in output:
+        output = output["sample"]
+    elif isinstance(output, tuple | list) and len(output):
+        output = output[0]
+    if not isinstance(output, Tensor) and isinstance(getattr(output, "sample", None), Tensor):
+        output = output.sample
+    if isinstance(output, np.ndarray):
+        output = torch.as_tensor(output, device=x.device)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"{name}: expected it to return a tensor, an object with .sample, a dict with 'sample' or a tuple, "
+            f"got {type(output).__name__}; lambda x, t: net(x, t)... can pick the tensor"
+        )
+    channels = x.shape[1] if x.ndim > 1 else 0
+    if x.ndim > 1 and output.shape == (x.shape[0], 2 * channels, *x.shape[2:]):
+        return output[:, :channels]  # the rest is a learned variance (Nichol & Dhariwal 2021)
+    return output
+
+
+def _dtype_of(net: Any) -> torch.dtype | None:
+    """The dtype in which a module computes, if its floating parameters agree on one."""
+    if not isinstance(net, torch.nn.Module):
+        return None
+    found = {p.dtype for p in net.parameters() if p.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _warn_of_training(name: str, net: Any) -> None:
+    """Warn of a network whose dropout or batch statistics are on: its samples depend on more than the seed."""
+    modules = net.modules() if isinstance(net, torch.nn.Module) else ()
+    kinds = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
+    for module in modules:
+        if module.training and isinstance(module, kinds) and getattr(module, "p", 1.0) > 0:
+            warnings.warn(
+                f"{name}: its {type(module).__name__} is in training mode; {name}.eval() turns that off",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+            return
+
+
+def _grad_words(x: Tensor) -> str:
+    return ", which requires a gradient," if x.requires_grad else ""

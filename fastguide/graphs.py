@@ -22,7 +22,6 @@ import copy
 import dataclasses
 import functools
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
@@ -34,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .guidance.base import Run, State, Step
+from .guidance.watch import Watch as FiniteWatch
 from .identity import describe, identify
 from .likelihoods import Likelihood
 
@@ -50,7 +50,6 @@ Take = Callable[[str, Any], Any]  # an input's name and its value, a number, a t
 
 _lock = threading.RLock()  # one capture at a time
 _graphs: OrderedDict[Any, Captured] = OrderedDict()
-_met: OrderedDict[Any, None] = OrderedDict()  # calls that ran eagerly once
 _refused: OrderedDict[Any, tuple] = OrderedDict()  # calls that cannot be captured: why, and what their keys stand for
 
 
@@ -68,38 +67,35 @@ class Loop(Protocol):
 def clear() -> None:
     """Forget all graphs, and give their memory back."""
     with _lock:
-        for entries in (_graphs, _met, _refused):
+        for entries in (_graphs, _refused):
             entries.clear()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def call(loop: Loop, run: Run, guidance: Any, graph: bool | str, obstacle: str) -> Results:
-    """``loop(run, guidance)``: by a graph, as ``graph`` says (see `fastguide.sample`), or eagerly. ``obstacle``: why
-    this call needs an eager loop, or ``""``."""
-    on_device = run.device.type == _DEVICE
-    captured_by_caller = on_device and _is_capturing()
-    if graph is False or (graph == "auto" and (captured_by_caller or not on_device)):
+    """``loop(run, guidance)``, by a graph where ``graph`` is True. ``obstacle``: why this call needs an eager loop, or
+    ``""``."""
+    if graph is not True:
         return loop(run, guidance)
-    if not on_device:
+    if run.device.type != _DEVICE:
         obstacle = f"a CUDA graph runs on a GPU, and this run is on {run.device}"
-    if captured_by_caller:
+    elif isinstance(run.seed, tuple):
+        obstacle = "there is a seed for each observation, and a graph has one"
+    elif isinstance(run.denoiser.guidance_scale, dict):
+        obstacle = "guidance_scale follows the time"
+    elif _is_capturing():
         obstacle = "this call is within a capture of the caller's"
-    captured = cause = None
+    cause = None
     if not obstacle:
         key = loop.keep_ancestors, _surroundings(), _describe_call(run, guidance)
         try:
             with _lock:
-                captured = _find(key, loop, run, guidance, at_once=graph is True)
+                captured = _find(key, loop, run, guidance)
+            return captured(run, guidance)
         except _NotCapturable as error:
             cause, obstacle = error.__cause__, str(error)
-    if captured is not None:
-        return captured(run, guidance)
-    if graph is True:
-        raise RuntimeError(f"graph=True: the loop cannot be captured: {obstacle}") from cause
-    if obstacle:
-        _warn_eager(obstacle)
-    return loop(run, guidance)
+    raise RuntimeError(f"graph=True: the loop cannot be captured: {obstacle}") from cause
 
 
 def _is_capturing() -> bool:
@@ -110,14 +106,11 @@ class _NotCapturable(Exception):
     """Why."""
 
 
-def _find(key: Any, loop: Loop, run: Run, guidance: Any, at_once: bool) -> Captured | None:
-    """The graph of a call; None where it is met for the first time, unless it is captured ``at_once``."""
+def _find(key: Any, loop: Loop, run: Run, guidance: Any) -> Captured:
+    """The graph of a call, captured where there is none yet."""
     if key in _refused:
         raise _NotCapturable(_refused[key][0])
     if key not in _graphs:
-        if not at_once and key not in _met:
-            _keep(_met, key, None, _REMEMBERED)
-            return None
         try:
             _graphs[key] = Captured(loop, run, guidance)
         except Exception as error:
@@ -134,16 +127,6 @@ def _keep(entries: OrderedDict, key: Any, value: Any, most: int) -> None:
     entries.move_to_end(key)
     while len(entries) > most:
         entries.popitem(last=False)
-
-
-@functools.cache
-def _warn_eager(reason: str) -> None:
-    warnings.warn(
-        f"fastguide runs this loop without a CUDA graph, slower where the network is small: {reason}. "
-        "graph=False asks for that.",
-        RuntimeWarning,
-        stacklevel=4,
-    )
 
 
 # --- what a graph is ----------------------------------------------------------------------------------------
@@ -402,7 +385,7 @@ def _with_inputs(run: Run, guidance: Any, take: Take) -> tuple[Run, Any]:
         denoiser = copy.copy(denoiser)
         denoiser.guidance_scale = take("guidance_scale", _as_float(denoiser.guidance_scale))
     x_T = None if run.x_T is None else take("x_T", run.x_T)
-    run = dataclasses.replace(run, denoiser=denoiser, seed=take("seed", run.seed), x_T=x_T)
+    run = dataclasses.replace(run, denoiser=denoiser, seed=take("seed", run.seed), x_T=x_T, watch=FiniteWatch())
     return run, _replaced(guidance, "guidance", "device_inputs", take)
 
 

@@ -21,6 +21,7 @@ class Samples:
     ess: Tensor | None = None  # [steps + 1, B] float64: before each step, and of the final weights
     log_evidence: Tensor | None = None  # [B] float64: log mean weight, the estimate of log p(y)
     ancestors: Tensor | None = None  # [steps, B, K] int32, with keep_ancestors=True
+    seed: int | tuple[int, ...] | None = None  # that the noise was drawn with; one for each observation, or one
 
     @property
     def weights(self) -> Tensor:

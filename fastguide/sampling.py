@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import graphs, ops
-from .checkpoints import Checkpoint
+from . import foreign, graphs, ops
+from .checkpoints import Checkpoint, saved_seed
 from .denoiser import Denoiser
 from .guidance.base import Run, Schedulable, State, integer, per_step
 from .guidance.plain import Plain
+from .likelihoods import Likelihood
 from .reference import Clip
 from .samples import Samples
 from .schedules import Level
@@ -24,14 +25,17 @@ __all__ = ["Progress", "Samples", "sample"]
 
 
 class Progress(NamedTuple):
-    """What a callback is given after each step. ``x`` ``[B, *event]`` or ``[B, K, *event]`` is the loop's own
-    memory."""
+    """What a callback is given after each step: copies, which stay what they are. ``x`` and ``x0_hat`` are
+    ``[B, *event]``, or ``[B, K, *event]`` with particles or ``samples_per_observation``."""
 
     step: int
     level: Level  # the one x is at
     x: Tensor
     log_weights: Tensor | None  # [B, K]
     ess: Tensor | None  # [B], when the step decided whether to resample
+    x0_hat: Tensor  # the latest prediction of x_0: at x for TDS and FK, else the one that the step was made with
+    reward: Tensor | None = None  # [B, K], of FK: the last that was evaluated
+    ancestors: Tensor | None = None  # [B, K], of the step
 
 
 def sample(
@@ -43,7 +47,9 @@ def sample(
     spacing: str | None = None,
     eta: Schedulable | None = None,
     clip: Clip = None,
-    seed: int = 0,
+    seed: int | Sequence[int] | None = None,
+    first_sample: int = 0,
+    samples_per_observation: int | None = None,
     x_T: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
@@ -51,7 +57,7 @@ def sample(
     keep_ancestors: bool = False,
     graph: bool | str = "auto",
     progress: bool = False,
-    callback: Callable[[Progress], None] | None = None,
+    callback: Callable[[Progress], Any] | None = None,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 10,
     run_id: str | None = None,
@@ -65,40 +71,61 @@ def sample(
     - ``eta`` in ``[0, 1]``: a number, a table with one entry per step, or a function of the schedule's time; 0 is DDIM,
       1 (the default) DDPM. PnP and LatentPnP split their noise by ``zeta`` instead.
     - ``clip``: of ``x0_hat`` in the reverse step, see `fastguide.ops.reverse_step`.
-    - ``seed`` below 2^64. Noise depends on the seed, the step and the sample's index alone: a sample is the same in
-      whatever batch (up to the network's own rounding).
-    - ``x_T``: the start, ``[B, *event]`` (``[B, K, *event]`` for particles), in place of the prior's noise.
+    - ``seed`` below 2^64; None draws one from torch's default generator, or takes that of the checkpoint. The result
+      carries it. Noise depends on the
+      seed, the step and the sample's index alone: a sample is the same in whatever batch (up to the network's own
+      rounding). A list of B seeds gives each observation its own: each is then what a run of it alone with that seed
+      draws.
+    - ``first_sample``: the index that the first sample (observation) has in the noise. With ``first_sample=k`` a run
+      of ``shape = (1, *event)`` draws sample ``k`` of a larger one.
+    - ``samples_per_observation``: n samples of each observation without particles; ``x`` is then ``[B, n, *event]``.
+    - ``x_T``: the start, ``[B, *event]`` (``[B, K, *event]`` for particles, ``[B, n, *event]`` for
+      ``samples_per_observation``), in place of the prior's noise. Without guidance the result can be differentiated
+      in it; with guidance an ``x_T``, ``y`` or operator that requires a gradient is an error while gradients are
+      enabled.
     - ``chunk_size``: the most samples that the network, a likelihood or a reward sees at once.
     - ``keep_ancestors``: return the ancestors of every step, ``[steps, B, K]``.
     - ``graph``: True runs the whole loop as one CUDA graph, which the first call captures and others with the same
       network, shapes and method replay, whatever their seed, observation and guidance scale (see `fastguide.graphs`);
-      a loop that cannot be captured is an error that says why. ``"auto"`` does so on a GPU from the second such call
-      on, and runs eagerly, saying why once, what cannot be captured; False runs eagerly.
-    - ``progress``: a tqdm bar (needs tqdm). ``callback``: called with a `Progress` after each step.
+      a loop that cannot be captured is an error that says why. ``"auto"`` and False run eagerly.
+    - ``progress``: a tqdm bar (needs tqdm). ``callback``: called with a `Progress` after each step; where it returns
+      True the run ends there, and its result is the state at that noise level.
     - ``checkpoint``: a file to write the state to, atomically, every ``checkpoint_every`` steps; where it exists the
       run goes on from it, to the same bits; removed at the end. A file of other arguments is refused, and of functions
       that give other results on a small trial, for which the network, rewards and operators are called a few times more
       (see `fastguide.checkpoints`). ``run_id``: any string; a file of another one is refused.
 
     ``device``: that of ``x_T``, else the CPU.
+
+    The network, decoders and rewards run under the caller's autocast; all other arithmetic runs without. Raises
+    FloatingPointError where a value stops being finite; the message names the function and the step.
     """
     guidance = Plain() if guidance is None else guidance
-    run = _prepare_run(prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size)
+    if graph not in ("auto", True, False):
+        raise ValueError(f"graph: expected 'auto', True or False, got {graph!r}")
     checkpoint_every = integer("checkpoint_every", checkpoint_every, 1)
-    guidance = guidance.prepare(run)
+    if seed is None and checkpoint is not None:
+        seed = saved_seed(checkpoint)
+    run = _prepare_run(
+        prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size, first_sample,
+        samples_per_observation,
+    )  # fmt: skip
+    run = replace(run, keep_x0_hat=callback is not None, differentiable=_differentiable(run, guidance))
     weighted = hasattr(guidance, "particles")
     if keep_ancestors and not weighted:
         raise ValueError("keep_ancestors: expected False without particles (TDS, FK), got True")
-
-    if graph not in ("auto", True, False):
-        raise ValueError(f"graph: expected 'auto', True or False, got {graph!r}")
-
     watched = progress or callback is not None or checkpoint is not None
     obstacle = "progress, callback and checkpoint see the loop between its steps" if watched else ""
     if run_id is not None and checkpoint is None:
         raise ValueError(f"run_id: expected None without a checkpoint, got {run_id!r}")
     loop = Loop(weighted, keep_ancestors, progress, callback, checkpoint, checkpoint_every, run_id)
-    samples = Samples(*graphs.call(loop, run, guidance, graph, obstacle))  # type: ignore[arg-type]
+    with foreign.package_modes(run.device):
+        guidance = guidance.prepare(run)
+        x, *rest = graphs.call(loop, run, guidance, graph, obstacle)
+        assert x is not None
+        run.watch.finite(run.steps - 1, "sample", x)
+        run.watch.report()
+    samples = Samples(x, *rest, seed=run.seed)  # type: ignore[arg-type, misc]
     if checkpoint is not None and os.path.exists(checkpoint):
         os.remove(checkpoint)
     if samples.ess is not None and samples.log_weights is not None:
@@ -113,7 +140,7 @@ class Loop:
     weighted: bool
     keep_ancestors: bool
     progress: bool = False
-    callback: Callable[[Progress], None] | None = None
+    callback: Callable[[Progress], Any] | None = None
     checkpoint: str | os.PathLike | None = None
     checkpoint_every: int = 1
     run_id: str | None = None
@@ -130,9 +157,9 @@ class Loop:
                 ess.append(state.ess)
             if self.keep_ancestors:
                 ancestors.append(state.ancestors)
-            if self.callback is not None:
-                x = _shaped(state.x, run, self.weighted)
-                self.callback(Progress(i, run.levels[i + 1], x, state.log_weights, state.ess))
+            if self.callback is not None and self.callback(_progress(run, state, i, self.weighted)) is True:
+                break
+            state.x0_hat = None
             if file is not None and (i + 1) % self.checkpoint_every == 0 and i + 1 < run.steps:
                 file.save(state, i + 1, ess, ancestors)
         return self.finish(run, state, ess, ancestors)
@@ -141,7 +168,7 @@ class Loop:
         self, run: Run, state: State, ess: Sequence[Tensor], ancestors: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
         """From the last state, and the ESS and ancestors of each step."""
-        x = _shaped(state.x, run, self.weighted)
+        x = _shaped(state.x, run)
         if not self.weighted:
             return (x,)
         assert state.log_weights is not None
@@ -150,7 +177,10 @@ class Loop:
         return x, state.log_weights, history, log_evidence, torch.stack(list(ancestors)) if ancestors else None
 
 
-def _prepare_run(prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size) -> Run:
+def _prepare_run(
+    prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size, first_sample=0,
+    samples_per_observation=None,
+) -> Run:  # fmt: skip
     if not isinstance(prior, Denoiser):
         raise TypeError(f"prior: expected a fastguide.Denoiser, got {type(prior).__name__}")
     if not isinstance(shape, Sequence) or len(shape) < 2:
@@ -161,17 +191,27 @@ def _prepare_run(prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, d
         raise TypeError(f"guidance: expected a DPS, PnP, PiGDM, LatentPnP, TDS or FK object, or None, got {got}")
     if dtype not in ops.STATE_DTYPES:
         raise TypeError(f"dtype: expected one of float32, float16, bfloat16, float64, got {dtype}")
-    if integer("seed", seed, 0) >= 1 << 64:
-        raise ValueError(f"seed: expected an integer in [0, 2^64), got {seed!r}")
+    seed = _checked_seed(seed, shape[0])
+    first_sample = integer("first_sample", first_sample, 0)
+    if first_sample and isinstance(seed, tuple):
+        raise ValueError(f"first_sample: expected 0 with a seed for each observation, got {first_sample}")
     chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1)
     ops.check_clip(clip)
-    weighted = hasattr(guidance, "particles")
-    particles = integer("particles", guidance.particles, 1) if weighted else 1
+    particles, grouped = 1, samples_per_observation is not None
+    if hasattr(guidance, "particles"):
+        if grouped:
+            raise ValueError(
+                f"samples_per_observation: expected None with {type(guidance).__name__}, whose particles are the "
+                f"samples, got {samples_per_observation!r}"
+            )
+        particles, grouped = integer("particles", guidance.particles, 1), True
+    elif grouped:
+        particles = integer("samples_per_observation", samples_per_observation, 1)
     if x_T is not None and not isinstance(x_T, Tensor):
         raise TypeError(f"x_T: expected a tensor, got {type(x_T).__name__}")
     device = torch.device(device) if device is not None else (x_T.device if x_T is not None else torch.device("cpu"))
     if x_T is not None:
-        expected = (shape[0], particles, *shape[1:]) if weighted else shape
+        expected = (shape[0], particles, *shape[1:]) if grouped else shape
         if tuple(x_T.shape) != expected:
             raise ValueError(f"x_T: expected shape {list(expected)}, got {list(x_T.shape)}")
         if not torch.isfinite(x_T).all():
@@ -180,12 +220,64 @@ def _prepare_run(prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, d
     levels = prior.schedule.levels(steps, spacing)
     for level in levels[:-1]:
         prior.check_level(level)
-    prior.check_observations(shape[0])
+    prior = prior.prepared(levels, shape[0], device)
     if eta is not None and not getattr(guidance, "takes_eta", True):
         raise ValueError(f"eta: expected None with {type(guidance).__name__}, whose zeta splits the noise, got {eta!r}")
     etas = per_step("eta", 1.0 if eta is None else eta, levels, high=1.0)
     taus = tuple(noise(t, s, e) for t, s, e in zip(levels, levels[1:], etas, strict=False))
-    return Run(prior, levels, taus, shape[0], particles, shape[1:], int(seed), clip, chunk_size, dtype, device, x_T)
+    return Run(
+        prior, levels, taus, shape[0], particles, shape[1:], seed, clip, chunk_size, dtype, device, x_T, grouped,
+        first_sample,
+    )  # fmt: skip
+
+
+def _checked_seed(seed: Any, observations: int) -> int | tuple[int, ...]:
+    if seed is None:
+        return int(torch.randint((1 << 63) - 1, ()))
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != observations:
+            raise ValueError(f"seed: expected an integer, or {observations} of them, got {len(seed)}")
+        return tuple(integer("seed", s, 0, 1 << 64) for s in seed)
+    return integer("seed", seed, 0, 1 << 64)
+
+
+def _differentiable(run: Run, guidance: Any) -> bool:
+    """Whether the result keeps its graph to ``x_T``; raises where only a part of the derivative could be had."""
+    if not torch.is_grad_enabled():
+        return False
+    wanted = run.x_T is not None and run.x_T.requires_grad
+    if isinstance(guidance, Plain):
+        return wanted
+    if wanted:
+        raise ValueError(
+            f"x_T: expected a tensor that needs no gradient with {type(guidance).__name__}, since only sampling "
+            "without guidance can be differentiated; x_T.detach() or torch.no_grad() draws samples"
+        )
+    likelihood = getattr(guidance, "likelihood", getattr(guidance, "reward", None))
+    if isinstance(likelihood, Likelihood):
+        tensors = {"y": likelihood.y, **{f"operator.{n}": v for n, v in vars(likelihood.operator).items()}}
+        for name, value in tensors.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise ValueError(
+                    f"{name}: expected a tensor that needs no gradient, since sampling with guidance cannot be "
+                    f"differentiated; {name}.detach() or torch.no_grad() draws samples"
+                )
+    return False
+
+
+def _progress(run: Run, state: State, i: int, weighted: bool) -> Progress:
+    def copy(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.detach().clone()
+
+    x = copy(_shaped(state.x, run))
+    assert x is not None
+    x0_hat = state.particles.get("x0_hat", state.x) if weighted else state.x0_hat
+    x0_hat = x if x0_hat is None else copy(_shaped(x0_hat, run))
+    assert x0_hat is not None
+    reward = state.particles.get("reward")
+    reward = None if reward is None else copy(reward.view(run.observations, run.particles))
+    level = run.levels[i + 1]
+    return Progress(i, level, x, copy(state.log_weights), copy(state.ess), x0_hat, reward, copy(state.ancestors))
 
 
 def noise(t: Level, s: Level, eta: float) -> float:
@@ -194,8 +286,8 @@ def noise(t: Level, s: Level, eta: float) -> float:
     return min(eta * math.sqrt(max(given, 0.0)) * s.sigma / t.sigma, s.sigma)
 
 
-def _shaped(x: Tensor, run: Run, weighted: bool) -> Tensor:
-    return x.view(run.observations, run.particles, *run.event) if weighted else x
+def _shaped(x: Tensor, run: Run) -> Tensor:
+    return x.view(run.observations, run.particles, *run.event) if run.grouped else x
 
 
 def _check_particles(ess: Tensor, log_weights: Tensor) -> None:
@@ -211,7 +303,7 @@ def _check_particles(ess: Tensor, log_weights: Tensor) -> None:
         what = "a weight is NaN or infinite"
     raise FloatingPointError(
         f"log_weights: expected a finite largest weight, got none for observation {row} {when}: {what}. "
-        "More particles, another covariance or a likelihood with a wider scale at high noise may help"
+        "More particles may help, or a likelihood or reward that is less sharp at high noise"
     )
 
 

@@ -16,7 +16,7 @@ Everything here is float64 on the host; a sampling loop reads only the floats of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -38,6 +38,9 @@ __all__ = [
 
 SPACINGS = ("uniform", "karras", "logsnr")
 _KARRAS_RHO = 7.0
+
+
+Schedulable = float | Sequence[float] | Callable[[float], float]
 
 
 class Level(NamedTuple):
@@ -142,6 +145,29 @@ class Schedule:
 
     def _distinct(self, times: np.ndarray) -> np.ndarray:
         return times
+
+
+def per_step(
+    name: str, value: Schedulable, levels: Sequence[Level], high: float = math.inf, low: float = 0.0
+) -> tuple[float, ...]:
+    """The value of each step: of a number, a table with one entry per step, or a function of the schedule's time;
+    each finite and in ``[low, high]``."""
+    times = [level.t for level in levels[:-1]]
+    try:
+        if callable(value):
+            values = tuple(float(value(t)) for t in times)
+        elif isinstance(value, str) or not hasattr(value, "__len__"):
+            values = (float(value),) * len(times)
+        else:
+            values = tuple(float(v) for v in value)  # type: ignore[union-attr]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected a number, a table or a function of the time, got {value!r}") from error
+    if len(values) != len(times):
+        raise ValueError(f"{name}: expected a table of {len(times)} steps, got {len(values)} entries")
+    for t, v in zip(times, values, strict=True):
+        if not (low <= v <= high and math.isfinite(v)):
+            raise ValueError(f"{name}: expected finite values in [{low:g}, {high:g}], got {v} at t = {t}")
+    return values
 
 
 def _float64(values: Any) -> np.ndarray:

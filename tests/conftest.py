@@ -34,6 +34,12 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
+def same_seeds():
+    """What a test draws from torch's generator, a run's seed too, is the same in every run of the tests."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory():
     """``torch.empty`` and kin return NaN, or the largest integer, so that an element nobody wrote is seen."""
     before = torch.get_deterministic_debug_mode()

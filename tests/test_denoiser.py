@@ -259,8 +259,9 @@ def test_guidance_of_each_prediction_type_agrees():
         ),
         (lambda x, t: x[0], ValueError, r"net: .*shape \[4, 3\].*got torch.float32 of shape \[3\]"),
         (lambda x, t: x.long(), ValueError, "net: .*got torch.int64"),
-        (lambda x, t: (x,), TypeError, "net: expected it to return a tensor, got tuple"),
-        (lambda x, t: None, TypeError, "net: expected it to return a tensor, got NoneType"),
+        (lambda x, t: (), TypeError, "net: expected it to return a tensor, .* got tuple"),
+        (lambda x, t: {"out": x}, TypeError, "net: .* got dict; .* can pick the tensor"),
+        (lambda x, t: None, TypeError, "net: expected it to return a tensor, .* got NoneType"),
     ],
 )
 @pytest.mark.parametrize("place", ["net", "unconditional"])

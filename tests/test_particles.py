@@ -84,7 +84,8 @@ def test_default_covariance_is_moment_for_few_measurements():
     wide = GaussianPrior(0 * count, torch.diag(count), prior.schedule).denoiser()
     likelihood = fg.likelihoods.Gaussian(torch.zeros(1, 17), fg.operators.Identity(), 0.5)
     outs = [
-        fg.sample(wide, (1, 17), guidance=fg.TDS(likelihood, 32, covariance=c), steps=5).x for c in (None, "isotropic")
+        fg.sample(wide, (1, 17), guidance=fg.TDS(likelihood, 32, covariance=c), steps=5, seed=0).x
+        for c in (None, "isotropic")
     ]
     assert torch.equal(*outs)
 
@@ -196,6 +197,7 @@ def test_observations_are_independent_of_each_other():
         (1, 3),
         guidance=fg.TDS(gaussian_likelihood(Y[:1]), 30),
         steps=STEPS,
+        seed=0,
         dtype=torch.float64,
     )
     assert torch.allclose(both.x[:1], alone.x, atol=1e-12)
@@ -265,6 +267,7 @@ def test_moment_covariance_on_separated_modes(seed):
         (1, dimensions),
         guidance=fg.TDS(fg.likelihoods.Gaussian(y, fg.operators.Matrix(matrix), scale), particles),
         steps=100,
+        seed=0,
         dtype=torch.float64,
     )
     assert abs(out.log_evidence.item() - evidence) < 0.1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ from ..operators import LinearOperator
 from ..ranges import phase
 from ..reference import Clip, Coefficients, Counted, Scalar, scaled, step_coefficients
 from ..schedules import Level
+from ..schedules import Schedulable as Schedulable
+from ..schedules import per_step as per_step
 from .watch import Watch
 
 STREAM_INITIAL, STREAM_RESAMPLE, STREAM_RENOISE = 1, 2, 3  # 0, the operations' default, is the steps' noise
@@ -31,29 +33,6 @@ STREAM_INITIAL, STREAM_RESAMPLE, STREAM_RENOISE = 1, 2, 3  # 0, the operations' 
 COVARIANCES = ("point", "isotropic", "moment")
 
 _VANISHING = 1e-3  # alpha / sigma below which x_t holds no derivative worth dividing by alpha
-
-Schedulable = float | Sequence[float] | Callable[[float], float]
-
-
-def per_step(name: str, value: Schedulable, levels: Sequence[Level], high: float = math.inf) -> tuple[float, ...]:
-    """The value of each step: of a number, a table with one entry per step, or a function of the schedule's time;
-    each finite and in ``[0, high]``."""
-    times = [level.t for level in levels[:-1]]
-    try:
-        if callable(value):
-            values = tuple(float(value(t)) for t in times)
-        elif isinstance(value, str) or not hasattr(value, "__len__"):
-            values = (float(value),) * len(times)
-        else:
-            values = tuple(float(v) for v in value)  # type: ignore[union-attr]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected a number, a table or a function of the time, got {value!r}") from error
-    if len(values) != len(times):
-        raise ValueError(f"{name}: expected a table of {len(times)} steps, got {len(values)} entries")
-    for t, v in zip(times, values, strict=True):
-        if not (0.0 <= v <= high and math.isfinite(v)):
-            raise ValueError(f"{name}: expected finite values in [0, {high:g}], got {v} at t = {t}")
-    return values
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -78,6 +57,7 @@ class State:
     particles: dict[str, Tensor] = field(default_factory=dict)
     ess: Tensor | None = None  # [B], of the last resampling decision
     ancestors: Tensor | None = None  # [B, K]
+    x0_hat: Tensor | None = None  # [B * K, *event], the step's prediction, where `Run.keep_x0_hat` asks for it
 
 
 class Step(int):
@@ -113,12 +93,16 @@ class Run:
     observations: int  # B
     particles: int  # K
     event: tuple[int, ...]
-    seed: Counted
+    seed: Counted | tuple[int, ...]  # of all samples, or of each observation
     clip: Clip
     chunk_size: int | None
     dtype: torch.dtype
     device: torch.device
     x_T: Tensor | None = None
+    grouped: bool = False  # whether the result is [B, K, *event]
+    first_sample: int = 0  # the index of the first observation, in the noise
+    differentiable: bool = False  # whether the result keeps its graph to x_T
+    keep_x0_hat: bool = field(default=False, compare=False)
     watch: Watch = field(default_factory=Watch, compare=False)  # notes where values stop being finite
     tables: tuple[Tensor, Tensor] | None = None  # levels [steps + 1, 3] and taus [steps] on the device, for a `Step`
 
@@ -150,8 +134,24 @@ class Run:
         return entry(self.tables[1], i)
 
     def counter(self, i: int) -> dict[str, Any]:
-        """The seed and the step that an operation draws with in step ``i``."""
-        return {"seed": self.seed, "step": i.on_device if isinstance(i, Step) else i}
+        """The seed, the step and the first particle that an operation draws with in step ``i``. A run with a seed for
+        each observation draws through `with_counters`."""
+        step = i.on_device if isinstance(i, Step) else i
+        return {"seed": self.seed, "step": step, "first_particle": self.first_sample * self.particles}
+
+    def with_counters(self, i: int, f: Callable[..., Any], *tensors: Tensor) -> Any:
+        """``f(counter, *tensors)``; with a seed for each observation, one call for each, put together again.
+        ``tensors``: ``[B * K, ...]`` or ``[B, ...]``."""
+        counter = self.counter(i)
+        if not isinstance(self.seed, tuple):
+            return f(counter, *tensors)
+        parts = []
+        for b, seed in enumerate(self.seed):
+            own = [t[b * (size := len(t) // self.observations) : (b + 1) * size] for t in tensors]
+            parts.append(f({**counter, "seed": seed}, *own))
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def _numbers(self, i: int, tau: Scalar | None = None) -> Coefficients:
         t, s = self.level(i), self.level(i + 1)
@@ -177,23 +177,49 @@ class Run:
     def initial(self) -> Tensor:
         """``x_T`` of the prior, of the variance that data of unit variance has at the first level."""
         if self.x_T is not None:
-            return self.x_T.to(self.device, self.dtype, copy=True)
+            with torch.set_grad_enabled(self.differentiable):
+                return self.x_T.to(self.device, self.dtype, copy=True)
         top = self.levels[0]
-        z = ops.randn(
-            (self.observations * self.particles, *self.event),
-            seed=self.seed,
-            stream=STREAM_INITIAL,
-            dtype=self.dtype,
-            device=self.device,
-        )
-        return z * (top.alpha**2 + top.sigma**2) ** 0.5
+        return self.randn(0, STREAM_INITIAL) * (top.alpha**2 + top.sigma**2) ** 0.5
 
-    def reverse_step(self, x: Tensor, x0_hat: Tensor, i: int, **options) -> Tensor:
-        """Step ``i`` from a predicted clean sample."""
-        tau = options.pop("tau", None)
-        x_s = ops.reverse_step(x, x0_hat, self.coefficients(i, tau), prediction="sample", **self.counter(i), **options)
-        assert isinstance(x_s, Tensor)  # no x0_hat was asked for
-        return x_s
+    def randn(self, i: int, stream: int) -> Tensor:
+        """Standard normals ``[B * K, *event]`` of step ``i``."""
+        shape = (self.observations * self.particles, *self.event)
+
+        def draw(counter: dict[str, Any], rows: Tensor) -> Tensor:
+            size = (len(rows), *shape[1:])
+            return ops.randn(size, **counter, stream=stream, dtype=self.dtype, device=self.device)
+
+        return self.with_counters(i, draw, self.rows)
+
+    def reverse_step(
+        self,
+        x: Tensor,
+        x0_hat: Tensor,
+        i: int,
+        *,
+        tau: Scalar | None = None,
+        displacement: Tensor | None = None,
+        prediction: str = "sample",
+        return_x0: bool = False,
+    ) -> Any:
+        """Step ``i`` from a predicted clean sample, or another ``prediction``, clipped as the run says."""
+        coefficients = self.coefficients(i, tau)
+
+        def draw(counter: dict[str, Any], x: Tensor, x0_hat: Tensor, displacement: Tensor | None = None) -> Any:
+            return ops.reverse_step(
+                x,
+                x0_hat,
+                coefficients,
+                prediction=prediction,
+                clip=self.clip,
+                displacement=displacement,
+                return_x0=return_x0,
+                **counter,
+            )
+
+        tensors = (x, x0_hat) if displacement is None else (x, x0_hat, displacement)
+        return self.with_counters(i, draw, *tensors)
 
     def in_chunks(self, f: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
         """``f(rows, *chunks)`` over chunks of the leading dimension, its outputs put together again."""
@@ -208,7 +234,9 @@ class Run:
     def x0_hat(self, x: Tensor, i: int) -> Tensor:
         """``E[x_0 | x_t]`` at level ``i``, without a graph."""
         with torch.no_grad(), phase("network"):
-            return self.in_chunks(lambda rows, chunk: (self.denoiser.x0_hat(chunk, self.level(i), rows),), x)[0]
+            x0_hat = self.in_chunks(lambda rows, chunk: (self.denoiser.x0_hat(chunk, self.level(i), rows),), x)[0]
+        self.watch.finite(i, "net", x0_hat)
+        return x0_hat
 
     def likelihood_score(
         self, likelihood: Likelihood, covariance: str, x: Tensor, i: int
@@ -236,6 +264,12 @@ class Run:
                 )
 
         x0_hat, shift, log_prob, norm = self.in_chunks(chunk, x)
+        function = likelihood_function(likelihood)
+        if isinstance(likelihood, CallableLikelihood):  # a dead particle has no gradient
+            shift = torch.where(per_sample(log_prob, shift) == -math.inf, 0.0, shift)
+        self.watch.finite(i, "net", x0_hat)
+        self.watch.log_prob(i, function, log_prob)
+        self.watch.finite(i, f"gradient of the net or the {function}", shift)
         return x0_hat, shift, log_prob, norm
 
     def likelihood_value(self, likelihood: Likelihood, covariance: str, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
@@ -253,6 +287,8 @@ class Run:
 
         with torch.no_grad():
             x0_hat, log_prob = self.in_chunks(chunk, x)
+        self.watch.finite(i, "net", x0_hat)
+        self.watch.log_prob(i, likelihood_function(likelihood), log_prob)
         return x0_hat, log_prob
 
     def exact_log_prob(self, likelihood: Likelihood, x: Tensor) -> Tensor:
@@ -263,7 +299,14 @@ class Run:
             return (likelihood.value(x.to(self.compute_dtype), rows, scale),)
 
         with torch.no_grad(), phase("weights"):
-            return self.in_chunks(chunk, x)[0]
+            log_prob = self.in_chunks(chunk, x)[0]
+        self.watch.log_prob(self.steps - 1, likelihood_function(likelihood), log_prob)
+        return log_prob
+
+
+def likelihood_function(likelihood: Likelihood) -> str:
+    """What an error calls the user's function behind a likelihood."""
+    return "likelihood" if isinstance(likelihood, CallableLikelihood) else "operator"
 
 
 def isotropic_variance(level: Level) -> Any:

@@ -53,7 +53,7 @@ class DPS:
             displacement = scaled(shift, self._weight(run, i))
             if self.normalize:
                 displacement *= per_sample(torch.where(norm > 0, 2.0 / norm, 0.0), displacement)
-            return State(run.reverse_step(state.x, x0_hat, i, clip=run.clip, displacement=displacement))
+            return State(run.reverse_step(state.x, x0_hat, i, displacement=displacement), x0_hat=x0_hat)
 
     def _weight(self, run: Run, i: int) -> Scalar:
         """Of the shift, which is ``sigma_t^2 / alpha_t`` times the gradient."""

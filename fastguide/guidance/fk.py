@@ -68,6 +68,10 @@ class FK:
             raise ValueError(f"potential: expected one of {POTENTIALS} or a callable, got {self.potential!r}")
         if not callable(self.proposal) and self.proposal not in PROPOSALS:
             raise ValueError(f"proposal: expected one of {PROPOSALS} or a callable, got {self.proposal!r}")
+        if callable(self.proposal) and (isinstance(run.seed, tuple) or run.first_sample):
+            raise ValueError(
+                "proposal: a function draws with one seed from sample 0 on; expected seed an integer and first_sample 0"
+            )
         if not isinstance(self.strength, Real) or not 0.0 < self.strength < math.inf:
             raise ValueError(f"strength: expected a finite number > 0, got {self.strength!r}")
         if isinstance(self.resample_steps, Sequence):
@@ -108,12 +112,13 @@ class FK:
     def _propose(self, run: Run, state: State, log_weights: Tensor, i: int) -> tuple[Tensor, Tensor]:
         x0_hat = state.particles["x0_hat"]
         if self.proposal == "base":
-            return run.reverse_step(state.x, x0_hat, i, clip=run.clip), log_weights
+            return run.reverse_step(state.x, x0_hat, i), log_weights
         if self.proposal == "guided":
             return propose_guided(run, state, log_weights, i)
         assert callable(self.proposal)
         coefficients: Coefficients = run.coefficients(i)
-        proposed = self.proposal(state.x, x0_hat, coefficients, **run.counter(i))
+        counter = {name: run.counter(i)[name] for name in ("seed", "step")}
+        proposed = self.proposal(state.x, x0_hat, coefficients, **counter)
         if not isinstance(proposed, tuple) or len(proposed) != 2:
             raise TypeError(f"proposal: expected it to return (x_s, log_ratio), got {type(proposed).__name__}")
         x = _returned("proposal", proposed[0], state.x.shape)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
 from ..operators import Function
@@ -92,8 +91,10 @@ class LatentPnP:
                 z0 = run.in_chunks(lambda rows, x: (self.encoder(x),), image)[0]  # type: ignore[misc]
         with phase("step"):
             if self.gamma is None:
-                return State(run.reverse_step(state.x, z0, i, tau=self._pnp.fresh_noise(run, i), clip=run.clip))
-            return State(self._stochastic_resample(run, state.x, z0_hat, z0, i))
+                x = run.reverse_step(state.x, z0, i, tau=self._pnp.fresh_noise(run, i))
+            else:
+                x = self._stochastic_resample(run, state.x, z0_hat, z0, i)
+            return State(x, x0_hat=z0_hat)
 
     def _stochastic_resample(self, run: Run, x: Tensor, z0_hat: Tensor, z0: Tensor, i: int) -> Tensor:
         assert self.gamma is not None
@@ -102,12 +103,11 @@ class LatentPnP:
         prior = self.gamma * s.sigma**2 * given
         # The share of alpha_s z0* in the product's mean; written so that alpha_t = 0 has its limit, 1.
         share = 1.0 if last else prior / (prior + s.sigma**2 * t.alpha**2)
-        unconditional = run.reverse_step(x, z0_hat, i, clip=run.clip)
+        unconditional = run.reverse_step(x, z0_hat, i)
         z = scaled(z0, share * s.alpha) + scaled(unconditional, 1.0 - share)
         if last:
             return z
-        noise = ops.randn(x.shape, **run.counter(i), stream=STREAM_RENOISE, dtype=x.dtype, device=x.device)
-        return z + scaled(noise, s.sigma * share**0.5)
+        return z + scaled(run.randn(i, STREAM_RENOISE), s.sigma * share**0.5)
 
 
 def replace_operator(likelihood: Likelihood, decoder: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Likelihood:

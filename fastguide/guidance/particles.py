@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,15 +29,21 @@ def resample_particles(
     """Ancestors ``[B, K]``, log-weights and ESS ``[B]``; the state's particles are moved in place."""
     assert state.log_weights is not None
     with phase("resample"):
-        ancestors, log_weights, _, ess = ops.resample(
-            state.log_weights,
-            scheme=resampler,
-            ess_threshold=ess_threshold,
-            **run.counter(i),
-            stream=STREAM_RESAMPLE,
-            sorted=False,
-            check=False,  # looked at once, after the loop
-        )
+
+        def draw(counter: dict[str, Any], log_weights: Tensor) -> tuple[Tensor, ...]:
+            return ops.resample(
+                log_weights,
+                scheme=resampler,
+                ess_threshold=ess_threshold,
+                seed=counter["seed"],
+                step=counter["step"],
+                stream=STREAM_RESAMPLE,
+                **({"first_row": run.first_sample} if run.first_sample else {}),  # type: ignore
+                sorted=False,
+                check=False,  # looked at once, after the loop
+            )
+
+        ancestors, log_weights, _, ess = run.with_counters(i, draw, state.log_weights)
     with phase("gather"):
         shape = (run.observations, run.particles)
         views = [t.view(*shape, *t.shape[1:]) for t in (state.x, *state.particles.values())]
@@ -46,14 +53,16 @@ def resample_particles(
 
 def propose_guided(run: Run, state: State, log_weights: Tensor, i: int) -> tuple[Tensor, Tensor]:
     """``x_s ~ N(m_y, tau^2)`` and the log-weights with ``log N(x_s; m, tau^2) - log N(x_s; m_y, tau^2)`` added."""
-    return ops.propose_and_weigh(
-        state.x,
-        clip_x0(state.particles["x0_hat"], run.clip),
-        scaled(state.particles["shift"], run.x0_weight(i)),
-        log_weights,
-        run.coefficients(i),
-        **run.counter(i),
-    )
+    coefficients = run.coefficients(i)
+
+    def draw(
+        counter: dict[str, Any], x: Tensor, x0_hat: Tensor, displacement: Tensor, log_weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return ops.propose_and_weigh(x, x0_hat, displacement, log_weights, coefficients, **counter)
+
+    x0_hat = clip_x0(state.particles["x0_hat"], run.clip)
+    shift = scaled(state.particles["shift"], run.x0_weight(i))
+    return run.with_counters(i, draw, state.x, x0_hat, shift, log_weights)
 
 
 def log_ratio(new: Tensor, old: Tensor) -> Tensor:

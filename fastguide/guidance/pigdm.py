@@ -59,9 +59,11 @@ class PiGDM:
                 return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype)
 
         x0_hat, shift = run.in_chunks(chunk, state.x)
+        run.watch.finite(i, "net", x0_hat)
+        run.watch.finite(i, "operator", shift)
         with phase("step"):
             displacement = scaled(shift, entry(self.zeta, i) * run.x0_weight(i))
-            return State(run.reverse_step(state.x, x0_hat, i, clip=run.clip, displacement=displacement))
+            return State(run.reverse_step(state.x, x0_hat, i, displacement=displacement), x0_hat=x0_hat)
 
     def vector(self, x0_hat: Tensor, y: Tensor, scale: float, spread: Scalar) -> Tensor:
         """``v`` above, ``[n, *event]``."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import ops
 from ..ranges import phase
 from .base import Run, State
 
@@ -23,16 +22,9 @@ class Plain:
 
     def step(self, run: Run, state: State, i: int) -> State:
         denoiser, level = run.denoiser, run.level(i)
-        with torch.no_grad(), phase("network"):
+        with torch.set_grad_enabled(run.differentiable), phase("network"):
             (output,) = run.in_chunks(lambda rows, x: (denoiser(x, level, rows),), state.x)
-        with phase("step"):
-            x = ops.reverse_step(
-                state.x,
-                output,
-                run.coefficients(i),
-                prediction=denoiser.prediction,
-                clip=run.clip,
-                **run.counter(i),
-            )
-        assert isinstance(x, torch.Tensor)  # no x0_hat was asked for
-        return State(x)
+        run.watch.finite(i, "net", output)
+        with torch.set_grad_enabled(run.differentiable), phase("step"):
+            result = run.reverse_step(state.x, output, i, prediction=denoiser.prediction, return_x0=run.keep_x0_hat)
+        return State(result[0], x0_hat=result[1]) if run.keep_x0_hat else State(result)

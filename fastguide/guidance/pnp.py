@@ -13,7 +13,18 @@ from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator
 from ..ranges import phase
 from ..reference import Scalar
-from .base import Run, Schedulable, State, entry, integer, isotropic_variance, per_sample, per_step, prepare_likelihood
+from .base import (
+    Run,
+    Schedulable,
+    State,
+    entry,
+    integer,
+    isotropic_variance,
+    likelihood_function,
+    per_sample,
+    per_step,
+    prepare_likelihood,
+)
 
 SOLVERS = ("auto", "closed", "cg", "gauss-newton", "gradient")
 _ITERATIONS = {"closed": 1, "cg": 32, "gauss-newton": 4, "gradient": 32}
@@ -70,7 +81,7 @@ class PnP:
         with phase("solve"):
             x0 = self.data_step(run, x0_hat, i)
         with phase("step"):
-            return State(run.reverse_step(state.x, x0, i, tau=self.fresh_noise(run, i), clip=run.clip))
+            return State(run.reverse_step(state.x, x0, i, tau=self.fresh_noise(run, i)), x0_hat=x0_hat)
 
     def fresh_noise(self, run: Run, i: int) -> Scalar:
         return run.level(i + 1).sigma * entry(self.zeta, i) ** 0.5
@@ -86,7 +97,9 @@ class PnP:
             x = solve(self.likelihood, x0.to(run.compute_dtype), y, scale, rho, self.solver, iterations)
             return (x.to(x0.dtype),)
 
-        return run.in_chunks(chunk, x0_hat)[0]
+        x0 = run.in_chunks(chunk, x0_hat)[0]
+        run.watch.finite(i, likelihood_function(self.likelihood), x0)
+        return x0
 
 
 def choose_solver(likelihood: Likelihood, solver: str) -> str:
