@@ -6,8 +6,10 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not install
 
 from benchmarks.cases import Absent
 from benchmarks.integrations import original_k_diffusion
-from fastguide import graphs
+from fastguide import graphs, ops
 from fastguide.integrations import k_diffusion as ours
 
 try:
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # tor
 
 SAMPLERS = [name for name in ours.__all__ if name.startswith("sample_")]
 CHURNED = ("sample_euler", "sample_heun", "sample_dpm_2")
-SDES = ("sample_dpmpp_sde", "sample_dpmpp_2m_sde")
+SDES = ("sample_dpmpp_sde", "sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde")
 NOISY = [name for name in SAMPLERS if name in SDES or name.endswith("ancestral")]
 
 
@@ -137,11 +139,63 @@ def test_a_model_may_have_one_output(name):
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in NOISY if name not in SDES])
-def test_upwards(name):
-    """At a level above the last k-diffusion starts anew. Its SDEs are NaN there."""
-    x, expected = both(name, start(), torch.tensor([0.1, 0.5, 0.3, 0.0], dtype=torch.float64))
-    torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)
+RISING, REPEATED, REPEATED_LAST = [0.1, 0.5, 0.3, 0.0], [1.0, 0.5, 0.5, 0.2, 0.0], [1.0, 0.5, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("eta", (0.0, 1.0))
+@pytest.mark.parametrize("noise", ("default", "caller's"))
+@pytest.mark.parametrize("sigmas", (RISING, REPEATED, REPEATED_LAST))
+def test_rising_and_repeated_levels(name, eta, noise, sigmas):
+    """Equal to the original, or an error that names the levels, before any evaluation, where the original is NaN."""
+    options = {}
+    if name in NOISY:
+        options["eta"] = eta
+        if noise == "caller's":
+            options["noise_sampler"] = ours.default_noise_sampler(start())
+    sigmas = torch.tensor(sigmas, dtype=torch.float64)
+    torch.manual_seed(5)
+    expected = getattr(original, name)(model, start(), sigmas, disable=True, **options)
+    if expected.isfinite().all() and not (name == "sample_dpmpp_3m_sde" and sigmas.tolist() == RISING):
+        torch.testing.assert_close(both(name, start(), sigmas, **options)[0], expected, rtol=1e-10, atol=1e-10)
+        return
+    evaluations = []
+    wanted = "decreasing levels" if sigmas.tolist() == RISING else "levels that differ.* got 0.5 at 1 and 2"
+    with pytest.raises(ValueError, match=f"^sigmas: expected {wanted}"):
+        getattr(ours, name)(lambda x, sigma: evaluations.append(1), start(), sigmas, disable=True, **options)
+    assert not evaluations
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("kind", (np.float32, np.float64))
+def test_sigmas_of_numpy(name, kind):
+    """As a tensor of their dtype, also from an array that is read backwards."""
+    array = levels().numpy().astype(kind)
+    expected = both(name, start(), torch.from_numpy(array))[0]
+    for sigmas in (array, array[::-1].copy()[::-1]):
+        torch.manual_seed(5)
+        x = getattr(ours, name)(model, start(), sigmas, disable=True)
+        assert torch.equal(x, expected) and x.dtype == expected.dtype
+    with pytest.raises(ValueError, match=r"sigmas: expected shape \[steps \+ 1\], got \[1, 8\]"):
+        getattr(ours, name)(model, start(), array[None], disable=True)
+
+
+@pytest.mark.parametrize("name", NOISY + list(CHURNED))
+@pytest.mark.parametrize("noise", ("default", "philox"))
+def test_options_may_be_tensors_without_dimensions(name, noise):
+    options = dict(s_churn=2.0, s_tmin=0.2, s_tmax=5.0) if name in CHURNED else dict(eta=0.5)
+    options |= dict(s_noise=0.75) | (dict(r=0.25) if name == "sample_dpmpp_sde" else {})
+    tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in options.items()}
+    results = []
+    for given in (options, tensors):
+        if noise == "philox" and name in NOISY:
+            given = given | dict(noise_sampler=ours.PhiloxNoiseSampler(start(), seed=3))
+        torch.manual_seed(1)
+        results.append(getattr(ours, name)(model, start(), levels(), disable=True, **given))
+    assert torch.equal(*results)
+    for key in options:
+        with pytest.raises(TypeError, match=rf"^{key}: expected a number, got shape \[2\]"):
+            getattr(ours, name)(model, start(), levels(), disable=True, **{key: torch.ones(2)})
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -262,6 +316,71 @@ def test_philox_noise(name):
     assert not torch.allclose(getattr(ours, name)(model, x, sigmas, disable=True, noise_sampler=other), fused)
 
 
+def test_philox_noise_does_not_repeat():
+    """Not between objects without a seed, not between two runs of one, not the numbers of a start of the same seed."""
+    x = start()
+    torch.manual_seed(3)
+    first, second = (ours.PhiloxNoiseSampler(x) for _ in range(2))
+    torch.manual_seed(3)
+    again = ours.PhiloxNoiseSampler(x)
+    assert again.seed == first.seed != second.seed
+    runs = [
+        ours.sample_euler_ancestral(model, x, levels(), disable=True, noise_sampler=noise)
+        for noise in (first, first, second, again)
+    ]
+    assert torch.equal(runs[0], runs[3])
+    assert not torch.allclose(runs[0], runs[1]) and not torch.allclose(runs[0], runs[2])
+    noise = ours.PhiloxNoiseSampler(x, seed=7)
+    assert not torch.allclose(noise(1.0, 0.5), ops.randn(x.shape, seed=7, dtype=x.dtype))
+
+
+# --- the original's names -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """k-diffusion as a user has it, whether or not its other modules can be imported here."""
+    ours._original.cache_clear()
+    monkeypatch.setitem(sys.modules, "k_diffusion.sampling", original)
+    yield
+    ours._original.cache_clear()
+
+
+def test_names_of_the_original(installed):
+    for name in dir(original):
+        if not name.startswith("_"):
+            assert name in dir(ours)
+            assert (getattr(ours, name) is getattr(original, name)) == (name not in ours.__all__)
+    x = ours.sample_lms(model, start(), levels(), disable=True)
+    assert torch.equal(x, original.sample_lms(model, start(), levels(), disable=True))
+    with pytest.raises(AttributeError, match="sample_nothing"):
+        ours.sample_nothing  # noqa: B018
+
+
+def test_in_place_of_the_original(monkeypatch):
+    """Standing in ``sys.modules`` for it, the module still finds it."""
+    package = types.ModuleType("k_diffusion")
+    package.__path__ = [str(Path(original.__file__).parent)]
+    utils = types.ModuleType("k_diffusion.utils")
+    for name, module in (("k_diffusion", package), ("k_diffusion.sampling", ours), ("k_diffusion.utils", utils)):
+        monkeypatch.setitem(sys.modules, name, module)
+    package.utils = utils
+    ours._original.cache_clear()
+    try:
+        assert ours.linear_multistep_coeff(1, [1.0, 0.25], 0, 0) == pytest.approx(-0.75)
+        assert ours.PIDStepSizeController is ours.PIDStepSizeController
+    finally:
+        ours._original.cache_clear()
+
+
+def test_names_without_the_original(monkeypatch):
+    ours._original.cache_clear()
+    monkeypatch.setitem(sys.modules, "k_diffusion.sampling", None)
+    assert not hasattr(ours, "sample_lms") and "sample_lms" not in dir(ours) and "sample_heun" in dir(ours)
+    with pytest.raises(AttributeError, match=r"^sample_lms: not of .* and k-diffusion.* cannot be imported"):
+        ours.sample_lms  # noqa: B018
+
+
 # --- errors, progress, waiting ------------------------------------------------------------------------------
 
 
@@ -272,6 +391,13 @@ def test_errors():
         with pytest.raises(ValueError, match="sigmas: expected levels above 0"):
             ours.sample_euler(model, start(), torch.tensor(bad))
     assert torch.equal(ours.sample_euler(model, start(), levels()[:1]), start())  # no step
+    for name in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"):
+        with pytest.raises(ValueError, match="eta: expected a number >= 0, got -1"):
+            getattr(ours, name)(model, start(), levels(), eta=-1.0)
+    with pytest.raises(ValueError, match="r: expected a number > 0, got 0"):
+        ours.sample_dpmpp_sde(model, start(), levels(), r=0.0)
+    with pytest.raises(ValueError, match=r"sigma_next: expected another level than sigma, got 0\.5 for both"):
+        ours.BrownianTreeNoiseSampler(start(), 0.05, 10.0)(0.5, 0.5)
 
 
 def test_progress(monkeypatch, capsys):

@@ -4,10 +4,16 @@ Signatures, defaults, callbacks, and results from the same torch seed (to roundi
 the same order, and also where it then goes unused. Two things differ:
 
 - The sigmas are read to the host once, before the first step; whatever a step decides or computes of them are floats
-  there. Levels must be above 0, but the last.
+  there. Levels must be above 0, but the last. Where a rising or repeated level makes the original's result NaN, it is
+  an error before the first step.
 - `PhiloxNoiseSampler` as ``noise_sampler`` draws the noise inside the kernel that steps.
 
-``sigmas`` ``[steps + 1]`` decrease, most often to 0; ``x`` ``[N, *event]`` starts at ``sigmas[0]``;
+Names of ``k_diffusion.sampling`` that this module does not define (``sample_lms``, ``sample_dpm_fast``,
+``log_likelihood``, ...) are those of the installed k-diffusion. This module can therefore stand in for that one, also
+as ``sys.modules["k_diffusion.sampling"]``.
+
+``sigmas`` ``[steps + 1]``, a tensor or a numpy array, decrease, most often to 0; ``x`` ``[N, *event]`` starts at
+``sigmas[0]``; ``eta``, ``s_noise`` and other options are numbers, or tensors ``[]``, read before the first step;
 ``model(x, sigma, **extra_args)`` predicts the clean sample, ``sigma`` being ``[N]`` in the dtype of ``x``. The callback
 is given ``x``, ``i``, ``sigma``, ``sigma_hat`` and ``denoised`` of every step, tensors. ``disable`` is tqdm's; without
 tqdm there is no bar.
@@ -23,11 +29,21 @@ being between the levels (Heun: at ``sigma_s``) or that of the step before.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence, Sized
+from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
@@ -47,6 +63,7 @@ __all__ = [
     "sample_dpmpp_2m",
     "sample_dpmpp_2m_sde",
     "sample_dpmpp_2s_ancestral",
+    "sample_dpmpp_3m_sde",
     "sample_dpmpp_sde",
     "sample_euler",
     "sample_euler_ancestral",
@@ -58,6 +75,44 @@ Model = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], Any]
 NoiseSampler = Callable[[Any, Any], Tensor]
 Device = torch.device | str
+Sigmas = Tensor | NDArray[np.floating[Any]]
+
+_STREAM = 4  # of PhiloxNoiseSampler: other numbers than `ops.randn` of the same seed, from which a state may start
+
+
+# --- the original -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _original() -> ModuleType:
+    """``k_diffusion.sampling`` as installed, also where this module stands in ``sys.modules`` for it."""
+    name = "k_diffusion.sampling"
+    if sys.modules.get(name) is not sys.modules[__name__]:
+        return importlib.import_module(name)
+    spec = importlib.machinery.PathFinder.find_spec(name, importlib.import_module("k_diffusion").__path__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        original = _original()
+    except Exception as error:  # whatever the packages that k-diffusion imports raise
+        raise AttributeError(
+            f"{name}: not of {__name__!r}, and k-diffusion, which may have it, cannot be imported: {error}"
+        ) from error
+    return getattr(original, name)
+
+
+def __dir__() -> list[str]:
+    names = set(globals())
+    with contextlib.suppress(Exception):  # not installed: the names of this module are all there are
+        names.update(name for name in dir(_original()) if not name.startswith("_"))
+    return sorted(names)
 
 
 # --- levels -------------------------------------------------------------------------------------------------
@@ -156,6 +211,8 @@ class BrownianTreeNoiseSampler:
 
     def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
         t0, t1, sign = self._interval(sigma, sigma_next)
+        if t0 == t1:
+            raise ValueError(f"sigma_next: expected another level than sigma, got {float(sigma_next):g} for both")
         increments = [tree(t0, t1) for tree in self._trees]
         increment = torch.stack(increments) if self._batched else increments[0]
         return increment * (self._sign * sign / (t1 - t0).sqrt())
@@ -163,22 +220,27 @@ class BrownianTreeNoiseSampler:
 
 class PhiloxNoiseSampler:
     """Standard normals like ``x`` from `fastguide.ops.randn`, of ``seed``, the number of draws before and the sample's
-    index ``first_particle + n``. A sample is therefore the same in whatever batch.
+    index ``first_particle + n``. A sample is therefore the same in whatever batch. A second run with the same object
+    goes on counting, and so has other noise.
+
+    ``seed``: an integer; None draws one from torch's generator. The attribute ``seed`` has it.
 
     The samplers of this module that take a ``noise_sampler`` draw it inside the kernel that steps, in one pass over
     memory; k-diffusion's call it as any other. Draws are independent of one another: where a sampler asks twice about
     one interval (`sample_dpmpp_sde`), a Brownian path is not.
     """
 
-    def __init__(self, x: Tensor, seed: int = 0, first_particle: int = 0):
-        self._x, self._seed, self._first_particle, self._draws = x, seed, first_particle, 0
+    def __init__(self, x: Tensor, seed: int | None = None, first_particle: int = 0):
+        self.seed = int(torch.randint(1 << 62, (), device="cpu")) if seed is None else seed
+        self._x, self._first_particle, self._draws = x, first_particle, 0
 
     def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
         x = self._x
         return ops.randn(
             x.shape,
-            seed=self._seed,
+            seed=self.seed,
             step=self._next_draw(),
+            stream=_STREAM,
             first_particle=self._first_particle,
             dtype=x.dtype,
             device=x.device,
@@ -191,8 +253,9 @@ class PhiloxNoiseSampler:
             denoised,
             (1.0, 1.0, 1.0, math.hypot(ratio, std), std),
             prediction="sample",
-            seed=self._seed,
+            seed=self.seed,
             step=self._next_draw(),
+            stream=_STREAM,
             first_particle=self._first_particle,
         )
         assert isinstance(x_s, Tensor)  # without return_x0
@@ -213,11 +276,15 @@ class _Run:
         self,
         model: Model,
         x: Tensor,
-        sigmas: Tensor,
+        sigmas: Sigmas,
         extra_args: dict[str, Any] | None,
         callback: Callback | None,
         disable: bool | None,
     ):
+        if not isinstance(sigmas, Tensor):
+            sigmas = torch.as_tensor(np.array(sigmas), device=x.device)  # a copy: torch takes no negative strides
+        if sigmas.ndim != 1:
+            raise ValueError(f"sigmas: expected shape [steps + 1], got {list(sigmas.shape)}")
         self.host = _to_host(sigmas)
         self.levels: list[float] = self.host.tolist()
         if not (all(level > 0.0 for level in self.levels[:-1]) and all(level >= 0.0 for level in self.levels[-1:])):
@@ -236,6 +303,29 @@ class _Run:
                 pass  # a bar is all that is missing
         for i in steps:
             yield i, self.levels[i], self.levels[i + 1]
+
+    @property
+    def positive(self) -> list[float]:
+        """The levels without a last 0."""
+        return self.levels[:-1] if self.levels[-1:] == [0.0] else self.levels
+
+    def expect_no_repeats(self, levels: list[float]) -> None:
+        """Of the first ``levels``: a method that divides by the step between two of them."""
+        for i, (sigma_t, sigma_s) in enumerate(pairwise(levels)):
+            if sigma_t == sigma_s:
+                raise ValueError(
+                    f"sigmas: expected levels that differ from step to step for this sampler, got {sigma_t:g} at "
+                    f"{i} and {i + 1}"
+                )
+
+    def expect_decreasing(self, eta: float) -> None:
+        """The noise of an SDE upwards would have a negative variance."""
+        for i, (sigma_t, sigma_s) in enumerate(pairwise(self.levels)):
+            if sigma_s > sigma_t:
+                raise ValueError(
+                    f"sigmas: expected decreasing levels for this sampler with eta = {eta:g}, got {sigma_t:g} and "
+                    f"{sigma_s:g} at {i} and {i + 1}"
+                )
 
     def denoise(self, x: Tensor, sigma: float) -> Tensor:
         return self.model(x, self.x.new_full(x.shape[:1], sigma), **self.extra_args)
@@ -261,6 +351,22 @@ class _Run:
             self.callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma * growth, "denoised": denoised})
 
 
+def _number(name: str, value: Any) -> float:
+    """A number or a tensor ``[]`` as a float; it may wait for a device, and so comes before the first step."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor | np.ndarray) else repr(value)
+        raise TypeError(f"{name}: expected a number, got {got}") from error
+
+
+def _eta_of_sde(eta: Any) -> float:
+    eta = _number("eta", eta)
+    if not eta >= 0.0:
+        raise ValueError(f"eta: expected a number >= 0, got {eta:g}")
+    return eta
+
+
 def _to_host(sigmas: Tensor) -> Tensor:
     """The only wait for the device."""
     return sigmas.detach().cpu()
@@ -270,10 +376,10 @@ class _Churn:
     """The noise by which an ODE sampler may go up before a step (Karras et al. 2022, algorithm 2)."""
 
     def __init__(self, run: _Run, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float):
-        most = min(s_churn / max(len(run.levels) - 1, 1), 2**0.5 - 1)
-        within = (s_tmin <= run.host) & (run.host <= s_tmax)
+        most = min(_number("s_churn", s_churn) / max(len(run.levels) - 1, 1), 2**0.5 - 1)
+        within = (_number("s_tmin", s_tmin) <= run.host) & (run.host <= _number("s_tmax", s_tmax))
         self.gammas = [most if inside else 0.0 for inside in within.tolist()]
-        self.s_noise = s_noise
+        self.s_noise = _number("s_noise", s_noise)
 
     def __call__(self, i: int, x: Tensor, sigma: float) -> tuple[Tensor, float, float]:
         """``x`` at its new level, that level, and by what factor it grew."""
@@ -295,7 +401,8 @@ class _Noise:
             positive = run.host[run.host > 0]
             sampler = BrownianTreeNoiseSampler(run.x, positive.min(), positive.max())
         self.sampler = default_noise_sampler(run.x) if sampler is None else sampler
-        self.s_noise = s_noise
+        self.s_noise = _number("s_noise", s_noise)
+        self.brownian = isinstance(self.sampler, BrownianTreeNoiseSampler)
 
     def step(self, x: Tensor, denoised: Tensor, ratio: float, std: float, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         """``ratio x + (1 - ratio) denoised``, and noise for the interval between two levels."""
@@ -320,7 +427,7 @@ def _mix(a: Tensor, b: Tensor, weight: float) -> Tensor:
 def sample_euler(
     model: Model,
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Sigmas,
     extra_args: dict[str, Any] | None = None,
     callback: Callback | None = None,
     disable: bool | None = None,
@@ -342,7 +449,7 @@ def sample_euler(
 def sample_heun(
     model: Model,
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Sigmas,
     extra_args: dict[str, Any] | None = None,
     callback: Callback | None = None,
     disable: bool | None = None,
@@ -366,7 +473,7 @@ def sample_heun(
 def sample_dpm_2(
     model: Model,
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Sigmas,
     extra_args: dict[str, Any] | None = None,
     callback: Callback | None = None,
     disable: bool | None = None,
@@ -399,7 +506,7 @@ def _slope(run: _Run, x_m: Tensor, sigma_m: float) -> Tensor:
 def sample_euler_ancestral(
     model: Model,
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Sigmas,
     extra_args: dict[str, Any] | None = None,
     callback: Callback | None = None,
     disable: bool | None = None,
@@ -409,7 +516,7 @@ def sample_euler_ancestral(
 ) -> Tensor:
     """Euler steps to below the next level, and noise back to it."""
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    noise = _Noise(run, noise_sampler, s_noise)
+    noise, eta = _Noise(run, noise_sampler, s_noise), _number("eta", eta)
     for i, sigma_t, sigma_s in run:
         denoised = run.denoise(x, sigma_t)
         run.report(i, x, denoised)
@@ -426,7 +533,7 @@ def sample_euler_ancestral(
 def sample_dpm_2_ancestral(
     model: Model,
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Sigmas,
     extra_args: dict[str, Any] | None = None,
     callback: Callback | None = None,
     disable: bool | None = None,
@@ -436,7 +543,7 @@ def sample_dpm_2_ancestral(
 ) -> Tensor:
     """Midpoint steps to below the next level, and noise back to it (none where that is down to 0)."""
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    noise = _Noise(run, noise_sampler, s_noise)
+    noise, eta = _Noise(run, noise_sampler, s_noise), _number("eta", eta)
     for i, sigma_t, sigma_s in run:
         denoised = run.denoise(x, sigma_t)
         run.report(i, x, denoised)
@@ -455,7 +562,7 @@ def sample_dpm_2_ancestral(
 def sample_dpmpp_2s_ancestral(
     model: Model,
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Sigmas,
     extra_args: dict[str, Any] | None = None,
     callback: Callback | None = None,
     disable: bool | None = None,
@@ -465,7 +572,7 @@ def sample_dpmpp_2s_ancestral(
 ) -> Tensor:
     """DPM-Solver++(2S), single-step and of second order, to below the next level, and noise back to it."""
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    noise = _Noise(run, noise_sampler, s_noise)
+    noise, eta = _Noise(run, noise_sampler, s_noise), _number("eta", eta)
     for i, sigma_t, sigma_s in run:
         denoised = run.denoise(x, sigma_t)
         run.report(i, x, denoised)
@@ -485,7 +592,7 @@ def sample_dpmpp_2s_ancestral(
 def sample_dpmpp_sde(
     model: Model,
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Sigmas,
     extra_args: dict[str, Any] | None = None,
     callback: Callback | None = None,
     disable: bool | None = None,
@@ -497,7 +604,12 @@ def sample_dpmpp_sde(
     """DPM-Solver++ for the diffusion SDE, single-step and of second order; ``r`` is where between the levels, in
     ``log sigma``, the second evaluation stands. ``noise_sampler``: by default a `BrownianTreeNoiseSampler`."""
     run = _Run(model, x, sigmas, extra_args, callback, disable)
+    eta, r = _number("eta", eta), _number("r", r)
+    if not r > 0.0:
+        raise ValueError(f"r: expected a number > 0, got {r:g}")
     noise = _Noise(run, noise_sampler, s_noise, brownian=True)
+    if noise.brownian:
+        run.expect_no_repeats(run.positive)
     for i, sigma_t, sigma_s in run:
         denoised = run.denoise(x, sigma_t)
         run.report(i, x, denoised)
@@ -520,13 +632,14 @@ def sample_dpmpp_sde(
 def sample_dpmpp_2m(
     model: Model,
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Sigmas,
     extra_args: dict[str, Any] | None = None,
     callback: Callback | None = None,
     disable: bool | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M), multi-step and of second order: one evaluation for each step."""
     run = _Run(model, x, sigmas, extra_args, callback, disable)
+    run.expect_no_repeats(run.positive[:-1])
     before, h_before = None, 0.0
     for i, sigma_t, sigma_s in run:
         denoised = mixed = run.denoise(x, sigma_t)
@@ -545,7 +658,7 @@ def sample_dpmpp_2m(
 def sample_dpmpp_2m_sde(
     model: Model,
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Sigmas,
     extra_args: dict[str, Any] | None = None,
     callback: Callback | None = None,
     disable: bool | None = None,
@@ -559,7 +672,10 @@ def sample_dpmpp_2m_sde(
     if solver_type not in ("heun", "midpoint"):
         raise ValueError(f"solver_type must be 'heun' or 'midpoint', got {solver_type!r}")
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    noise = _Noise(run, noise_sampler, s_noise, brownian=True)
+    noise, eta = _Noise(run, noise_sampler, s_noise, brownian=True), _eta_of_sde(eta)
+    run.expect_no_repeats(run.positive if eta and noise.brownian else run.positive[:-1])
+    if eta:
+        run.expect_decreasing(eta)
     before, h_before = None, 0.0
     for i, sigma_t, sigma_s in run:
         denoised = mixed = run.denoise(x, sigma_t)
@@ -579,4 +695,52 @@ def sample_dpmpp_2m_sde(
         else:
             x = denoised
         before = denoised
+    return x
+
+
+@torch.no_grad()
+def sample_dpmpp_3m_sde(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """DPM-Solver++(3M) for the diffusion SDE, multi-step and of third order; the first two steps are of lower order.
+    ``noise_sampler``: by default a `BrownianTreeNoiseSampler`."""
+    run = _Run(model, x, sigmas, extra_args, callback, disable)
+    noise, eta = _Noise(run, noise_sampler, s_noise, brownian=True), _eta_of_sde(eta)
+    run.expect_no_repeats(run.positive)
+    run.expect_decreasing(eta)  # what it extrapolates from spans two steps
+    before: list[tuple[Tensor, float]] = []  # of the last two steps, the latest first: denoised, and h
+    for i, sigma_t, sigma_s in run:
+        denoised = mixed = run.denoise(x, sigma_t)
+        run.report(i, x, denoised)
+        if sigma_s > 0.0:
+            h = math.log(sigma_t / sigma_s)
+            decay = (1 + eta) * h
+            drop = -math.expm1(-decay)
+            phi_2 = 1 - drop / decay  # times what the clean sample changes by over a step, and its curvature
+            if len(before) == 1:
+                (denoised_1, h_1) = before[0]
+                mixed = _mix(denoised, denoised_1, -phi_2 / drop * h / h_1)
+            elif before:
+                (denoised_1, h_1), (denoised_2, h_2) = before
+                phi_3 = phi_2 / decay - 0.5
+                curved = (phi_2 * h_1 - phi_3 * h) / (h_1 + h_2)
+                to_1, to_2 = (phi_2 + curved) * h / h_1 / drop, curved * h / h_2 / drop
+                # mixed = (1 + to_1) denoised - (to_1 + to_2) denoised_1 + to_2 denoised_2
+                mixed = _mix(denoised, _mix(denoised_1, denoised_2, -to_2 / to_1), -to_1)
+            if eta:
+                std = sigma_s * math.sqrt(-math.expm1(-2 * eta * h))
+                x = noise.step(x, mixed, math.exp(-decay), std, noise.levels[i], noise.levels[i + 1])
+            else:
+                x = _mix(mixed, x, math.exp(-decay))
+            before = [(denoised, h), *before[:1]]
+        else:
+            x = denoised
     return x
