@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,41 +16,161 @@ from . import ops
 
 __all__ = ["Samples"]
 
+_TENSORS = ("x", "log_weights", "ess", "log_evidence", "ancestors")
+_ROUNDING = 1e-12  # of a sum of weights, beside which a quantile's share counts as reached
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Samples:
-    """What `sample` returns. For TDS and FK every particle carries a weight; nothing is resampled at the end."""
+    """What `sample` returns, and what can be asked of it.
+
+    - TDS and FK: ``x`` is ``[B, K, *event]`` and each particle carries a weight; nothing is resampled at the end.
+    - The other methods with ``samples_per_observation=n``: ``x`` is ``[B, n, *event]``, of equal weights.
+    - Without it there is one sample for each observation, ``x`` ``[B, *event]``. One sample has no mean of its own, so
+      `mean`, `variance`, `quantile`, `draw` and `weights` raise ValueError.
+
+    Particles of weight 0 (``-inf``) count nowhere, whatever their ``x``.
+    """
 
     x: Tensor  # [B, *event], or [B, K, *event]
     log_weights: Tensor | None = None  # [B, K] float64, unnormalised
     ess: Tensor | None = None  # [steps + 1, B] float64: before each step, and of the final weights
     log_evidence: Tensor | None = None  # [B] float64: log mean weight, the estimate of log p(y)
     ancestors: Tensor | None = None  # [steps, B, K] int32, with keep_ancestors=True
-    seed: int | tuple[int, ...] | None = None  # that the noise was drawn with; one for each observation, or one
+    seed: int | tuple[int, ...] | None = None  # of the noise: one for all, or one for each observation
+    grouped: bool = False  # whether x is [B, K, *event]; True with log_weights
+    method: str = ""  # the guidance's class
+    times: tuple[float, ...] | None = None  # of the levels visited, in the schedule's own time; x is at the last
+
+    def __post_init__(self) -> None:
+        if self.log_weights is not None:
+            if self.log_weights.shape != self.x.shape[:2]:
+                raise ValueError(
+                    f"log_weights: expected shape {list(self.x.shape[:2])}, one for each particle of x, "
+                    f"got {list(self.log_weights.shape)}"
+                )
+            object.__setattr__(self, "grouped", True)
+
+    def __repr__(self) -> str:
+        parts = [self.method] if self.method else []
+        parts.append(f"x={list(self.x.shape)} {str(self.x.dtype).removeprefix('torch.')}")
+        if self.ess is not None:
+            parts.append(f"ess={_range(self.ess[-1])} of {self.x.shape[1]}")
+        if self.log_evidence is not None:
+            parts.append(f"log_evidence={_range(self.log_evidence)}")
+        if self.times is not None:
+            parts.append(f"steps={len(self.times) - 1}")
+        if self.seed is not None:
+            parts.append(f"seed={self.seed}" if isinstance(self.seed, int) else f"seed={len(self.seed)} of them")
+        return f"Samples({', '.join(parts)})"
 
     @property
     def weights(self) -> Tensor:
-        """``[B, K]``, each row adding to 1."""
-        return torch.softmax(self._log_weights(), dim=1)
+        """``[B, K]`` float64, each row adding to 1."""
+        weights = self._relative_weights("weights")
+        return weights / weights.sum(1, keepdim=True)
 
     def mean(self) -> Tensor:
         """Posterior mean ``[B, *event]``, float64."""
-        return (self._column_weights() * self.x.double()).sum(1)
+        return self._average("mean", self.x)
 
     def variance(self) -> Tensor:
-        """Posterior variance of each element ``[B, *event]``, float64."""
-        return (self._column_weights() * (self.x.double() - self.mean()[:, None]) ** 2).sum(1)
+        """Posterior variance of each element ``[B, *event]``, float64: the weighted mean of ``(x - mean)^2``, without
+        a correction for the number of samples."""
+        mean = self._average("variance", self.x)
+        return self._average("variance", (self.x.double() - mean[:, None]) ** 2)
+
+    def quantile(self, q: float | Sequence[float] | Tensor) -> Tensor:
+        """Quantiles of each element alone, in the dtype of ``x``: ``[B, *event]`` for a number ``q`` in ``[0, 1]``,
+        ``[m, B, *event]`` for ``m`` of them.
+
+        The inverse of the weighted empirical distribution function: the smallest sample ``v`` of positive weight such
+        that the samples ``<= v`` have at least the share ``q`` of all weight. With equal weights that is numpy's
+        ``quantile(..., method="inverted_cdf")``. A share that misses ``q`` by 1e-12, as rounded sums may, counts as
+        reached.
+        """
+        shares = torch.as_tensor(q, dtype=torch.float64)
+        if shares.ndim > 1 or not ((shares >= 0) & (shares <= 1)).all():
+            raise ValueError(f"q: expected a number in [0, 1], or a row of them, got {q}")
+        weights = self._columns(self._relative_weights("quantile"))
+        x, order = self.x.masked_fill(weights == 0, math.inf).sort(1)  # the dead last, so that q = 0 finds none
+        sums = weights.expand_as(x).gather(1, order).cumsum(1)
+        total, found = sums[:, -1:], []
+        for share in shares.flatten().tolist():
+            index = (sums < total * (share - _ROUNDING)).sum(1, keepdim=True)
+            found.append(x.gather(1, index)[:, 0])
+        if shares.ndim == 0:
+            return found[0]
+        return torch.stack(found) if found else x.new_empty((0, *total[:, 0].shape))
 
     def draw(self, num: int, seed: int = 0) -> Tensor:
         """``num`` equally weighted draws ``[B, num, *event]`` by systematic resampling."""
-        ancestors = ops.resample(self._log_weights(), num=num, seed=seed)[0].long()  # [B, num]
+        log_weights = self.log_weights
+        if log_weights is None:
+            self._check_grouped("draw")
+            log_weights = self.x.new_zeros(self.x.shape[:2], dtype=torch.float64)
+        ancestors = ops.resample(log_weights, num=num, seed=seed)[0].long()  # [B, num]
         return self.x[torch.arange(self.x.shape[0], device=self.x.device)[:, None], ancestors]
 
-    def _log_weights(self) -> Tensor:
-        if self.log_weights is None:
-            raise ValueError("samples: expected the weighted particles of TDS or FK, got samples without weights")
-        return self.log_weights
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all fields to a safetensors file, which `load` reads."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors = {name: t.detach().contiguous() for name, t in tensors.items() if t is not None}
+        facts = {"seed": self.seed, "grouped": self.grouped, "method": self.method, "times": self.times}
+        metadata = {"fastguide.Samples": json.dumps(facts)}
+        _safetensors("save").torch.save_file(tensors, os.fspath(path), metadata=metadata)
 
-    def _column_weights(self) -> Tensor:
-        weights = self.weights
+    @staticmethod
+    def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Samples:
+        """The samples that `save` wrote, on ``device``. Raises ValueError for another file."""
+        with _safetensors("load").safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+            text = (file.metadata() or {}).get("fastguide.Samples")
+            if text is None:
+                raise ValueError(f"path: expected a file that Samples.save wrote, got {os.fspath(path)}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()}
+        return Samples(**tensors, **facts)
+
+    def _check_grouped(self, name: str) -> None:
+        if not self.grouped:
+            raise ValueError(
+                f"{name}: expected several samples of each observation, got one (x is {list(self.x.shape)}); "
+                "sample(..., samples_per_observation=n) draws n"
+            )
+
+    def _relative_weights(self, name: str) -> Tensor:
+        """``[B, K]`` float64, the largest of each row 1."""
+        self._check_grouped(name)
+        if self.log_weights is None:
+            return self.x.new_ones(self.x.shape[:2], dtype=torch.float64)
+        log_weights = self.log_weights.double()
+        largest = log_weights.amax(1, keepdim=True)
+        bad = ~largest.isfinite()
+        if bad.any():
+            row = int(bad.nonzero()[0, 0])
+            raise ValueError(
+                f"log_weights: expected a finite largest one for each observation, got {largest[row].item()} for {row}"
+            )
+        return torch.exp(log_weights - largest)
+
+    def _columns(self, weights: Tensor) -> Tensor:
+        """``[B, K]`` shaped to multiply ``x``."""
         return weights.reshape(*weights.shape, *(1,) * (self.x.ndim - 2))
+
+    def _average(self, name: str, values: Tensor) -> Tensor:
+        """The weighted mean of ``values`` ``[B, K, *event]``."""
+        weights = self._columns(self._relative_weights(name))
+        return (weights * values.double().masked_fill(weights == 0, 0.0)).sum(1) / weights.sum(1)
+
+
+def _range(values: Tensor) -> str:
+    low, high = f"{values.min().item():.4g}", f"{values.max().item():.4g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _safetensors(name: str) -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(f"{name}: expected safetensors to be installed (pip install 'fastguide[demo]')") from error
+    return safetensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -125,7 +125,14 @@ def sample(
         assert x is not None
         run.watch.finite(run.steps - 1, "sample", x)
         run.watch.report()
-    samples = Samples(x, *rest, seed=run.seed)  # type: ignore[arg-type, misc]
+    samples = Samples(
+        x,
+        *rest,  # type: ignore[arg-type, misc]
+        seed=run.seed,  # type: ignore[arg-type]
+        grouped=run.grouped,
+        method=type(guidance).__name__,
+        times=tuple(level.t for level in run.levels[: 1 + min([run.steps, *loop.ended])]),
+    )
     if checkpoint is not None and os.path.exists(checkpoint):
         os.remove(checkpoint)
     if samples.ess is not None and samples.log_weights is not None:
@@ -144,6 +151,7 @@ class Loop:
     checkpoint: str | os.PathLike | None = None
     checkpoint_every: int = 1
     run_id: str | None = None
+    ended: list[int] = field(default_factory=list, compare=False)  # steps after which a callback ended it
 
     def __call__(self, run: Run, guidance: Any) -> tuple[Tensor | None, ...]:
         file = None
@@ -158,6 +166,7 @@ class Loop:
             if self.keep_ancestors:
                 ancestors.append(state.ancestors)
             if self.callback is not None and self.callback(_progress(run, state, i, self.weighted)) is True:
+                self.ended.append(i + 1)
                 break
             state.x0_hat = None
             if file is not None and (i + 1) % self.checkpoint_every == 0 and i + 1 < run.steps:
