@@ -98,7 +98,7 @@ def test_a_model_of_another_dtype(name):
         seen = []
         for module in (ours, original):
             x = start(state)
-            options = dict(noise_sampler=ours.PhiloxNoiseSampler(x)) if name in NOISY else {}
+            options = dict(noise_sampler=ours.PhiloxNoiseSampler(x, seed=0)) if name in NOISY else {}
             torch.manual_seed(1)
 
             def cast(x, sigma, to=denoised):
