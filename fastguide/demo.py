@@ -36,6 +36,16 @@ METHODS = ("plain", "dps", "pnp", "pigdm", "latent-pnp", "tds", "fk")
 NOISE = 0.1
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What the command line sets beside the tasks; None leaves each task and method its own number."""
+
+    seed: int = 0
+    steps: int | None = None
+    particles: int | None = None
+    device: torch.device | str = "cpu"
+
+
 @dataclass
 class Task:
     """A measurement of some held-out digits."""
@@ -107,35 +117,50 @@ class Result:
     particles: int = 0
 
 
-def _times(prior: Denoiser, steps: int) -> list[float]:
-    """Uniform in the log signal-to-noise ratio, from where the signal begins to show."""
-    levels = prior.schedule.levels(steps, spacing="logsnr")[:-1]
-    return [level.t for level in levels if level.alpha > 0.03 * level.sigma]
+def _times(prior: Denoiser, steps: int | None) -> list[float]:
+    """``steps`` times, uniform in the log signal-to-noise ratio, from where the signal begins to show."""
+    wanted = total = 70 if steps is None else steps
+    while True:
+        levels = prior.schedule.levels(total, spacing="logsnr")[:-1]
+        times = [level.t for level in levels if level.alpha > 0.03 * level.sigma]
+        if len(times) >= wanted:
+            return times
+        total += wanted - len(times)
 
 
-def _with_bar(description: str, prior: Denoiser, shape: tuple[int, ...], steps: list[float], **options) -> Samples:
+def _with_bar(
+    description: str, prior: Denoiser, shape: tuple[int, ...], steps: list[float], settings: Settings, **options
+) -> Samples:
+    options = {"seed": settings.seed, "device": settings.device, **options}
     with tqdm(total=len(steps), desc=description, unit="step", leave=False) as bar:
-        return sample(prior, shape, steps=steps, callback=lambda _: bar.update(), **options)
+
+        def update(_: Any) -> None:
+            bar.update()
+
+        return sample(prior, shape, steps=steps, callback=update, **options)
 
 
-def solve(task: Task, method: str, seed: int) -> Result:
+def solve(task: Task, method: str, settings: Settings) -> Result:
     """Draw posterior samples of a task's digits by one method."""
-    prior = digits.prior()
-    steps = _times(prior, 90)
-    batch = len(task.truth)
+    prior = digits.prior(device=settings.device)
+    steps = _times(prior, settings.steps)
+    batch, seed = len(task.truth), settings.seed
     repeated = task.error(task.y.repeat_interleave(SAMPLES, 0))  # SAMPLES independent runs of each digit
     start = time.perf_counter()
 
     guidance: Any
     if method in ("tds", "fk"):
+        particles = settings.particles or {"tds": 128, "fk": 256}[method]
         guidance = (
-            TDS(task.error(task.y), particles=128)
+            TDS(task.error(task.y), particles=particles)
             if method == "tds"
-            else FK(_rounded(task, prior), particles=256, potential="difference")
+            else FK(_rounded(task, prior), particles=particles, potential="difference")
         )
-        out = _with_bar(f"{task.name} {method}", prior, (batch, *EVENT), steps, guidance=guidance, seed=seed, eta=1.0)
+        out = _with_bar(f"{task.name} {method}", prior, (batch, *EVENT), steps, settings, guidance=guidance, eta=1.0)
+        x = out.draw(SAMPLES, seed=seed).cpu()
         seconds = time.perf_counter() - start
-        return Result(out.draw(SAMPLES, seed=seed), seconds, out.log_evidence, out.ess, guidance.particles)
+        assert out.log_evidence is not None and out.ess is not None
+        return Result(x, seconds, out.log_evidence.cpu(), out.ess.cpu(), particles)
 
     decode: Callable[[Tensor], Tensor] = lambda z: z  # noqa: E731
     event = EVENT
@@ -148,22 +173,23 @@ def solve(task: Task, method: str, seed: int) -> Result:
     elif method == "pigdm":  # knows Gaussian noise alone: take that of the same variance
         guidance = PiGDM(likelihoods.Gaussian(repeated.y, task.operator, task.spread))
     else:
-        prior, _, decode = digits.latent_prior()
+        prior, _, decode = digits.latent_prior(device=settings.device)
         event = (2, 4, 4)
         guidance = LatentPnP(repeated, decode, zeta=1.0, solver="gradient", iterations=8)
-    out = _with_bar(f"{task.name} {method}", prior, (batch * SAMPLES, *event), steps, guidance=guidance, seed=seed)
-    seconds = time.perf_counter() - start
-    return Result(decode(out.x).reshape(batch, SAMPLES, *EVENT), seconds)
+    out = _with_bar(f"{task.name} {method}", prior, (batch * SAMPLES, *event), steps, settings, guidance=guidance)
+    x = decode(out.x).reshape(batch, SAMPLES, *EVENT).cpu()
+    return Result(x, time.perf_counter() - start)
 
 
 def _rounded(task: Task, prior: Denoiser) -> Likelihood:
     """The likelihood of the image as the scanner counts ink, in whole steps of 1/8: without a derivative. Its scale
     follows the noise of ``x0_hat``, else the first levels would kill all particles but one."""
-    exact = task.error(task.y)
+    device = next(prior.net.parameters()).device  # type: ignore[attr-defined]
+    exact = task.error(task.y).to(device)
 
     def log_prob(x0: Tensor, y: Tensor, scale: float) -> Tensor:
         grey = (x0.clamp(-1, 1) * 8).round() / 8
-        return exact.log_prob_and_gradient(task.operator(grey), y, scale)[0]
+        return exact.log_prob_and_gradient(exact.operator(grey), y, scale)[0]
 
     def scale(t: float) -> float:
         sigma = prior.schedule.sigma(t)
@@ -273,29 +299,30 @@ def draw_ess(results: dict[str, dict[str, Result]], path: Path) -> None:
 # --- a reward without a derivative --------------------------------------------------------------------------
 
 
-def steer(seed: int, path: Path, wanted: int = 7) -> str:
+def steer(settings: Settings, path: Path, wanted: int = 7) -> str:
     """Feynman-Kac steering of the prior to one digit, by a classifier's decision: a step function of the image."""
-    prior, classifier = digits.prior(), digits.classifier()
-    steps, count, particles = _times(prior, 90), 24, 16
+    prior, classifier = digits.prior(device=settings.device), digits.classifier(device=settings.device)
+    steps, count, particles = _times(prior, settings.steps), 24, settings.particles or 16
 
     def reward(x0: Tensor) -> Tensor:
         return (classifier(x0).argmax(1) == wanted).float()
 
     start = time.perf_counter()
-    plain = _with_bar("reward plain", prior, (count, *EVENT), steps, seed=seed).x
+    plain = _with_bar("reward plain", prior, (count, *EVENT), steps, settings).x
     steered = _with_bar(
         "reward fk",
         prior,
         (count, *EVENT),
         steps,
+        settings,
         guidance=FK(reward, particles=particles, potential="difference", strength=10.0),
-        seed=seed,
-    ).draw(1, seed=seed)[:, 0]
+    ).draw(1, seed=settings.seed)[:, 0]
+    shares = [reward(x).mean().item() for x in (plain, steered)]
     seconds = time.perf_counter() - start
     figure = plt.figure(figsize=(7.6, 3.4))
     titles = ("the prior", f"steered by FK, K = {particles}: the classifier says {wanted}")
     parts: Any = figure.subfigures(2, 1)
-    for part, title, images in zip(parts, titles, (plain, steered), strict=True):
+    for part, title, images in zip(parts, titles, (plain.cpu(), steered.cpu()), strict=True):
         axes = part.subplots(2, count // 2)
         for axis, image in zip(axes.flat, images, strict=True):
             _image(axis, image[0])
@@ -303,7 +330,6 @@ def steer(seed: int, path: Path, wanted: int = 7) -> str:
         part.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.87, wspace=0.06, hspace=0.06)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    shares = [reward(x).mean().item() for x in (plain, steered)]
     verdict = f"the classifier sees {wanted}: prior {shares[0]:.0%}, steered {shares[1]:.0%}"
     return f"{'reward':8s}{'fk':12s}{verdict:35s}{seconds:9.1f}"
 
@@ -344,8 +370,9 @@ class Mixture:
         )
 
 
-def mixture(seed: int, path: Path) -> list[str]:
+def mixture(settings: Settings, path: Path) -> list[str]:
     """Samples of each method against the exact posterior of a 2-D mixture of 25 modes; one row each."""
+    seed, steps = settings.seed, settings.steps or 100
     grid = torch.arange(-2.0, 3.0)
     model = Mixture(torch.cartesian_prod(grid, grid), 0.15, schedules.flow())
     prior = Denoiser(model, model.schedule, "sample")
@@ -362,18 +389,20 @@ def mixture(seed: int, path: Path) -> list[str]:
         return means[modes] + noise @ torch.linalg.cholesky(covariance).T
 
     truth = exact(seed)
+    particles = settings.particles or 4 * count
     clouds, rows = {"exact": truth}, []
     for name, guidance in (
-        ("tds", TDS(likelihood, particles=4 * count)),
-        ("fk", FK(likelihood, particles=4 * count, potential="difference", covariance="isotropic")),
+        ("tds", TDS(likelihood, particles=particles)),
+        ("fk", FK(likelihood, particles=particles, potential="difference", covariance="isotropic")),
         ("dps", DPS(likelihood, zeta=0.05)),
         ("pnp", PnP(likelihood, zeta=1.0)),
         ("pigdm", PiGDM(likelihood)),
     ):
         start = time.perf_counter()
         weighted = name in ("tds", "fk")
-        out = sample(prior, (1 if weighted else count, 2), guidance=guidance, steps=100, seed=seed)
-        clouds[name] = (out.draw(count, seed=seed)[0] if weighted else out.x).double()
+        shape = (1 if weighted else count, 2)
+        out = sample(prior, shape, guidance=guidance, steps=steps, seed=seed, device=settings.device)
+        clouds[name] = (out.draw(count, seed=seed)[0] if weighted else out.x).double().cpu()
         estimate = f"{out.log_evidence.item():.2f} ({evidence:.2f})" if out.log_evidence is not None else ""
         distance = sliced_wasserstein(clouds[name], truth)
         rows.append(
@@ -406,7 +435,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 64) -> float:
 # --- all of it ----------------------------------------------------------------------------------------------
 
 
-def run(task: str, method: str, out: Path, seed: int) -> None:
+def run(task: str, method: str, out: Path, settings: Settings) -> None:
     """Run the tasks and methods asked for, print the table, and write the pictures into ``out``."""
     imaging = tasks()
     names = ["half", "pool4", "blur", "reward", "mixture"] if task == "all" else [task]
@@ -415,20 +444,23 @@ def run(task: str, method: str, out: Path, seed: int) -> None:
     methods = METHODS if method == "all" else (method,)
     if unknown := set(methods) - set(METHODS):
         raise ValueError(f"--method: expected one of {[*METHODS, 'all']}, got {unknown.pop()!r}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: expected a folder that can be written to, got {out}: {error.strerror}") from error
     start = time.perf_counter()
     print(_HEADER, flush=True)
     all_results: dict[str, dict[str, Result]] = {}
     for name in names:
         if name == "reward":
-            print(steer(seed, out / "reward.png"), flush=True)
+            print(steer(settings, out / "reward.png"), flush=True)
         elif name == "mixture":
-            print("\n".join(mixture(seed, out / "mixture.png")), flush=True)
+            print("\n".join(mixture(settings, out / "mixture.png")), flush=True)
         else:
-            measured = imaging[name].measure(seed)
+            measured = imaging[name].measure(settings.seed)
             results = all_results[name] = {}
             for one in methods:
-                results[one] = solve(measured, one, seed)
+                results[one] = solve(measured, one, settings)
                 print(row(measured, one, results[one]), flush=True)
             draw_task(measured, results, out / f"{name}.png")
     with_ess = {n: r for n, r in all_results.items() if any(x.ess is not None for x in r.values())}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import matplotlib.image
@@ -12,7 +15,9 @@ import pytest
 import torch
 
 import fastguide as fg
-from fastguide import cli, demo
+from fastguide import cli, demo, digits
+
+ROOT = Path(__file__).parents[1]
 
 
 def run(capsys, *arguments: str) -> str:
@@ -35,10 +40,8 @@ def test_one_task_and_method(method, capsys, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["half.png"]
 
 
-def test_reward_steering_has_an_effect(tmp_path, monkeypatch):
-    times = demo._times
-    monkeypatch.setattr(demo, "_times", lambda prior, steps: times(prior, steps // 2))  # enough to see it
-    line = demo.steer(0, tmp_path / "reward.png")
+def test_reward_steering_has_an_effect(tmp_path):
+    line = demo.steer(demo.Settings(steps=35), tmp_path / "reward.png")  # enough to see it
     prior, steered = (float(word.strip("%,")) for word in line.split() if "%" in word)
     assert prior < 40 and steered > 75
     assert (tmp_path / "reward.png").stat().st_size > 5000
@@ -77,11 +80,78 @@ def test_sliced_wasserstein_of_a_shift():
     assert math.isclose(distance, 5 * 2 / math.pi, rel_tol=1e-3)
 
 
-@pytest.mark.parametrize("arguments, words", [(("--task", "x"), "--task: expected"), (("--method", "x"), "--method: ")])
-def test_unknown_names_are_refused(arguments, words, capsys):
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--task", "x"), "--task: expected one of"),
+        (("--method", "x"), "--method: expected one of"),
+        (("--steps", "0"), "--steps: expected an integer in [1, 500], got '0'"),
+        (("--steps", "many"), "--steps: expected an integer in [1, 500], got 'many'"),
+        (("--particles", "-3"), "--particles: expected an integer in [1, 1048576], got '-3'"),
+        (("--seed", "1.5"), "--seed: expected an integer in [0, 18446744073709551615], got '1.5'"),
+        (("--device", "toaster"), "--device: expected a device that torch can use here, got 'toaster': "),
+        (("--device", "xla:7"), "--device: expected a device that torch can use here, got 'xla:7': "),
+        (("--out", __file__), f"--out: expected a folder that can be written to, got {__file__}: File exists"),
+    ],
+)
+def test_what_the_demo_cannot_do_is_refused_by_option(arguments, words, capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(["demo", *arguments])
-    assert error.value.code == 2 and words in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and words in " ".join(said.split()) and "usage: fastguide demo" in said
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 70, 500])
+def test_steps_are_as_many_as_asked_for(steps):
+    times = demo._times(digits.prior(), steps)
+    assert len(times) == steps and times == sorted(times, reverse=True)
+
+
+def test_the_demo_with_its_own_steps_and_particles(capsys, tmp_path, monkeypatch):
+    calls = []
+
+    def watched(*arguments, steps, guidance=None, **options):
+        steps = steps if isinstance(steps, int) else len(steps)
+        calls.append((steps, getattr(guidance, "particles", None), str(options["device"]), options["seed"]))
+        return fg.sample(*arguments, steps=steps, guidance=guidance, **options)
+
+    monkeypatch.setattr(demo, "sample", watched)
+    options = ["--steps", "3", "--particles", "8", "--device", "cpu:0", "--seed", "5", "--out", str(tmp_path)]
+    for task, method, particles in (
+        ("half", "tds", [8]),
+        ("pool4", "fk", [8]),
+        ("half", "dps", [None]),
+        ("reward", "all", [None, 8]),
+        ("mixture", "all", [8, 8, None, None, None]),
+    ):
+        calls.clear()
+        out = run(capsys, "demo", "--task", task, "--method", method, *options)
+        assert calls == [(3, n, "cpu:0", 5) for n in particles] and f"\n{task}" in out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("task", ["half", "blur", "reward", "mixture"])
+def test_the_demo_on_a_gpu(task, capsys, tmp_path):
+    out = run(capsys, "demo", "--task", task, "--device", "cuda", "--steps", "10", "--out", str(tmp_path))
+    assert f"\n{task}" in out
+
+
+@pytest.mark.parametrize("command", [("-m", "fastguide"), ("-c", "from fastguide.cli import main; main()")])
+def test_the_version(command):
+    done = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == f"fastguide {fg.__version__}\n"
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert fg.__version__ == settings["project"]["version"]
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "fastguide", "demo", "--steps", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "fastguide demo: error: argument --steps" in done.stderr
+
+
+def test_the_demos_pictures_are_not_tracked():
+    assert "fastguide-demo/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 def test_doctor(capsys):
@@ -91,7 +161,7 @@ def test_doctor(capsys):
 
 def readme_example(marker: str) -> str:
     """README's Python that says ``marker``, as it stands there."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if marker in b)
     return block
 
