@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import foreign
 from ..likelihoods import Likelihood
 from ..ranges import phase
-from ..reference import Coefficients, scaled
-from .base import PullBack, Run, State, check_covariance, default_covariance, integer, prepare_likelihood
+from ..reference import Coefficients, Scalar, scaled
+from .base import (
+    PullBack,
+    Run,
+    Schedulable,
+    State,
+    check_covariance,
+    default_covariance,
+    entry,
+    integer,
+    per_sample,
+    per_step,
+    prepare_likelihood,
+)
 from .particles import check_particles, log_ratio, propose_guided, resample_particles
 
 POTENTIALS = ("difference", "max", "sum")
 PROPOSALS = ("base", "guided")
 
-Reward = Likelihood | Callable[[Tensor], Tensor]
+RewardFunction = Callable[..., Any]
+Reward = Likelihood | RewardFunction | Sequence[tuple[Any, ...]]  # pairs (weight, reward)
 Potential = Callable[[Tensor, Tensor | None], Tensor]
 Proposal = Callable[..., tuple[Tensor, Tensor]]
 
@@ -29,15 +46,24 @@ class FK:
     """``particles`` weighted particles per observation whose target is ``p(x_0) exp(strength * r(x_0))``.
 
     - ``reward``: ``r(x0 [n, *event]) -> [n]``, differentiable or not, taken at ``x0_hat`` on the way and at ``x_0`` at
-      the end; or a likelihood, ``r = log p(y | x_0)``, approximated on the way with ``covariance`` as in TDS.
-    - ``potential``, the log-weight of a step: ``"difference"`` ``strength * (r_s - r_t)``; ``"max"`` and ``"sum"``
-      ``strength *`` the largest reward, or their sum, so far; or ``f(r_s [n], r_t [n] or None at the first level) ->
-      log-potential [n]``. The last one always makes the product ``exp(strength * r(x_0))``.
-    - ``proposal``: ``"base"`` the reverse step; ``"guided"`` that of TDS, with the gradient of the reward; or
-      ``f(x, x0_hat, coefficients, *, seed, step) -> (x_s, log_ratio [n])``, ``log_ratio`` the base kernel's
-      log-density minus its own. All three are as the operations take them: in a CUDA graph, tensors.
-    - Resampling at ``resample_steps`` (None: every step; an integer: every so many; a list of steps), of the rows whose
-      effective sample size is below ``ess_threshold * particles`` (None: of all).
+      the end. It returns a tensor, an array or a list. With a parameter named ``t`` it is also given the schedule's
+      time of the level. A sequence of pairs ``(weight, r)`` stands for the weighted sum of several rewards. NaN is a
+      particle of weight 0, with a warning; ``-inf`` is one without; ``+inf`` is an error. Or a likelihood:
+      ``r = log p(y | x_0)``, approximated on the way with ``covariance`` as in TDS; the default with the base proposal
+      needs no derivative.
+    - ``potential``, the log-weight of a level: ``"difference"`` ``strength * r`` minus the same at the last level that
+      had a potential; ``"max"`` and ``"sum"`` ``strength *`` the largest reward, or their sum, so far; or
+      ``f(r [n], r of the last such level [n], or None at the first) -> log-potential [n]``. ``x_0`` always has a
+      potential: the one that makes the product ``exp(strength * r(x_0))``.
+    - ``strength``: a number, a table with one entry per step, or a function of the schedule's time, each ``>= 0``; the
+      potential of a level takes that of the step that starts there. The target takes that of the last step, ``> 0``.
+    - ``proposal``: ``"base"`` the reverse step; ``"guided"`` that of TDS, with the gradient of the reward (of several,
+      those that have one); or ``f(x, x0_hat, coefficients, *, seed, step) -> (x_s, log_ratio [n])``, ``log_ratio`` the
+      base kernel's log-density minus its own. All three are as the operations take them: in a CUDA graph, tensors.
+    - ``resample_steps`` (None: every step; an integer: every so many; a list of steps): those that multiply the weights
+      by a potential and then resample the rows whose effective sample size is below ``ess_threshold * particles``
+      (None: all rows). A row above it keeps its particles and its weights. Elsewhere the potential is 1, and the
+      reward is called only if the guided proposal needs its gradient.
 
     With a likelihood, ``"difference"`` and ``"guided"`` this is `TDS`, number for number.
     """
@@ -45,25 +71,27 @@ class FK:
     reward: Reward
     particles: int
     potential: str | Potential = "difference"
-    strength: float = 1.0
+    strength: Schedulable = 1.0
     proposal: str | Proposal = "base"
     covariance: str | None = None
     resampler: str = "systematic"
     ess_threshold: float | None = 0.5
-    resample_steps: int | Sequence[int] | None = None
+    resample_steps: int | Iterable[int] | None = None
 
     device_inputs = ("strength",)
 
     def prepare(self, run: Run) -> FK:
-        reward, covariance = self.reward, self.covariance
-        if isinstance(reward, Likelihood):
-            reward, measurements = prepare_likelihood(run, reward)
-            covariance = default_covariance(reward, measurements) if covariance is None else covariance
+        reward: Likelihood | tuple[_Term, ...]
+        covariance = self.covariance
+        if isinstance(self.reward, Likelihood):
+            reward, measurements = prepare_likelihood(run, self.reward)
+            if covariance is None:
+                covariance = _covariance(reward, measurements, derivatives=self.proposal == "guided")
             check_covariance(reward, covariance, measurements)
-        elif not callable(reward):
-            raise TypeError(f"reward: expected a callable or a likelihood, got {type(reward).__name__}")
-        elif covariance is not None:
-            raise ValueError(f"covariance: expected None with a reward that is no likelihood, got {covariance!r}")
+        else:
+            reward = _terms(self.reward)
+            if covariance is not None:
+                raise ValueError(f"covariance: expected None with a reward that is no likelihood, got {covariance!r}")
         if not callable(self.potential) and self.potential not in POTENTIALS:
             raise ValueError(f"potential: expected one of {POTENTIALS} or a callable, got {self.potential!r}")
         if not callable(self.proposal) and self.proposal not in PROPOSALS:
@@ -72,42 +100,48 @@ class FK:
             raise ValueError(
                 "proposal: a function draws with one seed from sample 0 on; expected seed an integer and first_sample 0"
             )
-        if not isinstance(self.strength, Real) or not 0.0 < self.strength < math.inf:
-            raise ValueError(f"strength: expected a finite number > 0, got {self.strength!r}")
-        if isinstance(self.resample_steps, Sequence):
-            for i in self.resample_steps:
-                integer("resample_steps", i, 0, run.steps)
-        elif self.resample_steps is not None:
-            integer("resample_steps", self.resample_steps, 1)
+        if isinstance(self.strength, str):
+            raise TypeError(f"strength: expected a number, a table or a function of the time, got {self.strength!r}")
+        strength = per_step("strength", self.strength, run.levels)
+        if strength[-1] == 0.0:
+            raise ValueError("strength: expected a number > 0 at the last step, whose strength the target has, got 0.0")
         check_particles(run, self.resampler, self.ess_threshold, guided=self.proposal == "guided")
-        return replace(self, reward=reward, covariance=covariance)
+        return replace(
+            self,
+            reward=reward,
+            covariance=covariance,
+            strength=strength,
+            resample_steps=_steps(self.resample_steps, run.steps),
+        )
 
     def start(self, run: Run) -> State:
         x = run.initial()
-        particles = self._evaluate(run, x, 0)
-        with phase("weights"):
-            log_potential = self._log_potential(particles, None, last=False)
-        return State(x, log_potential.reshape(run.observations, run.particles).clone(), particles)
+        zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        # Not a number: nothing has been evaluated yet.
+        before = {"reward": torch.full_like(zero, math.nan), "log_product": zero}
+        if self.potential in ("max", "sum"):
+            before["so_far"] = torch.full_like(zero, -math.inf) if self.potential == "max" else zero.clone()
+        log_weights = torch.zeros(run.observations, run.particles, dtype=torch.float64, device=x.device)
+        return self._arrive(run, x, 0, before, log_weights)
 
     def step(self, run: Run, state: State, i: int) -> State:
-        threshold = self.ess_threshold if self.decides(i) else 0.0
+        threshold = self.ess_threshold if self._weighs(run, i) else 0.0
         ancestors, log_weights, ess = resample_particles(run, state, i, self.resampler, threshold)
         with phase("step"):
             x, log_weights = self._propose(run, state, log_weights, i)
-        last = i + 1 == run.steps
-        particles = {"reward": self._final_reward(run, x)} if last else self._evaluate(run, x, i + 1)
-        with phase("weights"):
-            log_potential = self._log_potential(particles, state.particles, last)
-            log_weights = log_weights + log_potential.reshape(log_weights.shape)
-        return State(x, log_weights, particles, ess, ancestors)
+        new = self._arrive(run, x, i + 1, state.particles, log_weights)
+        return replace(new, ess=ess, ancestors=ancestors)
 
-    def decides(self, i: int) -> bool:
-        """Whether step ``i`` resamples."""
-        if self.resample_steps is None:
-            return True
-        if isinstance(self.resample_steps, Sequence):
-            return i in self.resample_steps
-        return i > 0 and i % self.resample_steps == 0
+    def decides(self, i: int) -> tuple[bool, ...]:
+        """What step ``i`` decides on the host: whether it resamples, whether the next level has a potential, and
+        whether that is the first."""
+        assert isinstance(self.resample_steps, tuple)
+        return i in self.resample_steps, i + 1 in self.resample_steps, i + 1 == min(self.resample_steps, default=-1)
+
+    def _weighs(self, run: Run, i: int) -> bool:
+        """Whether level ``i`` has a potential."""
+        assert isinstance(self.resample_steps, tuple)
+        return i == run.steps or i in self.resample_steps
 
     def _propose(self, run: Run, state: State, log_weights: Tensor, i: int) -> tuple[Tensor, Tensor]:
         x0_hat = state.particles["x0_hat"]
@@ -118,73 +152,191 @@ class FK:
         assert callable(self.proposal)
         coefficients: Coefficients = run.coefficients(i)
         counter = {name: run.counter(i)[name] for name in ("seed", "step")}
-        proposed = self.proposal(state.x, x0_hat, coefficients, **counter)
+        proposed = foreign.call(self.proposal, state.x, x0_hat, coefficients, **counter)
         if not isinstance(proposed, tuple) or len(proposed) != 2:
             raise TypeError(f"proposal: expected it to return (x_s, log_ratio), got {type(proposed).__name__}")
         x = _returned("proposal", proposed[0], state.x.shape)
         ratio = _returned("proposal", proposed[1], state.x.shape[:1])
-        return x.to(state.x.dtype), log_weights + ratio.reshape(log_weights.shape)
+        run.watch.finite(i, "proposal", x)
+        run.watch.log_prob(i, "proposal", ratio)
+        # A copy: the particles are moved in place, and the function may keep what it returned.
+        return x.detach().to(state.x.dtype, copy=True), log_weights + ratio.detach().reshape(log_weights.shape)
 
-    def _evaluate(self, run: Run, x: Tensor, i: int) -> dict[str, Tensor]:
-        """``x0_hat``, its reward and, for the guided proposal, its shift."""
+    def _arrive(self, run: Run, x: Tensor, i: int, old: dict[str, Tensor], log_weights: Tensor) -> State:
+        """The particles ``x`` at level ``i``, their weights times the potential there if it has one. ``old``: what is
+        known of them from the levels before."""
+        weighs, last = self._weighs(run, i), i == run.steps
+        found = {"x0_hat": x, "reward": self._final_reward(run, x)} if last else self._evaluate(run, x, i, weighs)
+        if not weighs:
+            kept = {name: value for name, value in old.items() if name not in ("x0_hat", "shift")}
+            return State(x, log_weights, {**found, **kept})
+        with phase("weights"):
+            dead = old["log_product"] == -math.inf
+            if not isinstance(self.reward, Likelihood):
+                unknown = torch.isnan(found["reward"])
+                run.watch.dropped(min(i, run.steps - 1), "reward", unknown)
+                found["reward"] = found["reward"].masked_fill(unknown, -math.inf)
+                run.watch.log_prob(min(i, run.steps - 1), "reward", found["reward"])
+                dead = dead | unknown
+            log_potential, log_product = self._log_potential(run, found, old, dead, i)
+            found["log_product"] = log_product.masked_fill(dead, -math.inf)
+            log_potential = log_potential.masked_fill(dead, -math.inf)
+            return State(x, log_weights + log_potential.reshape(log_weights.shape), found)
+
+    def _evaluate(self, run: Run, x: Tensor, i: int, weighs: bool) -> dict[str, Tensor]:
+        """``x0_hat``; its shift for the guided proposal; its reward where the level has a potential."""
+        guided = self.proposal == "guided"
+        if not (weighs or guided):
+            return {"x0_hat": run.x0_hat(x, i)}
+        shift = None
         if isinstance(self.reward, Likelihood):
             assert self.covariance is not None
-            if self.proposal == "guided" or self.covariance == "moment":
+            if guided or self.covariance == "moment":
                 x0_hat, shift, reward, _ = run.likelihood_score(self.reward, self.covariance, x, i)
-                shift = scaled(shift, self.strength)
+                shift = scaled(shift, entry(self.strength, i))
             else:
                 x0_hat, reward = run.likelihood_value(self.reward, self.covariance, x, i)
-        elif self.proposal == "guided":
+        elif guided:
             x0_hat, shift, reward = run.in_chunks(lambda rows, x: self._reward_score(run, x, i, rows), x)
+            run.watch.finite(i, "net", x0_hat)
+            run.watch.finite(i, "gradient of the net or the reward", shift)
         else:
             x0_hat = run.x0_hat(x, i)
-            reward = self._reward(run, x0_hat)
-        particles = {"x0_hat": x0_hat, "reward": reward}
-        return {**particles, "shift": shift} if self.proposal == "guided" else particles
+            reward = self._reward(run, x0_hat, i)
+        found = {"x0_hat": x0_hat}
+        if weighs:
+            found["reward"] = reward
+        if guided:
+            assert shift is not None
+            found["shift"] = shift
+        return found
 
     def _reward_score(self, run: Run, x: Tensor, i: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pull_back = PullBack(run, x, i, rows)
         with phase("gradient"):
             with torch.enable_grad():
-                reward = self._call_reward(pull_back.x0)
+                reward = self._call_reward(run, pull_back.x0, i)
             if not reward.requires_grad:
                 raise ValueError("reward: expected one that autograd can differentiate for the guided proposal")
-            shift = pull_back(reward, scaled(torch.ones_like(reward), self.strength))
-            return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype), reward.detach().double()
+            shift = pull_back(reward, scaled(torch.ones_like(reward), entry(self.strength, i)))
+            reward = reward.detach()
+            # What a reward of NaN or -inf has for a gradient guides nobody.
+            shift = torch.where(per_sample(reward > -math.inf, shift).bool(), shift, 0.0)
+            return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype), reward
 
-    def _reward(self, run: Run, x0: Tensor) -> Tensor:
+    def _reward(self, run: Run, x0: Tensor, i: int) -> Tensor:
         with torch.no_grad(), phase("weights"):
-            return run.in_chunks(lambda rows, x0: (self._call_reward(x0).double(),), x0)[0]
+            return run.in_chunks(lambda rows, x0: (self._call_reward(run, x0, i),), x0)[0]
 
-    def _call_reward(self, x0: Tensor) -> Tensor:
-        assert not isinstance(self.reward, Likelihood)
-        return _returned("reward", self.reward(x0), x0.shape[:1])
+    def _call_reward(self, run: Run, x0: Tensor, i: int) -> Tensor:
+        """``[n]`` in float64."""
+        assert isinstance(self.reward, tuple)
+        total = None
+        for weight, function, takes_t in self.reward:
+            returned = foreign.call(function, x0, **({"t": run.level(i).t} if takes_t else {}))
+            value = weight * _as_tensor("reward", returned, x0)
+            total = value if total is None else total + value
+        assert total is not None
+        return total
 
     def _final_reward(self, run: Run, x: Tensor) -> Tensor:
         if isinstance(self.reward, Likelihood):
             return run.exact_log_prob(self.reward, x)
-        return self._reward(run, x)
+        return self._reward(run, x, run.steps)
 
-    def _log_potential(self, new: dict[str, Tensor], old: dict[str, Tensor] | None, last: bool) -> Tensor:
-        """``[n]``; what later levels need of the rewards so far joins ``new``."""
-        reward = new["reward"]
-        if self.potential == "difference":
-            return self.strength * (reward if old is None else log_ratio(reward, old["reward"]))
-        if last:
-            assert old is not None
-            return log_ratio(self.strength * reward, old["log_product"])
-        if self.potential == "max":
-            new["so_far"] = reward if old is None else torch.maximum(reward, old["so_far"])
-            log_potential = self.strength * new["so_far"]
-        elif self.potential == "sum":
-            new["so_far"] = reward if old is None else reward + old["so_far"]
-            log_potential = self.strength * new["so_far"]
+    def _log_potential(
+        self, run: Run, new: dict[str, Tensor], old: dict[str, Tensor], dead: Tensor, i: int
+    ) -> tuple[Tensor, Tensor]:
+        """Of level ``i``, and its sum over the levels so far, each ``[n]``; the reward so far joins ``new``."""
+        reward, last = new["reward"], i == run.steps
+        strength = entry(self.strength, i - 1 if last else i)
+        if self.potential == "difference" or last:
+            product = _tempered(strength, reward)
+            return log_ratio(product, old["log_product"]), product
+        if self.potential in ("max", "sum"):
+            combine = torch.maximum if self.potential == "max" else torch.add
+            new["so_far"] = combine(reward, old["so_far"])
+            log_potential = _tempered(strength, new["so_far"])
         else:
-            assert callable(self.potential)
-            log_potential = self.potential(reward, None if old is None else old["reward"])
-            log_potential = _returned("potential", log_potential, reward.shape)
-        new["log_product"] = log_potential if old is None else old["log_product"] + log_potential
-        return log_potential
+            assert callable(self.potential) and isinstance(self.resample_steps, tuple)
+            before = None if i == min(self.resample_steps) else old["reward"]
+            log_potential = _as_tensor("potential", foreign.call(self.potential, reward, before), reward).detach()
+            # Of a dead particle it may be the difference of two infinities.
+            run.watch.log_prob(i, "potential", log_potential.masked_fill(dead, 0.0))
+        return log_potential, old["log_product"] + log_potential
+
+
+class _Term(NamedTuple):
+    """A reward of a sum."""
+
+    weight: float
+    function: RewardFunction
+    takes_t: bool
+
+
+def _terms(reward: Any) -> tuple[_Term, ...]:
+    """The weighted rewards that ``reward`` stands for."""
+    if callable(reward):
+        return (_Term(1.0, reward, _takes_t(reward)),)
+    if not isinstance(reward, Sequence) or isinstance(reward, str) or not reward:
+        raise TypeError(f"reward: expected a callable, a likelihood or pairs (weight, callable), got {reward!r}")
+    terms = []
+    for pair in reward:
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not callable(pair[1]):
+            raise TypeError(f"reward: expected pairs (weight, callable), got {pair!r}")
+        weight, function = pair
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight) or weight == 0:
+            raise ValueError(f"reward: expected weights that are finite numbers other than 0, got {weight!r}")
+        terms.append(_Term(float(weight), function, _takes_t(function)))
+    return tuple(terms)
+
+
+def _takes_t(function: RewardFunction) -> bool:
+    """Whether ``t`` is a parameter that the caller has left open."""
+    if isinstance(function, functools.partial) and "t" in function.keywords:
+        return False
+    if isinstance(function, torch.nn.Module):
+        function = function.forward
+    try:
+        parameter = inspect.signature(function).parameters.get("t")
+    except (TypeError, ValueError):  # some that are built in have none
+        return False
+    return parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+
+
+def _covariance(likelihood: Likelihood, measurements: int, derivatives: bool) -> str:
+    """The default. Without a gradient to take, one that needs values alone, if there is one."""
+    if not derivatives and not likelihood.supports("isotropic", measurements):
+        return "isotropic"
+    return default_covariance(likelihood, measurements)
+
+
+def _steps(resample_steps: int | Iterable[int] | None, steps: int) -> tuple[int, ...]:
+    """The steps that resample."""
+    if resample_steps is None:
+        return tuple(range(steps))
+    if isinstance(resample_steps, str) or not isinstance(resample_steps, Iterable):
+        every = integer("resample_steps", resample_steps, 1)
+        return tuple(range(every, steps, every))
+    return tuple(sorted({integer("resample_steps", i, 0, steps) for i in resample_steps}))
+
+
+def _tempered(strength: Scalar, reward: Tensor) -> Tensor:
+    """``strength * reward``; 0 where the strength is, also for ``-inf``."""
+    return torch.where((reward == -math.inf) & (strength == 0.0), 0.0, strength * reward)
+
+
+def _as_tensor(name: str, value: object, x: Tensor) -> Tensor:
+    """A new float64 tensor ``[n]`` of what a user's function made of ``x``: a tensor, an array or a list."""
+    if isinstance(value, list | tuple) or (hasattr(value, "__array__") and not isinstance(value, Tensor)):
+        try:
+            value = torch.as_tensor(value, dtype=torch.float64, device=x.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name}: expected it to return {len(x)} numbers, got {value!r}") from error
+    value = _returned(name, value, x.shape[:1])
+    if value.is_complex():
+        raise TypeError(f"{name}: expected it to return real numbers, got {value.dtype}")
+    return value.to(x.device, torch.float64, copy=True)
 
 
 def _returned(name: str, value: object, shape: torch.Size) -> Tensor:
