@@ -1,6 +1,7 @@
 """What `fastguide.sample` says to wrong arguments: their name, what was expected and what came."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -402,19 +403,46 @@ def reward_of_one_row(value, from_call):
     return f
 
 
-@pytest.mark.parametrize(
-    "value, what",
-    [(math.nan, "a weight is NaN or infinite"), (-math.inf, r"no particle is alive \(all weights are 0\)")],
-)
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
 @pytest.mark.parametrize(
     "from_call, when", [(0, "before step 0"), (2, "before step 2"), (STEPS, "after the last step")]
 )
-def test_weights_that_are_lost_name_observation_and_step(value, what, from_call, when):
+@pytest.mark.filterwarnings("ignore:reward. returned NaN")
+def test_weights_that_are_lost_name_observation_and_step(value, from_call, when):
     guidance = FK(reward_of_one_row(value, from_call), 3)
+    message = "log_weights: expected a finite largest weight, got none for observation 1"
+    check(FloatingPointError, rf"{message} {when}: no particle is alive \(all weights are 0\)", guidance=guidance)
+
+
+@pytest.mark.parametrize("proposal", ["base", "guided"])
+def test_nan_and_minus_infinity_are_the_same_reward(proposal):
+    outs = []
+    for value in (math.nan, -math.inf):
+        guidance = FK(lambda x0, v=value: torch.where(x0[:, 0] > 0.0, v, x0.sum(1)), 40, proposal=proposal)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if value != value else "error")
+            outs.append(sample(guidance=guidance, seed=0))
+    assert torch.equal(outs[0].x, outs[1].x) and torch.equal(outs[0].log_weights, outs[1].log_weights)
+
+
+@pytest.mark.parametrize("proposal", ["base", "guided"])
+def test_a_reward_of_infinity_is_an_error(proposal):
+    guidance = FK(lambda x0: torch.where(x0[:, 0] > 0.0, math.inf, x0.sum(1)), 40, proposal=proposal)
+    message = "reward: expected finite values, got an infinite value at step 0"
+    check(FloatingPointError, message, guidance=guidance, seed=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_own_functions_of_fk_that_are_not_finite():
     check(
         FloatingPointError,
-        f"log_weights: expected a finite largest weight, got none for observation 1 {when}: {what}",
-        guidance=guidance,
+        "potential: expected finite values, got NaN at step 0",
+        guidance=FK(reward, 4, potential=lambda new, old: new * math.nan),
+    )
+    check(
+        FloatingPointError,
+        "proposal: expected finite values, got NaN at step 0",
+        guidance=FK(reward, 4, proposal=lambda x, x0, c, *, seed, step: (x * math.nan, torch.zeros(len(x)))),
     )
 
 

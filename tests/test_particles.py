@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -114,10 +115,7 @@ def test_every_potential_and_proposal_reaches_the_same_target(potential, proposa
     def reward(x0):
         return -0.5 * curvature * (x0 - centre.to(x0)).square().sum(1) / 2.0  # strength doubles it
 
-    def partial(new, old):
-        return 0.7 * (new if old is None else new - old)
-
-    f = partial if potential == "callable" else potential
+    f = partial_difference if potential == "callable" else potential
     outs = [run(fg.FK(reward, 8000, potential=f, proposal=proposal, strength=2.0), seed) for seed in range(2)]
     tolerance = 0.05
     got = torch.cat([out.mean() for out in outs]).mean(0)
@@ -220,6 +218,235 @@ def test_zero_reward_probability_kills_particles_and_no_more():
     normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
     upper = 1 - normal.cdf(beta)
     assert (out.log_evidence <= torch.log(upper) + 0.05).all()
+
+
+def partial_difference(new, old):
+    return 0.7 * (new if old is None else new - old)
+
+
+@pytest.mark.parametrize("proposal", ["base", "guided"])
+@pytest.mark.parametrize("potential", ["difference", "max", "sum", partial_difference])
+def test_a_reward_of_nan_is_a_particle_of_weight_0(potential, proposal):
+    """With a warning that says how many; its gradient guides nobody."""
+
+    def reward(x0):
+        return 0.1 * torch.log(2.0 - x0[:, 0])
+
+    with pytest.warns(RuntimeWarning, match=r"reward: returned NaN for \d+ particles, first at step \d"):
+        out = run(fg.FK(reward, 200, potential=potential, proposal=proposal))
+    dead = out.x[..., 0] > 2.0
+    assert (out.weights[dead] == 0).all() and (out.weights[~dead] > 0).any()
+    assert torch.isfinite(out.log_evidence).all() and torch.isfinite(out.x).all()
+
+
+# --- potentials at some steps alone -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proposal", ["base", "guided"])
+@pytest.mark.parametrize("potential", ["difference", "max", "sum", partial_difference])
+@pytest.mark.parametrize(
+    "resample_steps, ess_threshold, levels", [(10, 0.5, 5), (10, None, 5), ([0, 30], None, 3), ([], 0.5, 1)]
+)
+def test_a_potential_stands_at_the_resampling_steps_and_at_the_end(
+    resample_steps, ess_threshold, levels, potential, proposal
+):
+    """A unit Gaussian and ``r = -(x_1 - 1)^2 / 2``: the target is a Gaussian of mean 0.5 with log Z = -0.597, but for
+    what 50 steps change. The reward is called where a potential or a gradient needs it, and nowhere else."""
+    one = torch.ones(1, dtype=torch.float64)
+    prior = GaussianPrior(0.0 * one, torch.diag(one), fg.schedules.flow())
+    variance = prior.chain(50)[1].item()
+    exact_mean, exact_log_z = variance / (1 + variance), -0.5 * (math.log(1 + variance) + 1 / (1 + variance))
+    assert abs(exact_mean - 0.5) < 0.03 and abs(exact_log_z + 0.597) < 0.02
+    calls = []
+
+    def reward(x0):
+        calls.append(len(x0))
+        return -0.5 * (x0[:, 0] - 1.0).square()
+
+    guidance = fg.FK(
+        reward,
+        particles=8192,
+        potential=potential,
+        proposal=proposal,
+        ess_threshold=ess_threshold,
+        resample_steps=resample_steps,
+    )
+    out = fg.sample(prior.denoiser(), (4, 1), guidance=guidance, steps=50, seed=0, dtype=torch.float64)
+    assert len(calls) == (levels if proposal == "base" else 51)
+    # The last potential of "sum" undoes several others: its weights are far from even.
+    tolerance = 0.1 if potential == "sum" else 0.02
+    assert abs(out.mean().mean().item() - exact_mean) < tolerance
+    assert abs(out.log_evidence.mean().item() - exact_log_z) < tolerance
+
+
+@pytest.mark.parametrize("potential", ["difference", "max", "sum"])
+def test_strength_may_follow_the_time(potential):
+    """The target has the strength of the last step, whatever the others are."""
+    one = torch.ones(1, dtype=torch.float64)
+    prior = GaussianPrior(0.0 * one, torch.diag(one), fg.schedules.flow())
+    variance = prior.chain(20)[1].item()
+
+    def run_with(strength):
+        guidance = fg.FK(
+            lambda x0: -0.5 * (x0[:, 0] - 1.0).square(), 8192, potential, strength, "guided", resample_steps=5
+        )
+        return fg.sample(prior.denoiser(), (4, 1), guidance=guidance, steps=20, seed=0, dtype=torch.float64)
+
+    table = [0.0] * 8 + [0.5] * 11 + [2.0]
+    times = [level.t for level in prior.schedule.levels(20)]
+    out, other = run_with(table), run_with(lambda t: table[times.index(t)])
+    assert torch.equal(out.x, other.x) and torch.equal(out.log_weights, other.log_weights)
+    tolerance = 0.1 if potential == "sum" else 0.02
+    assert abs(out.mean().mean().item() - 2.0 * variance / (1 + 2.0 * variance)) < tolerance
+    exact = -0.5 * (math.log(1 + 2.0 * variance) + 1 / (0.5 + variance))
+    assert abs(out.log_evidence.mean().item() - exact) < tolerance
+
+
+def test_strength_0_takes_a_hard_constraint_away():
+    """``exp(0 * r)`` is 1 also for ``r = -inf``: nobody dies on the way."""
+
+    def inside(x0):
+        return torch.where(x0[:, 0] > 0.3, 0.0, -math.inf)
+
+    out = run(fg.FK(inside, 500, strength=[0.0] * (STEPS - 1) + [1.0], resample_steps=range(STEPS - 1)))
+    assert (out.ess[:-1] == 500).all()
+    assert torch.equal(out.weights > 0, out.x[..., 0] > 0.3)
+
+
+# --- what a reward may be -----------------------------------------------------------------------------------
+
+
+def quadratic(x0):
+    return -0.5 * (x0 - 0.2).square().sum(1)
+
+
+FORMS = {
+    "in float32": lambda x0: quadratic(x0).float().double(),
+    "an array": lambda x0: quadratic(x0.detach()).numpy(),
+    "a list": lambda x0: quadratic(x0.detach()).tolist(),
+    "a tuple of tensors": lambda x0: tuple(quadratic(x0.detach())),
+    "one of a sum": [(1.0, quadratic)],
+    "a sum": [(3.0, quadratic), (-2.0, lambda x0: quadratic(x0).tolist())],
+    "of the time": lambda x0, t: quadratic(x0) * (0.0 <= t <= 1.0),
+    "of the time, by keyword": lambda x0, *, t=None: quadratic(x0) * (0.0 <= t <= 1.0),
+    "of a time of its own": functools.partial(lambda x0, t: quadratic(x0) * (t == 7.0), t=7.0),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_reward_may_be(form):
+    wanted, got = (run(fg.FK(reward, 50), seed=3) for reward in (quadratic, FORMS[form]))
+    tolerance = 1e-5 if form == "in float32" else 1e-12
+    torch.testing.assert_close(got.x, wanted.x, atol=tolerance, rtol=0)
+    torch.testing.assert_close(got.log_weights, wanted.log_weights, atol=tolerance, rtol=0)
+
+
+def test_a_module_as_a_reward_takes_the_time():
+    class Reward(torch.nn.Module):
+        def forward(self, x0, t):
+            times.append(t)
+            return quadratic(x0)
+
+    times = []
+    run(fg.FK(Reward(), 5, resample_steps=5))
+    levels = example().schedule.levels(STEPS)
+    assert times == [levels[i].t for i in (5, 10, 15, STEPS)]
+
+
+def test_the_guided_proposal_follows_those_of_a_sum_that_have_a_gradient():
+    """Half of the reward has none: the target is the same, and so is the evidence."""
+    likelihood = gaussian_likelihood(Y[:1])
+
+    def hard(x0):
+        return likelihood.log_prob(x0.detach()).numpy()
+
+    means, _, evidence = posterior(*example().chain(STEPS), MATRIX, Y[:1], SCALE)
+    for reward in ([(1.0, likelihood.log_prob)], [(0.5, likelihood.log_prob), (0.5, hard)]):
+        guidance = fg.FK(reward, 20000, proposal="guided", strength=[0.05] * (STEPS - 5) + [0.2, 0.4, 0.6, 0.8, 1.0])
+        out = fg.sample(example().denoiser(), (1, 3), guidance=guidance, steps=STEPS, seed=0, dtype=torch.float64)
+        assert torch.allclose(out.mean(), means, atol=0.06)
+        assert torch.allclose(out.log_evidence, evidence, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (lambda x0: [0.0] * (len(x0) - 1), r"reward: expected it to return a tensor of shape \[8\], got \[7\]"),
+        (
+            lambda x0: quadratic(x0)[:, None].numpy(),
+            r"reward: expected it to return a tensor of shape \[8\], got \[8, 1\]",
+        ),
+        (lambda x0: ["good"] * len(x0), "reward: expected it to return 8 numbers, got"),
+        (lambda x0: quadratic(x0) + 0j, "reward: expected it to return real numbers, got torch.complex128"),
+    ],
+)
+def test_a_reward_that_returns_something_else(bad, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        run(fg.FK(bad, 4))
+
+
+def writing(f):
+    """``f``, which then overwrites all that it was given."""
+
+    def g(*args, **kwargs):
+        returned = f(*(a.clone() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+        for a in args:
+            if isinstance(a, torch.Tensor):
+                with torch.no_grad():
+                    a.fill_(7.0)
+        return returned
+
+    return g
+
+
+@pytest.mark.parametrize("proposal", ["base", "guided", "own"])
+@pytest.mark.parametrize("potential", ["difference", partial_difference])
+def test_functions_may_write_into_what_they_get(potential, proposal):
+    def own(x, x0_hat, coefficients, *, seed, step):
+        a, b, tau = fg.reference.step_coefficients(coefficients)
+        z = fg.ops.randn(x.shape, seed=seed, step=step, dtype=x.dtype)
+        return a * x + b * x0_hat + tau * z, torch.zeros(len(x))
+
+    def outcome(wrap):
+        return run(
+            fg.FK(
+                wrap(quadratic),
+                50,
+                potential=wrap(potential) if callable(potential) else potential,
+                proposal=wrap(own) if proposal == "own" else proposal,
+            )
+        )
+
+    clean, dirty = outcome(lambda f: f), outcome(writing)
+    assert torch.equal(clean.x, dirty.x) and torch.equal(clean.log_weights, dirty.log_weights)
+
+
+@pytest.mark.parametrize("proposal", ["base", "guided"])
+def test_a_reward_keeps_what_it_returned(proposal):
+    kept = []
+
+    def reward(x0):
+        value = quadratic(x0)
+        kept.append((value, value.detach().clone()))
+        return value
+
+    run(fg.FK(reward, 50, ess_threshold=None, proposal=proposal))
+    assert all(torch.equal(value, copy) for value, copy in kept)
+
+
+def test_fk_of_a_likelihood_with_the_base_proposal_needs_no_derivative():
+    """Also by default: the network has none."""
+
+    class Detached(GaussianPrior):
+        def __call__(self, x, t):
+            return super().__call__(x, t).detach()
+
+    prior = example()
+    detached = Detached(prior.mean, prior.covariance, prior.schedule)
+    for operator in (fg.operators.Matrix(MATRIX), fg.operators.Function(lambda x: (x @ MATRIX.to(x).T).detach())):
+        likelihood = fg.likelihoods.Gaussian(Y, operator, SCALE)
+        out = run(fg.FK(likelihood, 2000), prior=detached)
+        assert torch.isfinite(out.x).all() and torch.isfinite(out.log_evidence).all()
 
 
 def test_tds_finds_both_modes_with_their_mass_and_dps_does_not(capsys):

@@ -110,7 +110,7 @@ class FK:
             self,
             reward=reward,
             covariance=covariance,
-            strength=strength,
+            strength=(*strength, strength[-1]),  # of each level
             resample_steps=_steps(self.resample_steps, run.steps),
         )
 
@@ -134,9 +134,10 @@ class FK:
 
     def decides(self, i: int) -> tuple[bool, ...]:
         """What step ``i`` decides on the host: whether it resamples, whether the next level has a potential, and
-        whether that is the first."""
+        whether that is the first that a callable gets."""
         assert isinstance(self.resample_steps, tuple)
-        return i in self.resample_steps, i + 1 in self.resample_steps, i + 1 == min(self.resample_steps, default=-1)
+        first = callable(self.potential) and i + 1 == min(self.resample_steps, default=-1)
+        return i in self.resample_steps, i + 1 in self.resample_steps, first
 
     def _weighs(self, run: Run, i: int) -> bool:
         """Whether level ``i`` has a potential."""
@@ -174,7 +175,7 @@ class FK:
             dead = old["log_product"] == -math.inf
             if not isinstance(self.reward, Likelihood):
                 unknown = torch.isnan(found["reward"])
-                run.watch.dropped(min(i, run.steps - 1), "reward", unknown)
+                run.watch.dropped(min(i, run.steps - 1), "reward", unknown & ~dead)
                 found["reward"] = found["reward"].masked_fill(unknown, -math.inf)
                 run.watch.log_prob(min(i, run.steps - 1), "reward", found["reward"])
                 dead = dead | unknown
@@ -249,7 +250,7 @@ class FK:
     ) -> tuple[Tensor, Tensor]:
         """Of level ``i``, and its sum over the levels so far, each ``[n]``; the reward so far joins ``new``."""
         reward, last = new["reward"], i == run.steps
-        strength = entry(self.strength, i - 1 if last else i)
+        strength = entry(self.strength, i)
         if self.potential == "difference" or last:
             product = _tempered(strength, reward)
             return log_ratio(product, old["log_product"]), product

@@ -35,6 +35,9 @@ class Watch:
 
     def report(self) -> None:
         """Raise for the first value that was not finite; warn of dropped particles."""
+        if self._ranges:
+            lows, highs = (torch.stack([r[k].double() for r in self._ranges]).tolist() for k in (0, 1))
+            self._check(lows, highs)
         if self._dropped:
             counts = torch.stack([count for _, _, count in self._dropped]).tolist()
             found = [(i, f, n) for (i, f, _), n in zip(self._dropped, counts, strict=True) if n]
@@ -46,9 +49,8 @@ class Watch:
                     RuntimeWarning,
                     stacklevel=3,
                 )
-        if not self._ranges:
-            return
-        lows, highs = (torch.stack([r[k].double() for r in self._ranges]).tolist() for k in (0, 1))
+
+    def _check(self, lows: list[float], highs: list[float]) -> None:
         for (i, function, dead_allowed), low, high in zip(self._labels, lows, highs, strict=True):
             bad = [v for v in (low, high) if not math.isfinite(v) and not (dead_allowed and v == -math.inf)]
             if bad:
