@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -56,11 +57,24 @@ def build_record() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def _installed_elsewhere(here: Path) -> Path | None:
+    """Another copy of the package, that pip installed, where ``here`` shadows it."""
+    for distribution in importlib.metadata.distributions(name="fastguide"):
+        folder = Path(str(distribution.locate_file("fastguide"))).resolve()
+        if (folder / "__init__.py").exists() and folder != here:
+            return folder
+    return None
+
+
 def _load(name: str) -> tuple[ModuleType | None, str]:
     """The module, or why it is not there."""
-    full = f"fastguide._{name}"
+    full, here, other = f"fastguide._{name}", Path(__file__).parent.resolve(), None
     try:
-        return importlib.import_module(full), ""
+        module = importlib.import_module(full)
+        folder = Path(str(module.__file__)).parent.resolve()
+        if folder == here:
+            return module, ""
+        other = folder  # an editable installation of other sources finds its own, for any package of this name
     except ModuleNotFoundError as error:
         if error.name != full:
             return None, f"{full} did not load: {error}"
@@ -68,7 +82,13 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
         return None, f"{full} did not load: {error}"
     record = build_record()
     if not record:
-        return None, f"{full} was not built: no build has run here (pip install . builds it)"
+        if other := other or _installed_elsewhere(here):
+            return None, (
+                f"{full} was not built: Python imported the sources in {here}, where no build has run, in place of the "
+                f"copy that pip installed in {other}. `pip install -e {here.parent}` builds it here; from another "
+                "folder Python finds the installed copy"
+            )
+        return None, f"{full} was not built: no build has run in {here} (`pip install -e {here.parent}` runs it)"
     cuda = record["cuda"]
     if name == "cuda" and cuda["status"] != "built":
         return None, f"{full} was not built: {cuda['status']}, {cuda['reason']}"

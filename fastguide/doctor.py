@@ -89,6 +89,16 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _shadow() -> list[tuple[str, str]]:
+    """Unbuilt sources in the working directory, which Python started there would import before this package."""
+    sources = Path.cwd() / "fastguide"
+    if not (sources / "compiled.py").exists() or sources.resolve() == Path(__file__).parent.resolve():
+        return []
+    if list(sources.glob("_cpu*.so")):
+        return []
+    return [("note", f"python started in this folder imports {sources}, which is not built: pip install -e .")]
+
+
 def _table(rows: list[tuple[str, str]]) -> list[str]:
     return [f"  {name:<12} {value}" for name, value in rows]
 
@@ -105,6 +115,7 @@ def report() -> str:
             ("numpy", numpy.__version__),
             ("compiler", record.get("compiler", "no build record: nothing was compiled here")),
             ("CPU", f"{_cpu_name()}, {os.cpu_count()} visible, {torch.get_num_threads()} threads (torch's)"),
+            *_shadow(),
         ]
     )
     if torch.cuda.is_available():

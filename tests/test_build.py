@@ -63,6 +63,91 @@ import fastguide.backends, fastguide.doctor
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+# --- the clone and the installed package --------------------------------------------------------------------
+
+
+def copy_sources(folder: Path) -> Path:
+    """The package as a clone has it, unbuilt."""
+    unbuilt = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    return Path(shutil.copytree(ROOT / "fastguide", folder / "fastguide", ignore=unbuilt))
+
+
+def ask(code: str, clone: Path, site: Path, editable: Path | None = None) -> str:
+    """What ``code`` prints in the folder ``clone``, with what is installed in ``site``, and the compiled modules of an
+    editable installation of ``editable``, which it finds for any package of this name."""
+    finder = f"""
+import importlib.util, sys
+from pathlib import Path
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        for file in Path({str(editable)!r}).glob(name.removeprefix("fastguide.") + ".*.so"):
+            return importlib.util.spec_from_file_location(name, file)
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in str(f).lower()]  # this environment's own
+sys.meta_path.append(Finder())
+import torch, fastguide
+from fastguide import doctor
+"""
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    command = [sys.executable, "-c", finder + code]
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def install(site: Path) -> Path:
+    """What an installation of another copy leaves, as far as Python's metadata tell."""
+    package = copy_sources(site)
+    metadata = site / "fastguide-0.1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: fastguide\nVersion: 0.1.0\n")
+    return package
+
+
+def test_an_unbuilt_clone_before_the_installed_copy_is_named(tmp_path):
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    sources, installed = copy_sources(clone), install(site)
+    words = (
+        f"was not built: Python imported the sources in {sources}, where no build has run, in place of the copy that "
+        f"pip installed in {installed}. `pip install -e {clone}` builds it here"
+    )
+    said = ask("print(fastguide.backends()['cpu'].reason)", clone, site)
+    assert f"fastguide._cpu {words}" in said
+    said = ask("fastguide.ops.randn((4, 3), seed=0)", clone, site)  # runs on the reference, and says so
+    assert "RuntimeWarning: fastguide runs on cpu tensors without its compiled kernels, slowly: fastguide._cpu" in said
+    assert words in said
+    assert words in ask("print(doctor.report())", clone, site)
+
+
+def test_the_modules_of_an_editable_installation_serve_no_other_sources(tmp_path):
+    sources = copy_sources(tmp_path / "clone")
+    built = ROOT / "fastguide"
+    said = ask("print(fastguide.backends()['cpu'].reason)", tmp_path / "clone", tmp_path, editable=built)
+    assert f"imported the sources in {sources}, where no build has run" in said
+    assert f"in place of the copy that pip installed in {built}." in said
+
+
+def test_an_unbuilt_clone_alone_is_named(tmp_path):
+    sources = copy_sources(tmp_path / "clone")
+    said = ask("print(fastguide.backends()['cpu'].reason)", tmp_path / "clone", tmp_path)
+    assert f"no build has run in {sources} (`pip install -e {sources.parent}` runs it)" in said
+
+
+def test_doctor_of_the_installed_copy_names_the_clone_it_runs_in(tmp_path):
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    sources = copy_sources(clone)
+    install(site)
+    there = f"import os; os.chdir({str(clone)!r}); print(doctor.report())"
+    assert f"python started in this folder imports {sources}, which is not built" in ask(there, tmp_path, site)
+    assert "python started in this folder" not in ask("print(doctor.report())", tmp_path, site)
+
+
+def test_the_readme_installs_in_place():
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^    (pip install .*) && (\S.*)$", text, re.M)
+    assert [end for _, end in commands] == ["fastguide demo", "pytest"]
+    assert all(' -e ".[' in command for command, _ in commands)
+
+
 # --- choosing -----------------------------------------------------------------------------------------------
 
 

@@ -166,12 +166,14 @@ def readme_example(marker: str) -> str:
     return block
 
 
-def test_the_readme_example_runs():
+def test_the_readme_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it writes a file
     names: dict = {}
     exec(readme_example("fg.TDS"), names)
     out, truth = names["out"], names["truth"]
     assert out.x.shape == (2, 64, 1, 8, 8) and out.ess.shape == (51, 2)
     assert torch.isfinite(out.log_evidence).all()
+    assert torch.equal(fg.Samples.load("digits.safetensors").x, out.x)
     error = (out.mean() - truth).square().mean()
     assert error < 0.5 * (truth - truth.mean()).square().mean()
 
