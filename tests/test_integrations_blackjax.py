@@ -68,9 +68,33 @@ def test_weights_of_zero_and_of_half():
         np.testing.assert_array_equal(got, expected)
 
 
-def test_bad_weights_are_an_error():
-    with pytest.raises(Exception, match="NaN in row 0"):
-        ours.systematic(jax.random.key(0), jnp.array([0.5, jnp.nan]), 2).block_until_ready()
+BAD = {
+    "NaN": [0.25, 0.25, np.nan, 0.25, 0.25],
+    "infinite": [0.25, 0.25, np.inf, 0.25, 0.25],
+    "negative": [0.5, -0.25, 0.5, 0.25, 0.0],
+    "zero": [0.0] * 5,
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bad", BAD)
+def test_unusable_weights_are_theirs(scheme, bad):
+    """The very indices of blackjax, also in one row of a batch, whose others are ours."""
+    key, good, weights = jax.random.key(4), jnp.array([0.1, 0.2, 0.3, 0.2, 0.2]), jnp.array(BAD[bad])
+    f = getattr(ours, scheme)
+    expected = getattr(theirs, scheme)(key, weights, 8)
+    for call in (f, jax.jit(f, static_argnums=2)):
+        got = call(key, weights, 8)
+        assert got.dtype == expected.dtype
+        np.testing.assert_array_equal(got, expected)
+    rows = jax.vmap(lambda w: f(key, w, 8))(jnp.stack([good, weights, good]))
+    np.testing.assert_array_equal(rows[1], expected)
+    for row in (rows[0], rows[2]):
+        np.testing.assert_array_equal(row, f(key, good, 8))
+    if scheme in ("systematic", "stratified"):  # what that is: of positions in (0, 1), those from the NaN on
+        known = {"NaN": [0, 0, 1, 1, 2, 2, 2, 2], "infinite": [0, 0, 1, 1, 2, 2, 2, 2], "zero": [4] * 8}
+        np.testing.assert_array_equal(expected, known.get(bad, expected))
 
 
 def test_tempered_smc_finds_the_posterior():

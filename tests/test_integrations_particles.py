@@ -1,5 +1,6 @@
 """fastguide.integrations.particles against particles itself: the same generator, the same ancestors, bit for bit."""
 
+import re
 import sys
 from functools import partial
 
@@ -216,6 +217,29 @@ def test_bad_weights_are_errors_or_indices(scheme, bad):
         assert A.min() >= 0 and A.max() < 3000
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_that_are_not_one_row_are_named(scheme):
+    f = getattr(ours, scheme)
+    column = np.full((3, 1), 1 / 3)
+    for W, shape in (
+        (np.empty(0), [0]),
+        (column, [3, 1]),
+        (np.full((2, 3), 1 / 6), [2, 3]),
+        (np.asfortranarray(np.full((2, 3), 1 / 6)), [2, 3]),
+        (np.array(1.0), []),
+    ):
+        with pytest.raises(ValueError, match=rf"^W: expected shape \[N\] with N >= 1, got {re.escape(str(shape))}"):
+            f(W)
+    for M in (-1, 2.5):
+        with pytest.raises(ValueError, match=r"^M: expected an integer >= 0"):
+            f(column[:, 0], M)
+    _seed(1)
+    expected = f(column[:, 0])
+    for same in (np.asfortranarray(column)[:, 0], column[:, 0].tolist()):
+        _seed(1)
+        np.testing.assert_array_equal(f(same), expected)
+
+
 @pytest.mark.parametrize("n", [1, 7, 4096, 50_001])
 def test_functions_of_log_weights(n):
     lw = _log_weights(n, 3.0, seed=1) + 1000.0
@@ -247,8 +271,17 @@ def test_log_weights_that_are_not_finite_give_nan(bad):
     for broken in (np.where(np.arange(2000) == 1500, bad, lw), np.full(9, -np.inf)):
         assert np.isnan(ours.exp_and_normalise(broken)).all()
         assert np.isnan(ours.essl(broken)) and np.isnan(ours.log_mean_exp(broken))
-    with pytest.raises(ValueError):
-        ours.essl(np.empty(0))
+
+
+def test_log_weights_of_any_layout_and_none():
+    lw = np.arange(6.0).reshape(2, 3)
+    for array in (lw, np.asfortranarray(lw), lw.tolist()):
+        np.testing.assert_allclose(ours.exp_and_normalise(array), theirs.exp_and_normalise(lw), rtol=1e-13)
+        assert ours.essl(array) == pytest.approx(theirs.essl(lw), rel=1e-13)
+        assert ours.log_mean_exp(array) == pytest.approx(theirs.log_mean_exp(lw), rel=1e-13)
+    for f, name in ((ours.exp_and_normalise, "lw"), (ours.essl, "lw"), (ours.log_mean_exp, "v")):
+        with pytest.raises(ValueError, match=rf"^{name}: expected at least one value, got shape \[0\]"):
+            f(np.empty(0))
 
 
 class _RandomWalk(state_space_models.StateSpaceModel):

@@ -3,8 +3,8 @@
 ``resampling_fn=fastguide.integrations.blackjax.systematic`` in place of ``blackjax.smc.resampling.systematic``. The
 weights, ``[N]``, need not sum to one. Runs inside ``jax.jit``, ``scan`` and ``vmap`` as a callback of the host to
 `fastguide.ops.resample`: integer sums, exact however many weights there are, where blackjax adds float32. Its uniforms
-are its own, seeded by ``rng_key``: the same law, other indices than blackjax's. A NaN or infinite weight, or none above
-0, is an error.
+are its own, seeded by ``rng_key``: the same law, other indices than blackjax's. Where a weight is NaN, infinite or
+negative, or none is above 0, the indices are those of blackjax's own function, which raises no error.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from functools import partial
 from typing import Any
 
 import jax  # type: ignore
+import jax.numpy as jnp  # type: ignore
 import numpy as np
 import torch
+from blackjax.smc import resampling as _theirs  # type: ignore
 
 from .. import ops
 
@@ -22,18 +24,33 @@ __all__ = ["multinomial", "residual", "stratified", "systematic"]
 
 
 def _resample(scheme: str, rng_key: Any, weights: Any, num_samples: int) -> Any:
-    seed = jax.random.bits(rng_key, (2,), np.uint32)
-    num_samples = int(num_samples)
-    indices = jax.ShapeDtypeStruct((num_samples,), np.int32)
-    on_host, weights = partial(_on_host, scheme, num_samples), jax.lax.stop_gradient(weights)  # a callback has no JVP
-    return jax.pure_callback(on_host, indices, seed, weights, vmap_method="sequential")
+    return _jitted(scheme, rng_key, weights, int(num_samples))
+
+
+@partial(jax.jit, static_argnums=(0, 3))  # called outside of a jit, it is compiled once
+def _jitted(scheme: str, rng_key: Any, weights: Any, num_samples: int) -> Any:
+    weights = jax.lax.stop_gradient(weights)  # a callback has no JVP
+
+    def ours(rng_key: Any, weights: Any) -> Any:
+        seed = jax.random.bits(rng_key, (2,), np.uint32)
+        indices = jax.ShapeDtypeStruct((num_samples,), np.int32)
+        return jax.pure_callback(
+            partial(_on_host, scheme, num_samples), indices, seed, weights, vmap_method="sequential"
+        )
+
+    def theirs(rng_key: Any, weights: Any) -> Any:
+        return getattr(_theirs, scheme)(rng_key, weights, num_samples).astype(np.int32)
+
+    usable = (jnp.isfinite(weights) & (weights >= 0)).all() & (weights > 0).any()
+    return jax.lax.cond(usable, ours, theirs, rng_key, weights)
 
 
 def _on_host(scheme: str, num_samples: int, seed: Any, weights: Any) -> Any:
     high, low = map(int, seed)
-    with np.errstate(divide="ignore"):  # weights of 0
+    with np.errstate(divide="ignore", invalid="ignore"):  # weights of 0, and those that are not usable
         log_weights = torch.from_numpy(np.log(np.asarray(weights, np.float64)))
-    ancestors = ops.resample(log_weights, scheme=scheme, num=num_samples, seed=high << 32 | low)[0]
+    # unchecked: under vmap both branches are computed for all rows, and the others' indices are dropped
+    ancestors = ops.resample(log_weights, scheme=scheme, num=num_samples, seed=high << 32 | low, check=False)[0]
     return ancestors.numpy()
 
 

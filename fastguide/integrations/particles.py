@@ -3,7 +3,7 @@
 ``from fastguide.integrations import particles as rs`` in place of ``from particles import resampling as rs``, or
 `patch` once, which makes every ``particles.SMC`` use it. A scheme takes ``W`` ``[N]``, normalised weights (>= 0, sum
 one; float64 inside), and ``M`` (default ``N``), and returns ``M`` indices below ``N``, int64, ascending in
-`systematic`, `stratified`, `multinomial` and `ssp`.
+`systematic`, `stratified`, `multinomial` and `ssp`. Weights that are empty or not one row are a ValueError.
 
 Every scheme draws what that of `particles` draws, in the same order, from the same generator: numpy's global one, and
 in `ssp`, where `particles` is loaded, numba's. It sums the weights in the same order too, so that with the same seed
@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from .. import compiled
+from ..guidance.base import integer
 
 if not compiled.loaded("cpu"):
     raise ImportError(compiled.load_error("cpu"))
@@ -123,23 +124,24 @@ SCHEMES: dict[str, Callable[..., Indices]] = {
 
 def exp_and_normalise(lw: Floats) -> Floats:
     """``exp(lw) / sum(exp(lw))``, of the shape of the log-weights ``lw``."""
+    lw = np.asarray(lw)
     w = np.empty(lw.shape)
-    _exponentiate(lw, None, w)
+    _exponentiate("lw", lw, None, w)
     return w.astype(np.result_type(lw.dtype, np.float16), copy=False)
 
 
 def essl(lw: Floats) -> float:
     """The effective sample size ``sum(w)^2 / sum(w^2)``, in ``[1, N]``, of the log-weights ``lw = log w`` ``[N]``."""
-    _, total, squares = _exponentiate(lw)
+    _, total, squares = _exponentiate("lw", lw)
     return np.float64(total**2 / squares)
 
 
 def log_mean_exp(v: Floats, W: Floats | None = None) -> float:
     """The log of the mean of ``exp(v)``, weighted by ``W`` if given."""
     if W is None:
-        largest, total, _ = _exponentiate(v)
-        return largest + np.log(total / v.size)
-    largest, _, total = _exponentiate(v, W)
+        largest, total, _ = _exponentiate("v", v)
+        return largest + np.log(total / np.size(v))
+    largest, _, total = _exponentiate("v", v, W)
     weights = _doubles(W).sum()
     if weights == 0.0:
         raise ZeroDivisionError("W: expected weights that do not sum to 0")
@@ -162,10 +164,15 @@ def patch() -> ExitStack:
 
 
 def _weights(W: Floats, M: int | None) -> tuple[Doubles, int]:
-    return _doubles(W), W.shape[0] if M is None else M
+    shape = np.shape(W)
+    if len(shape) != 1 or shape[0] == 0:
+        raise ValueError(f"W: expected shape [N] with N >= 1, got {list(shape)}")
+    return _doubles(W), shape[0] if M is None else integer("M", M, 0)
 
 
-def _doubles(values: Floats) -> Doubles:
+def _doubles(values: Floats, name: str = "W") -> Doubles:
+    if not np.size(values):
+        raise ValueError(f"{name}: expected at least one value, got shape {list(np.shape(values))}")
     return np.ascontiguousarray(values, dtype=np.float64)
 
 
@@ -207,11 +214,13 @@ def _draw(W: Doubles, scale: float, ancestors: Indices) -> Indices:
     return _invert(W, scale, _SPACINGS, np.log(positions, out=positions), ancestors)
 
 
-def _exponentiate(lw: Floats, W: Floats | None = None, out: Doubles | None = None) -> tuple[float, float, float]:
-    """The largest of ``lw``, the sum of ``w = exp(lw - largest)``, and that of ``w * w``, or of ``w * W``; ``w``
-    normalised to ``out``.
+def _exponentiate(
+    name: str, values: Floats, W: Floats | None = None, out: Doubles | None = None
+) -> tuple[float, float, float]:
+    """The largest of ``values``, the sum of ``w = exp(values - largest)``, and that of ``w * w``, or of ``w * W``.
+    ``out`` receives ``w``, normalised.
     """
-    lw, W = _doubles(lw), W if W is None else _doubles(W)
+    lw, W = _doubles(values, name), W if W is None else _doubles(W)
     if W is not None and W.shape != lw.shape:
         raise ValueError(f"W: expected shape {list(lw.shape)}, got {list(W.shape)}")
     return _cpu.exponentiate(
