@@ -4,8 +4,10 @@ import enum
 import itertools
 import math
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,6 +130,7 @@ def test_choices_of_the_original(potential, adaptive, dtype):
     assert moved >= 2
 
 
+@pytest.mark.filterwarnings("ignore:reward_fn. returned NaN for 1 of 4 particles at step 1:RuntimeWarning")
 def test_the_original_forgets_weights_and_clamps_them():
     fkd = _fkd(num_particles=2, strict=True, seed=None)
     for i, rewards in ((1, (0.2, 0.3)), (3, (0.1, 0.4))):
@@ -212,6 +215,7 @@ def test_images_may_be_a_list_and_rewards_too():
     assert torch.equal(latents, kept)  # the caller's own
 
 
+@pytest.mark.filterwarnings("ignore:reward_fn:RuntimeWarning")
 def test_dead_particles():
     fkd = _fkd(reward_fn=lambda x: torch.tensor([math.nan, 0.0, math.nan, -math.inf]), adaptive_resampling=False)
     assert fkd.resample(sampling_idx=1, latents=torch.arange(4), x0_preds=_column(*range(4)))[0].tolist() == [1] * 4
@@ -224,6 +228,36 @@ def test_dead_particles():
     ]
 
 
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_unusable_rewards_are_warned_of(device, strict):
+    """At once on the CPU; on a GPU after the last step, so that no other waits."""
+    given = {1: (math.nan, 0.0, math.nan, 1.0), 3: (0.0, 0.1, 0.0, 0.2), 5: (math.nan,) * 4, 9: (0.0, 0.0, 0.0, 0.0)}
+    if strict:
+        given[5] = given[3]  # the original raises where no weight is above 0
+    options = dict(strict=True, seed=None) if strict else {}
+    fkd = _fkd(reward_fn=lambda x: x[:, 0], device=device, **options)
+    seen = {}
+    for step, rewards in given.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fkd.resample(sampling_idx=step, latents=torch.arange(4), x0_preds=_column(*rewards).to(device))
+        assert all(warning.category is RuntimeWarning and warning.filename == __file__ for warning in caught)
+        seen[step] = [str(warning.message) for warning in caught]
+    some = "reward_fn: returned NaN for 2 of 4 particles at step 1. They got weight 0"
+    none = (
+        "reward_fn: expected rewards of a finite largest weight at step 5, got none (4 of 4 rewards are NaN). "
+        "The step does not count: all particles were kept"
+    )
+    five = [] if strict else [none]
+    expected = {1: [some], 3: [], 5: five, 9: []} if device == "cpu" else {1: [], 3: [], 5: [], 9: [some, *five]}
+    assert seen == expected
+
+
+@pytest.mark.filterwarnings("ignore:reward_fn. expected rewards of a finite largest weight at step 3:RuntimeWarning")
 @pytest.mark.parametrize("potential", POTENTIALS)
 @pytest.mark.parametrize("adaptive", [True, False])
 @pytest.mark.parametrize("rewards", [(math.nan,) * 4, (0.0, math.inf, 1.0, 2.0)])
@@ -238,6 +272,82 @@ def test_a_step_without_usable_rewards_does_not_count(potential, adaptive, rewar
     assert runs[0][0].tolist() == [2] * 4
     for got, expected in zip(*runs, strict=True):
         assert torch.equal(got, expected)
+
+
+REWARDS = {
+    "list": lambda images: [float(v) for v in images[:, 0]],
+    "numpy, backwards": lambda images: images[:, 0].numpy()[::-1].copy()[::-1],
+    "numpy, read only": lambda images: np.broadcast_to(images[:, 0].numpy(), (4,)),
+    "list of numpy": lambda images: list(images[:, 0].numpy()),
+    "list of tensors": lambda images: list(images[:, 0].clone().requires_grad_()),
+    "tuple of both": lambda images: (0.3, *images[1:, 0]),
+    "float32": lambda images: images[:, 0].float(),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", REWARDS)
+def test_rewards_of_many_kinds(kind):
+    """Python's numbers keep their float64."""
+    rewards = [0.3, 0.1, 0.2, 0.25]
+    fkd = _fkd(reward_fn=REWARDS[kind])
+    fkd.resample(sampling_idx=1, latents=torch.arange(4), x0_preds=_column(*rewards))
+    expected = 2.0 * torch.tensor(rewards, dtype=torch.float64)
+    torch.testing.assert_close(fkd.log_weights, expected, rtol=0, atol=1e-6 if kind == "float32" else 1e-15)
+
+
+@pytest.mark.parametrize("bad", [None, ["a", "b", "c", "d"], 1.0])
+def test_rewards_that_are_no_numbers(bad):
+    with pytest.raises((TypeError, ValueError), match=r"^reward_fn: expected"):
+        _fkd(reward_fn=lambda images: bad).resample(
+            sampling_idx=1, latents=torch.arange(4), x0_preds=_column(0.0, 1.0, 2.0, 3.0)
+        )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_rewards_in_memory_that_is_used_again(strict):
+    """``"diff"`` compares them with those of the step before."""
+    memory = torch.empty(4)
+    options = dict(strict=True, seed=None) if strict else {}
+    fkd = _fkd(reward_fn=lambda images: memory.copy_(images[:, 0]), **options)
+    for step, rewards in ((1, (0.0, 0.1, 0.2, 0.3)), (3, (0.3, 0.3, 0.3, 0.3))):
+        fkd.resample(sampling_idx=step, latents=torch.arange(4), x0_preds=_column(*rewards))
+    expected = [0.6, 0.4, 0.2, 0.0] if strict else [0.6] * 4  # the original's weights are of the last step alone
+    torch.testing.assert_close(fkd.log_weights, torch.tensor(expected).double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_ancestors(strict):
+    options = dict(strict=True, seed=None) if strict else {}
+    fkd = _fkd(**options)
+    assert fkd.ancestors is None
+    latents, names = torch.arange(4), list("abcd")
+    steps = {
+        0: ((0.0, 9.0, 0.0, 0.0), None),  # does not weigh
+        1: ((0.0, 0.1, 0.1, 0.0), [0, 1, 2, 3]),  # too even
+        3: ((0.0, 9.0, 0.0, 0.0), [1, 1, 1, 1]),
+        4: ((9.0, 0.0, 0.0, 0.0), [1, 1, 1, 1]),  # does not weigh: those of step 3 still
+    }
+    for step, (rewards, expected) in steps.items():
+        before = latents
+        latents, images = fkd.resample(sampling_idx=step, latents=latents, x0_preds=_column(*rewards))
+        if images is not None:
+            assert torch.equal(latents, before[fkd.ancestors])
+            names = [names[k] for k in fkd.ancestors.tolist()]
+        if expected is not None:
+            assert fkd.ancestors.dtype == torch.int64 and fkd.ancestors.tolist() == expected
+    assert names == ["b"] * 4
+
+
+def test_a_step_taken_again_draws_other_numbers():
+    x = _column(*(0.05 * k for k in range(64)))
+    fkd = _fkd(num_particles=64, scheme="multinomial", adaptive_resampling=False, potential_type="rt", seed=3)
+    drawn = []
+    for _ in range(2):
+        fkd.log_weights.zero_()
+        fkd.resample(sampling_idx=1, latents=x, x0_preds=x)
+        drawn.append(fkd.ancestors)
+    assert not torch.equal(*drawn)
 
 
 def test_rewards_are_the_callers_own():

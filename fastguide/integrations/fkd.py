@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..guidance.base import integer
+from ..guidance.base import STREAM_RESAMPLE, integer
 
 __all__ = ["FKD"]
 
@@ -28,10 +31,12 @@ class FKD:
       resamples, and so does the last, ``time_steps - 1``. With ``adaptive_resampling`` those before the last resample
       only where the effective sample size is below half of the particles; weights are kept until then.
     - ``latent_to_decode_fn(x0_preds) -> images``, a tensor or a sequence, and ``reward_fn(images) -> [num_particles]``
-      rewards, a tensor or a sequence. A NaN is a particle of weight 0. Where all have weight 0, or one has infinity,
-      the step does not count: all are kept, with what they had.
+      rewards, a tensor, a numpy array or a sequence of numbers. A NaN is a particle of weight 0. Where all have weight
+      0, or one has infinity, the step does not count: all are kept, with what they had (``strict`` apart). Both are a
+      RuntimeWarning that names the step: at once for rewards on the CPU, after the last step for those on a GPU.
     - ``device``: where rewards and weights are kept, in float64.
     - ``scheme``: a resampler of `fastguide.ops.resample`; ``seed``: its seed, None for one of torch's global generator.
+      A step that is taken again draws other numbers.
     - ``strict=True``: what the original does instead. Weights of each step alone, in float32 and no larger than 1e10;
       multinomial resampling by torch's global generator; the last step, too, only below half. A weight that was not
       resampled is then forgotten, also by the product, and the last reward of ``"max"`` and ``"add"`` is the largest,
@@ -41,7 +46,10 @@ class FKD:
 
     ``population_rs`` ``[num_particles]``: the rewards, of ``"max"`` and ``"add"`` so far. ``log_weights``
     ``[num_particles]`` are the weights now; after the last step (``strict`` apart) they are equal: all
-    the estimate of the log of the mean product of potentials.
+    the estimate of the log of the mean product of potentials. ``ancestors`` ``[num_particles]``, int64, on ``device``,
+    are those of the last step that weighed (images were returned): particle ``k`` after it was particle
+    ``ancestors[k]`` before; ``0, 1, 2, ...`` where all were kept, and None before the first such step. Move what else
+    belongs to the particles by ``value[fkd.ancestors]``.
     """
 
     def __init__(
@@ -80,17 +88,21 @@ class FKD:
         self.reward_fn = reward_fn
         self.latent_to_decode_fn = latent_to_decode_fn
         self.scheme = scheme
-        self.seed = int(torch.randint(1 << 62, ())) if seed is None and not strict else seed
+        self.seed = int(torch.randint(1 << 62, (), device="cpu")) if seed is None and not strict else seed
         self.strict = strict
         self.log_weights = torch.zeros(num_particles, dtype=torch.float64, device=device)
         dtype = torch.float32 if strict else torch.float64
         self.population_rs = torch.full_like(self.log_weights, reward_min_value, dtype=dtype)
         self._product = torch.full_like(self.population_rs, float(strict))  # of potentials; its log, if not strict
+        self.ancestors: Tensor | None = None
+        self._visits: Counter[int] = Counter()  # of each step
+        self._unread: list[tuple[int, Tensor, Tensor]] = []  # step, rewards that are NaN, whether any weight was usable
 
     def resample(self, *, sampling_idx: int, latents: Tensor, x0_preds: Tensor) -> tuple[Tensor, Any]:
         """``latents`` ``[num_particles, ...]`` of step ``sampling_idx``, resampled by the rewards of what ``x0_preds``
         ``[num_particles, ...]`` decode to, and those images, resampled likewise; at a step that does not weigh, the
-        same latents and None. Images that are no tensor wait for the device; nothing else does, but ``strict``.
+        same latents and None. Images that are no tensor wait for the device, and so does the last step, to warn of
+        unusable rewards; nothing else does, but ``strict``.
         """
         step = integer("sampling_idx", sampling_idx, 0)
         if step not in self.steps:
@@ -99,18 +111,26 @@ class FKD:
             if value.shape[0] != self.num_particles:
                 raise ValueError(f"{name}: expected {self.num_particles} particles, got shape {list(value.shape)}")
         images = self.latent_to_decode_fn(x0_preds)
-        rewards = torch.as_tensor(self.reward_fn(images), device=self.population_rs.device).detach()
-        if not (self.strict and rewards.is_floating_point()):  # the original goes on in what it is given
-            rewards = rewards.to(self.population_rs.dtype)
+        rewards = self._as_tensor(self.reward_fn(images))
         if rewards.shape != self.log_weights.shape:
             raise ValueError(f"reward_fn: expected {self.num_particles} rewards, got shape {list(rewards.shape)}")
+        waits = rewards.device.type != "cpu"
+        nan = rewards.isnan().sum()
+        dtype = rewards.dtype if self.strict and rewards.is_floating_point() else self.population_rs.dtype
+        rewards = rewards.to(self.population_rs.device, dtype, copy=True)  # the caller's may be overwritten
         so_far = self.population_rs
         combine = _COMBINATIONS.get(self.potential_type)
         self.population_rs = combine(rewards, so_far) if combine else rewards
         choose = self._choose_as_the_original if self.strict else self._choose
-        ancestors = choose(rewards, so_far, step)
+        ancestors, usable = choose(rewards, so_far, step)
+        self._visits[step] += 1
+        self._unread.append((step, nan, usable))
+        if step == self.last_step or not (waits or usable.device.type != "cpu"):
+            self._warn()
         if ancestors is None:
+            self.ancestors = torch.arange(self.num_particles, device=self.log_weights.device)
             return latents, images
+        self.ancestors = ancestors
         self.population_rs = self.population_rs.index_select(0, ancestors)
         if isinstance(images, Tensor):
             images = images.index_select(0, ancestors.to(images.device))
@@ -118,7 +138,41 @@ class FKD:
             images = [images[k] for k in ancestors.tolist()]
         return latents.index_select(0, ancestors.to(latents.device)), images
 
-    def _choose(self, rewards: Tensor, so_far: Tensor, step: int) -> Tensor:
+    def _as_tensor(self, rewards: Any) -> Tensor:
+        if isinstance(rewards, Tensor):
+            return rewards.detach()
+        try:
+            if isinstance(rewards, np.ndarray):
+                return torch.tensor(np.ascontiguousarray(rewards))
+            dtype = None if self.strict else torch.float64
+            if any(isinstance(reward, Tensor) for reward in rewards):
+                return torch.stack([torch.as_tensor(reward, dtype=dtype).detach() for reward in rewards])
+            return torch.tensor(rewards, dtype=dtype)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                "reward_fn: expected rewards that are a tensor, a numpy array or a sequence of numbers, got "
+                f"{type(rewards).__name__}: {error}"
+            ) from error
+
+    def _warn(self) -> None:
+        """Read what was noted of the steps since the last time, and warn of what was not usable."""
+        for step, nan, usable in self._unread:
+            number = int(nan)
+            message = f"reward_fn: returned NaN for {number} of {self.num_particles} particles at step {step}"
+            if not usable:
+                message = (
+                    f"reward_fn: expected rewards of a finite largest weight at step {step}, got none ({number} of "
+                    f"{self.num_particles} rewards are NaN). The step does not count: all particles were kept"
+                )
+            elif number:
+                message += ". They got weight 0"
+            else:
+                continue
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        self._unread.clear()
+
+    def _choose(self, rewards: Tensor, so_far: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The ancestors, and whether any weight was usable."""
         last = step == self.last_step
         if self.potential_type == "diff":
             log_potential = self.lmbda * (rewards - so_far)
@@ -133,7 +187,8 @@ class FKD:
             scheme=self.scheme,
             ess_threshold=0.5 if self.adaptive_resampling and not last else None,
             seed=self.seed,
-            step=step,
+            step=step + (self.last_step + 1) * self._visits[step],
+            stream=STREAM_RESAMPLE,
             check=False,
         )
         chosen = ancestors.long()
@@ -143,20 +198,21 @@ class FKD:
         if self.potential_type != "diff":  # whose product is what it should be, always
             product = (self._product + log_potential).index_select(0, chosen)
             self._product = torch.where(usable, product, self._product)
-        return chosen
+        return chosen, usable
 
-    def _choose_as_the_original(self, rewards: Tensor, so_far: Tensor, step: int) -> Tensor | None:
+    def _choose_as_the_original(self, rewards: Tensor, so_far: Tensor, step: int) -> tuple[Tensor | None, Tensor]:
         last = step == self.last_step
         weights = torch.exp(self.lmbda * (rewards - so_far if self.potential_type == "diff" else self.population_rs))
         if last and self.potential_type != "diff":
             weights = weights / self._product
         weights = weights.clamp(max=1e10).nan_to_num(nan=0.0)
         self.log_weights = weights.double().log()
+        usable = torch.ones((), dtype=torch.bool)  # torch.multinomial raises for weights that are not
         if self.adaptive_resampling or last:
             shares = weights / weights.sum()
             if not 1.0 / (shares**2).sum() < 0.5 * self.num_particles:
-                return None
+                return None, usable
         self.log_weights = torch.zeros_like(self.log_weights)
         chosen = torch.multinomial(weights, self.num_particles, replacement=True)
         self._product = self._product[chosen] * weights[chosen]
-        return chosen
+        return chosen, usable
