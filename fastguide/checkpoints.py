@@ -175,7 +175,7 @@ def _try_guidance(run: Run, guidance: Any) -> Trial:
             trial[f"likelihood {number}"] = _FAILED
     steps = [run.steps // 2]
     if hasattr(guidance, "particles"):
-        steps = sorted({_first_decision(run, guidance), run.steps - 1})
+        steps = sorted(_deciding_steps(run, guidance))
     try:
         state = guidance.start(small)
         _record(trial, "start", state)
@@ -187,10 +187,11 @@ def _try_guidance(run: Run, guidance: Any) -> Trial:
     return trial
 
 
-def _first_decision(run: Run, guidance: Any) -> int:
-    """The first step at which the guidance resamples, as FK chooses."""
-    decides = getattr(guidance, "decides", lambda i: True)
-    return next((i for i in range(run.steps) if decides(i)), 0)
+def _deciding_steps(run: Run, guidance: Any) -> set[int]:
+    """The first step of each kind that decides something, as FK's do, and the last step."""
+    decides = getattr(guidance, "decides", lambda i: (i == 0,))
+    kinds = {decides(i): i for i in reversed(range(run.steps))}
+    return {run.steps - 1, *(i for kind, i in kinds.items() if any(kind))}
 
 
 def _input(run: Run, shape: tuple[int, ...]) -> Tensor:

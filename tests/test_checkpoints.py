@@ -105,6 +105,30 @@ PAIRS = {
         dict(guidance=fg.DPS(gaussian_likelihood(), zeta=lambda t: 0.1)),
         dict(guidance=fg.DPS(gaussian_likelihood(), zeta=lambda t: 0.2)),
     ),
+    "weights of rewards": (
+        dict(guidance=fg.FK([(1.0, reward), (0.5, lambda x: x[:, 1])], 16)),
+        dict(guidance=fg.FK([(1.0, reward), (0.6, lambda x: x[:, 1])], 16)),
+    ),
+    "one of several rewards": (
+        dict(guidance=fg.FK([(1.0, reward), (0.5, lambda x: x[:, 1])], 16)),
+        dict(guidance=fg.FK([(1.0, reward), (0.5, lambda x: x[:, 2])], 16)),
+    ),
+    "reward of the time": (
+        dict(guidance=fg.FK(lambda x, t: x[:, 0] * t, 16)),
+        dict(guidance=fg.FK(lambda x, t: x[:, 0] * (1 - t), 16)),
+    ),
+    "strength": (
+        dict(guidance=fg.FK(reward, 16, strength=lambda t: 1.0 + t)),
+        dict(guidance=fg.FK(reward, 16, strength=lambda t: 1.0 + 1.1 * t)),
+    ),
+    "potential at some steps": (
+        dict(guidance=fg.FK(reward, 16, potential=potential(1.0), resample_steps=[3, 6])),
+        dict(guidance=fg.FK(reward, 16, potential=potential(2.0), resample_steps=[3, 6])),
+    ),
+    "proposal at some steps": (
+        dict(guidance=fg.FK(reward, 16, proposal=proposal(0.0), resample_steps=[3, 6])),
+        dict(guidance=fg.FK(reward, 16, proposal=proposal(0.3), resample_steps=[3, 6])),
+    ),
     "potential": (
         dict(guidance=fg.FK(reward, 16, potential=potential(1.0))),
         dict(guidance=fg.FK(reward, 16, potential=potential(2.0))),
@@ -129,6 +153,26 @@ PAIRS = {
     "encoder": (
         dict(guidance=latent(1.0, encoder=lambda x: x, space="pixel")),
         dict(guidance=latent(1.0, encoder=lambda x: 0.9 * x, space="pixel")),
+    ),
+    "guidance scale": tuple(
+        dict(
+            prior=fg.Denoiser(
+                lambda x, t: 0.1 * x,
+                fg.schedules.vp_linear(100),
+                unconditional=lambda x, t: 0.2 * x,
+                guidance_scale=scale,
+            )
+        )
+        for scale in (lambda t: 1.0 + t / 1e3, lambda t: 1.0 + t / 2e3)
+    ),
+    "seeds": (dict(seed=[1, 2], guidance=fg.DPS(gaussian_likelihood())), dict(seed=[1, 3])),
+    "reward with seeds": (
+        dict(seed=[1, 2], guidance=fg.FK(lambda x: x[:, 0], 16)),
+        dict(seed=[1, 2], guidance=fg.FK(lambda x: -x[:, 0], 16)),
+    ),
+    "samples per observation": (
+        dict(samples_per_observation=4, guidance=fg.DPS(function_likelihood(1.0))),
+        dict(samples_per_observation=4, guidance=fg.DPS(function_likelihood(1.2))),
     ),
     "network": (dict(prior=network(0.1)), dict(prior=network(0.2))),
     "network of a guided run": (
@@ -234,11 +278,22 @@ def test_the_trials_are_run_once_for_a_run(tmp_path):
     assert sum(n == 2 for n in sizes["reward"]) <= 6
 
 
-def test_the_seed_is_kept(tmp_path):
+@pytest.mark.parametrize("seed", [2**63 + 5, [2**64 - 1, 7]])
+def test_the_seed_is_kept(seed, tmp_path):
     path = tmp_path / "run.pt"
     assert checkpoints.saved_seed(path) is None
-    interrupt(path, seed=2**63 + 5)
-    assert checkpoints.saved_seed(path) == 2**63 + 5
+    interrupt(path, seed=seed)
+    assert checkpoints.saved_seed(path) == (seed if isinstance(seed, int) else tuple(seed))
+    assert torch.equal(draw(path, seed=seed).x, draw(None, seed=seed).x)
+
+
+def test_a_run_without_a_seed_goes_on_with_that_of_its_checkpoint(tmp_path):
+    path = tmp_path / "run.pt"
+    interrupt(path, seed=None)
+    seed = checkpoints.saved_seed(path)
+    torch.manual_seed(99)
+    resumed = draw(path, seed=None)
+    assert resumed.seed == seed and torch.equal(resumed.x, draw(None, seed=seed).x)
 
 
 @pytest.mark.parametrize("values", [[0.0] * 6, [math.nan, 1.0, math.inf, -math.inf, -math.inf, 2.0]])
@@ -266,3 +321,30 @@ def test_y_of_another_observation_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     interrupt(path, guidance=fg.DPS(gaussian_likelihood(Y)))
     assert is_refused(path, "arguments differ", guidance=fg.DPS(gaussian_likelihood(Y + 1e-3)))
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        None,
+        fg.DPS(gaussian_likelihood()),
+        fg.PnP(gaussian_likelihood()),
+        fg.PiGDM(gaussian_likelihood()),
+        latent(1.0),
+        fg.TDS(gaussian_likelihood(), 16),
+        fg.FK(reward, 16),
+        fg.FK(gaussian_likelihood(), 16, proposal="guided", potential="max"),
+        fg.FK(reward, 16, potential="sum", resample_steps=3, ess_threshold=None),
+    ],
+    ids=lambda guidance: type(guidance).__name__,
+)
+@pytest.mark.parametrize("seed", [3, [1, 2]], ids=["one seed", "seeds"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_trials_of_our_own_methods_give_numbers(guidance, seed, dtype, tmp_path):
+    path = tmp_path / "run.pt"
+    net = fg.Conditional(lambda x, t, label: 0.1 * label[:, None] * x, label=torch.tensor([1.0, 2.0]))
+    prior = fg.Denoiser(net, fg.schedules.vp_linear(100))
+    interrupt(path, guidance=guidance, seed=seed, dtype=dtype, prior=prior)
+    trials = torch.load(path, weights_only=True)["trials"]
+    values = [v for trial in trials.values() for v in trial.values()]
+    assert len(values) >= (3 if guidance is None else 5) and not any(isinstance(v, str) for v in values)
