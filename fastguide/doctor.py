@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from . import compiled, reference
+from . import __version__, compiled, reference
 from .backends import OPERATIONS, backends, explain
 
 __all__ = ["KNOWN_ANSWERS", "report"]
@@ -74,13 +73,6 @@ def _self_check(name: str) -> str:
     return f"passed ({len(KNOWN_ANSWERS)} known answers of Philox, bit for bit)"
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _cpu_name() -> str:
     path = Path("/proc/cpuinfo")
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -109,7 +101,7 @@ def report() -> str:
     lines = ["fastguide"]
     lines += _table(
         [
-            ("fastguide", f"{_version('fastguide')}, in {Path(__file__).parent}"),
+            ("fastguide", f"{__version__}, in {Path(__file__).parent}"),
             ("Python", f"{platform.python_version()} on {platform.platform()}"),
             ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
             ("numpy", numpy.__version__),

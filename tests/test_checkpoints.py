@@ -348,3 +348,9 @@ def test_trials_of_our_own_methods_give_numbers(guidance, seed, dtype, tmp_path)
     trials = torch.load(path, weights_only=True)["trials"]
     values = [v for trial in trials.values() for v in trial.values()]
     assert len(values) >= (3 if guidance is None else 5) and not any(isinstance(v, str) for v in values)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    torch.save({"state": torch.zeros(3)}, path)
+    assert is_refused(path, "arguments differ, its network gives other results")
