@@ -352,6 +352,10 @@ DPS_OPTIONS = (
     dict(solver="ancestral", alpha=lambda t: 0.3 + 0.2 * t),
     dict(solver="ancestral", alpha=0.5, schedule="ve"),
     dict(minus_one_one=False),
+    dict(solver="euler"),
+    dict(solver="euler", schedule="ve", alpha=0.3, weight=0.5),
+    dict(solver="euler", guidance="annealed", weight=0.7, alpha=lambda t: 1.2 * t),
+    dict(solver="euler", minus_one_one=False, alpha=0.0),
 )
 
 
@@ -377,7 +381,86 @@ def test_dps(name, options):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=5e-6)
     for given in (x_init, (3, *event)):
         got = dps(y, physics, given, 5)
-        torch.testing.assert_close(got, expected[0], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(got, expected[0], rtol=1e-5, atol=5e-6)
+
+
+def solvers():
+    def times():
+        return dict(timesteps=torch.linspace(1.0, 0.01, 12, dtype=torch.float64), rng=torch.Generator())
+
+    class Halved(dinv.sampling.EulerSolver):
+        """A user's own."""
+
+        def step(self, sde, t0, t1, x0, *args, **kwargs):
+            middle, _ = super().step(sde, t0, (t0 + t1) / 2, x0, *args, **kwargs)
+            return super().step(sde, (t0 + t1) / 2, t1, middle, *args, **kwargs)[0], 2
+
+    return {
+        "Euler": dinv.sampling.EulerSolver(**times()),
+        "Heun": dinv.sampling.HeunSolver(**times()),
+        "large variance": dinv.sampling.DDPMSolver(**times(), variance="large"),
+        "DDIM": dinv.sampling.DDIMSolver(**times(), eta=0.6),
+        "Ancestral": dinv.sampling.AncestralSolver(**times()),
+        "own": Halved(**times()),
+    }
+
+
+@pytest.mark.parametrize("name", solvers())
+@pytest.mark.parametrize(
+    "options", (dict(alpha=0.6), dict(schedule="ve", guidance="annealed", alpha=lambda t: t, minus_one_one=False))
+)
+def test_dps_with_a_solver_object(name, options):
+    """From the same generator it is deepinv's own, with the solver's times and whatever it draws."""
+    physics = dinv.physics.Inpainting((1, 8, 8), mask=0.5, rng=generator())
+    physics.noise_model = dinv.physics.GaussianNoise(0.1)
+    y, denoiser = physics(torch.rand(3, 1, 8, 8, generator=generator())), Small()
+    found = []
+    for module in (ours, dinv.sampling):
+        dps = module.DPS(denoiser, solver=solvers()[name], num_steps=3, **options)
+        found.append(dps(y, physics, seed=4, get_trajectory=True))
+        found[-1] += (dps(y, physics, seed=None, x_init=(3, 1, 8, 8), denoise_output=False),)
+    for got, want in zip(*found, strict=True):
+        assert got.dtype == want.dtype == torch.float64
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+    assert not torch.allclose(found[0][0], found[0][2], atol=1e-3)
+
+
+def test_dps_by_euler_draws_other_noise_in_each_call():
+    physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1))
+    dps = ours.DPS(Small(), solver="euler", num_steps=4)
+    torch.manual_seed(1)
+    first, second = dps(X, physics), dps(X, physics)
+    torch.manual_seed(1)
+    assert torch.equal(first, dps(X, physics)) and not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)))
+def test_dps_by_euler_under_ambient_modes(mode):
+    """They reach the denoiser at most, which here has nothing that they change."""
+    physics = matrix_physics(randn(9, 20))
+    y, denoiser = physics.A(X.flatten(1)), lambda x, sigma: 0.9 * x
+    dps = ours.DPS(denoiser, solver="euler", num_steps=6)
+    expected = dps(y, physics, seed=1)
+    with mode():
+        got = dps(y, physics, seed=1)
+    assert torch.equal(got, expected)
+
+
+def test_diffpir_under_autocast():
+    """With a physics that is a matrix product."""
+    physics = matrix_physics(randn(9, 20), noise_model=dinv.physics.GaussianNoise(0.1))
+    y, fidelity = physics.A(X.flatten(1)), dinv.optim.data_fidelity.L2()
+    diffpir = ours.DiffPIR(lambda x, sigma: 0.9 * x, fidelity, max_iter=4)
+    expected = diffpir(y, physics, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = diffpir(y, physics, seed=1)
+    assert torch.equal(got, expected) and got.dtype == torch.float32
+
+
+def test_dps_by_euler_names_what_is_not_finite():
+    dps = ours.DPS(lambda x, sigma: x * (1.0 if sigma > 3.0 else torch.nan), solver="euler", num_steps=6)
+    with pytest.raises(FloatingPointError, match=r"^denoiser: expected finite values, got NaN at step 3"):
+        dps(X, dinv.physics.Denoising(), seed=1)
 
 
 def test_measurements_of_another_dtype_and_kernels_of_each_sample():
@@ -532,11 +615,13 @@ def test_signatures(name, method):
 
 def test_errors():
     fidelity = dinv.optim.data_fidelity.L2()
-    for name, value in (("schedule", "cosine"), ("solver", "euler"), ("guidance", "l1"), ("num_steps", 1)):
+    for name, value in (("schedule", "cosine"), ("solver", "heun"), ("guidance", "l1"), ("num_steps", 1)):
         with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value!r}"):
             ours.DPS(Small(), **{name: value})
     with pytest.raises(ValueError, match=r"^alpha: expected values in \[0, 1\], got 2 to 2"):
         ours.DPS(Small(), solver="ancestral", alpha=2.0, num_steps=3)(X, dinv.physics.Denoising())
+    with pytest.raises(ValueError, match=r"^alpha: expected values >= 0, got -1"):
+        ours.DPS(Small(), solver="euler", alpha=-1.0, num_steps=3)(X, dinv.physics.Denoising())
     for iterations in (1, 501):
         with pytest.raises(ValueError, match=r"^max_iter: expected an integer in \[2, 500\]"):
             ours.DiffPIR(Small(), fidelity, max_iter=iterations)

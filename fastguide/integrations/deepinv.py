@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from .. import guidance, likelihoods, operators, ops, schedules
 from ..denoiser import Denoiser
+from ..foreign import call, package_modes
 from ..guidance import PnP
 from ..guidance.base import STREAM_INITIAL, Run, entry
-from ..sampling import Samples, sample
+from ..guidance.watch import Watch
+from ..sampling import Samples, _progress_bar, sample
 
 __all__ = ["DPS", "DiffPIR", "Sampler", "likelihood", "operator", "prior"]
 
@@ -223,6 +225,12 @@ def _noise_of(physics: Any) -> Any:
     return noises[0]
 
 
+def _gaussian_scale(physics: Any) -> float:
+    """Of the measurement's noise; 0 where it is not Gaussian, as in deepinv."""
+    noise = _noise_of(physics)
+    return _number(noise, "sigma") if _is(noise, "GaussianNoise") else 0.0
+
+
 def _number(noise: Any, name: str) -> float:
     values = torch.as_tensor(getattr(noise, name)).flatten()
     if not (values == values[0]).all():
@@ -288,7 +296,7 @@ def _shape(y: Tensor, forward: operators.Operator) -> Shape:
 def _seed(seed: int | None, rng: torch.Generator | None = None) -> int:
     if seed is not None:
         return seed
-    return int(torch.randint(1 << 62, (), generator=rng, device=None if rng is None else rng.device))
+    return int(torch.randint(1 << 62, (), generator=rng, device="cpu" if rng is None else rng.device))
 
 
 class Sampler(nn.Module):
@@ -338,8 +346,10 @@ class DPS(nn.Module):
     """Diffusion posterior sampling, with the arguments of ``deepinv.sampling.DPS`` and, given the same noise, its
     results to rounding.
 
-    - ``schedule``: ``"vp"`` or ``"ve"``; ``solver``: ``"ddpm"``, ``"ddim"``, or ``"ancestral"`` with ``alpha`` in
-      [0, 1], a number or a function of the time in [0, 1]. There is no ``"euler"``, nor a solver object.
+    - ``schedule``: ``"vp"`` or ``"ve"``; ``solver``: ``"ddpm"``, ``"ddim"``, ``"ancestral"`` with ``alpha`` in [0, 1],
+      or ``"euler"`` with ``alpha >= 0``; ``alpha`` is a number or a function of the time in [0, 1].
+    - A deepinv solver object as ``solver`` runs as it is, on our score: its own times, noise and ``rng`` count, and
+      ``num_steps`` and the ``rng`` here do not. A ``seed`` then sets its ``rng``.
     - ``num_steps``: one more than evaluations of the denoiser.
     - ``guidance``: ``"norm"`` or ``"annealed"``, times ``weight``.
     - ``minus_one_one``: whether noise levels are those of images in [-1, 1], twice what the denoiser is given.
@@ -352,7 +362,7 @@ class DPS(nn.Module):
         self,
         denoiser: Callable[..., Tensor],
         schedule: str = "vp",
-        solver: str = "ddpm",
+        solver: Any = "ddpm",
         alpha: Callable[[Any], Any] | float = 1.0,
         num_steps: int = 1000,
         weight: float = 1.0,
@@ -366,16 +376,21 @@ class DPS(nn.Module):
         super().__init__()
         for name, value, known in (
             ("schedule", schedule, ("vp", "ve")),
-            ("solver", solver, ("ddpm", "ddim", "ancestral")),
+            ("solver", solver, ("ddpm", "ddim", "ancestral", "euler")),
             ("guidance", guidance, ("norm", "annealed")),
         ):
+            if name == "solver" and _is(value, "BaseSDESolver"):
+                continue
             if not isinstance(value, str) or value.lower() not in known:
-                raise ValueError(f"{name}: expected one of {known}, got {value!r}")
+                other = " or a deepinv solver" if name == "solver" else ""
+                raise ValueError(f"{name}: expected one of {known}{other}, got {value!r}")
         if num_steps < 2:
             raise ValueError(f"num_steps: expected an integer >= 2, got {num_steps}")
         self.denoiser = denoiser
-        self.schedule, self.solver, self.alpha = schedule.lower(), solver.lower(), alpha
-        self.timesteps = torch.linspace(1, 0, num_steps, dtype=torch.float64)
+        self.schedule, self.alpha = schedule.lower(), alpha
+        self.solver: Any = solver.lower() if isinstance(solver, str) else solver
+        # at 0 Euler's step would divide by sigma = 0
+        self.timesteps = torch.linspace(1, 0.001 if self.solver == "euler" else 0, num_steps, dtype=torch.float64)
         self.weight, self.guidance, self.verbose = weight, guidance, verbose
         self.device, self.dtype, self.rng, self.minus_one_one = device, dtype, rng, minus_one_one
 
@@ -395,15 +410,14 @@ class DPS(nn.Module):
         shape. ``seed``: of the noise, with or without an ``rng``. ``denoise_output``: denoise once more where the last
         level is not clean. With ``get_trajectory`` also all the states, ``[num_steps, B, *event]``.
         """
+        if self.solver not in ("ddpm", "ddim", "ancestral"):
+            with package_modes(torch.device(self.device)):
+                return self._solve(y, physics, x_init, seed, timesteps, denoise_output, get_trajectory)
         forward, y = _measured(y.detach(), physics, torch.float32)
         t = self.timesteps if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64).cpu()
-        if self.schedule == "vp":
-            scale = torch.exp(-0.5 * (0.1 * t + 0.5 * 19.9 * t**2))
-            sigma = (scale**-2 - 1).sqrt()
-        else:
-            scale, sigma = torch.ones_like(t), 0.001 * 80000.0**t
+        scale, sigma = self._level(t)
         # deepinv's state is scale (x_t - shift) / unit
-        unit, shift = (0.5, 0.5) if self.minus_one_one else (1.0, 0.0)
+        unit, shift = self._range
         sigma = unit * sigma
         ratio = sigma[1:] / sigma[:-1]
         eta = self._eta(t[:-1], ratio)
@@ -421,8 +435,7 @@ class DPS(nn.Module):
         if normalize:
             error = likelihoods.Gaussian(y, forward, 1.0)  # any scale: the norm's gradient has none
         else:
-            noise = _noise_of(physics)
-            sigma_y = _number(noise, "sigma") if _is(noise, "GaussianNoise") else 0.0
+            sigma_y = _gaussian_scale(physics)
             error = likelihoods.Gaussian(y, forward, lambda sigma_t: math.hypot(sigma_y, sigma_t))
         x = sample(
             prior(self.denoiser, _Sigmas(sigma.tolist()), clip=(-1.0, 1.0), dtype=torch.float32),
@@ -449,6 +462,66 @@ class DPS(nn.Module):
             return output
         return output, torch.stack([rescaled(*pair) for pair in zip(states, scale.tolist(), strict=True)])
 
+    @property
+    def _range(self) -> tuple[float, float]:
+        """``unit, shift``: an image is ``unit u + shift`` where deepinv has ``u``."""
+        return (0.5, 0.5) if self.minus_one_one else (1.0, 0.0)
+
+    def _level(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """deepinv's ``scale`` and ``sigma`` at the times ``t``."""
+        if self.schedule == "ve":
+            return torch.ones_like(t), 0.001 * 80000.0**t
+        scale = torch.exp(-0.5 * (0.1 * t + 0.5 * 19.9 * t**2))
+        return scale, (scale**-2 - 1).sqrt()
+
+    def _solve(
+        self,
+        y: Tensor,
+        physics: Any,
+        x_init: Tensor | Shape | None,
+        seed: int | None,
+        timesteps: Any,
+        denoise_output: bool,
+        get_trajectory: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """By ``"euler"``, or a solver object."""
+        posterior = _Posterior(self, y, physics)
+        euler = self.solver == "euler"
+        t = (self if euler else self.solver).timesteps if timesteps is None else timesteps
+        t = torch.as_tensor(t).to(self.device, self.dtype)
+        own_seed = _seed(seed, self.rng) if euler else 0
+        if not euler:
+            self.solver.rng_manual_seed(seed)
+        if isinstance(x_init, Tensor):
+            x = x_init.detach().to(self.device, self.dtype, copy=True)
+        else:
+            shape = tuple(x_init or _shape(posterior.y, posterior.operator))
+            if euler:
+                z = ops.randn(shape, seed=own_seed, stream=STREAM_INITIAL, dtype=self.dtype, device=self.device)
+            else:
+                z = torch.randn(shape, generator=self.solver.rng, dtype=self.dtype, device=self.device)
+            x = z * posterior.sigma_t(t[0]) * posterior.scale_t(t[0])
+        if euler:
+            x, trajectory = posterior.by_euler(x, t, own_seed, self.verbose)
+        else:
+            solution = self.solver.sample(
+                posterior, x, y=y, physics=physics, timesteps=t, get_trajectory=get_trajectory, verbose=self.verbose
+            )
+            x, trajectory = solution.sample, solution.trajectory
+        posterior.watch.report()
+        unit, shift = self._range
+        if denoise_output:
+            if _is(self.solver, "AncestralSolver"):
+                scale, sigma = posterior.scale_t(t[-1]), posterior.sigma_t(t[-1])
+            else:  # the noise that the last step has added
+                scale = posterior.scale_t(t[-2])
+                sigma = posterior.diffusion(t[-2]) * (t[1] - t[0]).abs().sqrt() / scale
+            if sigma > 0 and scale > 0:
+                image = posterior.denoise(unit * x / scale + shift, unit * sigma)
+                x = scale * (image.to(x.dtype) - shift) / unit
+        output = unit * x + shift
+        return (output, unit * trajectory + shift) if get_trajectory else output
+
     def _eta(self, t: Tensor, ratio: Tensor) -> Tensor:
         """DDIM's, of every step from level ``t``, ``ratio`` being ``sigma_s / sigma_t``."""
         if self.solver != "ancestral":
@@ -457,6 +530,82 @@ class DPS(nn.Module):
         if not ((alpha >= 0) & (alpha <= 1)).all():
             raise ValueError(f"alpha: expected values in [0, 1], got {alpha.min():g} to {alpha.max():g}")
         return ((1 - ratio ** (2 * alpha)) / (1 - ratio**2)).clamp(max=1.0).sqrt()
+
+
+class _Posterior:
+    """The reverse SDE of a `DPS`, of drift and diffusion or of schedule and score, as deepinv's solvers ask for it."""
+
+    def __init__(self, dps: DPS, y: Any, physics: Any):
+        self._dps, self.device, self.dtype = dps, torch.device(dps.device), dps.dtype
+        self.operator, self.y = _measured(y.detach(), physics, torch.float32)
+        self.y = self.y.to(self.device, torch.float32, copy=True)
+        self._sigma_y = _gaussian_scale(physics) if dps.guidance == "annealed" else 0.0
+        self.watch, self._evaluations = Watch(), 0
+
+    def _time(self, t: Any) -> Tensor:
+        return torch.as_tensor(t, dtype=self.dtype, device=self.device)
+
+    def scale_t(self, t: Any) -> Tensor:
+        return self._dps._level(self._time(t))[0]
+
+    def sigma_t(self, t: Any) -> Tensor:
+        return self._dps._level(self._time(t))[1]
+
+    def alpha(self, t: Any) -> Any:
+        alpha = self._dps.alpha
+        return alpha(t) if callable(alpha) else alpha
+
+    def _forward(self, t: Any) -> tuple[Any, Tensor]:
+        """``f, g`` of the forward SDE ``dx = f x dt + g dw``."""
+        t = self._time(t)
+        if self._dps.schedule == "ve":
+            return 0.0, math.sqrt(2.0 * math.log(80000.0)) * self.sigma_t(t)
+        beta = 0.1 + 19.9 * t
+        return -0.5 * beta, beta.sqrt()
+
+    def diffusion(self, t: Any) -> Tensor:
+        return self.alpha(t) ** 0.5 * self._forward(t)[1]
+
+    def drift(self, x: Tensor, t: Any, *args: Any, **kwargs: Any) -> Tensor:
+        f, g = self._forward(t)
+        return (1 + self.alpha(t)) / 2 * g**2 * self.score(x, t) - f * x
+
+    def discretize(self, x: Tensor, t: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.drift(x, t), self.diffusion(t)
+
+    def denoise(self, image: Tensor, sigma: Tensor) -> Tensor:
+        return call(self._dps.denoiser, image.float(), sigma.float())
+
+    def score(self, x: Tensor, t: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """``grad log p_t(x | y)``, as DPS approximates it."""
+        scale, sigma = self.scale_t(t), self.sigma_t(t)
+        unit, shift = self._dps._range
+        with torch.enable_grad():
+            image = (unit * x.detach() / scale + shift).requires_grad_()
+            x0_hat = self.denoise(image, unit * sigma).clamp(-1.0, 1.0)
+            norm = torch.linalg.vector_norm((self.operator(x0_hat) - self.y).flatten(1), dim=1)
+            if self._dps.guidance == "annealed":
+                norm = norm**2 / (2.0 * (self._sigma_y**2 + (unit * sigma) ** 2))
+            (gradient,) = torch.autograd.grad(self._dps.weight * norm.sum(), image)
+        self.watch.finite(self._evaluations, "denoiser", x0_hat)
+        self.watch.finite(self._evaluations, "gradient of the denoiser or the physics", gradient)
+        self._evaluations += 1
+        denoised = (x0_hat.detach().to(self.dtype) - shift) / unit
+        return (scale * denoised - x) / (scale * sigma) ** 2 - unit * gradient / scale
+
+    def by_euler(self, x: Tensor, t: Tensor, seed: int, verbose: bool) -> tuple[Tensor, Tensor]:
+        """``x`` at the last of the times ``t`` by Euler and Maruyama, and all the states, ``[len(t), *x.shape]``."""
+        times, states = t.tolist(), [x]
+        alpha = min(float(self.alpha(time)) for time in times[:-1])
+        if not alpha >= 0:
+            raise ValueError(f"alpha: expected values >= 0, got {alpha:g}")
+        for i in _progress_bar(range(len(times) - 1), len(times) - 1, 0, verbose):
+            step = abs(times[i + 1] - times[i])
+            drift, diffusion = self.discretize(x, times[i])
+            z = ops.randn(x.shape, seed=seed, step=i, dtype=x.dtype, device=x.device)
+            x = x + step * drift + step**0.5 * diffusion * z
+            states.append(x)
+        return x, torch.stack(states)
 
 
 @dataclass(frozen=True)
@@ -519,7 +668,8 @@ class DiffPIR(nn.Module):
         times = 999 - index.numpy()
         ratio = table.sigma(times) / table.alpha(times)  # of images in [-1, 1]: half of it is that of [0, 1]
         seed = _seed(seed)
-        x = physics.A_adjoint(y) if x_init is None else x_init.detach()
+        with package_modes(y.device):  # an autocast would be the dtype of the whole run
+            x = physics.A_adjoint(y) if x_init is None else x_init.detach()
         z = ops.randn(x.shape, seed=seed, stream=STREAM_INITIAL, dtype=x.dtype, device=x.device)
         x = x + 0.5 * math.sqrt(ratio[0] ** 2 - 4.0 * self.sigma**2) * z
         x = sample(
