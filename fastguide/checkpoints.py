@@ -97,7 +97,7 @@ class Checkpoint:
 
 def saved_seed(path: str | os.PathLike) -> Any:
     """The seed of the run whose file this is, for a run that was started without one; None without a file."""
-    return torch.load(path, map_location="cpu", weights_only=True)["seed"] if os.path.exists(path) else None
+    return torch.load(path, map_location="cpu", weights_only=True).get("seed") if os.path.exists(path) else None
 
 
 def _name(function: Any) -> Any:
@@ -173,10 +173,8 @@ def _try_guidance(run: Run, guidance: Any) -> Trial:
                 trial[f"likelihood {number}"] = _sum_up(log_prob)
         except Exception:
             trial[f"likelihood {number}"] = _FAILED
-    steps = [run.steps // 2]
-    if hasattr(guidance, "particles"):
-        steps = sorted(_deciding_steps(run, guidance))
     try:
+        steps = sorted(_deciding_steps(run, guidance)) if hasattr(guidance, "particles") else [run.steps // 2]
         state = guidance.start(small)
         _record(trial, "start", state)
         for i in steps:
@@ -207,14 +205,13 @@ def _record(trial: Trial, when: str, state: State) -> None:
 def _sum_up(value: Tensor) -> list[float]:
     """Its size and counts of NaN and both infinities; the root of the mean square of the rest, and eight random
     projections of it, each as large as that root."""
-    value = value.detach().double().flatten()
+    value = value.detach().to("cpu", torch.float64).flatten()
     counts = [value.numel(), *(int(mask.sum()) for mask in (value.isnan(), value == math.inf, value == -math.inf))]
     value = value.nan_to_num(0.0, 0.0, 0.0)
     root = value.square().mean().sqrt()
     projections = []
     for j in range(8):
-        options: dict[str, Any] = dict(seed=0, step=j, stream=_STREAM_TRIAL, dtype=value.dtype, device=value.device)
-        direction = ops.randn((1, value.numel()), **options)[0]
+        direction = ops.randn((1, value.numel()), seed=0, step=j, stream=_STREAM_TRIAL, dtype=torch.float64)[0]
         projections.append(direction.dot(value).item() / math.sqrt(value.numel()))
     return [*counts, root.item(), *projections]
 

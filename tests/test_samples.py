@@ -54,11 +54,12 @@ def test_dead_particles_count_nowhere(dead):
     assert set(out.draw(8).flatten().tolist()) == {1.0, 3.0}
 
 
-def test_half_precision_is_summed_in_float64():
-    x = torch.full((1, 4096, 1), 1.001, dtype=torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float64(dtype):
+    x = torch.full((1, 4096, 1), 1.01, dtype=dtype)
     out = equal(x)
     assert out.mean().item() == x[0, 0].item() and out.variance().item() == 0.0
-    assert out.quantile(0.5).dtype == out.draw(3).dtype == torch.float16
+    assert out.quantile(0.5).dtype == out.draw(3).dtype == dtype
     assert out.quantile(0.5).item() == x[0, 0].item()
 
 
