@@ -13,13 +13,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable as Fn
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .operators import Identity, LinearOperator, Operator
+from .operators import Identity, LinearOperator, Operator, mean_gram_diagonal
 from .reference import Scalar
 
 __all__ = ["Callable", "Gaussian", "Laplace", "Likelihood", "Poisson", "StudentT"]
@@ -33,6 +34,7 @@ class Likelihood:
     """Common part of the error models: the observation, the operator and the scale's schedule."""
 
     _least_dimensions = 2  # of y
+    _mean_diagonal: float | None = None  # of A A^T, estimated where nothing else is known of it: see `measure_spread`
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale):
         if not isinstance(y, Tensor) or not y.is_floating_point():
@@ -115,13 +117,45 @@ class Likelihood:
 
     def supports(self, covariance: str, measurements: int | None = None) -> str:
         """Empty, or the reason why ``log p(y | x_t)`` cannot be approximated with this covariance."""
-        if covariance == "point":
+        if covariance != "moment":
             return ""
         if not isinstance(self.operator, LinearOperator):
             return f"covariance={covariance!r} needs a linear operator, and {self.operator} is not"
-        if covariance == "moment" and measurements is not None and measurements > MOMENT_LIMIT:
+        if measurements is not None and measurements > MOMENT_LIMIT:
             return f"covariance='moment' serves up to {MOMENT_LIMIT} measurements, and there are {measurements}"
         return ""
+
+    def measure_spread(self, event: Sequence[int]) -> Likelihood:
+        """The likelihood that ``covariance="isotropic"`` works with, for events of this shape. Where the operator knows
+        neither the spectrum nor the diagonal of ``A A^T``, ``r^2`` times its mean diagonal widens every measurement
+        alike. 32 standard normal inputs estimate that, always the same; of a nonlinear operator they give the variance
+        of a measurement."""
+        if self._knows_diagonal():
+            return self
+        y = self.y
+        value = mean_gram_diagonal(lambda x, index: self.operator(x), event, y.dtype, y.device)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"operator: expected finite measurements of standard normal inputs, from which covariance='isotropic' "
+                f"takes its spread; {self.operator} gives others. covariance='point' does without"
+            )
+        measured = copy.copy(self)
+        measured._mean_diagonal = value
+        return measured
+
+    def _knows_diagonal(self) -> bool:
+        operator, unknown = self.operator, LinearOperator.gram_diagonal
+        return isinstance(operator, LinearOperator) and type(operator).gram_diagonal is not unknown
+
+    def _diagonal_of_gram(self, z: Tensor) -> Tensor | float:
+        """Of ``A A^T``, or the one number that stands for all of it."""
+        if self._knows_diagonal():
+            return self.operator.gram_diagonal(z)  # type: ignore[attr-defined]
+        if self._mean_diagonal is None:
+            raise NotImplementedError(
+                f"operator: the diagonal of A A^T of {self.operator} is not known; expected measure_spread(event) first"
+            )
+        return self._mean_diagonal
 
 
 class _Density(Likelihood):
@@ -165,12 +199,6 @@ class Gaussian(_Density):
         if not (0.0 <= value < math.inf):
             raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
 
-    def supports(self, covariance: str, measurements: int | None = None) -> str:
-        reason = super().supports(covariance, measurements)
-        if not reason and covariance == "isotropic" and not self.operator.spectral:  # type: ignore[attr-defined]
-            return f"covariance='isotropic' needs the spectrum of A A^T, which {self.operator} does not know"
-        return reason
-
     def _density(self, z: Tensor, scale: float, spread: Scalar) -> dict[str, Any]:
         self._check_noise(scale)
         diagonal = self._diagonal(z) if not _is_none(spread) else 0.0
@@ -178,9 +206,14 @@ class Gaussian(_Density):
         return dict(family="gaussian", **_widened(z, scale, spread, diagonal))
 
     def _diagonal(self, z: Tensor) -> Tensor | float | None:
-        """Of ``A A^T``, if it is diagonal."""
-        assert isinstance(self.operator, LinearOperator)
-        return self.operator.diagonal_gram(z)
+        """Of ``A A^T``, unless the spectrum says more than that."""
+        operator = self.operator
+        if isinstance(operator, LinearOperator) and operator.spectral:
+            return operator.diagonal_gram(z)
+        return self._diagonal_of_gram(z)
+
+    def _knows_diagonal(self) -> bool:
+        return super()._knows_diagonal() or (isinstance(self.operator, LinearOperator) and self.operator.spectral)
 
     def log_prob_and_gradient(
         self, z: Tensor, y: Tensor, scale: float, spread: Scalar = 0.0, rows: Tensor | None = None
@@ -279,16 +312,8 @@ class _Elementwise(_Density):
     def _family(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def supports(self, covariance: str, measurements: int | None = None) -> str:
-        reason = super().supports(covariance, measurements)
-        if reason or covariance != "isotropic":
-            return reason
-        if type(self.operator).gram_diagonal is LinearOperator.gram_diagonal:  # type: ignore[attr-defined]
-            return f"covariance='isotropic' needs the diagonal of A A^T, which {self.operator} does not know"
-        return ""
-
     def _density(self, z: Tensor, scale: float, spread: Scalar) -> dict[str, Any]:
-        diagonal = self.operator.gram_diagonal(z) if not _is_none(spread) else 0.0  # type: ignore[attr-defined]
+        diagonal = self._diagonal_of_gram(z) if not _is_none(spread) else 0.0
         return dict(**_widened(z, scale, self._share * spread, diagonal), **self._family())
 
     def moment(self, z: Tensor, y: Tensor, scale: float, gram: Tensor) -> tuple[Tensor, Tensor]:

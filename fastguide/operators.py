@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops import randn
 from .reference import Scalar
 
 __all__ = [
@@ -28,6 +29,9 @@ __all__ = [
     "Operator",
 ]
 
+_ITERATIONS = 100  # of conjugate gradients, where nothing is known of the spectrum
+_PROBE_PAIRS = 16
+_STREAM_PROBES = 7  # of the generator, apart from those of the samplers
 _DENSE_LIMIT = 4096  # elements of an event up to which a dense matrix may stand in for an operator
 
 
@@ -57,10 +61,18 @@ class Operator:
 
 
 class LinearOperator(Operator):
-    """A linear forward model. Subclasses give `adjoint` and, where they can, the eigenbasis of ``A A^T``."""
+    """A linear forward model. Subclasses give ``__call__`` and `adjoint`. With `eigenvalues` and, unless ``A A^T`` is
+    diagonal, `transform` and `inverse_transform` they get closed forms; without, conjugate gradients."""
 
     linear = True
-    spectral = True  # whether eigenvalues, transform and inverse_transform are known
+
+    @property
+    def spectral(self) -> bool:
+        """Whether the spectrum of ``A A^T`` is known: whether the class has `eigenvalues` of its own, or both
+        `solve_gram` and `gram_logdet`."""
+        mine, known = type(self), LinearOperator
+        solves = mine.solve_gram is not known.solve_gram and mine.gram_logdet is not known.gram_logdet
+        return solves or mine.eigenvalues is not known.eigenvalues
 
     def adjoint(self, y: Tensor) -> Tensor:
         """``A^T y``: ``[n, *measurement]`` -> ``[n, *event]``."""
@@ -96,7 +108,11 @@ class LinearOperator(Operator):
     def solve_gram(self, v: Tensor, a: Scalar, b: Scalar) -> Tensor:
         """``(a A A^T + b I)^-1 v`` for ``v`` ``[n, *measurement]``, ``a > 0``, ``b >= 0``; at ``b = 0`` the
         pseudo-inverse of ``a A A^T``, eigenvalues below 8 units of rounding of the largest taken for 0. ``a`` and ``b``
-        may be tensors ``[]``, ``b`` then above 0."""
+        may be tensors ``[]``, ``b`` then above 0.
+
+        Without a known spectrum: 100 conjugate gradients, two products with ``A`` each, and ``b > 0`` only."""
+        if not self.spectral:
+            return solve_iteratively(self, v, a, b)
         denominator = _filled(a * self.eigenvalues(v) + b, v.dtype, v)
         if isinstance(b, Tensor) or b > 0.0:
             inverse = 1.0 / denominator
@@ -113,7 +129,7 @@ class LinearOperator(Operator):
         return torch.log(a * eigenvalues + b).expand(v.shape[1:]).sum()
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
-        """``A^+ y = A^T (A A^T)^+ y``."""
+        """``A^+ y = A^T (A A^T)^+ y``; needs a known spectrum."""
         return self.adjoint(self.solve_gram(y, 1.0, 0.0))
 
     def matrix(
@@ -129,6 +145,53 @@ class LinearOperator(Operator):
         basis = torch.eye(size, dtype=dtype, device=device).reshape(size, *event)
         with torch.no_grad():
             return self.to(device, dtype)(basis).flatten(1).T
+
+
+def solve_iteratively(operator: LinearOperator, v: Tensor, a: Scalar, b: Scalar) -> Tensor:
+    """``(a A A^T + diag(b))^-1 v`` by a fixed number of conjugate gradients; ``b > 0`` is a number, or a tensor that
+    broadcasts to ``v``."""
+    if not isinstance(b, Tensor) and b <= 0.0:
+        raise ValueError(
+            f"operator: {operator} has no known spectrum; expected eigenvalues or a pseudo_inverse of its own where "
+            "the measurement is exact, or noise (scale > 0)"
+        )
+    return conjugate_gradients(lambda p: a * operator(operator.adjoint(p)) + b * p, v, _ITERATIONS)
+
+
+def conjugate_gradients(a: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
+    """``a^-1 b`` for a positive definite ``a`` on each row of ``b`` ``[n, *event]``, from zero, without a stopping rule
+    that the host would have to wait for: a row that has converged stays where it is."""
+
+    def dot(u: Tensor, v: Tensor) -> Tensor:
+        return (u * v).flatten(1).sum(1).reshape(-1, *(1,) * (u.ndim - 1))
+
+    x, r = torch.zeros_like(b), b
+    p, rr = r, dot(r, r)
+    floor = rr * torch.finfo(b.dtype).eps ** 2  # below it the residual is rounding
+    for _ in range(iterations):
+        ap = a(p)
+        active = rr > floor
+        length = torch.where(active, rr / dot(p, ap), 0.0)
+        x = x + length * p
+        r = r - length * ap
+        new = dot(r, r)
+        p = r + torch.where(active, new / rr, 0.0) * p
+        rr = new
+    return x
+
+
+def mean_gram_diagonal(
+    operator: Callable[[Tensor, Tensor], Tensor], event: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> float:
+    """An estimate of the mean diagonal of ``A A^T``: the variance of a measurement of standard normal inputs, which
+    for a linear ``A`` has that mean. ``operator(x, index)`` measures the probes ``x`` of these numbers."""
+    number = 2 * _PROBE_PAIRS
+    x = randn((number, *event), seed=0, stream=_STREAM_PROBES, dtype=dtype, device=device)
+    with torch.no_grad():
+        z = operator(x, torch.arange(number, device=device))
+    # Differences within pairs, of which each has one operator where operators differ between observations.
+    square = (z[:_PROBE_PAIRS] - z[_PROBE_PAIRS:]).double() ** 2
+    return float(square.mean()) / 2
 
 
 def _filled(value: Scalar, dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -229,14 +292,16 @@ class Blur(LinearOperator):
             raise ValueError(f"padding: expected 'circular' or 'zeros', got {padding!r}")
         self.kernel = kernel if kernel.is_floating_point() else kernel.float()
         self.padding = padding
-        self.spectral = True
         self._factors: tuple[Tensor, Tensor] | None = None
         if padding == "zeros":
             u, s, vh = torch.linalg.svd(self.kernel.double())
-            self.spectral = bool((s[1:] <= 1e-6 * s[0]).all())
-            if self.spectral:
+            if (s[1:] <= 1e-6 * s[0]).all():
                 self._factors = (u[:, 0] * s[0], vh[0])
         self._cache: dict = {}
+
+    @property
+    def spectral(self) -> bool:
+        return self.padding == "circular" or self._factors is not None
 
     def __repr__(self) -> str:
         return f"Blur({'x'.join(map(str, self.kernel.shape))}, {self.padding!r})"
@@ -431,7 +496,6 @@ class Function(Operator):
 
 class _LinearFunction(Function, LinearOperator):
     linear = True
-    spectral = False
 
     def adjoint(self, y: Tensor) -> Tensor:
         if self._adjoint is not None:

@@ -221,14 +221,17 @@ def test_nan_in_y(bad):
         ),
         ("pseudo_inverse: expected Function.*got none", PiGDM(Gaussian(Y, EXP, 0.0))),
         (
-            "likelihood: with scale > 0 expected a linear operator of known spectrum",
+            "likelihood: with scale > 0 expected a linear operator",
             PiGDM(Gaussian(Y, EXP, 1.0)),
         ),
         ("likelihood: expected a Gaussian for PiGDM, got Laplace", PiGDM(Laplace(Y, Identity(), 1.0))),
         (
-            "covariance: .*'isotropic' needs a linear operator",
-            DPS(Gaussian(Y, EXP, 1.0), covariance="isotropic"),
+            "covariance: .*'moment' needs a linear operator",
+            DPS(Gaussian(Y, EXP, 1.0), covariance="moment"),
         ),
+        ("covariance: Poisson.* no other than 'point'.*by name", TDS(Poisson(Y, Identity()), 2)),
+        ("covariance: Callable.* no other than 'point'", FK(Callable(reward), 2, proposal="guided")),
+        ("covariance: Callable.* no other than 'point'", DPS(Callable(reward), "score", normalize=False)),
         ("covariance: .*not defined for Poisson", DPS(Poisson(Y, Identity()), covariance="moment")),
         ("covariance: .*not defined for a callable", TDS(Callable(reward), 2, covariance="isotropic")),
         (
@@ -237,7 +240,7 @@ def test_nan_in_y(bad):
         ),
         (
             r"f: expected it to return log-densities of shape \[4\], got \[4, 3\]",
-            TDS(Callable(lambda x: x), 2),
+            TDS(Callable(lambda x: x), 2, covariance="point"),
         ),
         (
             "f: expected a function that autograd can differentiate",
@@ -246,8 +249,9 @@ def test_nan_in_y(bad):
     ],
 )
 def test_likelihoods_that_a_method_cannot_serve(message, guidance):
-    if isinstance(guidance.likelihood.operator, Function) and guidance.likelihood.operator is not EXP:
-        guidance.likelihood.operator.f.__name__ = "round_detached"
+    operator = getattr(guidance, "likelihood", LIKELIHOOD).operator
+    if isinstance(operator, Function) and operator is not EXP:
+        operator.f.__name__ = "round_detached"
     with pytest.raises((ValueError, TypeError), match=message):
         sample(guidance=guidance)
 

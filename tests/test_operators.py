@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+import fastguide as fg
 from fastguide.operators import (
     AveragePool,
     Blur,
@@ -19,6 +20,8 @@ from fastguide.operators import (
     LinearOperator,
     Matrix,
     Operator,
+    mean_gram_diagonal,
+    solve_iteratively,
 )
 
 
@@ -232,11 +235,74 @@ def test_gram_diagonal(operator, event, measurement, rank, dtype, rtol):
 def test_unknown_spectrum_and_diagonal():
     function, blur = OPERATORS["function"][0], OPERATORS["zeros, not separable"][0]
     assert not function.spectral and not blur.spectral
-    for operator in (function, blur):
+    for operator, y in ((function, normal(1, 4)), (blur, normal(1, 2, 6, 7))):
         with pytest.raises(NotImplementedError, match=r"operator: the spectrum of .* is not known"):
-            operator.solve_gram(normal(1, 2, 6, 7), 1.0, 1.0)
+            operator.gram_logdet(y, 1.0, 1.0)
+        with pytest.raises(ValueError, match=r"operator: .* has no known spectrum; .*scale > 0"):
+            operator.solve_gram(y, 1.0, 0.0)
     with pytest.raises(NotImplementedError, match=r"operator: the diagonal of A A.T of Function.* is not known"):
         function.gram_diagonal(normal(1, 4))
+
+
+class Dense(LinearOperator):
+    """As a user writes one: the two products, and nothing else."""
+
+    def __init__(self, matrix):
+        self.dense = matrix
+
+    def __call__(self, x):
+        return x.flatten(1) @ self.dense.to(x.dtype).T
+
+    def adjoint(self, y):
+        return (y @ self.dense.to(y.dtype)).reshape(-1, 2, 4)
+
+
+class Spectral(Dense):
+    def eigenvalues(self, y):
+        return torch.linalg.eigh(self.dense @ self.dense.T)[0].to(y.dtype)
+
+    def transform(self, y):
+        return y @ torch.linalg.eigh(self.dense @ self.dense.T)[1].to(y.dtype)
+
+    def inverse_transform(self, c):
+        return c @ torch.linalg.eigh(self.dense @ self.dense.T)[1].to(c.dtype).T
+
+
+def test_the_spectrum_is_known_where_a_class_states_it():
+    matrix = normal(5, 8, seed=3)
+    assert not Dense(matrix).spectral and Spectral(matrix).spectral
+    gram, v = matrix @ matrix.T, normal(3, 5)
+    for a, b in ((1.0, 1.0), (0.3, 0.01), (torch.tensor(0.3).double(), torch.tensor(0.01).double())):
+        expected = torch.linalg.solve(float(a) * gram + float(b) * torch.eye(5).double(), v.T).T
+        close(Dense(matrix).solve_gram(v, a, b), expected, 1e-10)
+        close(Spectral(matrix).solve_gram(v, a, b), expected, 1e-10)
+        close(Dense(matrix.float()).solve_gram(v.float(), a, b), expected, 1e-4)
+
+
+def test_a_noise_variance_for_each_measurement():
+    matrix, v = normal(5, 8, seed=3), normal(3, 5)
+    b = torch.linspace(0.01, 2.0, 5, dtype=torch.float64)
+    expected = torch.linalg.solve(0.4 * matrix @ matrix.T + torch.diag(b), v.T).T
+    close(solve_iteratively(Dense(matrix), v, 0.4, b), expected, 1e-10)
+    rows = torch.stack([b, b.flip(0), 3 * b])
+    expected = torch.stack(
+        [torch.linalg.solve(0.4 * matrix @ matrix.T + torch.diag(r), u) for r, u in zip(rows, v, strict=True)]
+    )
+    close(solve_iteratively(Dense(matrix), v, 0.4, rows), expected, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mean_diagonal_is_estimated(dtype):
+    matrix = normal(60, 8, seed=3)
+    expected = float((matrix @ matrix.T).diagonal().mean())
+    first, again = (
+        mean_gram_diagonal(lambda x, index: x.flatten(1) @ matrix.to(x.dtype).T, (2, 4), dtype, torch.device("cpu"))
+        for _ in range(2)
+    )
+    assert first == again and first == pytest.approx(expected, rel=0.25)  # 32 probes of 8 elements: 9 % each way
+    assert mean_gram_diagonal(lambda x, index: 3.0 * x + 5.0, (4000,), dtype, torch.device("cpu")) == pytest.approx(
+        9.0, rel=0.03
+    )
 
 
 # --- pseudo-inverse -----------------------------------------------------------------------------------------
@@ -530,3 +596,72 @@ def test_repr():
     assert repr(Matrix(torch.ones(2, 3))) == "Matrix([2, 3])"
     assert repr(Function(torch.exp)) == "Function(exp)"
     assert repr(Function(stride_and_mix, linear=True, event=(8,))) == "Function(stride_and_mix)"
+
+
+# --- operators of the user's own in a run -------------------------------------------------------------------
+
+
+def unit_normal(event):
+    """The denoiser of a standard normal prior."""
+    schedule = fg.schedules.vp_linear(100)
+    sigma = torch.tensor((1 - schedule.alphas_cumprod) ** 0.5)
+    return fg.Denoiser(lambda x, t: sigma[t].to(x.dtype).reshape(-1, *(1,) * len(event)) * x, schedule)
+
+
+@pytest.mark.parametrize("method", ["PnP", "PiGDM"])
+def test_a_class_without_a_spectrum_gives_what_its_spectrum_gives(method):
+    matrix = normal(20, 8, seed=3)
+    y = normal(1, 20, seed=4)
+    x = [
+        fg.sample(
+            unit_normal((2, 4)),
+            (3, 2, 4),
+            guidance=getattr(fg, method)(fg.likelihoods.Gaussian(y, operator, 0.3)),
+            steps=10,
+            seed=0,
+            dtype=torch.float64,
+        ).x
+        for operator in (Dense(matrix), Matrix(matrix, (2, 4)))
+    ]
+    close(x[0], x[1], 1e-6)
+
+
+class Forgetful(Dense):
+    """Its eigenvalues belong to a basis that it does not state."""
+
+    def eigenvalues(self, y):
+        return torch.linalg.eigvalsh(self.dense @ self.dense.T).to(y.dtype)
+
+
+class Writing(Dense):
+    def __call__(self, x):
+        return super().__call__(x.clamp_(-0.5, 0.5))
+
+
+class WritingBack(Dense):
+    def adjoint(self, y):
+        return super().adjoint(y.mul_(1.0))
+
+
+class Flat(Dense):
+    def adjoint(self, y):
+        return super().adjoint(y).flatten(1)
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (
+            Forgetful,
+            "operator: expected eigenvalues, transform and inverse_transform that give A A.T, got .* Forgetful",
+        ),
+        (Writing, "operator: expected one that leaves its input as it is, got Writing whose __call__ writes"),
+        (WritingBack, "operator: .*got WritingBack whose adjoint writes"),
+        (Flat, r"operator: expected an adjoint that returns \[1, 2, 4\], got \[1, 8\] from Flat"),
+    ],
+)
+def test_operators_that_are_not_what_they_say(kind, message):
+    likelihood = fg.likelihoods.Gaussian(normal(1, 5), kind(normal(5, 8, seed=3)), 0.3)
+    for guidance in (fg.DPS(likelihood), fg.PnP(likelihood), fg.PiGDM(likelihood), fg.TDS(likelihood, 4)):
+        with pytest.raises(ValueError, match=message):
+            fg.sample(unit_normal((2, 4)), (2, 2, 4), guidance=guidance, steps=3)

@@ -509,3 +509,48 @@ def test_moment_covariance_on_separated_modes(seed):
     a, b, ours = ((cloud @ directions).sort(0).values for cloud in (exact(), exact(), out.draw(particles)[0]))
     distance, floor = (ours - a).abs().mean().item(), (b - a).abs().mean().item()
     assert distance < 2.5 * floor, (distance, floor)
+
+
+# --- operators that know nothing of A A^T -----------------------------------------------------------------------
+
+
+class _Dense(fg.operators.LinearOperator):
+    def __init__(self, matrix):
+        self.matrix_ = matrix
+
+    def __call__(self, x):
+        return x @ self.matrix_.to(x.dtype).T
+
+    def adjoint(self, y):
+        return y @ self.matrix_.to(y.dtype)
+
+
+@pytest.mark.parametrize("kind", ["function", "linear function", "class", "matrix"])
+@pytest.mark.parametrize("method", ["TDS", "FK", "DPS"])
+def test_a_sharp_likelihood_does_not_explode_by_default(kind, method):
+    """40 measurements of 64 elements, noise 0.1."""
+    matrix = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)) / 8
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(2))
+    y = x @ matrix.T + 0.1 * torch.randn(1, 40, generator=torch.Generator().manual_seed(3))
+    operator = {
+        "function": lambda: fg.operators.Function(lambda v: v @ matrix.T),
+        "linear function": lambda: fg.operators.Function(lambda v: v @ matrix.T, linear=True, event=(64,)),
+        "class": lambda: _Dense(matrix),
+        "matrix": lambda: fg.operators.Matrix(matrix),
+    }[kind]()
+    likelihood = fg.likelihoods.Gaussian(y, operator, 0.1)
+    guidance = {
+        "TDS": lambda: fg.TDS(likelihood, 64),
+        "FK": lambda: fg.FK(likelihood, 64, proposal="guided"),
+        "DPS": lambda: fg.DPS(likelihood, "score", normalize=False),
+    }[method]()
+    schedule = fg.schedules.vp_linear(1000)
+    sigma = torch.tensor((1 - schedule.alphas_cumprod) ** 0.5).float()
+    prior = fg.Denoiser(lambda x, t: sigma[t].reshape(-1, 1) * x, schedule)
+    out = fg.sample(prior, (1, 64), guidance=guidance, steps=300, seed=1)
+    assert out.x.abs().max() < 5
+    means, _, evidence = posterior(torch.zeros(64).double(), torch.eye(64).double(), matrix.double(), y.double(), 0.1)
+    measured = (out.x.reshape(-1, 64).mean(0).double() - means[0]) @ matrix.double().T
+    assert measured.square().mean().sqrt() < 0.5  # the prior is at 1
+    if method != "DPS":
+        assert abs(float(out.log_evidence) - float(evidence)) < 60  # -46.67; "point" gave -3.6e38

@@ -20,7 +20,7 @@ from .. import ops
 from ..denoiser import Denoiser
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
-from ..operators import LinearOperator
+from ..operators import LinearOperator, Operator
 from ..ranges import phase
 from ..reference import Clip, Coefficients, Counted, Scalar, scaled, step_coefficients
 from ..schedules import Level
@@ -389,19 +389,25 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def default_covariance(likelihood: Likelihood, measurements: int) -> str:
-    """``"moment"`` where it can be had, else ``"isotropic"``, else ``"point"``."""
+    """``"moment"`` where it can be had, else ``"isotropic"``. Never ``"point"``, which diverges where the noise of the
+    measurement is small beside the uncertainty of ``x_0``."""
     for covariance in ("moment", "isotropic"):
         if not likelihood.supports(covariance, measurements):
             return covariance
-    return "point"
+    raise ValueError(
+        f"covariance: {likelihood!r} has no other than 'point', whose samples can diverge where the likelihood is "
+        "sharp; expected covariance='point' by name"
+    )
 
 
-def check_covariance(likelihood: Likelihood, covariance: str, measurements: int) -> None:
+def check_covariance(run: Run, likelihood: Likelihood, covariance: str, measurements: int) -> Likelihood:
+    """The likelihood with what this covariance needs to know of the operator."""
     if covariance not in COVARIANCES:
         raise ValueError(f"covariance: expected one of {COVARIANCES}, got {covariance!r}")
     reason = likelihood.supports(covariance, measurements)
     if reason:
         raise ValueError(f"covariance: {reason}")
+    return likelihood.measure_spread(run.event) if covariance == "isotropic" else likelihood
 
 
 def prepare_likelihood(run: Run, likelihood: Likelihood) -> tuple[Likelihood, int]:
@@ -420,9 +426,44 @@ def prepare_likelihood(run: Run, likelihood: Likelihood) -> tuple[Likelihood, in
     probe = torch.zeros(rows, *run.event, dtype=run.compute_dtype, device=run.device)
     with torch.no_grad():
         z = likelihood.operator(probe)
+        _try_operator(likelihood.operator, probe)
     if z.shape[1:] != likelihood.y.shape[1:]:
         raise ValueError(
             f"y: expected shape [B, {', '.join(map(str, z.shape[1:]))}], what {likelihood.operator} makes of an event "
             f"{list(run.event)}, got {list(likelihood.y.shape)}"
         )
     return likelihood, z[0].numel()
+
+
+def _try_operator(operator: Operator, like: Tensor) -> None:
+    """Raise if an operator of the user's own class writes into its input, or is not what its methods say."""
+    if type(operator).__module__.startswith("fastguide."):
+        return
+
+    def call(name: str, *tensors: Tensor) -> Tensor:
+        copies, versions = [t.clone() for t in tensors], [t._version for t in tensors]
+        result = getattr(operator, name)(*tensors)
+        for tensor, copy, version in zip(tensors, copies, versions, strict=True):
+            if tensor._version != version or not torch.equal(tensor, copy):
+                raise ValueError(
+                    f"operator: expected one that leaves its input as it is, got {operator} whose {name} writes into it"
+                )
+        return result
+
+    x = ops.randn(like.shape, seed=0, stream=7, dtype=like.dtype, device=like.device)
+    z = call("__call__", x)
+    if not isinstance(operator, LinearOperator):
+        return
+    back = call("adjoint", z)
+    if back.shape != x.shape:
+        raise ValueError(
+            f"operator: expected an adjoint that returns {list(x.shape)}, got {list(back.shape)} from {operator}"
+        )
+    if type(operator).eigenvalues is not LinearOperator.eigenvalues:
+        gram = operator(back)
+        spectrum = operator.inverse_transform(operator.transform(z) * operator.eigenvalues(z))
+        if not (spectrum - gram).norm() <= 1e-2 * gram.norm() + 1e-6 * z.norm():
+            raise ValueError(
+                "operator: expected eigenvalues, transform and inverse_transform that give A A^T, "
+                f"got others from {operator}"
+            )

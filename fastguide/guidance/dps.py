@@ -9,7 +9,17 @@ import torch
 from ..likelihoods import Likelihood
 from ..ranges import phase
 from ..reference import Scalar, scaled
-from .base import Run, Schedulable, State, check_covariance, entry, per_sample, per_step, prepare_likelihood
+from .base import (
+    Run,
+    Schedulable,
+    State,
+    check_covariance,
+    default_covariance,
+    entry,
+    per_sample,
+    per_step,
+    prepare_likelihood,
+)
 
 
 @dataclass(frozen=True)
@@ -19,9 +29,11 @@ class DPS:
     - ``zeta``: a number, a table of one entry per step, or a function of the schedule's time; ``"score"`` gives the
       gradient the weight with which the score enters the mean, so that the step is the guided one.
     - ``normalize``: divide by half the norm of the gradient in ``A x0_hat``. For a Gaussian that is
-      ``zeta / norm(y - A x0_hat) * -grad norm(y - A x0_hat)^2``, the step of the paper's algorithm 1.
+      ``zeta / norm(y - A x0_hat) * -grad norm(y - A x0_hat)^2``, the step of the paper's algorithm 1. The authors' code
+      takes the gradient of the norm itself, half as long: their ``scale: 1.0`` is ``zeta=0.5`` here.
     - ``covariance``: of ``x_0`` given ``x_t``: ``"point"`` as published, ``"isotropic"``, ``"moment"`` (with
-      ``zeta="score"``: TMPD, Boys et al. 2023).
+      ``zeta="score"``: TMPD, Boys et al. 2023). None is ``"point"``, but with ``zeta="score"``, where that can diverge,
+      ``"moment"`` where it can be had, else ``"isotropic"``.
 
     Not exact: its samples are no draws of ``p(x | y)``, however many steps. TDS's are.
     """
@@ -29,25 +41,30 @@ class DPS:
     likelihood: Likelihood
     zeta: Schedulable | str = 1.0
     normalize: bool = True
-    covariance: str = "point"
+    covariance: str | None = None
 
     device_inputs = ("zeta",)
 
     def prepare(self, run: Run) -> DPS:
         likelihood, measurements = prepare_likelihood(run, self.likelihood)
-        check_covariance(likelihood, self.covariance, measurements)
+        covariance = self.covariance
+        if covariance is None:
+            covariance = default_covariance(likelihood, measurements) if self.zeta == "score" else "point"
+        likelihood = check_covariance(run, likelihood, covariance, measurements)
+        prepared = replace(self, likelihood=likelihood, covariance=covariance)
         if not isinstance(self.zeta, str):
-            return replace(self, likelihood=likelihood, zeta=per_step("zeta", self.zeta, run.levels))
+            return replace(prepared, zeta=per_step("zeta", self.zeta, run.levels))
         if self.zeta != "score":
             raise ValueError(f"zeta: expected a number, a table, a function or 'score', got {self.zeta!r}")
         if self.normalize:
             raise ValueError("normalize: expected False with zeta='score', which fixes the weight, got True")
-        return replace(self, likelihood=likelihood)
+        return prepared
 
     def start(self, run: Run) -> State:
         return State(run.initial())
 
     def step(self, run: Run, state: State, i: int) -> State:
+        assert self.covariance is not None
         x0_hat, shift, _, norm = run.likelihood_score(self.likelihood, self.covariance, state.x, i)
         with phase("step"):
             displacement = scaled(shift, self._weight(run, i))

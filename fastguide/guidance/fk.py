@@ -87,7 +87,7 @@ class FK:
             reward, measurements = prepare_likelihood(run, self.reward)
             if covariance is None:
                 covariance = _covariance(reward, measurements, derivatives=self.proposal == "guided")
-            check_covariance(reward, covariance, measurements)
+            reward = check_covariance(run, reward, covariance, measurements)
         else:
             reward = _terms(self.reward)
             if covariance is not None:
@@ -306,9 +306,10 @@ def _takes_t(function: RewardFunction) -> bool:
 
 
 def _covariance(likelihood: Likelihood, measurements: int, derivatives: bool) -> str:
-    """The default. Without a gradient to take, one that needs values alone, if there is one."""
-    if not derivatives and not likelihood.supports("isotropic", measurements):
-        return "isotropic"
+    """The default. Without a gradient to take, one that needs values alone; what then has no covariance is taken at
+    ``x0_hat``, as a reward is: the particles stay where the prior takes them."""
+    if not derivatives:
+        return "point" if likelihood.supports("isotropic", measurements) else "isotropic"
     return default_covariance(likelihood, measurements)
 
 

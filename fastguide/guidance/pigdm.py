@@ -20,8 +20,8 @@ class PiGDM:
 
     - ``v = h^+(y) - h^+(h(x0_hat))`` for an exact measurement, ``Gaussian(..., scale=0)``, with any operator that has a
       pseudo-inverse: quantisation, JPEG and the like need no derivative;
-    - ``v = r_t^2 A^T (r_t^2 A A^T + scale^2 I)^-1 (y - A x0_hat)`` with noise, for linear operators with a known
-      spectrum; it tends to the first as ``scale`` tends to 0.
+    - ``v = r_t^2 A^T (r_t^2 A A^T + scale^2 I)^-1 (y - A x0_hat)`` with noise, for linear operators: in closed form
+      where the spectrum is known, else by 100 conjugate gradients; it tends to the first as ``scale`` tends to 0.
 
     ``r_t^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2)``. ``zeta`` multiplies the guidance: a number, a table, a function of
     the schedule's time. At 1 the step is the guided mean of the isotropic approximation.
@@ -39,8 +39,8 @@ class PiGDM:
         assert isinstance(likelihood, Gaussian)
         operator = likelihood.operator
         noisy = any(likelihood.scale_at(level.t) > 0 for level in run.levels[:-1])
-        if noisy and not (isinstance(operator, LinearOperator) and operator.spectral):
-            raise ValueError(f"likelihood: with scale > 0 expected a linear operator of known spectrum, got {operator}")
+        if noisy and not isinstance(operator, LinearOperator):
+            raise ValueError(f"likelihood: with scale > 0 expected a linear operator, got {operator}")
         return replace(self, likelihood=likelihood, zeta=per_step("zeta", self.zeta, run.levels))
 
     def start(self, run: Run) -> State:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Gaussian, Likelihood
-from ..operators import LinearOperator
+from ..operators import LinearOperator, conjugate_gradients
 from ..ranges import phase
 from ..reference import Scalar
 from .base import (
@@ -165,25 +165,6 @@ def _linearise(
 def _dot(u: Tensor, v: Tensor) -> Tensor:
     """Inner product of each row, shaped to multiply it."""
     return per_sample((u * v).flatten(1).sum(1), u)
-
-
-def conjugate_gradients(a: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
-    """``a^-1 b`` for a positive definite ``a`` on each row of ``b`` ``[n, *event]``, from zero, without a stopping rule
-    that the host would have to wait for: a row that has converged stays where it is."""
-
-    x, r = torch.zeros_like(b), b
-    p, rr = r, _dot(r, r)
-    floor = rr * torch.finfo(b.dtype).eps ** 2  # below it the residual is rounding
-    for _ in range(iterations):
-        ap = a(p)
-        active = rr > floor
-        length = torch.where(active, rr / _dot(p, ap), 0.0)
-        x = x + length * p
-        r = r - length * ap
-        new = _dot(r, r)
-        p = r + torch.where(active, new / rr, 0.0) * p
-        rr = new
-    return x
 
 
 def _gradient(likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: Scalar, iterations: int) -> Tensor:

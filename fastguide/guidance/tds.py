@@ -17,7 +17,8 @@ class TDS:
     """``particles`` weighted particles per observation, exact for ``p(x_0 | y)`` as their number grows.
 
     - ``covariance`` of ``x_0`` given ``x_t`` in the twisting function ``p~(y | x_t)``: ``"point"``, ``"isotropic"``,
-      ``"moment"``; None takes ``"moment"`` where it can be had, else ``"isotropic"``, else ``"point"``. It changes the
+      ``"moment"``; None takes ``"moment"`` where it can be had, else ``"isotropic"``. ``"point"``, the only one for
+      Poisson and Callable likelihoods, can diverge where the likelihood is sharp, and must be named. It changes the
       variance, never the limit: the last weight uses the exact ``p(y | x_0)``.
     - ``resampler``: ``"systematic"``, ``"stratified"``, ``"multinomial"``, ``"residual"``; a row is resampled where its
       effective sample size is below ``ess_threshold * particles`` (in ``[0, 1]``).
@@ -34,7 +35,7 @@ class TDS:
     def prepare(self, run: Run) -> TDS:
         likelihood, measurements = prepare_likelihood(run, self.likelihood)
         covariance = default_covariance(likelihood, measurements) if self.covariance is None else self.covariance
-        check_covariance(likelihood, covariance, measurements)
+        likelihood = check_covariance(run, likelihood, covariance, measurements)
         check_particles(run, self.resampler, self.ess_threshold, guided=True)
         return replace(self, likelihood=likelihood, covariance=covariance)
 

@@ -64,16 +64,12 @@ class _Physics(operators.Operator):
 
 
 class _LinearPhysics(_Physics, operators.LinearOperator):
-    spectral = False
-
     def adjoint(self, y: Tensor) -> Tensor:
         return self._call(self.physics.A_adjoint, y)
 
 
 class _DecomposablePhysics(_LinearPhysics):
     """``A = U diag(s) V^T``: ``U`` is the eigenbasis of ``A A^T``, ``s^2`` the eigenvalues."""
-
-    spectral = True
 
     def __init__(self, physics: Any, compute_dtype: torch.dtype | None):
         super().__init__(physics, compute_dtype)
@@ -134,8 +130,6 @@ class _Stack(_Physics):
 
 
 class _LinearStack(_Stack, operators.LinearOperator):
-    spectral = False
-
     def adjoint(self, y: Tensor) -> Tensor:
         return self._call(lambda y: self.physics.A_adjoint(self.parts(y)), y)
 
