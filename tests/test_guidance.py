@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from gaussian import MATRIX, SCALE, Y, example, gaussian_likelihood, posterior
+from torch.utils.checkpoint import checkpoint
 
 import fastguide as fg
 from fastguide.guidance.base import PullBack, Run
@@ -287,6 +288,217 @@ def test_latent_pnp_resample_draws_from_the_product():
     sd = math.sqrt(variance * (1 - bar_s) / (variance + 1 - bar_s))
     z = fg.reference.randn(x.shape, seed=0, step=i, stream=fg.guidance.base.STREAM_RENOISE, dtype=x.dtype)
     assert torch.allclose(got, mean + sd * z, atol=1e-8)
+
+
+# --- operators that autograd knows in part ------------------------------------------------------------------
+
+MIXING = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+LSTM = torch.nn.LSTM(2, 3, batch_first=True, dtype=torch.float64)
+
+
+class OldFunction(torch.autograd.Function):
+    """As tomography packages write their projectors: one static method each way, no jvp, no vmap."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x @ MIXING.T
+
+    @staticmethod
+    def backward(ctx, v):
+        return v @ MIXING
+
+
+class NewFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x @ MIXING.T
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, v):
+        return v @ MIXING
+
+
+class NumpyFunction(OldFunction):
+    """Its backward pass leaves autograd."""
+
+    @staticmethod
+    def backward(ctx, v):
+        return torch.from_numpy(v.detach().numpy() @ MIXING.numpy())
+
+
+def attention(x):
+    q = x.reshape(-1, 1, 3, 2)
+    return torch.nn.functional.scaled_dot_product_attention(q, q, q).flatten(1)
+
+
+def in_place(x):
+    z = torch.zeros(len(x), 3, dtype=x.dtype)
+    z[:] = x @ MIXING.T
+    z += 1
+    return z
+
+
+def warped(x):
+    grid = torch.linspace(-0.9, 0.9, 8, dtype=x.dtype).reshape(1, 2, 2, 2).expand(len(x), -1, -1, -1)
+    return torch.nn.functional.grid_sample(x.reshape(-1, 1, 2, 3), grid, align_corners=False).flatten(1)
+
+
+def recurrent(x):
+    return LSTM(x.reshape(-1, 3, 2))[0][:, -1]
+
+
+def checkpointed(x):
+    return checkpoint(lambda z: torch.tanh(z @ MIXING.T), x, use_reentrant=False)
+
+
+def distances(x):
+    # Of points in the plane, but for those of a point to itself, which have no derivative.
+    return torch.cdist(x.reshape(-1, 2, 3)[:, :1], x.reshape(-1, 2, 3)[:, 1:]).flatten(1)
+
+
+def partly_numpy(x):
+    return torch.cat([x @ MIXING.T, 2 * NumpyFunction.apply(x)], 1)
+
+
+def interpolated(x):
+    images = x.reshape(-1, 1, 2, 3)
+    return torch.nn.functional.interpolate(images, size=(4, 5), mode="bicubic", antialias=True).flatten(1)
+
+
+def histogram(x):
+    bins = torch.tensor([[0, 0, 1, 1, 2, 2]]).expand(len(x), -1)
+    return torch.zeros(len(x), 3, dtype=x.dtype).scatter_add(1, bins, x)
+
+
+OPERATORS = {  # the function, and its matrix where it is linear
+    "tanh": (lambda x: torch.tanh(x @ MIXING.T), None),
+    "an old autograd.Function": (OldFunction.apply, MIXING),
+    "a new autograd.Function": (NewFunction.apply, MIXING),
+    "a backward pass in numpy": (NumpyFunction.apply, MIXING),
+    "a backward pass half in numpy": (partly_numpy, torch.cat([MIXING, 2 * MIXING])),
+    "a checkpoint": (checkpointed, None),
+    "attention": (attention, None),
+    "in place on a fresh tensor": (in_place, MIXING),
+    "item": (lambda x: x @ MIXING.T * (1.0 if x.abs().max().item() > 0 else 2.0), MIXING),
+    "compiled": (torch.compile(lambda x: torch.tanh(x @ MIXING.T), backend="aot_eager"), None),
+    "LSTM": (recurrent, None),
+    "grid_sample": (warped, None),
+    "sort": (lambda x: x.sort(1)[0][:, :3], None),
+    "cummax": (lambda x: x.cummax(1)[0], None),
+    "svdvals": (lambda x: torch.linalg.svdvals(x.reshape(-1, 2, 3)), None),
+    "cdist": (distances, None),
+    "norm": (lambda x: x.reshape(-1, 2, 3).norm(dim=2), None),
+    "fft abs": (lambda x: torch.fft.fft(x).abs(), None),
+    "interpolate": (interpolated, None),
+    "max_pool": (lambda x: torch.nn.functional.max_pool1d(x[:, None], 2).flatten(1), None),
+    "softmax": (lambda x: x.softmax(1), None),
+    "histogram": (histogram, torch.eye(3, dtype=torch.float64).repeat_interleave(2, 1)),
+}
+SOLVERS = {  # the others are for torch to say
+    "tanh": "gauss-newton",
+    "an old autograd.Function": "gauss-newton",
+    "a new autograd.Function": "gauss-newton",
+    "a backward pass in numpy": "gradient",
+    "a backward pass half in numpy": "gradient",
+    "compiled": "gradient",
+}
+
+
+def data_term(name):
+    """Half-quadratic splitting of an operator: function, ``x0``, ``y``, and the guidance of scale 0.3 and rho 4."""
+    function, _ = OPERATORS[name]
+    generator = torch.Generator().manual_seed(1)
+    x0, moved = torch.randn(2, 2, 6, dtype=torch.float64, generator=generator)
+    y = function(x0 + 0.3 * moved).detach()
+    return function, x0, y, fg.PnP(fg.likelihoods.Gaussian(y, fg.operators.Function(function), 0.3), rho=4.0)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_pnp_serves_every_operator_with_a_backward_pass(name):
+    """``auto`` takes Gauss-Newton where the backward pass can be differentiated, else gradient steps. Both end in the
+    minimum, which has a closed form where the operator is linear."""
+    function, x0, y, guidance = data_term(name)
+    run = make_run(event=(6,))
+    guidance = replace(guidance, iterations=60).prepare(run)
+    assert guidance.solver == SOLVERS.get(name, guidance.solver)
+    x = guidance.data_step(run, x0, 4)
+
+    def objective(x):
+        return 0.5 * (y - function(x)).square().sum() / 0.3**2 + 0.5 * 4.0 * (x - x0).square().sum()
+
+    start, end = x0.clone().requires_grad_(), x.clone().requires_grad_()
+    before, after = objective(start), objective(end)
+    assert after < 0.95 * before
+    if name not in ("sort", "max_pool"):  # whose minima may be kinks
+        (a,), (b,) = torch.autograd.grad(before, start), torch.autograd.grad(after, end)
+        assert b.norm() < 1e-6 * a.norm()
+    matrix = OPERATORS[name][1]
+    if matrix is not None:
+        normal = matrix.T @ matrix / 0.3**2 + 4.0 * torch.eye(6, dtype=torch.float64)
+        offset = function(torch.zeros(1, 6, dtype=torch.float64))
+        wanted = torch.linalg.solve(normal, ((y - offset) @ matrix / 0.3**2 + 4.0 * x0).T).T
+        assert torch.allclose(x, wanted, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["a backward pass in numpy", "a backward pass half in numpy"])
+def test_gauss_newton_by_name_says_why_it_cannot_serve(name):
+    guidance = replace(data_term(name)[-1], solver="gauss-newton")
+    with pytest.raises(ValueError, match="solver: 'gauss-newton' needs an operator whose backward pass autograd can"):
+        guidance.prepare(make_run(event=(6,)))
+
+
+def test_pnp_of_an_operator_without_a_derivative():
+    operator = fg.operators.Function(lambda x: x.detach().round())
+    for solver in ("auto", "gradient"):
+        with pytest.raises(ValueError, match="operator: expected one that autograd can differentiate"):
+            guidance = fg.PnP(fg.likelihoods.Gaussian(Y[:, :1].expand(2, 3), operator, 0.3), solver=solver)
+            fg.sample(example().denoiser(), (2, 3), guidance=guidance, steps=2)
+
+
+def test_gradient_steps_never_end_above_their_start():
+    """Far from concave: the operator oscillates within the noise."""
+    x0 = torch.linspace(-2, 2, 64, dtype=torch.float64)[:, None]
+    y = torch.zeros(64, 1, dtype=torch.float64)
+    likelihood = fg.likelihoods.Gaussian(y, fg.operators.Function(lambda x: torch.sin(40 * x) + x), 0.05)
+
+    def objective(x):
+        return 0.25 * (x - x0).square().sum(1) - likelihood.log_prob(x)
+
+    for iterations in (1, 2, 5, 32):
+        x = solve(likelihood, x0, y, 0.05, 0.5, "gradient", iterations)
+        assert (objective(x) <= objective(x0) + 1e-9).all()
+
+
+@pytest.mark.parametrize("space", ["latent", "pixel"])
+def test_decoder_and_encoder_may_write_into_what_they_get(space):
+    def decode(z, write=False):
+        out = torch.tanh(z) + 0.1 * z
+        if write:
+            z.fill_(5.0)
+        return out
+
+    def encode(x, write=False):
+        out = 0.9 * x
+        if write:
+            x.fill_(5.0)
+        return out
+
+    def outcome(write):
+        encoder = None if space == "latent" else lambda x: encode(x, write)
+        guidance = fg.LatentPnP(gaussian_likelihood(), lambda z: decode(z, write), encoder, space)
+        return fg.sample(example().denoiser(), (2, 3), guidance=guidance, steps=4, seed=0, dtype=torch.float64).x
+
+    assert torch.equal(outcome(True), outcome(False))
+
+
+def test_a_decoder_that_returns_no_tensor():
+    guidance = fg.LatentPnP(gaussian_likelihood(), lambda z: {"sample": z})
+    with pytest.raises(TypeError, match=r"decoder: expected it to return a tensor \[1, \.\.\.\], got dict .*codec"):
+        fg.sample(example().denoiser(), (2, 3), guidance=guidance, steps=2)
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------

@@ -764,6 +764,31 @@ def test_guidance_of_latents_by_their_images(latent_model):
         assert residual < most and psnr > at_random + gain, guidance
 
 
+def test_latents_of_an_autoencoder_with_attention():
+    """As those of Stable Diffusion have it in their middle block: no forward-mode derivative passes it."""
+    vae = made(
+        AutoencoderKL, in_channels=3, out_channels=3, down_block_types=DOWN, up_block_types=UP,
+        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, scaling_factor=1.0,
+    )  # fmt: skip
+    assert vae.decoder.mid_block.attentions[0] is not None
+    decode, pool = codec(vae)[1], fg.operators.AveragePool(2)
+    truth, start = normals(2, 2, 4, 8, 8)
+    with torch.no_grad():
+        y = pool(decode(truth))
+
+    def objective(z):
+        with torch.no_grad():
+            residual = (pool(decode(z)) - y).square().flatten(1).sum(1) / 0.05**2
+        return 0.5 * residual + 0.5 * (z - start).square().flatten(1).sum(1)
+
+    table = fg.schedules.vp_scaled_linear()
+    prior = fg.Denoiser(lambda x, t: start, table, "sample")
+    guidance = fg.LatentPnP(fg.likelihoods.Gaussian(y, pool, 0.05), decode, rho=1.0)
+    states = []
+    fg.sample(prior, (2, 4, 8, 8), guidance=guidance, steps=1, callback=lambda p: states.append(p.x))
+    assert (objective(states[0]) < 0.2 * objective(start)).all()  # one step ends at the solution of the data term
+
+
 def test_steering_by_a_reward_of_the_images(latent_model):
     """The evidence and the mean reward of ``p(x) exp(3 r(x))``, against a thousand samples of the prior."""
     prior, _, decode = latent_model

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .. import foreign
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
 from ..operators import Function
@@ -64,8 +65,8 @@ class LatentPnP:
             raise TypeError(f"likelihood: expected a fastguide.likelihoods likelihood, got {got}")
         probe = torch.zeros(1, *run.event, dtype=run.dtype, device=run.device)
         with torch.no_grad():
-            image = self.decoder(probe)
-            latent = probe if self.encoder is None else self.encoder(image)
+            image = called("decoder", self.decoder, probe)
+            latent = probe if self.encoder is None else called("encoder", self.encoder, image)
         if latent.shape != probe.shape:
             raise ValueError(f"encoder: expected latents of shape {list(run.event)}, got {list(latent.shape[1:])}")
         pnp = PnP(self.likelihood, self.rho, self.zeta, self.solver, self.iterations)
@@ -86,15 +87,21 @@ class LatentPnP:
             if self.encoder is None:
                 z0 = self._pnp.data_step(run, z0_hat, i)
             else:
-                image = run.in_chunks(lambda rows, z: (self.decoder(z),), z0_hat)[0]
-                image = self._pnp.data_step(run, image, i)
-                z0 = run.in_chunks(lambda rows, x: (self.encoder(x),), image)[0]  # type: ignore[misc]
+                image = self._coded(run, "decoder", z0_hat, i)
+                z0 = self._coded(run, "encoder", self._pnp.data_step(run, image, i), i)
         with phase("step"):
             if self.gamma is None:
                 x = run.reverse_step(state.x, z0, i, tau=self._pnp.fresh_noise(run, i))
             else:
                 x = self._stochastic_resample(run, state.x, z0_hat, z0, i)
             return State(x, x0_hat=z0_hat)
+
+    def _coded(self, run: Run, name: str, x: Tensor, i: int) -> Tensor:
+        """What the decoder or the encoder makes of ``x``, in the run's dtype."""
+        function = getattr(self, name)
+        (y,) = run.in_chunks(lambda rows, x: (called(name, function, x).to(run.dtype),), x)
+        run.watch.finite(i, name, y)
+        return y
 
     def _stochastic_resample(self, run: Run, x: Tensor, z0_hat: Tensor, z0: Tensor, i: int) -> Tensor:
         assert self.gamma is not None
@@ -110,14 +117,26 @@ class LatentPnP:
         return z + scaled(run.randn(i, STREAM_RENOISE), s.sigma * share**0.5)
 
 
+def called(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)`` if it is a tensor of as many samples."""
+    y = foreign.call(function, x)
+    if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
+        got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(
+            f"{name}: expected it to return a tensor [{len(x)}, ...], got {got} "
+            "(that of a diffusers VAE: fastguide.integrations.diffusers.codec)"
+        )
+    return y
+
+
 def replace_operator(likelihood: Likelihood, decoder: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Likelihood:
     """The likelihood of a latent: its operator after the decoder, which computes in ``dtype``."""
     if isinstance(likelihood, CallableLikelihood):
         f = likelihood.f
         decoded = likelihood.to()
-        decoded.f = lambda z, **kw: f(decoder(z.to(dtype)), **kw)  # type: ignore[attr-defined]
+        decoded.f = lambda z, **kw: f(called("decoder", decoder, z.to(dtype)), **kw)  # type: ignore[attr-defined]
         return decoded
     operator = likelihood.operator
     decoded = likelihood.to()
-    decoded.operator = Function(lambda z: operator(decoder(z.to(dtype)).to(z.dtype)))
+    decoded.operator = Function(lambda z: operator(called("decoder", decoder, z.to(dtype)).to(z.dtype)))
     return decoded

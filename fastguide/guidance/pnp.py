@@ -21,6 +21,7 @@ from .base import (
     integer,
     isotropic_variance,
     likelihood_function,
+    measure,
     per_sample,
     per_step,
     prepare_likelihood,
@@ -41,9 +42,10 @@ class PnP:
       predicted ``eps``. It takes the place of ``eta``.
     - ``solver``: ``"closed"`` (Gaussian, linear, known spectrum), ``"cg"`` (Gaussian, linear; ``iterations`` of
       conjugate gradients), ``"gauss-newton"`` (``iterations`` of 16 conjugate gradients each; reweighted least squares
-      where the error is not Gaussian), ``"gradient"`` (``iterations`` with Barzilai-Borwein lengths; needs only
-      derivatives of the log-density); ``"auto"`` takes the first that applies. All start at ``x0_hat`` and run a fixed
-      number.
+      where the error is not Gaussian; a nonlinear operator needs a backward pass that autograd can differentiate),
+      ``"gradient"`` (``iterations`` with Barzilai-Borwein lengths; needs only derivatives of the log-density);
+      ``"auto"`` takes the first that applies, which one trial of a nonlinear operator tells. All start at ``x0_hat``
+      and run a fixed number.
     """
 
     likelihood: Likelihood
@@ -59,6 +61,14 @@ class PnP:
     def prepare(self, run: Run) -> PnP:
         likelihood, _ = prepare_likelihood(run, self.likelihood)
         solver = choose_solver(likelihood, self.solver)
+        if solver == "gauss-newton" and not isinstance(likelihood.operator, LinearOperator):
+            obstacle = _obstacle_to_gauss_newton(run, likelihood)
+            if obstacle and self.solver != "auto":
+                raise ValueError(
+                    "solver: 'gauss-newton' needs an operator whose backward pass autograd can differentiate "
+                    f"('gradient' does not), got {likelihood.operator}: {obstacle}"
+                )
+            solver = "gradient" if obstacle else solver
         if self.iterations is not None and solver == "closed":
             raise ValueError(f"iterations: expected None with the closed form, got {self.iterations}")
         rho = None if self.rho is None else per_step("rho", self.rho, run.levels)
@@ -158,8 +168,56 @@ def _linearise(
     operator = likelihood.operator
     if isinstance(operator, LinearOperator):
         return operator(x), operator, operator.adjoint
-    z, pull_back = torch.func.vjp(operator, x)  # type: ignore[misc]
-    return z, lambda p: torch.func.jvp(operator, (x,), (p,))[1], lambda v: pull_back(v)[0]
+    z, leaf = _recorded(likelihood, x)
+    return z.detach(), *_jacobian(z, leaf)
+
+
+def _recorded(likelihood: Likelihood, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``A(x)`` with its graph, and the leaf of that graph."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        return measure(likelihood, leaf), leaf
+
+
+def _jacobian(z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Products with the Jacobian ``J`` of ``z`` in ``x``, and with ``J^T``, by backward passes alone: forward-mode
+    derivatives and `torch.func` do not pass what old `torch.autograd.Function`s and many kernels do. ``J^T u`` is
+    linear in ``u``, and its derivative there is ``J``."""
+    u = torch.zeros_like(z, requires_grad=True)
+    with torch.enable_grad():
+        (pulled,) = torch.autograd.grad(z, x, u, create_graph=True)
+
+    def forward(p: Tensor) -> Tensor:
+        return torch.autograd.grad(pulled, u, p, retain_graph=True)[0]
+
+    def adjoint(v: Tensor) -> Tensor:
+        return torch.autograd.grad(z, x, v, retain_graph=True)[0]
+
+    return forward, adjoint
+
+
+def _obstacle_to_gauss_newton(run: Run, likelihood: Likelihood) -> str:
+    """Empty, or why the products of `_jacobian` cannot be had, from a trial. A backward pass that leaves autograd in
+    part would give another ``J`` without an error, so that the two products are compared."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+    z, x = _recorded(likelihood, draw(torch.empty(1, *run.event, dtype=run.compute_dtype, device=run.device)))
+    try:
+        forward, adjoint = _jacobian(z, x)
+        pairs = []
+        for _ in range(2):
+            p, w = draw(x), draw(z)
+            pairs.append(torch.stack([(forward(p) * w).sum(), (p * adjoint(w)).sum()]))
+    except Exception as error:  # of torch, or of the function's own backward pass
+        return f"{type(error).__name__}: {error}"
+    a, b = torch.stack(pairs, 1).double()
+    # Wide enough for half precision inside; NaN says nothing, and tensors without values say nothing.
+    if not a.is_meta and (a - b).norm() > 0.1 * torch.maximum(a.norm(), b.norm()):
+        return "the derivative of its backward pass is not that of a linear map"
+    return ""
 
 
 def _dot(u: Tensor, v: Tensor) -> Tensor:
@@ -169,24 +227,30 @@ def _dot(u: Tensor, v: Tensor) -> Tensor:
 
 def _gradient(likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: Scalar, iterations: int) -> Tensor:
     """Gradient descent with Barzilai-Borwein lengths per sample, never longer than ``1 / rho``: the exact length for
-    the quadratic alone, and an upper bound where the log-density is concave."""
+    the quadratic alone, and an upper bound where the log-density is concave. The objective may rise between two steps;
+    a sample that ends well above its lowest point goes back there."""
 
-    def slope(x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            z = likelihood.operator(leaf)
-            gradient = likelihood.log_prob_and_gradient(z.detach(), y, scale)[1]
-            (pulled,) = torch.autograd.grad(z, leaf, gradient)
-        return rho * (x - x0) - pulled
+    def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective ``[n]`` and its gradient."""
+        z, leaf = _recorded(likelihood, x)
+        log_prob, gradient = likelihood.log_prob_and_gradient(z.detach(), y, scale)
+        (pulled,) = torch.autograd.grad(z, leaf, gradient)
+        distance = x - x0
+        return 0.5 * rho * distance.square().flatten(1).sum(1).double() - log_prob, rho * distance - pulled
 
-    g = slope(x0)
+    start, g = evaluate(x0)
+    lowest, best = start, x0
     # A first step much shorter than any sensible one, only to learn the curvature.
     probe = 1e-3 / (per_sample(g.flatten(1).norm(dim=1), g) + 1e-12)
     x, previous_x, previous_g = x0 - probe.clamp(max=1.0 / rho) * g, x0, g
     for _ in range(iterations):
-        g = slope(x)
+        value, g = evaluate(x)
+        best = torch.where(per_sample(value < lowest, x).bool(), x, best)
+        lowest = torch.minimum(value, lowest)
         dx, dg = x - previous_x, g - previous_g
         curvature = _dot(dx, dg) / _dot(dx, dx).clamp(min=torch.finfo(x.dtype).tiny)
         length = 1.0 / curvature.abs().clamp(min=rho)
         x, previous_x, previous_g = x - length * g, x, g
-    return x
+    value = 0.5 * rho * (x - x0).square().flatten(1).sum(1).double()
+    value = value - likelihood.log_prob_and_gradient(likelihood.operator(x), y, scale)[0]
+    return torch.where(per_sample(value - lowest > 0.01 * (start - lowest), x).bool(), best, x)
