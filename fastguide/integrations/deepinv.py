@@ -44,11 +44,20 @@ def _is(value: Any, name: str) -> bool:
 # --- operators ----------------------------------------------------------------------------------------------
 
 
+# What a physics may have of each sample of a batch, in a leading dimension
+_OF_EACH_SAMPLE = ("mask", "filter", "filters", "multipliers", "coil_maps")
+
+
 class _Physics(operators.Operator):
     """``A``, and ``A_dagger`` as the pseudo-inverse."""
 
     def __init__(self, physics: Any, compute_dtype: torch.dtype | None):
         self.physics, self.compute_dtype = physics, compute_dtype
+        parts = getattr(physics, "physics_list", [physics])
+        values = [(name, getattr(part, name, None)) for part in parts for name in _OF_EACH_SAMPLE]
+        self._of_each = [
+            (name, v.ndim, len(v)) for name, v in values if isinstance(v, Tensor) and v.ndim and len(v) > 1
+        ]
 
     def __repr__(self) -> str:
         return f"deepinv's {type(self.physics).__name__}"
@@ -56,7 +65,17 @@ class _Physics(operators.Operator):
     def _call(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return f(x.to(dtype=self.compute_dtype)).to(x.dtype)
 
+    def _check_rows(self, x: Tensor) -> None:
+        """Broadcast to other rows, what belongs to one sample would be taken for another's."""
+        for name, dimensions, number in self._of_each:
+            if dimensions >= x.ndim and number != len(x):
+                raise ValueError(
+                    f"physics: expected one {name} for all {len(x)} samples of a call, got {number} in {self}. What "
+                    "differs between observations goes without particles, chunks and several samples per observation"
+                )
+
     def __call__(self, x: Tensor) -> Tensor:
+        self._check_rows(x)
         return self._call(self.physics.A, x)
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
@@ -123,6 +142,7 @@ class _Stack(_Physics):
         return self._kind([p.reshape(len(y), *shape) for p, shape in zip(pieces, self._shapes, strict=True)])
 
     def __call__(self, x: Tensor) -> Tensor:
+        self._check_rows(x)
         return self._call(lambda x: self.flattened(self.physics.A(x)), x)
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
