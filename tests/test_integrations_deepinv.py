@@ -477,6 +477,25 @@ def test_measurements_of_another_dtype_and_kernels_of_each_sample():
     assert torch.equal(ours.DPS(Small(), num_steps=4)(y.double(), one, seed=1), expected)
 
 
+OF_EACH = {
+    "mask": lambda **kw: dinv.physics.Inpainting((1, 8, 8), mask=(randn(2, 1, 8, 8) > 0).float(), **kw),
+    "filter": lambda **kw: dinv.physics.Blur(torch.ones(2, 1, 3, 3) / 9, padding="circular", **kw),
+    "mask ": lambda **kw: dinv.physics.BlurFFT((1, 8, 8), filter=torch.ones(2, 1, 3, 3) / 9, **kw),
+}
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+def test_a_physics_of_each_observation_is_not_taken_for_others(name):
+    physics = OF_EACH[name](noise_model=dinv.physics.GaussianNoise(0.1))
+    y = physics(torch.rand(2, 1, 8, 8, generator=generator()))
+    tds = functools.partial(fg.TDS, particles=3, covariance="point")
+    for guidance, options, rows in ((tds, {}, 6), (fg.DPS, dict(samples_per_observation=2), 4)):
+        with pytest.raises(ValueError, match=f"^physics: expected one {name.strip()} for all {rows} samples .* got 2"):
+            ours.Sampler(Small(), guidance, steps=3, **options)(y, physics, seed=1)
+    alone = ours.Sampler(Small(), fg.DPS, steps=3)(y, physics, seed=1)
+    assert alone.isfinite().all()
+
+
 def stack(second=0.1):
     """A blurred image and half of its pixels."""
     parts = (
