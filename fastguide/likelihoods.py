@@ -5,7 +5,8 @@ Shapes: ``y`` ``[B, *measurement]``, or one row for all; ``x0`` ``[n, *event]``;
 which observation each sample belongs to; None where there is one row or sample ``i`` has row ``i``.
 
 ``scale`` is a positive number, or a function of the schedule's own time ``t``; the value at the clean time is
-the exact model's, which the last step of every particle method uses.
+the exact model's, which the last step of every particle method uses. A clean time below 0, the -1 of the tables of
+betas, comes as a float, so that ``lambda t: table[t]`` is an error and not the last entry.
 """
 
 from __future__ import annotations
@@ -66,7 +67,17 @@ class Likelihood:
         """The scale at time ``t``."""
         if not callable(self.scale):
             return float(self.scale)
-        value = float(self.scale(t))
+        if t < 0:
+            t = float(t)
+        try:
+            value = float(self.scale(t))
+        except (TypeError, IndexError) as error:
+            if t >= 0:
+                raise
+            raise ValueError(
+                f"scale: raised {type(error).__name__} at the clean time {t}, which is no index of a table; expected a "
+                "function that gives the scale of the exact model there"
+            ) from error
         self._check_scale(value, f"scale({t})")
         return value
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,11 +54,41 @@ class Operator:
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                setattr(moved, name, value.to(device, dtype if value.is_floating_point() else None))
+                setattr(moved, name, _normal(value.to(device, dtype if value.is_floating_point() else None)))
         return moved
+
+    def at(self, rows: Tensor) -> Operator:
+        """The operator of samples that belong to the observations ``rows`` ``[n]``. A class whose operator differs
+        between observations gives its own; for all others it is the operator itself."""
+        return self
 
     def __repr__(self) -> str:
         return type(self).__name__
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made in inference mode, which gradients cannot use."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
+
+
+class _Cache:
+    """What was computed from a tensor, for as long as that is the same and has not been written to."""
+
+    def __init__(self, source: Tensor):
+        self.source, self.version = source, source._version
+        self.values: dict[Any, Any] = {}
+
+    def serves(self, source: Tensor) -> bool:
+        return self.source is source and self.version == source._version
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self.values:
+            with torch.inference_mode(False), torch.no_grad():
+                self.values[key] = make()
+        return self.values[key]
 
 
 class LinearOperator(Operator):
@@ -217,24 +248,56 @@ class Identity(LinearOperator):
 
 class Inpainting(LinearOperator):
     """The elements where ``mask`` is true, as ``[n, m]`` (only what was measured, so that densities count it
-    alone). ``mask``: bool, the shape of an event."""
+    alone). ``mask``: bool, the shape of an event; with ``per_observation`` one for each, ``[B, *event]``, all with the
+    same number of measured elements."""
 
-    def __init__(self, mask: Tensor):
+    def __init__(self, mask: Tensor, *, per_observation: bool = False):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask: expected a bool tensor, got {got}")
         if not mask.any():
             raise ValueError("mask: expected at least one measured element, got none")
-        self.event = tuple(mask.shape)
-        self.index = mask.flatten().nonzero()[:, 0]
+        self.per_observation = per_observation
+        mask = _normal(mask)
+        with torch.inference_mode(False), torch.no_grad():
+            if not per_observation:
+                self.event = tuple(mask.shape)
+                self.index = mask.flatten().nonzero()[:, 0]  # [m]
+                return
+            if mask.ndim < 2:
+                raise ValueError(f"mask: expected shape [B, *event] with per_observation, got {list(mask.shape)}")
+            self.event = tuple(mask.shape[1:])
+            counts = mask.flatten(1).sum(1)
+            if not (counts == counts[0]).all():
+                low, high = int(counts.min()), int(counts.max())
+                raise ValueError(
+                    f"mask: expected as many measured elements for each observation, got between {low} and {high}; "
+                    "one call for each observation serves them"
+                )
+            self.index = mask.flatten(1).nonzero()[:, 1].reshape(len(mask), -1)  # [B, m]
+
+    def at(self, rows: Tensor) -> Inpainting:
+        if not self.per_observation:
+            return self
+        chosen = copy.copy(self)
+        chosen.index = self.index[rows]
+        return chosen
+
+    def _check(self, samples: int) -> None:
+        if self.per_observation and samples != len(self.index):
+            raise ValueError(f"mask: expected {samples} masks, one for each sample, got {len(self.index)}")
 
     def __call__(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.event:
             raise ValueError(f"mask: expected the shape of an event, {list(x.shape[1:])}, got {list(self.event)}")
-        return x.flatten(1)[:, self.index]
+        self._check(x.shape[0])
+        return x.flatten(1).gather(1, self.index) if self.per_observation else x.flatten(1)[:, self.index]
 
     def adjoint(self, y: Tensor) -> Tensor:
         flat = y.new_zeros(y.shape[0], int(torch.Size(self.event).numel()))
+        if self.per_observation and y.shape[0] == len(self.index):
+            return flat.scatter(1, self.index, y).reshape(-1, *self.event)
+        self._check(y.shape[0])
         return flat.index_copy(1, self.index, y).reshape(-1, *self.event)
 
     def eigenvalues(self, y: Tensor) -> float:
@@ -278,41 +341,64 @@ class AveragePool(LinearOperator):
 class Blur(LinearOperator):
     """Convolution of the last two dimensions with one kernel, the output as large as the input.
 
-    ``kernel``: ``[h, w]``, odd sizes. ``padding``: ``"circular"`` (diagonal in the Fourier basis) or ``"zeros"``
-    (a closed form where the kernel is an outer product, as a Gaussian or a box is).
+    ``kernel``: ``[h, w]``, real, odd sizes. ``padding``: ``"circular"`` (diagonal in the Fourier basis) or ``"zeros"``
+    (a closed form where the kernel is an outer product, as a Gaussian or a box is). The kernel may be written to, and
+    products have derivatives in it; with ``"circular"`` the spectrum too.
     """
 
     def __init__(self, kernel: Tensor, padding: str = "circular"):
         kernel = torch.as_tensor(kernel)
+        if kernel.is_complex():
+            raise TypeError(f"kernel: expected real values, got {kernel.dtype}")
+        if kernel.ndim == 3:
+            raise ValueError(
+                f"kernel: expected one kernel [h, w] for all observations, got shape {list(kernel.shape)}; "
+                "one call for each observation serves several"
+            )
         if kernel.ndim != 2 or kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
             raise ValueError(f"kernel: expected two odd dimensions, got shape {list(kernel.shape)}")
         if not torch.isfinite(kernel).all():
             raise ValueError("kernel: expected finite values, got NaN or infinity")
         if padding not in ("circular", "zeros"):
             raise ValueError(f"padding: expected 'circular' or 'zeros', got {padding!r}")
-        self.kernel = kernel if kernel.is_floating_point() else kernel.float()
+        self.kernel = _normal(kernel if kernel.is_floating_point() else kernel.float())
         self.padding = padding
-        self._factors: tuple[Tensor, Tensor] | None = None
-        if padding == "zeros":
-            u, s, vh = torch.linalg.svd(self.kernel.double())
-            if (s[1:] <= 1e-6 * s[0]).all():
-                self._factors = (u[:, 0] * s[0], vh[0])
-        self._cache: dict = {}
+        self._cache = _Cache(self.kernel)
+        self._factors()
 
     @property
     def spectral(self) -> bool:
-        return self.padding == "circular" or self._factors is not None
+        return self.padding == "circular" or self._factors() is not None
+
+    def _factors(self) -> tuple[Tensor, Tensor] | None:
+        """The two kernels along the axes that a separable one is the outer product of, on the host."""
+
+        def make() -> tuple[Tensor, Tensor] | None:
+            u, s, vh = torch.linalg.svd(self.kernel.double().cpu())
+            return (u[:, 0] * s[0], vh[0]) if (s[1:] <= 1e-6 * s[0]).all() else None
+
+        return self._current().get("factors", make) if self.padding == "zeros" else None
+
+    def _current(self) -> _Cache:
+        if not self._cache.serves(self.kernel):
+            self._cache = _Cache(self.kernel)
+        return self._cache
 
     def __repr__(self) -> str:
         return f"Blur({'x'.join(map(str, self.kernel.shape))}, {self.padding!r})"
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Operator:
         moved = super().to(device, dtype)
-        moved._cache = {}  # type: ignore[attr-defined]
+        assert isinstance(moved, Blur)
+        factors = self._factors()  # from here: the copy's would have to come from its device
+        moved._cache = _Cache(moved.kernel)
+        moved._cache.get("factors", lambda: factors)
         return moved
 
     def _check(self, x: Tensor) -> None:
         h, w = self.kernel.shape
+        if x.ndim and x.shape[0] == 0:
+            raise ValueError(f"x: expected at least one sample, got shape {list(x.shape)}")
         if x.ndim < 3 or x.shape[-2] < h or x.shape[-1] < w:
             raise ValueError(f"kernel: expected at most the last two dimensions of {list(x.shape)}, got {h} x {w}")
 
@@ -339,35 +425,45 @@ class Blur(LinearOperator):
 
         def make() -> Tensor:
             h, w = self.kernel.shape
-            grid = torch.zeros(x.shape[-2:], dtype=torch.float64)
-            grid[:h, :w] = self.kernel.double().cpu()
+            rows, columns = x.shape[-2:]
+            grid = F.pad(self.kernel.double().cpu(), (0, columns - w, 0, rows - h))
             return torch.fft.fft2(grid.roll((-(h // 2), -(w // 2)), (0, 1)))
 
         return self._cached("transfer", x, make, complex_=True)
 
     def _cached(self, name: str, x: Tensor, make: Callable[[], Tensor], complex_: bool = False) -> Tensor:
-        key = (name, x.shape[-2:], x.dtype, x.device)
-        if key not in self._cache:
-            self._cache[key] = make().to(x.device, x.dtype.to_complex() if complex_ else x.dtype)
-        return self._cache[key]
+        """What ``make`` makes, where ``x`` is and in its dtype; with its graph where the kernel learns."""
+
+        def moved() -> Tensor:
+            return make().to(x.device, x.dtype.to_complex() if complex_ else x.dtype)
+
+        if self.kernel.requires_grad and torch.is_grad_enabled():
+            return moved()
+        return self._current().get((name, x.shape[-2:], x.dtype, x.device), moved)
 
     def _axis(self, axis: int, size: int) -> tuple[Tensor, Tensor]:
         """Eigenvalues and eigenvectors of ``T T^T``, ``T`` the zero-padded convolution along one axis."""
-        assert self._factors is not None
-        key = (axis, size)
-        if key in self._cache:
-            return self._cache[key]
-        taps = self._factors[axis].cpu()
-        offset = torch.arange(size)[:, None] - torch.arange(size)[None, :] + len(taps) // 2
-        inside = (offset >= 0) & (offset < len(taps))
-        toeplitz = torch.where(inside, taps[offset.clamp(0, len(taps) - 1)], 0.0)
-        u, s, _ = torch.linalg.svd(toeplitz)  # of T: that of T T^T would lose the small ones
-        self._cache[key] = s * s, u
-        return self._cache[key]
+        factors = self._factors()
+        assert factors is not None
+        taps = factors[axis]
+
+        def make() -> tuple[Tensor, Tensor]:
+            offset = torch.arange(size)[:, None] - torch.arange(size)[None, :] + len(taps) // 2
+            inside = (offset >= 0) & (offset < len(taps))
+            toeplitz = torch.where(inside, taps[offset.clamp(0, len(taps) - 1)], 0.0)
+            u, s, _ = torch.linalg.svd(toeplitz)  # of T: that of T T^T would lose the small ones
+            return s * s, u
+
+        if self.kernel.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "kernel: the spectrum with padding='zeros' has no derivative in the kernel; expected "
+                "padding='circular', or a kernel that requires no gradient"
+            )
+        return self._current().get((axis, size), make)
 
     def eigenvalues(self, y: Tensor) -> Tensor:
         if self.padding == "circular":
-            return self._cached("eigenvalues", y, lambda: self._transfer(y.double()).abs() ** 2)
+            return self._cached("eigenvalues", y, lambda: _square(self._transfer(y.double())))
         if not self.spectral:
             return super().eigenvalues(y)  # type: ignore[return-value]
 
@@ -404,16 +500,29 @@ class Blur(LinearOperator):
 
         def make() -> Tensor:
             leading = (1,) * (y.ndim - 3)
+            if self.kernel.requires_grad and torch.is_grad_enabled():
+                raise ValueError("kernel: the pseudo-inverse has no derivative in a kernel that is no outer product")
             return torch.linalg.pinv(self.matrix((*leading, *event)))
 
         return (y.flatten(-2) @ self._cached("pseudo_inverse", y, make).T).reshape(y.shape)
 
 
+def _square(c: Tensor) -> Tensor:
+    """``abs(c)^2``, which has a derivative at 0."""
+    return c.real**2 + c.imag**2
+
+
 class Matrix(LinearOperator):
-    """``A x`` for a matrix ``[m, d]``; ``event`` is the shape that ``d`` elements have, ``(d,)`` by default."""
+    """``A x`` for a matrix ``[m, d]``; ``event`` is the shape that ``d`` elements have, ``(d,)`` by default. The matrix
+    may be written to. Its singular vectors are found once, when the first of its closed forms is asked for."""
 
     def __init__(self, matrix: Tensor, event: Sequence[int] | None = None):
         matrix = torch.as_tensor(matrix)
+        if matrix.ndim == 3:
+            raise ValueError(
+                f"matrix: expected one matrix [m, d] for all observations, got shape {list(matrix.shape)}; "
+                "one call for each observation serves several"
+            )
         if matrix.ndim != 2 or not matrix.is_floating_point() or not torch.isfinite(matrix).all() or not len(matrix):
             raise ValueError(
                 f"matrix: expected finite floating values of shape [m, d], got {matrix.dtype} {list(matrix.shape)}"
@@ -421,12 +530,36 @@ class Matrix(LinearOperator):
         self.event = (matrix.shape[1],) if event is None else tuple(event)
         if torch.Size(self.event).numel() != matrix.shape[1]:
             raise ValueError(f"event: expected {matrix.shape[1]} elements, got shape {list(self.event)}")
-        self.weight = matrix
-        m, d = matrix.shape
-        u, s, _ = torch.linalg.svd(matrix.double(), full_matrices=m > d)
-        rounding = 16.0 * torch.finfo(matrix.dtype).eps * s.amax()  # of a matrix of lower rank, as it is held
-        self._basis = u
-        self._eigenvalues = F.pad(torch.where(s > rounding, s * s, 0.0), (0, m - len(s)))
+        self.weight = _normal(matrix)
+        self._cache = _Cache(self.weight)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Operator:
+        moved = super().to(device, dtype)
+        assert isinstance(moved, Matrix)
+        # From the elements as they came: to their rounding a singular value is 0 or not.
+        with torch.no_grad():
+            pair = tuple(_normal(t.to(device, dtype)) for t in self._decomposition())
+        moved._cache = _Cache(moved.weight)
+        moved._cache.get("svd", lambda: pair)
+        return moved
+
+    def _decomposition(self) -> tuple[Tensor, Tensor]:
+        """Left singular vectors ``[m, m or less]`` and eigenvalues of ``A A^T``."""
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "matrix: its spectrum has no derivative; expected one that requires no gradient, or torch.no_grad()"
+            )
+
+        def make() -> tuple[Tensor, Tensor]:
+            m, d = self.weight.shape
+            u, s, _ = torch.linalg.svd(self.weight.double(), full_matrices=m > d)
+            # Of a matrix of lower rank, as it is held.
+            rounding = 16.0 * torch.finfo(self.weight.dtype).eps * s.amax()
+            return u, F.pad(torch.where(s > rounding, s * s, 0.0), (0, m - len(s)))
+
+        if not self._cache.serves(self.weight):
+            self._cache = _Cache(self.weight)
+        return self._cache.get("svd", make)
 
     def __repr__(self) -> str:
         return f"Matrix({list(self.weight.shape)})"
@@ -440,13 +573,13 @@ class Matrix(LinearOperator):
         return (y @ self.weight.to(y.dtype)).reshape(-1, *self.event)
 
     def eigenvalues(self, y: Tensor) -> Tensor:
-        return self._eigenvalues.to(y.dtype)
+        return self._decomposition()[1].to(y.dtype)
 
     def transform(self, y: Tensor) -> Tensor:
-        return y @ self._basis.to(y.dtype)
+        return y @ self._decomposition()[0].to(y.dtype)
 
     def inverse_transform(self, c: Tensor) -> Tensor:
-        return c @ self._basis.to(c.dtype).T
+        return c @ self._decomposition()[0].to(c.dtype).T
 
     def gram_diagonal(self, y: Tensor) -> Tensor:
         return (self.weight.to(y.dtype) ** 2).sum(1)

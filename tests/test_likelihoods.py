@@ -441,6 +441,16 @@ def test_scale_may_follow_the_time():
     check(Gaussian(y, Identity(), 0.5).log_prob(x, t=7.0), Gaussian(y, Identity(), 0.5).log_prob(x))
 
 
+@pytest.mark.parametrize("table", [[0.5, 1.0], np.array([0.5, 1.0]), torch.tensor([0.5, 1.0])])
+def test_a_table_is_not_read_backwards_at_the_clean_time(table):
+    likelihood = Gaussian(normal(2, 3), Identity(), lambda t: table[t])
+    assert [likelihood.scale_at(t) for t in (0, 1)] == [0.5, 1.0]
+    with pytest.raises(ValueError, match="scale: raised (Type|Index)Error at the clean time -1.0, which is no index"):
+        likelihood.scale_at(-1)
+    told = Gaussian(normal(2, 3), Identity(), lambda t: 0.25 if t < 0 else table[t])
+    assert [told.scale_at(t) for t in (-1, 0)] == [0.25, 0.5]
+
+
 @pytest.mark.parametrize("scale", [SCALE, np.float32(SCALE), torch.tensor(SCALE), lambda t: np.float64(SCALE)])
 def test_scale_may_be_any_number(scale):
     y, x = normal(2, 3), normal(2, 3, seed=1)

@@ -483,6 +483,106 @@ def test_one_blur_serves_every_size_and_dtype_in_turn(name):
     close(moved(y), z, 1e-6)
 
 
+def changing(kind):
+    """An operator, and the tensor that it is made of."""
+    if kind == "matrix":
+        matrix = normal(4, 6, seed=1)
+        return Matrix(matrix), matrix, (6,), (4,)
+    kernel = torch.outer(ROWS, ROWS)
+    return Blur(kernel, kind), kernel, (1, 5, 4), (1, 5, 4)
+
+
+@pytest.mark.parametrize("kind", ["matrix", "circular", "zeros"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_what_is_written_to_after_construction_counts(kind, moved):
+    operator, tensor, event, measurement = changing(kind)
+    x, y = normal(2, *event, seed=2), normal(2, *measurement, seed=3)
+    if moved:
+        operator = operator.to()
+    operator(x), operator.solve_gram(y, 0.3, 0.1), operator.pseudo_inverse(y)  # what is kept is kept
+    with torch.no_grad():
+        tensor.mul_(3.0)
+        tensor[0].mul_(-1.0)
+    fresh = type(operator)(tensor.clone(), **({} if kind == "matrix" else {"padding": kind}))
+    for got, expected in (
+        (operator(x), fresh(x)),
+        (operator.adjoint(y), fresh.adjoint(y)),
+        (operator.solve_gram(y, 0.3, 0.1), fresh.solve_gram(y, 0.3, 0.1)),
+        (operator.gram_logdet(y, 0.3, 0.1), fresh.gram_logdet(y, 0.3, 0.1)),
+        (operator.pseudo_inverse(y), fresh.pseudo_inverse(y)),
+        (operator.to(dtype=torch.float32).solve_gram(y.float(), 0.3, 0.1), fresh.solve_gram(y, 0.3, 0.1).float()),
+    ):
+        close(got, expected, 1e-6 if got.dtype == torch.float32 else 1e-13)
+
+
+def test_a_zero_padded_blur_that_is_no_longer_separable():
+    operator, kernel, *_ = changing("zeros")
+    assert operator.spectral
+    kernel[0, 0] += 1.0
+    assert not operator.spectral and not operator.to().spectral
+
+
+def test_a_blur_learns_its_kernel():
+    x, v = normal(2, 1, 5, 4, seed=2), normal(2, 1, 5, 4, seed=3)
+    kernel = torch.outer(ROWS, ROWS).requires_grad_()
+    circular, zeros = Blur(kernel), Blur(kernel, "zeros")
+    for f in (
+        lambda k: circular(x),
+        lambda k: circular.adjoint(v),
+        lambda k: circular.solve_gram(v, 0.3, 0.1),
+        lambda k: circular.gram_logdet(v, 0.3, 0.1),
+        lambda k: circular.pseudo_inverse(v),
+        lambda k: circular.gram_diagonal(v),
+        lambda k: zeros(x),
+        lambda k: zeros.adjoint(v),
+        lambda k: zeros.gram_diagonal(v),
+    ):
+        with torch.no_grad():
+            f(kernel)  # kept without a graph, which is not to be used
+        for _ in range(2):  # a graph for each backward pass
+            (got,) = torch.autograd.grad(f(kernel).square().sum(), kernel)
+        step = 1e-6 * normal(3, 3, seed=4)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                kernel.add_(sign * step)
+                values.append(f(kernel).square().sum())
+                kernel.sub_(sign * step)
+        torch.testing.assert_close((got * step).sum(), (values[0] - values[1]) / 2, rtol=1e-6, atol=1e-12)
+    with pytest.raises(ValueError, match="kernel: the spectrum with padding='zeros' has no derivative"):
+        zeros.solve_gram(v, 0.3, 0.1)
+    with torch.no_grad():
+        assert torch.isfinite(zeros.solve_gram(v, 0.3, 0.1)).all()
+    matrix = Matrix(normal(3, 4).requires_grad_())
+    with pytest.raises(ValueError, match="matrix: its spectrum has no derivative"):
+        matrix.solve_gram(normal(1, 3), 0.3, 0.1)
+    assert matrix.to(dtype=torch.float32)(normal(1, 4).float()).requires_grad
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_inference_mode_leaves_nothing_behind(built):
+    makers = {
+        "matrix": lambda: Matrix(normal(4, 20, seed=1), (1, 5, 4)),
+        "circular": lambda: Blur(torch.outer(ROWS, ROWS)),
+        "zeros": lambda: Blur(torch.outer(ROWS, ROWS), "zeros"),
+        "inpainting": lambda: Inpainting(normal(1, 5, 4) > 0),
+    }
+    x = normal(2, 1, 5, 4)
+    for make in makers.values():
+        operator = None if built else make()
+        with torch.inference_mode():
+            operator = make() if operator is None else operator
+            y = operator(x)
+            operator.solve_gram(y, 0.3, 0.1)
+            moved = operator.to(dtype=torch.float32)
+        for one, dtype in ((operator, torch.float64), (moved, torch.float32)):
+            leaf = x.to(dtype).requires_grad_()
+            z = one(leaf)
+            (gradient,) = torch.autograd.grad(one.solve_gram(z, 0.3, 0.1).sum(), leaf)
+            back = one.adjoint(one.solve_gram(torch.ones_like(z), 0.3, 0.1))
+            close(gradient, back, 1e-5)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @cases()
 def test_on_a_gpu(operator, event, measurement, rank):
@@ -539,6 +639,33 @@ def test_a_kernel_is_separable_to_rounding(noise, separable):
             lambda: Blur(torch.ones(2, 3)),
             ValueError,
             r"kernel: expected two odd dimensions, got shape \[2, 3\]",
+        ),
+        (
+            lambda: Blur(torch.ones(3, 3, dtype=torch.complex64)),
+            TypeError,
+            "kernel: expected real values, got torch.complex64",
+        ),
+        (lambda: Blur(torch.ones(2, 3, 3)), ValueError, r"kernel: expected one kernel \[h, w\].*got shape \[2, 3, 3\]"),
+        (
+            lambda: Blur(torch.ones(3, 3))(torch.ones(0, 1, 8, 8)),
+            ValueError,
+            r"x: expected at least one sample, got shape \[0, 1, 8, 8\]",
+        ),
+        (
+            lambda: Matrix(torch.ones(2, 3, 3)),
+            ValueError,
+            r"matrix: expected one matrix \[m, d\].*got shape \[2, 3, 3\]",
+        ),
+        (
+            lambda: Inpainting(torch.tensor([[True, False], [True, True]]), per_observation=True),
+            ValueError,
+            "mask: expected as many measured elements for each observation, got between 1 and 2",
+        ),
+        (lambda: Inpainting(torch.tensor([True]), per_observation=True), ValueError, r"mask: .*\[B, \*event\]"),
+        (
+            lambda: Inpainting(torch.ones(2, 3, dtype=torch.bool), per_observation=True)(normal(4, 3)),
+            ValueError,
+            "mask: expected 4 masks, one for each sample, got 2",
         ),
         (lambda: Blur(torch.ones(3)), ValueError, r"kernel: expected two odd dimensions, got shape \[3\]"),
         (lambda: Blur(torch.full((3, 3), math.nan)), ValueError, "kernel: expected finite values"),
