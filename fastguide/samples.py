@@ -17,6 +17,7 @@ from . import ops
 __all__ = ["Samples"]
 
 _TENSORS = ("x", "log_weights", "ess", "log_evidence", "ancestors")
+_STREAM_DRAW = 5  # apart from the noise of the run, whose seed the draw may have
 _ROUNDING = 1e-12  # of a sum of weights, beside which a quantile's share counts as reached
 
 
@@ -109,7 +110,7 @@ class Samples:
         if log_weights is None:
             self._check_grouped("draw")
             log_weights = self.x.new_zeros(self.x.shape[:2], dtype=torch.float64)
-        ancestors = ops.resample(log_weights, num=num, seed=seed)[0].long()  # [B, num]
+        ancestors = ops.resample(log_weights, num=num, seed=seed, stream=_STREAM_DRAW)[0].long()  # [B, num]
         return self.x[torch.arange(self.x.shape[0], device=self.x.device)[:, None], ancestors]
 
     def save(self, path: str | os.PathLike) -> None:

@@ -131,6 +131,16 @@ def test_draws_of_equal_weights_take_each_sample_once():
     assert equal(x).draw(9).shape == (2, 9, 3)
 
 
+def test_a_draw_does_not_share_numbers_with_the_run_of_its_seed():
+    """Which particle is drawn says nothing about the noise of the steps."""
+    rows, particles = 4000, 1000
+    x = torch.arange(float(particles)).expand(rows, -1)[..., None]
+    drawn = equal(x).draw(1, seed=3).flatten()
+    noise = fg.ops.randn((rows, 4), seed=3, step=0)
+    for values in (*noise.T, *noise.abs().T):
+        assert abs(torch.corrcoef(torch.stack([drawn, values]))[0, 1]) < 0.08  # five standard errors
+
+
 # --- one sample for each observation ------------------------------------------------------------------------
 
 
