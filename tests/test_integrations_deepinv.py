@@ -492,6 +492,8 @@ def test_a_physics_of_each_observation_is_not_taken_for_others(name):
     for guidance, options, rows in ((tds, {}, 6), (fg.DPS, dict(samples_per_observation=2), 4)):
         with pytest.raises(ValueError, match=f"^physics: expected one {name.strip()} for all {rows} samples .* got 2"):
             ours.Sampler(Small(), guidance, steps=3, **options)(y, physics, seed=1)
+    with pytest.raises(ValueError, match=f"^chunk_size: expected None with a physics whose {name.strip()} differs"):
+        ours.Sampler(Small(), tds, steps=3, chunk_size=2)(y, physics, seed=1)  # as many as observations
     alone = ours.Sampler(Small(), fg.DPS, steps=3)(y, physics, seed=1)
     assert alone.isfinite().all()
 

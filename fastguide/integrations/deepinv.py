@@ -8,8 +8,8 @@ denoiser ``f(x, sigma)`` into what `fastguide.sample` takes. Images are in the r
 usually [0, 1]; a state is ``x_t = x_0 + sigma eps`` in that range.
 
 Nothing of deepinv is imported: its objects are told by the names of their classes. They stay on their device. A physics
-with parameters for each sample of a batch (one mask each) serves one sample for each observation, without particles or
-chunks. Of a ``StackedPhysics`` all measurements have one noise model.
+with parameters for each sample of a batch (one mask each) serves one sample for each observation, and is an error with
+particles or chunks. Of a ``StackedPhysics`` all measurements have one noise model.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ class _Physics(operators.Operator):
         self.physics, self.compute_dtype = physics, compute_dtype
         parts = getattr(physics, "physics_list", [physics])
         values = [(name, getattr(part, name, None)) for part in parts for name in _OF_EACH_SAMPLE]
-        self._of_each = [
-            (name, v.ndim, len(v)) for name, v in values if isinstance(v, Tensor) and v.ndim and len(v) > 1
-        ]
+        self.of_each = [(name, v.ndim, len(v)) for name, v in values if isinstance(v, Tensor) and v.ndim and len(v) > 1]
 
     def __repr__(self) -> str:
         return f"deepinv's {type(self.physics).__name__}"
@@ -67,7 +65,7 @@ class _Physics(operators.Operator):
 
     def _check_rows(self, x: Tensor) -> None:
         """Broadcast to other rows, what belongs to one sample would be taken for another's."""
-        for name, dimensions, number in self._of_each:
+        for name, dimensions, number in self.of_each:
             if dimensions >= x.ndim and number != len(x):
                 raise ValueError(
                     f"physics: expected one {name} for all {len(x)} samples of a call, got {number} in {self}. What "
@@ -154,7 +152,7 @@ class _LinearStack(_Stack, operators.LinearOperator):
         return self._call(lambda y: self.physics.A_adjoint(self.parts(y)), y)
 
 
-def operator(physics: Any, dtype: torch.dtype | None = None, y: Any = None) -> operators.Operator:
+def operator(physics: Any, dtype: torch.dtype | None = None, y: Any = None) -> _Physics:
     """``physics`` as an operator: ``A``, ``A_adjoint`` and ``A_dagger`` are its own. A ``DecomposablePhysics`` has a
     spectrum, from which PnP, PiGDM and the isotropic covariance have closed forms; other linear ones do without, and
     what is not linear has ``A`` and ``A_dagger`` alone. The measurements of a ``StackedPhysics``, of which it needs
@@ -190,6 +188,7 @@ def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) 
     ``[B, m]``: densities count nothing else. A ``sensor_model`` takes no part, as in deepinv's samplers. The physics
     computes in the dtype of ``y``.
     """
+    forward: operators.Operator
     forward, y = _measured(y, physics, y[0].dtype)
     noise = _noise_of(physics)
     if _is(physics, "Inpainting") and isinstance(forward, _DecomposablePhysics):
@@ -220,7 +219,7 @@ def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) 
     )
 
 
-def _measured(y: Any, physics: Any, dtype: torch.dtype | None = None) -> tuple[operators.Operator, Tensor]:
+def _measured(y: Any, physics: Any, dtype: torch.dtype | None = None) -> tuple[_Physics, Tensor]:
     """The operator, and the measurement as one tensor."""
     forward = operator(physics, dtype, y)
     return forward, forward.flattened(y) if isinstance(forward, _Stack) else y
@@ -352,6 +351,12 @@ class Sampler(nn.Module):
         guidance = self.guidance(self.likelihood(y, physics))
         forward, measured = _measured(y, physics)
         options: dict[str, Any] = {"dtype": measured.dtype, "device": measured.device} | self.options
+        if forward.of_each and options.get("chunk_size") is not None:
+            # chunks of as many rows as observations would pass for the observations
+            raise ValueError(
+                f"chunk_size: expected None with a physics whose {forward.of_each[0][0]} differs between observations, "
+                f"got {options['chunk_size']}"
+            )
         denoiser = prior(self.denoiser, self.schedule, dtype=measured.dtype)
         return sample(denoiser, shape or _shape(measured, forward), guidance=guidance, seed=_seed(seed), **options)
 
