@@ -329,7 +329,7 @@ def _tempered(strength: Scalar, reward: Tensor) -> Tensor:
 
 
 def _as_tensor(name: str, value: object, x: Tensor) -> Tensor:
-    """A new float64 tensor ``[n]`` of what a user's function made of ``x``: a tensor, an array or a list."""
+    """A float64 tensor ``[n]`` of what a user's function made of ``x``: a tensor, an array or a list."""
     if isinstance(value, list | tuple) or (hasattr(value, "__array__") and not isinstance(value, Tensor)):
         try:
             value = torch.as_tensor(value, dtype=torch.float64, device=x.device)
@@ -338,7 +338,7 @@ def _as_tensor(name: str, value: object, x: Tensor) -> Tensor:
     value = _returned(name, value, x.shape[:1])
     if value.is_complex():
         raise TypeError(f"{name}: expected it to return real numbers, got {value.dtype}")
-    return value.to(x.device, torch.float64, copy=True)
+    return value.to(x.device, torch.float64)
 
 
 def _returned(name: str, value: object, shape: torch.Size) -> Tensor:
