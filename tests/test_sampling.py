@@ -264,3 +264,126 @@ def test_nothing_of_the_users_is_changed():
     fg.sample(prior.denoiser(), (2, 3), guidance=guidance, steps=4)
     assert guidance.likelihood is likelihood and likelihood.y is y and torch.equal(y, Y)
     assert y.dtype == torch.float64 and guidance.covariance is None
+
+
+# --- seeds ----------------------------------------------------------------------------------------------------
+
+
+def test_without_a_seed_each_call_draws_another_from_torchs_generator():
+    prior = example().denoiser()
+    torch.manual_seed(11)
+    first, second = (fg.sample(prior, (2, 3), steps=3) for _ in range(2))
+    assert first.seed != second.seed and not torch.equal(first.x, second.x)
+    torch.manual_seed(11)
+    assert_same(first, fg.sample(prior, (2, 3), steps=3))
+    assert_same(first, fg.sample(prior, (2, 3), steps=3, seed=first.seed))
+
+
+def test_a_run_without_a_seed_goes_on_from_its_checkpoint(tmp_path):
+    file = tmp_path / "run.pt"
+
+    def kill(progress):
+        if progress.step == 7:
+            raise KeyboardInterrupt
+
+    options = dict(seed=None, checkpoint=file, checkpoint_every=2)
+    torch.manual_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        run("tds", callback=kill, **options)
+    torch.manual_seed(2)
+    resumed = run("tds", **options)
+    assert_same(resumed, run("tds", seed=resumed.seed))
+
+
+@ALL
+def test_a_list_of_seeds_gives_each_observation_its_own(name):
+    seeds = [5, (1 << 64) - 2]
+    both = run(name, seed=seeds, steps=6, eta=None if name in ("pnp", "latent") else 0.8)
+    assert both.seed == tuple(seeds)
+    for b, seed in enumerate(seeds):
+        options = dict(seed=seed, steps=6, eta=None if name in ("pnp", "latent") else 0.8)
+        alone = run(name, slice(b, b + 1), **options)
+        assert torch.allclose(both.x[b : b + 1], alone.x, atol=1e-12)
+        if both.log_weights is not None:
+            assert torch.allclose(both.log_weights[b : b + 1], alone.log_weights, atol=1e-9)
+
+
+@ALL
+def test_first_sample_draws_one_of_many_alone(name):
+    both = run(name, steps=6)
+    alone = run(name, slice(1, 2), steps=6, first_sample=1)
+    assert torch.allclose(both.x[1:], alone.x, atol=1e-12)
+    if both.log_weights is not None:
+        assert torch.allclose(both.log_weights[1:], alone.log_weights, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["plain", "dps", "pnp", "pigdm", "latent"])
+def test_samples_per_observation_are_those_of_repeated_observations(name):
+    out = run(name, samples_per_observation=4, steps=5)
+    assert out.x.shape == (2, 4, 3)
+    prior = example().denoiser()
+    repeated = Y.repeat_interleave(4, 0)
+    guidance = {
+        "plain": lambda v: None,
+        "dps": fg.DPS,
+        "pnp": fg.PnP,
+        "pigdm": fg.PiGDM,
+        "latent": lambda v: fg.LatentPnP(v, lambda z: z, iterations=2),
+    }[name](gaussian_likelihood(repeated))
+    flat = fg.sample(prior, (8, 3), guidance=guidance, steps=5, seed=3, dtype=torch.float64)
+    assert torch.allclose(out.x.flatten(0, 1), flat.x, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(seed=[1]), "seed: expected an integer, or 2 of them, got 1"),
+        (dict(seed=[1, -1]), "seed: expected an integer in"),
+        (dict(seed=1 << 64), "seed: expected an integer in"),
+        (dict(seed=[1, 2], first_sample=1), "first_sample: expected 0 with a seed for each observation"),
+        (dict(first_sample=-1), "first_sample: expected an integer >= 0"),
+        (dict(samples_per_observation=0), "samples_per_observation: expected an integer >= 1"),
+    ],
+)
+def test_seeds_and_counts_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run("plain", **options)
+
+
+def test_particles_are_the_samples_of_a_particle_method():
+    with pytest.raises(ValueError, match="samples_per_observation: expected None with TDS, whose particles"):
+        run("tds", samples_per_observation=4)
+
+
+# --- callbacks ------------------------------------------------------------------------------------------------
+
+
+@ALL
+def test_a_callback_that_returns_true_ends_the_run(name):
+    states = []
+    full = run(name, callback=states.append)
+    assert len(states) == 12
+    cut = run(name, callback=lambda progress: progress.step == 4)
+    assert torch.equal(cut.x, states[4].x)
+    if cut.log_weights is not None:
+        assert torch.equal(cut.log_weights, states[4].log_weights) and len(cut.ess) == 6
+    assert torch.equal(full.x, states[-1].x)
+
+
+@ALL
+def test_a_callback_sees_predictions_rewards_and_ancestors(name):
+    states = []
+    run(name, callback=states.append, keep_ancestors=name in ("tds", "fk", "fk guided"))
+    truth = example()
+    for before, after in pairwise(states):
+        assert after.x0_hat.shape == after.x.shape
+        # TDS and FK predict at the state itself, the others before the step
+        seen = after if name in ("tds", "fk", "fk guided") else before
+        if seen.level.sigma > 0:
+            x = seen.x.reshape(-1, 3)
+            expected = truth(x, torch.full((len(x),), seen.level.t, dtype=torch.float64))
+            torch.testing.assert_close(after.x0_hat.reshape(-1, 3), expected, rtol=1e-9, atol=1e-9)
+    if name.startswith("fk"):
+        assert states[3].reward.shape == states[3].log_weights.shape
+    if name in ("tds", "fk", "fk guided"):
+        assert states[3].ancestors.shape == states[3].log_weights.shape

@@ -1,0 +1,373 @@
+"""The edge between the package and what users bring: networks of every kind, ambient modes, writes, NaN, derivatives."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from gaussian import MATRIX, SCALE, Y, example, gaussian_likelihood
+from test_sampling import ALL, assert_same, guidances, run
+
+import fastguide as fg
+
+SCHEDULE = fg.schedules.vp_linear(100)
+SIGMA = torch.as_tensor(SCHEDULE.sigma(torch.arange(100))).float()
+
+
+def prior(net, **options) -> fg.Denoiser:
+    return fg.Denoiser(net, SCHEDULE, **options)
+
+
+def clean(x, t):
+    """The score network of a standard normal prior, as epsilon."""
+    return SIGMA.to(x.dtype)[t].reshape(-1, *(1,) * (x.ndim - 1)) * x
+
+
+def draw(net, guidance=None, shape=(2, 3), **options) -> torch.Tensor:
+    options = {"steps": 6, "seed": 5, **options}
+    return fg.sample(prior(net), shape, guidance=guidance, **options).x
+
+
+# --- networks as people have them -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda out: (out, None),
+        lambda out: [out],
+        lambda out: {"sample": out},
+        lambda out: types.SimpleNamespace(sample=out),
+        lambda out: torch.cat([out, torch.full_like(out, torch.nan)], 1),  # learned variance, which is not read
+        lambda out: out.numpy(),
+        lambda out: out.double(),
+    ],
+)
+def test_what_networks_return(wrap):
+    shape = (2, 3, 4, 4)
+    expected = draw(clean, shape=shape)
+    assert torch.equal(draw(lambda x, t: wrap(clean(x, t)), shape=shape), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_module_is_called_in_its_own_dtype(dtype):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.eye(3, dtype=dtype))
+
+        def forward(self, x, t):
+            assert x.dtype == dtype
+            return clean(x @ self.weight, t)
+
+    for guidance in (None, fg.DPS(gaussian_likelihood().to(dtype=torch.float32))):
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 5e-3
+        out = draw(Net(), guidance)
+        assert out.dtype == torch.float32
+        assert torch.allclose(out, draw(clean, guidance), atol=tolerance)
+
+
+def test_a_networks_error_says_what_it_was_called_with():
+    net = torch.nn.Linear(3, 3).half()
+    with pytest.raises(RuntimeError) as caught:
+        draw(lambda x, t: net(x))
+    (note,) = caught.value.__notes__
+    assert "net: raised when called with x torch.float32 [2, 3]" in note and "sample(dtype=...)" in note
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.nn.Dropout(0.5), lambda: torch.nn.BatchNorm1d(3)], ids=["dropout", "batch norm"]
+)
+def test_a_network_in_training_mode_warns(make, recwarn):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), make())
+    with pytest.warns(RuntimeWarning, match=r"net: its \w+ is in training mode; net.eval\(\)"):
+        fg.sample(prior(Timeless(net)), (2, 3), steps=2)
+    recwarn.clear()
+    fg.sample(prior(Timeless(net).eval()), (2, 3), steps=2)
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+class Timeless(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t):
+        return self.net(x)
+
+
+# --- ambient modes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["DPS", "PnP", "PiGDM", "TDS"])
+@pytest.mark.parametrize("operator", ["matrix", "blur"])
+def test_autocast_reaches_the_network_alone(name, operator):
+    """A network without a matrix product gives the same bits: nothing of the package is rounded to bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    if operator == "matrix":
+        operator, shape = fg.operators.Matrix(torch.randn(10, 12, generator=generator), (3, 2, 2)), (2, 3, 2, 2)
+    else:
+        operator, shape = fg.operators.Blur(torch.ones(3, 3) / 9, "zeros"), (2, 1, 6, 6)
+    y = operator(torch.randn(1, *shape[1:], generator=generator))
+    likelihood = fg.likelihoods.Gaussian(y, operator, 0.1)
+    guidance = {"TDS": lambda v: fg.TDS(v, 8)}.get(name, getattr(fg, name))(likelihood)
+    seen = []
+
+    def net(x, t):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return 0.3 * x
+
+    without = fg.sample(prior(net), shape, guidance=guidance, steps=5, seed=1)
+    assert not any(seen)
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        within = fg.sample(prior(net), shape, guidance=guidance, steps=5, seed=1)
+        assert torch.is_autocast_enabled("cpu")
+    assert all(seen) and seen
+    assert_same(without, within)
+
+
+def test_the_network_computes_in_the_callers_autocast():
+    layer = torch.nn.Linear(3, 3)
+    dtypes = []
+
+    def net(x, t):
+        out = layer(x)
+        dtypes.append(out.dtype)
+        return out
+
+    with torch.autocast("cpu", torch.bfloat16):
+        draw(net, fg.FK(lambda x: dtypes.append(layer(x).dtype) or x[:, 0], 4))
+    assert set(dtypes) == {torch.bfloat16}
+
+
+@ALL
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_grad_modes_around_sample_change_nothing(name, mode):
+    expected = run(name, steps=4)
+    with mode():
+        again = run(name, steps=4)  # the likelihood is made under the mode, too
+    assert_same(expected, again)
+    assert not again.x.requires_grad and not again.x.is_inference()
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+def writes(x, t):
+    x[:, 0] = 0.0
+    return clean(x, t)
+
+
+def copies(x, t):
+    x = x.clone()
+    x[:, 0] = 0.0
+    return clean(x, t)
+
+
+@ALL
+def test_a_network_may_write_into_what_it_gets(name):
+    outs = [
+        fg.sample(prior(net), (2, 3), guidance=guidances()[name](slice(None)), steps=5, seed=2, dtype=torch.float64)
+        for net in (writes, copies)
+    ]
+    assert_same(*outs)
+
+
+@pytest.mark.parametrize("name", ["tds", "fk"])
+def test_a_network_may_reuse_the_memory_of_its_output(name):
+    """As a CUDA graph of the user's does: what a network returned is overwritten by its next call."""
+    kept: dict[torch.Size, torch.Tensor] = {}
+    truth = example()
+
+    def net(x, t):
+        out = truth(x, t)
+        if x.requires_grad:
+            return out
+        buffer = kept.setdefault(x.shape, torch.empty_like(out))
+        return buffer.copy_(out)
+
+    options = dict(steps=5, seed=2, dtype=torch.float64)
+    guidance = guidances()[name](slice(None))
+    outs = [
+        fg.sample(fg.Denoiser(f, truth.schedule, "sample"), (2, 3), guidance=guidance, **options) for f in (net, truth)
+    ]
+    assert_same(*outs)
+
+
+def test_an_energy_network_may_ask_for_the_gradient_of_its_input():
+    def energy(x, t):
+        with torch.enable_grad():
+            x.requires_grad_(True)
+            value = 0.5 * (SIGMA[t][:, None] * x.square()).sum()
+            return torch.autograd.grad(value, x, create_graph=True)[0]
+
+    likelihood = gaussian_likelihood().to(dtype=torch.float32)
+    for guidance in (None, fg.DPS(likelihood), fg.PnP(likelihood), fg.TDS(likelihood, 4)):
+        out = draw(energy, guidance)
+        assert not out.requires_grad
+        torch.testing.assert_close(out, draw(clean, guidance))
+
+
+@ALL
+def test_what_a_callback_keeps_stays_what_it_was(name):
+    kept, copied = [], []
+
+    def callback(progress):
+        tensors = [v for v in progress if isinstance(v, torch.Tensor)]
+        kept.extend(tensors)
+        copied.extend(v.clone() for v in tensors)
+
+    out = run(name, callback=callback)
+    assert all(torch.equal(a, b) for a, b in zip(kept, copied, strict=True))
+
+    def scribble(progress):
+        for v in progress:
+            if isinstance(v, torch.Tensor):
+                v.zero_()
+
+    assert_same(out, run(name, callback=scribble))
+
+
+# --- values that are not finite -------------------------------------------------------------------------------
+
+
+@ALL
+def test_a_network_that_returns_nan_once_is_named_with_its_step(name):
+    truth = example()
+    third = truth.schedule.levels(8)[3].t
+
+    def net(x, t):
+        broken = (t == third)[:, None] & (torch.arange(len(x)) == 1)[:, None]
+        return torch.where(broken, torch.nan, truth(x, t))
+
+    with pytest.raises(FloatingPointError, match=r"^net: expected finite values, got NaN at step 3"):
+        fg.sample(
+            fg.Denoiser(net, truth.schedule, "sample"),
+            (2, 3),
+            guidance=guidances()[name](slice(None)),
+            steps=8,
+            seed=0,
+            dtype=torch.float64,
+        )
+
+
+@pytest.mark.parametrize("guidance", [fg.DPS, fg.PnP, lambda v: fg.TDS(v, 8, covariance="point")])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_operator_that_is_not_finite_is_named(guidance, value):
+    operator = fg.operators.Function(lambda x: torch.where(x[:, :1] > -9.0, value, 1.0) * (x @ MATRIX.T))
+    likelihood = fg.likelihoods.Gaussian(Y, operator, SCALE)
+    with pytest.raises(FloatingPointError, match=r"operator: expected finite values, got .* at step 0"):
+        fg.sample(example().denoiser(), (2, 3), guidance=guidance(likelihood), steps=4, dtype=torch.float64)
+
+
+# --- derivatives ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_derivative_of_plain_sampling_is_the_true_one(eta):
+    layer = torch.nn.Linear(3, 3).double()
+    x_T, direction = (torch.randn(1, 3, dtype=torch.float64) for _ in range(2))
+
+    def total(x):
+        net = lambda x, t: torch.tanh(layer(x))  # noqa: E731
+        return fg.sample(prior(net), (1, 3), steps=5, eta=eta, seed=4, x_T=x, dtype=torch.float64).x.square().sum()
+
+    leaf = x_T.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(total(leaf), leaf)
+    h = 1e-6
+    difference = (total(x_T + h * direction) - total(x_T - h * direction)).item() / (2 * h)
+    assert (gradient * direction).sum().item() == pytest.approx(difference, rel=1e-7)
+    with torch.no_grad():
+        assert not total(leaf).requires_grad
+
+
+@ALL
+def test_a_derivative_through_guidance_is_refused(name):
+    guidance = guidances()[name](slice(None))
+    if guidance is None:
+        return
+    shape = (2, getattr(guidance, "particles", 1), 3) if hasattr(guidance, "particles") else (2, 3)
+    x_T = torch.zeros(shape, requires_grad=True)
+    with pytest.raises(ValueError, match=r"x_T: expected a tensor that needs no gradient with \w+"):
+        run(name, x_T=x_T)
+    with torch.no_grad():
+        run(name, x_T=x_T, steps=2)
+
+
+@pytest.mark.parametrize("make", [fg.DPS, fg.PnP, fg.PiGDM, lambda v: fg.TDS(v, 4), lambda v: fg.FK(v, 4)])
+def test_an_observation_or_operator_that_needs_a_gradient_is_refused(make):
+    y = Y.clone().requires_grad_()
+    with pytest.raises(ValueError, match=r"y: expected a tensor that needs no gradient"):
+        fg.sample(example().denoiser(), (2, 3), guidance=make(gaussian_likelihood(y)), steps=2)
+    operator = fg.operators.Blur(torch.ones(1, 1).requires_grad_())
+    likelihood = fg.likelihoods.Gaussian(torch.zeros(1, 1, 2, 2), operator, 0.5)
+    with pytest.raises(ValueError, match=r"operator.kernel: expected a tensor that needs no gradient"):
+        fg.sample(prior(clean), (1, 1, 2, 2), guidance=make(likelihood), steps=2)
+
+
+# --- classifier-free guidance ---------------------------------------------------------------------------------
+
+
+def guided(scale, shape=(4, 3, 4, 4), guidance=None, **options) -> torch.Tensor:
+    denoiser = prior(clean, unconditional=lambda x, t: 0.5 * clean(x, t), guidance_scale=scale)
+    return fg.sample(denoiser, shape, guidance=guidance, steps=5, seed=1, eta=0.0, **options).x
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("trailing", [(), (1, 1, 1)])
+def test_a_guidance_scale_for_each_observation(chunk_size, trailing):
+    scales = torch.tensor([7.0, 5.0, 3.0, 1.0])
+    both = guided(scales.reshape(-1, *trailing), chunk_size=chunk_size)
+    for b, scale in enumerate(scales.tolist()):
+        torch.testing.assert_close(both[b], guided(scale)[b])
+
+
+def test_a_guidance_scale_for_each_observation_with_particles():
+    scales, reward = torch.tensor([4.0, 1.5]), lambda x: -x.square().flatten(1).sum(1)
+    both = guided(scales, (2, 3, 4, 4), fg.FK(reward, 3))
+    for b, scale in enumerate(scales.tolist()):
+        torch.testing.assert_close(both[b], guided(scale, (2, 3, 4, 4), fg.FK(reward, 3))[b])
+
+
+def test_a_guidance_scale_that_follows_the_time():
+    levels = SCHEDULE.levels(5)[:-1]
+    table = [1.0, 2.0, 3.0, 2.0, 1.0]
+    by_time = dict(zip([level.t for level in levels], table, strict=True))
+    used = []
+
+    def half(x, t):
+        used.append(int(t[0]))
+        return 0.5 * clean(x, t)
+
+    def expected():
+        x = fg.ops.randn((1, 3), seed=1, stream=1)
+        x = x * (levels[0].alpha ** 2 + levels[0].sigma ** 2) ** 0.5
+        for t, s, scale in zip(levels, [*levels[1:], SCHEDULE.levels(5)[-1]], table, strict=True):
+            output = (0.5 + 0.5 * scale) * t.sigma * x
+            x = fg.reference.reverse_step(x, output, (t.alpha, t.sigma, s.alpha, s.sigma, 0.0), seed=1)
+        return x
+
+    for scale in (table, tuple(table), np.array(table), by_time.__getitem__):
+        torch.testing.assert_close(guided(scale, (1, 3)), expected(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "scale, error, message",
+    [
+        (float("nan"), ValueError, "guidance_scale: expected finite values"),
+        (float("inf"), ValueError, "guidance_scale: expected finite values"),
+        (torch.tensor([1.0, torch.inf]), ValueError, "guidance_scale: expected finite values"),
+        (torch.ones(4, 4), ValueError, r"guidance_scale: expected a number for each observation, got shape \[4, 4\]"),
+        (torch.ones(3), ValueError, "guidance_scale: expected a number, or one for each of 4 observations, got 3"),
+        ([1.0, 2.0], ValueError, "guidance_scale: expected a table of 5 steps, got 2 entries"),
+        (lambda t: float("nan"), ValueError, "guidance_scale: expected finite values"),
+        ("7.5", TypeError, "guidance_scale: expected a number, a table"),
+        (True, TypeError, "guidance_scale: expected a number, a table"),
+    ],
+)
+def test_guidance_scales_that_are_refused(scale, error, message):
+    with pytest.raises(error, match=message):
+        guided(scale)
