@@ -521,7 +521,9 @@ class DPS(nn.Module):
                 z = torch.randn(shape, generator=self.solver.rng, dtype=self.dtype, device=self.device)
             x = z * posterior.sigma_t(t[0]) * posterior.scale_t(t[0])
         if euler:
-            x, trajectory = posterior.by_euler(x, t, own_seed, self.verbose)
+            states = [x] if get_trajectory else None
+            x = posterior.by_euler(x, t.tolist(), own_seed, self.verbose, states)
+            trajectory = x if states is None else torch.stack(states)
         else:
             solution = self.solver.sample(
                 posterior, x, y=y, physics=physics, timesteps=t, get_trajectory=get_trajectory, verbose=self.verbose
@@ -562,7 +564,8 @@ class _Posterior:
         self.watch, self._evaluations = Watch(), 0
 
     def _time(self, t: Any) -> Tensor:
-        return torch.as_tensor(t, dtype=self.dtype, device=self.device)
+        """A time that is a number stays on the host, so that nobody waits for the device."""
+        return t.to(self.dtype) if isinstance(t, Tensor) else torch.tensor(t, dtype=self.dtype)
 
     def scale_t(self, t: Any) -> Tensor:
         return self._dps._level(self._time(t))[0]
@@ -593,7 +596,7 @@ class _Posterior:
         return self.drift(x, t), self.diffusion(t)
 
     def denoise(self, image: Tensor, sigma: Tensor) -> Tensor:
-        return call(self._dps.denoiser, image.float(), sigma.float())
+        return call(self._dps.denoiser, image.float(), sigma.to(self.device, torch.float32))
 
     def score(self, x: Tensor, t: Any, *args: Any, **kwargs: Any) -> Tensor:
         """``grad log p_t(x | y)``, as DPS approximates it."""
@@ -610,21 +613,24 @@ class _Posterior:
         self.watch.finite(self._evaluations, "gradient of the denoiser or the physics", gradient)
         self._evaluations += 1
         denoised = (x0_hat.detach().to(self.dtype) - shift) / unit
-        return (scale * denoised - x) / (scale * sigma) ** 2 - unit * gradient / scale
+        weight = 1.0 / (scale * sigma) ** 2
+        return (scale * weight) * denoised - weight * x - (unit / scale) * gradient
 
-    def by_euler(self, x: Tensor, t: Tensor, seed: int, verbose: bool) -> tuple[Tensor, Tensor]:
-        """``x`` at the last of the times ``t`` by Euler and Maruyama, and all the states, ``[len(t), *x.shape]``."""
-        times, states = t.tolist(), [x]
+    def by_euler(self, x: Tensor, times: list[float], seed: int, verbose: bool, states: list[Tensor] | None) -> Tensor:
+        """``x`` at the last of the times by Euler and Maruyama; ``states`` receives those on the way."""
         alpha = min(float(self.alpha(time)) for time in times[:-1])
         if not alpha >= 0:
             raise ValueError(f"alpha: expected values >= 0, got {alpha:g}")
         for i in _progress_bar(range(len(times) - 1), len(times) - 1, 0, verbose):
             step = abs(times[i + 1] - times[i])
             drift, diffusion = self.discretize(x, times[i])
-            z = ops.randn(x.shape, seed=seed, step=i, dtype=x.dtype, device=x.device)
-            x = x + step * drift + step**0.5 * diffusion * z
-            states.append(x)
-        return x, torch.stack(states)
+            x = torch.add(x, drift, alpha=step)
+            if diffusion > 0:
+                z = ops.randn(x.shape, seed=seed, step=i, dtype=x.dtype, device=x.device)
+                x.add_(z, alpha=step**0.5 * float(diffusion))
+            if states is not None:
+                states.append(x)
+        return x
 
 
 @dataclass(frozen=True)
