@@ -168,8 +168,9 @@ def _try_guidance(run: Run, guidance: Any) -> Trial:
         try:
             x0 = _input(run, (2, *run.event)).to(run.compute_dtype)
             with torch.no_grad():
-                trial[f"operator {number}"] = _sum_up(likelihood.operator(x0))
-                log_prob = likelihood.value(x0, run.rows[:1].expand(2), likelihood.scale_at(run.levels[0].t))
+                rows = run.rows[:1].expand(2)
+                trial[f"operator {number}"] = _sum_up(likelihood.operator.at(rows)(x0))
+                log_prob = likelihood.value(x0, rows, likelihood.scale_at(run.levels[0].t))
                 trial[f"likelihood {number}"] = _sum_up(log_prob)
         except Exception:
             trial[f"likelihood {number}"] = _FAILED

@@ -4,9 +4,14 @@ Shapes: ``y`` ``[B, *measurement]``, or one row for all; ``x0`` ``[n, *event]``;
 ``[n, *measurement]``; log-densities ``[n]`` in float64, every normalising constant kept. ``rows`` ``[n]`` (int64) says
 which observation each sample belongs to; None where there is one row or sample ``i`` has row ``i``.
 
-``scale`` is a positive number, or a function of the schedule's own time ``t``; the value at the clean time is
-the exact model's, which the last step of every particle method uses. A clean time below 0, the -1 of the tables of
-betas, comes as a float, so that ``lambda t: table[t]`` is an error and not the last entry.
+Complex ``y`` are taken as pairs of reals ``[B, *measurement, 2]``, and so is what the operator returns; the scale is
+that of the real and of the imaginary part.
+
+``scale`` is a positive number; a tensor ``[*measurement]``, one for each detector, or ``[B or 1, *measurement]``, some
+of its dimensions 1 (not for Poisson and Callable); or a function of the schedule's own time ``t`` that returns one of
+these. Its value at the clean time is the exact model's, which the last step of every particle method uses. A clean time
+below 0, the -1 of the tables of betas, comes as a float, so that ``lambda t: table[t]`` is an error and not the last
+entry.
 """
 
 from __future__ import annotations
@@ -21,12 +26,12 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .operators import Identity, LinearOperator, Operator, mean_gram_diagonal
+from .operators import Identity, LinearOperator, Operator, Pairs, mean_gram_diagonal
 from .reference import Scalar
 
 __all__ = ["Callable", "Gaussian", "Laplace", "Likelihood", "Poisson", "StudentT"]
 
-Scale = float | Fn[[float], float]
+Scale = float | Tensor | Fn[[float], float | Tensor]
 
 MOMENT_LIMIT = 16  # measurements up to which the exact second moment is affordable: one pull-back each
 
@@ -35,9 +40,13 @@ class Likelihood:
     """Common part of the error models: the observation, the operator and the scale's schedule."""
 
     _least_dimensions = 2  # of y
+    _takes_tensors = True  # as scale
+    _rows: Tensor | None = None  # of a scale for each observation: see `at`
     _mean_diagonal: float | None = None  # of A A^T, estimated where nothing else is known of it: see `measure_spread`
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale):
+        if isinstance(y, Tensor) and y.is_complex() and isinstance(operator, Operator):
+            y, operator = torch.view_as_real(y), Pairs(operator)
         if not isinstance(y, Tensor) or not y.is_floating_point():
             got = y.dtype if isinstance(y, Tensor) else type(y).__name__
             raise TypeError(f"y: expected a floating tensor [B, *measurement], got {got}")
@@ -50,11 +59,12 @@ class Likelihood:
             raise ValueError(f"y: expected finite values, got NaN or infinity in row {bad}")
         if not isinstance(operator, Operator):
             raise TypeError(f"operator: expected a fastguide.operators operator, got {type(operator).__name__}")
-        if not callable(scale):
-            self._check_scale(float(scale), "scale")
         self.y = y
+        self._observations = y.shape[0]
         self.operator = operator
         self.scale = scale
+        if not callable(scale):
+            self.scale = self._number_or_rows(scale, "scale")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.operator}, y={list(self.y.shape)})"
@@ -63,14 +73,40 @@ class Likelihood:
         if not (0.0 < value < math.inf):
             raise ValueError(f"{name}: expected a finite number > 0, got {value}")
 
-    def scale_at(self, t: float) -> float:
-        """The scale at time ``t``."""
+    def _number_or_rows(self, scale: float | Tensor, name: str) -> float | Tensor:
+        """A number, or a tensor with a row for each observation or one for all, which broadcasts to ``y``."""
+        if not isinstance(scale, Tensor) or scale.numel() == 1:
+            scale = float(scale)
+            self._check_scale(scale, name)
+            return scale
+        if not self._takes_tensors:
+            raise ValueError(f"{name}: expected one number for {self}, got a tensor {list(scale.shape)}")
+        scale = scale.to(self.y)
+        rows = scale[None] if scale.ndim == self.y.ndim - 1 else scale
+        full = (self._observations, *self.y.shape[1:])
+        fits = rows.ndim == len(full) and all(a in (1, b) for a, b in zip(rows.shape, full, strict=True))
+        if not fits:
+            measurement = list(self.y.shape[1:])
+            raise ValueError(
+                f"{name}: expected a number, or a tensor {measurement} or {[self._observations, *measurement]}, whose "
+                f"dimensions may be 1, got {list(scale.shape)}"
+            )
+        if rows.is_cpu and not ((rows > 0) & (rows < math.inf)).all():  # a look at another device would wait for it
+            raise ValueError(f"{name}: expected finite numbers > 0 for each measurement, got others")
+        return rows
+
+    def scale_at(self, t: float) -> float | Tensor:
+        """The scale at time ``t``: a number, or a tensor ``[B or 1, *measurement]``, some of its dimensions 1."""
+        scale = self._scale_at(t)
+        return _of_rows(scale, self._rows)
+
+    def _scale_at(self, t: float) -> float | Tensor:
         if not callable(self.scale):
-            return float(self.scale)
+            return self.scale
         if t < 0:
             t = float(t)
         try:
-            value = float(self.scale(t))
+            value = self.scale(t)
         except (TypeError, IndexError) as error:
             if t >= 0:
                 raise
@@ -78,15 +114,24 @@ class Likelihood:
                 f"scale: raised {type(error).__name__} at the clean time {t}, which is no index of a table; expected a "
                 "function that gives the scale of the exact model there"
             ) from error
-        self._check_scale(value, f"scale({t})")
-        return value
+        return self._number_or_rows(value, f"scale({t})")
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Likelihood:
         """A copy on ``device``, computing in ``dtype``."""
         moved = copy.copy(self)
         moved.y = self.y.to(device, dtype)
         moved.operator = self.operator.to(device, dtype)
+        if isinstance(self.scale, Tensor):
+            moved.scale = self.scale.to(moved.y)
         return moved
+
+    def at(self, rows: Tensor) -> Likelihood:
+        """The likelihood of samples that belong to the observations ``rows`` ``[n]``: ``y``, the operator and the scale
+        are theirs, a row for each sample or one for all."""
+        chosen = copy.copy(self)
+        chosen.operator = self.operator.at(rows)
+        chosen.y, chosen._rows = self.rows_of_y(rows), rows
+        return chosen
 
     def rows_of_y(self, rows: Tensor | None) -> Tensor:
         """The observation of each sample."""
@@ -98,9 +143,11 @@ class Likelihood:
             raise ValueError("t: expected the time whose scale to use, since scale is a function; got None")
         return self.value(x0, rows, self.scale_at(0.0 if t is None else t))
 
-    def value(self, x0: Tensor, rows: Tensor | None, scale: float, spread: Scalar = 0.0) -> Tensor:
+    def value(self, x0: Tensor, rows: Tensor | None, scale: float | Tensor, spread: Scalar = 0.0) -> Tensor:
         """`log_prob` with the scale given, and with the covariance ``spread`` of `log_prob_and_gradient`."""
-        z, y = self.operator(x0), self.y
+        operator = self.operator if rows is None else self.operator.at(rows)
+        z, y = operator(x0), self.y
+        scale = _of_rows(scale, rows)
         if y.shape[0] == 1:
             rows = None
         number = y.shape[0] if rows is None else rows.shape[0]
@@ -111,18 +158,18 @@ class Likelihood:
         return self._log_prob(z, y, scale, spread, rows)
 
     def log_prob_and_gradient(
-        self, z: Tensor, y: Tensor, scale: float, spread: Scalar = 0.0, rows: Tensor | None = None
+        self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar = 0.0, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``log p(y | z)`` ``[n]`` and its gradient in ``z``. ``spread`` is the variance ``r^2`` of ``x_0`` about its
         prediction: the ``"isotropic"`` covariance adds ``r^2 A A^T`` to that of the noise. With ``rows`` ``[n]`` sample
         ``i`` has row ``rows[i]`` of ``y``."""
         raise NotImplementedError
 
-    def _log_prob(self, z: Tensor, y: Tensor, scale: float, spread: Scalar, rows: Tensor | None) -> Tensor:
+    def _log_prob(self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar, rows: Tensor | None) -> Tensor:
         """Of `log_prob_and_gradient` the first alone."""
         return self.log_prob_and_gradient(z, y if rows is None else y[rows], scale, spread)[0]
 
-    def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
+    def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
         """A positive weight per measurement, like ``z``: that of Gauss-Newton and of reweighted least squares."""
         raise ValueError(f"likelihood: {self} has no Gauss-Newton weight")
 
@@ -144,7 +191,8 @@ class Likelihood:
         if self._knows_diagonal():
             return self
         y = self.y
-        value = mean_gram_diagonal(lambda x, index: self.operator(x), event, y.dtype, y.device)
+        observations = self.operator.observations or 1
+        value = mean_gram_diagonal(lambda x, pair: self.operator.at(pair % observations)(x), event, y.dtype, y.device)
         if not math.isfinite(value):
             raise ValueError(
                 f"operator: expected finite measurements of standard normal inputs, from which covariance='isotropic' "
@@ -169,33 +217,44 @@ class Likelihood:
         return self._mean_diagonal
 
 
+def _of_rows(scale: float | Tensor, rows: Tensor | None) -> float | Tensor:
+    """The scale of each sample, where observations have different ones."""
+    if rows is None or not isinstance(scale, Tensor) or scale.shape[0] == 1:
+        return scale
+    return scale[rows]
+
+
 class _Density(Likelihood):
     """An error model that is one of the families of `fastguide.ops.log_prob_and_gradient`."""
 
-    def _density(self, z: Tensor, scale: float, spread: Scalar) -> dict[str, Any]:
+    def _density(self, z: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
         """Which one: arguments of that operation."""
         raise NotImplementedError
 
     def log_prob_and_gradient(
-        self, z: Tensor, y: Tensor, scale: float, spread: Scalar = 0.0, rows: Tensor | None = None
+        self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar = 0.0, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         log_prob, gradient = ops.log_prob_and_gradient(z, y, rows=rows, **self._density(z, scale, spread))
         assert gradient is not None
         return log_prob, gradient
 
-    def _log_prob(self, z: Tensor, y: Tensor, scale: float, spread: Scalar, rows: Tensor | None) -> Tensor:
+    def _log_prob(self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar, rows: Tensor | None) -> Tensor:
         density = self._density(z, scale, spread)
         return ops.log_prob_and_gradient(z, y, rows=rows, return_gradient=False, **density)[0]
 
 
-def _widened(z: Tensor, scale: float, spread: Scalar, diagonal: Scalar) -> dict[str, Any]:
+def _widened(z: Tensor, scale: float | Tensor, spread: Scalar, diagonal: Scalar) -> dict[str, Any]:
     """The ``scale`` and ``added`` of that operation for the variances ``scale^2 + spread * diagonal``."""
-    if _is_none(spread):
-        return dict(scale=scale)
-    variance = spread * diagonal
+    variance = 0.0 if _is_none(spread) else spread * diagonal
+    if isinstance(scale, Tensor):
+        total = (scale**2 + variance).to(z.dtype)
+        return dict(scale=_NOTHING, added=total.expand(total.shape[0], *z.shape[1:]))
     if isinstance(variance, Tensor):
         return dict(scale=scale, added=variance.to(z.dtype).expand(z.shape[1:])[None])
-    return dict(scale=math.sqrt(scale**2 + variance))
+    return dict(scale=math.sqrt(scale**2 + variance) if variance else scale)
+
+
+_NOTHING = 1e-18  # a scale whose square is nothing beside a variance
 
 
 def _is_none(spread: Scalar) -> bool:
@@ -210,27 +269,32 @@ class Gaussian(_Density):
         if not (0.0 <= value < math.inf):
             raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
 
-    def _density(self, z: Tensor, scale: float, spread: Scalar) -> dict[str, Any]:
+    def _density(self, z: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
         self._check_noise(scale)
-        diagonal = self._diagonal(z) if not _is_none(spread) else 0.0
+        diagonal = self._diagonal(z, scale) if not _is_none(spread) else 0.0
         assert diagonal is not None
         return dict(family="gaussian", **_widened(z, scale, spread, diagonal))
 
-    def _diagonal(self, z: Tensor) -> Tensor | float | None:
-        """Of ``A A^T``, unless the spectrum says more than that."""
+    def _diagonal(self, z: Tensor, scale: float | Tensor) -> Scalar | None:
+        """Of ``A A^T``, unless the spectrum says more than that. It does not where the noise has another basis."""
         operator = self.operator
         if isinstance(operator, LinearOperator) and operator.spectral:
-            return operator.diagonal_gram(z)
+            diagonal = operator.diagonal_gram(z)
+            if diagonal is not None or not isinstance(scale, Tensor):
+                return diagonal
         return self._diagonal_of_gram(z)
 
-    def _knows_diagonal(self) -> bool:
-        return super()._knows_diagonal() or (isinstance(self.operator, LinearOperator) and self.operator.spectral)
+    def measure_spread(self, event: Sequence[int]) -> Likelihood:
+        spectral = isinstance(self.operator, LinearOperator) and self.operator.spectral
+        one_number = not callable(self.scale) and not isinstance(self.scale, Tensor)
+        return self if spectral and one_number else super().measure_spread(event)
 
     def log_prob_and_gradient(
-        self, z: Tensor, y: Tensor, scale: float, spread: Scalar = 0.0, rows: Tensor | None = None
+        self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar = 0.0, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        if _is_none(spread) or self._diagonal(z) is not None:
+        if _is_none(spread) or self._diagonal(z, scale) is not None:
             return super().log_prob_and_gradient(z, y, scale, spread, rows)
+        assert not isinstance(scale, Tensor)
         self._check_noise(scale)
         operator = self.operator
         assert isinstance(operator, LinearOperator)
@@ -240,15 +304,21 @@ class Gaussian(_Density):
         square = (residual * gradient).flatten(1).sum(1, dtype=torch.float64)
         return -0.5 * (square + logdet + residual[0].numel() * math.log(2 * math.pi)), gradient
 
-    def _log_prob(self, z: Tensor, y: Tensor, scale: float, spread: Scalar, rows: Tensor | None) -> Tensor:
-        if _is_none(spread) or self._diagonal(z) is not None:
+    def _log_prob(self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar, rows: Tensor | None) -> Tensor:
+        if _is_none(spread) or self._diagonal(z, scale) is not None:
             return super()._log_prob(z, y, scale, spread, rows)
         return self.log_prob_and_gradient(z, y, scale, spread, rows)[0]
 
-    def moment(self, z: Tensor, y: Tensor, scale: float, gram: Tensor) -> tuple[Tensor, Tensor]:
+    def moment(self, z: Tensor, y: Tensor, scale: float | Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
         """As `log_prob_and_gradient` with the covariance ``scale^2 I + gram``, ``gram = A C_t A^T`` ``[n, m, m]``,
         eigenvalues of the sum held at ``>= scale^2``."""
         self._check_noise(scale)
+        if isinstance(scale, Tensor):  # in units of the noise
+            unit = scale.to(z.dtype).expand(z.shape)
+            flat = unit.flatten(1)
+            whitened = gram / (flat[:, :, None] * flat[:, None, :])
+            in_units, slope = self.moment(z / unit, y / unit, 1.0, whitened)
+            return in_units - torch.log(flat.double()).sum(1), slope / unit
         if gram.shape[1] == 1:  # its own eigenvalue
             added = gram.clamp(min=0) + (gram - gram)  # NaN where it is not finite
             log_prob, gradient = ops.log_prob_and_gradient(
@@ -273,15 +343,15 @@ class Gaussian(_Density):
         return log_prob, gradient.to(z.dtype).reshape(z.shape)
 
     @staticmethod
-    def _check_noise(scale: float) -> None:
-        if scale == 0.0:
+    def _check_noise(scale: float | Tensor) -> None:
+        if not isinstance(scale, Tensor) and scale == 0.0:
             raise ValueError(
                 "scale: expected > 0 where a density is needed, got 0 (PiGDM and the closed form of PnP take 0)"
             )
 
-    def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
+    def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
         self._check_noise(scale)
-        return torch.full_like(z, scale**-2)
+        return torch.ones_like(z) * scale**-2
 
 
 def _solve_held(gram: Tensor, variance: float, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,13 +393,15 @@ class _Elementwise(_Density):
     def _family(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _density(self, z: Tensor, scale: float, spread: Scalar) -> dict[str, Any]:
+    def _density(self, z: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
         diagonal = self._diagonal_of_gram(z) if not _is_none(spread) else 0.0
         return dict(**_widened(z, scale, self._share * spread, diagonal), **self._family())
 
-    def moment(self, z: Tensor, y: Tensor, scale: float, gram: Tensor) -> tuple[Tensor, Tensor]:
+    def moment(self, z: Tensor, y: Tensor, scale: float | Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
         """As `log_prob_and_gradient` with the diagonal of ``gram = A C_t A^T`` ``[n, m, m]`` as added variances."""
         added = self._share * gram.diagonal(dim1=1, dim2=2).clamp(min=0).reshape(z.shape)
+        if isinstance(scale, Tensor):
+            scale, added = _NOTHING, added + scale**2
         log_prob, gradient = ops.log_prob_and_gradient(z, y, scale=scale, added=added, **self._family())
         assert gradient is not None
         return log_prob, gradient
@@ -347,7 +419,7 @@ class StudentT(_Elementwise):
     def _family(self) -> dict[str, Any]:
         return dict(family="student_t", df=self.df)
 
-    def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
+    def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
         return (self.df + 1) / (self.df * scale**2 + (y - z) ** 2)
 
 
@@ -359,7 +431,7 @@ class Laplace(_Elementwise):
     def _family(self) -> dict[str, Any]:
         return dict(family="laplace")
 
-    def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
+    def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
         return 1.0 / (scale * (y - z).abs().clamp(min=1e-3 * scale))
 
 
@@ -368,6 +440,7 @@ class Poisson(_Density):
     is ``A x_0 + background`` and its variance ``scale`` times that. ``y >= 0``; rates are held at ``>= 1e-6``
     counts."""
 
+    _takes_tensors = False
     _FLOOR = 1e-6
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale = 1.0, background: float = 0.0):
@@ -381,21 +454,22 @@ class Poisson(_Density):
     def supports(self, covariance: str, measurements: int | None = None) -> str:
         return "" if covariance == "point" else f"covariance={covariance!r} is not defined for Poisson counts"
 
-    def _density(self, z: Tensor, scale: float, spread: Scalar) -> dict[str, Any]:
+    def _density(self, z: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
         return dict(family="poisson", scale=scale, background=self.background)
 
-    def curvature(self, z: Tensor, y: Tensor, scale: float) -> Tensor:
+    def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
         return 1.0 / (scale * (z + self.background).clamp(min=self._FLOOR * scale))
 
 
 class Callable(Likelihood):
     """Any ``f(x0 [n, *event]) -> log p(y | x_0) [n]``, of each sample alone.
 
-    With ``y`` ``[B, *any]`` it is called as ``f(x0, y=rows of y)``; with ``scale`` as ``f(x0, scale=scale(t))``; with
-    both, so. Where gradients are needed they come from autograd.
+    It gets copies, into which it may write. With ``y`` ``[B, *any]`` it is called as ``f(x0, y=rows of y)``; with
+    ``scale`` as ``f(x0, scale=scale(t))``; with both, so. Where gradients are needed they come from autograd.
     """
 
     _least_dimensions = 1
+    _takes_tensors = False
 
     def __init__(self, f: Fn[..., Tensor], y: Tensor | None = None, scale: Scale | None = None):
         if not callable(f):
@@ -407,21 +481,21 @@ class Callable(Likelihood):
     def supports(self, covariance: str, measurements: int | None = None) -> str:
         return "" if covariance == "point" else f"covariance={covariance!r} is not defined for a callable"
 
-    def value(self, x0: Tensor, rows: Tensor | None, scale: float, spread: Scalar = 0.0) -> Tensor:
+    def value(self, x0: Tensor, rows: Tensor | None, scale: float | Tensor, spread: Scalar = 0.0) -> Tensor:
         return self._call(x0, self.rows_of_y(rows), scale).double()
 
-    def _call(self, x0: Tensor, y: Tensor, scale: float) -> Tensor:
-        kwargs: dict = {"y": y} if self._has_y else {}
+    def _call(self, x0: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
+        kwargs: dict = {"y": y.clone()} if self._has_y else {}
         if self._has_scale:
             kwargs["scale"] = scale
-        value = self.f(x0, **kwargs)
+        value = self.f(x0.clone(), **kwargs)
         if not isinstance(value, Tensor) or value.shape != x0.shape[:1]:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"f: expected it to return log-densities of shape [{x0.shape[0]}], got {got}")
         return value
 
     def log_prob_and_gradient(
-        self, z: Tensor, y: Tensor, scale: float, spread: Scalar = 0.0, rows: Tensor | None = None
+        self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar = 0.0, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         y = y if rows is None else y[rows]
         with torch.enable_grad():

@@ -40,6 +40,7 @@ class Operator:
     """Any forward model. ``to`` returns a copy whose tensors are elsewhere; nothing is moved in place."""
 
     linear = False
+    observations: int | None = None  # how many it differs between, see `at`
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` ``[n, *event]`` -> ``[n, *measurement]``."""
@@ -59,7 +60,7 @@ class Operator:
 
     def at(self, rows: Tensor) -> Operator:
         """The operator of samples that belong to the observations ``rows`` ``[n]``. A class whose operator differs
-        between observations gives its own; for all others it is the operator itself."""
+        between observations gives its own, and sets ``observations``; for all others it is the operator itself."""
         return self
 
     def __repr__(self) -> str:
@@ -189,6 +190,15 @@ def solve_iteratively(operator: LinearOperator, v: Tensor, a: Scalar, b: Scalar)
     return conjugate_gradients(lambda p: a * operator(operator.adjoint(p)) + b * p, v, _ITERATIONS)
 
 
+def solve_with_noise(operator: LinearOperator, v: Tensor, a: Scalar, b: Tensor | Scalar) -> Tensor:
+    """``(a A A^T + diag(b))^-1 v``; ``b`` is a number, or the variance of each measurement, of the dimensions of ``v``:
+    in closed form where ``A A^T`` is diagonal, else by conjugate gradients."""
+    if not isinstance(b, Tensor) or b.ndim == 0:
+        return operator.solve_gram(v, a, b)
+    diagonal = operator.diagonal_gram(v) if operator.spectral else None
+    return solve_iteratively(operator, v, a, b) if diagonal is None else v / (a * diagonal + b)
+
+
 def conjugate_gradients(a: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
     """``a^-1 b`` for a positive definite ``a`` on each row of ``b`` ``[n, *event]``, from zero, without a stopping rule
     that the host would have to wait for: a row that has converged stays where it is."""
@@ -215,12 +225,11 @@ def mean_gram_diagonal(
     operator: Callable[[Tensor, Tensor], Tensor], event: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> float:
     """An estimate of the mean diagonal of ``A A^T``: the variance of a measurement of standard normal inputs, which
-    for a linear ``A`` has that mean. ``operator(x, index)`` measures the probes ``x`` of these numbers."""
+    for a linear ``A`` has that mean. ``operator(x, pair)`` measures the probes ``x`` of these pairs."""
     number = 2 * _PROBE_PAIRS
     x = randn((number, *event), seed=0, stream=_STREAM_PROBES, dtype=dtype, device=device)
     with torch.no_grad():
-        z = operator(x, torch.arange(number, device=device))
-    # Differences within pairs, of which each has one operator where operators differ between observations.
+        z = operator(x, torch.arange(number, device=device) % _PROBE_PAIRS)
     square = (z[:_PROBE_PAIRS] - z[_PROBE_PAIRS:]).double() ** 2
     return float(square.mean()) / 2
 
@@ -266,7 +275,7 @@ class Inpainting(LinearOperator):
                 return
             if mask.ndim < 2:
                 raise ValueError(f"mask: expected shape [B, *event] with per_observation, got {list(mask.shape)}")
-            self.event = tuple(mask.shape[1:])
+            self.event, self.observations = tuple(mask.shape[1:]), len(mask)
             counts = mask.flatten(1).sum(1)
             if not (counts == counts[0]).all():
                 low, high = int(counts.min()), int(counts.max())
@@ -589,7 +598,8 @@ class Function(Operator):
     """Any function ``f(x [n, *event]) -> [n, *measurement]`` of each sample alone.
 
     ``pseudo_inverse``: ``h^+``, which serves PiGDM also where ``f`` has no derivative. With ``linear=True`` it is
-    solved by conjugate gradients, through ``adjoint`` or, given the shape ``event``, through autograd.
+    solved by conjugate gradients, through ``adjoint`` or, given the shape ``event``, through autograd. The functions
+    get copies, into which they may write. Of an output object, such as a decoder's, its tensor ``sample`` counts.
     """
 
     def __new__(cls, *args, linear: bool = False, **kwargs):  # copies are made without arguments
@@ -619,12 +629,17 @@ class Function(Operator):
         return f"Function({getattr(self.f, '__name__', type(self.f).__name__)})"
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.f(x)
+        z = self.f(x.clone())
+        if not isinstance(z, Tensor):
+            z, got = getattr(z, "sample", z), type(z).__name__
+            if not isinstance(z, Tensor):
+                raise TypeError(f"f: expected it to return a tensor or an object with a tensor sample, got {got}")
+        return z
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         if self._pseudo_inverse is None:
             raise ValueError("pseudo_inverse: expected Function(f, pseudo_inverse=...), got none")
-        return self._pseudo_inverse(y)
+        return self._pseudo_inverse(y.clone())
 
 
 class _LinearFunction(Function, LinearOperator):
@@ -632,11 +647,11 @@ class _LinearFunction(Function, LinearOperator):
 
     def adjoint(self, y: Tensor) -> Tensor:
         if self._adjoint is not None:
-            return self._adjoint(y)
+            return self._adjoint(y.clone())
         assert self.event is not None
         with torch.enable_grad():
-            x = y.new_zeros(y.shape[0], *self.event, requires_grad=True)
-            (gradient,) = torch.autograd.grad(self.f(x), x, y)
+            x = y.real.new_zeros(y.shape[0], *self.event, requires_grad=True)
+            (gradient,) = torch.autograd.grad(self(x), x, y)
         return gradient
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
@@ -646,3 +661,46 @@ class _LinearFunction(Function, LinearOperator):
         matrix = self.matrix(self.event, y.dtype, y.device)
         inverse = torch.linalg.pinv(matrix.double(), rtol=max(matrix.shape) * torch.finfo(y.dtype).eps)
         return (y.flatten(1) @ inverse.to(y.dtype).T).reshape(-1, *self.event)
+
+
+class Pairs(Operator):
+    """The complex measurements of ``operator`` as pairs of reals, ``[n, *measurement, 2]``."""
+
+    def __new__(cls, operator: Operator):
+        return super().__new__(_LinearPairs if isinstance(operator, LinearOperator) else cls)
+
+    def __init__(self, operator: Operator):
+        self.operator, self.observations = operator, operator.observations
+
+    def __getnewargs__(self):
+        return (self.operator,)
+
+    def __repr__(self) -> str:
+        return repr(self.operator)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        z = self.operator(x)
+        if not z.is_complex():
+            raise TypeError(f"operator: expected complex measurements, as y is, got {z.dtype} from {self.operator}")
+        return torch.view_as_real(z)
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        return _real(self.operator.pseudo_inverse(torch.view_as_complex(y.contiguous())))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Operator:
+        return Pairs(self.operator.to(device, dtype))
+
+    def at(self, rows: Tensor) -> Operator:
+        return Pairs(self.operator.at(rows))
+
+
+class _LinearPairs(Pairs, LinearOperator):
+    linear = True
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """``Re(A^H y)``, the transpose of what a real ``x`` goes through."""
+        return _real(self.operator.adjoint(torch.view_as_complex(y.contiguous())))  # type: ignore[attr-defined]
+
+
+def _real(x: Tensor) -> Tensor:
+    return x.real if x.is_complex() else x

@@ -445,7 +445,7 @@ def test_scale_may_follow_the_time():
 def test_a_table_is_not_read_backwards_at_the_clean_time(table):
     likelihood = Gaussian(normal(2, 3), Identity(), lambda t: table[t])
     assert [likelihood.scale_at(t) for t in (0, 1)] == [0.5, 1.0]
-    with pytest.raises(ValueError, match="scale: raised (Type|Index)Error at the clean time -1.0, which is no index"):
+    with pytest.raises(ValueError, match=r"scale: raised (Type|Index)Error at the clean time -1.0, which is no index"):
         likelihood.scale_at(-1)
     told = Gaussian(normal(2, 3), Identity(), lambda t: 0.25 if t < 0 else table[t])
     assert [told.scale_at(t) for t in (-1, 0)] == [0.25, 0.5]
@@ -456,6 +456,123 @@ def test_scale_may_be_any_number(scale):
     y, x = normal(2, 3), normal(2, 3, seed=1)
     got = Gaussian(y, Identity(), scale).log_prob(x, t=0.0)
     check(got, Gaussian(y, Identity(), SCALE).log_prob(x), rtol=1e-6)
+
+
+def scales(measurement, kind):
+    s = 0.5 + normal(4, *measurement, seed=11).abs()
+    return {"detector": s[0], "both": s, "observation": s[:, :1], "one row": s[:1]}[kind]
+
+
+@pytest.mark.parametrize("kind", ["detector", "both", "observation", "one row"])
+@every_model
+def test_a_scale_for_each_detector_or_observation(make, density, kind):
+    x, y = normal(6, 3), normal(4, 3, seed=1)
+    rows = torch.tensor([3, 0, 0, 2, 1, 3])
+    s = scales((3,), kind)
+    full = (s if s.ndim == 2 else s[None]).expand(4, 3)
+    expected = per_row(density(y[rows].numpy(), x.numpy(), full[rows].numpy()))
+    for scale in (s, lambda t: s * (1 + t)):
+        likelihood = make(y, Identity(), scale)
+        check(likelihood.log_prob(x, rows, t=0.0), expected)
+        check(likelihood.to(dtype=torch.float32).log_prob(x.float(), rows, t=0.0), expected, rtol=1e-5)
+        own = likelihood.at(rows)
+        check_gradient(lambda z, own=own: own.log_prob_and_gradient(z, own.y, own.scale_at(0.0)), x)
+        weight = own.curvature(x, own.y, own.scale_at(0.0))
+        assert weight.shape == x.shape
+        torch.testing.assert_close(
+            weight * (own.y - x), own.log_prob_and_gradient(x, own.y, own.scale_at(0.0))[1], rtol=1e-11, atol=1e-11
+        )
+    check(make(y, Identity(), lambda t: s * (1 + t)).log_prob(x, rows, t=1.0),
+          per_row(density(y[rows].numpy(), x.numpy(), 2 * full[rows].numpy())))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gaussian", "student 4.5", "laplace"])
+def test_isotropic_variances_with_a_scale_for_each_detector(name):
+    """The variances of ``A x_0`` add; what noise of another basis leaves of ``A A^T`` is its diagonal."""
+    make, density = MODELS[name]
+    operator, event, measurement = OPERATORS["wide"]
+    x, y, s = normal(4, *event), normal(4, *measurement, seed=1), scales(measurement, "detector")
+    share = 0.5 if name == "laplace" else 1.0
+    a, z = operator.matrix(event), operator(x)
+    widened = (s**2 + share * 0.4 * (a * a).sum(1)).sqrt().numpy()
+    likelihood = make(y, operator, s).measure_spread(event)
+    log_prob, _ = likelihood.log_prob_and_gradient(z, y, likelihood.scale_at(0.0), 0.4)
+    check(log_prob, per_row(density(y.numpy(), z.numpy(), widened)), rtol=1e-10)
+    check_gradient(lambda z: likelihood.log_prob_and_gradient(z, y, likelihood.scale_at(0.0), 0.4), z)
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_moment_with_a_scale_for_each_detector(m):
+    y, z, gram = normal(3, m), normal(3, m, seed=1), grams(3, m)
+    s = scales((m,), "detector")
+    likelihood = Gaussian(y, Identity(), s if m > 1 else s[None].expand(3, m) * torch.tensor([[1.0], [2.0], [3.0]]))
+    scale = likelihood.scale_at(0.0)
+    log_prob, gradient = likelihood.moment(z, y, scale, gram)
+    for i in range(3):
+        covariance = gram[i].numpy() + np.diag(scale.expand(3, m)[i].numpy() ** 2)
+        check(log_prob[i], stats.multivariate_normal.logpdf(y[i].numpy(), z[i].numpy(), covariance))
+        expected = np.linalg.solve(covariance, (y - z)[i].numpy())
+        torch.testing.assert_close(gradient[i], torch.as_tensor(expected), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Gaussian(Y, Identity(), torch.ones(2)), r"scale: .* tensor \[3\] or \[2, 3\].*got \[2\]"),
+        (lambda: Gaussian(Y, Identity(), torch.ones(3, 3)), r"scale: .*got \[3, 3\]"),
+        (lambda: Gaussian(Y, Identity(), torch.tensor([1.0, 0.0, 1.0])), "scale: expected finite numbers > 0 for each"),
+        (lambda: Gaussian(Y, Identity(), lambda t: torch.ones(2)).scale_at(0.5), r"scale\(0.5\): .*got \[2\]"),
+        (lambda: Poisson(Y, Identity(), torch.ones(3)), r"scale: expected one number for Poisson.*got a tensor \[3\]"),
+        (lambda: Callable(abs, scale=torch.ones(3)), "scale: expected one number for Callable"),
+    ],
+)
+def test_scales_of_another_shape(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def fourier(x):
+    """Some complex Fourier coefficients of a real signal."""
+    return torch.fft.fft(x)[:, 1:4]
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_complex_measurements(adjoint):
+    """Real and imaginary parts are measurements alike."""
+    x, y = normal(4, 8), torch.complex(normal(2, 3, seed=1), normal(2, 3, seed=2))
+    rows, c = torch.tensor([0, 1, 1, 0]), fourier(torch.eye(8).double()).T
+    if adjoint:
+        operator = Function(fourier, linear=True, adjoint=lambda y: y @ c.conj())
+    else:
+        operator = Function(fourier, linear=True, event=(8,))
+    z = fourier(x)
+    expected = per_row(stats.norm.logpdf(torch.view_as_real(y)[rows], torch.view_as_real(z), SCALE))
+    likelihood = Gaussian(y, operator, SCALE)
+    check(likelihood.log_prob(x, rows), expected)
+    single = likelihood.to(dtype=torch.float32)
+    assert single.y.dtype == torch.float32
+    check(single.log_prob(x.float(), rows), expected, rtol=1e-5)
+    a = torch.view_as_real(c.T).permute(1, 2, 0).reshape(6, 8)  # [Re, Im of each coefficient, x]
+    v = normal(4, 3, 2, seed=3)
+    torch.testing.assert_close(likelihood.operator(x).flatten(1), x @ a.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(likelihood.operator.adjoint(v), v.flatten(1) @ a, rtol=1e-12, atol=1e-12)
+    solved = torch.linalg.solve(0.3 * a @ a.T + 0.1 * torch.eye(6), v.flatten(1).T).T
+    torch.testing.assert_close(likelihood.operator.solve_gram(v, 0.3, 0.1).flatten(1), solved, rtol=1e-9, atol=1e-9)
+    with pytest.raises(TypeError, match=r"operator: expected complex measurements, as y is, got torch\.float64"):
+        Gaussian(y, Identity(), SCALE).log_prob(x)
+
+
+def test_functions_may_write_into_what_they_get():
+    def f(x0, y):
+        x0.mul_(2.0)
+        return -(y.sub_(x0) ** 2).sum(1)
+
+    x, y = normal(2, 3), normal(2, 3, seed=1)
+    before = x.clone(), y.clone()
+    likelihood = Callable(f, y=y)
+    for _ in range(2):
+        check(likelihood.log_prob(x), -((before[1] - 2 * before[0]) ** 2).sum(1))
+    assert torch.equal(x, before[0]) and torch.equal(y, before[1])
 
 
 def test_callable():

@@ -612,6 +612,39 @@ def test_a_kernel_is_separable_to_rounding(noise, separable):
     assert Blur(kernel + noise * normal(3, 5), "circular").spectral
 
 
+class Output:
+    def __init__(self, sample):
+        self.sample = sample
+
+
+def test_functions_return_tensors_or_their_holders_and_may_write():
+    x = normal(2, 4)
+    before = x.clone()
+    holder = Function(lambda x: Output(x.mul_(2.0)), linear=True, event=(4,))
+    assert torch.equal(holder(x), 2 * before) and torch.equal(x, before)
+    assert torch.equal(holder.adjoint(x), 2 * before) and torch.equal(x, before)
+    both = Function(lambda x: x, linear=True, adjoint=lambda y: y.mul_(3.0), pseudo_inverse=lambda y: y.mul_(4.0))
+    assert torch.equal(both.adjoint(x), 3 * before) and torch.equal(both.pseudo_inverse(x), 4 * before)
+    assert torch.equal(x, before)
+    for returned in ((x,), x.numpy(), Output(None)):
+        with pytest.raises(TypeError, match="f: expected it to return a tensor or an object with a tensor sample, got"):
+            Function(lambda x, returned=returned: returned)(x)
+
+
+def test_masks_of_each_observation():
+    masks = torch.stack([torch.arange(12).reshape(3, 4) % 3 == k for k in range(3)])
+    each = Inpainting(masks, per_observation=True)
+    rows = torch.tensor([2, 0, 1, 1, 2])
+    x = normal(5, 3, 4)
+    own = each.at(rows)
+    y = own(x)
+    assert torch.equal(y, torch.stack([v[masks[r]] for v, r in zip(x, rows, strict=True)]))
+    assert torch.equal(own.adjoint(y), torch.where(masks[rows], x, 0.0))
+    assert torch.equal(each(x[:3]), each.at(torch.arange(3))(x[:3]))
+    alone = Inpainting(masks[0])
+    assert alone.at(rows) is alone and each.observations == 3 and alone.observations is None
+
+
 # --- errors -------------------------------------------------------------------------------------------------
 
 
@@ -792,3 +825,74 @@ def test_operators_that_are_not_what_they_say(kind, message):
     for guidance in (fg.DPS(likelihood), fg.PnP(likelihood), fg.PiGDM(likelihood), fg.TDS(likelihood, 4)):
         with pytest.raises(ValueError, match=message):
             fg.sample(unit_normal((2, 4)), (2, 2, 4), guidance=guidance, steps=3)
+
+
+def pixels_prior():
+    """A Gaussian prior of 6 elements with a mean, and the exact posterior of each observation."""
+    schedule = fg.schedules.flow()
+    mean = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)
+
+    def net(x, t):
+        level = schedule.level(t[0].item())
+        return mean.to(x.dtype) + level.alpha / (level.alpha**2 + level.sigma**2) * (x - level.alpha * mean.to(x.dtype))
+
+    return fg.Denoiser(net, schedule, "sample"), mean
+
+
+MASKS = torch.tensor([[1, 0, 1, 0, 1, 0], [0, 1, 0, 1, 0, 1], [1, 1, 1, 0, 0, 0]]).bool()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 70])
+@pytest.mark.parametrize("covariance", ["moment", "isotropic"])
+@pytest.mark.parametrize("scale", ["number", "detector", "both", "function"])
+def test_particles_of_observations_with_masks_and_scales_of_their_own(chunk_size, covariance, scale):
+    prior, mean = pixels_prior()
+    y = normal(3, 3, seed=5)
+    s = 0.3 + 0.5 * torch.rand(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    given = {"number": 0.5, "detector": s[0], "both": s, "function": lambda t: s * (1 + t)}[scale]
+    noise = {"number": torch.full((3, 3), 0.5), "detector": s[:1].expand(3, 3), "both": s, "function": s}[scale]
+    likelihood = fg.likelihoods.Gaussian(y, Inpainting(MASKS, per_observation=True), given)
+    guidance = fg.TDS(likelihood, 2000, covariance=covariance)
+    out = fg.sample(
+        prior, (3, 6), guidance=guidance, steps=30, seed=0, dtype=torch.float64, chunk_size=chunk_size and 700
+    )
+    expected = mean.repeat(3, 1)
+    for b in range(3):
+        gain = 1.0 / (1.0 + noise[b] ** 2)
+        expected[b, MASKS[b]] += gain * (y[b] - mean[MASKS[b]])
+    torch.testing.assert_close(out.mean(), expected, rtol=0, atol=0.12)
+
+
+@pytest.mark.parametrize("method", ["PnP", "PiGDM", "DPS"])
+@pytest.mark.parametrize("kind", ["masks", "dense"])
+def test_guided_samples_of_observations_with_operators_and_scales_of_their_own(method, kind):
+    """Those of one call for each observation."""
+    prior, _ = pixels_prior()
+    y, s = normal(3, 3, seed=5), 0.2 + torch.rand(3, 3, generator=torch.Generator().manual_seed(0)).double()
+    make = {"PnP": fg.PnP, "PiGDM": fg.PiGDM, "DPS": lambda lik: fg.DPS(lik, "score", normalize=False)}[method]
+    dense = Matrix(normal(3, 6, seed=2))
+    together, alone = (Inpainting(MASKS, per_observation=True), Inpainting) if kind == "masks" else (dense, None)
+    options = dict(steps=8, dtype=torch.float64, eta=None if method == "PnP" else 0.0)
+    x_T = normal(3, 6, seed=6)
+    if method == "PnP":
+        make = lambda lik: fg.PnP(lik, zeta=0.0)  # noqa: E731
+    for chunk_size in (None, 2):
+        out = fg.sample(
+            prior,
+            (3, 6),
+            guidance=make(fg.likelihoods.Gaussian(y, together, s)),
+            x_T=x_T,
+            chunk_size=chunk_size,
+            **options,
+        ).x
+        for b in range(3):
+            operator = alone(MASKS[b]) if alone else dense
+            likelihood = fg.likelihoods.Gaussian(y[b : b + 1], operator, s[b])
+            one = fg.sample(prior, (1, 6), guidance=make(likelihood), x_T=x_T[b : b + 1], **options).x
+            close(out[b : b + 1], one, 1e-7)
+
+
+def test_masks_that_are_not_one_for_each_observation():
+    likelihood = fg.likelihoods.Gaussian(normal(1, 3), Inpainting(MASKS, per_observation=True), 0.5)
+    with pytest.raises(ValueError, match="operator: expected one for all or 2, as shape says, got 3 from Inpainting"):
+        fg.sample(pixels_prior()[0], (2, 6), guidance=fg.PnP(likelihood), steps=2)

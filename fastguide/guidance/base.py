@@ -20,7 +20,7 @@ from .. import ops
 from ..denoiser import Denoiser
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
-from ..operators import LinearOperator, Operator
+from ..operators import LinearOperator, Operator, Pairs
 from ..ranges import phase
 from ..reference import Clip, Coefficients, Counted, Scalar, scaled, step_coefficients
 from ..schedules import Level
@@ -247,15 +247,15 @@ class Run:
         ``p~`` approximates ``p(y | x_t)`` with the covariance named; ``z = A x0_hat``. The shift is
         ``(sigma_t^2 / alpha_t)`` times the gradient in ``x_t``, through the network.
         """
-        scale = likelihood.scale_at(self.levels[i].t)
         score = moment_score if covariance == "moment" else direct_score
         spread = isotropic_variance(self.level(i)) if covariance == "isotropic" else 0.0
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, ...]:
             pull_back = PullBack(self, x, i, rows)
             with phase("gradient"):
-                y = likelihood.rows_of_y(rows)
-                shift, log_prob, gradient = score(pull_back, likelihood, y, scale, spread)
+                own = likelihood.at(rows)
+                scale = own.scale_at(self.levels[i].t)
+                shift, log_prob, gradient = score(pull_back, own, own.y, scale, spread)
                 return (
                     pull_back.x0.detach().to(x.dtype),
                     shift.to(x.dtype),
@@ -354,7 +354,7 @@ def measure(likelihood: Likelihood, x0: Tensor) -> Tensor:
 
 
 def direct_score(
-    pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float, spread: Scalar
+    pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float | Tensor, spread: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
     z = measure(likelihood, pull_back.x0)
     log_prob, gradient = likelihood.log_prob_and_gradient(z.detach(), y, scale, spread)
@@ -362,7 +362,7 @@ def direct_score(
 
 
 def moment_score(
-    pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float, spread: Scalar
+    pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float | Tensor, spread: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pull-back per measurement gives the columns of ``C_t A^T``; the gradient is a combination of them."""
     linear, x0 = likelihood.operator, pull_back.x0
@@ -370,7 +370,9 @@ def moment_score(
     with torch.no_grad():
         z = linear(x0)
         m = z[0].numel()
-        rows = linear.adjoint(torch.eye(m, dtype=z.dtype, device=z.device).reshape(m, *z.shape[1:]))  # of A
+        units = torch.eye(m, dtype=z.dtype, device=z.device).reshape(m, *z.shape[1:])
+        # Of A, or where samples have their own A the rows of each.
+        rows = linear.adjoint(units) if linear.observations is None else [linear.adjoint(u.expand_as(z)) for u in units]
     # Contiguous: a network's backward pass would carry the zero strides through all its operations.
     columns = [pull_back(x0, row.expand_as(x0).contiguous(), retain_graph=j + 1 < m) for j, row in enumerate(rows)]
     with torch.no_grad():
@@ -423,6 +425,12 @@ def prepare_likelihood(run: Run, likelihood: Likelihood) -> tuple[Likelihood, in
         likelihood.scale_at(level.t)
     if isinstance(likelihood, CallableLikelihood):
         return likelihood, 0
+    own = likelihood.operator.observations
+    if own not in (None, run.observations):
+        raise ValueError(
+            f"operator: expected one for all or {run.observations}, as shape says, got {own} from {likelihood.operator}"
+        )
+    rows = rows if own is None else own
     probe = torch.zeros(rows, *run.event, dtype=run.compute_dtype, device=run.device)
     with torch.no_grad():
         z = likelihood.operator(probe)
@@ -437,6 +445,8 @@ def prepare_likelihood(run: Run, likelihood: Likelihood) -> tuple[Likelihood, in
 
 def _try_operator(operator: Operator, like: Tensor) -> None:
     """Raise if an operator of the user's own class writes into its input, or is not what its methods say."""
+    if isinstance(operator, Pairs):
+        operator = operator.operator
     if type(operator).__module__.startswith("fastguide."):
         return
 

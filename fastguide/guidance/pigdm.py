@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..likelihoods import Gaussian
-from ..operators import LinearOperator
+from ..likelihoods import Gaussian, Likelihood
+from ..operators import LinearOperator, solve_with_noise
 from ..ranges import phase
 from ..reference import Scalar, scaled
 from .base import PullBack, Run, Schedulable, State, entry, isotropic_variance, per_step, prepare_likelihood
@@ -38,7 +38,8 @@ class PiGDM:
         likelihood, _ = prepare_likelihood(run, self.likelihood)
         assert isinstance(likelihood, Gaussian)
         operator = likelihood.operator
-        noisy = any(likelihood.scale_at(level.t) > 0 for level in run.levels[:-1])
+        scales = [likelihood.scale_at(level.t) for level in run.levels[:-1]]
+        noisy = any(isinstance(scale, Tensor) or scale > 0 for scale in scales)
         if noisy and not isinstance(operator, LinearOperator):
             raise ValueError(f"likelihood: with scale > 0 expected a linear operator, got {operator}")
         return replace(self, likelihood=likelihood, zeta=per_step("zeta", self.zeta, run.levels))
@@ -47,14 +48,13 @@ class PiGDM:
         return State(run.initial())
 
     def step(self, run: Run, state: State, i: int) -> State:
-        scale = self.likelihood.scale_at(run.levels[i].t)
         spread = isotropic_variance(run.level(i))
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             pull_back = PullBack(run, x, i, rows)
             with phase("gradient"):
                 with torch.no_grad():
-                    v = self.vector(pull_back.x0.detach(), self.likelihood.rows_of_y(rows), scale, spread)
+                    v = self.vector(pull_back.x0.detach(), self.likelihood.at(rows), run.levels[i].t, spread)
                 shift = pull_back(pull_back.x0, v / spread)
                 return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype)
 
@@ -65,10 +65,11 @@ class PiGDM:
             displacement = scaled(shift, entry(self.zeta, i) * run.x0_weight(i))
             return State(run.reverse_step(state.x, x0_hat, i, displacement=displacement), x0_hat=x0_hat)
 
-    def vector(self, x0_hat: Tensor, y: Tensor, scale: float, spread: Scalar) -> Tensor:
-        """``v`` above, ``[n, *event]``."""
-        operator = self.likelihood.operator
-        if scale == 0.0:
+    @staticmethod
+    def vector(x0_hat: Tensor, likelihood: Likelihood, t: float, spread: Scalar) -> Tensor:
+        """``v`` above, ``[n, *event]``, for the likelihood of these samples."""
+        operator, y, scale = likelihood.operator, likelihood.y, likelihood.scale_at(t)
+        if not isinstance(scale, Tensor) and scale == 0.0:
             return operator.pseudo_inverse(y) - operator.pseudo_inverse(operator(x0_hat))
         assert isinstance(operator, LinearOperator)
-        return operator.adjoint(operator.solve_gram(y - operator(x0_hat), spread, scale**2)) * spread
+        return operator.adjoint(solve_with_noise(operator, y - operator(x0_hat), spread, scale**2)) * spread

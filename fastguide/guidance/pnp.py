@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Gaussian, Likelihood
-from ..operators import LinearOperator, conjugate_gradients
+from ..operators import LinearOperator, conjugate_gradients, solve_with_noise
 from ..ranges import phase
 from ..reference import Scalar
 from .base import (
@@ -98,13 +98,13 @@ class PnP:
 
     def data_step(self, run: Run, x0_hat: Tensor, i: int) -> Tensor:
         """``x0*`` for ``x0_hat`` ``[n, *event]`` at level ``i``."""
-        scale = self.likelihood.scale_at(run.levels[i].t)
         rho = 1.0 / isotropic_variance(run.level(i)) if self.rho is None else entry(self.rho, i)
         iterations = self.iterations or _ITERATIONS[self.solver]
 
         def chunk(rows: Tensor, x0: Tensor) -> tuple[Tensor]:
-            y = self.likelihood.rows_of_y(rows)
-            x = solve(self.likelihood, x0.to(run.compute_dtype), y, scale, rho, self.solver, iterations)
+            own = self.likelihood.at(rows)
+            scale = own.scale_at(run.levels[i].t)
+            x = solve(own, x0.to(run.compute_dtype), own.y, scale, rho, self.solver, iterations)
             return (x.to(x0.dtype),)
 
         x0 = run.in_chunks(chunk, x0_hat)[0]
@@ -138,13 +138,14 @@ def choose_solver(likelihood: Likelihood, solver: str) -> str:
 
 @torch.no_grad()
 def solve(
-    likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: Scalar, solver: str, iterations: int
+    likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float | Tensor, rho: Scalar, solver: str, iterations: int
 ) -> Tensor:
     """``argmin_x -log p(y | x) + rho/2 norm(x - x0)^2`` for ``x0`` ``[n, *event]`` and its rows of ``y``."""
     operator = likelihood.operator
     if solver == "closed":
         assert isinstance(operator, LinearOperator)
-        return x0 + operator.adjoint(operator.solve_gram(y - operator(x0), 1.0, scale**2 * rho if scale > 0.0 else 0.0))
+        noise = scale**2 * rho if isinstance(scale, Tensor) or scale > 0.0 else 0.0
+        return x0 + operator.adjoint(solve_with_noise(operator, y - operator(x0), 1.0, noise))
     if solver == "gradient":
         return _gradient(likelihood, x0, y, scale, rho, iterations)
     outer, inner = (1, iterations) if solver == "cg" else (iterations, 16)
@@ -225,7 +226,9 @@ def _dot(u: Tensor, v: Tensor) -> Tensor:
     return per_sample((u * v).flatten(1).sum(1), u)
 
 
-def _gradient(likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float, rho: Scalar, iterations: int) -> Tensor:
+def _gradient(
+    likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float | Tensor, rho: Scalar, iterations: int
+) -> Tensor:
     """Gradient descent with Barzilai-Borwein lengths per sample, never longer than ``1 / rho``: the exact length for
     the quadratic alone, and an upper bound where the log-density is concave. The objective may rise between two steps;
     a sample that ends well above its lowest point goes back there."""
