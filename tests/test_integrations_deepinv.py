@@ -204,10 +204,33 @@ def test_inpainting_counts_what_was_measured():
     density = torch.distributions.Normal(X, 0.3).log_prob(y) * mask
     torch.testing.assert_close(likelihood.log_prob(X).float(), density.flatten(1).sum(1))
 
-    # A mask of its own for each sample, or of other numbers, has no such operator
-    for other in (mask.expand(3, 1, 4, 5).clone(), 0.5 * mask):
+    each = torch.stack([mask[0].roll(b, -1) for b in range(3)])[:, None]
+    physics.update(mask=each)
+    y = physics(X)
+    likelihood = ours.likelihood(y, physics)
+    density = torch.distributions.Normal(X, 0.3).log_prob(y) * each
+    assert likelihood.y.shape == (3, 12)
+    torch.testing.assert_close(likelihood.log_prob(X).float(), density.flatten(1).sum(1))
+    # Other numbers of each, or in the mask, have no such operator
+    fewer = torch.cat([mask, mask, torch.ones_like(mask)]).reshape(3, 1, 4, 5)
+    for other in (fewer, 0.5 * mask):
         physics.update(mask=other)
         assert ours.likelihood(physics(X), physics).y.shape == X.shape
+
+
+def test_noise_of_each_observation():
+    levels = torch.tensor([0.1, 0.2, 0.4])
+    rows = torch.tensor([2, 0, 1, 2])
+    y = X + 0.1
+    for noise, family in (
+        (dinv.physics.GaussianNoise(levels), torch.distributions.Normal),
+        (dinv.physics.LaplaceNoise(levels), torch.distributions.Laplace),
+    ):
+        likelihood = ours.likelihood(y, dinv.physics.Denoising(noise))
+        expected = family(X[rows], levels[rows].reshape(-1, 1, 1, 1)).log_prob(y[rows]).flatten(1).sum(1)
+        torch.testing.assert_close(likelihood.log_prob(X[rows], rows).float(), expected)
+    tds = ours.Sampler(Small(), functools.partial(fg.TDS, particles=2), steps=3)
+    assert tds.sample(y, dinv.physics.Denoising(dinv.physics.GaussianNoise(levels)), seed=0).x.shape == (3, 2, 1, 4, 5)
 
 
 def test_likelihood_errors():
@@ -216,8 +239,8 @@ def test_likelihood_errors():
         ValueError, match=r"^physics: expected a noise_model that is one of GaussianNoise.*UniformNoise$"
     ):
         ours.likelihood(X, physics)
-    physics.noise_model = dinv.physics.GaussianNoise(torch.tensor([0.1, 0.2, 0.3]))
-    with pytest.raises(ValueError, match=r"^physics: expected a noise_model whose sigma is one number.*got 3 of them"):
+    physics.noise_model = dinv.physics.PoissonNoise(gain=torch.tensor([0.1, 0.2, 0.3]))
+    with pytest.raises(ValueError, match=r"^physics: expected a noise_model whose gain is one number.*got 3 of them"):
         ours.likelihood(X, physics)
 
 
@@ -477,25 +500,74 @@ def test_measurements_of_another_dtype_and_kernels_of_each_sample():
     assert torch.equal(ours.DPS(Small(), num_steps=4)(y.double(), one, seed=1), expected)
 
 
+def masks(counts):
+    mask = torch.zeros(len(counts), 64)
+    order = torch.rand(len(counts), 64, generator=generator()).argsort(1)
+    for row, count in enumerate(counts):
+        mask[row, order[row, :count]] = 1.0
+    return mask.reshape(-1, 1, 8, 8)
+
+
+KERNELS = torch.rand(2, 1, 3, 3, generator=generator()) / 5
+
+# Of two observations, and of each alone
 OF_EACH = {
-    "mask": lambda **kw: dinv.physics.Inpainting((1, 8, 8), mask=(randn(2, 1, 8, 8) > 0).float(), **kw),
-    "filter": lambda **kw: dinv.physics.Blur(torch.ones(2, 1, 3, 3) / 9, padding="circular", **kw),
-    "mask ": lambda **kw: dinv.physics.BlurFFT((1, 8, 8), filter=torch.ones(2, 1, 3, 3) / 9, **kw),
+    "Inpainting": lambda rows, **kw: dinv.physics.Inpainting((1, 8, 8), mask=masks((30, 30))[rows], **kw),
+    "Inpainting, of other numbers": lambda rows, **kw: dinv.physics.Inpainting(
+        (1, 8, 8), mask=masks((20, 40))[rows], **kw
+    ),
+    "Blur": lambda rows, **kw: dinv.physics.Blur(KERNELS[rows], padding="circular", **kw),
+    "BlurFFT": lambda rows, **kw: dinv.physics.BlurFFT((1, 8, 8), filter=KERNELS[rows], **kw),
+    "Downsampling": lambda rows, **kw: dinv.physics.Downsampling((1, 8, 8), filter=KERNELS[rows], factor=2, **kw),
+    "stack": lambda rows, **kw: dinv.physics.stack(
+        dinv.physics.Blur(KERNELS[rows], padding="circular", **kw),
+        dinv.physics.Inpainting((1, 8, 8), mask=masks((30, 30))[rows], **kw),
+    ),
+    "MRI": lambda rows, **kw: dinv.physics.MRI(mask=masks((30, 30))[rows], img_size=(8, 8), **kw),
 }
 
 
+def rows_of(y, b):
+    return type(y)([part[b : b + 1] for part in y]) if isinstance(y, (list, tuple)) or hasattr(y, "x") else y[b : b + 1]
+
+
 @pytest.mark.parametrize("name", OF_EACH)
-def test_a_physics_of_each_observation_is_not_taken_for_others(name):
-    physics = OF_EACH[name](noise_model=dinv.physics.GaussianNoise(0.1))
-    y = physics(torch.rand(2, 1, 8, 8, generator=generator()))
-    tds = functools.partial(fg.TDS, particles=3, covariance="point")
-    for guidance, options, rows in ((tds, {}, 6), (fg.DPS, dict(samples_per_observation=2), 4)):
-        with pytest.raises(ValueError, match=f"^physics: expected one {name.strip()} for all {rows} samples .* got 2"):
-            ours.Sampler(Small(), guidance, steps=3, **options)(y, physics, seed=1)
-    with pytest.raises(ValueError, match=f"^chunk_size: expected None with a physics whose {name.strip()} differs"):
-        ours.Sampler(Small(), tds, steps=3, chunk_size=2)(y, physics, seed=1)  # as many as observations
-    alone = ours.Sampler(Small(), fg.DPS, steps=3)(y, physics, seed=1)
-    assert alone.isfinite().all()
+@pytest.mark.parametrize("chunk_size", (None, 2, 3))
+def test_particles_of_a_physics_of_each_observation(name, chunk_size):
+    """Log-weights and gradients are those of each observation alone."""
+    noise = dict(noise_model=dinv.physics.GaussianNoise(0.1))
+    physics = OF_EACH[name](slice(None), **noise)
+    channels = 2 if name == "MRI" else 1
+    y = physics(torch.rand(2, channels, 8, 8, generator=generator()))
+    together = ours.likelihood(y, physics)
+    x = randn(6, channels, 8, 8, seed=4)
+    rows = torch.tensor([0, 0, 0, 1, 1, 1])
+    parts = x.split(6 if chunk_size is None else chunk_size), rows.split(6 if chunk_size is None else chunk_size)
+    got = torch.cat([together.log_prob(*part) for part in zip(*parts, strict=True)])
+    alone = [OF_EACH[name](slice(b, b + 1), **noise) for b in range(2)]
+    expected = torch.cat([ours.likelihood(rows_of(y, b), alone[b]).log_prob(x[3 * b : 3 * b + 3]) for b in range(2)])
+    if name == "Inpainting, of other numbers":
+        got, expected = got - got[0], expected - expected[0]
+        got[3:], expected[3:] = got[3:] - got[3], expected[3:] - expected[3]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+    for covariance in ("point", "isotropic"):
+        guidance = functools.partial(fg.TDS, particles=3, covariance=covariance)
+        x = ours.Sampler(lambda x, sigma: x / (1 + sigma**2), guidance, steps=3, chunk_size=chunk_size)
+        samples = x.sample(y, physics, seed=1)
+        assert samples.x.shape == (2, 3, channels, 8, 8)
+
+
+def test_log_determinants_of_each_observation():
+    """A A^T + I in the spectrum of each, against dense matrices."""
+    physics = OF_EACH["BlurFFT"](slice(None))
+    operator = ours.operator(physics, torch.float64)
+    rows = torch.tensor([1, 0, 1])
+    got = operator.at(rows).gram_logdet(torch.zeros(3, 1, 8, 8, dtype=torch.float64), 2.0, 0.5)
+    for value, row in zip(got, rows.tolist(), strict=True):
+        alone = ours.operator(OF_EACH["BlurFFT"](slice(row, row + 1)))
+        a = torch.stack([alone(e.reshape(1, 1, 8, 8)).flatten() for e in torch.eye(64)], 1).double()
+        expected = torch.logdet(2.0 * a @ a.T + 0.5 * torch.eye(64, dtype=torch.float64))
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
 
 
 def stack(second=0.1):

@@ -8,12 +8,13 @@ denoiser ``f(x, sigma)`` into what `fastguide.sample` takes. Images are in the r
 usually [0, 1]; a state is ``x_t = x_0 + sigma eps`` in that range.
 
 Nothing of deepinv is imported: its objects are told by the names of their classes. They stay on their device. A physics
-with parameters for each sample of a batch (one mask each) serves one sample for each observation, and is an error with
-particles or chunks. Of a ``StackedPhysics`` all measurements have one noise model.
+may have a mask or kernel for each sample of a batch: those of an observation serve all its particles. Of a
+``StackedPhysics`` all measurements have one noise model.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,35 @@ def _is(value: Any, name: str) -> bool:
 # --- operators ----------------------------------------------------------------------------------------------
 
 
-# What a physics may have of each sample of a batch, in a leading dimension
+# What a physics may have of each sample of a batch, in a leading dimension, and what deepinv computes from it
 _OF_EACH_SAMPLE = ("mask", "filter", "filters", "multipliers", "coil_maps")
+_DERIVED = ("angle", "Fh", "Fhc", "Fh2")
+
+
+def _rows_of(physics: Any) -> int | None:
+    """How many samples the physics differs between; None where it is one for all."""
+    for part in getattr(physics, "physics_list", [physics]):
+        least = 1 if _is(part, "Inpainting") else 4  # dimensions of a value of all samples: of images, most often
+        for name in _OF_EACH_SAMPLE:
+            value = getattr(part, name, None)
+            if isinstance(value, Tensor) and value.ndim >= least and len(value) > 1:
+                return len(value)
+    return None
+
+
+def _with_rows(physics: Any, rows: Tensor, number: int) -> Any:
+    """A copy of a physics that differs between ``number`` samples, for samples of its ``rows``."""
+    chosen = copy.copy(physics)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        setattr(chosen, registry, dict(getattr(physics, registry)))
+    if hasattr(physics, "physics_list"):
+        chosen.physics_list = nn.ModuleList([_with_rows(part, rows, number) for part in physics.physics_list])
+    for name in (*_OF_EACH_SAMPLE, *_DERIVED):
+        value = getattr(physics, name, None)
+        if isinstance(value, Tensor) and value.ndim and len(value) == number:
+            chosen._parameters.pop(name, None)
+            setattr(chosen, name, value.detach()[rows.to(value.device)])
+    return chosen
 
 
 class _Physics(operators.Operator):
@@ -53,9 +81,15 @@ class _Physics(operators.Operator):
 
     def __init__(self, physics: Any, compute_dtype: torch.dtype | None):
         self.physics, self.compute_dtype = physics, compute_dtype
-        parts = getattr(physics, "physics_list", [physics])
-        values = [(name, getattr(part, name, None)) for part in parts for name in _OF_EACH_SAMPLE]
-        self.of_each = [(name, v.ndim, len(v)) for name, v in values if isinstance(v, Tensor) and v.ndim and len(v) > 1]
+        self.observations = _rows_of(physics)
+
+    def at(self, rows: Tensor) -> operators.Operator:
+        if self.observations is None:
+            return self
+        chosen = copy.copy(self)
+        chosen.physics = _with_rows(self.physics, rows, self.observations)
+        chosen.observations = len(rows)
+        return chosen
 
     def __repr__(self) -> str:
         return f"deepinv's {type(self.physics).__name__}"
@@ -65,12 +99,10 @@ class _Physics(operators.Operator):
 
     def _check_rows(self, x: Tensor) -> None:
         """Broadcast to other rows, what belongs to one sample would be taken for another's."""
-        for name, dimensions, number in self.of_each:
-            if dimensions >= x.ndim and number != len(x):
-                raise ValueError(
-                    f"physics: expected one {name} for all {len(x)} samples of a call, got {number} in {self}. What "
-                    "differs between observations goes without particles, chunks and several samples per observation"
-                )
+        if self.observations not in (None, len(x)):
+            raise ValueError(
+                f"physics: expected one {self} for all, or {len(x)} as there are samples, got {self.observations}"
+            )
 
     def __call__(self, x: Tensor) -> Tensor:
         self._check_rows(x)
@@ -97,8 +129,21 @@ class _DecomposablePhysics(_LinearPhysics):
             values = values[0]
         self._eigenvalues = values
 
+    def at(self, rows: Tensor) -> operators.Operator:
+        chosen = super().at(rows)
+        if chosen is not self and len(self._eigenvalues) == self.observations:
+            assert isinstance(chosen, _DecomposablePhysics)
+            chosen._eigenvalues = self._eigenvalues[rows.to(self._eigenvalues.device)]
+        return chosen
+
     def eigenvalues(self, y: Tensor) -> Tensor:
         return self._eigenvalues.to(y.dtype)
+
+    def gram_logdet(self, v: Tensor, a: Any, b: Any) -> Tensor:
+        """Of each row where they differ, ``[n]``."""
+        if self.observations is None:
+            return super().gram_logdet(v, a, b)
+        return torch.log(a * self._eigenvalues.double() + b).expand(v.shape).flatten(1).sum(1)
 
     def transform(self, y: Tensor) -> Tensor:
         return self._call(self.physics.U_adjoint, y)
@@ -152,6 +197,23 @@ class _LinearStack(_Stack, operators.LinearOperator):
         return self._call(lambda y: self.physics.A_adjoint(self.parts(y)), y)
 
 
+class _Rates(operators.Operator):
+    """``photons exp(-mu A(x))``."""
+
+    def __init__(self, forward: operators.Operator, mu: float, photons: float):
+        self.forward, self.mu, self.photons = forward, mu, photons
+        self.observations = getattr(forward, "observations", None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.photons * torch.exp(-self.mu * self.forward(x))
+
+    def at(self, rows: Tensor) -> operators.Operator:
+        return _Rates(self.forward.at(rows), self.mu, self.photons)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> operators.Operator:
+        return _Rates(self.forward.to(device, dtype), self.mu, self.photons)
+
+
 def operator(physics: Any, dtype: torch.dtype | None = None, y: Any = None) -> _Physics:
     """``physics`` as an operator: ``A``, ``A_adjoint`` and ``A_dagger`` are its own. A ``DecomposablePhysics`` has a
     spectrum, from which PnP, PiGDM and the isotropic covariance have closed forms; other linear ones do without, and
@@ -183,36 +245,40 @@ def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) 
     - ``PoissonNoise``: Poisson, of scale ``gain``, whether or not ``normalize`` has multiplied ``y`` by it;
     - ``LogPoissonNoise``: Poisson, of scale 1: counts ``N0 exp(-mu y)`` of rates ``N0 exp(-mu A(x))``.
 
-    These parameters must be one number for all of ``y``; ``scale``, a number or a function of ``sigma_t``, takes the
-    place of the one named. Of ``Inpainting`` with a mask of zeros and ones the observation is what was measured,
-    ``[B, m]``: densities count nothing else. A ``sensor_model`` takes no part, as in deepinv's samplers. The physics
-    computes in the dtype of ``y``.
+    ``sigma`` and ``b`` may differ between observations; the others must be one number for all of ``y``. ``scale``, a
+    number, a tensor or a function of ``sigma_t``, takes the place of the one named.
+
+    Of ``Inpainting`` with a mask of zeros and ones the observation is what was measured, ``[B, m]``: densities count
+    nothing else. Where each observation has a mask of its own, and they do not measure equally many, elements that were
+    not measured count as zeros that were: a constant in the density. A ``sensor_model`` takes no part, as in deepinv's
+    samplers. The physics computes in the dtype of ``y``.
     """
     forward: operators.Operator
     forward, y = _measured(y, physics, y[0].dtype)
     noise = _noise_of(physics)
     if _is(physics, "Inpainting") and isinstance(forward, _DecomposablePhysics):
         mask = physics.mask
-        if len(mask) == 1 and ((mask == 0) | (mask == 1)).all():
-            forward = operators.Inpainting(mask[0].bool().expand(y.shape[1:]))
+        counts = mask.expand(len(mask), *y.shape[1:]).flatten(1).sum(1)
+        if ((mask == 0) | (mask == 1)).all() and (counts == counts[0]).all():
+            shared, mask = len(mask) == 1, mask.bool().expand(len(mask), *y.shape[1:])
+            forward = operators.Inpainting(mask[0]) if shared else operators.Inpainting(mask, per_observation=True)
             y = forward(y)
 
-    def scale_or(default: float) -> likelihoods.Scale:
+    def scale_or(default: float | Tensor) -> likelihoods.Scale:
         return default if scale is None else scale
 
     if _is(noise, "GaussianNoise"):
-        return likelihoods.Gaussian(y, forward, scale_or(_number(noise, "sigma")))
+        return likelihoods.Gaussian(y, forward, scale_or(_number_or_rows(noise, "sigma", y)))
     if _is(noise, "ZeroNoise"):
         return likelihoods.Gaussian(y, forward, scale_or(0.0))
     if _is(noise, "LaplaceNoise"):
-        return likelihoods.Laplace(y, forward, scale_or(_number(noise, "b")))
+        return likelihoods.Laplace(y, forward, scale_or(_number_or_rows(noise, "b", y)))
     if _is(noise, "PoissonNoise"):
         gain = _number(noise, "gain")
         return likelihoods.Poisson(y if noise.normalize else y * gain, forward, scale_or(gain))
     if _is(noise, "LogPoissonNoise"):
         mu, photons = _number(noise, "mu"), _number(noise, "N0")
-        rates = operators.Function(lambda x: photons * torch.exp(-mu * forward(x)))
-        return likelihoods.Poisson(photons * torch.exp(-mu * y), rates, scale_or(1.0))
+        return likelihoods.Poisson(photons * torch.exp(-mu * y), _Rates(forward, mu, photons), scale_or(1.0))
     raise ValueError(
         "physics: expected a noise_model that is one of GaussianNoise, ZeroNoise, LaplaceNoise, PoissonNoise and "
         f"LogPoissonNoise, got {type(noise).__name__}"
@@ -242,6 +308,14 @@ def _gaussian_scale(physics: Any) -> float:
     """Of the measurement's noise; 0 where it is not Gaussian, as in deepinv."""
     noise = _noise_of(physics)
     return _number(noise, "sigma") if _is(noise, "GaussianNoise") else 0.0
+
+
+def _number_or_rows(noise: Any, name: str, y: Tensor) -> float | Tensor:
+    """One number, or where there is one for each observation a tensor ``[B, 1, ...]`` of the dimensions of ``y``."""
+    values = torch.as_tensor(getattr(noise, name))
+    if values.numel() != len(y) or len(y) == 1 or (values == values.flatten()[0]).all():
+        return _number(noise, name)
+    return values.detach().to(y).reshape(-1, *(1,) * (y.ndim - 1))
 
 
 def _number(noise: Any, name: str) -> float:
@@ -351,12 +425,6 @@ class Sampler(nn.Module):
         guidance = self.guidance(self.likelihood(y, physics))
         forward, measured = _measured(y, physics)
         options: dict[str, Any] = {"dtype": measured.dtype, "device": measured.device} | self.options
-        if forward.of_each and options.get("chunk_size") is not None:
-            # chunks of as many rows as observations would pass for the observations
-            raise ValueError(
-                f"chunk_size: expected None with a physics whose {forward.of_each[0][0]} differs between observations, "
-                f"got {options['chunk_size']}"
-            )
         denoiser = prior(self.denoiser, self.schedule, dtype=measured.dtype)
         return sample(denoiser, shape or _shape(measured, forward), guidance=guidance, seed=_seed(seed), **options)
 
