@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import json
 import math
 import pickle
 import warnings
@@ -635,22 +636,78 @@ def fused_run(name, x, output, generator, first_sample=0, steps=4):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_is_the_same_in_whatever_batch(name):
     x, output = normal(4, 3, 5, 6), normal(4, 3, 5, 6, seed=1)
-    seeded = torch.Generator().manual_seed(11)
-    whole = fused_run(name, x, output, seeded)
+
+    def seeded(*seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return generators if len(seeds) > 1 else generators[0]
+
+    whole = fused_run(name, x, output, seeded(11))
     for n in range(4):
         one = slice(n, n + 1)
-        assert torch.equal(fused_run(name, x[one], output[one], seeded, first_sample=n), whole[one])
-    seeds = [torch.Generator().manual_seed(n) for n in (5, 6, 7, 8)]
-    listed = fused_run(name, x, output, seeds)
+        assert torch.equal(fused_run(name, x[one], output[one], seeded(11), first_sample=n), whole[one])
+    listed = fused_run(name, x, output, seeded(5, 6, 7, 8))
     for n in range(4):
         one = slice(n, n + 1)
-        assert torch.equal(fused_run(name, x[one], output[one], seeds[one]), listed[one])
+        assert torch.equal(fused_run(name, x[one], output[one], [seeded(5 + n)]), listed[one])
     torch.manual_seed(0)
     free = [fused_run(name, x, output, None) for _ in range(2)]
     torch.manual_seed(0)
     assert torch.equal(fused_run(name, x, output, None), free[0]) and (free[0] - free[1]).abs().max() > 0.01
     with pytest.raises(ValueError, match="generator: expected one, or 4"):
-        fused_run(name, x, output, seeds[:2])
+        fused_run(name, x, output, seeded(5, 6))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_of_one_schedule_are_independent(name):
+    """The mean of 64 batches of one generator varies as that of independent noise does."""
+    scheduler, generator = stochastic(name), torch.Generator().manual_seed(0)
+    x, output, means = normal(1, 1, 16, 16), normal(1, 1, 16, 16, seed=1), {True: [], False: []}
+    scheduler.set_timesteps(4)
+    t = scheduler.timesteps[0]
+    for fused in means:
+        scheduler.fused_noise = fused
+        for _ in range(64):
+            scheduler._step_index = None
+            if hasattr(scheduler, "lower_order_nums"):
+                scheduler.lower_order_nums, scheduler.model_outputs = 0, [None, None]
+            scheduler.is_scale_input_called = True
+            options = OPTIONS.get(name, {})
+            means[fused].append(scheduler.step(output, t, x, generator=generator, **options).prev_sample)
+    spread = {fused: torch.stack(runs).mean(0).std().item() for fused, runs in means.items()}
+    each = {fused: torch.stack(runs).std(0).mean().item() for fused, runs in means.items()}
+    assert each[True] == pytest.approx(each[False], rel=0.05)
+    difference = torch.stack(means[True]).mean(0) - torch.stack(means[False]).mean(0)
+    assert difference.std().item() == pytest.approx(each[False] * (2 / 64) ** 0.5, rel=0.2), spread
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fused_noise_follows_the_generators_state(name):
+    x, output = normal(2, 3, 5, 6), normal(2, 3, 5, 6, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    first, second = (fused_run(name, x, output, generator) for _ in range(2))
+    assert (first - second).abs().max() > 0.01
+    generator.manual_seed(1)
+    assert torch.equal(fused_run(name, x, output, generator), first)
+    assert torch.equal(fused_run(name, x, output, generator), second)
+
+
+def test_visits_to_a_step_draw_anew_and_chunks_of_a_batch_do_not():
+    scheduler, x = ours.DDPMScheduler(), normal(4, 3, 5, 6)
+    scheduler.fused_noise = True
+    scheduler.set_timesteps(10)
+
+    def visit(t, low=0, high=4):
+        scheduler.first_sample = low
+        return scheduler.step(0 * x[low:high], t, x[low:high], generator=generator).prev_sample
+
+    start, later = scheduler.timesteps[2], scheduler.timesteps[5]
+    generator = torch.Generator().manual_seed(3)
+    whole = [visit(t) for t in (start, later, later, start)]  # a step, one taken twice, and another run
+    assert all((a - b).abs().max() > 0.01 for a, b in [(whole[1], whole[2]), (whole[0], whole[3])])
+    generator = torch.Generator().manual_seed(3)
+    scheduler.set_timesteps(10)
+    for t, expected in zip((start, later, later), whole, strict=False):
+        assert torch.equal(torch.cat([visit(t, 0, 1), visit(t, 1, 4)]), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -665,7 +722,8 @@ def test_fused_noise_is_that_of_randn(name):
         scheduler.is_scale_input_called = True
         t = scheduler.timesteps[3]
         step = int(t) if name in NAMES[:2] else 3
-        z = ops.randn(SHAPE, seed=9, step=step)
+        seed = int(torch.randint((1 << 63) - 1, (1,), generator=torch.Generator().manual_seed(9)))
+        z = ops.randn(SHAPE, seed=seed, step=step)
         with Replay(z):
             generator = torch.Generator().manual_seed(9) if fused else None
             results.append(scheduler.step(output, t, x, generator=generator, **OPTIONS.get(name, {})).prev_sample)
@@ -714,7 +772,8 @@ def test_a_pipeline_in_one_line(tmp_path):
     assert not pipe.scheduler.parent_calls
     pipe.save_pretrained(tmp_path)
     loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path)
-    assert type(loaded.scheduler) is ours.DDPMScheduler
+    assert type(loaded.scheduler) is diffusers.DDPMScheduler  # whoever loads it may not have fastguide
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDPMScheduler"]
     torch.testing.assert_close(images(loaded), expected, rtol=1e-4, atol=1e-4)
     ours.accelerate(loaded, fused_noise=True)
     assert loaded.scheduler.fused_noise and (images(loaded) - expected).abs().max() > 0.01

@@ -24,6 +24,8 @@ from diffusers import (
     VQModel,
 )
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...denoiser import Conditional, Denoiser, Net
@@ -120,9 +122,25 @@ def denoiser(
     return Denoiser(net, schedule, prediction, unconditional=unconditional, guidance_scale=guidance_scale)
 
 
+def _without_needless_graph(function: Codec) -> Codec:
+    """``function`` without the graph that an autoencoder's own parameters would keep."""
+
+    def call(x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (x.requires_grad or _is_followed())):
+            return function(x)
+
+    return call
+
+
+def _is_followed() -> bool:
+    """Whether a function transform or forward-mode derivative is under way, of which tensors do not tell."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def codec(vae: Any) -> tuple[Codec, Codec]:
     """``encode``, from images ``[n, C, H, W]`` in ``[-1, 1]`` to the latents that a pipeline's model sees, and
-    ``decode``, back (not clamped). Both are differentiable, and return the dtype they are given.
+    ``decode``, back (not clamped). Both return the dtype they are given. They keep a graph only where their argument
+    requires a gradient.
 
     ``vae``: AutoencoderKL (encodes to the posterior's mode), AutoencoderTiny, AutoencoderDC or VQModel (decodes the
     nearest entries of its codebook, with a straight-through gradient), already where it shall run and in the dtype in
@@ -139,11 +157,13 @@ def codec(vae: Any) -> tuple[Codec, Codec]:
         )
         scale = scale / std
 
+    @_without_needless_graph
     def encode(images: Tensor) -> Tensor:
         encoded = vae.encode(images.to(vae.dtype))
         z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
         return ((z - shift) * scale).to(images.dtype)
 
+    @_without_needless_graph
     def decode(latents: Tensor) -> Tensor:
         return vae.decode((latents / scale + shift).to(vae.dtype)).sample.to(latents.dtype)
 
@@ -296,8 +316,9 @@ class _SchedulerTable(_Table):
     def _times(self, steps: int, spacing: str) -> np.ndarray:
         if spacing != self.default_spacing:
             return super()._times(steps, spacing)
-        self._scheduler.set_timesteps(steps)
-        stepped = self._scheduler.timesteps[:: self._scheduler.order]  # without the stages of second-order steps
+        scheduler = copy.copy(self._scheduler)  # threads share this one
+        scheduler.set_timesteps(steps)
+        stepped = scheduler.timesteps[:: scheduler.order]  # without the stages of second-order steps
         times = np.unique(stepped.numpy())[::-1]  # PNDM repeats some
         if times.size > self.alphas_cumprod.size:
             raise ValueError(f"steps: expected at most {self.alphas_cumprod.size} for {self}, got {steps}")
@@ -320,8 +341,9 @@ class _SchedulerFlow(_Flow):
                 "steps: expected the times themselves, or a spacing, since the scheduler's own (use_dynamic_shifting) "
                 f"depends on the resolution, got {steps}"
             )
-        self._scheduler.set_timesteps(steps)
-        return self._scheduler.sigmas[:-1].double().numpy()
+        scheduler = copy.copy(self._scheduler)  # threads share this one
+        scheduler.set_timesteps(steps)
+        return scheduler.sigmas[:-1].double().numpy()
 
 
 def _schedule(scheduler: Any) -> tuple[Schedule, str, int]:

@@ -16,10 +16,13 @@ to the device where it is needed:
   memory. A timestep on a GPU that is not one of those looks its numbers up in the table there.
 - `DDPMScheduler`, `DDIMScheduler`: ``timestep`` may be a tensor ``[N]``, one for each sample.
 - ``fused_noise=True`` of `accelerate` and ``from_config`` (or the attribute) draws the noise inside the kernel that
-  steps, from counters (`fastguide.ops.randn`): of the seed of ``generator`` (its seed, not its state; of a list of
-  generators each sample has its own), or without one of a seed that torch's global generator gives for each run; the
-  step; and the sample's index in the batch, from ``first_sample`` on. A sample is then the same in whatever batch. It
-  is no part of the configuration: what is saved is diffusers' own.
+  steps, from counters (`fastguide.ops.randn`): the run's seed, the step, how often the run took that step before, and
+  the sample's index in the batch, from ``first_sample`` on. A sample is then the same in whatever batch. The seed is
+  drawn from ``generator``, or from torch's global one, when a run begins: at the first step after ``set_timesteps``,
+  with another generator, or where the step that the run began with is taken again. In a list of generators each sample
+  has its own. ``fused_noise`` is no part of the configuration.
+- What is saved (``save_pretrained`` of the scheduler or its pipeline) is diffusers' own class, and loads without
+  fastguide.
 
 What this path cannot serve goes to the parent's code: ``parent_calls`` counts those steps by reason, and the first of
 each reason warns. ``torch.compile`` traces the parent's code, and fuses that itself.
@@ -139,6 +142,20 @@ class _NotServed(Exception):
 _NO_STEP = "the numbers of this step are those of no reverse step"
 
 
+class _NoiseRun:
+    """The seed of a run's fused noise, the place of the step that it began with, and its visits to each step."""
+
+    def __init__(self, generator: torch.Generator | None, start: int | None):
+        self.generator, self.start = generator, start  # held: its id is the run's key
+        self.visits: Counter[tuple[int | None, int]] = Counter()
+        # On a GPU the seed stays there: to read it would wait.
+        device = torch.device("cpu") if generator is None else generator.device
+        seed = torch.randint((1 << 63) - 1, (1,), generator=generator, device=device)
+        self.seed: int | Tensor = int(seed) if device.type == "cpu" else seed
+
+
+_MOST_RUNS, _MOST_VISITS = 256, 1 << 16  # of one schedule; a visit is a stream of the counter
+
 # --- what all have in common --------------------------------------------------------------------------------
 
 
@@ -153,9 +170,18 @@ class _Fused:
     _calls: Counter[str] | None = None
     _known: tuple[Tensor, int, list[float]] | None = None  # timesteps on a device, and their values
     _planned: tuple[tuple[Any, ...], Any, Any] | None = None  # what a plan depends on, the objects of that, the plan
-    _seed: int | None = None
+    _noise_runs: dict[tuple[int, int], _NoiseRun] | None = None  # by generator, and its place in a list of them
     _step: Callable[..., tuple[Tensor, ...]]  # of the parent's arguments, but the last
     _make_plan: Callable[..., Any]  # of the numbers given to `_cached`
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        scheduler = super().__new__(cls)
+        scheduler._save_as_parent()
+        return scheduler
+
+    def _save_as_parent(self) -> None:
+        """A pipeline saves a component under the module that its instance names: diffusers' own, which can load it."""
+        self.__module__ = next(kind.__module__ for kind in type(self).__mro__ if kind.__module__ != __name__)
 
     @property
     def parent_calls(self) -> Counter[str]:
@@ -197,7 +223,7 @@ class _Fused:
         if device is not None:
             self.timesteps = self.timesteps.to(device, non_blocking=True)
         self._known = self.timesteps, _version(self.timesteps), values
-        self._seed = None
+        self._noise_runs = None
 
     def _values(self) -> list[float]:
         """Those of `timesteps`; of ones that the caller has put there on a device, after a wait."""
@@ -249,7 +275,7 @@ class _Fused:
     ) -> tuple[Tensor, Tensor]:
         """``(x_s, x0)`` of the steps at ``place``, one for all samples or one for each. ``noise`` is drawn where none
         is given; ``std`` takes the place of the plan's."""
-        seed = first_particle = 0
+        counter: dict[str, Any] = {"seed": 0}
         levels: Coefficients
         if isinstance(place, Tensor):
             alpha_t, sigma_t, alpha_s, sigma_s, _, tau = columns = plan.columns(place.to(x.device))
@@ -267,7 +293,7 @@ class _Fused:
             tau = moving[4]
             if noisy and noise is None and std is None and self.fused_noise and not isinstance(generator, list):
                 levels, noisy = moving, False
-                seed, first_particle = self._counter(generator), self.first_sample
+                counter = self._counter(generator, place)
         if noisy:
             if noise is not None and (noise.shape != x.shape or torch.promote_types(noise.dtype, x.dtype) != x.dtype):
                 raise _NotServed("variance_noise has another shape than sample, or a wider dtype")
@@ -276,18 +302,23 @@ class _Fused:
             displacement = noise if displacement is None else displacement.add_(noise)
         x_s, x0 = ops.reverse_step(
             x, output, levels, prediction=plan.prediction, clip=plan.clip, clip_noise=plan.clip_noise,
-            displacement=displacement, seed=seed, step=0 if isinstance(place, Tensor) else place,
-            first_particle=first_particle, return_x0=True,
+            displacement=displacement, return_x0=True, **counter,
         )  # fmt: skip
         return x_s, _in(output.dtype, x0) if plan.prediction == "sample" else x0
 
-    def _counter(self, generator: torch.Generator | None) -> int:
-        """The seed of the noise that is drawn from counters."""
-        if generator is not None:
-            return generator.initial_seed() & (1 << 64) - 1
-        if self._seed is None:
-            self._seed = int(torch.randint(1 << 62, ()))
-        return self._seed
+    def _counter(self, generator: torch.Generator | None, place: int | Tensor, entry: int = 0) -> dict[str, Any]:
+        """Seed, step, stream and first particle of the noise of one visit to the step at ``place``. ``entry``: which of
+        a list of generators this is."""
+        step = None if isinstance(place, Tensor) else place
+        if self._noise_runs is None or len(self._noise_runs) > _MOST_RUNS:
+            self._noise_runs = {}
+        key, spot = (id(generator), entry), (step, self.first_sample)
+        run = self._noise_runs.get(key)
+        if run is None or run.visits[spot] >= (1 if step is not None and step == run.start else _MOST_VISITS):
+            run = self._noise_runs[key] = _NoiseRun(generator, step)
+        stream = run.visits[spot]
+        run.visits[spot] += 1
+        return {"seed": run.seed, "step": step or 0, "stream": stream, "first_particle": self.first_sample}
 
     def _draw(
         self, like: Tensor, generator: Generators, place: int | Tensor, dtype: torch.dtype | None = None
@@ -298,22 +329,17 @@ class _Fused:
         number = like.shape[0]
         if isinstance(generator, list) and len(generator) != number:
             raise ValueError(f"generator: expected one, or {number}, one for each sample, got {len(generator)}")
-        if not isinstance(generator, list) and not isinstance(place, Tensor):
-            return ops.randn(
-                like.shape, seed=self._counter(generator), step=place, first_particle=self.first_sample,
-                dtype=dtype, device=like.device,
-            )  # fmt: skip
-        rows = []
-        for n in range(number):
-            step = place if not isinstance(place, Tensor) else place[n : n + 1].to(like.device)
-            own = isinstance(generator, list)
-            seed = self._counter(generator[n] if isinstance(generator, list) else generator)
-            first = 0 if own else self.first_sample + n
-            row = ops.randn(
-                (1, *like.shape[1:]), seed=seed, step=step, first_particle=first, dtype=dtype, device=like.device
-            )
-            rows.append(row)
-        return torch.cat(rows)
+        options: dict[str, Any] = {"dtype": dtype, "device": like.device}
+        if isinstance(generator, list):
+            counters = [self._counter(own, place, n) | {"first_particle": 0} for n, own in enumerate(generator)]
+        else:
+            counter = self._counter(generator, place)
+            if not isinstance(place, Tensor):
+                return ops.randn(like.shape, **counter, **options)
+            counters = [counter | {"first_particle": self.first_sample + n} for n in range(number)]
+        if isinstance(place, Tensor):
+            counters = [c | {"step": place[n : n + 1].to(like.device)} for n, c in enumerate(counters)]
+        return torch.cat([ops.randn((1, *like.shape[1:]), **c, **options) for c in counters])
 
 
 def _checked(sample: Tensor, output: Tensor, least: torch.dtype | None = None) -> Tensor:
@@ -870,6 +896,7 @@ def accelerate(pipe: Any, *, fused_noise: bool = False) -> Any:
     for name, part in served.items():
         scheduler = copy.copy(part)
         scheduler.__class__ = SCHEDULERS.get(type(part), type(part))
-        scheduler.fused_noise, scheduler._calls = fused_noise, None
+        scheduler.fused_noise, scheduler._calls, scheduler._noise_runs = fused_noise, None, None
+        scheduler._save_as_parent()
         setattr(pipe, name, scheduler)
     return pipe
