@@ -1,4 +1,4 @@
-"""The edge between the package and what users bring: networks of every kind, ambient modes, writes, NaN, derivatives."""
+"""The edge between the package and what users bring: networks, ambient modes, writes, NaN, derivatives, scales."""
 
 from __future__ import annotations
 
