@@ -75,11 +75,11 @@ PyObject* propose_and_weigh(PyObject*, PyObject* const* values, Py_ssize_t given
     });
 }
 
-// log_weights, their dtype, rows, particles, number, scheme, sorted, keep_from, seed, step, stream, ancestors,
-// log_weights after, log_mean_weight, ess, threads
+// log_weights, their dtype, rows, particles, number, scheme, sorted, keep_from, seed, step, stream, first_row,
+// ancestors, log_weights after, log_mean_weight, ess, threads
 PyObject* resample(PyObject*, PyObject* const* values, Py_ssize_t given) {
     return object_or_error([&] {
-        Arguments in(values, given, 16);
+        Arguments in(values, given, 17);
         cpu::Resampling call{};
         call.log_weights = in.input();
         if (call.log_weights.dtype != Dtype::float32 && call.log_weights.dtype != Dtype::float64)
@@ -89,9 +89,9 @@ PyObject* resample(PyObject*, PyObject* const* values, Py_ssize_t given) {
         for (const uint64_t count : {call.particles, call.number})
             check_below("particles and number, less one,", count - 1, (uint64_t{1} << 31) - 1);
         call.scheme = in.scheme(), call.sorted = in.integer() != 0, call.keep_from = in.number();
-        const uint64_t seed = in.integer(), step = in.integer(), stream = in.integer();
-        const RandnShape counter = checked_shape(call.rows, 1, seed, step, stream, 0);
-        call.seed = counter.seed, call.step = counter.step, call.stream = counter.stream;
+        const uint64_t seed = in.integer(), step = in.integer(), stream = in.integer(), first_row = in.integer();
+        const RandnShape counter = checked_shape(call.rows, 1, seed, step, stream, first_row);
+        call.seed = counter.seed, call.step = counter.step, call.stream = counter.stream, call.first_row = first_row;
         call.ancestors = static_cast<int32_t*>(in.pointer()), call.log_weights_after = in.pointer();
         call.log_mean_weight = static_cast<double*>(in.pointer()), call.ess = static_cast<double*>(in.pointer());
         call.threads = static_cast<int>(in.integer());

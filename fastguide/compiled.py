@@ -269,6 +269,7 @@ def resample_cpu(
     seed: Counted,
     step: Counted,
     stream: int,
+    first_row: int,
     sorted: bool,
 ) -> tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The first row without a usable weight, or -1, and the results of `fastguide.ops.resample`. Counters out of range,
@@ -295,6 +296,7 @@ def resample_cpu(
         seed,
         step,
         stream,
+        first_row,
         ancestors.data_ptr(),
         after.data_ptr(),
         log_mean_weight.data_ptr(),
@@ -312,6 +314,7 @@ def resample_cuda(
     seed: Counted,
     step: Counted,
     stream: int,
+    first_row: int,
     sorted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The results of `fastguide.ops.resample` for CUDA tensors, on the current stream; returns at once."""
@@ -332,6 +335,7 @@ def resample_cuda(
             math.inf if ess_threshold is None else float(ess_threshold * particles),
             *numbers,
             stream,
+            first_row,
             *places,
             ancestors.data_ptr(),
             after.data_ptr(),

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import ops, reference
 from .reference import Clip, Coefficients, Counted, DynamicThreshold
 
-Counter = tuple[Counted, Counted, int, int]  # seed, step, stream, first_particle
+Counter = tuple[Counted, Counted, int, int]  # seed, step, stream, first_particle or first_row
 
 _library = torch.library.Library("fastguide", "DEF")
 
@@ -30,7 +30,8 @@ for schema in (
     "propose_and_weigh(Tensor x, Tensor x0_hat, Tensor displacement, Tensor log_weights, float[] coefficients, "
     f"Tensor? table, {_COUNTER}, str backend) -> (Tensor, Tensor)",
     "resample(Tensor log_weights, str scheme, SymInt num, float? ess_threshold, int seed, int step, int stream, "
-    "Tensor? seed_tensor, Tensor? step_tensor, bool sorted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int first_row, Tensor? seed_tensor, Tensor? step_tensor, bool sorted, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     "gather_particles_(Tensor ancestors, Tensor(a!)[] states, str backend) -> ()",
     "log_prob_and_gradient(Tensor z, Tensor y, str family, float scale, float? df, float background, Tensor? added, "
     "Tensor? rows, str backend) -> (Tensor, Tensor)",
@@ -263,7 +264,7 @@ def call_resample(
     scheme: str,
     num: int | None,
     ess_threshold: float | None,
-    counter: tuple[Counted, Counted, int],
+    counter: Counter,
     sorted: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -273,7 +274,9 @@ def call_resample(
     )
 
 
-def _resample(log_weights, scheme, num, ess_threshold, seed, step, stream, seed_tensor, step_tensor, sorted, backend):
+def _resample(
+    log_weights, scheme, num, ess_threshold, seed, step, stream, first_row, seed_tensor, step_tensor, sorted, backend
+):
     return ops.resample(
         log_weights,
         scheme=scheme,
@@ -281,6 +284,7 @@ def _resample(log_weights, scheme, num, ess_threshold, seed, step, stream, seed_
         ess_threshold=ess_threshold,
         **_unpack_counter(seed, step, seed_tensor, step_tensor),
         stream=stream,
+        first_row=first_row,
         sorted=sorted,
         check=False,
         backend=backend,
@@ -288,7 +292,7 @@ def _resample(log_weights, scheme, num, ess_threshold, seed, step, stream, seed_
 
 
 def _resample_fake(
-    log_weights, scheme, num, ess_threshold, seed, step, stream, seed_tensor, step_tensor, sorted, backend
+    log_weights, scheme, num, ess_threshold, seed, step, stream, first_row, seed_tensor, step_tensor, sorted, backend
 ):
     rows = log_weights.shape[:-1]
     index_dtype = torch.int32 if log_weights.shape[-1] < 2**31 else torch.int64

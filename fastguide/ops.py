@@ -110,13 +110,20 @@ def _check_state(name: str, value: Tensor, like: Tensor | None = None) -> None:
 
 
 def _check_counter(
-    seed: Counted, step: Counted, stream: int, first_particle: int, particles: int, elements: int, device: torch.device
+    seed: Counted,
+    step: Counted,
+    stream: int,
+    first_particle: int,
+    particles: int,
+    elements: int,
+    device: torch.device,
+    first: str = "first_particle",
 ) -> None:
     for name, value, bits in (
         ("seed", seed, 64),
         ("step", step, 32),
         ("stream", stream, 16),
-        ("first_particle", first_particle, 48),
+        (first, first_particle, 48),
     ):
         if isinstance(value, Tensor) and bits in (64, 32):  # its value is not looked at: that would wait for the device
             elsewhere = value.device.type != device.type or device.index not in (None, value.device.index)
@@ -449,6 +456,7 @@ def resample(
     seed: Counted = 0,
     step: Counted = 0,
     stream: int = 0,
+    first_row: int = 0,
     sorted: bool = True,
     check: bool = True,
     backend: str = "auto",
@@ -464,6 +472,7 @@ def resample(
     - ``check``: raise for a row without a usable weight: a NaN, ``+inf``, or all ``-inf`` (which waits for a GPU). With
       False such a row keeps its particles (where ``num == K``; else its ancestors are zeros), and its mean weight and
       ESS are NaN.
+    - ``first_row``: row ``b`` draws as row ``first_row + b`` of a larger call.
 
     Returns ``ancestors`` ``[B, num]`` (int32 below 2^31), ``log_weights`` ``[B, num]`` (of a resampled row, all the log
     of its mean weight, so that the mean weight never changes), ``log_mean_weight`` ``[B]`` and ``ess`` ``[B]`` in
@@ -486,7 +495,7 @@ def resample(
     if ess_threshold is not None and not 0.0 <= ess_threshold <= 1.0:
         raise ValueError(f"ess_threshold: expected a share of the particles in [0, 1], got {ess_threshold}")
     number = particles if num is None else num
-    arguments = scheme, number, ess_threshold, seed, step, stream, sorted
+    arguments = scheme, number, ess_threshold, seed, step, stream, first_row, sorted
     if backend == "auto" and particles < 1 << 31 and _plain(log_weights):
         try:
             bad, results = compiled.resample_cpu(log_weights, *arguments)
@@ -496,19 +505,20 @@ def resample(
             if check and bad >= 0:
                 _refuse_weights(log_weights, bad)
             return results
-    _check_counter(seed, step, stream, 0, log_weights[..., 0].numel(), 4 * number, log_weights.device)
+    rows = log_weights[..., 0].numel()
+    _check_counter(seed, step, stream, first_row, rows, 4 * number, log_weights.device, first="first_row")
     if check and torch.compiler.is_compiling():
         raise ValueError("check: expected False inside torch.compile, since it looks at values, got True")
     if _through_dispatcher(log_weights):
         from . import library
 
         with torch.no_grad():
-            counter = seed, step, stream
+            counter = seed, step, stream, first_row
             results = library.call_resample(log_weights, scheme, num, ess_threshold, counter, sorted, backend)
     elif (chosen := _choose_resampler(log_weights, backend)) == "cuda":
         results = compiled.resample_cuda(log_weights, *arguments)
     elif chosen == "cpu":
-        arguments = scheme, number, ess_threshold, *_numbers(seed, step), stream, sorted
+        arguments = scheme, number, ess_threshold, *_numbers(seed, step), stream, first_row, sorted
         results = compiled.resample_cpu(log_weights, *arguments)[1]
     else:
         with torch.no_grad():
@@ -520,6 +530,7 @@ def resample(
                 seed=seed,
                 step=step,
                 stream=stream,
+                first_row=first_row,
                 sorted=sorted,
             )
     if check:

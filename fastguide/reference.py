@@ -464,20 +464,22 @@ def _uniform_below(q: Tensor, w0: Tensor, w1: Tensor) -> Tensor:
 
 
 def _uniforms(
-    rows: int, number: int, seed: Counted, step: Counted, stream: int, device: torch.device
+    rows: int, number: int, seed: Counted, step: Counted, stream: int, first_row: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Words of ``[rows, number]`` 64-bit uniforms; row ``b`` is the counter's particle ``b``."""
-    words = _words(rows, (number + 1) // 2, seed, step, stream, 0, device)
+    """Words of ``[rows, number]`` 64-bit uniforms; row ``b`` is the counter's particle ``first_row + b``."""
+    words = _words(rows, (number + 1) // 2, seed, step, stream, first_row, device)
     w0 = torch.stack([words[0], words[2]], dim=-1).flatten(1)[:, :number]
     w1 = torch.stack([words[1], words[3]], dim=-1).flatten(1)[:, :number]
     return w0, w1
 
 
-def _exponentials(rows: int, number: int, seed: Counted, step: Counted, stream: int, device: torch.device) -> Tensor:
+def _exponentials(
+    rows: int, number: int, seed: Counted, step: Counted, stream: int, first_row: int, device: torch.device
+) -> Tensor:
     """Standard exponentials ``[rows, number]`` as integers, ``round(-ln((word + 1) / 2^32) 2^26)``, from the words in
     the order of `randn`'s elements. Their distribution function is within 1e-8 of the exponential one, and their sums
     are exact."""
-    words = _words(rows, (number + 3) // 4, seed, step, stream, 0, device)
+    words = _words(rows, (number + 3) // 4, seed, step, stream, first_row, device)
     u = (torch.stack(words, dim=-1).flatten(1)[:, :number] + 1).double()  # 2^exponent times [1, 2)
     exponent = (u.view(torch.int64) >> 52) - 1023
     ln = _polynomial(_LOG, u * _power_of_two(-exponent) - 1.5)
@@ -548,6 +550,7 @@ def resample(
     seed: Counted = 0,
     step: Counted = 0,
     stream: int = 0,
+    first_row: int = 0,
     sorted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(ancestors, log_weights, log_mean_weight, ess)`` of ``[B, K]`` or ``[K]``. A row without a usable weight keeps
@@ -562,6 +565,7 @@ def resample(
             seed=seed,
             step=step,
             stream=stream,
+            first_row=first_row,
             sorted=sorted,
         )
         return out[0][0], out[1][0], out[2][0], out[3][0]
@@ -576,10 +580,10 @@ def resample(
 
     device = log_weights.device
     if scheme in ("systematic", "stratified"):
-        w0, w1 = _uniforms(rows, 1 if scheme == "systematic" else number, seed, step, stream, device)
+        w0, w1 = _uniforms(rows, 1 if scheme == "systematic" else number, seed, step, stream, first_row, device)
         ancestors = _search(q.cumsum(1), _stratum_positions(total, number, _uniform_below(total, w0, w1)))
     elif scheme in ("multinomial", "residual"):
-        exponentials = _exponentials(rows, number + 1, seed, step, stream, device)
+        exponentials = _exponentials(rows, number + 1, seed, step, stream, first_row, device)
         if scheme == "residual":
             ancestors = _residual(q, total, number, exponentials)
         else:

@@ -354,6 +354,25 @@ def test_another_number_of_ancestors(scheme, number):
     assert (share - torch.softmax(rows, 1)).abs().max() <= tolerance
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_row_draws_alone_as_in_a_larger_call(scheme, backend):
+    for particles, rows in ((7, 4), (70_000, 2)):
+        weights = random_weights(rows, particles)
+        options = dict(scheme=scheme, seed=3, step=2, stream=1, sorted=False, backend=backend)
+        whole = ops.resample(weights, first_row=10, **options)
+        for b in range(rows):
+            for got, expected in zip(ops.resample(weights[b : b + 1], first_row=10 + b, **options), whole, strict=True):
+                assert torch.equal(got[0], expected[b])
+        assert not torch.equal(whole[0], ops.resample(weights, **options)[0])
+
+
+def test_first_rows_that_are_refused():
+    for first_row in (-1, 1 << 48, 1.0, None):
+        with pytest.raises(ValueError, match="first_row: expected an integer in"):
+            ops.resample(torch.zeros(2, 4), first_row=first_row)
+
+
 # --- the numbers beside the ancestors -----------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ def kernel(
     seed: int = 0,
     step: int = 0,
     stream: int = 0,
+    first_row: int = 0,
     sorted: bool = True,
     garbage: int = 0xA5,
 ) -> Results:
@@ -47,7 +48,8 @@ def kernel(
         outs = [b[MARGIN:-MARGIN].view(dtype).view(size) for b, (size, dtype) in zip(buffers, places, strict=False)]
         before = log_weights.clone()
         cuda.resample(
-            log_weights.data_ptr(), log_weights.dtype == torch.float64, *shape, keep_from, seed, step, stream, 0, 0,
+            log_weights.data_ptr(), log_weights.dtype == torch.float64, *shape, keep_from, seed, step, stream,
+            first_row, 0, 0,
             *(buffer[MARGIN:].data_ptr() for buffer in buffers), queue,
         )  # fmt: skip
     for buffer in buffers:
@@ -244,6 +246,12 @@ def test_the_operation(scheme, cuda_device):
         assert [tuple(out.shape) for out in empty] == [(0, num or 3), (0, num or 3), (0,), (0,)]
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_row_draws_alone_as_in_a_larger_call(cuda_device, scheme):
+    for particles in (7, 5000):  # in one launch, and in tiles
+        check(normal_weights(2, particles), cuda_device, scheme, seed=3, step=1, first_row=5)
+
+
 def test_bad_rows_are_named(cuda_device):
     weights = torch.zeros(3, 4, device=cuda_device)
     for value, what in ((math.nan, "NaN"), (math.inf, r"\+inf"), (-math.inf, "no live particle")):
@@ -265,7 +273,7 @@ def test_auto_takes_the_kernel_and_2_to_the_31_particles_the_reference(cuda_devi
 
 def test_what_the_binding_refuses(cuda_device):
     module = compiled.module("cuda")
-    valid = [0, False, 0, 3, 3, 0, True, math.inf, *11 * [0]]
+    valid = [0, False, 0, 3, 3, 0, True, math.inf, *12 * [0]]
     module.resample(*valid)
     for place, value in (
         (2, 1 << 31),  # rows
@@ -276,6 +284,7 @@ def test_what_the_binding_refuses(cuda_device):
         (5, -1),
         (9, 1 << 32),
         (10, 1 << 16),
+        (11, (1 << 48) + 1),
     ):
         with pytest.raises(ValueError, match="must be below"):
             module.resample(*valid[:place], value, *valid[place + 1 :])

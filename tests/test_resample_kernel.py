@@ -36,6 +36,7 @@ def kernel(
     seed: int = 0,
     step: int = 0,
     stream: int = 0,
+    first_row: int = 0,
     sorted: bool = True,
     threads: int = 1,
 ) -> Results:
@@ -55,7 +56,8 @@ def kernel(
         outs.append(buffers[-1][MARGIN:-MARGIN].view(shape))
     bad = _cpu.resample(
         log_weights.data_ptr(), compiled.CPU_DTYPES[log_weights.dtype], rows, particles, number,
-        SCHEMES.index(scheme), sorted, keep_from, seed, step, stream, *(out.data_ptr() for out in outs), threads,
+        SCHEMES.index(scheme), sorted, keep_from, seed, step, stream, first_row,
+        *(out.data_ptr() for out in outs), threads,
     )  # fmt: skip
     for buffer in buffers:
         assert (buffer[:MARGIN] == -7).all() and (buffer[-MARGIN:] == -7).all()
@@ -424,7 +426,7 @@ def test_bad_rows_are_named_by_every_backend(backend):
 
 
 def test_what_the_binding_refuses():
-    valid = [0, 3, 1, 4, 4, 0, True, math.inf, 0, 0, 0, 0, 0, 0, 0, 1]
+    valid = [0, 3, 1, 4, 4, 0, True, math.inf, 0, 0, 0, 0, 0, 0, 0, 0, 1]
     for place, value, error in (
         (1, 1, ValueError),  # float16
         (1, 4, ValueError),
@@ -437,8 +439,9 @@ def test_what_the_binding_refuses():
         (9, 1 << 32, ValueError),
         (10, 1 << 16, ValueError),
         (10, 1.0, TypeError),
+        (11, (1 << 48) + 1, ValueError),
     ):
         with pytest.raises(error):
             _cpu.resample(*valid[:place], value, *valid[place + 1 :])
-    with pytest.raises(TypeError, match="expected 16 arguments, got 15"):
+    with pytest.raises(TypeError, match="expected 17 arguments, got 16"):
         _cpu.resample(*valid[1:])

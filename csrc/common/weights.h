@@ -19,6 +19,7 @@ struct Resampling {
     double keep_from;  // a row whose effective sample size is at least this keeps its particles
     uint64_t seed;
     uint32_t step, stream;
+    uint64_t first_row;             // row b draws as row first_row + b of a larger call
     int32_t* ancestors;             // [rows, number]
     void* log_weights_after;        // [rows, number]
     double *log_mean_weight, *ess;  // [rows]

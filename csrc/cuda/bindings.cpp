@@ -53,14 +53,14 @@ uint64_t resample_workspace(uint64_t rows, uint64_t particles, uint64_t number, 
 }
 
 void resample(uintptr_t log_weights, bool doubles, uint64_t rows, uint64_t particles, uint64_t number, int scheme,
-              bool sorted, double keep_from, uint64_t seed, uint64_t step, uint64_t stream, uintptr_t seed_at,
-              uintptr_t step_at, uintptr_t ancestors, uintptr_t log_weights_after, uintptr_t log_mean_weight,
-              uintptr_t ess, uintptr_t workspace, uintptr_t cuda_stream) {
+              bool sorted, double keep_from, uint64_t seed, uint64_t step, uint64_t stream, uint64_t first_row,
+              uintptr_t seed_at, uintptr_t step_at, uintptr_t ancestors, uintptr_t log_weights_after,
+              uintptr_t log_mean_weight, uintptr_t ess, uintptr_t workspace, uintptr_t cuda_stream) {
     cuda::Resampling call = resampling_of(rows, particles, number, scheme, sorted);
-    const RandnShape counter = checked_shape(rows, 1, seed, step, stream, 0);
+    const RandnShape counter = checked_shape(rows, 1, seed, step, stream, first_row);
     call.log_weights = reinterpret_cast<const void*>(log_weights), call.doubles = doubles;
     call.keep_from = keep_from;
-    call.seed = counter.seed, call.step = counter.step, call.stream = counter.stream;
+    call.seed = counter.seed, call.step = counter.step, call.stream = counter.stream, call.first_row = first_row;
     call.counter = on_device(seed_at, step_at);
     call.ancestors = reinterpret_cast<int32_t*>(ancestors);
     call.log_weights_after = reinterpret_cast<void*>(log_weights_after);
@@ -106,9 +106,9 @@ PYBIND11_MODULE(_cuda, m) {
           py::arg("scheme"), py::arg("sorted"), "Bytes of device memory that resample needs for itself.");
     m.def("resample", &resample, py::arg("log_weights"), py::arg("doubles"), py::arg("rows"), py::arg("particles"),
           py::arg("number"), py::arg("scheme"), py::arg("sorted"), py::arg("keep_from"), py::arg("seed"),
-          py::arg("step"), py::arg("stream"), py::arg("seed_at"), py::arg("step_at"), py::arg("ancestors"),
-          py::arg("log_weights_after"), py::arg("log_mean_weight"), py::arg("ess"), py::arg("workspace"),
-          py::arg("cuda_stream"), "Ancestors, and the log-weights after them.");
+          py::arg("step"), py::arg("stream"), py::arg("first_row"), py::arg("seed_at"), py::arg("step_at"),
+          py::arg("ancestors"), py::arg("log_weights_after"), py::arg("log_mean_weight"), py::arg("ess"),
+          py::arg("workspace"), py::arg("cuda_stream"), "Ancestors, and the log-weights after them.");
     m.def("philox", &philox_words, py::arg("out"), py::arg("counter"), py::arg("key"), py::arg("cuda_stream"),
           "The four words of Philox4x32-10, into device memory at `out`.");
     m.def("gather_workspace", &gather_workspace, py::arg("rows"), py::arg("particles"), py::arg("states"),

@@ -288,7 +288,8 @@ struct Counter {
     uint64_t row, seed;
     uint32_t step, stream;
 
-    __device__ Counter(const Resampling& call, int64_t of) : row(static_cast<uint64_t>(of)), stream(call.stream) {
+    __device__ Counter(const Resampling& call, int64_t of)
+        : row(call.first_row + static_cast<uint64_t>(of)), stream(call.stream) {
         const Resampling now = with_counter(call, call.counter);
         seed = now.seed;
         step = now.step;

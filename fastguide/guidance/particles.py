@@ -38,7 +38,7 @@ def resample_particles(
                 seed=counter["seed"],
                 step=counter["step"],
                 stream=STREAM_RESAMPLE,
-                **({"first_row": run.first_sample} if run.first_sample else {}),  # type: ignore
+                first_row=run.first_sample,
                 sorted=False,
                 check=False,  # looked at once, after the loop
             )

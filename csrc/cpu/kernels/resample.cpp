@@ -404,7 +404,8 @@ public:
     Row(const Resampling& call, uint64_t index, const Tables& tables, int threads)
         : call_(call),
           tables_(tables),
-          counter_{index, call.seed, call.step, call.stream},
+          index_(index),
+          counter_{call.first_row + index, call.seed, call.step, call.stream},
           particles_(static_cast<int64_t>(call.particles)),
           number_(static_cast<int64_t>(call.number)),
           blocks_(blocks_of(particles_)),
@@ -425,8 +426,8 @@ public:
             ess = w * w / v;
             log_mean_weight = top_ + log_of_normal<OneWideLane>(w / static_cast<double>(particles_));
         }
-        call_.log_mean_weight[counter_.row] = log_mean_weight;
-        call_.ess[counter_.row] = ess;
+        call_.log_mean_weight[index_] = log_mean_weight;
+        call_.ess[index_] = ess;
         if (number_ == particles_ && !(ess < call_.keep_from)) {
             keep();
             return;
@@ -685,6 +686,7 @@ private:
 
     const Resampling& call_;
     const Tables tables_;
+    const uint64_t index_;
     const Counter counter_;
     const int64_t particles_, number_, blocks_;
     const int threads_;
