@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .operators import Identity, LinearOperator, Operator, Pairs, mean_gram_diagonal
+from .operators import Identity, LinearOperator, Operator, Pairs, mean_gram_diagonal, moved
 from .reference import Scalar
 
 __all__ = ["Callable", "Gaussian", "Laplace", "Likelihood", "Poisson", "StudentT"]
@@ -118,12 +118,12 @@ class Likelihood:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Likelihood:
         """A copy on ``device``, computing in ``dtype``."""
-        moved = copy.copy(self)
-        moved.y = self.y.to(device, dtype)
-        moved.operator = self.operator.to(device, dtype)
+        there = copy.copy(self)
+        there.y = self.y.to(device, dtype)
+        there.operator = moved(self.operator, device, dtype)
         if isinstance(self.scale, Tensor):
-            moved.scale = self.scale.to(moved.y)
-        return moved
+            there.scale = self.scale.to(there.y)
+        return there
 
     def at(self, rows: Tensor) -> Likelihood:
         """The likelihood of samples that belong to the observations ``rows`` ``[n]``: ``y``, the operator and the scale

@@ -37,7 +37,8 @@ _DENSE_LIMIT = 4096  # elements of an event up to which a dense matrix may stand
 
 
 class Operator:
-    """Any forward model. ``to`` returns a copy whose tensors are elsewhere; nothing is moved in place."""
+    """Any forward model. ``to`` returns a copy whose tensors are elsewhere, those in lists and dictionaries too;
+    nothing is moved in place."""
 
     linear = False
     observations: int | None = None  # how many it differs between, see `at`
@@ -52,11 +53,10 @@ class Operator:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Operator:
         """A copy with its tensors on ``device``, the floating ones in ``dtype``."""
-        moved = copy.copy(self)
+        there = copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(moved, name, _normal(value.to(device, dtype if value.is_floating_point() else None)))
-        return moved
+            object.__setattr__(there, name, _moved(value, device, dtype))
+        return there
 
     def at(self, rows: Tensor) -> Operator:
         """The operator of samples that belong to the observations ``rows`` ``[n]``. A class whose operator differs
@@ -65,6 +65,31 @@ class Operator:
 
     def __repr__(self) -> str:
         return type(self).__name__
+
+
+def moved(operator: Operator, device: torch.device | str | None, dtype: torch.dtype | None) -> Operator:
+    """``operator.to(device, dtype)``, but of a torch module, whose own ``to`` moves it in place, a copy if it moves."""
+    if not isinstance(operator, torch.nn.Module):
+        return operator.to(device, dtype)
+    held = [*operator.parameters(), *operator.buffers()]
+    if all(_moved(t, device, dtype) is t for t in held):
+        return operator
+    return torch.nn.Module.to(copy.deepcopy(operator), device, dtype)
+
+
+def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
+    """The tensors of a value elsewhere, the floating ones in ``dtype``, complex ones in its complex counterpart."""
+    if isinstance(value, Tensor):
+        if dtype is not None and value.is_complex():
+            dtype = dtype.to_complex()
+        elif not value.is_floating_point():
+            dtype = None
+        return _normal(value.to(device, dtype))
+    if type(value) in (list, tuple):
+        return type(value)(_moved(v, device, dtype) for v in value)
+    if type(value) is dict:
+        return {name: _moved(v, device, dtype) for name, v in value.items()}
+    return value
 
 
 def _normal(tensor: Tensor) -> Tensor:
@@ -397,12 +422,12 @@ class Blur(LinearOperator):
         return f"Blur({'x'.join(map(str, self.kernel.shape))}, {self.padding!r})"
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Operator:
-        moved = super().to(device, dtype)
-        assert isinstance(moved, Blur)
+        there = super().to(device, dtype)
+        assert isinstance(there, Blur)
         factors = self._factors()  # from here: the copy's would have to come from its device
-        moved._cache = _Cache(moved.kernel)
-        moved._cache.get("factors", lambda: factors)
-        return moved
+        there._cache = _Cache(there.kernel)
+        there._cache.get("factors", lambda: factors)
+        return there
 
     def _check(self, x: Tensor) -> None:
         h, w = self.kernel.shape
@@ -543,14 +568,14 @@ class Matrix(LinearOperator):
         self._cache = _Cache(self.weight)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Operator:
-        moved = super().to(device, dtype)
-        assert isinstance(moved, Matrix)
+        there = super().to(device, dtype)
+        assert isinstance(there, Matrix)
         # From the elements as they came: to their rounding a singular value is 0 or not.
         with torch.no_grad():
             pair = tuple(_normal(t.to(device, dtype)) for t in self._decomposition())
-        moved._cache = _Cache(moved.weight)
-        moved._cache.get("svd", lambda: pair)
-        return moved
+        there._cache = _Cache(there.weight)
+        there._cache.get("svd", lambda: pair)
+        return there
 
     def _decomposition(self) -> tuple[Tensor, Tensor]:
         """Left singular vectors ``[m, m or less]`` and eigenvalues of ``A A^T``."""
@@ -688,7 +713,7 @@ class Pairs(Operator):
         return _real(self.operator.pseudo_inverse(torch.view_as_complex(y.contiguous())))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Operator:
-        return Pairs(self.operator.to(device, dtype))
+        return Pairs(moved(self.operator, device, dtype))
 
     def at(self, rows: Tensor) -> Operator:
         return Pairs(self.operator.at(rows))

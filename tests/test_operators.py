@@ -896,3 +896,59 @@ def test_masks_that_are_not_one_for_each_observation():
     likelihood = fg.likelihoods.Gaussian(normal(1, 3), Inpainting(MASKS, per_observation=True), 0.5)
     with pytest.raises(ValueError, match="operator: expected one for all or 2, as shape says, got 3 from Inpainting"):
         fg.sample(pixels_prior()[0], (2, 6), guidance=fg.PnP(likelihood), steps=2)
+
+
+class ModuleFirst(torch.nn.Module, Operator):
+    def __init__(self, matrix):
+        super().__init__()
+        self.register_buffer("dense", matrix)
+
+    def forward(self, x):
+        return x.flatten(1) @ self.dense.T
+
+
+class ModuleSecond(Operator, torch.nn.Module):
+    def __init__(self, matrix):
+        torch.nn.Module.__init__(self)
+        self.register_buffer("dense", matrix)
+
+    def __call__(self, x):
+        return x.flatten(1) @ self.dense.T
+
+
+class Held(Operator):
+    def __init__(self, matrix):
+        self.held = {"list": [matrix], "name": "held"}
+
+    def __call__(self, x):
+        return x.flatten(1) @ self.held["list"][0].T
+
+
+@pytest.mark.parametrize("kind", [ModuleFirst, ModuleSecond, Held])
+def test_tensors_in_modules_and_containers_are_moved_in_a_copy(kind):
+    matrix, y = normal(3, 8, seed=1), normal(1, 3)
+    operator = kind(matrix.float())
+    likelihood = fg.likelihoods.Gaussian(y, operator, 0.3)
+    for guidance in (fg.DPS(likelihood), fg.PnP(likelihood), fg.TDS(likelihood, 2)):
+        out = fg.sample(unit_normal((2, 4)), (2, 2, 4), guidance=guidance, steps=3, dtype=torch.float64)
+        assert torch.isfinite(out.x).all() and out.x.dtype == torch.float64
+    assert operator(normal(1, 2, 4).float()).dtype == torch.float32  # where it was
+    assert likelihood.to(dtype=torch.float32).operator(normal(1, 2, 4).float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("solver", ["gauss-newton", "gradient"])
+def test_latents_of_observations_with_masks_of_their_own(solver):
+    prior, _ = pixels_prior()
+    y, x_T = normal(3, 3, seed=5), normal(3, 6, seed=6)
+    options = dict(steps=4, dtype=torch.float64)
+
+    def guidance(y, operator):
+        return fg.LatentPnP(fg.likelihoods.Gaussian(y, operator, 0.3), decoder=torch.tanh, solver=solver, zeta=0.0)
+
+    for chunk_size in (None, 2):
+        each = guidance(y, Inpainting(MASKS, per_observation=True))
+        out = fg.sample(prior, (3, 6), guidance=each, x_T=x_T, chunk_size=chunk_size, **options).x
+        for b in range(3):
+            alone = guidance(y[b : b + 1], Inpainting(MASKS[b]))
+            one = fg.sample(prior, (1, 6), guidance=alone, x_T=x_T[b : b + 1], **options).x
+            close(out[b : b + 1], one, 1e-7)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import foreign
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
-from ..operators import Function
+from ..operators import Function, Operator
 from ..ranges import phase
 from ..reference import scaled
 from .base import STREAM_RENOISE, Run, Schedulable, State
@@ -136,7 +136,18 @@ def replace_operator(likelihood: Likelihood, decoder: Callable[[Tensor], Tensor]
         decoded = likelihood.to()
         decoded.f = lambda z, **kw: f(called("decoder", decoder, z.to(dtype)), **kw)  # type: ignore[attr-defined]
         return decoded
-    operator = likelihood.operator
     decoded = likelihood.to()
-    decoded.operator = Function(lambda z: operator(called("decoder", decoder, z.to(dtype)).to(z.dtype)))
+    decoded.operator = _Decoded(likelihood.operator, decoder, dtype)
     return decoded
+
+
+class _Decoded(Function):
+    """``operator`` after the decoder, which computes in ``dtype``."""
+
+    def __init__(self, operator: Operator, decoder: Callable[[Tensor], Tensor], dtype: torch.dtype):
+        super().__init__(lambda z: operator(called("decoder", decoder, z.to(dtype)).to(z.dtype)))
+        self._parts, self.observations = (operator, decoder, dtype), operator.observations
+
+    def at(self, rows: Tensor) -> Operator:
+        operator, decoder, dtype = self._parts
+        return self if self.observations is None else _Decoded(operator.at(rows), decoder, dtype)

@@ -205,7 +205,8 @@ def _obstacle_to_gauss_newton(run: Run, likelihood: Likelihood) -> str:
     def draw(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
-    z, x = _recorded(likelihood, draw(torch.empty(1, *run.event, dtype=run.compute_dtype, device=run.device)))
+    own = likelihood.at(torch.zeros(1, dtype=torch.int64, device=run.device))
+    z, x = _recorded(own, draw(torch.empty(1, *run.event, dtype=run.compute_dtype, device=run.device)))
     try:
         forward, adjoint = _jacobian(z, x)
         pairs = []
