@@ -464,7 +464,7 @@ def _uniform_below(q: Tensor, w0: Tensor, w1: Tensor) -> Tensor:
 
 
 def _uniforms(
-    rows: int, number: int, seed: Counted, step: Counted, stream: int, first_row: int, device: torch.device
+    rows: int, number: int, seed: Counted, step: Counted, stream: int, device: torch.device, first_row: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Words of ``[rows, number]`` 64-bit uniforms; row ``b`` is the counter's particle ``first_row + b``."""
     words = _words(rows, (number + 1) // 2, seed, step, stream, first_row, device)
@@ -474,7 +474,7 @@ def _uniforms(
 
 
 def _exponentials(
-    rows: int, number: int, seed: Counted, step: Counted, stream: int, first_row: int, device: torch.device
+    rows: int, number: int, seed: Counted, step: Counted, stream: int, device: torch.device, first_row: int = 0
 ) -> Tensor:
     """Standard exponentials ``[rows, number]`` as integers, ``round(-ln((word + 1) / 2^32) 2^26)``, from the words in
     the order of `randn`'s elements. Their distribution function is within 1e-8 of the exponential one, and their sums
@@ -580,10 +580,10 @@ def resample(
 
     device = log_weights.device
     if scheme in ("systematic", "stratified"):
-        w0, w1 = _uniforms(rows, 1 if scheme == "systematic" else number, seed, step, stream, first_row, device)
+        w0, w1 = _uniforms(rows, 1 if scheme == "systematic" else number, seed, step, stream, device, first_row)
         ancestors = _search(q.cumsum(1), _stratum_positions(total, number, _uniform_below(total, w0, w1)))
     elif scheme in ("multinomial", "residual"):
-        exponentials = _exponentials(rows, number + 1, seed, step, stream, first_row, device)
+        exponentials = _exponentials(rows, number + 1, seed, step, stream, device, first_row)
         if scheme == "residual":
             ancestors = _residual(q, total, number, exponentials)
         else:

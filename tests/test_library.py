@@ -163,7 +163,7 @@ def test_opcheck_propose_and_weigh(weights_shape, dtype, coefficients, layout):
 def test_opcheck_resample(scheme, shape, num, threshold, keep_sorted, dtype):
     rows = normal(*shape, dtype=dtype)
     rows = turned(rows) if dtype == torch.float64 else rows
-    check(OPERATORS.resample, rows, scheme, num, threshold, -1, 2, 3, torch.tensor(5), None, keep_sorted, "auto")
+    check(OPERATORS.resample, rows, scheme, num, threshold, -1, 2, 3, 4, torch.tensor(5), None, keep_sorted, "auto")
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
