@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import ops
 from .operators import Identity, LinearOperator, Operator, Pairs, mean_gram_diagonal, moved
-from .reference import Scalar
+from .reference import POISSON_LEAST, POISSON_SHARE, Scalar
 
 __all__ = ["Callable", "Gaussian", "Laplace", "Likelihood", "Poisson", "StudentT"]
 
@@ -437,11 +437,11 @@ class Laplace(_Elementwise):
 
 class Poisson(_Density):
     """Counts: ``y / scale ~ Poisson((A x_0 + background) / scale)``, so that ``scale`` is the gain: the mean of ``y``
-    is ``A x_0 + background`` and its variance ``scale`` times that. ``y >= 0``; rates are held at ``>= 1e-6``
-    counts."""
+    is ``A x_0 + background`` and its variance ``scale`` times that. ``y >= 0``. Where the rate is below half the counts
+    (or below 0.1 counts) the log-density goes on as a parabola, so that its gradient is of the size of a Gaussian's at
+    dark and negative rates; see `fastguide.reference.log_prob_and_gradient`."""
 
     _takes_tensors = False
-    _FLOOR = 1e-6
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale = 1.0, background: float = 0.0):
         super().__init__(y, operator, scale)
@@ -458,7 +458,7 @@ class Poisson(_Density):
         return dict(family="poisson", scale=scale, background=self.background)
 
     def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
-        return 1.0 / (scale * (z + self.background).clamp(min=self._FLOOR * scale))
+        return 1.0 / (scale * (z + self.background).clamp(min=POISSON_SHARE * POISSON_LEAST * scale))
 
 
 class Callable(Likelihood):

@@ -105,7 +105,9 @@ def compile_all(architecture: int, state: str) -> list[str]:
         for config in tiles.CONFIGS[1:2] if "BLOCK" in constants else configs:
             block = constants.get("BLOCK", config.kwargs["BLOCK"])
             tile = dict(BLOCK=block, ROWS=1, GROUPS=block // 4)
-            found = compiled(kernel, pointers, constants | tile, architecture, config.num_warps)
+            family = name.removeprefix("log_prob_and_gradient, ")
+            warps = log_prob_and_gradient.warps_of(family) if family != name else config.num_warps
+            found = compiled(kernel, pointers, constants | tile, architecture, warps)
             about = dict(name=name, state=state, architecture=architecture, block=block)
             lines.append(json.dumps(about | found))
     return lines

@@ -149,11 +149,15 @@ def exact(family: str, z: Tensor, y: Tensor, scale: float, df: float = DF, added
         width = np.sqrt(variance)
         terms, gradient = [-abs(r) / width, -np.log(2 * width) + nothing], np.sign(r) / width
     else:
-        counts, rate = y / Long(scale), np.maximum(z / Long(scale), Long(1e-6))
+        counts = y / Long(scale)
+        floor = np.maximum(counts, Long(0.2)) / 2
+        below, rate = np.maximum(floor - z / Long(scale), 0), np.maximum(z / Long(scale), floor)
+        slope, curvature = counts / rate - 1, 1 / np.maximum(counts, 1)
         factorials = special.gammaln((counts + 1).astype(np.float64)).astype(Long)
         terms = [np.where(counts > 0, counts * np.log(rate), 0), -rate, -factorials]
-        gradient = (counts / rate - 1) / Long(scale)
-        return sum(t.sum(1) for t in terms), sum(abs(t).sum(1) for t in terms), gradient, counts / rate + 1
+        terms += [-below * slope, -below * below * curvature / 2]
+        gradient, size = (slope + curvature * below) / Long(scale), counts / rate + 1 + curvature * below
+        return sum(t.sum(1) for t in terms), sum(abs(t).sum(1) for t in terms), gradient, size
     return sum(t.sum(1) for t in terms), sum(abs(t).sum(1) for t in terms), gradient, abs(gradient)
 
 

@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import FAMILIES, density_constant
+from ..reference import FAMILIES, POISSON_LEAST, POISSON_SHARE, density_constant
 from .tiles import OPTIONS, aligned, alignment, ceil_div, device_of, rounded, shape_of_tile
 
 BLOCK = 1024  # measurements of a tile; not tuned, for the order of a sum must not depend on what was measured
 SPLIT = 8192  # measurements of a sample from which several programs share it
 
 _GAUSSIAN, _STUDENT_T, _LAPLACE, _POISSON = (tl.constexpr(code) for code in range(len(FAMILIES)))
-_LEAST_RATE = tl.constexpr(1e-6)  # as the reference's
+_SHARE, _LEAST = tl.constexpr(POISSON_SHARE), tl.constexpr(POISSON_LEAST)
 
 
 @triton.jit
@@ -35,9 +35,13 @@ def _density(z, y, added, scale, background, variance, df, FAMILY: tl.constexpr)
     if FAMILY == _POISSON:  # in float64: counts of 1e4 have terms of 1e5, which cancel to a few units
         counts = y.to(tl.float64) / scale
         rate = (z.to(tl.float64) + background) / scale
-        rate = tl.maximum(rate, tl.full(rate.shape, _LEAST_RATE, tl.float64), propagate_nan=tl.PropagateNan.ALL)
-        term = tl.where(counts == 0.0, 0.0, counts * tl.log(rate)) - rate
-        slope = ((counts / rate - 1.0) / scale).to(tl.float32)
+        floor = _SHARE * tl.maximum(counts, tl.full(counts.shape, _LEAST, tl.float64))
+        below = tl.where(rate < floor, floor - rate, 0.0)
+        rate = tl.where(rate < floor, floor, rate)
+        bend = below / tl.maximum(counts, tl.full(counts.shape, 1.0, tl.float64))
+        slope = counts / rate - 1.0
+        term = tl.where(counts == 0.0, 0.0, counts * tl.log(rate)) - rate - below * (slope + 0.5 * bend)
+        slope = ((slope + bend) / scale).to(tl.float32)
     else:
         residual = y.to(tl.float32) - z.to(tl.float32)
         v = variance
@@ -99,6 +103,11 @@ def log_prob_and_gradient_kernel(
     tl.store(sums + row * splits + split, total, mask=live)
 
 
+def warps_of(family: str) -> int:
+    """Poisson's float64 takes twice the registers of the others, so its threads have half the measurements."""
+    return 8 if family == "poisson" else 4
+
+
 def log_prob_and_gradient(
     z: Tensor,
     y: Tensor,
@@ -129,6 +138,6 @@ def log_prob_and_gradient(
             z, y, added, rows, constants, gradient, sums, samples, y.shape[0],
             0 if added is None else added.shape[0], elements, scale, background, constant, scale**2, df or 0.0,
             FAMILY=FAMILIES.index(family), SPLIT=SPLIT, ALIGN=alignment(elements),
-            ROWS=tile_rows, GROUPS=groups, num_warps=4, **OPTIONS,
+            ROWS=tile_rows, GROUPS=groups, num_warps=warps_of(family), **OPTIONS,
         )  # fmt: skip
     return sums.reshape(samples) if splits == 1 else sums.sum(1), gradient

@@ -298,7 +298,8 @@ struct Laplace {
     }
 };
 
-constexpr double kLeastRate = 1e-6;  // counts
+// Below the rate kShare max(counts, kLeast) the log-density is a parabola: see the reference.
+constexpr double kShare = 0.5, kLeast = 0.2;
 
 struct Poisson {
     using Total = Sum;
@@ -309,10 +310,12 @@ struct Poisson {
     explicit Poisson(const LogDensity& d) : per_gain(splat(1.0 / d.scale)), background(splat(d.background)) {}
     FG_INLINE Point at(F64 z, F64 y, F64) const {
         const F64 counts = y * per_gain, rate = (z + background) * per_gain;
-        const F64 held = rate < kLeastRate ? splat(kLeastRate) : rate;
+        const F64 floor = kShare * (counts < kLeast ? splat(kLeast) : counts);
+        const F64 held = rate < floor ? floor : rate, below = rate < floor ? floor - rate : F64{};
+        const F64 bend = below / (counts < 1.0 ? splat(1.0) : counts);
         const F64 seen = counts * (held < kInfinity ? log_of_normal<Lanes>(held) : held);
-        // The gradient does not stop at the least rate, so that a negative one is still driven back.
-        return {(counts == 0.0 ? F64{} : seen) - held, (counts / held - 1.0) * per_gain};
+        const F64 slope = counts / held - 1.0;
+        return {(counts == 0.0 ? F64{} : seen) - held - below * (slope + 0.5 * bend), (slope + bend) * per_gain};
     }
 };
 
