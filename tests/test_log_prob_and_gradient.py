@@ -232,6 +232,19 @@ def test_infinitely_far_is_infinitely_unlikely(family, backend, elements):
     assert torch.isfinite(log_prob[0]) and log_prob[1] == -math.inf
 
 
+@pytest.mark.parametrize("elements", [1, 16, 40, 5000])
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_family
+def test_infinite_and_nan_locations_in_every_dtype(family, dtype, elements):
+    """The kernel says what the reference says."""
+    z, y = located(family, 4, elements, dtype=dtype), measured(family, 1, elements, dtype=dtype)
+    z[0, -1], z[1, -1], z[2, -1] = math.inf, -math.inf, math.nan
+    options = dict(family=family, scale=1.0, **OPTIONS[family])
+    got, expected = (ops.log_prob_and_gradient(z, y, backend=b, **options)[0] for b in ("cpu", "reference"))
+    assert got[2].isnan() and (family == "poisson" or got[0] == -math.inf)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 @every_backend
 def test_poisson_rates_below_the_floor(backend):
     """A parabola: at half the counts the slope is 1, and it grows as a Gaussian's of the counts' variance."""

@@ -352,13 +352,13 @@ FG_INLINE const StudentT<kAdded, false>& plain(const StudentT<kAdded, true>& den
     return density.plain;
 }
 
+// `finite` becomes false where a product holds a factor that is not, and the total then means nothing.
 template <class Density, class Real>
 FG_INLINE double total_of(const Density& density, const Real* z, const Real* y, const Real* added, Real* gradient,
-                          uint64_t count) {
+                          uint64_t count, bool& finite) {
     typename Density::Total total;
     each(density, z, y, added, gradient, count, [&](int v, uint64_t, F64 term) { total.add(v, term); });
-    if constexpr (std::is_same_v<typename Density::Total, LogProduct>)
-        if (!total.all_finite()) return total_of(plain(density), z, y, added, static_cast<Real*>(nullptr), count);
+    if constexpr (std::is_same_v<typename Density::Total, LogProduct>) finite = total.all_finite();
     return total.total(count);
 }
 
@@ -399,7 +399,8 @@ void sum_part(double* to, double factor, const Part& part, const Values<Real>& v
         },
         [&](uint64_t row, uint64_t begin, uint64_t count) {
             const Real* from = values.of(row) + begin;
-            return total_of(part, from, from, from, static_cast<Real*>(nullptr), count);
+            bool finite = true;
+            return total_of(part, from, from, from, static_cast<Real*>(nullptr), count, finite);
         },
         [&](uint64_t row, double sum) { to[values.row_of(row)] = factor * sum; });
 }
@@ -475,11 +476,17 @@ void evaluate(const Density& density, const DensityArrays& a, const Values<Real>
         },
         [&](uint64_t row, uint64_t begin, uint64_t count) {
             const Real *beside = y.of(row) + begin, *more = Density::added ? added.of(row) + begin : nullptr;
+            const uint64_t at = row * a.elements + begin;
             double total = 0.0;
-            in_reals(row * a.elements + begin, count, [&](const Real* z, Real* gradient) {
-                total = total_of(density, z, beside, more, gradient, count);
+            bool finite = true;
+            in_reals(at, count, [&](const Real* z, Real* gradient) {
+                total = total_of(density, z, beside, more, gradient, count, finite);
             });
-            return total;
+            if (finite) return total;
+            // Again, as a sum. z is read anew: the gradient may stand where it was widened.
+            alignas(kBytes) Real buffer[kTile];
+            return total_of(plain(density), widened(a.z, a.dtype, at, count, buffer), beside, more,
+                            static_cast<Real*>(nullptr), count, finite);
         },
         [&](uint64_t sample, double total) {
             a.log_prob[sample] = density.factor * total + (constant + known.of(sample));
