@@ -161,7 +161,10 @@ def _check_coefficients(coefficients: Coefficients, x: Tensor, prediction: str) 
                 f"coefficients: expected {name} a float or a floating tensor [{x.shape[0]}] on {x.device}, "
                 f"got {value.dtype} {list(value.shape)} on {value.device}"
             )
-        readable = readable and value.device.type == "cpu" and not _through_dispatcher(value)
+        on_host = value.device.type == "cpu" and not _through_dispatcher(value)
+        if on_host and not ((value >= 0.0) & (value < math.inf)).all():
+            raise ValueError(f"coefficients: expected a finite {name} >= 0, got {value}")
+        readable = readable and on_host
     if not readable:
         return
     alpha_t, sigma_t, _, sigma_s, tau = coefficients

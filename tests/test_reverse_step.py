@@ -593,3 +593,14 @@ def test_errors(changes, error, message):
     arguments = {"x": X, "model_output": X, **bad(), **changes}
     with pytest.raises(error, match=message):
         ops.reverse_step(**arguments)
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", GOOD)
+def test_coefficients_of_each_sample_are_checked_as_numbers_are(name, value):
+    coefficients = bad(**{name: torch.tensor([GOOD[name], value])})["coefficients"]
+    message = f"coefficients: expected a finite {name} >= 0"
+    with pytest.raises(ValueError, match=message):
+        ops.reverse_step(X, X, coefficients)
+    with pytest.raises(ValueError, match=message):
+        ops.propose_and_weigh(X, X, X, torch.zeros(2), coefficients, seed=0)
