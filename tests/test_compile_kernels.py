@@ -63,7 +63,8 @@ def test_states_move_128_bits_at_a_time(kernels):
     }
     for kernel in kernels:
         if kernel["name"] not in states:  # they read y as it is, and each has its own number of inputs
-            assert kernel["wide_loads"] >= 2 and kernel["wide_stores"] >= 1
+            half = kernel["name"].endswith("poisson") and kernel["state"] == "bf16"  # four a thread: 64 bits of z
+            assert kernel["wide_loads"] >= (1 if half else 2) and kernel["wide_stores"] >= (0 if half else 1)
             continue
         elements = kernel["block"] // (256 if kernel["block"] == 4096 else 128)
         pieces = elements * {"fp32": 4, "bf16": 2}[kernel["state"]] // 16
