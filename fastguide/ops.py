@@ -48,9 +48,13 @@ def _plain(x: Tensor, *others: Tensor) -> bool:
     backend, would cost more than the kernel."""
     if type(x) is not Tensor or not x.is_cpu or x.dtype not in STATE_DTYPES or _traced() or _transformed():
         return False
+    if x.is_neg():
+        return False
     shape, differentiable = x.shape, x.requires_grad
     for other in others:
         if type(other) is not Tensor or not other.is_cpu or other.dtype not in STATE_DTYPES or other.shape != shape:
+            return False
+        if other.is_neg():
             return False
         differentiable = differentiable or other.requires_grad
     if differentiable and torch.is_grad_enabled():
@@ -82,9 +86,9 @@ def _needs_grad(*values: Any) -> bool:
     return False
 
 
-def _choose(operation: str, x: Tensor, coefficients: Coefficients, backend: str) -> str:
+def _choose(operation: str, x: Tensor, others: Sequence[Any], coefficients: Coefficients, backend: str) -> str:
     """The backend of a step, or "dispatcher"."""
-    if _through_dispatcher(x):
+    if _through_dispatcher(x, *others, *coefficients):
         return "dispatcher"
     obstacle = _NO_TRANSFORMS if _transformed() else _NO_COEFFICIENTS if _needs_grad(*coefficients) else ""
     return select(operation, backend, device=x.device, dtype=x.dtype, obstacle=obstacle)
@@ -338,6 +342,8 @@ def reverse_step(
             )
         except (KeyError, OverflowError, TypeError, ValueError):
             pass  # what follows says what is wrong, or serves coefficients that are not five floats
+    x, model_output, displacement = _own(x), _own(model_output), _own(displacement)
+    coefficients, tensors = _own_coefficients(coefficients), tuple(map(_own, tensors))
     _check_state("x", x)
     _check_state("model_output", model_output, x)
     if displacement is not None:
@@ -348,7 +354,7 @@ def reverse_step(
         raise ValueError(f"prediction: expected one of {reference.PREDICTIONS}, got {prediction!r}")
     _check_coefficients(coefficients, x, prediction)
     _check_counter(*counter, x.shape[0], math.prod(x.shape[1:]), x.device)
-    chosen = _choose("reverse_step", x, coefficients, backend)
+    chosen = _choose("reverse_step", x, (*tensors, seed, step), coefficients, backend)
     if chosen == "reference":
         return reference.reverse_step(
             x,
@@ -407,9 +413,13 @@ def propose_and_weigh(
     counter = seed, step, stream, first_particle
     plain = backend == "auto" and _plain(x, x0_hat, displacement)
     if not plain:
+        x, x0_hat, displacement = _own(x), _own(x0_hat), _own(displacement)
         _check_state("x", x)
         _check_state("x0_hat", x0_hat, x)
         _check_state("displacement", displacement, x)
+    log_weights = _own(log_weights)
+    if not isinstance(log_weights, Tensor):
+        raise TypeError(f"log_weights: expected a float32 or float64 tensor, got {type(log_weights).__name__}")
     if log_weights.numel() != x.shape[0] or log_weights.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"log_weights: expected {x.shape[0]} float32 or float64 values, "
@@ -424,7 +434,9 @@ def propose_and_weigh(
             pass  # as in reverse_step
     _check_coefficients(coefficients, x, "sample")
     _check_counter(*counter, x.shape[0], math.prod(x.shape[1:]), x.device)
-    chosen = _choose("propose_and_weigh", x, coefficients, backend)
+    coefficients = _own_coefficients(coefficients)
+    others = (x0_hat, displacement, log_weights, seed, step)
+    chosen = _choose("propose_and_weigh", x, others, coefficients, backend)
     if chosen == "cpu":
         levels, counter = compiled.levels(coefficients, x.shape[0]), (*_numbers(seed, step), stream, first_particle)
         return compiled.propose_and_weigh_cpu(x, x0_hat, displacement, log_weights, levels, counter)
@@ -483,6 +495,7 @@ def resample(
 
     Weights are integers inside (`reference.integer_weights`), so the result does not depend on how sums are split.
     """
+    log_weights = _own(log_weights)
     if not isinstance(log_weights, Tensor) or log_weights.dtype not in WEIGHT_DTYPES:
         got = log_weights.dtype if isinstance(log_weights, Tensor) else type(log_weights).__name__
         raise TypeError(f"log_weights: expected a float32 or float64 tensor, got {got}")
@@ -512,7 +525,7 @@ def resample(
     _check_counter(seed, step, stream, first_row, rows, 4 * number, log_weights.device, first="first_row")
     if check and torch.compiler.is_compiling():
         raise ValueError("check: expected False inside torch.compile, since it looks at values, got True")
-    if _through_dispatcher(log_weights):
+    if _through_dispatcher(log_weights, seed, step):
         from . import library
 
         with torch.no_grad():
@@ -564,6 +577,7 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
     ancestor is another are copied; with ancestors of `resample` with ``sorted=False`` they are the fewest. The compiled
     kernels move nothing where an ancestor is out of range, checked or not.
     """
+    ancestors, states = _own(ancestors), tuple(map(_own_in_place, states))
     if not isinstance(ancestors, Tensor) or ancestors.dtype not in (torch.int32, torch.int64):
         got = ancestors.dtype if isinstance(ancestors, Tensor) else type(ancestors).__name__
         raise TypeError(f"ancestors: expected an int32 or int64 tensor, got {got}")
@@ -579,7 +593,7 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
             )
         if state.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"states[{i}]: expected a tensor that needs no gradient, since it is changed in place")
-    if _through_dispatcher(ancestors):
+    if _through_dispatcher(ancestors, *states):
         from . import library
 
         return library.call_gather_particles_(ancestors, states, backend)
@@ -603,6 +617,8 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
 def _gather_obstacle(ancestors: Tensor, states: Sequence[Tensor]) -> str:
     first = ancestors.data_ptr()
     for i, state in enumerate(states):
+        if state.is_neg():
+            return f"moves plain bytes, and states[{i}] is a view of the negative"
         if not state.is_contiguous():
             return f"moves plain bytes, and states[{i}] is not contiguous"
         start = state.data_ptr()
@@ -646,13 +662,14 @@ def log_prob_and_gradient(
     Returns the log-densities ``[n]`` in float64, and the gradient in the shape and dtype of ``z``, or None without
     ``return_gradient``. Differentiable in ``z``, any number of times; the reference also in ``y`` and ``added``.
     """
+    z, y, added, rows = _own(z), _own(y), _own(added), _own(rows)
     _check_measurements(z, y, added, rows)
     _check_density(family, scale, df, background, added)
     differentiate = torch.is_grad_enabled()
     obstacle = _density_obstacle(y, added) if differentiate else ""
     if not _traced() and _transformed():
         obstacle = _NO_TRANSFORMS
-    if not obstacle and (_through_dispatcher(z) or (differentiate and z.requires_grad)):
+    if not obstacle and (_through_dispatcher(z, y, added, rows) or (differentiate and z.requires_grad)):
         from . import library
 
         results = library.call_log_prob_and_gradient(z, y, family, scale, df, background, added, rows, backend)
@@ -685,5 +702,32 @@ def _density_obstacle(y: Tensor, added: Tensor | None) -> str:
     return ""
 
 
-def _through_dispatcher(x: Tensor) -> bool:
-    return _traced() or type(x) not in (Tensor, torch.nn.Parameter)
+def _through_dispatcher(*values: Any) -> bool:
+    """Whether a call is recorded, or a value is a tensor that has no memory of its own, as a fake or a sharded one."""
+    if _traced():
+        return True
+    return any(isinstance(v, Tensor) and type(v) not in (Tensor, torch.nn.Parameter) for v in values)
+
+
+def _own_in_place(value: Any) -> Any:
+    """A subclass that only adds methods as torch's own tensor of the same memory; anything else as it is."""
+    if type(value) is Tensor or not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
+        return value
+    if torch.compiler.is_compiling():  # which knows what it traces
+        return value
+    plain = type(value).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+    return value.as_subclass(Tensor) if plain else value
+
+
+def _own(value: Any) -> Any:
+    """The same, and what is a view of the negative (`torch._neg_view`) written out: kernels read plain memory."""
+    if not isinstance(value, Tensor) or torch.compiler.is_compiling():
+        return value
+    value = _own_in_place(value)
+    return value.resolve_neg() if value.is_neg() else value
+
+
+def _own_coefficients(coefficients: Coefficients) -> Coefficients:
+    if not any(isinstance(c, Tensor) for c in coefficients):
+        return coefficients
+    return tuple(map(_own, coefficients))

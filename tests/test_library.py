@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastguide
@@ -523,3 +524,75 @@ def test_clips_and_coefficients_pass_through_the_schema():
 
 def test_the_module_is_public():
     assert fastguide.library is library
+
+
+# --- tensors that are not plain memory ------------------------------------------------------------------------
+
+
+def calls():
+    """Each operation with one of its tensors replaced: name, argument, call."""
+    x, w, y = normal(4, 3), normal(4), normal(1, 3)
+    table = (0.6, 0.8, 0.8, torch.full((4,), 0.6), 0.1)
+
+    def step(t, at):
+        tensors = {"x": x, "model_output": x + 1, "displacement": x - 1} | {at: t}
+        return ops.reverse_step(coefficients=(0.6, 0.8, 0.8, 0.6, 0.1), seed=1, **tensors)
+
+    def propose(t, at):
+        tensors = {"x": x, "x0_hat": x + 1, "displacement": x - 1, "log_weights": w} | {at: t}
+        return ops.propose_and_weigh(coefficients=(0.6, 0.8, 0.8, 0.6, 0.1), seed=1, **tensors)[1]
+
+    def density(t, at):
+        tensors = {"z": x, "y": y, "added": y.square()} | {at: t}
+        return ops.log_prob_and_gradient(family="gaussian", scale=0.5, **tensors)[0]
+
+    for at, value in (("x", x), ("model_output", x + 1), ("displacement", x - 1)):
+        yield f"reverse_step, {at}", value, lambda t, at=at: step(t, at)
+    yield "reverse_step, sigma_s", table[3], lambda t: ops.reverse_step(x, x, (*table[:3], t, 0.1), seed=1)
+    for at, value in (("x", x), ("x0_hat", x + 1), ("displacement", x - 1), ("log_weights", w)):
+        yield f"propose_and_weigh, {at}", value, lambda t, at=at: propose(t, at)
+    yield "resample", w, lambda t: ops.resample(t, seed=1)[0]
+    for at, value in (("z", x), ("y", y), ("added", y.square())):
+        yield f"log_prob_and_gradient, {at}", value, lambda t, at=at: density(t, at)
+
+
+CALLS = {name: (value, call) for name, value, call in calls()}
+
+
+class Labelled(torch.Tensor):
+    """Adds nothing but a name."""
+
+
+def labelled(value):
+    return value.clone().as_subclass(Labelled)
+
+
+def negative_view(value):
+    return torch._neg_view(-value)
+
+
+@pytest.mark.parametrize("make", [labelled, negative_view])
+@pytest.mark.parametrize("name", CALLS)
+def test_subclasses_and_views_of_the_negative_are_read_right(name, make):
+    value, call = CALLS[name]
+    torch.testing.assert_close(call(make(value)).as_subclass(torch.Tensor), call(value), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n != "resample"])
+def test_a_tensor_without_memory_is_seen_in_every_argument(name):
+    """A TwoTensor's pointer is 0, which would mean that there is none."""
+    value, call = CALLS[name]
+    both = call(TwoTensor(value.clone(), value.clone()))
+    assert isinstance(both, TwoTensor)
+    for part in (both.a, both.b):
+        torch.testing.assert_close(part, call(value), rtol=0, atol=0)
+
+
+def test_states_without_memory_are_seen():
+    ancestors, state = torch.tensor([2, 0, 1]), normal(3, 2)
+    wrapped = TwoTensor(state.clone(), state.clone())
+    ops.gather_particles_(ancestors, wrapped, check=False)
+    assert torch.equal(wrapped.a, state[ancestors]) and torch.equal(wrapped.b, state[ancestors])
+    negative = torch._neg_view(-state)
+    ops.gather_particles_(ancestors, negative)
+    assert torch.equal(negative.resolve_neg(), state[ancestors])
