@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import ops
 from .operators import Identity, LinearOperator, Operator, Pairs, mean_gram_diagonal, moved
-from .reference import POISSON_LEAST, POISSON_SHARE, Scalar
+from .reference import Scalar
 
 __all__ = ["Callable", "Gaussian", "Laplace", "Likelihood", "Poisson", "StudentT"]
 
@@ -458,7 +458,8 @@ class Poisson(_Density):
         return dict(family="poisson", scale=scale, background=self.background)
 
     def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
-        return 1.0 / (scale * (z + self.background).clamp(min=POISSON_SHARE * POISSON_LEAST * scale))
+        # Held at that of one count, as the parabola's is: 1 / rate would be ten times that at dark rates.
+        return 1.0 / (scale * (z + self.background).clamp(min=scale))
 
 
 class Callable(Likelihood):

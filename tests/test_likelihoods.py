@@ -417,7 +417,7 @@ def test_curvature_of_laplace_is_held_where_the_residual_vanishes():
 @pytest.mark.parametrize("scale, background", [(1.0, 0.0), (0.5, 2.0)])
 def test_curvature_of_poisson_is_its_information(scale, background):
     """``E[(d log p / dz)^2]`` over the counts."""
-    z = torch.tensor([[0.3, 4.0, 20.0]]).double()
+    z = torch.tensor([[1.3, 4.0, 20.0]]).double()
     rate = (z + background) / scale
     counts = torch.arange(200.0).double()[:, None]
     likelihood = Poisson(scale * counts, Identity(), scale, background)
@@ -428,6 +428,19 @@ def test_curvature_of_poisson_is_its_information(scale, background):
     slope = exact  # also where counts far above the rate have a parabola
     information = (torch.as_tensor(stats.poisson.pmf(counts.numpy(), rate.numpy())) * slope**2).sum(0)
     torch.testing.assert_close(likelihood.curvature(z, scale * counts, scale)[0], information)
+
+
+@pytest.mark.parametrize("scale, background", [(1.0, 0.0), (0.02, 0.01)])
+def test_curvature_of_poisson_at_dark_rates_is_the_parabolas(scale, background):
+    """Of no count and of one: how fast the gradient falls."""
+    counts, rate = (
+        torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0]]).double(),
+        torch.tensor([[-2.0, 0.0, 0.05, 0.0, 0.4]]).double(),
+    )
+    y, z, h = scale * counts, scale * rate - background, 1e-3 * scale
+    likelihood = Poisson(y, Identity(), scale, background)
+    up, down = (likelihood.log_prob_and_gradient(z + step, y, scale)[1] for step in (h, -h))
+    torch.testing.assert_close(likelihood.curvature(z, y, scale), (down - up) / (2 * h))
 
 
 # --- schedules of the scale, callables, copies --------------------------------------------------------------
