@@ -22,15 +22,15 @@ Counter = tuple[Counted, Counted, int, int]  # seed, step, stream, first_particl
 
 _library = torch.library.Library("fastguide", "DEF")
 
-_COUNTER = "int seed, int step, int stream, int first_particle, Tensor? seed_tensor, Tensor? step_tensor"
+_COUNTER = "SymInt seed, SymInt step, SymInt stream, SymInt first_particle, Tensor? seed_tensor, Tensor? step_tensor"
 for schema in (
     f"randn(SymInt[] shape, {_COUNTER}, ScalarType dtype, Device device, str backend) -> Tensor",
     "reverse_step(Tensor x, Tensor model_output, float[] coefficients, Tensor? table, str prediction, float[] clip, "
     f"bool clip_noise, Tensor? displacement, {_COUNTER}, bool return_x0, str backend) -> (Tensor, Tensor)",
     "propose_and_weigh(Tensor x, Tensor x0_hat, Tensor displacement, Tensor log_weights, float[] coefficients, "
     f"Tensor? table, {_COUNTER}, str backend) -> (Tensor, Tensor)",
-    "resample(Tensor log_weights, str scheme, SymInt num, float? ess_threshold, int seed, int step, int stream, "
-    "int first_row, Tensor? seed_tensor, Tensor? step_tensor, bool sorted, str backend) "
+    "resample(Tensor log_weights, str scheme, SymInt num, float? ess_threshold, SymInt seed, SymInt step, "
+    "SymInt stream, SymInt first_row, Tensor? seed_tensor, Tensor? step_tensor, bool sorted, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     "gather_particles_(Tensor ancestors, Tensor(a!)[] states, str backend) -> ()",
     "log_prob_and_gradient(Tensor z, Tensor y, str family, float scale, float? df, float background, Tensor? added, "

@@ -511,6 +511,31 @@ def test_seeds_and_steps_are_numbers_or_tensors(backend):
             ops.randn((2, 3), **{"seed": 1, name: bad})
 
 
+@pytest.mark.parametrize("first", (3, 2**64 - 3))
+def test_a_compiled_function_takes_any_integer_seed(first):
+    """torch compiles for the first seed, then for any, then for seeds from 2^63 on (or below, whichever is second)."""
+    x, weights, graphs = normal(3, 5), normal(3, seed=1), 0
+
+    def draws(x, weights, seed, step):
+        counter = dict(seed=seed, step=step, stream=3)
+        z = ops.randn(x.shape, **counter)
+        proposed = ops.propose_and_weigh(x, z, 0.1 * x, weights, VP, **counter)
+        ancestors = ops.resample(weights, check=False, first_row=step, **counter)[0]
+        return z, ops.reverse_step(x, z, VP, first_particle=seed % 97, **counter), *proposed, ancestors
+
+    def counting(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    compiled_draws = torch.compile(draws, fullgraph=True, backend=counting)
+    seeds = (first, 11, 0, 1, 17, 2**31, 2**32 + 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**63 + 5, 2**64 - 1, 12)
+    for i, seed in enumerate(seeds):
+        assert_same_bits(compiled_draws(x, weights, seed, i + 2), draws(x, weights, seed, i + 2))
+    assert graphs <= 3
+
+
 def test_clips_and_coefficients_pass_through_the_schema():
     for clip in CLIPS:
         unpacked = library._unpack_clip(library._pack_clip(clip))
