@@ -126,7 +126,8 @@ def _device_of(backend: str) -> str:
 
 
 def select(operation: str, backend: str = "auto", *, device: torch.device, dtype: torch.dtype, **facts: Any) -> str:
-    """The name of the backend that serves the call: ``backend``, or for ``"auto"`` the fastest that can."""
+    """The name of the backend that serves the call: ``backend``, or for ``"auto"`` the fastest that can. Warns, once
+    for each reason, where that is the reference."""
     if backend != "auto":
         if backend not in _SERVES:
             raise ValueError(f"backend: expected one of {', '.join(('auto', *ORDER))}, got {backend!r}")
@@ -142,6 +143,8 @@ def select(operation: str, backend: str = "auto", *, device: torch.device, dtype
         if not _why_not_auto(name, operation, device=device, dtype=dtype, **facts):
             if name == "reference" and missing:
                 _warn_slow(device.type, missing)
+            elif name == "reference" and facts.get("obstacle") and not torch.compiler.is_compiling():
+                _warn_reference(operation, facts["obstacle"])
             return name
         if _device_of(name) == device.type and operation in _SERVES[name]:
             missing = missing or load_error(name)
@@ -154,6 +157,17 @@ def _warn_slow(device: str, reason: str) -> None:
     warnings.warn(
         f"fastguide runs on {device} tensors without its compiled kernels, slowly: {reason}. "
         "`fastguide doctor` tells more.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+@functools.cache
+def _warn_reference(operation: str, obstacle: str) -> None:
+    # Once: a loop would say it at every step.
+    warnings.warn(
+        f"{operation} runs in plain PyTorch, which is slower than its kernel: the kernel {obstacle}. "
+        'backend="reference" chooses this without a warning.',
         RuntimeWarning,
         stacklevel=4,
     )

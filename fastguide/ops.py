@@ -9,6 +9,8 @@ While ``torch.compile`` traces, and for fake tensors, a call goes through the op
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import math
 from collections.abc import Sequence
@@ -521,6 +523,11 @@ def resample(
             if check and bad >= 0:
                 _refuse_weights(log_weights, bad)
             return results
+    if _needs_grad(log_weights):
+        raise ValueError(
+            "log_weights: expected a tensor that needs no gradient, since draws have none, got one that requires it; "
+            "pass log_weights.detach(), or call inside torch.no_grad()"
+        )
     rows = log_weights[..., 0].numel()
     _check_counter(seed, step, stream, first_row, rows, 4 * number, log_weights.device, first="first_row")
     if check and torch.compiler.is_compiling():
@@ -576,6 +583,10 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
     GPU; the CPU always looks); each state ``[B, K, *event]`` or ``[K, *event]``, of any dtype. Only particles whose
     ancestor is another are copied; with ancestors of `resample` with ``sorted=False`` they are the fewest. The compiled
     kernels move nothing where an ancestor is out of range, checked or not.
+
+    A state whose particles are dense in any order of the event's dimensions (``channels_last``) moves in place; any
+    other view moves through a contiguous copy. Elements of the states must not share memory with each other. An error
+    leaves every state as it was.
     """
     ancestors, states = _own(ancestors), tuple(map(_own_in_place, states))
     if not isinstance(ancestors, Tensor) or ancestors.dtype not in (torch.int32, torch.int64):
@@ -597,34 +608,118 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
         from . import library
 
         return library.call_gather_particles_(ancestors, states, backend)
-    obstacle = _gather_obstacle(ancestors, states)
+    obstacle = _NO_TRANSFORMS if _transformed() else ""
+    apart = not obstacle and _lie_apart(ancestors, states)
+    if not obstacle and not apart:  # inside a transform, tensors have no addresses
+        _check_overlaps(states)
     chosen = select("gather_particles_", backend, device=ancestors.device, dtype=ancestors.dtype, obstacle=obstacle)
+    if chosen == "reference":
+        for i, state in enumerate(states):
+            if state.is_inference() and not torch.is_inference_mode_enabled():
+                raise RuntimeError(f"states[{i}]: torch changes a tensor made in inference_mode only inside that mode")
+        if check:
+            _check_indices("ancestors", ancestors, ancestors.shape[-1])
+        return reference.gather_particles_(ancestors, *states)
+    dense: Sequence[Tensor] = states
+    if not apart:
+        ancestors = ancestors.clone()  # a state may share their memory
+        dense = [_dense(state, ancestors.ndim) for state in states]
     if chosen == "cpu":
-        bad = compiled.gather_particles_cpu(ancestors.contiguous(), states)
+        bad = compiled.gather_particles_cpu(ancestors.contiguous(), dense)
         if bad >= 0:
             _refuse_index("ancestors", ancestors, ancestors.shape[-1], bad)
-        return
-    if chosen == "cuda":
-        outside = compiled.gather_particles_cuda(ancestors.contiguous(), states)
+    else:
+        outside = compiled.gather_particles_cuda(ancestors.contiguous(), dense)
         if check and outside.item():
             _check_indices("ancestors", ancestors, ancestors.shape[-1])
-        return
-    if check:
-        _check_indices("ancestors", ancestors, ancestors.shape[-1])
-    reference.gather_particles_(ancestors, *states)
+    if not apart:
+        for state, moved in zip(states, dense, strict=True):
+            if moved.data_ptr() != state.data_ptr():
+                with torch.inference_mode() if state.is_inference() else contextlib.nullcontext():
+                    state.copy_(moved)
 
 
-def _gather_obstacle(ancestors: Tensor, states: Sequence[Tensor]) -> str:
-    first = ancestors.data_ptr()
-    for i, state in enumerate(states):
-        if state.is_neg():
-            return f"moves plain bytes, and states[{i}] is a view of the negative"
+def _lie_apart(ancestors: Tensor, states: Sequence[Tensor]) -> bool:
+    """Whether the states are contiguous and no memory is in two of the tensors, as in nearly every call."""
+    start = ancestors.data_ptr()
+    spans = [(start, start + ancestors.nbytes)]
+    for state in states:
         if not state.is_contiguous():
-            return f"moves plain bytes, and states[{i}] is not contiguous"
-        start = state.data_ptr()
-        if start < first + ancestors.nbytes and first < start + state.nbytes:
-            return f"moves plain bytes, and states[{i}] shares memory with ancestors"
-    return ""
+            return False
+        start, end = state.data_ptr(), state.data_ptr() + state.nbytes
+        for other_start, other_end in spans:
+            if start < other_end and other_start < end:
+                return False
+        spans.append((start, end))
+    return True
+
+
+def _dense(state: Tensor, leading: int) -> Tensor:
+    """The state with its event's dimensions in the order of memory, or else a contiguous copy."""
+    if state.is_contiguous():
+        return state
+    event = sorted(range(leading, state.ndim), key=state.stride, reverse=True)
+    turned = state.permute(*range(leading), *event)
+    return turned if turned.is_contiguous() else state.contiguous()
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The addresses of the first byte and of that after the last."""
+    if x.numel() == 0:
+        return 0, 0
+    steps = sum((number - 1) * stride for number, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (steps + 1) * x.element_size()
+
+
+def _check_overlaps(states: Sequence[Tensor]) -> None:
+    """Raise where an element of the states would be written twice."""
+    spans = [_span(state) for state in states]
+    for i, state in enumerate(states):
+        if not state.is_contiguous() and _share_bytes(_layout(state, spans[i][0])):
+            raise ValueError(
+                f"states[{i}]: expected elements that share no memory, got shape {list(state.shape)} "
+                f"with strides {list(state.stride())}"
+            )
+        for j in range(i):
+            first = min(spans[i][0], spans[j][0])
+            meet = spans[i][0] < spans[j][1] and spans[j][0] < spans[i][1]
+            if meet and _share_bytes(_layout(states[j], first), _layout(state, first)):
+                raise ValueError(f"states[{i}]: expected memory of its own, got a tensor that overlaps states[{j}]")
+
+
+def _layout(x: Tensor, first: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Sizes and strides in bytes, and the place of its first byte after the address ``first``. Dimensions that lie one
+    in another are one."""
+    sizes, strides = [x.element_size()], [1]
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride * x.element_size() == strides[-1] * sizes[-1]:
+            sizes[-1] *= size
+        else:
+            sizes.append(size)
+            strides.append(stride * x.element_size())
+    return tuple(sizes), tuple(strides), x.data_ptr() - first
+
+
+@functools.lru_cache(maxsize=64)
+def _share_bytes(*layouts: tuple[tuple[int, ...], tuple[int, ...], int]) -> bool:
+    """Whether a byte belongs to two of the layouts' elements. A loop asks of the same layouts at every step."""
+    nested = all(
+        step >= size * stride
+        for sizes, strides, _ in layouts
+        for size, stride, step in zip(sizes, strides, strides[1:], strict=False)
+    )
+    if nested and len(layouts) == 1:
+        return False
+    if any(0 in strides for _, strides, _ in layouts):
+        return True
+    ends = [at + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) + 1 for sizes, strides, at in layouts]
+    taken, bytes_of_all = torch.zeros(max(ends), dtype=torch.bool, device="cpu"), 0
+    for sizes, strides, at in layouts:
+        taken.as_strided(sizes, strides, at).fill_(True)
+        bytes_of_all += math.prod(sizes)
+    return int(taken.count_nonzero()) < bytes_of_all
 
 
 def _check_indices(name: str, indices: Tensor, size: int) -> None:

@@ -229,32 +229,119 @@ def test_torchs_threads_are_used(threads):
     assert torch.equal(state, expected)
 
 
-@pytest.mark.parametrize("make", (survivors, uniform))
-@pytest.mark.parametrize("backend", ("cpu", "reference"))
-def test_a_state_given_twice_is_moved_twice(make, backend):
-    ancestors, state = make(30), torch.randn(30, 5)
-    expected = state[ancestors][ancestors]
-    ops.gather_particles_(ancestors, state, state, backend=backend)
-    assert torch.equal(state, expected)
+# Made of 120 numbers in memory: the state, [K, *event] with K = 5.
+VIEWS = {
+    "channels last": lambda m: m.view(5, 4, 3, 2).permute(0, 3, 1, 2),  # in place
+    "particles last": lambda m: m.view(24, 5).T,
+    "particles in the middle": lambda m: m.view(4, 5, 6).permute(1, 2, 0),
+    "every second": lambda m: m.view(5, 24)[:, ::2],
+    "turned and cut": lambda m: m.view(5, 4, 6).transpose(1, 2)[:, 1:4],
+    "interleaved, without an order of strides": lambda m: m.as_strided((5, 2), (2, 3)),
+    "one element": lambda m: m.as_strided((5, 1, 3), (24, 0, 2)),
+}
 
 
-def test_views_are_not_for_the_kernel_and_it_says_so():
-    base = torch.randn(2, 5, 30)
-    view, ancestors = base.transpose(1, 2), torch.stack([uniform(30), survivors(30)])
-    expected = indexed(ancestors, view)
-    with pytest.raises(RuntimeError, match=r"cpu moves plain bytes, and states\[1\] is not contiguous"):
-        ops.gather_particles_(ancestors, torch.zeros(2, 30), view, backend="cpu")
-    ops.gather_particles_(ancestors, torch.zeros(2, 30), view)
-    assert torch.equal(base.transpose(1, 2), expected)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+@pytest.mark.parametrize("backend", ("auto", "cpu", "reference"))
+@pytest.mark.filterwarnings("error")
+def test_views_move_in_place_and_nothing_beside_them(view, backend):
+    ancestors, memory = torch.tensor([1, 2, 0, 0, 3]), torch.randn(120)
+    expected, beside = memory.clone(), torch.arange(5)
+    view(expected).copy_(view(memory)[ancestors])
+    ops.gather_particles_(ancestors, beside, view(memory), backend=backend)
+    assert torch.equal(memory, expected) and torch.equal(beside, ancestors)
+
+
+def test_only_views_that_are_not_dense_are_copied(monkeypatch):
+    given = []
+
+    def record(ancestors, states, _f=compiled.gather_particles_cpu):
+        given.extend(state.data_ptr() for state in states)
+        return _f(ancestors, states)
+
+    monkeypatch.setattr(compiled, "gather_particles_cpu", record)
+    for name, in_place in (("channels last", True), ("particles last", False)):
+        view = VIEWS[name](torch.randn(120))
+        ops.gather_particles_(torch.arange(5).flip(0), view)
+        assert (given.pop() == view.data_ptr()) == in_place
+
+
+@pytest.mark.parametrize("turn", (lambda x: x, lambda x: x.view(3, 4).T))
+@pytest.mark.filterwarnings("error")
+def test_views_of_the_negative(turn):
+    """The kernel moves their bytes; a copy has the sign written out, and copying back takes it off again."""
+    memory = torch.arange(12.0)
+    state = turn(torch._neg_view(memory))
+    ancestors = torch.arange(len(state)).flip(0)
+    expected = turn(-memory)[ancestors]
+    ops.gather_particles_(ancestors, state)
+    assert torch.equal(state, expected) and (memory.sort().values == torch.arange(12.0)).all()
+
+
+def test_views_made_in_inference_mode():
+    with torch.inference_mode():
+        state = torch.arange(12.0).view(3, 4).T
+    ops.gather_particles_(torch.tensor([3, 1, 1, 0]), state)
+    assert state[:, 0].tolist() == [3.0, 1.0, 1.0, 0.0]
+    with pytest.raises(RuntimeError, match=r"states\[1\]: torch changes a tensor made in inference_mode only inside"):
+        ops.gather_particles_(torch.tensor([3, 1, 1, 0]), torch.zeros(4), state, backend="reference")
+
+
+def test_a_derivative_in_forward_mode_moves_with_the_state():
+    ancestors, x = torch.tensor([1, 1, 2]), torch.tensor([1.0, 2.0, 3.0])
+
+    def moved(x):
+        x = 2.0 * x
+        ops.gather_particles_(ancestors, x)
+        return x
+
+    value, slope = torch.func.jvp(moved, (x,), (torch.tensor([5.0, 6.0, 7.0]),))
+    assert value.tolist() == [4.0, 4.0, 6.0] and slope.tolist() == [12.0, 12.0, 14.0]
+
+
+# --- memory that is shared ----------------------------------------------------------------------------------
+
+OVERLAPS = {
+    "twice the same": (lambda m: (m[:4], m[:4]), r"states\[2\]: expected memory of its own, .* overlaps states\[1\]"),
+    "shifted": (lambda m: (m[:4], m[3:7]), r"states\[2\]: .* overlaps states\[1\]"),
+    "other bytes of the same": (lambda m: (m[:4], m.view(torch.uint8)[13:17]), r"states\[2\]: .* overlaps states\[1\]"),
+    "columns": (lambda m: (m.view(4, 5)[:, :3], m.view(4, 5)[:, 2:]), r"states\[2\]: .* overlaps states\[1\]"),
+    "expanded": (lambda m: (m[:1].expand(4),), r"states\[1\]: expected elements that share no memory, got shape \[4\]"),
+    "windows": (lambda m: (m.as_strided((4, 3), (1, 1)),), r"states\[1\]: .* share no memory, .* strides \[1, 1\]"),
+    "windows that skip": (lambda m: (m.as_strided((4, 2), (2, 4)),), r"states\[1\]: .* strides \[2, 4\]"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), OVERLAPS.values(), ids=OVERLAPS.keys())
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_states_that_share_memory_are_refused_and_nothing_moves(make, message, backend):
+    first, memory = torch.arange(4.0), torch.arange(20.0)
+    with pytest.raises(ValueError, match=message):
+        ops.gather_particles_(torch.tensor([1, 1, 0, 2]), first, *make(memory), backend=backend)
+    assert torch.equal(first, torch.arange(4.0)) and torch.equal(memory, torch.arange(20.0))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda m: (m[:, :3], m[:, 3:]),
+        lambda m: (m[:, ::2], m[:, 1::2]),
+        lambda m: (m[:, 5:], m[:, :0], m[:, :5].view(torch.uint8)),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_parts_of_one_buffer_move_as_the_whole(parts):
+    ancestors, memory = torch.tensor([1, 2, 0, 2]), torch.randn(4, 6)
+    expected = memory[ancestors]
+    ops.gather_particles_(ancestors, *parts(memory))
+    assert torch.equal(memory, expected)
 
 
 @both_indices
 def test_ancestors_among_the_states(index_dtype):
     ancestors, state = uniform(30).to(index_dtype), torch.randn(30, 2)
     expected, moved = ancestors[ancestors.long()], state[ancestors.long()]
-    with pytest.raises(RuntimeError, match=r"states\[0\] shares memory with ancestors"):
-        ops.gather_particles_(ancestors, ancestors, backend="cpu")
-    ops.gather_particles_(ancestors, ancestors, state)  # they say what moves as they were when called
+    ops.gather_particles_(ancestors, ancestors, state, backend="cpu")  # they say what moves as they were when called
     assert torch.equal(ancestors, expected) and torch.equal(state, moved)
 
 

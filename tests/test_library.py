@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import shutil
+import sys
+import warnings
 
 import pytest
 import torch
@@ -473,6 +476,43 @@ def test_eager_calls_skip_the_dispatcher():
         OPERATORS.randn((2, 3), 1, 0, 0, 0, None, None, torch.float32, torch.device("cpu"), "auto")
         ops.reverse_step(parameter, parameter, VP)  # whose derivative the kernel does not record
     assert [name.split(".")[1] for name in recorder.names if "fastguide" in name] == ["randn", "reverse_step"]
+
+
+X, MEASURED = normal(3, 4), normal(1, 4, seed=1)
+LEARNED = (0.6, torch.full((3,), 0.8, requires_grad=True), 0.8, 0.6, 0.3)
+WITHOUT_KERNELS = {
+    "coefficients": (
+        lambda backend: ops.reverse_step(X, X, LEARNED, seed=1, backend=backend),
+        "reverse_step runs in plain PyTorch.*: the kernel has no derivatives in coefficients",
+    ),
+    "y": (
+        lambda backend: ops.log_prob_and_gradient(
+            X, MEASURED.clone().requires_grad_(), family="gaussian", scale=1.0, backend=backend
+        )[0],
+        "log_prob_and_gradient runs in plain PyTorch.*: the kernel differentiates in z alone, and y requires",
+    ),
+    "forward mode": (
+        lambda backend: torch.func.jvp(lambda x: ops.reverse_step(x, X, VP, seed=1, backend=backend), (X,), (X,))[1],
+        "reverse_step runs in plain PyTorch.*: the kernel has no function transforms or forward-mode derivatives",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "reason"), WITHOUT_KERNELS.values(), ids=WITHOUT_KERNELS.keys())
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_a_call_that_no_kernel_serves_says_so_once(call, reason):
+    backends = sys.modules["fastguide.backends"]  # the package's attribute of that name is its function
+    backends._warn_reference.cache_clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*plain PyTorch")
+        expected = call("reference")  # chosen by name: nothing to say
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert torch.equal(call("auto"), expected)
+    said = [str(warning.message) for warning in caught if "plain PyTorch" in str(warning.message)]
+    assert len(said) == 1 and re.match(reason, said[0])
+    backends._warn_reference.cache_clear()
 
 
 def test_seeds_pass_through_the_signed_schema():

@@ -746,6 +746,8 @@ ROWS = torch.zeros(2, 3)
         (ROWS, dict(seed=-1), ValueError, "seed: expected an integer"),
         (ROWS, dict(step=2**32), ValueError, "step: expected an integer"),
         (ROWS, dict(stream=2**16), ValueError, "stream: expected an integer"),
+        (ROWS.clone().requires_grad_(), {}, ValueError, "log_weights: expected a tensor that needs no gradient"),
+        (ROWS.clone().requires_grad_(), dict(backend="reference"), ValueError, "log_weights: .* no gradient"),
         (ROWS, dict(backend="metal"), ValueError, "backend: expected one of"),
         (ROWS, dict(backend="triton"), RuntimeError, "triton has no kernel for resample"),
     ],
@@ -753,6 +755,15 @@ ROWS = torch.zeros(2, 3)
 def test_resample_errors(log_weights, options, error, message):
     with pytest.raises(error, match=message):
         ops.resample(log_weights, **options)
+
+
+def test_weights_that_require_a_gradient_are_drawn_from_without_one():
+    weights = random_weights(2, 30)
+    expected = ops.resample(weights, seed=1)
+    with torch.no_grad():
+        got = ops.resample(weights.clone().requires_grad_(), seed=1)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
