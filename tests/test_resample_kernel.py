@@ -392,7 +392,7 @@ def test_the_public_function_takes_it(scheme, dtype):
             ops.resample(weights, scheme=scheme, **options),
             ops.resample(weights, scheme=scheme, backend="cpu", **options),
             ops.resample(weights.T.contiguous().T, scheme=scheme, **options),
-            ops.resample(torch.nn.Parameter(weights), scheme=scheme, **options),
+            ops.resample(torch.nn.Parameter(weights, requires_grad=False), scheme=scheme, **options),
         ):
             assert_same(got, expected)
             assert all(out.is_contiguous() and not out.requires_grad for out in got)
