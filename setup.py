@@ -19,12 +19,24 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ISAS = ("avx512", "avx2", "portable") if os.uname().machine == "x86_64" else ("portable",)
-CXX, WISH = os.environ.get("CXX", "g++"), os.environ.get("FASTGUIDE_CUDA", "auto")
+CXX = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "")
+WISH = os.environ.get("FASTGUIDE_CUDA", "auto")
 CUDA = {"status": "skipped", "reason": "", "nvcc": "", "archs": [], "error": []}  # as _build.json has it
 
 
 def output(*command):
     return subprocess.getstatusoutput(shlex.join(command), errors="replace")
+
+
+def compiler_version():
+    """What the C++ compiler calls itself. Without one, the build ends here."""
+    command = f"{CXX or 'false'} -std=c++17 -dM -E -xc++ {os.devnull}"
+    status, text = subprocess.getstatusoutput(command, errors="replace")
+    version = re.search(r'^#define __VERSION__ "(.*)"', text, re.MULTILINE)
+    if status or not version:
+        found = f"CXX={CXX!r} is none" if CXX else "CXX is not set, and g++, c++ and clang++ are not on PATH"
+        sys.exit(f"fastguide: no C++17 compiler: {found}. Install g++ or clang++, or name one in CXX.\n{text[-800:]}")
+    return version[1]
 
 
 def find_nvcc():
@@ -65,7 +77,7 @@ class NinjaBuild(build_ext):
         if WISH not in ("0", "1", "auto"):
             sys.exit(f"FASTGUIDE_CUDA: expected 0, 1 or auto, got {WISH!r}")
         self.mkpath(self.build_temp)
-        nvcc, file = find_nvcc(), os.path.join(self.build_temp, "build.ninja")
+        version, nvcc, file = compiler_version(), find_nvcc(), os.path.join(self.build_temp, "build.ninja")
         Path(file).write_text(self.ninja_text(nvcc))
         ninja = (sys.executable, "-m", "ninja", "-k0", "-f", file)
         status, log = output(*ninja)
@@ -80,9 +92,7 @@ class NinjaBuild(build_ext):
                 sys.exit("\n".join([f"fastguide: FASTGUIDE_CUDA=1, but {CUDA['reason']}", *CUDA["error"]]))
             Path(self.get_ext_fullpath("fastguide._cuda")).unlink(missing_ok=True)  # of an earlier build
             self.extensions = self.extensions[:1]
-        macros = output(*shlex.split(CXX), "-fopenmp", "-dM", "-E", "-xc++", os.devnull)[1]
-        facts = dict(re.findall(r'#define (__VERSION__|_OPENMP) "?([^"\n]*)', macros))
-        record = {"compiler": f"{CXX} {facts['__VERSION__']}", "openmp": facts["_OPENMP"], "cuda": CUDA}
+        record = {"compiler": f"{CXX} {version}", "cuda": CUDA}
         record |= dict(re.findall(r"^(\w*flags) = (.*)$", Path("csrc/rules.ninja").read_text(), re.MULTILINE))
         Path(self.build_lib, "fastguide", "_build.json").write_text(json.dumps(record, indent=2) + "\n")
         print(f"fastguide: CUDA {CUDA['status']} {CUDA['reason']}")

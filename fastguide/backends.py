@@ -58,7 +58,7 @@ def backends() -> dict[str, Backend]:
     """Every backend by name, in the order in which ``auto`` asks them."""
     record = compiled.build_record()
     cuda_details = dict(record.get("cuda", {}))
-    kept = ("compiler", "cxxflags", "openmp")
+    kept = ("compiler", "cxxflags")
     cpu_details: dict[str, Any] = {key: record[key] for key in kept if key in record}
     if not compiled.load_error("cpu"):
         cpu_details["instruction_set"] = compiled.module("cpu").instruction_set()

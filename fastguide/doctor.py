@@ -105,7 +105,10 @@ def report() -> str:
             ("Python", f"{platform.python_version()} on {platform.platform()}"),
             ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
             ("numpy", numpy.__version__),
-            ("compiler", record.get("compiler", "no build record: nothing was compiled here")),
+            (
+                "compiler",
+                record.get("compiler", "nothing was compiled here; a build takes g++, clang++ or what CXX names"),
+            ),
             ("CPU", f"{_cpu_name()}, {os.cpu_count()} visible, {torch.get_num_threads()} threads (torch's)"),
             *_shadow(),
         ]

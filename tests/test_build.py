@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,20 +38,29 @@ def test_every_backend_says_why_it_cannot():
         assert "was not built" in cuda.reason or "did not load" in cuda.reason
 
 
-def test_only_torchs_libgomp_is_mapped():
-    # In a process of its own: what pytest's plugins have loaded is not our concern.
-    code = """
-import torch, fastguide.compiled as c
-out = torch.empty(4, 200_000)
-c.randn_cpu(out, 0, 0, 0, 0)
-print(sorted({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}))
-print(torch.__file__)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    maps, torch_file = done.stdout.splitlines()
-    libraries = json.loads(maps.replace("'", '"'))
-    assert len(libraries) == 1, libraries
-    assert Path(torch_file).parents[1] in Path(libraries[0]).parents
+def described(folder: Path) -> dict:
+    """How the kernels built in ``folder`` run, in a process that pytest's plugins have loaded nothing into."""
+    script = ROOT / "tests" / "describe_build.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert Path(found["module"]).parents[1] == folder
+    return found
+
+
+@pytest.fixture(scope="module")
+def described_here():
+    return described(ROOT)
+
+
+def check_threads(found: dict) -> None:
+    (library,) = found["openmp"]
+    assert Path(found["torch"]).parents[1] in Path(library).parents
+    assert found["busy_threads"] == 2 and found["new_threads"] == 0
+
+
+def test_the_threads_are_those_of_torchs_libgomp(described_here):
+    check_threads(described_here)
 
 
 def test_import_touches_no_gpu():
@@ -291,7 +301,9 @@ def cuda_objects(compile_all):
 @pytest.fixture(scope="module")
 def cpu_objects(compile_all):
     # -O1 leaves more functions out of line than the build's -O3, in half the time.
-    return compile_all(CPU_KERNELS, os.environ.get("CXX", "g++"), *rules("cxxflags|module|isa_avx512"), "-O1")
+    return compile_all(
+        CPU_KERNELS, *shlex.split(os.environ.get("CXX", "g++")), *rules("cxxflags|module|isa_avx512"), "-O1"
+    )
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
@@ -320,13 +332,38 @@ def test_kernels_share_no_function_between_instruction_sets(source, cpu_objects)
     assert not foreign
 
 
-def fake_nvcc(folder, body):
-    path = folder / "bin" / "nvcc"
-    path.parent.mkdir(parents=True)
+def executable(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(0o755)
+    return path
+
+
+def clone(folder: Path) -> Path:
+    """What setup.py needs, in ``folder``, and a package of one empty file."""
+    for module in ("pybind11", "ninja", "setuptools"):
+        pytest.importorskip(module, reason="setup.py needs it")
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "csrc"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    (folder / "fastguide").mkdir(exist_ok=True)
+    (folder / "fastguide" / "__init__.py").touch()
     return folder
 
+
+def build(folder: Path, **environment: str | None) -> subprocess.CompletedProcess:
+    """setup.py run in ``folder``; None unsets a variable."""
+    values = {name: value for name, value in (os.environ | environment).items() if value is not None}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=folder, env=values, capture_output=True, text=True)
+
+
+# In place of a compiler: the bookkeeping is what is tested, and g++ would take seconds. Answers for the compiler's
+# macros, and leaves an empty file at each -o and -MF.
+COMPILES = (
+    'case "$*" in *-dM*) echo "#define __VERSION__ \\"1.2\\"";; esac\n'
+    'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; [ "$1" = -MF ] && : > "$2"; shift; done'
+)
 
 BREAKS = 'case "$1" in --version) echo "release 13.0, V13.0.1";; --list*) echo compute_90;; '
 BREAKS += '*) echo "this compiler is broken" >&2; exit 1;; esac'
@@ -343,25 +380,9 @@ BREAKS += '*) echo "this compiler is broken" >&2; exit 1;; esac'
     ),
 )
 def test_setup_without_cuda(wish, nvcc, status, words, tmp_path):
-    # A stand-in for the host compiler as well: the bookkeeping is what is tested, and g++ would take seconds.
-    for module in ("pybind11", "ninja", "setuptools"):
-        pytest.importorskip(module, reason="setup.py needs it")
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "csrc"):
-        source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    (tmp_path / "fastguide").mkdir()
-    (tmp_path / "fastguide" / "__init__.py").touch()
-    cxx = tmp_path / "cxx"
-    cxx.write_text(  # answers for the compiler's macros, and leaves an empty file at each -o and -MF
-        "#!/bin/sh\n"
-        'case "$*" in *-dM*) echo "#define __VERSION__ \\"1.2\\""; echo "#define _OPENMP 201511";; esac\n'
-        'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; [ "$1" = -MF ] && : > "$2"; shift; done\n'
-    )
-    cxx.chmod(0o755)
-    home = fake_nvcc(tmp_path / "home", nvcc)
-    environment = os.environ | {"FASTGUIDE_CUDA": wish, "CUDA_HOME": str(home), "CXX": str(cxx)}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    executable(tmp_path / "home" / "bin" / "nvcc", nvcc)
+    cxx = executable(tmp_path / "cxx", COMPILES)
+    done = build(clone(tmp_path), FASTGUIDE_CUDA=wish, CUDA_HOME=str(tmp_path / "home"), CXX=str(cxx))
     record = tmp_path / "fastguide" / "_build.json"
     if status is None:
         assert done.returncode != 0 and words in done.stdout + done.stderr
@@ -372,3 +393,57 @@ def test_setup_without_cuda(wish, nvcc, status, words, tmp_path):
     assert cuda["status"] == status
     assert words in " ".join([cuda["reason"], *cuda["error"]])
     assert list((tmp_path / "fastguide").glob("_cpu*.so")) and not list((tmp_path / "fastguide").glob("_cuda*.so"))
+
+
+@pytest.mark.parametrize(
+    ("cxx", "words"),
+    (
+        (None, "CXX is not set, and g++, c++ and clang++ are not on PATH. Install g++ or clang++, or name one in CXX"),
+        ("nosuch", "CXX='nosuch' is none. Install g++ or clang++, or name one in CXX.\n.*nosuch: .*not found"),
+        ("env nosuch", "CXX='env nosuch' is none"),
+        ("echo", "CXX='echo' is none"),  # runs, and is no compiler
+    ),
+)
+def test_a_missing_compiler_is_named_before_nvcc_runs(cxx, words, tmp_path):
+    executable(tmp_path / "home" / "bin" / "nvcc", f": > {tmp_path}/nvcc-ran")
+    for name in ("sh", "env", "echo"):
+        (tmp_path / "path").mkdir(exist_ok=True)
+        (tmp_path / "path" / name).symlink_to(str(shutil.which(name)))
+    home = str(tmp_path / "home")
+    done = build(clone(tmp_path), FASTGUIDE_CUDA="1", CUDA_HOME=home, CXX=cxx, PATH=str(tmp_path / "path"))
+    assert done.returncode != 0
+    assert re.search(f"fastguide: no C\\+\\+17 compiler: {words.replace('++', '[+][+]')}", done.stderr), done.stderr
+    assert not (tmp_path / "nvcc-ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("cxx", "there", "taken"),
+    (
+        (None, ("clang++", "c++", "g++"), "g++"),
+        (None, ("clang++",), "clang++"),
+        ("", ("c++",), "c++"),
+        ("env mine", ("g++", "mine"), "env mine"),  # as "ccache g++"
+    ),
+)
+def test_the_compiler_that_is_taken(cxx, there, taken, tmp_path):
+    for name in there:
+        executable(tmp_path / "path" / name, COMPILES)
+    path = f"{tmp_path}/path:{tmp_path}/tools"
+    for name in ("sh", "env"):
+        executable(tmp_path / "tools" / name, f'exec {shutil.which(name)} "$@"')
+    done = build(clone(tmp_path), FASTGUIDE_CUDA="0", CXX=cxx, PATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "fastguide" / "_build.json").read_text())["compiler"] == f"{taken} 1.2"
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++ on PATH")
+def test_clang_makes_the_same_bits_on_torchs_threads(described_here, tmp_path):
+    copy_sources(tmp_path)
+    rules = clone(tmp_path) / "csrc" / "rules.ninja"
+    rules.write_text(rules.read_text().replace(" -O3 ", " -O0 "))  # a fifth of the time
+    done = build(tmp_path, FASTGUIDE_CUDA="0", CXX="clang++")
+    words = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("[")]
+    assert done.returncode == 0 and not re.search("(warning|error): ", "\n".join(words)), words
+    found = described(tmp_path)
+    check_threads(found)
+    assert found["bits"] == described_here["bits"]  # and so the same instruction sets, in the same order

@@ -5,9 +5,12 @@
 #include "noise.h"
 
 #if defined(FG_THREAD_SANITIZER)
-#include <atomic>
 #include <thread>
 #endif
+
+// What GCC makes of "omp parallel". Clang would call a library of its own, with threads of its own, beside the libgomp
+// that torch has loaded.
+extern "C" void GOMP_parallel(void (*member)(void*), void* data, unsigned threads, unsigned flags);
 
 namespace fastguide::cpu::FG_ISA {
 
@@ -44,20 +47,20 @@ FG_INLINE void share_ranges(uint64_t count, uint64_t grain, int threads, const F
     const uint64_t pieces = count / grain < most ? count / grain : most;
     if (threads <= 1 || pieces <= 1) return f(uint64_t{0}, count);
     const int team = pieces < static_cast<uint64_t>(threads) ? static_cast<int>(pieces) : threads;
-    const auto work = [&](uint64_t piece) { f(count * piece / pieces, count * (piece + 1) / pieces); };
-#if defined(FG_THREAD_SANITIZER)  // which knows nothing of OpenMP's threads
-    std::atomic<uint64_t> next{0};
-    std::thread others[8];
-    const auto take = [&] {
-        for (uint64_t piece; (piece = next++) < pieces;) work(piece);
+    uint64_t next = 0;
+    auto work = [&] {
+        for (uint64_t piece; (piece = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < pieces;)
+            f(count * piece / pieces, count * (piece + 1) / pieces);
     };
+#if defined(FG_THREAD_SANITIZER)  // which knows nothing of OpenMP's threads
+    std::thread others[8];
     const int helpers = team - 1 < 8 ? team - 1 : 8;
-    for (int i = 0; i < helpers; ++i) others[i] = std::thread(take);
-    take();
+    for (int i = 0; i < helpers; ++i) others[i] = std::thread(work);
+    work();
     for (int i = 0; i < helpers; ++i) others[i].join();
 #else
-#pragma omp parallel for num_threads(team) schedule(dynamic, 1)
-    for (uint64_t piece = 0; piece < pieces; ++piece) work(piece);
+    const auto member = [](void* data) noexcept { (*static_cast<decltype(work)*>(data))(); };
+    GOMP_parallel(member, &work, static_cast<unsigned>(team), 0);
 #endif
 }
 

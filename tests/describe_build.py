@@ -1,0 +1,70 @@
+"""Prints how the kernels built in the working directory run, as JSON: their threads, and the bits that they make."""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, os.getcwd())
+
+import torch
+
+from fastguide import compiled, ops
+
+cpu = compiled.module("cpu")
+
+
+def seconds() -> dict[str, float]:
+    """What each thread of this process has computed."""
+    tasks = Path("/proc/self/task").iterdir()
+    return {task.name: int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks}
+
+
+def digest() -> str:
+    """Of what each operation makes of the same numbers."""
+    made = []
+    for dtype in ops.STATE_DTYPES:
+        x = ops.randn((300, 17), seed=1, dtype=dtype)
+        made.append(ops.reverse_step(x, x.flip(0), (0.5, 0.8, 0.9, 0.4, 0.2), clip=1.5, seed=2))
+        y = x.flip(1).abs() if dtype == torch.float64 else x.flip(1).abs().float()
+        for family in ops.FAMILIES:
+            df = 4.0 if family == "student_t" else None
+            made.extend(ops.log_prob_and_gradient(x.abs(), y, family=family, scale=0.3, df=df))
+    weights = ops.randn((3, 5000), seed=3)
+    for scheme in ops.SCHEMES:
+        made.extend(ops.resample(weights, scheme=scheme, seed=4)[:2])
+    made.append(
+        ops.propose_and_weigh(weights, weights, 0.1 * weights, weights[:, 0], (0.5, 0.8, 0.9, 0.4, 0.2), seed=5)[1]
+    )
+    hashed = hashlib.sha256()
+    for tensor in made:
+        hashed.update(tensor.contiguous().view(torch.uint8).numpy())
+    return hashed.hexdigest()
+
+
+torch.set_num_threads(2)
+torch.ones(1 << 20).exp()  # torch starts its threads
+before, out, calls = seconds(), torch.empty(64, 100_000), 0
+busy = 1
+while busy < 2 and calls < 1000:  # a busy machine may wake a thread when all is done
+    compiled.randn_cpu(out, 0, 0, 0, 0)
+    calls += 1
+    after = seconds()
+    busy = sum(after[thread] > before.get(thread, 0.0) + 0.001 for thread in after)
+
+bits = {}
+for name in cpu.instruction_sets():
+    cpu.use_instruction_set(name)
+    bits[name] = digest()
+libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+found = dict(
+    module=cpu.__file__,
+    torch=torch.__file__,
+    openmp=[library for library in sorted(libraries) if re.search(r"/lib(gomp|i?omp)[^/]*$", library)],
+    busy_threads=busy,
+    new_threads=len(after.keys() - before.keys()),
+    bits=bits,
+)
+print(json.dumps(found))
