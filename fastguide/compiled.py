@@ -150,7 +150,8 @@ def levels(coefficients: Coefficients, particles: int) -> Levels:
     """Coefficients as the callers below take them."""
     if not any(isinstance(c, Tensor) for c in coefficients):
         return tuple(float(c) for c in coefficients)
-    return torch.stack([torch.as_tensor(c, dtype=torch.float64).detach().expand(particles) for c in coefficients])
+    options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # torch's default device may be another
+    return torch.stack([torch.as_tensor(c, **options).detach().expand(particles) for c in coefficients])
 
 
 def reverse_step_cpu(
@@ -280,9 +281,9 @@ def resample_cpu(
         ancestors = torch.empty_like(log_weights, dtype=torch.int32)
         after = torch.empty_like(log_weights)
     else:
-        ancestors = torch.empty((*rows, number), dtype=torch.int32)
-        after = torch.empty((*rows, number), dtype=log_weights.dtype)
-    log_mean_weight = torch.empty(rows, dtype=torch.float64)
+        ancestors = torch.empty((*rows, number), dtype=torch.int32, device="cpu")
+        after = torch.empty((*rows, number), dtype=log_weights.dtype, device="cpu")
+    log_mean_weight = torch.empty(rows, dtype=torch.float64, device="cpu")
     ess = torch.empty_like(log_mean_weight)
     bad = module("cpu").resample(
         log_weights.data_ptr(),
@@ -399,7 +400,7 @@ def log_prob_and_gradient_cpu(
     added = None if added is None else added.to(dtype).contiguous()
     rows = None if rows is None else rows.contiguous()
     samples, elements = z.shape[0], math.prod(z.shape[1:])
-    log_prob = torch.empty(samples, dtype=torch.float64)
+    log_prob = torch.empty(samples, dtype=torch.float64, device="cpu")
     gradient = torch.empty_like(state, memory_format=torch.contiguous_format) if return_gradient else None
 
     def pointer(tensor: Tensor | None) -> int:

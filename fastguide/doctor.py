@@ -31,7 +31,7 @@ KNOWN_ANSWERS: tuple[tuple[Words, Words, Words], ...] = (
 
 
 def _philox_reference(counter: Words, key: Words) -> Words:
-    c0, c1, c2, c3 = (torch.tensor([word]) for word in counter)
+    c0, c1, c2, c3 = (torch.tensor([word], device="cpu") for word in counter)
     return tuple(int(word) for word in reference.philox((c0, c1, c2, c3), (key[0], key[1])))
 
 

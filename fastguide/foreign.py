@@ -1,4 +1,4 @@
-"""Calls of functions that the user brought: networks, decoders, rewards, potentials, proposals.
+"""What the user brought: values, and calls of networks, decoders, rewards, potentials, proposals.
 
 Such a function gets a copy of its tensors, so that it may write into them, and the autocast of whoever called
 `fastguide.sample`. The package's own arithmetic runs without autocast, inference mode and gradients.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["call", "package_modes"]
+__all__ = ["as_tensor", "call", "package_modes"]
 
 # The autocast of the caller of `fastguide.sample`: arguments of torch.autocast, of each device type where it is on.
 _autocast: ContextVar[tuple[dict[str, Any], ...]] = ContextVar("fastguide_autocast", default=())
@@ -47,3 +47,8 @@ def call(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for mode in modes:
             stack.enter_context(torch.autocast(**mode))
         return f(*copies, **kwargs)
+
+
+def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor where it is; anything else on the CPU, also where torch's default device is another."""
+    return torch.as_tensor(value, dtype=dtype, device=value.device if isinstance(value, Tensor) else "cpu")

@@ -427,7 +427,7 @@ def _signed(value: float) -> float:
 
 def _from_host(table: tuple[float, ...], device: torch.device) -> Tensor:
     """From where a GPU copies while the host goes on."""
-    return torch.tensor(table, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return torch.tensor(table, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
 
 
 # --- what a graph depends on --------------------------------------------------------------------------------

@@ -476,7 +476,7 @@ class Callable(Likelihood):
         if not callable(f):
             raise TypeError(f"f: expected a callable, got {type(f).__name__}")
         self._has_y, self._has_scale = y is not None, scale is not None
-        super().__init__(torch.zeros(1) if y is None else y, Identity(), 1.0 if scale is None else scale)
+        super().__init__(torch.zeros(1, device="cpu") if y is None else y, Identity(), 1.0 if scale is None else scale)
         self.f = f
 
     def supports(self, covariance: str, measurements: int | None = None) -> str:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .foreign import as_tensor
 from .ops import randn
 from .reference import Scalar
 
@@ -381,7 +382,7 @@ class Blur(LinearOperator):
     """
 
     def __init__(self, kernel: Tensor, padding: str = "circular"):
-        kernel = torch.as_tensor(kernel)
+        kernel = as_tensor(kernel)
         if kernel.is_complex():
             raise TypeError(f"kernel: expected real values, got {kernel.dtype}")
         if kernel.ndim == 3:
@@ -482,7 +483,8 @@ class Blur(LinearOperator):
         taps = factors[axis]
 
         def make() -> tuple[Tensor, Tensor]:
-            offset = torch.arange(size)[:, None] - torch.arange(size)[None, :] + len(taps) // 2
+            place = torch.arange(size, device=taps.device)
+            offset = place[:, None] - place[None, :] + len(taps) // 2
             inside = (offset >= 0) & (offset < len(taps))
             toeplitz = torch.where(inside, taps[offset.clamp(0, len(taps) - 1)], 0.0)
             u, s, _ = torch.linalg.svd(toeplitz)  # of T: that of T T^T would lose the small ones
@@ -551,7 +553,7 @@ class Matrix(LinearOperator):
     may be written to. Its singular vectors are found once, when the first of its closed forms is asked for."""
 
     def __init__(self, matrix: Tensor, event: Sequence[int] | None = None):
-        matrix = torch.as_tensor(matrix)
+        matrix = as_tensor(matrix)
         if matrix.ndim == 3:
             raise ValueError(
                 f"matrix: expected one matrix [m, d] for all observations, got shape {list(matrix.shape)}; "

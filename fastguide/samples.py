@@ -90,7 +90,7 @@ class Samples:
         ``quantile(..., method="inverted_cdf")``. A share that misses ``q`` by 1e-12, as rounded sums may, counts as
         reached.
         """
-        shares = torch.as_tensor(q, dtype=torch.float64)
+        shares = torch.as_tensor(q, dtype=torch.float64, device="cpu")
         if shares.ndim > 1 or not ((shares >= 0) & (shares <= 1)).all():
             raise ValueError(f"q: expected a number in [0, 1], or a row of them, got {q}")
         weights = self._columns(self._relative_weights("quantile"))

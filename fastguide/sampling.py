@@ -242,7 +242,7 @@ def _prepare_run(
 
 def _checked_seed(seed: Any, observations: int) -> int | tuple[int, ...]:
     if seed is None:
-        return int(torch.randint((1 << 63) - 1, ()))
+        return int(torch.randint((1 << 63) - 1, (), device="cpu"))
     if isinstance(seed, Sequence) and not isinstance(seed, str):
         if len(seed) != observations:
             raise ValueError(f"seed: expected an integer, or {observations} of them, got {len(seed)}")

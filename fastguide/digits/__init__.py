@@ -87,7 +87,7 @@ def classifier(*, device: torch.device | str = "cpu", dtype: torch.dtype = torch
 
 
 def _labels(label: int | Tensor) -> Tensor:
-    labels = torch.as_tensor(label)
+    labels = torch.as_tensor(label, device="cpu")
     if labels.dtype.is_floating_point or labels.ndim > 1 or labels.min() < 0 or labels.max() >= CLASSES:
         raise ValueError(f"label: expected integers 0..{CLASSES - 1}, one or one per observation, got {label}")
     return labels.to(torch.int64).reshape(-1)
@@ -97,7 +97,8 @@ def _load(kind: type[_Net], name: str, device: torch.device | str, dtype: torch.
     """A fresh network with the shipped weights, frozen, in eval mode."""
     tensors, metadata = _read("weights.safetensors")
     prefix = name + "."
-    net = kind(**json.loads(metadata["config"])[name])
+    with torch.device("cpu"):  # whatever the default device
+        net = kind(**json.loads(metadata["config"])[name])
     net.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     return net.to(device=device, dtype=dtype).eval().requires_grad_(False)
 

@@ -203,7 +203,7 @@ def _obstacle_to_gauss_newton(run: Run, likelihood: Likelihood) -> str:
     generator = torch.Generator().manual_seed(0)
 
     def draw(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
     own = likelihood.at(torch.zeros(1, dtype=torch.int64, device=run.device))
     z, x = _recorded(own, draw(torch.empty(1, *run.event, dtype=run.compute_dtype, device=run.device)))

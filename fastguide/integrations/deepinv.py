@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .. import guidance, likelihoods, operators, ops, schedules
 from ..denoiser import Denoiser
-from ..foreign import call, package_modes
+from ..foreign import as_tensor, call, package_modes
 from ..guidance import PnP
 from ..guidance.base import STREAM_INITIAL, Run, entry
 from ..guidance.watch import Watch
@@ -312,14 +312,14 @@ def _gaussian_scale(physics: Any) -> float:
 
 def _number_or_rows(noise: Any, name: str, y: Tensor) -> float | Tensor:
     """One number, or where there is one for each observation a tensor ``[B, 1, ...]`` of the dimensions of ``y``."""
-    values = torch.as_tensor(getattr(noise, name))
+    values = as_tensor(getattr(noise, name))
     if values.numel() != len(y) or len(y) == 1 or (values == values.flatten()[0]).all():
         return _number(noise, name)
     return values.detach().to(y).reshape(-1, *(1,) * (y.ndim - 1))
 
 
 def _number(noise: Any, name: str) -> float:
-    values = torch.as_tensor(getattr(noise, name)).flatten()
+    values = as_tensor(getattr(noise, name)).flatten()
     if not (values == values[0]).all():
         raise ValueError(
             f"physics: expected a noise_model whose {name} is one number for all samples, got {len(values)} of them"
@@ -477,7 +477,9 @@ class DPS(nn.Module):
         self.schedule, self.alpha = schedule.lower(), alpha
         self.solver: Any = solver.lower() if isinstance(solver, str) else solver
         # at 0 Euler's step would divide by sigma = 0
-        self.timesteps = torch.linspace(1, 0.001 if self.solver == "euler" else 0, num_steps, dtype=torch.float64)
+        self.timesteps = torch.linspace(
+            1, 0.001 if self.solver == "euler" else 0, num_steps, dtype=torch.float64, device="cpu"
+        )
         self.weight, self.guidance, self.verbose = weight, guidance, verbose
         self.device, self.dtype, self.rng, self.minus_one_one = device, dtype, rng, minus_one_one
 
@@ -501,7 +503,7 @@ class DPS(nn.Module):
             with package_modes(torch.device(self.device)):
                 return self._solve(y, physics, x_init, seed, timesteps, denoise_output, get_trajectory)
         forward, y = _measured(y.detach(), physics, torch.float32)
-        t = self.timesteps if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64).cpu()
+        t = self.timesteps if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
         scale, sigma = self._level(t)
         # deepinv's state is scale (x_t - shift) / unit
         unit, shift = self._range
@@ -575,7 +577,7 @@ class DPS(nn.Module):
         posterior = _Posterior(self, y, physics)
         euler = self.solver == "euler"
         t = (self if euler else self.solver).timesteps if timesteps is None else timesteps
-        t = torch.as_tensor(t).to(self.device, self.dtype)
+        t = as_tensor(t).to(self.device, self.dtype)
         own_seed = _seed(seed, self.rng) if euler else 0
         if not euler:
             self.solver.rng_manual_seed(seed)
@@ -615,7 +617,7 @@ class DPS(nn.Module):
         """DDIM's, of every step from level ``t``, ``ratio`` being ``sigma_s / sigma_t``."""
         if self.solver != "ancestral":
             return torch.full_like(t, self.solver == "ddpm")
-        alpha = torch.tensor([float(self.alpha(v) if callable(self.alpha) else self.alpha) for v in t]).double()
+        alpha = as_tensor([float(self.alpha(v) if callable(self.alpha) else self.alpha) for v in t]).double()
         if not ((alpha >= 0) & (alpha <= 1)).all():
             raise ValueError(f"alpha: expected values in [0, 1], got {alpha.min():g} to {alpha.max():g}")
         return ((1 - ratio ** (2 * alpha)) / (1 - ratio**2)).clamp(max=1.0).sqrt()
@@ -633,7 +635,7 @@ class _Posterior:
 
     def _time(self, t: Any) -> Tensor:
         """A time that is a number stays on the host, so that nobody waits for the device."""
-        return t.to(self.dtype) if isinstance(t, Tensor) else torch.tensor(t, dtype=self.dtype)
+        return t.to(self.dtype) if isinstance(t, Tensor) else torch.tensor(t, dtype=self.dtype, device="cpu")
 
     def scale_t(self, t: Any) -> Tensor:
         return self._dps._level(self._time(t))[0]
@@ -756,7 +758,7 @@ class DiffPIR(nn.Module):
         if not sigma_y > 0:
             raise ValueError(f"sigma: expected a number > 0, here or of the physics, got {sigma_y}")
         table = schedules.vp_linear(1000)
-        index = torch.linspace(0, 1000**2, self.max_iter).sqrt().int()
+        index = torch.linspace(0, 1000**2, self.max_iter, device="cpu").sqrt().int()
         index[-1] = 999
         times = 999 - index.numpy()
         ratio = table.sigma(times) / table.alpha(times)  # of images in [-1, 1]: half of it is that of [0, 1]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..foreign import as_tensor
 from ..guidance.base import STREAM_RESAMPLE, integer
 
 __all__ = ["FKD"]
@@ -143,11 +144,11 @@ class FKD:
             return rewards.detach()
         try:
             if isinstance(rewards, np.ndarray):
-                return torch.tensor(np.ascontiguousarray(rewards))
+                return torch.tensor(np.ascontiguousarray(rewards), device="cpu")
             dtype = None if self.strict else torch.float64
             if any(isinstance(reward, Tensor) for reward in rewards):
-                return torch.stack([torch.as_tensor(reward, dtype=dtype).detach() for reward in rewards])
-            return torch.tensor(rewards, dtype=dtype)
+                return torch.stack([as_tensor(reward, dtype).detach() for reward in rewards])
+            return torch.tensor(rewards, dtype=dtype, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 "reward_fn: expected rewards that are a tensor, a numpy array or a sequence of numbers, got "
@@ -207,7 +208,7 @@ class FKD:
             weights = weights / self._product
         weights = weights.clamp(max=1e10).nan_to_num(nan=0.0)
         self.log_weights = weights.double().log()
-        usable = torch.ones((), dtype=torch.bool)  # torch.multinomial raises for weights that are not
+        usable = torch.ones((), dtype=torch.bool, device="cpu")  # torch.multinomial raises for weights that are not
         if self.adaptive_resampling or last:
             shares = weights / weights.sum()
             if not 1.0 / (shares**2).sum() < 0.5 * self.num_particles:

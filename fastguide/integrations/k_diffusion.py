@@ -47,6 +47,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
+from ..foreign import as_tensor
 
 __all__ = [
     "BrownianTreeNoiseSampler",
@@ -125,7 +126,8 @@ def append_zero(x: Tensor) -> Tensor:
 
 def get_sigmas_karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, device: Device = "cpu") -> Tensor:
     """``[n + 1]``, ``sigma ** (1 / rho)`` evenly spaced, then 0 (Karras et al. 2022, eq. 5)."""
-    roots = sigma_max ** (1 / rho) + torch.linspace(0, 1, n) * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    roots = high + torch.linspace(0, 1, n, device="cpu") * (low - high)
     return append_zero(roots**rho).to(device)
 
 
@@ -196,7 +198,7 @@ class BrownianTreeNoiseSampler:
                 "noise_sampler: the default, a BrownianTreeNoiseSampler, needs torchsde, which is not installed"
             ) from error
         if seed is None:
-            seed = int(torch.randint(0, 2**63 - 1, []))
+            seed = int(torch.randint(0, 2**63 - 1, [], device="cpu"))
         self._transform, self._batched = transform, isinstance(seed, Sized)
         seeds = [int(s) for s in seed] if self._batched else [seed]  # type: ignore[union-attr]
         if self._batched and len(seeds) != len(x):
@@ -206,7 +208,7 @@ class BrownianTreeNoiseSampler:
         self._trees = [torchsde.BrownianTree(t0, w0, t1, entropy=s) for s in seeds]
 
     def _interval(self, sigma: Any, sigma_next: Any) -> tuple[Tensor, Tensor, int]:
-        t0, t1 = (self._transform(torch.as_tensor(level)) for level in (sigma, sigma_next))
+        t0, t1 = (self._transform(as_tensor(level)) for level in (sigma, sigma_next))
         return (t0, t1, 1) if t0 < t1 else (t1, t0, -1)
 
     def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:

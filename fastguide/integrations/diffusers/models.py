@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...denoiser import Conditional, Denoiser, Net
+from ...foreign import as_tensor
 from ...guidance.base import integer
 from ...schedules import Schedule, _Flow, _Table
 
@@ -296,7 +297,7 @@ def _moved(value: Any, model: Any) -> Any:
 
 
 def _labels(value: Any) -> Tensor | None:
-    return None if value is None else torch.as_tensor(value).reshape(-1)
+    return None if value is None else as_tensor(value).reshape(-1)
 
 
 # --- schedules ----------------------------------------------------------------------------------------------

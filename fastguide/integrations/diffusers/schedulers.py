@@ -52,6 +52,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ... import ops
+from ...foreign import as_tensor
 from ...reference import Clip, Coefficients, DynamicThreshold
 
 __all__ = [
@@ -102,7 +103,7 @@ def _plan(
 ) -> _Plan:
     """Steps ``x_s = a x + b x0 + std z`` from levels where ``x0`` is what ``prediction`` says of (alpha, sigma): each
     is the reverse step to a level of its own."""
-    numbers = (torch.as_tensor(v).double() for v in (alpha, sigma, a, b, std))
+    numbers = (as_tensor(v).double() for v in (alpha, sigma, a, b, std))
     alpha_t, sigma_t, a, b, tau = torch.broadcast_tensors(*numbers)
     kept = a * sigma_t
     table = torch.stack([alpha_t, sigma_t, b + alpha_t * a, kept, kept.hypot(tau), tau])
@@ -113,7 +114,7 @@ def _plan(
         ((*levels, still_s, 0.0), (*levels, noisy_s, std)) if good else None
         for good, (*levels, still_s, noisy_s, std) in zip(served.tolist(), table.T.tolist(), strict=True)
     ]
-    table = torch.cat([table.where(served, torch.nan), torch.full((6, 1), torch.nan, dtype=table.dtype)], dim=1)
+    table = torch.cat([table.where(served, torch.nan), table.new_full((6, 1), torch.nan)], dim=1)
     return _Plan(prediction, steps, clip, clip_noise, {table.device: table})
 
 
@@ -435,14 +436,14 @@ class DDPMScheduler(_Indexed, diffusers.DDPMScheduler):
         if variance_type != self.config.variance_type:
             raise _NotServed("variance_type is not that of the configuration")
         alpha_bar = self.alphas_cumprod.cpu()
-        before = torch.arange(len(alpha_bar)) - 1
+        before = torch.arange(len(alpha_bar), device="cpu") - 1
         if scheduled:
             timesteps = [int(t) for t in self._values()]
             before = torch.full_like(before, len(alpha_bar))  # there is none
             for t, s in reversed([*zip(timesteps, [*timesteps[1:], -1], strict=True)]):  # of equal ones the first
                 if t < len(before):
                     before[t] = s
-        alpha_bar_s = torch.cat([alpha_bar, torch.tensor([torch.nan, 1.0])])[before]
+        alpha_bar_s = torch.cat([alpha_bar, alpha_bar.new_tensor([torch.nan, 1.0])])[before]
         beta_bar, beta_bar_s = 1 - alpha_bar, 1 - alpha_bar_s
         alpha = alpha_bar / alpha_bar_s
         beta = 1 - alpha
@@ -516,7 +517,7 @@ class DDIMScheduler(_Indexed, diffusers.DDIMScheduler):
     def _make_plan(self, num_inference_steps: int, eta: float, clipped: bool) -> _Plan:
         config = self.config
         alpha_bar = self.alphas_cumprod.cpu()
-        before = torch.arange(len(alpha_bar)) - config.num_train_timesteps // num_inference_steps
+        before = torch.arange(len(alpha_bar), device="cpu") - config.num_train_timesteps // num_inference_steps
         alpha_bar_s = torch.where(before >= 0, alpha_bar[before.clamp(min=0)], self.final_alpha_cumprod.cpu())
         beta_bar, beta_bar_s = 1 - alpha_bar, 1 - alpha_bar_s
         alpha_t, sigma_t, alpha_s = alpha_bar**0.5, beta_bar**0.5, alpha_bar_s**0.5
@@ -543,7 +544,7 @@ class _Ordered(_Fused):
         places = []
         if value is not None:
             if self.timesteps.is_floating_point():
-                value = torch.tensor(value, dtype=self.timesteps.dtype).item()
+                value = torch.tensor(value, dtype=self.timesteps.dtype, device="cpu").item()
             places = [i for i, t in enumerate(self._values()) if t == value]
         if not places:
             return super().index_for_timestep(timestep, schedule_timesteps)  # type: ignore[misc]
@@ -824,7 +825,7 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
         zeroth = alpha_s * (1.0 - torch.exp(-h))
         first = alpha_s * ((torch.exp(-h) - 1.0) / h + 1.0)
         second = alpha_s * ((1.0 - torch.exp(-h) - h) / h**2 + (-0.5 if noisy else 0.5))  # the parent's sign
-        gone = torch.full((2,), torch.nan)
+        gone = h.new_full((2,), torch.nan)
         h_1 = torch.cat([gone[:1], h])[: len(h)]
         h_2 = torch.cat([gone, h])[: len(h)]
         r_0, r_1 = h_1 / h, h_2 / h
@@ -837,7 +838,7 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
             (-slope / r_0,),
             (-(first + w) / r_0 - w / r_1, w / r_1),
         ):
-            mine = zeroth - sum(shares, torch.zeros(()))
+            mine = zeroth - sum(shares, h.new_zeros(()))
             plan = _plan(kind, *level, a, mine, std, _clip_of(config, clips=False))
             plans.append((plan, *(share.tolist() for share in shares)))
         learned = config.prediction_type == "epsilon" and config.variance_type in ("learned", "learned_range")
