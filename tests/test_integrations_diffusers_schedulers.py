@@ -710,6 +710,100 @@ def test_visits_to_a_step_draw_anew_and_chunks_of_a_batch_do_not():
         assert torch.equal(torch.cat([visit(t, 0, 1), visit(t, 1, 4)]), expected)
 
 
+@pytest.mark.parametrize("number", (1, 256, 257, 600))
+def test_any_number_of_generators(number):
+    def run(seeds):
+        x = torch.zeros(len(seeds), 4)
+        return fused_run("DDPMScheduler", x, 0.3 * x, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    whole = run(range(number))
+    for n in {0, number // 2, number - 1}:
+        assert torch.equal(whole[n : n + 1], run([n]))
+
+
+def test_generators_are_not_kept():
+    scheduler = stochastic("DDPMScheduler")
+    scheduler.set_timesteps(4)
+    x, t = torch.zeros(3, 4), scheduler.timesteps[0]
+    for _ in range(3):
+        scheduler.step(x, t, x, generator=[torch.Generator() for _ in x])
+    kept = torch.Generator()
+    scheduler.step(x, t, x, generator=kept)
+    assert list(scheduler._noise_runs) == [kept]
+
+
+def test_a_list_of_generators_may_be_cut_anew_at_every_step():
+    def run(*cuts):
+        scheduler = stochastic("DDPMScheduler")
+        scheduler.set_timesteps(4)
+        generators, x = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)], normal(3, 4)
+        for t, cut in zip(scheduler.timesteps, cuts, strict=True):
+            parts = (slice(0, cut), slice(cut, 3))
+            x = torch.cat(
+                [scheduler.step(x[c], t, x[c], generator=generators[c]).prev_sample for c in parts if x[c].numel()]
+            )
+        return x
+
+    assert torch.equal(run(3, 3, 3, 3), run(3, 1, 2, 3))
+
+
+STOCHASTIC = [("DDPMScheduler", {}), ("DDIMScheduler", dict(eta=1.0))]
+
+
+@pytest.mark.parametrize(("name", "options"), STOCHASTIC)
+def test_no_noise_comes_twice(name, options):
+    """Whatever form the timestep has and however the batch is cut."""
+    scheduler, generator, x = stochastic(name), torch.Generator().manual_seed(3), torch.zeros(2, 500)
+    scheduler.set_timesteps(10)
+    t = scheduler.timesteps
+    visits = [
+        (0, torch.stack([t[2], t[5]])), (0, t[2]), (0, t[5]), (0, torch.stack([t[5], t[2]])),
+        (0, torch.stack([t[2], t[5]])), (1, t[2]), (1, torch.stack([t[5], t[2]])), (0, t[2]),
+    ]  # fmt: skip
+    noise: dict[int, list] = {}  # of each sample
+    for first, timestep in visits:
+        scheduler.first_sample = first
+        drawn = scheduler.step(x, timestep, x, generator=generator, **options).prev_sample
+        for n in range(2):
+            noise.setdefault(first + n, []).append(drawn[n])
+    for drawn in noise.values():
+        correlation = torch.corrcoef(torch.stack(drawn)).fill_diagonal_(0.0)
+        assert correlation.abs().max() < 0.25  # five standard deviations
+
+
+@pytest.mark.parametrize(("name", "options"), STOCHASTIC)
+def test_a_sample_of_its_own_timesteps_is_the_same_alone(name, options):
+    x, output = normal(*SHAPE), normal(*SHAPE, seed=1)
+
+    def run(rows, *, as_number=False):
+        scheduler, state = stochastic(name), x[rows]
+        scheduler.set_timesteps(10)
+        scheduler.first_sample, generator = rows.start, torch.Generator().manual_seed(5)
+        for i in range(3):
+            timestep = scheduler.timesteps[[i, 2 * i, 3 * i + 1]][rows]
+            timestep = int(timestep) if as_number else timestep
+            state = scheduler.step(output[rows], timestep, state, generator=generator, **options).prev_sample
+        return state
+
+    whole = run(slice(0, 3))
+    for n in range(3):
+        torch.testing.assert_close(run(slice(n, n + 1), as_number=True), whole[n : n + 1], rtol=1e-5, atol=1e-5)
+    assert torch.equal(run(slice(1, 3)), whole[1:])
+
+
+def test_a_scheduler_in_the_middle_of_a_run_can_be_copied():
+    scheduler, generator, x = stochastic("DDPMScheduler"), torch.Generator().manual_seed(3), normal(2, 4)
+    scheduler.set_timesteps(4)
+
+    def step(scheduler, i):
+        return scheduler.step(0 * x, scheduler.timesteps[i], x, generator=generator).prev_sample
+
+    step(scheduler, 0)
+    other, loaded = copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))
+    assert torch.equal(step(other, 1), step(scheduler, 1))
+    assert (step(loaded, 2) - step(scheduler, 2)).abs().max() > 0.01  # a run of its own
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_fused_noise_is_that_of_randn(name):
     """What a step adds to its mean is its standard deviation times the normals of seed, step and sample."""

@@ -16,8 +16,8 @@ to the device where it is needed:
   memory. A timestep on a GPU that is not one of those looks its numbers up in the table there.
 - `DDPMScheduler`, `DDIMScheduler`: ``timestep`` may be a tensor ``[N]``, one for each sample.
 - ``fused_noise=True`` of `accelerate` and ``from_config`` (or the attribute) draws the noise inside the kernel that
-  steps, from counters (`fastguide.ops.randn`): the run's seed, the step, how often the run took that step before, and
-  the sample's index in the batch, from ``first_sample`` on. A sample is then the same in whatever batch. The seed is
+  steps, from counters (`fastguide.ops.randn`): the run's seed, the step, how many steps of the run the sample took
+  before, and its index in the batch, from ``first_sample`` on. A sample is then the same in whatever batch. The seed is
   drawn from ``generator``, or from torch's global one, when a run begins: at the first step after ``set_timesteps``,
   with another generator, or where the step that the run began with is taken again. In a list of generators each sample
   has its own. ``fused_noise`` is no part of the configuration.
@@ -35,6 +35,8 @@ import functools
 import math
 import operator
 import warnings
+import weakref
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -144,18 +146,38 @@ _NO_STEP = "the numbers of this step are those of no reverse step"
 
 
 class _NoiseRun:
-    """The seed of a run's fused noise, the place of the step that it began with, and its visits to each step."""
+    """The seed of a run's fused noise, the place of the step that it began with, and the steps that samples took."""
 
-    def __init__(self, generator: torch.Generator | None, start: int | None):
-        self.generator, self.start = generator, start  # held: its id is the run's key
-        self.visits: Counter[tuple[int | None, int]] = Counter()
+    def __init__(self, generator: torch.Generator, start: int | None):
+        self.start = start
         # On a GPU the seed stays there: to read it would wait.
-        device = torch.device("cpu") if generator is None else generator.device
+        device = generator.device
         seed = torch.randint((1 << 63) - 1, (1,), generator=generator, device=device)
         self.seed: int | Tensor = int(seed) if device.type == "cpu" else seed
+        self._firsts, self._taken = [0], [0]  # samples from _firsts[i] on took _taken[i] steps, up to the next first
+
+    def count(self, low: int, high: int) -> int:
+        """How many steps the samples from ``low`` to below ``high`` took, at most; from now on all one more."""
+        for edge in (low, high):
+            i = bisect_left(self._firsts, edge)
+            if edge not in self._firsts[i : i + 1]:
+                self._firsts.insert(i, edge)
+                self._taken.insert(i, self._taken[i - 1])
+        part = slice(bisect_left(self._firsts, low), bisect_left(self._firsts, high))
+        taken = max(self._taken[part], default=0)
+        if low < high:
+            self._firsts[part], self._taken[part] = [low], [taken + 1]
+        return taken
 
 
-_MOST_RUNS, _MOST_VISITS = 256, 1 << 16  # of one schedule; a visit is a stream of the counter
+class _NoiseRuns(weakref.WeakKeyDictionary):
+    """The runs of each generator, one for each place that it has in a list, for as long as the generator lives."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _NoiseRuns, ()  # whoever reads a pickle has other generators
+
+
+_MOST_STEPS = 1 << 16  # of one run: what a sample took is the stream of its counter
 
 # --- what all have in common --------------------------------------------------------------------------------
 
@@ -171,7 +193,7 @@ class _Fused:
     _calls: Counter[str] | None = None
     _known: tuple[Tensor, int, list[float]] | None = None  # timesteps on a device, and their values
     _planned: tuple[tuple[Any, ...], Any, Any] | None = None  # what a plan depends on, the objects of that, the plan
-    _noise_runs: dict[tuple[int, int], _NoiseRun] | None = None  # by generator, and its place in a list of them
+    _noise_runs: _NoiseRuns | None = None
     _step: Callable[..., tuple[Tensor, ...]]  # of the parent's arguments, but the last
     _make_plan: Callable[..., Any]  # of the numbers given to `_cached`
 
@@ -294,7 +316,7 @@ class _Fused:
             tau = moving[4]
             if noisy and noise is None and std is None and self.fused_noise and not isinstance(generator, list):
                 levels, noisy = moving, False
-                counter = self._counter(generator, place)
+                counter = self._counter(generator, place, self.first_sample, len(x))
         if noisy:
             if noise is not None and (noise.shape != x.shape or torch.promote_types(noise.dtype, x.dtype) != x.dtype):
                 raise _NotServed("variance_noise has another shape than sample, or a wider dtype")
@@ -307,19 +329,22 @@ class _Fused:
         )  # fmt: skip
         return x_s, _in(output.dtype, x0) if plan.prediction == "sample" else x0
 
-    def _counter(self, generator: torch.Generator | None, place: int | Tensor, entry: int = 0) -> dict[str, Any]:
-        """Seed, step, stream and first particle of the noise of one visit to the step at ``place``. ``entry``: which of
-        a list of generators this is."""
+    def _counter(
+        self, generator: torch.Generator | None, place: int | Tensor, first: int, number: int = 1, entry: int = 0
+    ) -> dict[str, Any]:
+        """Seed, step, stream and first particle of the noise of ``number`` samples from ``first`` on, for the step at
+        ``place``. ``entry``: how often the generator stands before this in a list."""
+        generator = torch.default_generator if generator is None else generator
         step = None if isinstance(place, Tensor) else place
-        if self._noise_runs is None or len(self._noise_runs) > _MOST_RUNS:
-            self._noise_runs = {}
-        key, spot = (id(generator), entry), (step, self.first_sample)
-        run = self._noise_runs.get(key)
-        if run is None or run.visits[spot] >= (1 if step is not None and step == run.start else _MOST_VISITS):
-            run = self._noise_runs[key] = _NoiseRun(generator, step)
-        stream = run.visits[spot]
-        run.visits[spot] += 1
-        return {"seed": run.seed, "step": step or 0, "stream": stream, "first_particle": self.first_sample}
+        if self._noise_runs is None:
+            self._noise_runs = _NoiseRuns()
+        runs = self._noise_runs.setdefault(generator, {})
+        run = runs.get(entry)
+        taken = _MOST_STEPS if run is None else run.count(first, first + number)
+        if taken >= (1 if run is not None and step is not None and step == run.start else _MOST_STEPS):
+            run = runs[entry] = _NoiseRun(generator, step)
+            taken = run.count(first, first + number)
+        return {"seed": run.seed, "step": step or 0, "stream": taken, "first_particle": first}
 
     def _draw(
         self, like: Tensor, generator: Generators, place: int | Tensor, dtype: torch.dtype | None = None
@@ -332,12 +357,14 @@ class _Fused:
             raise ValueError(f"generator: expected one, or {number}, one for each sample, got {len(generator)}")
         options: dict[str, Any] = {"dtype": dtype, "device": like.device}
         if isinstance(generator, list):
-            counters = [self._counter(own, place, n) | {"first_particle": 0} for n, own in enumerate(generator)]
+            counters, seen = [], Counter[torch.Generator]()
+            for own in generator:
+                counters.append(self._counter(own, place, 0, entry=seen[own]))
+                seen[own] += 1
+        elif not isinstance(place, Tensor):
+            return ops.randn(like.shape, **self._counter(generator, place, self.first_sample, number), **options)
         else:
-            counter = self._counter(generator, place)
-            if not isinstance(place, Tensor):
-                return ops.randn(like.shape, **counter, **options)
-            counters = [counter | {"first_particle": self.first_sample + n} for n in range(number)]
+            counters = [self._counter(generator, place, self.first_sample + n) for n in range(number)]
         if isinstance(place, Tensor):
             counters = [c | {"step": place[n : n + 1].to(like.device)} for n, c in enumerate(counters)]
         return torch.cat([ops.randn((1, *like.shape[1:]), **c, **options) for c in counters])
