@@ -126,6 +126,8 @@ class Denoiser:
             t = torch.full((x.shape[0],), level.t, dtype=dtype, device=x.device)
         output = self._evaluate("net", self.net, x, t, rows)
         if self.unconditional is not None and self.guidance_scale is not None:
+            if not output.requires_grad:
+                output = output.clone()  # both networks may return the same memory
             base = self._evaluate("unconditional", self.unconditional, x, t, rows)
             output = base + reference.scaled(output - base, self._scale_at(level, x, rows))
         return output
@@ -231,7 +233,7 @@ def _checked_scale(scale: Any) -> Any:
     if isinstance(scale, Tensor) and scale.ndim > 0:
         if scale.numel() != len(scale):
             raise ValueError(f"guidance_scale: expected a number for each observation, got shape {list(scale.shape)}")
-        scale = scale.detach().flatten()
+        scale = scale.flatten()
         finite = bool(torch.isfinite(scale).all())
     elif isinstance(scale, list | tuple | np.ndarray):
         scale = tuple(float(v) for v in scale)

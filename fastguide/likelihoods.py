@@ -141,10 +141,21 @@ class Likelihood:
         """``log p(y | x0)`` ``[n]``, at the clean time's scale or that of ``t`` where the scale follows one."""
         if t is None and callable(self.scale):
             raise ValueError("t: expected the time whose scale to use, since scale is a function; got None")
-        return self.value(x0, rows, self.scale_at(0.0 if t is None else t))
+        return self.exact_value(x0, rows, self.scale_at(0.0 if t is None else t))
+
+    def exact_value(self, x0: Tensor, rows: Tensor | None, scale: float | Tensor) -> Tensor:
+        """`log_prob` with the scale given, which the last weight of the particle methods is made of."""
+        return self.value(x0, rows, scale)
 
     def value(self, x0: Tensor, rows: Tensor | None, scale: float | Tensor, spread: Scalar = 0.0) -> Tensor:
         """`log_prob` with the scale given, and with the covariance ``spread`` of `log_prob_and_gradient`."""
+        z, rows, own_scale = self._measure(x0, rows, scale)
+        return self._log_prob(z, self.y, own_scale, spread, rows)
+
+    def _measure(
+        self, x0: Tensor, rows: Tensor | None, scale: float | Tensor
+    ) -> tuple[Tensor, Tensor | None, float | Tensor]:
+        """``A x0``, the row of ``y`` of each sample (None: one for all, or row ``i`` of sample ``i``) and its scale."""
         operator = self.operator if rows is None else self.operator.at(rows)
         z, y = operator(x0), self.y
         scale = _of_rows(scale, rows)
@@ -155,7 +166,7 @@ class Likelihood:
             raise ValueError(
                 f"y: expected {z.shape[0]} rows or 1, each of shape {list(z.shape[1:])}, got {[number, *y.shape[1:]]}"
             )
-        return self._log_prob(z, y, scale, spread, rows)
+        return z, rows, scale
 
     def log_prob_and_gradient(
         self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar = 0.0, rows: Tensor | None = None
@@ -437,11 +448,14 @@ class Laplace(_Elementwise):
 
 class Poisson(_Density):
     """Counts: ``y / scale ~ Poisson((A x_0 + background) / scale)``, so that ``scale`` is the gain: the mean of ``y``
-    is ``A x_0 + background`` and its variance ``scale`` times that. ``y >= 0``. Where the rate is below half the counts
-    (or below 0.1 counts) the log-density goes on as a parabola, so that its gradient is of the size of a Gaussian's at
-    dark and negative rates; see `fastguide.reference.log_prob_and_gradient`."""
+    is ``A x_0 + background`` and its variance ``scale`` times that. ``y >= 0``.
+
+    Guidance follows a log-density of bounded gradient: below a rate of half the counts (or of 0.1 counts) it goes on as
+    a parabola, see `fastguide.reference.log_prob_and_gradient`. `log_prob` and the last weights of TDS and FK take
+    Poisson's own density down to a rate of 0.001 counts, and its tangent below."""
 
     _takes_tensors = False
+    _least_rate = 1e-3  # counts
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale = 1.0, background: float = 0.0):
         super().__init__(y, operator, scale)
@@ -456,6 +470,14 @@ class Poisson(_Density):
 
     def _density(self, z: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
         return dict(family="poisson", scale=scale, background=self.background)
+
+    def exact_value(self, x0: Tensor, rows: Tensor | None, scale: float | Tensor) -> Tensor:
+        z, rows, scale = self._measure(x0, rows, scale)
+        counts = (self.y if rows is None else self.y[rows]).double() / scale
+        rate = (z.double() + self.background) / scale
+        missing = (self._least_rate - rate).clamp(min=0.0)
+        log_rate = torch.log(rate.clamp(min=self._least_rate)) - missing / self._least_rate
+        return (counts * log_rate - rate.clamp(min=0.0) - torch.lgamma(counts + 1.0)).flatten(1).sum(1)
 
     def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
         # Held at that of one count, as the parabola's is: 1 / rate would be ten times that at dark rates.

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import foreign, graphs, ops
 from .checkpoints import Checkpoint, saved_seed
@@ -88,8 +90,9 @@ def sample(
     - ``graph``: True runs the whole loop as one CUDA graph, which the first call captures and others with the same
       network, shapes and method replay, whatever their seed, observation and guidance scale (see `fastguide.graphs`);
       a loop that cannot be captured is an error that says why. ``"auto"`` and False run eagerly.
-    - ``progress``: a tqdm bar (needs tqdm). ``callback``: called with a `Progress` after each step; where it returns
-      True the run ends there, and its result is the state at that noise level.
+    - ``progress``: a tqdm bar (needs tqdm). ``callback``: called with a `Progress` after each step. The run ends early
+      where it returns True (a bool, numpy's bool, or a tensor of one bool); the result is then the state at that noise
+      level, and a checkpoint stays, so that a later call can go on.
     - ``checkpoint``: a file to write the state to, atomically, every ``checkpoint_every`` steps; where it exists the
       run goes on from it, to the same bits; removed at the end. A file of other arguments is refused, and of functions
       that give other results on a small trial, for which the network, rewards and operators are called a few times more
@@ -125,15 +128,16 @@ def sample(
         assert x is not None
         run.watch.finite(run.steps - 1, "sample", x)
         run.watch.report()
+    done = min([run.steps, *loop.ended])
     samples = Samples(
         x,
         *rest,  # type: ignore[arg-type, misc]
         seed=run.seed,  # type: ignore[arg-type]
         grouped=run.grouped,
         method=type(guidance).__name__,
-        times=tuple(level.t for level in run.levels[: 1 + min([run.steps, *loop.ended])]),
+        times=tuple(level.t for level in run.levels[: done + 1]),
     )
-    if checkpoint is not None and os.path.exists(checkpoint):
+    if checkpoint is not None and os.path.exists(checkpoint) and done == run.steps:
         os.remove(checkpoint)
     if samples.ess is not None and samples.log_weights is not None:
         _check_particles(samples.ess, samples.log_weights)
@@ -165,19 +169,22 @@ class Loop:
                 ess.append(state.ess)
             if self.keep_ancestors:
                 ancestors.append(state.ancestors)
-            if self.callback is not None and self.callback(_progress(run, state, i, self.weighted)) is True:
+            ends = self.callback is not None and _is_true(self.callback(_progress(run, state, i, self.weighted)))
+            state.x0_hat = None
+            due = ends or (i + 1) % self.checkpoint_every == 0
+            if file is not None and due and i + 1 < run.steps:
+                file.save(state, i + 1, ess, ancestors)
+            if ends:
                 self.ended.append(i + 1)
                 break
-            state.x0_hat = None
-            if file is not None and (i + 1) % self.checkpoint_every == 0 and i + 1 < run.steps:
-                file.save(state, i + 1, ess, ancestors)
         return self.finish(run, state, ess, ancestors)
 
     def finish(
         self, run: Run, state: State, ess: Sequence[Tensor], ancestors: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
         """From the last state, and the ESS and ancestors of each step."""
-        x = _shaped(state.x, run)
+        with torch.set_grad_enabled(run.differentiable):
+            x = _shaped(state.x, run)
         if not self.weighted:
             return (x,)
         assert state.log_weights is not None
@@ -252,26 +259,35 @@ def _checked_seed(seed: Any, observations: int) -> int | tuple[int, ...]:
 
 def _differentiable(run: Run, guidance: Any) -> bool:
     """Whether the result keeps its graph to ``x_T``; raises where only a part of the derivative could be had."""
-    if not torch.is_grad_enabled():
-        return False
-    wanted = run.x_T is not None and run.x_T.requires_grad
-    if isinstance(guidance, Plain):
-        return wanted
-    if wanted:
-        raise ValueError(
-            f"x_T: expected a tensor that needs no gradient with {type(guidance).__name__}, since only sampling "
-            "without guidance can be differentiated; x_T.detach() or torch.no_grad() draws samples"
-        )
+    tensors = {"x_T": run.x_T, "guidance_scale": run.denoiser.guidance_scale}
     likelihood = getattr(guidance, "likelihood", getattr(guidance, "reward", None))
     if isinstance(likelihood, Likelihood):
-        tensors = {"y": likelihood.y, **{f"operator.{n}": v for n, v in vars(likelihood.operator).items()}}
-        for name, value in tensors.items():
-            if isinstance(value, Tensor) and value.requires_grad:
+        tensors |= {"y": likelihood.y, "scale": likelihood.scale}
+        tensors |= {f"operator.{name}": value for name, value in vars(likelihood.operator).items()}
+    differentiable = False
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            continue
+        if forward_ad.unpack_dual(value).tangent is not None:
+            raise ValueError(
+                f"{name}: expected a tensor without a forward-mode tangent, since fastguide.sample has no forward-mode "
+                "derivative; without guidance x_T has one in reverse mode"
+            )
+        if value.requires_grad and torch.is_grad_enabled():
+            if name != "x_T" or not isinstance(guidance, Plain):
                 raise ValueError(
-                    f"{name}: expected a tensor that needs no gradient, since sampling with guidance cannot be "
-                    f"differentiated; {name}.detach() or torch.no_grad() draws samples"
+                    f"{name}: expected a tensor that needs no gradient with {type(guidance).__name__}: the only "
+                    f"derivative is that without guidance, in x_T; {name}.detach() or torch.no_grad() draws samples"
                 )
-    return False
+            differentiable = True
+    return differentiable
+
+
+def _is_true(answer: Any) -> bool:
+    """Whether a callback's answer is a true bool: Python's, numpy's, or a tensor of one."""
+    if isinstance(answer, Tensor) and answer.dtype == torch.bool and answer.numel() == 1:
+        return bool(answer)
+    return isinstance(answer, bool | np.bool_) and bool(answer)
 
 
 def _progress(run: Run, state: State, i: int, weighted: bool) -> Progress:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gaussian import MATRIX, SCALE, Y, example, gaussian_likelihood
 from test_sampling import ALL, assert_same, guidances, run
+from torch.autograd import forward_ad
 
 import fastguide as fg
 
@@ -254,13 +255,75 @@ def test_a_network_that_returns_nan_once_is_named_with_its_step(name):
         )
 
 
-@pytest.mark.parametrize("guidance", [fg.DPS, fg.PnP, lambda v: fg.TDS(v, 8, covariance="point")])
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        fg.DPS,
+        fg.PnP,
+        lambda v: fg.PnP(v, solver="gradient"),
+        lambda v: fg.LatentPnP(v, lambda z: z),
+        lambda v: fg.TDS(v, 8, covariance="point"),
+        lambda v: fg.FK(v, 8, covariance="point"),
+    ],
+)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_an_operator_that_is_not_finite_is_named(guidance, value):
     operator = fg.operators.Function(lambda x: torch.where(x[:, :1] > -9.0, value, 1.0) * (x @ MATRIX.T))
     likelihood = fg.likelihoods.Gaussian(Y, operator, SCALE)
     with pytest.raises(FloatingPointError, match=r"operator: expected finite values, got .* at step 0"):
         fg.sample(example().denoiser(), (2, 3), guidance=guidance(likelihood), steps=4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("guidance", [fg.DPS, fg.PnP, lambda v: fg.PnP(v, solver="gradient")])
+def test_one_measurement_that_is_not_finite_is_named(guidance, value):
+    """The others would hide it in a norm, a conjugate gradient or a comparison."""
+
+    def operator(x):
+        z = x @ MATRIX.T
+        z[:, 0] = torch.where(x[:, 0] > 0.0, value, z[:, 0])
+        return z
+
+    likelihood = fg.likelihoods.Gaussian(Y, fg.operators.Function(operator), SCALE)
+    with pytest.raises(FloatingPointError, match=r"operator: expected finite values, got .* at step \d"):
+        fg.sample(example().denoiser(), (2, 3), guidance=guidance(likelihood), steps=6, seed=2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("prediction", ["sample", "epsilon", "v"])
+@pytest.mark.parametrize("array", [False, True])
+def test_networks_may_return_the_same_memory_every_time(prediction, array):
+    memory = torch.empty(8, 3)
+
+    def shared(f):
+        def net(x, t):
+            with torch.no_grad():
+                out = memory[: len(x)].copy_(f(x, t))
+            return out.numpy() if array else out
+
+        return net
+
+    def samples(wrap, **options):
+        denoiser = prior(
+            wrap(lambda x, t: 0.4 * x + 0.1),
+            prediction=prediction,
+            unconditional=wrap(lambda x, t: 0.2 * x - 0.1),
+            guidance_scale=2.5,
+        )
+        return [
+            fg.sample(denoiser, (4, 3), guidance=guidance, steps=4, seed=1, chunk_size=chunk_size).x
+            for chunk_size in (None, 1, 3)
+            for guidance in (None, fg.FK(lambda x0: -x0.square().sum(1), 2))
+        ]
+
+    for got, expected in zip(samples(shared), samples(lambda net: net), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("linear", [lambda x: x + 1.0, lambda x: x - x.mean() + 1e-3])
+def test_a_function_that_is_not_linear_at_zero_is_not_taken_for_linear(linear):
+    likelihood = fg.likelihoods.Gaussian(Y[:, :1], fg.operators.Function(linear, linear=True, event=(1,)), SCALE)
+    with pytest.raises(ValueError, match="operator: expected a linear one, which makes 0 of 0, got "):
+        fg.sample(prior(clean), (2, 1), guidance=fg.PiGDM(likelihood), steps=2)
 
 
 # --- derivatives ----------------------------------------------------------------------------------------------
@@ -282,6 +345,48 @@ def test_the_derivative_of_plain_sampling_is_the_true_one(eta):
     assert (gradient * direction).sum().item() == pytest.approx(difference, rel=1e-7)
     with torch.no_grad():
         assert not total(leaf).requires_grad
+
+
+def test_the_derivative_with_several_samples_per_observation():
+    x_T = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    options = dict(steps=5, eta=0.5, seed=4, dtype=torch.float64)
+    grouped = fg.sample(prior(lambda x, t: x.sin()), (2, 3), x_T=x_T, samples_per_observation=2, **options).x
+    (gradient,) = torch.autograd.grad(grouped.square().sum(), x_T)
+    flat = x_T.detach().reshape(4, 3).requires_grad_()
+    alone = fg.sample(prior(lambda x, t: x.sin()), (4, 3), x_T=flat, **options).x
+    (expected,) = torch.autograd.grad(alone.square().sum(), flat)
+    assert torch.equal(grouped.reshape(4, 3), alone) and torch.equal(gradient.reshape(4, 3), expected)
+
+
+@ALL
+def test_a_forward_mode_derivative_is_refused(name):
+    shape = (2, 24, 3) if name in ("tds", "fk", "fk guided") else (2, 3)
+    x_T = torch.zeros(shape, dtype=torch.float64)
+
+    def draw(x_T):
+        return run(name, x_T=x_T, steps=2).x
+
+    with pytest.raises(ValueError, match="x_T: expected a tensor without a forward-mode tangent"):
+        torch.func.jvp(draw, (x_T,), (x_T,))
+    with forward_ad.dual_level():
+        with pytest.raises(ValueError, match="x_T: expected a tensor without a forward-mode tangent"):
+            draw(forward_ad.make_dual(x_T, x_T))
+        with pytest.raises(ValueError, match="y: expected a tensor without a forward-mode tangent"):
+            y = forward_ad.make_dual(Y, Y)
+            fg.sample(example().denoiser(), (2, 3), guidance=fg.PnP(gaussian_likelihood(y)), steps=2)
+        draw(x_T)
+
+
+def test_a_guidance_scale_or_noise_scale_that_needs_a_gradient_is_refused():
+    scale = torch.tensor([1.0, 2.0], requires_grad=True)
+    denoiser = prior(clean, unconditional=clean, guidance_scale=scale)
+    with pytest.raises(ValueError, match="guidance_scale: expected a tensor that needs no gradient"):
+        fg.sample(denoiser, (2, 3), steps=2)
+    likelihood = fg.likelihoods.Gaussian(Y, fg.operators.Matrix(MATRIX, (3,)), scale.new_ones(2).requires_grad_())
+    with pytest.raises(ValueError, match="scale: expected a tensor that needs no gradient"):
+        fg.sample(prior(clean), (2, 3), guidance=fg.DPS(likelihood), steps=2)
+    with torch.no_grad():
+        fg.sample(denoiser, (2, 3), steps=2)
 
 
 @ALL

@@ -115,13 +115,31 @@ def test_gradient(make, density):
 @pytest.mark.parametrize("background", [0.0, 0.5])
 def test_poisson(scale, background):
     rate = torch.as_tensor(RANDOM.uniform(0.2, 30.0, (5, 2, 3)))
-    counts = torch.as_tensor(RANDOM.poisson(rate.numpy())).double().minimum((2 * rate).ceil() - 1)
-    counts[0, 0, 0] = 0.0
+    rate[0, 0, 1] = 15.0
+    counts = torch.as_tensor(RANDOM.poisson(rate.numpy())).double()
+    counts[0, 0, 0], counts[0, 0, 1] = 0.0, 40.0
     z, y = scale * rate - background, scale * counts
     likelihood = Poisson(y, Identity(), scale, background)
-    assert (rate > counts.clamp(min=0.2) / 2).all()  # where the density is the exact one
-    check(likelihood.log_prob(z), per_row(stats.poisson.logpmf(counts.numpy(), rate.numpy())))
+    expected = per_row(stats.poisson.logpmf(counts.numpy(), rate.numpy()))
+    check(likelihood.log_prob(z), expected)
     check_gradient(lambda z: likelihood.log_prob_and_gradient(z, y, scale), z)
+    exact = (rate > counts.clamp(min=0.2) / 2).flatten(1).all(1)  # what guidance follows is the same there
+    assert 0 < exact.sum() < 5
+    check(likelihood.log_prob_and_gradient(z, y, scale)[0][exact], expected[exact])
+
+
+def test_poisson_adds_to_one_over_the_counts_at_any_rate():
+    counts = torch.arange(80.0)[:, None]
+    for rate in (0.001, 0.05, 0.2, 1.0, 9.0):
+        log_prob = Poisson(counts, Identity()).log_prob(torch.full((80, 1), rate, dtype=torch.float64))
+        check(log_prob.exp().sum(), 1.0)
+
+
+def test_poisson_goes_on_along_its_tangent_below_a_thousandth_of_a_count():
+    y = torch.tensor([[3.0, 0.0]]).double()
+    z = torch.tensor([[1e-3, 0.5], [0.0, 0.5], [-0.5, -0.5]], dtype=torch.float64)
+    logarithm = math.log(1e-3) - torch.tensor([0.0, 1.0, 501.0], dtype=torch.float64)
+    check(Poisson(y, Identity()).log_prob(z), 3 * logarithm - z.clamp(min=0).sum(1) - math.log(6.0))
 
 
 def test_poisson_of_counts_between_integers():

@@ -554,3 +554,37 @@ def test_a_sharp_likelihood_does_not_explode_by_default(kind, method):
     assert measured.square().mean().sqrt() < 0.5  # the prior is at 1
     if method != "DPS":
         assert abs(float(out.log_evidence) - float(evidence)) < 60  # -46.67; "point" gave -3.6e38
+
+
+# --- rewards of minus infinity --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda r: fg.FK(r, 4000),
+        lambda r: fg.FK(r, 4000, potential="sum", resample_steps=[10, 40]),
+        lambda r: fg.FK(r, 4000, potential="max", resample_steps=[10, 40]),
+        lambda r: fg.FK(r, 4000, proposal="guided"),
+        lambda r: fg.TDS(fg.likelihoods.Callable(r), 4000, covariance="point"),
+    ],
+)
+def test_a_constraint_that_predictions_break_on_the_way(method):
+    """N(0, 1) times exp(x / 2) for x > 0.5: the prediction of every particle breaks the constraint at first."""
+    schedule = fg.schedules.flow()
+
+    def net(x, t):
+        t = t[:, None]
+        return (1 - t) * x / ((1 - t) ** 2 + t**2)
+
+    def reward(x0):
+        return torch.where(x0[:, 0] > 0.5, 0.5 * x0[:, 0], -math.inf)
+
+    denoiser = fg.Denoiser(net, schedule, "sample")
+    options = dict(steps=50, seed=1)
+    x = fg.sample(denoiser, (200_000, 1), **options).x.double()  # the sampler's own prior
+    weights = reward(x).exp()
+    out = fg.sample(denoiser, (8, 1), guidance=method(reward), **options)
+    assert out.log_evidence.exp().mean().item() == pytest.approx(weights.mean().item(), rel=0.02)
+    assert out.mean().mean().item() == pytest.approx((weights @ x / weights.sum()).item(), rel=0.01)
+    assert (out.x[out.log_weights > -math.inf] > 0.5).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from gaussian import MATRIX, SCALE, Y, example, gaussian_likelihood
@@ -368,6 +369,24 @@ def test_a_callback_that_returns_true_ends_the_run(name):
     if cut.log_weights is not None:
         assert torch.equal(cut.log_weights, states[4].log_weights) and len(cut.ess) == 6
     assert torch.equal(full.x, states[-1].x)
+
+
+@pytest.mark.parametrize("true", [True, np.True_, torch.tensor(True), torch.tensor([True])])
+@pytest.mark.parametrize("other", [None, False, np.False_, torch.tensor(False), 1, "yes", torch.ones(3).bool()])
+def test_what_ends_a_run_is_a_true_bool(true, other):
+    out = run("plain", callback=lambda progress: true if progress.step == 4 else other)
+    assert len(out.times) == 6
+
+
+def test_a_run_that_a_callback_ends_can_go_on(tmp_path):
+    file = tmp_path / "run"
+    full = run("tds")
+    cut = run("tds", callback=lambda progress: progress.step == 4, checkpoint=file)
+    assert file.exists() and len(cut.times) == 6
+    steps = []
+    resumed = run("tds", callback=lambda progress: steps.append(progress.step), checkpoint=file)
+    assert steps == list(range(5, 12)) and not file.exists()
+    assert_same(resumed, full)
 
 
 @ALL

@@ -222,14 +222,19 @@ class Run:
         return self.with_counters(i, draw, *tensors)
 
     def in_chunks(self, f: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-        """``f(rows, *chunks)`` over chunks of the leading dimension, its outputs put together again."""
+        """``f(rows, *chunks)`` over chunks of the leading dimension, its outputs put together again. Each is copied
+        before the next call: a network may return the same memory every time."""
         n = tensors[0].shape[0]
-        size = n if self.chunk_size is None else self.chunk_size
-        parts = []
-        for low in range(0, n, size):
-            high = min(low + size, n)
-            parts.append(f(self.rows[low:high], *(t[low:high] for t in tensors)))
-        return parts[0] if len(parts) == 1 else tuple(torch.cat(p) for p in zip(*parts, strict=True))
+        if self.chunk_size is None or self.chunk_size >= n:
+            return f(self.rows, *tensors)
+        whole: tuple[Tensor, ...] = ()
+        for low in range(0, n, self.chunk_size):
+            high = min(low + self.chunk_size, n)
+            parts = f(self.rows[low:high], *(t[low:high] for t in tensors))
+            whole = whole or tuple(part.new_empty((n, *part.shape[1:])) for part in parts)
+            for tensor, part in zip(whole, parts, strict=True):
+                tensor[low:high] = part
+        return whole
 
     def x0_hat(self, x: Tensor, i: int) -> Tensor:
         """``E[x_0 | x_t]`` at level ``i``, without a graph."""
@@ -264,12 +269,11 @@ class Run:
                 )
 
         x0_hat, shift, log_prob, norm = self.in_chunks(chunk, x)
-        function = likelihood_function(likelihood)
-        if isinstance(likelihood, CallableLikelihood):  # a dead particle has no gradient
+        if isinstance(likelihood, CallableLikelihood):  # -inf has no gradient
             shift = torch.where(per_sample(log_prob, shift) == -math.inf, 0.0, shift)
         self.watch.finite(i, "net", x0_hat)
-        self.watch.log_prob(i, function, log_prob)
-        self.watch.finite(i, f"gradient of the net or the {function}", shift)
+        self._watch_log_prob(i, likelihood, log_prob)
+        self.watch.finite(i, f"gradient of the net or the {likelihood_function(likelihood)}", shift)
         return x0_hat, shift, log_prob, norm
 
     def likelihood_value(self, likelihood: Likelihood, covariance: str, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
@@ -288,7 +292,7 @@ class Run:
         with torch.no_grad():
             x0_hat, log_prob = self.in_chunks(chunk, x)
         self.watch.finite(i, "net", x0_hat)
-        self.watch.log_prob(i, likelihood_function(likelihood), log_prob)
+        self._watch_log_prob(i, likelihood, log_prob)
         return x0_hat, log_prob
 
     def exact_log_prob(self, likelihood: Likelihood, x: Tensor) -> Tensor:
@@ -296,12 +300,17 @@ class Run:
         scale = likelihood.scale_at(self.levels[-1].t)
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor]:
-            return (likelihood.value(x.to(self.compute_dtype), rows, scale),)
+            return (likelihood.exact_value(x.to(self.compute_dtype), rows, scale),)
 
         with torch.no_grad(), phase("weights"):
             log_prob = self.in_chunks(chunk, x)[0]
-        self.watch.log_prob(self.steps - 1, likelihood_function(likelihood), log_prob)
+        self._watch_log_prob(self.steps - 1, likelihood, log_prob)
         return log_prob
+
+    def _watch_log_prob(self, i: int, likelihood: Likelihood, log_prob: Tensor) -> None:
+        # An error model is -inf only where the operator is infinite; a function may say that y is impossible.
+        allowed = isinstance(likelihood, CallableLikelihood)
+        (self.watch.log_prob if allowed else self.watch.finite)(i, likelihood_function(likelihood), log_prob)
 
 
 def likelihood_function(likelihood: Likelihood) -> str:
@@ -435,6 +444,11 @@ def prepare_likelihood(run: Run, likelihood: Likelihood) -> tuple[Likelihood, in
     with torch.no_grad():
         z = likelihood.operator(probe)
         _try_operator(likelihood.operator, probe)
+    if isinstance(likelihood.operator, LinearOperator) and not z.is_meta and (z != 0).any():
+        raise ValueError(
+            f"operator: expected a linear one, which makes 0 of 0, got {z.abs().max().item():g} from "
+            f"{likelihood.operator}; a constant belongs into y, or the operator is not declared linear"
+        )
     if z.shape[1:] != likelihood.y.shape[1:]:
         raise ValueError(
             f"y: expected shape [B, {', '.join(map(str, z.shape[1:]))}], what {likelihood.operator} makes of an event "

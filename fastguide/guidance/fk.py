@@ -30,7 +30,7 @@ from .base import (
     per_step,
     prepare_likelihood,
 )
-from .particles import check_particles, log_ratio, propose_guided, resample_particles
+from .particles import check_particles, log_ratio, on_the_way, propose_guided, resample_particles
 
 POTENTIALS = ("difference", "max", "sum")
 PROPOSALS = ("base", "guided")
@@ -47,10 +47,11 @@ class FK:
 
     - ``reward``: ``r(x0 [n, *event]) -> [n]``, differentiable or not, taken at ``x0_hat`` on the way and at ``x_0`` at
       the end. It returns a tensor, an array or a list. With a parameter named ``t`` it is also given the schedule's
-      time of the level. A sequence of pairs ``(weight, r)`` stands for the weighted sum of several rewards. NaN is a
-      particle of weight 0, with a warning; ``-inf`` is one without; ``+inf`` is an error. Or a likelihood:
-      ``r = log p(y | x_0)``, approximated on the way with ``covariance`` as in TDS; the default with the base proposal
-      needs no derivative.
+      time of the level. A sequence of pairs ``(weight, r)`` stands for the weighted sum of several rewards. NaN gives
+      the particle weight 0, with a warning. ``-inf`` at ``x_0`` gives weight 0; on the way, where ``x0_hat`` may break
+      a constraint that ``x_0`` will meet, it counts as the lowest finite reward of the observation's particles.
+      ``+inf`` is an error. Or a likelihood: ``r = log p(y | x_0)``, approximated on the way with ``covariance`` as in
+      TDS; the default with the base proposal needs no derivative.
     - ``potential``, the log-weight of a level: ``"difference"`` ``strength * r`` minus the same at the last level that
       had a potential; ``"max"`` and ``"sum"`` ``strength *`` the largest reward, or their sum, so far; or
       ``f(r [n], r of the last such level [n], or None at the first) -> log-potential [n]``. ``x_0`` always has a
@@ -173,12 +174,14 @@ class FK:
             return State(x, log_weights, {**found, **kept})
         with phase("weights"):
             dead = old["log_product"] == -math.inf
+            reward = found["reward"] if last else on_the_way(run, found["reward"])
             if not isinstance(self.reward, Likelihood):
-                unknown = torch.isnan(found["reward"])
+                unknown = torch.isnan(reward)
                 run.watch.dropped(min(i, run.steps - 1), "reward", unknown & ~dead)
-                found["reward"] = found["reward"].masked_fill(unknown, -math.inf)
-                run.watch.log_prob(min(i, run.steps - 1), "reward", found["reward"])
+                reward = reward.masked_fill(unknown, -math.inf)
+                run.watch.log_prob(min(i, run.steps - 1), "reward", reward)
                 dead = dead | unknown
+            found["reward"] = reward
             log_potential, log_product = self._log_potential(run, found, old, dead, i)
             found["log_product"] = log_product.masked_fill(dead, -math.inf)
             log_potential = log_potential.masked_fill(dead, -math.inf)

@@ -65,6 +65,20 @@ def propose_guided(run: Run, state: State, log_weights: Tensor, i: int) -> tuple
     return run.with_counters(i, draw, state.x, x0_hat, shift, log_weights)
 
 
+def on_the_way(run: Run, log_prob: Tensor) -> Tensor:
+    """``log_prob`` ``[B * K]`` of a level before the last, ``-inf`` replaced by the lowest finite value of the
+    observation's particles, or by 0 where there is none.
+
+    The prediction ``x0_hat`` may break a constraint that the sample will meet. A particle that died of it would be
+    missing in the end, and more particles would not bring it back. Any finite value leaves the target as it is, since
+    the last level takes it back."""
+    rows = log_prob.view(run.observations, run.particles)
+    dead = rows == -math.inf
+    lowest = rows.masked_fill(dead | rows.isnan(), math.inf).amin(1, keepdim=True)
+    lowest = lowest.masked_fill(lowest == math.inf, 0.0)
+    return torch.where(dead, lowest, rows).view(-1)
+
+
 def log_ratio(new: Tensor, old: Tensor) -> Tensor:
     """``new - old``, and ``-inf`` for a particle that is dead already."""
     return torch.where(old == -math.inf, old, new - old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -153,12 +154,13 @@ def solve(
     for _ in range(outer):
         z, forward, adjoint = _linearise(likelihood, x)
         weight = likelihood.curvature(z, y, scale)
-        gradient = likelihood.log_prob_and_gradient(z, y, scale)[1]
+        log_prob, gradient = likelihood.log_prob_and_gradient(z, y, scale)
 
         def normal(p: Tensor, forward=forward, adjoint=adjoint, weight=weight) -> Tensor:
             return adjoint(weight * forward(p)) + rho * p
 
         x = x + conjugate_gradients(normal, adjoint(gradient) - rho * (x - x0), inner)
+        x = torch.where(per_sample(log_prob.isfinite(), x).bool(), x, math.nan)  # which the solver would hide
     return x
 
 
@@ -257,4 +259,6 @@ def _gradient(
         x, previous_x, previous_g = x - length * g, x, g
     value = 0.5 * rho * (x - x0).square().flatten(1).sum(1).double()
     value = value - likelihood.log_prob_and_gradient(likelihood.operator(x), y, scale)[0]
-    return torch.where(per_sample(value - lowest > 0.01 * (start - lowest), x).bool(), best, x)
+    x = torch.where(per_sample(value - lowest > 0.01 * (start - lowest), x).bool(), best, x)
+    unknown = start.isnan() if isinstance(likelihood, CallableLikelihood) else ~start.isfinite()
+    return torch.where(per_sample(unknown, x).bool(), math.nan, x)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..likelihoods import Likelihood
 from ..ranges import phase
 from .base import Run, State, check_covariance, default_covariance, prepare_likelihood
-from .particles import check_particles, log_ratio, propose_guided, resample_particles
+from .particles import check_particles, log_ratio, on_the_way, propose_guided, resample_particles
 
 
 @dataclass(frozen=True)
@@ -62,4 +62,4 @@ class TDS:
         step and the proposal of the next."""
         assert self.covariance is not None
         x0_hat, shift, log_prob, _ = run.likelihood_score(self.likelihood, self.covariance, x, i)
-        return {"x0_hat": x0_hat, "shift": shift, "log_prob": log_prob}
+        return {"x0_hat": x0_hat, "shift": shift, "log_prob": on_the_way(run, log_prob)}
