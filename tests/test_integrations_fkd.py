@@ -350,6 +350,19 @@ def test_a_step_taken_again_draws_other_numbers():
     assert not torch.equal(*drawn)
 
 
+def test_no_two_visits_draw_the_same_numbers():
+    """The steps to weigh may go on beyond the last of ``time_steps``."""
+    x = _column(*(0.05 * k for k in range(64)))
+    options = dict(num_particles=64, scheme="multinomial", adaptive_resampling=False, potential_type="rt")
+    fkd = _fkd(**options, resample_frequency=1, resampling_t_start=0, resampling_t_end=6, time_steps=3)
+    drawn = []
+    for step in (0, 0, 1, 2, 2, 3, 4, 5, 6):
+        fkd.log_weights.zero_()
+        fkd.resample(sampling_idx=step, latents=x, x0_preds=x)
+        drawn.append(fkd.ancestors)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+
+
 def test_rewards_are_the_callers_own():
     images = _column(0.0, 1.0, 2.0, 3.0).requires_grad_()
     for strict in ({}, {"strict": True, "seed": None}):
@@ -381,6 +394,18 @@ def test_other_keywords_and_errors():
         _fkd(scheme="killing")
     with pytest.raises(ValueError, match="strict: expected neither"):
         _fkd(strict=True)
+    for name, value in (
+        ("resample_frequency", 0),
+        ("resample_frequency", -1),
+        ("resample_frequency", 1.5),
+        ("time_steps", 0),
+        ("num_particles", 0),
+        ("lmbda", math.nan),
+        ("lmbda", math.inf),
+        ("reward_min_value", math.nan),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value}"):
+            _fkd(**{name: value})
     with pytest.raises(ValueError, match="latents: expected 4 particles"):
         _fkd().resample(sampling_idx=1, latents=_column(1, 2), x0_preds=_column(1, 2, 3, 4))
     with pytest.raises(ValueError, match="x0_preds: expected 4 particles"):

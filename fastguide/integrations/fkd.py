@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -80,12 +81,17 @@ class FKD:
             raise ValueError(f"scheme: expected one of {ops.SCHEMES}, got {scheme!r}")
         if strict and (scheme != "systematic" or seed is not None):
             raise ValueError("strict: expected neither scheme nor seed with it: torch's generator draws")
+        if not math.isfinite(lmbda):
+            raise ValueError(f"lmbda: expected a finite number, got {lmbda}")
+        if math.isnan(reward_min_value):
+            raise ValueError(f"reward_min_value: expected a number, got {reward_min_value}")
         self.potential_type = potential_type
         self.lmbda = lmbda
-        self.num_particles = num_particles
+        self.num_particles = num_particles = integer("num_particles", num_particles, 1)
         self.adaptive_resampling = adaptive_resampling
-        self.last_step = time_steps - 1
-        self.steps = {*range(resampling_t_start, resampling_t_end + 1, resample_frequency), self.last_step}
+        self.last_step = integer("time_steps", time_steps, 1) - 1
+        frequency = integer("resample_frequency", resample_frequency, 1)
+        self.steps = {*range(resampling_t_start, resampling_t_end + 1, frequency), self.last_step}
         self.reward_fn = reward_fn
         self.latent_to_decode_fn = latent_to_decode_fn
         self.scheme = scheme
@@ -188,7 +194,7 @@ class FKD:
             scheme=self.scheme,
             ess_threshold=0.5 if self.adaptive_resampling and not last else None,
             seed=self.seed,
-            step=step + (self.last_step + 1) * self._visits[step],
+            step=step + (max(self.steps) + 1) * self._visits[step],
             stream=STREAM_RESAMPLE,
             check=False,
         )
