@@ -20,7 +20,7 @@ from .schedules import Level, Schedule, per_step
 __all__ = ["Conditional", "Denoiser"]
 
 Net = Callable[[Tensor, Tensor], Any]
-GuidanceScale = float | Sequence[float] | Callable[[float], float] | Tensor
+GuidanceScale = float | Sequence[float] | np.ndarray | Callable[[float], float] | Tensor
 
 
 class Conditional:
@@ -76,8 +76,8 @@ class Denoiser:
     ``unconditional``: a second network of the same kind; then the prediction is
     ``unconditional + guidance_scale * (net - unconditional)``, classifier-free guidance (Ho & Salimans 2021). Either
     may be a `Conditional`, with labels or prompts for each observation. ``guidance_scale``: a finite number, a table
-    (list or tuple) with one entry per step, a function of the schedule's time, or a tensor ``[B]`` with a number for
-    each observation.
+    (list, tuple or numpy array) with one entry per step, a function of the schedule's time, or a tensor ``[B]`` with a
+    number for each observation.
 
     Samplers differentiate through ``net``; its parameters take no part, so freeze them to save memory.
     """
@@ -230,6 +230,8 @@ def _checked_scale(scale: Any) -> Any:
     """A guidance scale as `Denoiser` keeps it: None, a float, a tuple, a function, or a tensor of 0 or 1 dimensions."""
     if scale is None or (callable(scale) and not isinstance(scale, Tensor)):
         return scale
+    if isinstance(scale, np.ndarray) and scale.ndim == 0:
+        scale = scale.item()
     if isinstance(scale, Tensor) and scale.ndim > 0:
         if scale.numel() != len(scale):
             raise ValueError(f"guidance_scale: expected a number for each observation, got shape {list(scale.shape)}")

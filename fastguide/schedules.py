@@ -40,7 +40,7 @@ SPACINGS = ("uniform", "karras", "logsnr")
 _KARRAS_RHO = 7.0
 
 
-Schedulable = float | Sequence[float] | Callable[[float], float]
+Schedulable = float | Sequence[float] | np.ndarray | Tensor | Callable[[float], float]
 
 
 class Level(NamedTuple):
@@ -150,14 +150,14 @@ class Schedule:
 def per_step(
     name: str, value: Schedulable, levels: Sequence[Level], high: float = math.inf, low: float = 0.0
 ) -> tuple[float, ...]:
-    """The value of each step: of a number, a table with one entry per step, or a function of the schedule's time;
-    each finite and in ``[low, high]``."""
+    """The value of each step: of a number, a table with one entry per step (a list, an array or a tensor), or a
+    function of the schedule's time; each finite and in ``[low, high]``."""
     times = [level.t for level in levels[:-1]]
     try:
         if callable(value):
             values = tuple(float(value(t)) for t in times)
-        elif isinstance(value, str) or not hasattr(value, "__len__"):
-            values = (float(value),) * len(times)
+        elif isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0:
+            values = (float(value),) * len(times)  # type: ignore[arg-type]
         else:
             values = tuple(float(v) for v in value)  # type: ignore[union-attr]
     except (TypeError, ValueError) as error:

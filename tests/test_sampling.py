@@ -34,8 +34,8 @@ ALL = pytest.mark.parametrize("name", list(guidances()))
 
 def run(name: str, rows=slice(None), **options) -> fg.Samples:
     batch = len(Y[rows])
-    options = {"steps": 12, "seed": 3, "dtype": torch.float64, **options}
-    return fg.sample(example().denoiser(), (batch, 3), guidance=guidances()[name](rows), **options)
+    options = {"steps": 12, "seed": 3, "dtype": torch.float64, "guidance": guidances()[name](rows), **options}
+    return fg.sample(example().denoiser(), (batch, 3), **options)
 
 
 def assert_same(a: fg.Samples, b: fg.Samples) -> None:
@@ -406,3 +406,44 @@ def test_a_callback_sees_predictions_rewards_and_ancestors(name):
         assert states[3].reward.shape == states[3].log_weights.shape
     if name in ("tds", "fk", "fk guided"):
         assert states[3].ancestors.shape == states[3].log_weights.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "draw"),
+    [
+        ("eta", lambda v: run("plain", eta=v)),
+        ("zeta", lambda v: run("plain", guidance=fg.DPS(gaussian_likelihood(), zeta=v))),
+        ("zeta", lambda v: run("plain", guidance=fg.PiGDM(gaussian_likelihood(), zeta=v))),
+        ("zeta", lambda v: run("plain", guidance=fg.PnP(gaussian_likelihood(), zeta=v), eta=None)),
+        ("rho", lambda v: run("plain", guidance=fg.PnP(gaussian_likelihood(), rho=v), eta=None)),
+        (
+            "rho",
+            lambda v: run("plain", guidance=fg.LatentPnP(gaussian_likelihood(), lambda z: z, rho=v, zeta=v), eta=None),
+        ),
+        ("strength", lambda v: run("plain", guidance=fg.FK(gaussian_likelihood(), 8, strength=v))),
+        ("guidance_scale", lambda v: guided_by_two_networks(v)),
+    ],
+)
+def test_a_schedule_may_be_a_table_of_any_kind(name, draw):
+    table = [0.2 + 0.05 * i for i in range(12)]
+    expected = draw(table)
+    tensors = [] if name == "guidance_scale" else [torch.tensor(table, dtype=torch.float64)]  # [B] there
+    for same in (tuple(table), np.array(table), *tensors):
+        assert_same(draw(same), expected)
+    expected = draw(0.5)
+    for same in (np.float32(0.5), np.array(0.5), torch.tensor(0.5)):
+        assert_same(draw(same), expected)
+    assert_same(draw(np.full(12, 0.5)), expected)
+    if name != "guidance_scale":
+        with pytest.raises(ValueError, match=f"^{name}: expected a table of 12 steps, got 3 entries"):
+            draw(np.full(3, 0.5))
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected "):
+        draw(np.array("score?"))
+
+
+def guided_by_two_networks(scale) -> fg.Samples:
+    prior = example()
+    denoiser = fg.Denoiser(
+        prior, prior.schedule, "sample", unconditional=lambda x, t: 0.5 * prior(x, t), guidance_scale=scale
+    )
+    return fg.sample(denoiser, (2, 3), steps=12, seed=3, dtype=torch.float64)

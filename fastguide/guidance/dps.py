@@ -49,7 +49,8 @@ class DPS:
         likelihood, measurements = prepare_likelihood(run, self.likelihood)
         covariance = self.covariance
         if covariance is None:
-            covariance = default_covariance(likelihood, measurements) if self.zeta == "score" else "point"
+            scored = isinstance(self.zeta, str) and self.zeta == "score"  # an array compares each of its entries
+            covariance = default_covariance(likelihood, measurements) if scored else "point"
         likelihood = check_covariance(run, likelihood, covariance, measurements)
         prepared = replace(self, likelihood=likelihood, covariance=covariance)
         if not isinstance(self.zeta, str):
