@@ -116,7 +116,12 @@ class Samples:
     def save(self, path: str | os.PathLike) -> None:
         """Write all fields to a safetensors file, which `load` reads."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        tensors = {name: t.detach().contiguous() for name, t in tensors.items() if t is not None}
+        # safetensors reads plain memory, and refuses to read it for two: all but x, most often the largest, are copies.
+        tensors = {
+            name: t.detach().contiguous().resolve_neg() if name == "x" else t.detach().clone().contiguous()
+            for name, t in tensors.items()
+            if t is not None
+        }
         facts = {"seed": self.seed, "grouped": self.grouped, "method": self.method, "times": self.times}
         metadata = {"fastguide.Samples": json.dumps(facts)}
         _safetensors("save").torch.save_file(tensors, os.fspath(path), metadata=metadata)
@@ -124,13 +129,17 @@ class Samples:
     @staticmethod
     def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Samples:
         """The samples that `save` wrote, on ``device``. Raises ValueError for another file."""
-        with _safetensors("load").safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
-            text = (file.metadata() or {}).get("fastguide.Samples")
-            if text is None:
-                raise ValueError(f"path: expected a file that Samples.save wrote, got {os.fspath(path)}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        facts: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()}
-        return Samples(**tensors, **facts)
+        safetensors, path, place = _safetensors("load"), os.fspath(path), str(torch.device(device))
+        try:
+            with safetensors.safe_open(path, framework="pt", device=place) as file:
+                facts = json.loads((file.metadata() or {})["fastguide.Samples"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
+            return Samples(**tensors, **found)
+        except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"path: expected a file that Samples.save wrote, got {path}: {type(error).__name__}: {error}"
+            ) from error
 
     def _check_grouped(self, name: str) -> None:
         if not self.grouped:

@@ -220,6 +220,41 @@ def test_another_file_is_refused(tmp_path):
         Samples.load(tmp_path / "a.safetensors")
 
 
+def test_what_is_no_such_file_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+
+    def refused():
+        with pytest.raises(
+            ValueError, match=r"^path: expected a file that Samples\.save wrote, got .*a\.safetensors: "
+        ):
+            Samples.load(path)
+
+    for content in (b"", b"junk", bytes(4096)):
+        path.write_bytes(content)
+        refused()
+    tensors = {"x": torch.zeros(2, 3)}
+    for text in ("", "[]", '{"seed": 1, "colour": 2}'):
+        safetensors.torch.save_file(tensors, path, {"fastguide.Samples": text})
+        refused()
+    safetensors.torch.save_file({"log_weights": torch.zeros(2)}, path, {"fastguide.Samples": "{}"})
+    refused()
+    with pytest.raises(FileNotFoundError):
+        Samples.load(tmp_path / "nothing")
+
+
+def test_fields_may_share_memory(tmp_path):
+    x = torch.randn(2, 5, dtype=torch.float64)
+    out = Samples(x[:, :, None], log_weights=x, ess=x.T, log_evidence=x[:, 0], grouped=True)
+    out.save(tmp_path / "a.safetensors")
+    same(out, Samples.load(tmp_path / "a.safetensors"))
+
+
+def test_a_file_has_the_values_of_a_view_of_the_negative(tmp_path):
+    out = Samples(torch._neg_view(torch.randn(2, 3)), log_evidence=torch._neg_view(torch.randn(2)))
+    out.save(tmp_path / "a.safetensors")
+    same(out, Samples.load(tmp_path / "a.safetensors"))
+
+
 @pytest.mark.parametrize("call", ["save('a')", "load('a')"])
 def test_without_safetensors_the_error_names_the_package(call):
     code = f"""
