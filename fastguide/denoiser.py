@@ -25,7 +25,7 @@ GuidanceScale = float | Sequence[float] | np.ndarray | Callable[[float], float] 
 
 class Conditional:
     """A network with what it takes beside ``x`` and ``t``: ``net(x, t, **conditions)``, each sample with the rows of
-    its observation, whatever particles and chunks there are.
+    its observation, whatever particles and chunks there are. ``net`` gets copies of them.
 
     ``conditions``: tensors, or nested tuples, lists and dicts of them, with a row for each observation or one for all;
     what is no tensor is passed on as it is.
@@ -55,8 +55,8 @@ class Conditional:
 
         def of_samples(value: Tensor) -> Tensor:
             if len(value) == 1:
-                return value.expand(len(x), *value.shape[1:])
-            return value if rows is None else value[rows]
+                return value.expand(len(x), *value.shape[1:]).clone(memory_format=torch.contiguous_format)
+            return value.clone() if rows is None else value[rows]
 
         return self.net(x, t, **tree_map_only(Tensor, of_samples, self.conditions))
 

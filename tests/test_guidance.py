@@ -557,6 +557,29 @@ def test_each_observation_has_its_conditions(name, chunk_size):
     assert (run([0])[1] - both[1]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("guidance", ["plain", "TDS"])
+def test_a_network_may_write_into_its_conditions(rows, guidance):
+    mean = torch.tensor([[-1.0, 0.0], [0.5, 2.0]])[:rows]
+
+    def run(net):
+        prior = fg.Denoiser(fg.Conditional(net, mean={"a": [mean]}), fg.schedules.vp_linear(100), "sample")
+        options = {
+            "guidance": GUIDANCES[guidance](fg.likelihoods.Gaussian(torch.zeros(1, 2), fg.operators.Identity(), 0.5))
+        }
+        return fg.sample(prior, (2, 2), steps=4, seed=0, **options).x
+
+    def writes(x, t, mean):
+        return x / 2 + mean["a"][0].mul_(3.0)
+
+    assert torch.equal(run(writes), run(lambda x, t, mean: x / 2 + mean["a"][0] * 3.0))
+    assert torch.equal(mean, torch.tensor([[-1.0, 0.0], [0.5, 2.0]])[:rows])
+    # of one sample, too
+    net = fg.Conditional(writes, mean={"a": [mean]})
+    net(torch.zeros(rows, 2), torch.zeros(rows))
+    assert torch.equal(mean, torch.tensor([[-1.0, 0.0], [0.5, 2.0]])[:rows])
+
+
 def test_conditions_of_a_wrong_kind():
     with pytest.raises(TypeError, match="net: expected a callable"):
         fg.Conditional(None)
