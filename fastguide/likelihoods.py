@@ -46,7 +46,7 @@ class Likelihood:
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale):
         if isinstance(y, Tensor) and y.is_complex() and isinstance(operator, Operator):
-            y, operator = torch.view_as_real(y), Pairs(operator)
+            y, operator = torch.view_as_real(y.resolve_conj()), Pairs(operator)
         if not isinstance(y, Tensor) or not y.is_floating_point():
             got = y.dtype if isinstance(y, Tensor) else type(y).__name__
             raise TypeError(f"y: expected a floating tensor [B, *measurement], got {got}")

@@ -3,6 +3,9 @@
 An operator maps ``x`` ``[n, *event]`` to ``[n, *measurement]``. A linear one also states its adjoint, its
 pseudo-inverse and, where ``A A^T`` has a known eigenbasis, its spectrum, from which closed forms follow:
 ``solve_gram(v, a, b) = (a A A^T + b I)^-1 v`` is all that PnP, PiGDM and the isotropic covariance need.
+
+`Blur` and `Matrix` keep what they computed from their tensor until torch counts a write to it: a write through
+``.data``, or through a numpy array that shares its memory, is not seen.
 """
 
 from __future__ import annotations
@@ -685,9 +688,12 @@ class _LinearFunction(Function, LinearOperator):
         if self._pseudo_inverse is not None or self.event is None:
             return super().pseudo_inverse(y)
         # The matrix is made where y is and in its dtype: what f holds on to need not be elsewhere.
-        matrix = self.matrix(self.event, y.dtype, y.device)
-        inverse = torch.linalg.pinv(matrix.double(), rtol=max(matrix.shape) * torch.finfo(y.dtype).eps)
-        return (y.flatten(1) @ inverse.to(y.dtype).T).reshape(-1, *self.event)
+        flat, dtype = y.flatten(1), y.real.dtype
+        matrix = self.matrix(self.event, dtype, y.device)
+        if y.is_complex():  # x is real: real and imaginary parts are measurements alike
+            matrix, flat = torch.cat([matrix.real, matrix.imag]), torch.cat([flat.real, flat.imag], 1)
+        inverse = torch.linalg.pinv(matrix.double(), rtol=max(matrix.shape) * torch.finfo(dtype).eps)
+        return (flat @ inverse.to(dtype).T).reshape(-1, *self.event)
 
 
 class Pairs(Operator):
@@ -709,7 +715,7 @@ class Pairs(Operator):
         z = self.operator(x)
         if not z.is_complex():
             raise TypeError(f"operator: expected complex measurements, as y is, got {z.dtype} from {self.operator}")
-        return torch.view_as_real(z)
+        return torch.view_as_real(z.resolve_conj())
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         return _real(self.operator.pseudo_inverse(torch.view_as_complex(y.contiguous())))

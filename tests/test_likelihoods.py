@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import special, stats
 
+import fastguide as fg
 from fastguide.likelihoods import (
     MOMENT_LIMIT,
     Callable,
@@ -592,8 +593,32 @@ def test_complex_measurements(adjoint):
     torch.testing.assert_close(likelihood.operator.adjoint(v), v.flatten(1) @ a, rtol=1e-12, atol=1e-12)
     solved = torch.linalg.solve(0.3 * a @ a.T + 0.1 * torch.eye(6), v.flatten(1).T).T
     torch.testing.assert_close(likelihood.operator.solve_gram(v, 0.3, 0.1).flatten(1), solved, rtol=1e-9, atol=1e-9)
+    if not adjoint:
+        inverse = likelihood.operator.pseudo_inverse(v)
+        torch.testing.assert_close(inverse, v.flatten(1) @ torch.linalg.pinv(a).T, rtol=1e-9, atol=1e-9)
     with pytest.raises(TypeError, match=r"operator: expected complex measurements, as y is, got torch\.float64"):
         Gaussian(y, Identity(), SCALE).log_prob(x)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_complex_measurements_may_be_views_of_the_conjugate(linear):
+    y = torch.complex(normal(2, 3, seed=1), normal(2, 3, seed=2))
+    options = {"linear": True, "event": (8,)} if linear else {"pseudo_inverse": lambda y: torch.fft.irfft(y, 8)}
+    made = []
+    for conj in (torch.conj, torch.conj_physical):
+        likelihood = Gaussian(conj(y), Function(lambda x, conj=conj: conj(fourier(x)), **options), SCALE)
+        x = normal(2, 8)
+        z = likelihood.operator(x)
+        made.append([likelihood.log_prob(x), z, likelihood.operator.pseudo_inverse(likelihood.y)])
+        made[-1] += [likelihood.operator.adjoint(z)] if linear else []
+    for a, b in zip(*made, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for guidance in (fg.DPS, fg.PnP):
+        samples = fg.sample(
+            fg.Denoiser(lambda x, t: 0.3 * x, fg.schedules.flow(), "sample"), (2, 8), guidance=guidance(likelihood),
+            steps=3, seed=1,
+        )  # fmt: skip
+        assert samples.x.isfinite().all()
 
 
 def test_functions_may_write_into_what_they_get():
