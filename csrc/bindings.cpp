@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -27,6 +28,7 @@ void randn(uintptr_t data, int dtype, uint64_t particles, uint64_t elements, uin
     const RandnShape shape = checked_shape(particles, elements, seed, step, stream, first_particle);
     const Dtype type = checked_dtype(dtype, Dtype::float64);
     const py::gil_scoped_release release;
+    expect_memory("out", reinterpret_cast<void*>(data), shape.particles * (shape.elements > 0));
     prepare(reinterpret_cast<void*>(data), type, shape);
     cpu::kernels().randn(reinterpret_cast<void*>(data), type, shape, threads);
 }
@@ -36,17 +38,18 @@ void normals(uintptr_t words, uintptr_t out, std::size_t pairs) {
     cpu::kernels().normals(reinterpret_cast<const uint32_t*>(words), reinterpret_cast<float*>(out), pairs);
 }
 
-// x, x's dtype, model_output, its dtype, displacement (0: none), its dtype, x_s, x0 (0: none), prediction, clip (kind,
-// low, high), clip_noise, levels, shape (six), threads
+// x, x's dtype, model_output, its dtype, displacement (or None), its dtype, x_s, x0 (or None), return_x0,
+// prediction, clip (kind, low, high), clip_noise, levels, shape of x, seed, step, stream, first_particle, threads
 PyObject* reverse_step(PyObject*, PyObject* const* values, Py_ssize_t given) {
     return none_or_error([&] {
         Arguments in(values, given, 21);
         cpu::Step step{};
         double five[5];
-        step.x = in.input(), step.output = in.input(), step.displacement = in.input();
-        step.x_s = in.pointer(), step.x0 = in.pointer();
+        step.x = in.input("x"), step.output = in.input("model_output"), step.displacement = in.input("displacement");
+        step.x_s = in.pointer("x_s"), step.x0 = in.pointer_or_none("x0");
+        in.flag();
         step.prediction = in.prediction(), step.clip = in.clip();
-        step.clip_noise = in.integer() != 0;
+        step.clip_noise = in.flag();
         in.levels(step, five);
         step.shape = in.shape(), step.threads = static_cast<int>(in.integer());
         const py::gil_scoped_release release;
@@ -57,18 +60,20 @@ PyObject* reverse_step(PyObject*, PyObject* const* values, Py_ssize_t given) {
 }
 
 // x, x's dtype, x0_hat, its dtype, displacement, its dtype, x_s, log-weights before, after, whether they are doubles,
-// levels, shape (six), threads
+// levels, shape of x, seed, step, stream, first_particle, threads
 PyObject* propose_and_weigh(PyObject*, PyObject* const* values, Py_ssize_t given) {
     return none_or_error([&] {
-        Arguments in(values, given, 18);
+        Arguments in(values, given, 17);
         cpu::Step step{};
         cpu::Weights weights;
         double five[5];
-        step.x = in.input(), step.output = in.input(), step.displacement = in.input();
-        step.x_s = in.pointer(), step.prediction = Prediction::sample, step.clip_noise = true;
-        weights.before = in.pointer(), weights.after = in.pointer(), weights.doubles = in.integer() != 0;
+        step.x = in.input("x"), step.output = in.input("x0_hat"), step.displacement = in.input("displacement");
+        step.x_s = in.pointer("x_s"), step.prediction = Prediction::sample, step.clip_noise = true;
+        weights.before = in.pointer("log_weights"), weights.after = in.pointer("log_weights");
+        weights.doubles = in.flag();
         in.levels(step, five);
         step.shape = in.shape(), step.threads = static_cast<int>(in.integer());
+        expect_memory("log_weights", weights.before, step.shape.particles);  // which may have no other elements
         const py::gil_scoped_release release;
         prepare(step.x_s, step.x.dtype, step.shape);
         cpu::kernels().propose_and_weigh(step, weights);
@@ -81,19 +86,23 @@ PyObject* resample(PyObject*, PyObject* const* values, Py_ssize_t given) {
     return object_or_error([&] {
         Arguments in(values, given, 17);
         cpu::Resampling call{};
-        call.log_weights = in.input();
+        call.log_weights = in.input("log_weights");
         if (call.log_weights.dtype != Dtype::float32 && call.log_weights.dtype != Dtype::float64)
             throw std::invalid_argument("log_weights must be float32 or float64");
         call.rows = in.integer(), call.particles = in.integer(), call.number = in.integer();
         check_below("rows", call.rows, kMaxParticles + 1);
         for (const uint64_t count : {call.particles, call.number})
             check_below("particles and number, less one,", count - 1, (uint64_t{1} << 31) - 1);
-        call.scheme = in.scheme(), call.sorted = in.integer() != 0, call.keep_from = in.number();
+        in.expect_memory(call.rows);
+        call.scheme = in.scheme(), call.sorted = in.flag(), call.keep_from = in.number();
         const uint64_t seed = in.integer(), step = in.integer(), stream = in.integer(), first_row = in.integer();
         const RandnShape counter = checked_shape(call.rows, 1, seed, step, stream, first_row);
         call.seed = counter.seed, call.step = counter.step, call.stream = counter.stream, call.first_row = first_row;
-        call.ancestors = static_cast<int32_t*>(in.pointer()), call.log_weights_after = in.pointer();
-        call.log_mean_weight = static_cast<double*>(in.pointer()), call.ess = static_cast<double*>(in.pointer());
+        call.ancestors = static_cast<int32_t*>(in.pointer("ancestors"));
+        call.log_weights_after = in.pointer("log_weights");
+        call.log_mean_weight = static_cast<double*>(in.pointer("log_mean_weight"));
+        call.ess = static_cast<double*>(in.pointer("ess"));
+        in.expect_memory(call.rows);
         call.threads = static_cast<int>(in.integer());
         int64_t bad;
         {
@@ -118,8 +127,12 @@ PyMethodDef fast_methods[] = {
 py::tuple gather_particles(uintptr_t ancestors, bool wide, uint64_t rows, uint64_t particles,
                            const std::vector<std::pair<uintptr_t, uint64_t>>& states, int threads) {
     if (!wide) check_below("particles", particles, uint64_t{1} << 31);
+    expect_memory("ancestors", reinterpret_cast<const void*>(ancestors), rows * (particles > 0));
     std::vector<ParticleArray> arrays;
-    for (const auto& [data, bytes] : states) arrays.push_back({reinterpret_cast<void*>(data), bytes});
+    for (const auto& [data, bytes] : states) {
+        arrays.push_back({reinterpret_cast<void*>(data), bytes});
+        expect_memory("states", arrays.back().data, rows * (particles > 0 && bytes > 0));
+    }
     cpu::Gathered done;
     {
         const py::gil_scoped_release release;
@@ -129,23 +142,35 @@ py::tuple gather_particles(uintptr_t ancestors, bool wide, uint64_t rows, uint64
     return py::make_tuple(done.bad, done.scratch);
 }
 
+using MaybeAddress = std::optional<uintptr_t>;  // None: absent
+
+void* pointer(const char* name, MaybeAddress address, uint64_t elements) {
+    if (!address) return nullptr;
+    void* data = reinterpret_cast<void*>(*address);
+    expect_memory(name, data, elements);
+    return data;
+}
+
 int64_t log_prob_and_gradient(int family, double scale, double df, double background, double constant, int dtype,
                               uint64_t samples, uint64_t elements, uintptr_t z, uintptr_t y, uint64_t y_rows,
-                              uintptr_t rows, uintptr_t added, uint64_t added_rows, uintptr_t log_prob,
-                              uintptr_t gradient, int threads) {
+                              MaybeAddress rows, MaybeAddress added, uint64_t added_rows, uintptr_t log_prob,
+                              MaybeAddress gradient, int threads) {
     check_below("family", static_cast<uint64_t>(family), 4);
     const cpu::LogDensity density{static_cast<cpu::Family>(family), scale, df, background, constant};
     const cpu::DensityArrays arrays{reinterpret_cast<const void*>(z),
                                     reinterpret_cast<const void*>(y),
-                                    reinterpret_cast<const int64_t*>(rows),
-                                    reinterpret_cast<const void*>(added),
+                                    static_cast<const int64_t*>(pointer("rows", rows, samples)),
+                                    pointer("added", added, added_rows * (elements > 0)),
                                     reinterpret_cast<double*>(log_prob),
-                                    reinterpret_cast<void*>(gradient),
+                                    pointer("gradient", gradient, samples * (elements > 0)),
                                     checked_dtype(dtype, Dtype::float64),
                                     samples,
                                     elements,
                                     y_rows,
                                     added_rows};
+    expect_memory("z", arrays.z, samples * (elements > 0));
+    expect_memory("y", arrays.y, y_rows * (elements > 0));
+    expect_memory("log_prob", arrays.log_prob, samples);
     const py::gil_scoped_release release;
     return cpu::kernels().log_prob_and_gradient(density, arrays, threads);
 }

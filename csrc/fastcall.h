@@ -24,15 +24,25 @@ public:
                                        std::to_string(given));
     }
 
-    uint64_t integer() {
+    uint64_t integer() { return integer(*next_++); }
+    bool flag() {
         PyObject* value = *next_++;
-        if (!PyLong_Check(value)) throw pybind11::type_error("expected an integer");
-        const unsigned long long got = PyLong_AsUnsignedLongLong(value);
-        if (got == ~0ull && PyErr_Occurred()) throw pybind11::error_already_set();
-        return got;
+        if (value != Py_True && value != Py_False) throw pybind11::type_error("expected a bool");
+        return value == Py_True;
     }
     double number() { return number(*next_++); }
-    void* pointer() { return reinterpret_cast<void*>(static_cast<uintptr_t>(integer())); }
+    // `expect_memory` says whether it may be null.
+    void* pointer(const char* name) {
+        void* data = reinterpret_cast<void*>(static_cast<uintptr_t>(integer()));
+        if (!data) null_ = name;
+        return data;
+    }
+    // Null for Python's None.
+    void* pointer_or_none(const char* name) {
+        if (*next_ != Py_None) return pointer(name);
+        ++next_;
+        return nullptr;
+    }
     Dtype dtype() { return code("dtype", Dtype::float64); }
     Scheme scheme() { return code("scheme", Scheme::residual); }
     Prediction prediction() { return code("prediction", Prediction::flow); }
@@ -41,21 +51,36 @@ public:
         const double low = number();
         return {kind, low, number()};
     }
-    cpu::Input input() {
-        const void* data = pointer();
+    cpu::Input input(const char* name) {
+        const void* data = pointer_or_none(name);
         return {data, dtype()};
     }
+    // The shape of a state, [N, *event], and a counter.
     RandnShape shape() {
-        const uint64_t particles = integer(), elements = integer(), seed = integer(), step = integer();
-        const uint64_t stream = integer(), first_particle = integer();
+        PyObject* sizes = *next_++;
+        if (!PyTuple_Check(sizes) || PyTuple_GET_SIZE(sizes) == 0) throw pybind11::type_error("expected [N, *event]");
+        const uint64_t particles = integer(PyTuple_GET_ITEM(sizes, 0));
+        uint64_t elements = 1;
+        for (Py_ssize_t i = 1; i < PyTuple_GET_SIZE(sizes); ++i) {
+            const uint64_t size = integer(PyTuple_GET_ITEM(sizes, i));
+            check_below("elements", size, kMaxElements / (elements ? elements : 1) + 1);
+            elements *= size;
+        }
+        expect_memory(particles * (elements > 0));
+        const uint64_t seed = integer(), step = integer(), stream = integer(), first_particle = integer();
         return checked_shape(particles, elements, seed, step, stream, first_particle);
+    }
+    // Of the pointers so far.
+    void expect_memory(uint64_t elements) {
+        if (null_) fastguide::expect_memory(null_, nullptr, elements);
+        null_ = nullptr;
     }
 
     // A tuple of five floats, kept in `five`, or the address of five columns.
     void levels(cpu::Step& step, double (&five)[5]) {
         step.per_particle = !PyTuple_Check(*next_);
         if (step.per_particle) {
-            step.levels = static_cast<const double*>(pointer());
+            step.levels = static_cast<const double*>(pointer("levels"));
             return;
         }
         PyObject* tuple = *next_++;
@@ -71,6 +96,12 @@ public:
     }
 
 private:
+    static uint64_t integer(PyObject* value) {
+        if (!PyLong_CheckExact(value)) throw pybind11::type_error("expected an integer");
+        const unsigned long long got = PyLong_AsUnsignedLongLong(value);
+        if (got == ~0ull && PyErr_Occurred()) throw pybind11::error_already_set();
+        return got;
+    }
     static double number(PyObject* value) {
         if (!PyFloat_Check(value)) throw pybind11::type_error("expected a float");
         return PyFloat_AS_DOUBLE(value);
@@ -83,6 +114,7 @@ private:
     }
 
     PyObject* const* next_;
+    const char* null_ = nullptr;  // the last pointer that is null
 };
 
 // What f returns, or its exception as Python's.

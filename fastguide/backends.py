@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import compiled
+from .arguments import one_of
 
 __all__ = ["OPERATIONS", "ORDER", "Backend", "backends", "explain", "select", "why_not"]
 
@@ -128,9 +129,8 @@ def _device_of(backend: str) -> str:
 def select(operation: str, backend: str = "auto", *, device: torch.device, dtype: torch.dtype, **facts: Any) -> str:
     """The name of the backend that serves the call: ``backend``, or for ``"auto"`` the fastest that can. Warns, once
     for each reason, where that is the reference."""
-    if backend != "auto":
-        if backend not in _SERVES:
-            raise ValueError(f"backend: expected one of {', '.join(('auto', *ORDER))}, got {backend!r}")
+    if not isinstance(backend, str) or backend != "auto":
+        one_of("backend", backend, ("auto", *ORDER))
         reason = why_not(backend, operation, device=device, dtype=dtype, **facts)
         if reason:
             raise RuntimeError(f"backend={backend!r} cannot serve {operation}: {reason}")

@@ -19,6 +19,7 @@ from typing import Any
 import torch  # before the modules: the libgomp.so.1 that they ask for is then torch's, and so are the threads
 from torch import Tensor
 
+from .arguments import has_memory
 from .reference import FAMILIES, PREDICTIONS, SCHEMES, Clip, Coefficients, Counted, DynamicThreshold, density_constant
 
 __all__ = [
@@ -154,6 +155,13 @@ def levels(coefficients: Coefficients, particles: int) -> Levels:
     return torch.stack([torch.as_tensor(c, **options).detach().expand(particles) for c in coefficients])
 
 
+def _copied(x: Tensor) -> Tensor:
+    """A contiguous copy. Of freed storage torch would copy what stands at address 0."""
+    if x.numel() and not has_memory(x):
+        raise ValueError("the tensor has no memory")
+    return x.contiguous()
+
+
 def reverse_step_cpu(
     x: Tensor,
     model_output: Tensor,
@@ -167,31 +175,33 @@ def reverse_step_cpu(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`fastguide.ops.reverse_step` of CPU tensors. Levels and counters out of range, or of another kind than five
     floats and integers, are an error before anything is computed."""
-    x, model_output = x.contiguous(), model_output.contiguous()
-    if displacement is not None:
-        displacement = displacement.contiguous()
+    if not x.is_contiguous():
+        x = _copied(x)
+    if not model_output.is_contiguous():
+        model_output = _copied(model_output)
+    if not (displacement is None or displacement.is_contiguous()):
+        displacement = _copied(displacement)
     x_s = torch.empty_like(x)
     x0 = torch.empty_like(x) if return_x0 else None
     kind, low, high = (_CLIP_NONE, 0.0, 0.0) if clip is None else _clip_code(clip)
-    particles = x.shape[0]
     seed, step, stream, first_particle = counter
     module("cpu").reverse_step(
         x.data_ptr(),
         CPU_DTYPES[x.dtype],
         model_output.data_ptr(),
         CPU_DTYPES[model_output.dtype],
-        0 if displacement is None else displacement.data_ptr(),
+        None if displacement is None else displacement.data_ptr(),
         0 if displacement is None else CPU_DTYPES[displacement.dtype],
         x_s.data_ptr(),
-        0 if x0 is None else x0.data_ptr(),
+        None if x0 is None else x0.data_ptr(),
+        return_x0,
         _PREDICTIONS[prediction],
         kind,
         low,
         high,
         clip_noise,
         levels.data_ptr() if isinstance(levels, Tensor) else levels,
-        particles,
-        x.numel() // particles if particles else 0,
+        x.shape,
         seed,
         step,
         stream,
@@ -210,10 +220,15 @@ def propose_and_weigh_cpu(
     counter: Counter,
 ) -> tuple[Tensor, Tensor]:
     """`fastguide.ops.propose_and_weigh` of CPU tensors; errors as in `reverse_step_cpu`."""
-    x, x0_hat, displacement = x.contiguous(), x0_hat.contiguous(), displacement.contiguous()
-    log_weights = log_weights.contiguous()
+    if not x.is_contiguous():
+        x = _copied(x)
+    if not x0_hat.is_contiguous():
+        x0_hat = _copied(x0_hat)
+    if not displacement.is_contiguous():
+        displacement = _copied(displacement)
+    if not log_weights.is_contiguous():
+        log_weights = _copied(log_weights)
     x_s, after = torch.empty_like(x), torch.empty_like(log_weights)
-    particles = x.shape[0]
     seed, step, stream, first_particle = counter
     module("cpu").propose_and_weigh(
         x.data_ptr(),
@@ -227,8 +242,7 @@ def propose_and_weigh_cpu(
         after.data_ptr(),
         log_weights.dtype == torch.float64,
         levels.data_ptr() if isinstance(levels, Tensor) else levels,
-        particles,
-        x.numel() // particles if particles else 0,
+        x.shape,
         seed,
         step,
         stream,
@@ -275,7 +289,8 @@ def resample_cpu(
 ) -> tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The first row without a usable weight, or -1, and the results of `fastguide.ops.resample`. Counters out of range,
     or of another kind, are an error before anything is computed."""
-    log_weights = log_weights.contiguous()
+    if not log_weights.is_contiguous():
+        log_weights = _copied(log_weights)
     *rows, particles = log_weights.shape
     if number == particles:  # empty_like is the cheaper of the two
         ancestors = torch.empty_like(log_weights, dtype=torch.int32)
@@ -403,8 +418,8 @@ def log_prob_and_gradient_cpu(
     log_prob = torch.empty(samples, dtype=torch.float64, device="cpu")
     gradient = torch.empty_like(state, memory_format=torch.contiguous_format) if return_gradient else None
 
-    def pointer(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
+    def pointer(tensor: Tensor | None) -> int | None:
+        return None if tensor is None else tensor.data_ptr()
 
     bad = module("cpu").log_prob_and_gradient(
         _FAMILY_CODES[family], scale, df or 0.0, background, density_constant(family, scale, df, added is not None),

@@ -13,17 +13,18 @@ import contextlib
 import functools
 import importlib
 import math
-from collections.abc import Sequence
-from numbers import Real
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
-from torch.autograd import forward_ad
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from . import compiled, reference
+from . import arguments, compiled, reference
+from .arguments import as_float, flag, got, has_memory, is_wrapper, number, one_of, transformed
 from .backends import select
 from .reference import FAMILIES, SCHEMES, Clip, Coefficients, Counted, DynamicThreshold
 
@@ -48,20 +49,20 @@ def _plain(x: Tensor, *others: Tensor) -> bool:
     """In one look, what the tensors of nearly every call are: torch's own, of one shape, of a dtype and on a device
     that the cpu kernels serve, and watched by nothing. Beside a small state the checks one by one, and the choice of a
     backend, would cost more than the kernel."""
-    if type(x) is not Tensor or not x.is_cpu or x.dtype not in STATE_DTYPES or _traced() or _transformed():
+    if type(x) is not Tensor or not x.is_cpu or x.dtype not in STATE_DTYPES or _traced() or transformed():
         return False
-    if x.is_neg():
+    if x.is_neg() or (x.storage_offset() and not has_memory(x)):  # without an offset the kernel sees that
         return False
     shape, differentiable = x.shape, x.requires_grad
     for other in others:
         if type(other) is not Tensor or not other.is_cpu or other.dtype not in STATE_DTYPES or other.shape != shape:
             return False
-        if other.is_neg():
+        if other.is_neg() or (other.storage_offset() and not has_memory(other)):
             return False
         differentiable = differentiable or other.requires_grad
     if differentiable and torch.is_grad_enabled():
         return False
-    return len(shape) > 0 and compiled.loaded("cpu")
+    return len(shape) > 0
 
 
 def _traced() -> bool:
@@ -71,11 +72,8 @@ def _traced() -> bool:
     return _get_tracing_state() is not None or (_len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None)
 
 
-def _transformed() -> bool:
-    """Whether torch follows every operation, for a derivative or a batch, which it cannot into a kernel."""
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
+# The errors of the short way to a kernel. The checks one by one then find the argument that is to blame.
+_UNUSUAL = (KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 _NO_TRANSFORMS = "has no function transforms or forward-mode derivatives, and the call is inside one"
 _NO_COEFFICIENTS = "has no derivatives in coefficients"
 
@@ -88,11 +86,13 @@ def _needs_grad(*values: Any) -> bool:
     return False
 
 
-def _choose(operation: str, x: Tensor, others: Sequence[Any], coefficients: Coefficients, backend: str) -> str:
+def _choose(operation: str, tensors: dict[str, Any], coefficients: Coefficients, backend: str) -> str:
     """The backend of a step, or "dispatcher"."""
-    if _through_dispatcher(x, *others, *coefficients):
+    x = tensors["x"]
+    if _through_dispatcher(*tensors.values(), *coefficients):
+        _expect_alike(tensors | {f"coefficients[{i}]": c for i, c in enumerate(coefficients)})
         return "dispatcher"
-    obstacle = _NO_TRANSFORMS if _transformed() else _NO_COEFFICIENTS if _needs_grad(*coefficients) else ""
+    obstacle = _NO_TRANSFORMS if transformed() else _NO_COEFFICIENTS if _needs_grad(*coefficients) else ""
     return select(operation, backend, device=x.device, dtype=x.dtype, obstacle=obstacle)
 
 
@@ -101,11 +101,11 @@ def _kernels(operation: str) -> Any:
     return importlib.import_module(f"fastguide.kernels.{operation}")
 
 
-def _check_state(name: str, value: Tensor, like: Tensor | None = None) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+def _state(name: str, value: Any, like: Tensor | None = None) -> Tensor:
+    """A state, as `_own` has it."""
+    value = _own(name, value)
     if value.dtype not in STATE_DTYPES:
-        raise TypeError(f"{name}: expected one of float32, float16, bfloat16, float64, got {value.dtype}")
+        arguments.torch_dtype(name, value.dtype, STATE_DTYPES)
     if like is None:
         if value.ndim == 0:
             raise ValueError(f"{name}: expected shape [N, *event], got a scalar")
@@ -113,6 +113,7 @@ def _check_state(name: str, value: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{name}: expected shape {list(like.shape)}, that of x, got {list(value.shape)}")
     elif value.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device}, where x is, got {value.device}")
+    return value
 
 
 def _check_counter(
@@ -132,14 +133,15 @@ def _check_counter(
         (first, first_particle, 48),
     ):
         if isinstance(value, Tensor) and bits in (64, 32):  # its value is not looked at: that would wait for the device
+            arguments.tensor(name, value)
             elsewhere = value.device.type != device.type or device.index not in (None, value.device.index)
             if value.dtype != torch.int64 or value.numel() != 1 or elsewhere:
                 raise ValueError(
                     f"{name}: expected an integer, or an int64 tensor of one element on {device}, "
                     f"got {value.dtype} {list(value.shape)} on {value.device}"
                 )
-        elif not isinstance(value, int) or not 0 <= value < 1 << bits:
-            raise ValueError(f"{name}: expected an integer in [0, 2^{bits}), got {value!r}")
+        elif not isinstance(value, int) or value is True or value is False or not 0 <= value < 1 << bits:
+            raise ValueError(f"{name}: expected an integer in [0, 2^{bits}), got {got(value)}")
     if first_particle + particles > 1 << 48 or elements > 1 << 34:
         raise ValueError(
             "shape: expected particles below 2^48 and at most 2^34 elements in each, "
@@ -147,96 +149,108 @@ def _check_counter(
         )
 
 
-def _numbers(seed: Counted, step: Counted) -> tuple[int, int]:
-    """A seed and a step that stand in the host's memory, for a kernel that takes numbers."""
-    return int(seed) & (1 << 64) - 1, int(step) & (1 << 32) - 1
+def _numbers(seed: Counted, step: Counted, stream: int, first: int) -> tuple[int, int, int, int]:
+    """A counter that stands in the host's memory, for a kernel that takes numbers."""
+    return int(seed) & (1 << 64) - 1, int(step) & (1 << 32) - 1, int(stream), int(first)
 
 
-def _check_coefficients(coefficients: Coefficients, x: Tensor, prediction: str) -> None:
+def _coefficients(coefficients: Any, x: Tensor, prediction: str) -> Coefficients:
+    """Floats, and tensors as `_own` has them."""
     names = ("alpha_t", "sigma_t", "alpha_s", "sigma_s", "tau")
+    if not isinstance(coefficients, Sequence | np.ndarray):
+        raise ValueError(f"coefficients: expected {', '.join(names)}, got {got(coefficients)}")
     if len(coefficients) != 5:
         raise ValueError(f"coefficients: expected {', '.join(names)}, got {len(coefficients)} values")
+    checked: list[Any] = []
     readable = True  # values on a device are not looked at: that would wait for it
     for name, value in zip(names, coefficients, strict=True):
         if not isinstance(value, Tensor):
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"coefficients: expected a finite {name} >= 0, got {value}")
+            checked.append(number("coefficients", value, low=0.0, what=name))
             continue
-        if value.shape != x.shape[:1] or not value.is_floating_point() or value.device != x.device:
+        value = _own("coefficients", value)
+        checked.append(value)
+        if value.shape != x.shape[:1] or value.dtype not in STATE_DTYPES or value.device != x.device:
             raise ValueError(
                 f"coefficients: expected {name} a float or a floating tensor [{x.shape[0]}] on {x.device}, "
                 f"got {value.dtype} {list(value.shape)} on {value.device}"
             )
-        on_host = value.device.type == "cpu" and not _through_dispatcher(value)
+        on_host = value.device.type == "cpu" and not _traced() and not is_wrapper(value)
         if on_host and not ((value >= 0.0) & (value < math.inf)).all():
             raise ValueError(f"coefficients: expected a finite {name} >= 0, got {value}")
         readable = readable and on_host
+    alpha_t, sigma_t, alpha_s, sigma_s, tau = checked
     if not readable:
-        return
-    alpha_t, sigma_t, _, sigma_s, tau = coefficients
+        return alpha_t, sigma_t, alpha_s, sigma_s, tau
     if _any(sigma_t <= 0.0):
         raise ValueError(f"coefficients: expected sigma_t > 0, got {sigma_t}")
     if _any(tau > sigma_s * (1 + 1e-6)):
         raise ValueError(f"coefficients: expected tau <= sigma_s = {sigma_s}, got {tau}")
     if prediction in ("epsilon", "score") and _any(alpha_t == 0.0):
         raise ValueError(f"prediction: {prediction!r} does not determine x_0 where alpha_t = 0")
+    return alpha_t, sigma_t, alpha_s, sigma_s, tau
 
 
 def _any(condition: bool | Tensor) -> bool:
     return bool(condition.any()) if isinstance(condition, Tensor) else condition
 
 
-def check_clip(clip: Clip) -> None:
-    """Raise unless ``clip`` is one that `reverse_step` takes."""
+def checked_clip(clip: Any) -> Clip:
+    """A clip that `reverse_step` takes, of floats; or an error."""
     if clip is None or (type(clip) is float and clip > 0.0):
-        return
+        return clip
     if isinstance(clip, DynamicThreshold):
-        if not (0.0 <= clip.ratio <= 1.0 and clip.max_value >= 1.0):
-            raise ValueError(f"clip: expected 0 <= ratio <= 1 and max_value >= 1, got {clip}")
-        return
-    bounds = clip if isinstance(clip, tuple) else (0.0, clip)  # a number must be above 0
-    if not (len(bounds) == 2 and all(isinstance(bound, Real) for bound in bounds) and bounds[0] < bounds[1]):
+        ratio, most = map(as_float, clip)
+        if ratio is None or most is None or not (0.0 <= ratio <= 1.0 and most >= 1.0):
+            raise ValueError(f"clip: expected 0 <= ratio <= 1 and max_value >= 1, got {got(clip)}")
+        return DynamicThreshold(ratio, most)
+    bounds = tuple(map(as_float, clip if isinstance(clip, tuple) else (0.0, clip)))  # a number must be above 0
+    if len(bounds) != 2 or bounds[0] is None or bounds[1] is None or not bounds[0] < bounds[1]:
         raise ValueError(
-            f"clip: expected a number > 0, (low, high) with low < high, or a DynamicThreshold, got {clip!r}"
+            f"clip: expected a number > 0, (low, high) with low < high, or a DynamicThreshold, got {got(clip)}"
         )
+    return (bounds[0], bounds[1]) if isinstance(clip, tuple) else bounds[1]
 
 
-def _check_measurements(z: Tensor, y: Tensor, added: Tensor | None, rows: Tensor | None) -> None:
-    _check_state("z", z)
-    number, measurement = z.shape[0], z.shape[1:]
-    for name, value in (("y", y),) if added is None else (("y", y), ("added", added)):
-        _check_state(name, value)
+def _measurements(z: Any, y: Any, added: Any, rows: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The four as `_own` has them."""
+    z, y = _state("z", z), _state("y", y)
+    samples, measurement = z.shape[0], z.shape[1:]
+    added = None if added is None else _state("added", added)
+    for name, value in (("y", y), ("added", added)):
+        if value is None:
+            continue
         any_rows = name == "y" and rows is not None
-        if value.shape[1:] != measurement or not (any_rows or value.shape[0] in (1, number)):
-            expected = "any number of rows" if any_rows else f"{number} rows or 1"
-            raise ValueError(f"{name}: expected {expected}, each of shape {list(measurement)}, got {list(value.shape)}")
+        if value.shape[1:] != measurement or not (any_rows or value.shape[0] in (1, samples)):
+            expected = "any number of rows" if any_rows else f"{samples} rows or 1"
+            raise ValueError(
+                f"{name}: expected {expected}, each of shape {list(measurement)}, got {list(value.shape)} "
+                f"beside z {list(z.shape)}"
+            )
         if value.device != z.device:
             raise ValueError(f"{name}: expected a tensor on {z.device}, where z is, got {value.device}")
-    if rows is not None and (
-        not isinstance(rows, Tensor)
-        or rows.dtype != torch.int64
-        or rows.shape != z.shape[:1]
-        or rows.device != z.device
-    ):
-        got = f"{rows.dtype} {list(rows.shape)} on {rows.device}" if isinstance(rows, Tensor) else type(rows).__name__
-        raise ValueError(f"rows: expected an int64 tensor [{number}] on {z.device}, got {got}")
+    if rows is not None:
+        expected = f"an int64 tensor [{samples}] on {z.device}"
+        rows = _own("rows", rows, expected)
+        if rows.dtype != torch.int64 or rows.shape != z.shape[:1] or rows.device != z.device:
+            raise ValueError(f"rows: expected {expected}, got {got(rows)}")
+    return z, y, added, rows
 
 
-def _check_density(family: str, scale: float, df: float | None, background: float, added: Tensor | None) -> None:
-    if family not in FAMILIES:
-        raise ValueError(f"family: expected one of {FAMILIES}, got {family!r}")
-    if not 0.0 < scale < math.inf:
-        raise ValueError(f"scale: expected a finite number > 0, got {scale}")
+def _density(
+    family: str, scale: Any, df: Any, background: Any, added: Tensor | None
+) -> tuple[float, float | None, float]:
+    """The scale, the degrees of freedom and the background."""
+    one_of("family", family, FAMILIES)
+    scale = number("scale", scale, above=0.0)
     if (df is not None) != (family == "student_t"):
-        raise ValueError(f"df: expected a number for 'student_t' and None for the others, got {df} for {family!r}")
-    if df is not None and not 0.0 < df < math.inf:
-        raise ValueError(f"df: expected a finite number > 0, got {df}")
-    if not 0.0 <= background < math.inf:
-        raise ValueError(f"background: expected a finite number >= 0, got {background}")
+        raise ValueError(f"df: expected a number for 'student_t' and None for the others, got {got(df)} for {family!r}")
+    df = None if df is None else number("df", df, above=0.0)
+    background = number("background", background, low=0.0)
     if background and family != "poisson":
         raise ValueError(f"background: expected 0 but for 'poisson', got {background} for {family!r}")
     if added is not None and family == "poisson":
         raise ValueError("added: expected None for 'poisson', got a tensor")
+    return scale, df, background
 
 
 # --- operations ---------------------------------------------------------------------------------------------
@@ -263,11 +277,13 @@ def randn(
     ``seed`` and ``step`` are integers, or int64 tensors of one element on ``device`` with their bits: a CUDA graph then
     draws from what stands there when it is replayed. So in all operations.
     """
-    if len(shape) == 0 or min(shape) < 0:
-        raise ValueError(f"shape: expected [N, *event], got {list(shape)}")
-    if dtype not in STATE_DTYPES:
-        raise TypeError(f"dtype: expected one of float32, float16, bfloat16, float64, got {dtype}")
-    device = torch.device(device)
+    sizes = arguments.shape("shape", shape, "[N, *event]")
+    if not sizes:
+        raise ValueError("shape: expected [N, *event], got []")
+    shape = sizes
+    if not isinstance(dtype, torch.dtype) or dtype not in STATE_DTYPES:
+        arguments.torch_dtype("dtype", dtype, STATE_DTYPES)
+    device = arguments.torch_device("device", device)
     _check_counter(seed, step, stream, first_particle, shape[0], math.prod(shape[1:]), device)
     if _traced():
         from . import library
@@ -293,7 +309,7 @@ def randn(
     if chosen == "cuda":
         compiled.randn_cuda(out, seed, step, stream, first_particle)
         return out
-    compiled.randn_cpu(out, *_numbers(seed, step), stream, first_particle)
+    compiled.randn_cpu(out, *_numbers(seed, step, stream, first_particle))
     return out
 
 
@@ -333,30 +349,26 @@ def reverse_step(
     """
     counter = seed, step, stream, first_particle
     tensors = (x, model_output) if displacement is None else (x, model_output, displacement)
-    if clip is None:
+    if clip is not None:
+        clip = checked_clip(clip)
+    elif clip_noise is False:
         clip_noise = True  # which it is
-    else:
-        check_clip(clip)
-    if backend == "auto" and type(coefficients) is tuple and _plain(*tensors):
-        try:
+    try:
+        if backend == "auto" and type(coefficients) is tuple and _plain(*tensors):
             return compiled.reverse_step_cpu(
                 x, model_output, coefficients, prediction, clip, clip_noise, displacement, counter, return_x0
             )
-        except (KeyError, OverflowError, TypeError, ValueError):
-            pass  # what follows says what is wrong, or serves coefficients that are not five floats
-    x, model_output, displacement = _own(x), _own(model_output), _own(displacement)
-    coefficients, tensors = _own_coefficients(coefficients), tuple(map(_own, tensors))
-    _check_state("x", x)
-    _check_state("model_output", model_output, x)
-    if displacement is not None:
-        _check_state("displacement", displacement, x)
-    if not isinstance(clip_noise, bool):
-        raise TypeError(f"clip_noise: expected a bool, got {clip_noise!r}")
-    if prediction not in reference.PREDICTIONS:
-        raise ValueError(f"prediction: expected one of {reference.PREDICTIONS}, got {prediction!r}")
-    _check_coefficients(coefficients, x, prediction)
+    except _UNUSUAL:
+        pass  # what follows says what is wrong, or serves coefficients that are not five floats
+    x = _state("x", x)
+    model_output = _state("model_output", model_output, x)
+    displacement = None if displacement is None else _state("displacement", displacement, x)
+    clip_noise, return_x0 = flag("clip_noise", clip_noise) or clip is None, flag("return_x0", return_x0)
+    one_of("prediction", prediction, reference.PREDICTIONS)
+    coefficients = _coefficients(coefficients, x, prediction)
     _check_counter(*counter, x.shape[0], math.prod(x.shape[1:]), x.device)
-    chosen = _choose("reverse_step", x, (*tensors, seed, step), coefficients, backend)
+    given = {"x": x, "model_output": model_output, "displacement": displacement, "seed": seed, "step": step}
+    chosen = _choose("reverse_step", given, coefficients, backend)
     if chosen == "reference":
         return reference.reverse_step(
             x,
@@ -372,7 +384,7 @@ def reverse_step(
             first_particle=first_particle,
             return_x0=return_x0,
         )
-    if chosen == "dispatcher" or _needs_grad(*tensors):
+    if chosen == "dispatcher" or _needs_grad(x, model_output, displacement):
         from . import library
 
         x_s, x0 = library.call_reverse_step(
@@ -383,7 +395,7 @@ def reverse_step(
         return _kernels("reverse_step").reverse_step(
             x, model_output, coefficients, prediction, clip, clip_noise, displacement, counter, return_x0
         )
-    levels, counter = compiled.levels(coefficients, x.shape[0]), (*_numbers(seed, step), stream, first_particle)
+    levels, counter = compiled.levels(coefficients, x.shape[0]), _numbers(*counter)
     return compiled.reverse_step_cpu(
         x, model_output, levels, prediction, clip, clip_noise, displacement, counter, return_x0
     )
@@ -413,34 +425,31 @@ def propose_and_weigh(
     without the displacement, and the ratio is 1. Returns new tensors, without gradients.
     """
     counter = seed, step, stream, first_particle
-    plain = backend == "auto" and _plain(x, x0_hat, displacement)
-    if not plain:
-        x, x0_hat, displacement = _own(x), _own(x0_hat), _own(displacement)
-        _check_state("x", x)
-        _check_state("x0_hat", x0_hat, x)
-        _check_state("displacement", displacement, x)
-    log_weights = _own(log_weights)
-    if not isinstance(log_weights, Tensor):
-        raise TypeError(f"log_weights: expected a float32 or float64 tensor, got {type(log_weights).__name__}")
-    if log_weights.numel() != x.shape[0] or log_weights.dtype not in (torch.float32, torch.float64):
+    try:
+        plain = backend == "auto" and type(coefficients) is tuple and _plain(x, x0_hat, displacement)
+        weighted = plain and _plain(log_weights) and log_weights.dtype in WEIGHT_DTYPES
+        if weighted and log_weights.numel() == x.shape[0]:
+            return compiled.propose_and_weigh_cpu(x, x0_hat, displacement, log_weights, coefficients, counter)
+    except _UNUSUAL:
+        pass  # as in reverse_step
+    x = _state("x", x)
+    x0_hat, displacement = _state("x0_hat", x0_hat, x), _state("displacement", displacement, x)
+    log_weights = _own("log_weights", log_weights, "a float32 or float64 tensor")
+    if log_weights.numel() != x.shape[0] or log_weights.dtype not in WEIGHT_DTYPES:
         raise ValueError(
             f"log_weights: expected {x.shape[0]} float32 or float64 values, "
             f"got {log_weights.dtype} {list(log_weights.shape)}"
         )
     if log_weights.device != x.device:
         raise ValueError(f"log_weights: expected a tensor on {x.device}, where x is, got {log_weights.device}")
-    if plain and type(coefficients) is tuple and type(log_weights) is Tensor:
-        try:
-            return compiled.propose_and_weigh_cpu(x, x0_hat, displacement, log_weights, coefficients, counter)
-        except (OverflowError, TypeError, ValueError):
-            pass  # as in reverse_step
-    _check_coefficients(coefficients, x, "sample")
+    coefficients = _coefficients(coefficients, x, "sample")
     _check_counter(*counter, x.shape[0], math.prod(x.shape[1:]), x.device)
-    coefficients = _own_coefficients(coefficients)
-    others = (x0_hat, displacement, log_weights, seed, step)
-    chosen = _choose("propose_and_weigh", x, others, coefficients, backend)
+    given = {
+        "x": x, "x0_hat": x0_hat, "displacement": displacement, "log_weights": log_weights, "seed": seed, "step": step,
+    }  # fmt: skip
+    chosen = _choose("propose_and_weigh", given, coefficients, backend)
     if chosen == "cpu":
-        levels, counter = compiled.levels(coefficients, x.shape[0]), (*_numbers(seed, step), stream, first_particle)
+        levels, counter = compiled.levels(coefficients, x.shape[0]), _numbers(*counter)
         return compiled.propose_and_weigh_cpu(x, x0_hat, displacement, log_weights, levels, counter)
     if chosen == "triton":
         return _kernels("propose_and_weigh").propose_and_weigh(
@@ -497,27 +506,26 @@ def resample(
 
     Weights are integers inside (`reference.integer_weights`), so the result does not depend on how sums are split.
     """
-    log_weights = _own(log_weights)
-    if not isinstance(log_weights, Tensor) or log_weights.dtype not in WEIGHT_DTYPES:
-        got = log_weights.dtype if isinstance(log_weights, Tensor) else type(log_weights).__name__
-        raise TypeError(f"log_weights: expected a float32 or float64 tensor, got {got}")
+    log_weights = _own("log_weights", log_weights, "a float32 or float64 tensor")
+    if log_weights.dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"log_weights: expected a float32 or float64 tensor, got {log_weights.dtype}")
     if log_weights.ndim not in (1, 2) or log_weights.shape[-1] == 0:
         raise ValueError(f"log_weights: expected shape [B, K] or [K] with K >= 1, got {list(log_weights.shape)}")
     particles = log_weights.shape[-1]
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme: expected one of {SCHEMES}, got {scheme!r}")
-    if num is not None and (not isinstance(num, int) or not 1 <= num < 1 << 31):
-        raise ValueError(f"num: expected an integer in [1, 2^31), got {num!r}")
+    one_of("scheme", scheme, SCHEMES)
+    sorted, check = flag("sorted", sorted), flag("check", check)
+    if ess_threshold is not None:
+        ess_threshold = number("ess_threshold", ess_threshold, low=0.0, high=1.0, what="share of the particles")
+    if num is not None and (not isinstance(num, int) or isinstance(num, bool) or not 1 <= num < 1 << 31):
+        raise ValueError(f"num: expected an integer in [1, 2^31), got {got(num)}")
     if num is not None and num != particles and (ess_threshold is not None or not sorted):
         raise ValueError(f"num: expected {particles} with ess_threshold or sorted=False, got {num}")
-    if ess_threshold is not None and not 0.0 <= ess_threshold <= 1.0:
-        raise ValueError(f"ess_threshold: expected a share of the particles in [0, 1], got {ess_threshold}")
-    number = particles if num is None else num
-    arguments = scheme, number, ess_threshold, seed, step, stream, first_row, sorted
-    if backend == "auto" and particles < 1 << 31 and _plain(log_weights):
+    count = particles if num is None else num
+    options = scheme, count, ess_threshold, seed, step, stream, first_row, sorted
+    if type(backend) is str and backend == "auto" and particles < 1 << 31 and _plain(log_weights):
         try:
-            bad, results = compiled.resample_cpu(log_weights, *arguments)
-        except (OverflowError, TypeError, ValueError):
+            bad, results = compiled.resample_cpu(log_weights, *options)
+        except _UNUSUAL:
             pass  # as in reverse_step
         else:
             if check and bad >= 0:
@@ -529,20 +537,23 @@ def resample(
             "pass log_weights.detach(), or call inside torch.no_grad()"
         )
     rows = log_weights[..., 0].numel()
-    _check_counter(seed, step, stream, first_row, rows, 4 * number, log_weights.device, first="first_row")
+    _check_counter(seed, step, stream, first_row, rows, 4 * count, log_weights.device, first="first_row")
     if check and torch.compiler.is_compiling():
         raise ValueError("check: expected False inside torch.compile, since it looks at values, got True")
+    if check and (log_weights.is_meta or isinstance(log_weights, FakeTensor)):
+        raise ValueError(f"check: expected False for log_weights without values, got True and {got(log_weights)}")
     if _through_dispatcher(log_weights, seed, step):
         from . import library
 
+        _expect_alike({"log_weights": log_weights, "seed": seed, "step": step})
         with torch.no_grad():
             counter = seed, step, stream, first_row
             results = library.call_resample(log_weights, scheme, num, ess_threshold, counter, sorted, backend)
     elif (chosen := _choose_resampler(log_weights, backend)) == "cuda":
-        results = compiled.resample_cuda(log_weights, *arguments)
+        results = compiled.resample_cuda(log_weights, *options)
     elif chosen == "cpu":
-        arguments = scheme, number, ess_threshold, *_numbers(seed, step), stream, first_row, sorted
-        results = compiled.resample_cpu(log_weights, *arguments)[1]
+        counter = _numbers(seed, step, stream, first_row)
+        results = compiled.resample_cpu(log_weights, scheme, count, ess_threshold, *counter, sorted)[1]
     else:
         with torch.no_grad():
             results = reference.resample(
@@ -564,7 +575,7 @@ def resample(
 
 
 def _choose_resampler(log_weights: Tensor, backend: str) -> str:
-    obstacle = _NO_TRANSFORMS if _transformed() else ""
+    obstacle = _NO_TRANSFORMS if transformed() else ""
     if log_weights.shape[-1] >= 1 << 31:
         obstacle = f"counts particles in 31 bits, and there are {log_weights.shape[-1]}"
     return select("resample", backend, device=log_weights.device, dtype=log_weights.dtype, obstacle=obstacle)
@@ -588,27 +599,30 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
     other view moves through a contiguous copy. Elements of the states must not share memory with each other. An error
     leaves every state as it was.
     """
-    ancestors, states = _own(ancestors), tuple(map(_own_in_place, states))
-    if not isinstance(ancestors, Tensor) or ancestors.dtype not in (torch.int32, torch.int64):
-        got = ancestors.dtype if isinstance(ancestors, Tensor) else type(ancestors).__name__
-        raise TypeError(f"ancestors: expected an int32 or int64 tensor, got {got}")
+    ancestors = _own("ancestors", ancestors, "an int32 or int64 tensor")
+    if ancestors.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ancestors: expected an int32 or int64 tensor, got {ancestors.dtype}")
     if ancestors.ndim not in (1, 2):
         raise ValueError(f"ancestors: expected shape [B, K] or [K], got {list(ancestors.shape)}")
+    check = flag("check", check)
     for i, state in enumerate(states):
-        if not isinstance(state, Tensor):
-            raise TypeError(f"states[{i}]: expected a tensor, got {type(state).__name__}")
+        arguments.tensor(f"states[{i}]", state)
+        if state.is_quantized:
+            raise TypeError(f"states[{i}]: expected a tensor that is not quantized, got {got(state)}")
         if state.shape[: ancestors.ndim] != ancestors.shape or state.device != ancestors.device:
             raise ValueError(
-                f"states[{i}]: expected shape {list(ancestors.shape)} + event on {ancestors.device}, "
+                f"states[{i}]: expected shape {list(ancestors.shape)} + event on {ancestors.device}, as ancestors are, "
                 f"got {list(state.shape)} on {state.device}"
             )
         if state.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"states[{i}]: expected a tensor that needs no gradient, since it is changed in place")
+    states = tuple(map(_unwrapped, states))
     if _through_dispatcher(ancestors, *states):
         from . import library
 
+        _expect_alike({"ancestors": ancestors} | {f"states[{i}]": state for i, state in enumerate(states)})
         return library.call_gather_particles_(ancestors, states, backend)
-    obstacle = _NO_TRANSFORMS if _transformed() else ""
+    obstacle = _NO_TRANSFORMS if transformed() else ""
     apart = not obstacle and _lie_apart(ancestors, states)
     if not obstacle and not apart:  # inside a transform, tensors have no addresses
         _check_overlaps(states)
@@ -757,16 +771,17 @@ def log_prob_and_gradient(
     Returns the log-densities ``[n]`` in float64, and the gradient in the shape and dtype of ``z``, or None without
     ``return_gradient``. Differentiable in ``z``, any number of times; the reference also in ``y`` and ``added``.
     """
-    z, y, added, rows = _own(z), _own(y), _own(added), _own(rows)
-    _check_measurements(z, y, added, rows)
-    _check_density(family, scale, df, background, added)
+    z, y, added, rows = _measurements(z, y, added, rows)
+    scale, df, background = _density(family, scale, df, background, added)
+    return_gradient = flag("return_gradient", return_gradient)
     differentiate = torch.is_grad_enabled()
     obstacle = _density_obstacle(y, added) if differentiate else ""
-    if not _traced() and _transformed():
+    if not _traced() and transformed():
         obstacle = _NO_TRANSFORMS
     if not obstacle and (_through_dispatcher(z, y, added, rows) or (differentiate and z.requires_grad)):
         from . import library
 
+        _expect_alike({"z": z, "y": y, "added": added, "rows": rows})
         results = library.call_log_prob_and_gradient(z, y, family, scale, df, background, added, rows, backend)
         return results if return_gradient else (results[0], None)
     dtype = torch.float64 if y.dtype == torch.float64 else z.dtype
@@ -782,7 +797,7 @@ def log_prob_and_gradient(
             assert rows is not None
             _refuse_index("rows", rows, y.shape[0], bad)
         return log_prob, gradient
-    if rows is not None and z.device.type == "cpu" and not _through_dispatcher(rows):
+    if rows is not None and z.device.type == "cpu" and not _traced() and not is_wrapper(rows):
         _check_indices("rows", rows, y.shape[0])
     results = reference.log_prob_and_gradient(
         z, y, family=family, scale=scale, df=df, background=background, added=added, rows=rows
@@ -801,28 +816,31 @@ def _through_dispatcher(*values: Any) -> bool:
     """Whether a call is recorded, or a value is a tensor that has no memory of its own, as a fake or a sharded one."""
     if _traced():
         return True
-    return any(isinstance(v, Tensor) and type(v) not in (Tensor, torch.nn.Parameter) for v in values)
+    return any(isinstance(v, Tensor) and type(v) is not Tensor and is_wrapper(v) for v in values)
 
 
-def _own_in_place(value: Any) -> Any:
+def _expect_alike(given: Mapping[str, Any]) -> None:
+    """Raise for a tensor with values beside fake ones, of which torch's error names none."""
+    fakes = [name for name, v in given.items() if isinstance(v, FakeTensor) and not v.fake_mode.allow_non_fake_inputs]
+    for name, value in given.items():
+        if fakes and isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+            raise ValueError(f"{name}: expected a FakeTensor, as {fakes[0]} is, got {got(value)}")
+
+
+def _unwrapped(value: Tensor) -> Tensor:
     """A subclass that only adds methods as torch's own tensor of the same memory; anything else as it is."""
-    if type(value) is Tensor or not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
+    if type(value) is Tensor or isinstance(value, torch.nn.Parameter) or is_wrapper(value):
         return value
-    if torch.compiler.is_compiling():  # which knows what it traces
-        return value
-    plain = type(value).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
-    return value.as_subclass(Tensor) if plain else value
+    return value if torch.compiler.is_compiling() else value.as_subclass(Tensor)  # compile knows what it traces
 
 
-def _own(value: Any) -> Any:
-    """The same, and what is a view of the negative (`torch._neg_view`) written out: kernels read plain memory."""
-    if not isinstance(value, Tensor) or torch.compiler.is_compiling():
-        return value
-    value = _own_in_place(value)
+def _own(name: str, value: Any, expected: str = "a tensor") -> Tensor:
+    """A tensor argument as kernels read it: of plain memory, and what is a view of the negative (`torch._neg_view`)
+    written out."""
+    compiling = torch.compiler.is_compiling()
+    if compiling or type(value) is not Tensor or not has_memory(value) or value.is_nested:
+        arguments.tensor(name, value, expected)
+        if compiling:
+            return value
+        value = _unwrapped(value)
     return value.resolve_neg() if value.is_neg() else value
-
-
-def _own_coefficients(coefficients: Coefficients) -> Coefficients:
-    if not any(isinstance(c, Tensor) for c in coefficients):
-        return coefficients
-    return tuple(map(_own, coefficients))

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import foreign, graphs, ops
+from .arguments import integer
 from .checkpoints import Checkpoint, saved_seed
 from .denoiser import Denoiser
-from .guidance.base import Run, Schedulable, State, integer, per_step
+from .guidance.base import Run, Schedulable, State, per_step
 from .guidance.plain import Plain
 from .likelihoods import Likelihood
 from .reference import Clip
@@ -212,7 +213,7 @@ def _prepare_run(
     if first_sample and isinstance(seed, tuple):
         raise ValueError(f"first_sample: expected 0 with a seed for each observation, got {first_sample}")
     chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1)
-    ops.check_clip(clip)
+    clip = ops.checked_clip(clip)
     particles, grouped = 1, samples_per_observation is not None
     if hasattr(guidance, "particles"):
         if grouped:

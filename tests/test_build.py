@@ -172,7 +172,7 @@ def test_select():
 
 
 def test_select_refuses_with_the_reason():
-    with pytest.raises(ValueError, match=r"backend: expected one of auto, .*, got 'cudnn'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of \('auto', .*\), got 'cudnn'"):
         select("randn", "cudnn", device=CPU, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="cuda has no kernel for reverse_step"):
         select("reverse_step", "cuda", device=CPU, dtype=torch.float32)

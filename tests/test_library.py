@@ -17,7 +17,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastguide
-from fastguide import library, ops, reference
+from fastguide import compiled, library, ops, reference
 from fastguide.ops import DynamicThreshold
 
 OPERATORS = torch.ops.fastguide
@@ -661,3 +661,87 @@ def test_states_without_memory_are_seen():
     negative = torch._neg_view(-state)
     ops.gather_particles_(ancestors, negative)
     assert torch.equal(negative.resolve_neg(), state[ancestors])
+
+
+def freed(value):
+    value = value.clone()
+    value.untyped_storage().resize_(0)
+    return value
+
+
+def freed_view(value):
+    second = torch.stack([value, value])[1]
+    second.untyped_storage().resize_(0)
+    return second
+
+
+def freed_strided(value):
+    every_second = torch.stack([value, value], dim=-1)[..., 0]
+    every_second.untyped_storage().resize_(0)
+    return every_second
+
+
+def zero_tensor(value):
+    return torch._efficientzerotensor(value.shape, dtype=value.dtype)
+
+
+@pytest.mark.parametrize("make", [freed, freed_view, freed_strided, zero_tensor, torch._to_functional_tensor])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_tensor_whose_memory_is_gone_is_refused_by_name(name, make):
+    value, call = CALLS[name]
+    argument = {"resample": "log_weights", "reverse_step, sigma_s": "coefficients"}.get(name, name.split(", ")[-1])
+    with pytest.raises(ValueError, match=f"^{argument}: expected a .*in memory, got torch.float.* without memory$"):
+        call(make(value))
+
+
+@pytest.mark.parametrize("make", [freed, freed_view, freed_strided, zero_tensor, torch._to_functional_tensor])
+def test_states_and_counters_whose_memory_is_gone_are_refused_by_name(make):
+    ancestors, state, counter = torch.tensor([2, 0, 1]), normal(3, 2), torch.tensor([4])
+    with pytest.raises(ValueError, match=r"^states\[1\]: expected .* without memory"):
+        ops.gather_particles_(ancestors, state, make(state))
+    with pytest.raises(ValueError, match=r"^ancestors: expected .* without memory"):
+        ops.gather_particles_(make(ancestors), state)
+    with pytest.raises(ValueError, match=r"^rows: expected .* without memory"):
+        ops.log_prob_and_gradient(state, state, family="laplace", scale=1.0, rows=make(ancestors))
+    for name in ("seed", "step"):
+        with pytest.raises(ValueError, match=f"^{name}: expected .* without memory"):
+            ops.randn((3, 2), **{"seed": 1, name: make(counter)})
+
+
+LAYOUTS = {
+    "COO": lambda t: t.to_sparse(),
+    "CSR": lambda t: t.reshape(len(t), -1).to_sparse_csr(),
+    "CSC": lambda t: t.reshape(len(t), -1).to_sparse_csc(),
+    "mkldnn": lambda t: t.float().to_mkldnn(),
+    "nested": lambda t: torch.nested.nested_tensor(list(t.reshape(len(t), -1))),
+    "jagged": lambda t: torch.nested.nested_tensor(list(t.reshape(len(t), -1)), layout=torch.jagged),
+    "quantized": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_tensor_of_another_layout_is_refused_by_name(name, layout, backend, monkeypatch):
+    value, call = CALLS[name]
+    if backend == "reference":
+        monkeypatch.setitem(compiled._modules, "cpu", (None, "not here"))
+    argument = {"resample": "log_weights", "reverse_step, sigma_s": "coefficients"}.get(name, name.split(", ")[-1])
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}: expected .*, got "):
+        call(LAYOUTS[layout](value))
+    if name == "resample":
+        with pytest.raises((TypeError, ValueError), match=r"^states\[0\]: expected .*, got "):
+            ops.gather_particles_(torch.tensor([0]), LAYOUTS[layout](normal(1, 2)))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_fake_tensor_beside_a_real_one_is_refused_by_name(name):
+    value, call = CALLS[name]
+    if name == "resample":
+        fake = FakeTensorMode().from_tensor(value)
+        with pytest.raises(ValueError, match=r"^check: expected False for log_weights without values, got True and F"):
+            call(fake)
+        return
+    with pytest.raises(ValueError, match=r"^\w+(\[\d\])?: expected a FakeTensor, as .* is, got torch.float"):
+        call(FakeTensorMode().from_tensor(value))
+    call(FakeTensorMode(allow_non_fake_inputs=True).from_tensor(value))

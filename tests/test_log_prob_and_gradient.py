@@ -486,7 +486,7 @@ Z = torch.zeros(3, 2)
         (Z, Z, dict(added=Z[:2]), ValueError, "added: expected 3 rows or 1"),
         (Z, Z, dict(added=1.0), TypeError, "added: expected a tensor, got float"),
         (Z, Z, dict(added=Z, family="poisson"), ValueError, "added: expected None for 'poisson'"),
-        (Z, Z, dict(rows=[0, 0, 0]), ValueError, r"rows: expected an int64 tensor \[3\] on cpu, got list"),
+        (Z, Z, dict(rows=[0, 0, 0]), TypeError, r"rows: expected an int64 tensor \[3\] on cpu, got list"),
         (Z, Z, dict(rows=torch.zeros(3)), ValueError, "rows: .* got torch.float32"),
         (Z, Z, dict(rows=torch.zeros(2).long()), ValueError, r"rows: .*\[3\].* got torch.int64 \[2\]"),
         (Z, Z[:, :1], dict(rows=torch.zeros(3).long()), ValueError, r"y: expected any number of rows, .*\[3, 1\]"),

@@ -42,8 +42,8 @@ def kernel(
     bad = _cpu.log_prob_and_gradient(
         FAMILIES.index(family), scale, df, background, density_constant(family, scale, df, added is not None),
         compiled.CPU_DTYPES[z.dtype], n, elements, z.data_ptr(), y.data_ptr(), y.shape[0],
-        0 if rows is None else rows.data_ptr(), 0 if added is None else added.data_ptr(),
-        0 if added is None else added.shape[0], log_prob[MARGIN:].data_ptr(), inner.data_ptr() if gradient else 0,
+        None if rows is None else rows.data_ptr(), None if added is None else added.data_ptr(),
+        0 if added is None else added.shape[0], log_prob[MARGIN:].data_ptr(), inner.data_ptr() if gradient else None,
         threads,
     )  # fmt: skip
     for buffer, size in ((log_prob, n), (out, n * elements)):
@@ -342,7 +342,7 @@ def test_nothing_is_written_where_a_row_is_out_of_range(bad):
 
 def test_codes_are_checked():
     z, y = arguments("gaussian", 1, 3, torch.float32)
-    rest = (z.data_ptr(), y.data_ptr(), 1, 0, 0, 0, z.data_ptr(), 0, 1)
+    rest = (z.data_ptr(), y.data_ptr(), 1, None, None, 0, z.data_ptr(), None, 1)
     for family, dtype, message in ((4, 0, "family must be below 4"), (-1, 0, "family"), (0, 4, "dtype")):
         with pytest.raises(ValueError, match=message):
             _cpu.log_prob_and_gradient(family, 1.0, 1.0, 0.0, 0.0, dtype, 1, 3, *rest)

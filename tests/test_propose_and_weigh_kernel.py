@@ -50,7 +50,7 @@ def kernel(
         x.data_ptr(), code[x.dtype], x0_hat.data_ptr(), code[x0_hat.dtype], displacement.data_ptr(),
         code[displacement.dtype], results[0].data_ptr(), log_weights.data_ptr(), results[1].data_ptr(),
         log_weights.dtype == torch.float64, levels.data_ptr() if isinstance(levels, torch.Tensor) else levels,
-        particles, elements, seed, step, stream, first_particle, threads,
+        (particles, elements), seed, step, stream, first_particle, threads,
     )  # fmt: skip
     for buffer, result in zip(buffers, results, strict=True):
         margin = 64 * result.element_size()
@@ -265,7 +265,7 @@ def test_function_transforms_go_through_the_reference():
 
 def test_the_module_takes_no_wrong_call():
     x = torch.zeros(2, 3)
-    with pytest.raises(TypeError, match="expected 18 arguments, got 1"):
+    with pytest.raises(TypeError, match="expected 17 arguments, got 1"):
         _cpu.propose_and_weigh(x.data_ptr())
     with pytest.raises(ValueError, match="levels"):
         kernel(x, x, x, torch.zeros(2), (*VP[:4], 0.7))

@@ -426,15 +426,18 @@ def test_bad_rows_are_named_by_every_backend(backend):
 
 
 def test_what_the_binding_refuses():
-    valid = [0, 3, 1, 4, 4, 0, True, math.inf, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    valid = [0, 3, 0, 4, 4, 0, True, math.inf, 0, 0, 0, 0, 0, 0, 0, 0, 1]
     for place, value, error in (
         (1, 1, ValueError),  # float16
         (1, 4, ValueError),
+        (2, 1, ValueError),  # a row, and no memory
         (3, 0, ValueError),
         (3, (1 << 31) + 1, ValueError),
         (4, 0, ValueError),
         (5, 4, ValueError),
+        (6, 1, TypeError),
         (7, 1, TypeError),
+        (8, True, TypeError),
         (8, 1 << 64, OverflowError),
         (9, 1 << 32, ValueError),
         (10, 1 << 16, ValueError),

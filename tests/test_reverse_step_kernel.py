@@ -47,12 +47,12 @@ def kernel(x, output, coefficients, *, prediction="epsilon", clip=None, clip_noi
     code = compiled.CPU_DTYPES
     _cpu.reverse_step(
         x.data_ptr(), code[x.dtype], output.data_ptr(), code[output.dtype],
-        0 if displacement is None else displacement.data_ptr(),
+        None if displacement is None else displacement.data_ptr(),
         0 if displacement is None else code[displacement.dtype],
-        results[0].data_ptr(), results[1].data_ptr(), reference.PREDICTIONS.index(prediction),
+        results[0].data_ptr(), results[1].data_ptr(), True, reference.PREDICTIONS.index(prediction),
         *((0, 0.0, 0.0) if clip is None else compiled._clip_code(clip)), clip_noise,
         levels.data_ptr() if isinstance(levels, torch.Tensor) else levels,
-        particles, elements, seed, step, stream, first_particle, threads,
+        (particles, elements), seed, step, stream, first_particle, threads,
     )  # fmt: skip
     for buffer, result in zip(buffers, results, strict=True):
         before = result.data_ptr() - buffer.data_ptr()
@@ -386,6 +386,8 @@ def test_numbers_of_any_kind_are_coefficients():
         (dict(count=20), TypeError),
         (dict(dtype=4), ValueError),
         (dict(dtype=1.0), TypeError),
+        (dict(return_x0=0), TypeError),
+        (dict(clip_noise=1), TypeError),
         (dict(prediction=5), ValueError),
         (dict(clip=3), ValueError),
         (dict(low=1), TypeError),
@@ -394,15 +396,20 @@ def test_numbers_of_any_kind_are_coefficients():
         (dict(levels=(*VP[:4], 0.7)), ValueError),
         (dict(levels=(0.0, *VP[1:])), ValueError),
         (dict(levels=(*VP[:3], math.inf, 0.1)), ValueError),
+        (dict(shape=()), TypeError),
+        (dict(shape=(2, 1.0)), TypeError),
+        (dict(shape=(0, 2**33, 4)), ValueError),
+        (dict(shape=(1, 4)), ValueError),  # whose arrays are null
+        (dict(seed=True), TypeError),
         (dict(seed=-1), OverflowError),
         (dict(seed=2**64), OverflowError),
         (dict(step=2**32), ValueError),
     ),
 )
 def test_the_module_takes_no_wrong_call(change, error):
-    arguments = dict(x=0, dtype=0, output=0, output_dtype=0, displacement=0, displacement_dtype=0, x_s=0, x0=0,
-                     prediction=0, clip=0, low=0.0, high=0.0, clip_noise=True,
-                     levels=VP, particles=0, elements=4, seed=0, step=0,
+    arguments = dict(x=0, dtype=0, output=0, output_dtype=0, displacement=None, displacement_dtype=0, x_s=0,
+                     x0=None, return_x0=False, prediction=0, clip=0, low=0.0, high=0.0, clip_noise=True,
+                     levels=VP, shape=(0, 4), seed=0, step=0,
                      stream=0, first_particle=0, threads=1)  # fmt: skip
     _cpu.reverse_step(*arguments.values())  # of no particles: reads nothing
     with pytest.raises(error):

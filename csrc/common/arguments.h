@@ -16,6 +16,11 @@ inline void check_below(const char* name, uint64_t value, uint64_t bound) {
                                     std::to_string(value));
 }
 
+// A tensor whose memory was freed, or never there, has elements and no address.
+inline void expect_memory(const char* name, const void* data, uint64_t elements) {
+    if (!data && elements) throw std::invalid_argument(std::string(name) + " must be in memory, got a null pointer");
+}
+
 inline RandnShape checked_shape(uint64_t particles, uint64_t elements, uint64_t seed, uint64_t step,
                                 uint64_t stream, uint64_t first_particle) {
     check_below("elements", elements, kMaxElements + 1);

@@ -24,6 +24,7 @@ void randn(uintptr_t data, int dtype, uint64_t particles, uint64_t elements, uin
            uint64_t stream, uint64_t first_particle, uintptr_t seed_at, uintptr_t step_at, uintptr_t cuda_stream) {
     const RandnShape shape = checked_shape(particles, elements, seed, step, stream, first_particle);
     const Dtype type = checked_dtype(dtype, Dtype::bfloat16);
+    expect_memory("out", reinterpret_cast<void*>(data), shape.particles * (shape.elements > 0));
     const py::gil_scoped_release release;
     cuda::randn(reinterpret_cast<void*>(data), type, shape, on_device(seed_at, step_at),
                 reinterpret_cast<cudaStream_t>(cuda_stream));
@@ -59,6 +60,7 @@ void resample(uintptr_t log_weights, bool doubles, uint64_t rows, uint64_t parti
     cuda::Resampling call = resampling_of(rows, particles, number, scheme, sorted);
     const RandnShape counter = checked_shape(rows, 1, seed, step, stream, first_row);
     call.log_weights = reinterpret_cast<const void*>(log_weights), call.doubles = doubles;
+    expect_memory("log_weights", call.log_weights, rows);
     call.keep_from = keep_from;
     call.seed = counter.seed, call.step = counter.step, call.stream = counter.stream, call.first_row = first_row;
     call.counter = on_device(seed_at, step_at);
@@ -88,7 +90,9 @@ void gather_particles(uintptr_t ancestors, bool wide, uint64_t rows, uint64_t pa
     const cuda::Gathering call{reinterpret_cast<const void*>(ancestors), wide,           rows, particles,
                                reinterpret_cast<uint32_t*>(flags),       reinterpret_cast<void*>(workspace),
                                workspace_bytes};
+    expect_memory("ancestors", call.ancestors, rows * (particles > 0));
     const std::vector<ParticleArray> all = arrays(states);
+    for (const ParticleArray& state : all) expect_memory("states", state.data, rows * (particles > 0 && state.bytes > 0));
     const py::gil_scoped_release release;
     cuda::gather_particles(call, all, reinterpret_cast<cudaStream_t>(cuda_stream));
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,18 +32,6 @@ STREAM_INITIAL, STREAM_RESAMPLE, STREAM_RENOISE = 1, 2, 3  # 0, the operations' 
 COVARIANCES = ("point", "isotropic", "moment")
 
 _VANISHING = 1e-3  # alpha / sigma below which x_t holds no derivative worth dividing by alpha
-
-
-def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """``value`` as an int, if it is an integer in ``[low, high)``."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = low - 1
-    if isinstance(value, bool) or number < low or (high is not None and number >= high):
-        expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high - 1}]"
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-    return number
 
 
 @dataclass

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import foreign
+from ..arguments import integer
 from ..likelihoods import Likelihood
 from ..ranges import phase
 from ..reference import Coefficients, Scalar, scaled
@@ -25,7 +26,6 @@ from .base import (
     check_covariance,
     default_covariance,
     entry,
-    integer,
     per_sample,
     per_step,
     prepare_likelihood,

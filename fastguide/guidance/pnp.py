@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..arguments import integer
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator, conjugate_gradients, solve_with_noise
@@ -19,7 +20,6 @@ from .base import (
     Schedulable,
     State,
     entry,
-    integer,
     isotropic_variance,
     likelihood_function,
     measure,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..arguments import integer
 from ..foreign import as_tensor
-from ..guidance.base import STREAM_RESAMPLE, integer
+from ..guidance.base import STREAM_RESAMPLE
 
 __all__ = ["FKD"]
 

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from .. import compiled
-from ..guidance.base import integer
+from ..arguments import integer
 
 if not compiled.loaded("cpu"):
     raise ImportError(compiled.load_error("cpu"))

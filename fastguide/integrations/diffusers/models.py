@@ -28,9 +28,9 @@ from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ...arguments import integer
 from ...denoiser import Conditional, Denoiser, Net
 from ...foreign import as_tensor
-from ...guidance.base import integer
 from ...schedules import Schedule, _Flow, _Table
 
 __all__ = ["codec", "denoiser", "from_pipeline"]

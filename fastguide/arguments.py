@@ -1,0 +1,200 @@
+"""The checks that arguments share. An error names the argument, and says what was expected and what came."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
+
+__all__ = [
+    "as_float",
+    "flag",
+    "function",
+    "got",
+    "has_memory",
+    "integer",
+    "is_wrapper",
+    "number",
+    "one_of",
+    "shape",
+    "tensor",
+    "torch_device",
+    "torch_dtype",
+    "transformed",
+]
+
+
+def got(value: Any) -> str:
+    """What an error says of ``value``. The elements of a tensor are not read: they may be on a device, or nowhere."""
+    if isinstance(value, Tensor):
+        kind = "" if type(value) is Tensor else f"{type(value).__name__} "
+        layout = "nested " if value.is_nested else "" if value.layout is torch.strided else f"{value.layout} "
+        size = "" if value.is_nested else f" {list(value.shape)}"
+        return f"{kind}{layout}{value.dtype}{size} on {value.device}"
+    if type(value) in (list, tuple):
+        values = [got(part) for part in value[:8]] + ["..."] * (len(value) > 8)
+        return f"[{', '.join(values)}]" if type(value) is list else f"({', '.join(values)}{',' * (len(value) == 1)})"
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        fields = zip(value._fields, map(got, value), strict=True)
+        return f"{type(value).__name__}({', '.join(f'{name}={part}' for name, part in fields)})"
+    if isinstance(value, np.ndarray):
+        return f"array {value.dtype} {list(value.shape)}"
+    try:
+        text = repr(value)
+    except Exception:  # the value's own, or that of an integer too long to print
+        return type(value).__name__
+    return text if len(text) <= 120 else f"{text[:100]}..."
+
+
+def as_float(value: Any) -> float | None:
+    """A real number as a float; None for anything else, and for an integer beyond all floats."""
+    if type(value) is float:
+        return value
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    what: str = "number",
+) -> float:
+    """``value`` as a float, if it is a finite number, or a tensor or array of one, in ``[low, high]`` and in
+    ``(above, below)``."""
+    found = value if type(value) is float else as_float(value)
+    if found is None and isinstance(value, Tensor) and _is_one_number(value):
+        found = float(value)
+    elif found is None and isinstance(value, np.ndarray) and value.ndim == 0:
+        found = as_float(value[()])
+    if found is not None and low <= found <= high and above < found < below:
+        return found
+    least, most = max(low, above), min(high, below)
+    if most < math.inf:
+        expected = f"a {what} in {'(' if above >= low else '['}{least:g}, {most:g}{')' if below <= high else ']'}"
+    elif least > -math.inf:
+        expected = f"a finite {what} {'>' if above >= low else '>='} {least:g}"
+    else:
+        expected = f"a finite {what}"
+    kind = TypeError if found is None and not isinstance(value, Real) else ValueError
+    raise kind(f"{name}: expected {expected}, got {got(value)}")
+
+
+def _is_one_number(value: Tensor) -> bool:
+    real = value.is_floating_point() or value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    return real and value.numel() == 1 and not value.is_meta and has_memory(value) and type(value) is Tensor
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """``value`` as an int, if it is an integer in ``[low, high)``."""
+    found = low - 1
+    if type(value) is int:
+        found = value
+    elif not isinstance(value, bool) and not (isinstance(value, Tensor) and not _is_one_number(value)):
+        with contextlib.suppress(TypeError):
+            found = operator.index(value)
+    if found < low or (high is not None and found >= high):
+        expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high - 1}]"
+        raise ValueError(f"{name}: expected {expected}, got {got(value)}")
+    return found
+
+
+def flag(name: str, value: Any) -> bool:
+    if value is True or value is False:
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    raise TypeError(f"{name}: expected a bool, got {got(value)}")
+
+
+def one_of(name: str, value: Any, options: Sequence[str], others: str = "") -> None:
+    """Raise unless ``value`` is one of these words. ``others``: what else an argument takes, for the error."""
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name}: expected one of {tuple(options)}{others}, got {got(value)}")
+
+
+def function(name: str, value: Any, expected: str = "a callable") -> None:
+    if not callable(value):
+        raise TypeError(f"{name}: expected {expected}, got {got(value)}")
+
+
+def shape(name: str, value: Any, expected: str, least: int = 0) -> tuple[int, ...]:
+    """``value`` as a tuple of sizes, each at least ``least``."""
+    if type(value) is tuple:  # as it most often is
+        for size in value:
+            if type(size) is not int or size < least:
+                break
+        else:
+            return value
+    row = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if not row and not (isinstance(value, np.ndarray) and value.ndim == 1):
+        raise ValueError(f"{name}: expected {expected}, got {got(value)}")
+    return tuple(integer(name, size, least) for size in value)
+
+
+def torch_dtype(name: str, value: Any, options: Sequence[torch.dtype]) -> None:
+    if not isinstance(value, torch.dtype) or value not in options:
+        words = ", ".join(str(option).removeprefix("torch.") for option in options)
+        raise TypeError(f"{name}: expected one of {words}, got {got(value)}")
+
+
+def torch_device(name: str, value: Any) -> torch.device:
+    if isinstance(value, torch.device):
+        return value
+    try:
+        return torch.device(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name}: expected a torch.device or the name of one, got {got(value)}: {reason}") from error
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+
+def transformed() -> bool:
+    """Whether torch follows every operation, for a derivative or a batch."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def has_memory(value: Tensor) -> bool:
+    """Whether elements stand in memory. A view into freed storage has a pointer, and a tensor of another layout has no
+    storage."""
+    try:
+        return value.untyped_storage().data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
+def tensor(name: str, value: Any, expected: str = "a tensor") -> None:
+    """Raise unless ``value`` is a dense tensor whose elements can be read."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if torch.compiler.is_compiling() or (has_memory(value) and not value.is_nested):
+        return
+    if value.is_nested or value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected {expected} that is dense, got {got(value)}")
+    elsewhere = is_wrapper(value) or value.device.type not in ("cpu", "cuda") or transformed()
+    if value.numel() > 0 and not elsewhere:
+        raise ValueError(f"{name}: expected {expected} whose elements are in memory, got {got(value)} without memory")
+
+
+def is_wrapper(value: Tensor) -> bool:
+    """Whether it holds other tensors, or none, in place of memory of its own, as a sharded or a fake one does."""
+    return type(value).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
