@@ -33,7 +33,7 @@ class Checkpoint:
     """The file of one run, for `fastguide.sample`. What tells the run from others is computed once, here.
 
     - A run goes on from a file of the same numbers, schedules (evaluated at the run's levels), tensors (by content),
-      kinds of objects, names of functions and ``run_id``.
+      kinds of objects, names of functions and ``run_id``. ``chunk_size`` may differ: noise does not depend on it.
     - Functions must also give the same results: the network on one sample at the middle level, and the operators,
       likelihoods, rewards, potentials, proposals and decoders in a few steps of the guidance with two particles, in
       which a stand-in takes the place of the network. Results are compared to three digits, since another number of
@@ -47,9 +47,12 @@ class Checkpoint:
     ):
         if run_id is not None and not isinstance(run_id, str):
             raise TypeError(f"run_id: expected a string or None, got {type(run_id).__name__}")
+        folder = os.path.dirname(os.path.abspath(path))
+        if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise ValueError(f"checkpoint: expected a file in a folder that can be written to, got {os.fspath(path)}")
         self.path, self._run = path, run
-        scales = [likelihood.scale_at(level.t) for likelihood in _likelihoods(guidance) for level in run.levels]
-        self._arguments = repr(describe((run, guidance, keep_ancestors, run_id, scales), _name))
+        self._arguments = {name: repr(describe(value, _name)) for name, value in _arguments(run, guidance)}
+        self._arguments |= {"keep_ancestors": repr(keep_ancestors), "run_id": repr(run_id)}
         self._trials = {
             "network": _twice(run, lambda: _try_network(run)),
             "guidance": _twice(run, lambda: _try_guidance(run, guidance)),
@@ -60,18 +63,28 @@ class Checkpoint:
         another run."""
         if not os.path.exists(self.path):
             return None
-        saved = torch.load(self.path, map_location=self._run.device, weights_only=True)
-        tolerance = _tolerance(self._run)
-        found = [] if saved.get("arguments") == self._arguments else ["its arguments differ"]
-        for part, trial in self._trials.items():
-            if not _agree(trial, saved.get("trials", {}).get(part, {}), tolerance):
-                found.append(f"its {part} gives other results")
-        if found:
-            raise ValueError(
-                f"checkpoint: expected a file of this very run, got {os.fspath(self.path)} of another one: "
-                + ", ".join(found)
-            )
+        saved = _read(self.path, self._run.device)
+        words = ""
+        if others := self._others(saved["arguments"]):
+            words = f"of another {', '.join(others)}"
+        else:
+            tolerance, trials = _tolerance(self._run), saved["trials"]
+            differ = [part for part, trial in self._trials.items() if not _agree(trial, trials[part], tolerance)]
+            if differ:
+                words = f"whose {' and '.join(differ)} gave other results on a small trial"
+        if words:
+            raise ValueError(f"checkpoint: expected a file of this very run, got {os.fspath(self.path)} {words}")
         return State(**saved["state"]), saved["done"], saved["ess"], saved["ancestors"]
+
+    def _others(self, saved: dict[str, str]) -> list[str]:
+        """The arguments that the file's run had otherwise."""
+        ours = self._arguments
+        others = [name for name in {**ours, **saved} if ours.get(name) != saved.get(name)]
+        # Tables follow the levels, and the fields of a guidance its class.
+        for cause, known in (("guidance", _OWN), ("steps", _OWN - {"guidance"})):
+            if cause in others:
+                others = [name for name in others if name in known]
+        return others
 
     def save(self, state: State, done: int, ess: list, ancestors: list) -> None:
         """Written beside the file and renamed, so that a run that is killed leaves the last whole one."""
@@ -97,7 +110,44 @@ class Checkpoint:
 
 def saved_seed(path: str | os.PathLike) -> Any:
     """The seed of the run whose file this is, for a run that was started without one; None without a file."""
-    return torch.load(path, map_location="cpu", weights_only=True).get("seed") if os.path.exists(path) else None
+    return _read(path, torch.device("cpu"))["seed"] if os.path.exists(path) else None
+
+
+def _read(path: str | os.PathLike, device: torch.device) -> dict[str, Any]:
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        raise ValueError(
+            f"checkpoint: expected a file of fastguide.sample, got {os.fspath(path)}: {type(error).__name__}"
+        ) from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("arguments"), dict):
+        raise ValueError(f"checkpoint: expected a file of fastguide.sample, got {os.fspath(path)} of something else")
+    return saved
+
+
+# Arguments that no other one changes.
+_OWN = {
+    "guidance", "shape", "steps", "seed", "clip", "dtype", "device", "x_T", "samples_per_observation", "first_sample",
+    "keep_ancestors", "run_id",
+}  # fmt: skip
+
+
+def _arguments(run: Run, guidance: Any) -> Iterator[tuple[str, Any]]:
+    """What tells the run from others, under the names that the caller gave it by."""
+    yield "guidance", type(guidance).__qualname__
+    yield "shape", (run.observations, run.event)
+    yield "steps", run.levels
+    yield "eta", run.taus
+    yield "prior", run.denoiser
+    yield "x_T", (run.x_T, run.differentiable)
+    for name in ("seed", "clip", "dtype", "device", "first_sample"):
+        yield name, getattr(run, name)
+    if not hasattr(guidance, "particles"):
+        yield "samples_per_observation", (run.grouped, run.particles)
+    for field in dataclasses.fields(guidance) if dataclasses.is_dataclass(guidance) else ():
+        if field.compare:
+            yield field.name.lstrip("_"), getattr(guidance, field.name)
+    yield "scale", [likelihood.scale_at(level.t) for likelihood in _likelihoods(guidance) for level in run.levels]
 
 
 def _name(function: Any) -> Any:
@@ -162,7 +212,7 @@ def _try_guidance(run: Run, guidance: Any) -> Trial:
     trial: Trial = {}
     small = dataclasses.replace(
         run, denoiser=_StandIn(run.denoiser), observations=1, particles=min(run.particles, 2), seed=0, x_T=None,
-        watch=Watch(),
+        chunk_size=None, watch=Watch(),
     )  # fmt: skip
     for number, likelihood in enumerate(_likelihoods(guidance)):
         try:

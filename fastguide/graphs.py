@@ -398,14 +398,15 @@ def _replaced(value: Any, name: str, kind: str, take: Take) -> Any:
         return value
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
-    changes = {}
+    there = copy.copy(value)
     for field in dataclasses.fields(value):
         part, part_name = getattr(value, field.name), f"{name}.{field.name}"
         if field.name in getattr(value, kind, ()) and isinstance(part, Real | tuple):
-            changes[field.name] = take(part_name, _as_float(part))
+            other = take(part_name, _as_float(part))
         else:
-            changes[field.name] = _replaced(part, part_name, kind, take)
-    return dataclasses.replace(value, **changes)
+            other = _replaced(part, part_name, kind, take)
+        object.__setattr__(there, field.name, other)
+    return there
 
 
 def _as_float(value: Any) -> Any:

@@ -32,7 +32,7 @@ def interrupt(path, **options):
 
 
 def is_refused(path, words, **options):
-    with pytest.raises(ValueError, match=rf"checkpoint: expected a file of this very run, got .*: .*{words}"):
+    with pytest.raises(ValueError, match=rf"checkpoint: expected a file of this very run, got \S*run.pt .*{words}"):
         draw(path, **options)
     return path.exists()  # and left where it is
 
@@ -187,7 +187,7 @@ def test_functions_of_one_name_that_do_other_things_are_told_apart(name, tmp_pat
     path = tmp_path / "run.pt"
     options, other = PAIRS[name]
     interrupt(path, **options)
-    words = "network gives other results" if "network" in name else ""
+    words = "whose network gave other results" if "network" in name else ""
     assert is_refused(path, words, **other)
     whole, resumed = draw(tmp_path / "other.pt", **options), draw(path, **options)
     assert torch.equal(whole.x, resumed.x)
@@ -239,7 +239,7 @@ def test_a_function_that_fails_in_a_trial_goes_by_its_name(tmp_path):
 
     path = tmp_path / "run.pt"
     interrupt(path, guidance=make(1.0))
-    assert is_refused(path, "arguments differ", guidance=fg.FK(lambda x: x[:, 0], 16))
+    assert is_refused(path, "of another reward$", guidance=fg.FK(lambda x: x[:, 0], 16))
     draw(path, guidance=make(2.0))
 
 
@@ -251,7 +251,7 @@ def test_the_run_id_tells_the_rest_apart(tmp_path):
 
     interrupt(path, guidance=fg.FK(step, 16), run_id="digits, 7")
     for other in ("digits, 8", None):
-        assert is_refused(path, "arguments differ", guidance=fg.FK(step, 16), run_id=other)
+        assert is_refused(path, "of another run_id$", guidance=fg.FK(step, 16), run_id=other)
     draw(path, guidance=fg.FK(step, 16), run_id="digits, 7")
     with pytest.raises(TypeError, match="run_id: expected a string or None, got int"):
         draw(path, run_id=7)
@@ -320,7 +320,7 @@ def test_one_number_that_changes_among_many_is_seen():
 def test_y_of_another_observation_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     interrupt(path, guidance=fg.DPS(gaussian_likelihood(Y)))
-    assert is_refused(path, "arguments differ", guidance=fg.DPS(gaussian_likelihood(Y + 1e-3)))
+    assert is_refused(path, "of another likelihood$", guidance=fg.DPS(gaussian_likelihood(Y + 1e-3)))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,60 @@ def test_trials_of_our_own_methods_give_numbers(guidance, seed, dtype, tmp_path)
     assert len(values) >= (3 if guidance is None else 5) and not any(isinstance(v, str) for v in values)
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
+@pytest.mark.parametrize("seed", [3, None])
+@pytest.mark.parametrize("content", [{"state": torch.zeros(3)}, [1, 2], b"no file of torch", b""])
+def test_a_file_of_something_else_is_refused(content, seed, tmp_path):
     path = tmp_path / "run.pt"
-    torch.save({"state": torch.zeros(3)}, path)
-    assert is_refused(path, "arguments differ, its network gives other results")
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=r"checkpoint: expected a file of fastguide.sample, got \S*run.pt"):
+        draw(path, seed=seed)
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    "words, other",
+    [
+        ("seed", dict(seed=4)),
+        ("seed", dict(seed=[3, 4])),
+        ("dtype", dict(dtype=torch.float64)),
+        ("steps", dict(steps=7, guidance=fg.FK(reward, 16, strength=lambda t: 1.0 + t, resample_steps=2))),
+        ("steps", dict(spacing="logsnr")),
+        ("steps, seed", dict(seed=4, steps=9)),
+        ("eta", dict(eta=0.5)),
+        ("clip", dict(clip=1.0)),
+        ("first_sample", dict(first_sample=5)),
+        ("keep_ancestors", dict(keep_ancestors=True)),
+        ("run_id", dict(run_id="a")),
+        ("x_T", dict(x_T=torch.zeros(2, 16, 3))),
+        ("particles", dict(guidance=fg.FK(reward, 8, strength=lambda t: 1.0 + t, resample_steps=2))),
+        ("strength", dict(guidance=fg.FK(reward, 16, strength=lambda t: 2.0 + t, resample_steps=2))),
+        ("guidance", dict(guidance=fg.TDS(gaussian_likelihood(), 16))),
+        ("guidance, samples_per_observation", dict(guidance=None, samples_per_observation=4)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_refusal_names_the_arguments_that_differ_and_no_others(words, other, tmp_path):
+    """A network that depends on the time, and tables that depend on the steps, are not named for another ``steps``."""
+    path = tmp_path / "run.pt"
+    prior = fg.Denoiser(lambda x, t: 0.1 * x * (t[0] / 100 + 0.5), fg.schedules.vp_linear(100))
+    guidance = fg.FK(reward, 16, strength=lambda t: 1.0 + t, resample_steps=2)
+    interrupt(path, prior=prior, guidance=guidance)
+    assert is_refused(path, f"of another {words}$", **{"prior": prior, "guidance": guidance, **other})
+
+
+@pytest.mark.parametrize("guidance", [None, fg.FK(reward, 16), fg.TDS(gaussian_likelihood(), 16)], ids=str)
+def test_a_run_goes_on_with_smaller_chunks(guidance, tmp_path):
+    """As after a run that was out of memory."""
+    path = tmp_path / "run.pt"
+    interrupt(path, guidance=guidance)
+    resumed = draw(path, guidance=guidance, chunk_size=5)
+    assert torch.allclose(resumed.x, draw(None, guidance=guidance).x, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["no folder/run.pt", "."])
+def test_a_file_that_cannot_be_written_is_refused_before_the_first_step(name, tmp_path):
+    calls = []
+    prior = fg.Denoiser(lambda x, t: calls.append(t) or 0.1 * x, fg.schedules.vp_linear(100))
+    with pytest.raises(ValueError, match=r"checkpoint: expected a file in a folder that can be written to, got \S"):
+        draw(tmp_path / name, prior=prior)
+    assert not calls

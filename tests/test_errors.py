@@ -415,20 +415,27 @@ def reward_of_one_row(value, from_call):
 )
 @pytest.mark.filterwarnings("ignore:reward. returned NaN")
 def test_weights_that_are_lost_name_observation_and_step(value, from_call, when):
+    """``-inf`` on the way kills nobody: ``x_0`` may meet the constraint."""
     guidance = FK(reward_of_one_row(value, from_call), 3)
+    when = "after the last step" if value == -math.inf else when
     message = "log_weights: expected a finite largest weight, got none for observation 1"
     check(FloatingPointError, rf"{message} {when}: no particle is alive \(all weights are 0\)", guidance=guidance)
 
 
-@pytest.mark.parametrize("proposal", ["base", "guided"])
-def test_nan_and_minus_infinity_are_the_same_reward(proposal):
+@pytest.mark.parametrize("proposal, threshold", [("base", 0.0), ("guided", -6.0)])
+def test_nan_and_minus_infinity_are_the_same_reward_of_x_0(proposal, threshold):
     outs = []
     for value in (math.nan, -math.inf):
-        guidance = FK(lambda x0, v=value: torch.where(x0[:, 0] > 0.0, v, x0.sum(1)), 40, proposal=proposal)
+
+        def f(x0, t, value=value):
+            return torch.where(x0[:, 0] > threshold, value, x0.sum(1)) if t == SCHEDULE.clean else x0.sum(1)
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore" if value != value else "error")
-            outs.append(sample(guidance=guidance))
+            outs.append(sample(guidance=FK(f, 40, proposal=proposal)))
     assert torch.equal(outs[0].x, outs[1].x) and torch.equal(outs[0].log_weights, outs[1].log_weights)
+    dead = outs[0].log_weights == -math.inf
+    assert torch.equal(dead, outs[0].x[..., 0] > threshold) and dead.any() and not dead.all()
 
 
 @pytest.mark.parametrize("proposal", ["base", "guided"])
@@ -489,7 +496,7 @@ def test_a_checkpoint_of_another_run(tmp_path):
     assert path.exists()
     check(
         ValueError,
-        "checkpoint: expected a file of this very run, got .*run.pt of another one",
+        "checkpoint: expected a file of this very run, got .*run.pt of another seed",
         checkpoint=path,
         seed=1,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,7 @@ class LatentPnP:
     gamma: float | None = None
     solver: str = "auto"
     iterations: int | None = None
-    _pnp: PnP | None = field(default=None, repr=False)  # prepare() fills it in
+    _pnp: PnP | None = field(default=None, init=False, repr=False)  # prepare() fills it in
 
     takes_eta = False
 
@@ -75,7 +76,9 @@ class LatentPnP:
             pnp = replace(pnp, likelihood=decoded).prepare(run)
         else:
             pnp = pnp.prepare(replace(run, event=tuple(image.shape[1:])))
-        return replace(self, _pnp=pnp)
+        prepared = copy.copy(self)
+        object.__setattr__(prepared, "_pnp", pnp)
+        return prepared
 
     def start(self, run: Run) -> State:
         return State(run.initial())
