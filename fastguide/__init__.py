@@ -11,7 +11,7 @@ from . import graphs, library, likelihoods, operators, ops, reference, schedules
 from .backends import backends
 from .denoiser import Conditional, Denoiser
 from .guidance import DPS, FK, TDS, LatentPnP, PiGDM, PnP
-from .sampling import Samples, sample
+from .sampling import Progress, Samples, sample
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "LatentPnP",
     "PiGDM",
     "PnP",
+    "Progress",
     "Samples",
     "backends",
     "graphs",

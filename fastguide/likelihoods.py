@@ -7,11 +7,11 @@ which observation each sample belongs to; None where there is one row or sample 
 Complex ``y`` are taken as pairs of reals ``[B, *measurement, 2]``, and so is what the operator returns; the scale is
 that of the real and of the imaginary part.
 
-``scale`` is a positive number; a tensor ``[*measurement]``, one for each detector, or ``[B or 1, *measurement]``, some
-of its dimensions 1 (not for Poisson and Callable); or a function of the schedule's own time ``t`` that returns one of
-these. Its value at the clean time is the exact model's, which the last step of every particle method uses. A clean time
-below 0, the -1 of the tables of betas, comes as a float, so that ``lambda t: table[t]`` is an error and not the last
-entry.
+``scale`` is a positive number (`Gaussian` also takes 0); a tensor ``[*measurement]``, one for each detector, or
+``[B or 1, *measurement]``, some of its dimensions 1 (not for Poisson and Callable); or a function of the schedule's own
+time ``t`` that returns one of these. The last step of every particle method takes its value at the clean time: that is
+the scale of the exact model. The clean time of a table of betas is -1. It is passed as a float, so that a list in
+``lambda t: scales[t]`` raises an error there instead of returning its last entry.
 """
 
 from __future__ import annotations
@@ -448,7 +448,8 @@ class Laplace(_Elementwise):
 
 class Poisson(_Density):
     """Counts: ``y / scale ~ Poisson((A x_0 + background) / scale)``, so that ``scale`` is the gain: the mean of ``y``
-    is ``A x_0 + background`` and its variance ``scale`` times that. ``y >= 0``.
+    is ``A x_0 + background`` and its variance ``scale`` times that. ``y >= 0``, of a floating or an integer dtype.
+    ``background`` is one number ``>= 0``.
 
     Guidance follows a log-density of bounded gradient: below a rate of half the counts (or of 0.1 counts) it goes on as
     a parabola, see `fastguide.reference.log_prob_and_gradient`. `log_prob` and the last weights of TDS and FK take
@@ -458,9 +459,13 @@ class Poisson(_Density):
     _least_rate = 1e-3  # counts
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale = 1.0, background: float = 0.0):
+        if isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
+            y = y.double()
         super().__init__(y, operator, scale)
         if (y < 0).any():
             raise ValueError(f"y: expected counts >= 0, got {y.min().item():g}")
+        if isinstance(background, Tensor) and background.numel() != 1:
+            raise ValueError(f"background: expected one number, got a tensor {list(background.shape)}")
         if not (0.0 <= background < math.inf):
             raise ValueError(f"background: expected a finite number >= 0, got {background}")
         self.background = float(background)
@@ -497,9 +502,11 @@ class Callable(Likelihood):
     def __init__(self, f: Fn[..., Tensor], y: Tensor | None = None, scale: Scale | None = None):
         if not callable(f):
             raise TypeError(f"f: expected a callable, got {type(f).__name__}")
-        self._has_y, self._has_scale = y is not None, scale is not None
+        self.f, self._has_y, self._has_scale = f, y is not None, scale is not None
         super().__init__(torch.zeros(1, device="cpu") if y is None else y, Identity(), 1.0 if scale is None else scale)
-        self.f = f
+
+    def __repr__(self) -> str:
+        return f"Callable({getattr(self.f, '__name__', type(self.f).__name__)})"
 
     def supports(self, covariance: str, measurements: int | None = None) -> str:
         return "" if covariance == "point" else f"covariance={covariance!r} is not defined for a callable"

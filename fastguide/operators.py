@@ -49,7 +49,7 @@ class Operator:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` ``[n, *event]`` -> ``[n, *measurement]``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"operator: expected {type(self).__name__} to define __call__(self, x), got none")
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """``h^+(y)``, with ``h(h^+(h(x))) = h(x)``; ``[n, *measurement]`` -> ``[n, *event]``."""
@@ -122,8 +122,21 @@ class _Cache:
 
 
 class LinearOperator(Operator):
-    """A linear forward model. Subclasses give ``__call__`` and `adjoint`. With `eigenvalues` and, unless ``A A^T`` is
-    diagonal, `transform` and `inverse_transform` they get closed forms; without, conjugate gradients."""
+    """A linear forward model. A subclass defines ``__call__`` and `adjoint`, which a run compares on random inputs::
+
+        class EverySecond(LinearOperator):
+            def __call__(self, x):  # [n, d] -> [n, (d + 1) // 2]
+                return x[:, ::2]
+
+            def adjoint(self, y):
+                x = y.new_zeros(len(y), 2 * y.shape[1])  # of an even d
+                x[:, ::2] = y
+                return x
+
+    Both are given tensors of the run's device, in float32 or, with ``dtype=torch.float64``, float64, and return such.
+    Tensors that are attributes are moved there (see `Operator.to`). With `eigenvalues` and, unless ``A A^T`` is
+    diagonal, `transform` and `inverse_transform` the operator gets closed forms; without them, conjugate gradients.
+    """
 
     linear = True
 
@@ -137,10 +150,11 @@ class LinearOperator(Operator):
 
     def adjoint(self, y: Tensor) -> Tensor:
         """``A^T y``: ``[n, *measurement]`` -> ``[n, *event]``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"operator: expected {type(self).__name__} to define adjoint(self, y), got none")
 
     def eigenvalues(self, y: Tensor) -> Tensor | float:
-        """Of ``A A^T``, in the order of ``transform(y)`` and broadcastable to one row of it."""
+        """The eigenvalues of ``A A^T``, one for each element of ``transform(y)[0]`` in its order: a tensor that
+        broadcasts to that shape, or one number for all."""
         raise NotImplementedError(f"operator: the spectrum of {self} is not known")
 
     def transform(self, y: Tensor) -> Tensor:
@@ -377,7 +391,8 @@ class AveragePool(LinearOperator):
 
 
 class Blur(LinearOperator):
-    """Convolution of the last two dimensions with one kernel, the output as large as the input.
+    """Convolution of the last two dimensions with one kernel, the output as large as the input. It is a true
+    convolution: ``torch.nn.functional.conv2d`` does the same with the flipped kernel.
 
     ``kernel``: ``[h, w]``, real, odd sizes. ``padding``: ``"circular"`` (diagonal in the Fourier basis) or ``"zeros"``
     (a closed form where the kernel is an outer product, as a Gaussian or a box is). The kernel may be written to, and
@@ -632,9 +647,6 @@ class Function(Operator):
     get copies, into which they may write. Of an output object, such as a decoder's, its tensor ``sample`` counts.
     """
 
-    def __new__(cls, *args, linear: bool = False, **kwargs):  # copies are made without arguments
-        return super().__new__(_LinearFunction if linear else cls)
-
     def __init__(
         self,
         f: Callable[[Tensor], Tensor],
@@ -650,6 +662,12 @@ class Function(Operator):
             raise ValueError("event: expected the shape of an event, or an adjoint, for a linear function; got neither")
         if not linear and (adjoint is not None or event is not None):
             raise ValueError("adjoint, event: expected linear=True with them")
+        if linear and not isinstance(self, LinearOperator):
+            if type(self) is not Function:
+                raise ValueError(
+                    f"linear: expected False for {type(self).__name__}, which is no LinearOperator, got True"
+                )
+            self.__class__ = _LinearFunction
         self.f = f
         self.event = None if event is None else tuple(event)
         self._adjoint = adjoint

@@ -30,18 +30,28 @@ class Samples:
     - Without it there is one sample for each observation, ``x`` ``[B, *event]``. One sample has no mean of its own, so
       `mean`, `variance`, `quantile`, `draw` and `weights` raise ValueError.
 
-    Particles of weight 0 (``-inf``) count nowhere, whatever their ``x``.
+    Particles of weight 0 (``-inf``) count nowhere, whatever their ``x``. The other fields:
+
+    - ``log_weights``: ``[B, K]`` float64, unnormalised; None without particles, as the next three.
+    - ``ess``: ``[steps + 1, B]`` float64, the effective sample size before each step, and of the final weights.
+    - ``log_evidence``: ``[B]`` float64, the log of the mean weight. For TDS, and FK with a likelihood, the estimate of
+      ``log p(y)``; for FK with a reward, of ``log E[exp(strength * r(x_0))]`` under the prior.
+    - ``ancestors``: ``[steps, B, K]`` int32, with ``keep_ancestors=True``.
+    - ``seed``: of the noise; one for all, or one for each observation.
+    - ``grouped``: whether ``x`` has several samples of each observation.
+    - ``method``: the class of the guidance.
+    - ``times``: of the levels visited, in the schedule's own time; ``x`` is at the last.
     """
 
-    x: Tensor  # [B, *event], or [B, K, *event]
-    log_weights: Tensor | None = None  # [B, K] float64, unnormalised
-    ess: Tensor | None = None  # [steps + 1, B] float64: before each step, and of the final weights
-    log_evidence: Tensor | None = None  # [B] float64: log mean weight, the estimate of log p(y)
-    ancestors: Tensor | None = None  # [steps, B, K] int32, with keep_ancestors=True
-    seed: int | tuple[int, ...] | None = None  # of the noise: one for all, or one for each observation
-    grouped: bool = False  # whether x is [B, K, *event]; True with log_weights
-    method: str = ""  # the guidance's class
-    times: tuple[float, ...] | None = None  # of the levels visited, in the schedule's own time; x is at the last
+    x: Tensor
+    log_weights: Tensor | None = None
+    ess: Tensor | None = None
+    log_evidence: Tensor | None = None
+    ancestors: Tensor | None = None
+    seed: int | tuple[int, ...] | None = None
+    grouped: bool = False
+    method: str = ""
+    times: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.log_weights is not None:
@@ -56,7 +66,8 @@ class Samples:
         parts = [self.method] if self.method else []
         parts.append(f"x={list(self.x.shape)} {str(self.x.dtype).removeprefix('torch.')}")
         if self.ess is not None:
-            parts.append(f"ess={_range(self.ess[-1])} of {self.x.shape[1]}")
+            lowest = f"{self.ess.min().item():.4g}"
+            parts.append(f"ess={_range(self.ess[-1])} of {self.x.shape[1]}, lowest {lowest}")
         if self.log_evidence is not None:
             parts.append(f"log_evidence={_range(self.log_evidence)}")
         if self.times is not None:
@@ -105,7 +116,8 @@ class Samples:
         return torch.stack(found) if found else x.new_empty((0, *total[:, 0].shape))
 
     def draw(self, num: int, seed: int = 0) -> Tensor:
-        """``num`` equally weighted draws ``[B, num, *event]`` by systematic resampling."""
+        """``num`` equally weighted draws ``[B, num, *event]`` by systematic resampling. Two calls with one ``seed``, by
+        default 0, return the same draws."""
         log_weights = self.log_weights
         if log_weights is None:
             self._check_grouped("draw")

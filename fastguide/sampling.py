@@ -28,17 +28,30 @@ __all__ = ["Progress", "Samples", "sample"]
 
 
 class Progress(NamedTuple):
-    """What a callback is given after each step: copies, which stay what they are. ``x`` and ``x0_hat`` are
-    ``[B, *event]``, or ``[B, K, *event]`` with particles or ``samples_per_observation``."""
+    """The state after a step, for a callback: copies, which stay what they are. K is the number of particles, or n with
+    ``samples_per_observation=n``; without either, the dimension K is missing.
+
+    - ``step``: its index, from 0.
+    - ``level``: the level that ``x`` is at, with ``t``, ``alpha`` and ``sigma``.
+    - ``x``: ``[B, K, *event]``.
+    - ``log_weights``: ``[B, K]``; None without particles.
+    - ``ess``: ``[B]``, the effective sample size before the step, from which the step decided whether to resample; None
+      without particles.
+    - ``x0_hat``: the latest prediction of ``x_0``, like ``x``. TDS and FK predict it at ``x``; the others predicted it
+      before the step, at the level above.
+    - ``reward``: ``[B, K]``, the last that FK evaluated. NaN before the first evaluation; None without FK.
+    - ``ancestors``: ``[B, K]``, which particle each one continues. ``0, 1, ..., K - 1`` where the step did not
+      resample; None without particles.
+    """
 
     step: int
-    level: Level  # the one x is at
+    level: Level
     x: Tensor
-    log_weights: Tensor | None  # [B, K]
-    ess: Tensor | None  # [B], when the step decided whether to resample
-    x0_hat: Tensor  # the latest prediction of x_0: at x for TDS and FK, else the one that the step was made with
-    reward: Tensor | None = None  # [B, K], of FK: the last that was evaluated
-    ancestors: Tensor | None = None  # [B, K], of the step
+    log_weights: Tensor | None
+    ess: Tensor | None
+    x0_hat: Tensor
+    reward: Tensor | None = None
+    ancestors: Tensor | None = None
 
 
 def sample(
@@ -74,32 +87,36 @@ def sample(
     - ``eta`` in ``[0, 1]``: a number, a table with one entry per step, or a function of the schedule's time; 0 is DDIM,
       1 (the default) DDPM. PnP and LatentPnP split their noise by ``zeta`` instead.
     - ``clip``: of ``x0_hat`` in the reverse step, see `fastguide.ops.reverse_step`.
-    - ``seed`` below 2^64; None draws one from torch's default generator, or takes that of the checkpoint. The result
-      carries it. Noise depends on the
-      seed, the step and the sample's index alone: a sample is the same in whatever batch (up to the network's own
-      rounding). A list of B seeds gives each observation its own: each is then what a run of it alone with that seed
-      draws.
-    - ``first_sample``: the index that the first sample (observation) has in the noise. With ``first_sample=k`` a run
-      of ``shape = (1, *event)`` draws sample ``k`` of a larger one.
+    - ``seed``: an integer in ``[0, 2^64)``, or a list of B of them. None draws one from torch's default generator, or
+      takes that of the checkpoint. The result carries it. The noise depends on the seed, the step and the index of the
+      sample, and not on the batch. The samples then differ by the network's own rounding alone, about 1e-6 in float32.
+      With a list, each observation is what a run of it alone with its seed draws.
+    - ``first_sample``: the index of the first sample (observation). With ``first_sample=k`` a run of
+      ``shape = (1, *event)`` draws sample ``k`` of a larger one.
     - ``samples_per_observation``: n samples of each observation without particles; ``x`` is then ``[B, n, *event]``.
+      Sample ``j`` of observation ``b`` has the index ``b * n + j``. Another n therefore changes the samples of every
+      observation but the first, unless each has its own seed.
     - ``x_T``: the start, ``[B, *event]`` (``[B, K, *event]`` for particles, ``[B, n, *event]`` for
       ``samples_per_observation``), in place of the prior's noise. Without guidance the result can be differentiated
       in it; with guidance an ``x_T``, ``y`` or operator that requires a gradient is an error while gradients are
       enabled.
+    - ``dtype``: of the state: float32, float16, bfloat16 or float64. A network runs in the dtype of its parameters.
+    - ``device``: where the run is; None takes that of ``x_T``, else the CPU. ``y`` and the operator are copied there;
+      the network must be there already.
     - ``chunk_size``: the most samples that the network, a likelihood or a reward sees at once.
     - ``keep_ancestors``: return the ancestors of every step, ``[steps, B, K]``.
     - ``graph``: True runs the whole loop as one CUDA graph, which the first call captures and others with the same
       network, shapes and method replay, whatever their seed, observation and guidance scale (see `fastguide.graphs`);
       a loop that cannot be captured is an error that says why. ``"auto"`` and False run eagerly.
-    - ``progress``: a tqdm bar (needs tqdm). ``callback``: called with a `Progress` after each step. The run ends early
-      where it returns True (a bool, numpy's bool, or a tensor of one bool); the result is then the state at that noise
-      level, and a checkpoint stays, so that a later call can go on.
-    - ``checkpoint``: a file to write the state to, atomically, every ``checkpoint_every`` steps; where it exists the
-      run goes on from it, to the same bits; removed at the end. A file of other arguments is refused, and of functions
-      that give other results on a small trial, for which the network, rewards and operators are called a few times more
-      (see `fastguide.checkpoints`). ``run_id``: any string; a file of another one is refused.
-
-    ``device``: that of ``x_T``, else the CPU.
+    - ``progress``: a tqdm bar (needs tqdm).
+    - ``callback``: called with a `Progress` after each step. The run ends early where it returns True (a bool, numpy's
+      bool, or a tensor of one bool). The result is then the state at that noise level, and a checkpoint stays, so that
+      a later call can go on. The weights and the evidence of FK and TDS are then those of that level.
+    - ``checkpoint``: a file that the state is written to every ``checkpoint_every`` steps. A run that finds the file
+      goes on from it and removes it at the end. It ends in the same bits with the same ``chunk_size``, and agrees to
+      rounding with another. The file of a run with other arguments is an error that names them. The network, rewards
+      and operators are called a few times more, to recognise others by their results (see `fastguide.checkpoints`).
+    - ``run_id``: any string, for what these calls cannot tell apart. A file of another ``run_id`` is an error.
 
     The network, decoders and rewards run under the caller's autocast; all other arithmetic runs without. Raises
     FloatingPointError where a value stops being finite; the message names the function and the step.
@@ -128,7 +145,7 @@ def sample(
         x, *rest = graphs.call(loop, run, guidance, graph, obstacle)
         assert x is not None
         run.watch.finite(run.steps - 1, "sample", x)
-        run.watch.report()
+        unknown = run.watch.report()
     done = min([run.steps, *loop.ended])
     samples = Samples(
         x,
@@ -141,7 +158,7 @@ def sample(
     if checkpoint is not None and os.path.exists(checkpoint) and done == run.steps:
         os.remove(checkpoint)
     if samples.ess is not None and samples.log_weights is not None:
-        _check_particles(samples.ess, samples.log_weights)
+        _check_particles(samples.ess, samples.log_weights, unknown)
     return samples
 
 
@@ -219,7 +236,7 @@ def _prepare_run(
         if grouped:
             raise ValueError(
                 f"samples_per_observation: expected None with {type(guidance).__name__}, whose particles are the "
-                f"samples, got {samples_per_observation!r}"
+                f"samples, got {samples_per_observation!r}; out.draw(n) gives n"
             )
         particles, grouped = integer("particles", guidance.particles, 1), True
     elif grouped:
@@ -316,8 +333,9 @@ def _shaped(x: Tensor, run: Run) -> Tensor:
     return x.view(run.observations, run.particles, *run.event) if run.grouped else x
 
 
-def _check_particles(ess: Tensor, log_weights: Tensor) -> None:
-    """The flag of a row that lost its weights, looked at once and after the loop."""
+def _check_particles(ess: Tensor, log_weights: Tensor, unknown: bool) -> None:
+    """The flag of a row that lost its weights, looked at once and after the loop. ``unknown``: whether a reward was
+    NaN."""
     bad = torch.isnan(ess)
     if not bad.any():
         return
@@ -327,9 +345,11 @@ def _check_particles(ess: Tensor, log_weights: Tensor) -> None:
     what = "no particle is alive (all weights are 0)"
     if not (weights == -math.inf).all():
         what = "a weight is NaN or infinite"
+    advice = "More particles may help, or a likelihood or reward that is less sharp at high noise"
+    if unknown:
+        advice = "The reward returned NaN, see the warning; expected numbers or -inf"
     raise FloatingPointError(
-        f"log_weights: expected a finite largest weight, got none for observation {row} {when}: {what}. "
-        "More particles may help, or a likelihood or reward that is less sharp at high noise"
+        f"log_weights: expected a finite largest weight, got none for observation {row} {when}: {what}. {advice}"
     )
 
 

@@ -92,6 +92,21 @@ def check(error, message, **options):
             dict(keep_ancestors=True),
         ),
         (ValueError, "checkpoint_every: expected an integer >= 1, got 0", dict(checkpoint_every=0)),
+        (
+            ValueError,
+            r"y: expected 1 row, since shape \(B, \*event\) says B = 1 and event \[2, 3\], got 2",
+            dict(shape=(1, 2, 3), guidance=DPS(Gaussian(torch.zeros(2, 3), Identity(), 1.0))),
+        ),
+        (
+            ValueError,
+            r"samples_per_observation: expected None with TDS, .*, got 4; out.draw\(n\) gives n",
+            dict(samples_per_observation=4, guidance=TDS(LIKELIHOOD, 5)),
+        ),
+        (
+            ValueError,
+            "proposal: a custom proposal cannot be used with a list of seeds or first_sample > 0, got first_sample=3",
+            dict(first_sample=3, guidance=FK(reward, 2, proposal=lambda x, x0, c, *, seed, step: (x, x[:, 0]))),
+        ),
     ],
 )
 def test_arguments_of_sample(error, message, options):
@@ -185,7 +200,12 @@ LIKELIHOOD_GUIDANCES = {
 @pytest.mark.parametrize(
     "y, operator, scale, message",
     [
-        (torch.zeros(5, 3), Identity(), 1.0, "y: expected 1 row or 2, as shape says, got 5"),
+        (
+            torch.zeros(5, 3),
+            Identity(),
+            1.0,
+            r"y: expected 1 row or 2, since shape \(B, \*event\) says B = 2 and event \[3\], got 5",
+        ),
         (torch.zeros(2, 4), Identity(), 1.0, r"y: expected shape \[B, 3\], what .*\[3\], got \[2, 4\]"),
         (torch.zeros(2, 1, 3), Identity(), 1.0, r"y: expected shape \[B, 3\], .*got \[2, 1, 3\]"),
         (
@@ -231,9 +251,12 @@ def test_nan_in_y(bad):
             "covariance: .*'moment' needs a linear operator",
             DPS(Gaussian(Y, EXP, 1.0), covariance="moment"),
         ),
-        ("covariance: Poisson.* no other than 'point'.*by name", TDS(Poisson(Y, Identity()), 2)),
-        ("covariance: Callable.* no other than 'point'", FK(Callable(reward), 2, proposal="guided")),
-        ("covariance: Callable.* no other than 'point'", DPS(Callable(reward), "score", normalize=False)),
+        (
+            "covariance: Poisson supports only covariance='point'. Pass it explicitly; it can diverge where",
+            TDS(Poisson(Y, Identity()), 2),
+        ),
+        ("covariance: Callable supports only covariance='point'", FK(Callable(reward), 2, proposal="guided")),
+        ("covariance: Callable supports only", DPS(Callable(reward), "score", normalize=False)),
         ("covariance: .*not defined for Poisson", DPS(Poisson(Y, Identity()), covariance="moment")),
         ("covariance: .*not defined for a callable", TDS(Callable(reward), 2, covariance="isotropic")),
         (
@@ -420,6 +443,13 @@ def test_weights_that_are_lost_name_observation_and_step(value, from_call, when)
     when = "after the last step" if value == -math.inf else when
     message = "log_weights: expected a finite largest weight, got none for observation 1"
     check(FloatingPointError, rf"{message} {when}: no particle is alive \(all weights are 0\)", guidance=guidance)
+
+
+@pytest.mark.filterwarnings("ignore:reward. returned NaN")
+def test_a_reward_of_nan_is_not_said_to_need_more_particles():
+    message = r"no particle is alive \(all weights are 0\). The reward returned NaN, see the warning; expected numbers"
+    check(FloatingPointError, message, guidance=FK(lambda x0: x0[:, 0] * math.nan, 3))
+    check(FloatingPointError, "0\\). More particles may help", guidance=FK(reward_of_one_row(-math.inf, 0), 3))
 
 
 @pytest.mark.parametrize("proposal, threshold", [("base", 0.0), ("guided", -6.0)])

@@ -730,6 +730,8 @@ WITH_NAN = torch.tensor([[1.0, 2.0], [3.0, math.nan]])
         (lambda: Poisson(-Y, Identity()), ValueError, "y: expected counts >= 0, got -1"),
         (lambda: Poisson(Y, Identity(), 0.0), ValueError, "scale: expected a finite number > 0"),
         (lambda: Poisson(Y, Identity(), 1.0, -0.1), ValueError, "background: .*>= 0, got -0.1"),
+        (lambda: Poisson(Y, Identity(), 1.0, torch.ones(3)), ValueError, r"background: .*one number, got .* \[3\]"),
+        (lambda: Poisson(Y > 0, Identity()), TypeError, "y: expected a floating tensor .*, got torch.bool"),
         (lambda: Callable(3), TypeError, "f: expected a callable, got int"),
         (lambda: Gaussian(Y, Identity(), 0.0).log_prob(Y), ValueError, "scale: expected > 0 where a density"),
         (lambda: Gaussian(Y, Identity(), 0.0).curvature(Y, Y, 0.0), ValueError, "scale: expected > 0"),
@@ -774,6 +776,21 @@ WITH_NAN = torch.tensor([[1.0, 2.0], [3.0, math.nan]])
 def test_errors_name_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_counts_may_be_integers(dtype):
+    counts = torch.tensor([[0, 3, 200]])
+    x = torch.tensor([[0.5, 2.0, 190.0]])
+    log_prob = Poisson(counts.to(dtype), Identity()).log_prob(x)
+    assert torch.equal(log_prob, Poisson(counts.double(), Identity()).log_prob(x))
+    prior = fg.Denoiser(lambda x, t: 0 * x, fg.schedules.vp_linear(20))
+    guidance = fg.TDS(Poisson(counts.to(dtype), Identity(), background=1.0), 4, covariance="point")
+    assert torch.isfinite(fg.sample(prior, (1, 3), guidance=guidance, steps=3, seed=0).log_evidence).all()
+
+
+def test_the_text_of_a_callable_names_its_function():
+    assert repr(Callable(torch.sum)) == "Callable(sum)"
 
 
 def test_repr_and_base_class():

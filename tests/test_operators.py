@@ -1,5 +1,7 @@
 """Operators against their dense matrices, against scipy, and by what an adjoint and a pseudo-inverse are."""
 
+import copy
+import inspect
 import math
 
 import numpy as np
@@ -750,6 +752,87 @@ def test_errors_name_the_argument(call, error, message):
         call()
 
 
+def by_matrix(a, back):
+    """A user's own operator ``x -> a x``, whose adjoint is ``back``."""
+
+    class Own(fg.operators.LinearOperator):
+        def __call__(self, x):
+            return x @ a.to(x).T
+
+        def adjoint(self, y):
+            return y @ back.to(y).T
+
+    return Own()
+
+
+A = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        by_matrix(A, 2 * A.T),
+        by_matrix(A, -A.T),
+        by_matrix(A, A.T.flip(0)),
+        by_matrix(A, A.T + 0.3 * torch.eye(6, 4)),
+        Function(lambda x: x[:, :4], linear=True, adjoint=lambda y: torch.nn.functional.pad(y, (2, 0))),
+        Function(lambda x: x[:, :4].abs(), linear=True, event=(6,)),
+    ],
+    ids=["twice", "negative", "flipped", "off by a little", "function", "not linear"],
+)
+def test_a_wrong_adjoint_is_refused(operator):
+    likelihood = fg.likelihoods.Gaussian(normal(1, 4), operator, 0.5)
+    with pytest.raises(
+        ValueError, match=r"operator: expected a linear one with <A x, z> = <x, A.T z>, got another from"
+    ):
+        fg.sample(pixels_prior()[0], (1, 6), guidance=fg.PnP(likelihood), steps=2)
+
+
+class Halves(fg.operators.LinearOperator):
+    """Computes in half precision inside, with an adjoint that is right to that."""
+
+    def __call__(self, x):
+        return (x.bfloat16() @ A.T.bfloat16()).to(x.dtype)
+
+    def adjoint(self, y):
+        return (y.bfloat16() @ A.bfloat16()).to(y.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("operator", [by_matrix(A, A.T), Halves()], ids=["float32", "bfloat16"])
+def test_an_adjoint_that_is_right_to_rounding_serves(operator, dtype):
+    likelihood = fg.likelihoods.Gaussian(normal(1, 4), operator, 0.5)
+    out = fg.sample(pixels_prior()[0], (1, 6), guidance=fg.PnP(likelihood), steps=2, dtype=dtype)
+    assert torch.isfinite(out.x).all()
+
+
+@pytest.mark.parametrize("missing", ["__call__", "adjoint"])
+def test_an_operator_without_its_methods_is_refused_by_name(missing):
+    methods = {"__call__": lambda self, x: x, "adjoint": lambda self, y: y}
+    methods.pop(missing)
+    own = type("Mine", (fg.operators.LinearOperator,), methods)
+    likelihood = fg.likelihoods.Gaussian(normal(1, 6), own(), 0.5)
+    with pytest.raises(NotImplementedError, match=rf"operator: expected Mine to define {missing}\(self, .\), got none"):
+        fg.sample(pixels_prior()[0], (1, 6), guidance=fg.PnP(likelihood), steps=2)
+
+
+def test_the_signatures_that_help_shows_are_what_may_be_given():
+    assert str(inspect.signature(Function)).startswith("(f: ") and "args" not in str(inspect.signature(Function))
+    assert [name for name in inspect.signature(fg.LatentPnP).parameters if name.startswith("_")] == []
+    function = Function(lambda x: 2 * x, linear=True, event=(3,))
+    for same in (function, copy.copy(function), function.to(dtype=torch.float64)):
+        assert isinstance(same, Function) and isinstance(same, fg.operators.LinearOperator)
+    assert not isinstance(Function(torch.exp), fg.operators.LinearOperator)
+    with pytest.raises(ValueError, match="linear: expected False for Own, which is no LinearOperator, got True"):
+        type("Own", (Function,), {})(torch.exp, linear=True, event=(3,))
+
+
+def test_a_blur_is_a_convolution_whose_kernel_conv2d_has_flipped():
+    kernel, x = normal(3, 5), normal(2, 1, 8, 8)
+    expected = torch.nn.functional.conv2d(x, kernel.flip(0, 1)[None, None], padding=(1, 2))
+    assert torch.allclose(Blur(kernel, "zeros")(x), expected, atol=1e-5)
+
+
 def test_repr():
     assert repr(Blur(torch.ones(3, 5), "zeros")) == "Blur(3x5, 'zeros')"
     assert repr(AveragePool(4)) == "AveragePool(4)"
@@ -894,7 +977,9 @@ def test_guided_samples_of_observations_with_operators_and_scales_of_their_own(m
 
 def test_masks_that_are_not_one_for_each_observation():
     likelihood = fg.likelihoods.Gaussian(normal(1, 3), Inpainting(MASKS, per_observation=True), 0.5)
-    with pytest.raises(ValueError, match="operator: expected one for all or 2, as shape says, got 3 from Inpainting"):
+    with pytest.raises(
+        ValueError, match=r"operator: expected 1 row or 2, since shape .* B = 2 .*, got 3 from Inpainting"
+    ):
         fg.sample(pixels_prior()[0], (2, 6), guidance=fg.PnP(likelihood), steps=2)
 
 

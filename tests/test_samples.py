@@ -278,7 +278,10 @@ def test_the_text_is_one_short_line():
     out = fg.sample(example().denoiser(), (2, 3), guidance=fg.TDS(gaussian_likelihood(), 16), steps=4, seed=3)
     low, high = (f"{v:.4g}" for v in (out.log_evidence.min().item(), out.log_evidence.max().item()))
     text = repr(out)
-    assert text.startswith("Samples(TDS, x=[2, 16, 3] float32, ess=") and " of 16, " in text
+    assert text.startswith("Samples(TDS, x=[2, 16, 3] float32, ess=") and " of 16, lowest " in text
+    ess = torch.tensor([[64.0, 30.0], [1.284, 40.0], [64.0, 64.0]])
+    text_of_ess = repr(Samples(torch.zeros(2, 64, 3), torch.zeros(2, 64), ess))
+    assert text_of_ess == "Samples(x=[2, 64, 3] float32, ess=64 of 64, lowest 1.284)"
     assert text.endswith(f"log_evidence={low} to {high}, steps=4, seed=3)") and "tensor" not in text
     plain = fg.sample(example().denoiser(), (2, 3), steps=4, seed=3, dtype=torch.float64)
     assert repr(plain) == "Samples(Plain, x=[2, 3] float64, steps=4, seed=3)"

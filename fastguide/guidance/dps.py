@@ -26,11 +26,13 @@ from .base import (
 class DPS:
     """``x_s = reverse_step(x_t) + zeta(t) grad_{x_t} log p(y | x_t)``: the guidance ascends the log-likelihood.
 
-    - ``zeta``: a number, a table of one entry per step, or a function of the schedule's time; ``"score"`` gives the
-      gradient the weight with which the score enters the mean, so that the step is the guided one.
-    - ``normalize``: divide by half the norm of the gradient in ``A x0_hat``. For a Gaussian that is
-      ``zeta / norm(y - A x0_hat) * -grad norm(y - A x0_hat)^2``, the step of the paper's algorithm 1. The authors' code
-      takes the gradient of the norm itself, half as long: their ``scale: 1.0`` is ``zeta=0.5`` here.
+    - ``zeta``: a number, a table of one entry per step, or a function of the schedule's time. With ``normalize``, start
+      with 0.1 to 1: less where the samples diverge, more where they miss the measurement. ``"score"`` gives the
+      gradient the weight with which the score enters the mean, so that the step is the guided one; it needs
+      ``normalize=False``.
+    - ``normalize``: divide by half the norm of the gradient in ``A x0_hat``. For a Gaussian that is the step of the
+      paper's algorithm 1, ``-zeta / norm(y - A x0_hat) * grad norm(y - A x0_hat)^2``. The authors' code takes the
+      gradient of the norm itself, which is half as long: their ``scale: 1.0`` is ``zeta=0.5`` here.
     - ``covariance``: of ``x_0`` given ``x_t``: ``"point"`` as published, ``"isotropic"``, ``"moment"`` (with
       ``zeta="score"``: TMPD, Boys et al. 2023). None is ``"point"``, but with ``zeta="score"``, where that can diverge,
       ``"moment"`` where it can be had, else ``"isotropic"``.

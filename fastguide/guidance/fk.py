@@ -56,15 +56,22 @@ class FK:
       had a potential; ``"max"`` and ``"sum"`` ``strength *`` the largest reward, or their sum, so far; or
       ``f(r [n], r of the last such level [n], or None at the first) -> log-potential [n]``. ``x_0`` always has a
       potential: the one that makes the product ``exp(strength * r(x_0))``.
-    - ``strength``: a number, a table with one entry per step, or a function of the schedule's time, each ``>= 0``; the
-      potential of a level takes that of the step that starts there. The target takes that of the last step, ``> 0``.
+    - ``strength``: a number, a table with one entry per step, or a function of the schedule's time, each ``>= 0``. The
+      potential of a level takes the entry of the step that starts there. ``x_0``, where no step starts, takes the last
+      entry, ``> 0``: it is the strength of the target.
     - ``proposal``: ``"base"`` the reverse step; ``"guided"`` that of TDS, with the gradient of the reward (of several,
       those that have one); or ``f(x, x0_hat, coefficients, *, seed, step) -> (x_s, log_ratio [n])``, ``log_ratio`` the
-      base kernel's log-density minus its own. All three are as the operations take them: in a CUDA graph, tensors.
-    - ``resample_steps`` (None: every step; an integer: every so many; a list of steps): those that multiply the weights
-      by a potential and then resample the rows whose effective sample size is below ``ess_threshold * particles``
-      (None: all rows). A row above it keeps its particles and its weights. Elsewhere the potential is 1, and the
+      base kernel's log-density minus its own. The function gets all ``B * K`` particles in one call, whatever the
+      ``chunk_size``, and cannot be used with a list of seeds or ``first_sample > 0``. ``coefficients``, ``seed`` and
+      ``step`` can be passed on to `fastguide.ops.reverse_step`; in a CUDA graph they are tensors.
+    - ``resample_steps``: the steps before which the weights are multiplied by a potential and rows are resampled. None:
+      every step. A list: these, counted from 0. An integer ``n``: steps n, 2n, 3n, ..., not step 0; the final samples
+      have their potential too. A row is resampled if its effective sample size is below ``ess_threshold * particles``
+      (None: always). A row above it keeps its particles and its weights. At other steps the potential is 1, and the
       reward is called only if the guided proposal needs its gradient.
+
+    The ``log_evidence`` of the result estimates ``log E[exp(strength * r(x_0))]``, ``x_0`` drawn by the sampler without
+    guidance. After a run that a callback ends early, weights and evidence are those of the level reached.
 
     With a likelihood, ``"difference"`` and ``"guided"`` this is `TDS`, number for number.
     """
@@ -99,7 +106,8 @@ class FK:
             raise ValueError(f"proposal: expected one of {PROPOSALS} or a callable, got {self.proposal!r}")
         if callable(self.proposal) and (isinstance(run.seed, tuple) or run.first_sample):
             raise ValueError(
-                "proposal: a function draws with one seed from sample 0 on; expected seed an integer and first_sample 0"
+                "proposal: a custom proposal cannot be used with a list of seeds or first_sample > 0, "
+                f"got {'a list of seeds' if isinstance(run.seed, tuple) else f'first_sample={run.first_sample}'}"
             )
         if isinstance(self.strength, str):
             raise TypeError(f"strength: expected a number, a table or a function of the time, got {self.strength!r}")

@@ -41,12 +41,14 @@ class PnP:
       ``lambda = 1``).
     - ``zeta`` in ``[0, 1]`` splits the noise of the step: ``tau = sigma_s sqrt(zeta)`` is fresh, the rest is the
       predicted ``eps``. It takes the place of ``eta``.
-    - ``solver``: ``"closed"`` (Gaussian, linear, known spectrum), ``"cg"`` (Gaussian, linear; ``iterations`` of
-      conjugate gradients), ``"gauss-newton"`` (``iterations`` of 16 conjugate gradients each; reweighted least squares
-      where the error is not Gaussian; a nonlinear operator needs a backward pass that autograd can differentiate),
-      ``"gradient"`` (``iterations`` with Barzilai-Borwein lengths; needs only derivatives of the log-density);
-      ``"auto"`` takes the first that applies, which one trial of a nonlinear operator tells. All start at ``x0_hat``
-      and run a fixed number.
+    - ``solver``: ``"auto"`` takes the first of these that applies, which one trial of a nonlinear operator tells. All
+      start at ``x0_hat`` and run a fixed number of ``iterations``, by default the number in brackets.
+
+      - ``"closed"``: a Gaussian, a linear operator and a known spectrum; takes no ``iterations``.
+      - ``"cg"``: a Gaussian and a linear operator; conjugate gradients (32).
+      - ``"gauss-newton"`` (4), each of 16 conjugate gradients: reweighted least squares where the error is not
+        Gaussian. A nonlinear operator needs a backward pass that autograd can differentiate.
+      - ``"gradient"`` (32): gradient descent with Barzilai-Borwein lengths. Needs only derivatives of the log-density.
     """
 
     likelihood: Likelihood

@@ -20,17 +20,18 @@ class TDS:
       ``"moment"``; None takes ``"moment"`` where it can be had, else ``"isotropic"``. ``"point"``, the only one for
       Poisson and Callable likelihoods, can diverge where the likelihood is sharp, and must be named. It changes the
       variance, never the limit: the last weight uses the exact ``p(y | x_0)``.
-    - ``resampler``: ``"systematic"``, ``"stratified"``, ``"multinomial"``, ``"residual"``; a row is resampled where its
-      effective sample size is below ``ess_threshold * particles`` (in ``[0, 1]``).
+    - ``resampler``: ``"systematic"``, ``"stratified"``, ``"multinomial"``, ``"residual"``.
+    - ``ess_threshold`` in ``[0, 1]``: a row is resampled if its effective sample size is below
+      ``ess_threshold * particles``; with None, before every step.
 
-    Needs ``eta > 0``.
+    Needs ``eta > 0``. After a run that a callback ends early, weights and evidence are those of the level reached.
     """
 
     likelihood: Likelihood
     particles: int
     covariance: str | None = None
     resampler: str = "systematic"
-    ess_threshold: float = 0.5
+    ess_threshold: float | None = 0.5
 
     def prepare(self, run: Run) -> TDS:
         likelihood, measurements = prepare_likelihood(run, self.likelihood)

@@ -33,8 +33,8 @@ class Watch:
         """Note the particles that get weight 0 since ``function`` returned NaN for them in step ``i``."""
         self._dropped.append((i, function, mask.sum()))
 
-    def report(self) -> None:
-        """Raise for the first value that was not finite; warn of dropped particles."""
+    def report(self) -> bool:
+        """Raise for the first value that was not finite; warn of dropped particles, and say whether there are any."""
         if self._ranges:
             lows, highs = (torch.stack([r[k].double() for r in self._ranges]).tolist() for k in (0, 1))
             self._check(lows, highs)
@@ -49,6 +49,8 @@ class Watch:
                     RuntimeWarning,
                     stacklevel=3,
                 )
+                return True
+        return False
 
     def _check(self, lows: list[float], highs: list[float]) -> None:
         for (i, function, dead_allowed), low, high in zip(self._labels, lows, highs, strict=True):
