@@ -42,8 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say what was built, what loaded, what did not and why")
     demo = commands.add_parser("demo", help="every algorithm on held-out handwritten digits; writes pictures")
-    demo.add_argument("--task", default="all", help="half, pool2, pool4, blur, reward, mixture or all")
-    demo.add_argument("--method", default="all", help="plain, dps, pnp, pigdm, latent-pnp, tds, fk or all")
+    demo.add_argument("--task", default="all", help="half, pool4, blur, reward, mixture; all of these; or pool2")
+    demo.add_argument(
+        "--method",
+        default="all",
+        help="plain, dps, pnp, pigdm, latent-pnp, tds, fk or all; the reward takes fk, and the mixture neither plain "
+        "nor latent-pnp",
+    )
     demo.add_argument("--out", type=Path, default=Path("fastguide-demo"), help="folder for the pictures")
     demo.add_argument("--seed", type=_integer(0, 2**64 - 1), default=0)
     demo.add_argument("--steps", type=_integer(1, 500), help="of every sampler; without it 70, and 100 for the mixture")

@@ -85,6 +85,14 @@ def test_sliced_wasserstein_of_a_shift():
     [
         (("--task", "x"), "--task: expected one of"),
         (("--method", "x"), "--method: expected one of"),
+        (
+            ("--task", "reward", "--method", "dps"),
+            "--method: expected one of ['fk', 'all'] with --task reward, got 'dps'",
+        ),
+        (
+            ("--task", "mixture", "--method", "plain"),
+            "--method: expected one of ['tds', 'fk', 'dps', 'pnp', 'pigdm', 'all'] with --task mixture, got 'plain'",
+        ),
         (("--steps", "0"), "--steps: expected an integer in [1, 500], got '0'"),
         (("--steps", "many"), "--steps: expected an integer in [1, 500], got 'many'"),
         (("--particles", "-3"), "--particles: expected an integer in [1, 1048576], got '-3'"),
@@ -123,10 +131,28 @@ def test_the_demo_with_its_own_steps_and_particles(capsys, tmp_path, monkeypatch
         ("half", "dps", [None]),
         ("reward", "all", [None, 8]),
         ("mixture", "all", [8, 8, None, None, None]),
+        ("mixture", "dps", [None]),
+        ("reward", "fk", [None, 8]),
     ):
         calls.clear()
         out = run(capsys, "demo", "--task", task, "--method", method, *options)
         assert calls == [(3, n, "cpu:0", 5) for n in particles] and f"\n{task}" in out
+
+
+@pytest.mark.parametrize(
+    "method, pictures",
+    [
+        ("dps", ["half.png", "pool4.png", "blur.png", "mixture.png"]),
+        ("fk", ["half.png", "pool4.png", "blur.png", "reward.png", "mixture.png", "ess.png"]),
+    ],
+)
+def test_all_tasks_that_take_a_method_and_the_pictures_of_this_run(method, pictures, capsys, tmp_path):
+    (tmp_path / "of another run.png").write_bytes(b"")
+    out = run(
+        capsys, "demo", "--method", method, "--steps", "2", "--particles", "4", "--out", str(tmp_path)
+    )  # fmt: skip
+    assert f"Pictures in {tmp_path}/: {', '.join(pictures)}. " in out
+    assert {path.name for path in tmp_path.iterdir()} == {*pictures, "of another run.png"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
