@@ -65,8 +65,9 @@ class Denoiser:
     """A network with its schedule and what it predicts.
 
     ``net(x, t)``: ``x`` is ``[N, *event]``, ``t`` is ``[N]`` in the schedule's own time (int64 step index of
-    a table, else float32 or, with ``x``, float64: sigma for VE/EDM, [0, 1] for flow); returns a tensor like ``x``. Also
-    taken: an output object with ``.sample``, a dict with ``"sample"``, the first of a tuple, a numpy array, and twice
+    a table, else float32 or, with ``x``, float64: sigma for VE/EDM, [0, 1] for flow). To multiply ``x`` it needs the
+    shape ``[N, 1, ...]``: ``t.view(-1, *(1,) * (x.ndim - 1))``. ``net`` returns a tensor like ``x``. Also taken: an
+    output object with ``.sample``, a dict with ``"sample"``, the first of a tuple, a numpy array, and twice
     the channels of ``x``, whose first half is then the prediction (networks with a learned variance). A module whose
     parameters have one floating dtype is called in that dtype. ``net`` gets a copy of ``x``.
 

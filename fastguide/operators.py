@@ -63,8 +63,9 @@ class Operator:
         return there
 
     def at(self, rows: Tensor) -> Operator:
-        """The operator of samples that belong to the observations ``rows`` ``[n]``. A class whose operator differs
-        between observations gives its own, and sets ``observations``; for all others it is the operator itself."""
+        """The operator for n samples, where sample ``i`` belongs to observation ``rows[i]``. By default one operator
+        serves all observations, and this is the operator itself. A class with another operator for each observation
+        overrides this method and sets ``observations`` to their number."""
         return self
 
     def __repr__(self) -> str:

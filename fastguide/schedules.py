@@ -99,8 +99,9 @@ class Schedule:
 
         ``spacing``: ``"uniform"`` in the schedule's own time; ``"karras"``, uniform in
         ``(sigma / alpha)^(1/7)`` (Karras et al. 2022, eq. 5); ``"logsnr"``, uniform in
-        ``log(alpha / sigma)``; None takes the schedule's usual one. A table gives its nearest distinct
-        entries. ``steps`` may also be the decreasing times themselves; the clean one is added.
+        ``log(alpha / sigma)``. None is ``"uniform"`` for tables and `flow`, ``"logsnr"`` for `ve` and
+        ``"karras"`` for `edm`. A table gives its nearest distinct entries. ``steps`` may also be the
+        decreasing times themselves; the clean one is added.
         """
         if isinstance(steps, Sequence | np.ndarray | Tensor) and not isinstance(steps, str):
             if spacing is not None:

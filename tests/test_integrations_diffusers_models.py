@@ -584,7 +584,7 @@ def test_conditions_of_a_wrong_number():
     with pytest.raises(ValueError, match="shape: expected 2 observations, for which net has conditions, got 3"):
         fg.sample(prior, (3, 2, 8, 8), steps=2)
     with pytest.raises(ValueError, match=r"encoder_hidden_states: expected one row, .* got shape \[2, 5, 12\]"):
-        denoiser(model, DDIMScheduler(), prompt_embeds=embeds, time_ids=torch.zeros(3, 6))
+        denoiser(model, DDIMScheduler(), prompt_embeds=embeds, encoder_attention_mask=torch.zeros(3, 5))
     with pytest.raises(ValueError, match=r"encoder_hidden_states: expected one row, .* got shape \[\]"):
         denoiser(model, DDIMScheduler(), prompt_embeds=embeds.sum())
 
@@ -598,7 +598,7 @@ def test_conditions_of_a_wrong_number():
             dict(
                 prompt_embeds=torch.zeros(1, 5, 12),
                 negative_prompt_embeds=torch.zeros(1, 5, 12),
-                pooled_projections=torch.zeros(1, 6),
+                encoder_attention_mask=torch.zeros(1, 5),
                 guidance_scale=2.0,
             ),
             "for every condition its negative",
@@ -612,6 +612,22 @@ def test_conditions_of_a_wrong_number():
 def test_halves_of_a_guidance_are_refused(conditions, words):
     with pytest.raises(ValueError, match=words):
         denoiser(conditional_unet(), DDIMScheduler(), **conditions)
+
+
+@pytest.mark.parametrize(
+    "name, taken",
+    [
+        ("prompt_embeds", "encoder_hidden_states"),
+        ("negative_prompt_embeds", "encoder_hidden_states"),
+        ("added_cond_kwargs", "added_cond_kwargs"),
+        ("negative_pooled_projections", "pooled_projections"),
+    ],
+)
+def test_a_condition_that_the_model_does_not_take_is_refused_when_it_is_built(name, taken):
+    message = f"^{name}: expected None with UNet2DModel, whose forward takes no {taken}"
+    with pytest.raises(ValueError, match=message):
+        denoiser(unet(), DDIMScheduler(), **{name: torch.zeros(1, 5, 12)})
+    assert denoiser(unet(num_class_embeds=3), DDIMScheduler(), class_labels=1)
 
 
 def test_what_is_refused(tmp_path):

@@ -935,8 +935,11 @@ def test_accelerate_refuses_what_it_has_not():
         pass
 
     pipe = Pipe()
-    with pytest.raises(TypeError, match=r"pipe: expected a scheduler that is one of DDPMScheduler, .*, got none"):
+    message = r"pipe: expected an object with a \.scheduler that is one of DDPMScheduler, .*, got {}, which has none"
+    with pytest.raises(TypeError, match=message.format("Pipe")):
         ours.accelerate(pipe)
+    with pytest.raises(TypeError, match=message.format("DDIMScheduler")):
+        ours.accelerate(diffusers.DDIMScheduler())
     pipe.scheduler = diffusers.PNDMScheduler()
     with pytest.raises(TypeError, match="got PNDMScheduler"):
         ours.accelerate(pipe)

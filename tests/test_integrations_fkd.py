@@ -1,6 +1,7 @@
 """FKD against closed forms, on chains of few states whose every path can be counted."""
 
 import enum
+import inspect
 import itertools
 import math
 import sys
@@ -383,6 +384,13 @@ def test_seeds():
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
     torch.manual_seed(3)
     assert torch.equal(draw(seed=None), drawn[0]) and torch.equal(draw(seed=2), drawn[3])
+
+
+def test_without_a_device_it_is_on_cuda_or_else_on_the_cpu():
+    """The original's default is CUDA."""
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert _fkd(device=None).log_weights.device.type == expected
+    assert inspect.signature(FKD).parameters["device"].default is None
 
 
 def test_other_keywords_and_errors():

@@ -1,10 +1,11 @@
 """The resampling of blackjax for JAX on the CPU: ``(rng_key, weights, num_samples) -> indices``, int32, ascending.
 
-``resampling_fn=fastguide.integrations.blackjax.systematic`` in place of ``blackjax.smc.resampling.systematic``. The
-weights, ``[N]``, need not sum to one. Runs inside ``jax.jit``, ``scan`` and ``vmap`` as a callback of the host to
-`fastguide.ops.resample`: integer sums, exact however many weights there are, where blackjax adds float32. Its uniforms
-are its own, seeded by ``rng_key``: the same law, other indices than blackjax's. Where a weight is NaN, infinite or
-negative, or none is above 0, the indices are those of blackjax's own function, which raises no error.
+With ``from fastguide.integrations import blackjax as rs``, ``resampling_fn=rs.systematic`` takes the place of
+``blackjax.smc.resampling.systematic``. The weights, ``[N]``, need not sum to one. It runs inside ``jax.jit``, ``scan``
+and ``vmap`` as a callback of the host to `fastguide.ops.resample`: integer sums, exact however many weights there are,
+where blackjax adds float32. Its uniforms are its own, seeded by ``rng_key``: the same law, other indices than
+blackjax's. Where a weight is NaN, infinite or negative, or none is above 0, the indices are those of blackjax's own
+function, which raises no error.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import jax  # type: ignore
-import jax.numpy as jnp  # type: ignore
 import numpy as np
 import torch
-from blackjax.smc import resampling as _theirs  # type: ignore
+
+try:
+    import jax  # type: ignore
+    import jax.numpy as jnp  # type: ignore
+    from blackjax.smc import resampling as _theirs  # type: ignore
+except ImportError as error:
+    raise ImportError(
+        f"fastguide.integrations.blackjax: expected blackjax to be installed (pip install blackjax), got: {error}"
+    ) from error
 
 from .. import ops
 

@@ -37,7 +37,8 @@ class FKD:
       rewards, a tensor, a numpy array or a sequence of numbers. A NaN is a particle of weight 0. Where all have weight
       0, or one has infinity, the step does not count: all are kept, with what they had (``strict`` apart). Both are a
       RuntimeWarning that names the step: at once for rewards on the CPU, after the last step for those on a GPU.
-    - ``device``: where rewards and weights are kept, in float64.
+    - ``device``: where rewards and weights are kept, in float64. None takes CUDA, as the original does, or the CPU on a
+      machine without it.
     - ``scheme``: a resampler of `fastguide.ops.resample`; ``seed``: its seed, None for one of torch's global generator.
       A step that is taken again draws other numbers.
     - ``strict=True``: what the original does instead. Weights of each step alone, in float32 and no larger than 1e10;
@@ -69,7 +70,7 @@ class FKD:
         reward_fn: Callable[[Any], Any],
         reward_min_value: float = 0.0,
         latent_to_decode_fn: Callable[[Tensor], Any] = lambda x: x,
-        device: torch.device | str = "cuda",
+        device: torch.device | str | None = None,
         scheme: str = "systematic",
         seed: int | None = None,
         strict: bool = False,
@@ -98,6 +99,8 @@ class FKD:
         self.scheme = scheme
         self.seed = int(torch.randint(1 << 62, (), device="cpu")) if seed is None and not strict else seed
         self.strict = strict
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.log_weights = torch.zeros(num_particles, dtype=torch.float64, device=device)
         dtype = torch.float32 if strict else torch.float64
         self.population_rs = torch.full_like(self.log_weights, reward_min_value, dtype=dtype)

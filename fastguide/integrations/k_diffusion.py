@@ -195,7 +195,8 @@ class BrownianTreeNoiseSampler:
             import torchsde
         except ImportError as error:
             raise ImportError(
-                "noise_sampler: the default, a BrownianTreeNoiseSampler, needs torchsde, which is not installed"
+                "noise_sampler: the default, a BrownianTreeNoiseSampler, expects torchsde to be installed "
+                "(pip install torchsde)"
             ) from error
         if seed is None:
             seed = int(torch.randint(0, 2**63 - 1, [], device="cpu"))

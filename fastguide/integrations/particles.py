@@ -6,10 +6,10 @@ one; float64 inside), and ``M`` (default ``N``), and returns ``M`` indices below
 `systematic`, `stratified`, `multinomial` and `ssp`. Weights that are empty or not one row are a ValueError.
 
 Every scheme draws what that of `particles` draws, in the same order, from the same generator: numpy's global one, and
-in `ssp`, where `particles` is loaded, numba's. It sums the weights in the same order too, so that with the same seed
-the ancestors of float64 weights are equal, ties included. One case differs: where rounding leaves the sum of the
-weights below the last uniforms, `particles` reads past the end of ``W``; here they belong to the last particle whose
-weight is not 0.
+in `ssp`, where `particles` is loaded, numba's, which only a compiled function can seed. It sums the weights in the same
+order too, so that with the same seed of that generator the ancestors of float64 weights are equal, ties included. One
+case differs: where rounding leaves the sum of the weights below the last uniforms, `particles` reads past the end of
+``W``; here they belong to the last particle whose weight is not 0.
 
 `exp_and_normalise`, `essl` and `log_mean_exp`, of float64 inside too, are theirs to 1e-13: our own exp, and the sums in
 another order. `fastguide.ops.resample` (log-weights, its own counter-based uniforms, exact integer sums, GPUs) is
@@ -152,7 +152,10 @@ def patch() -> ExitStack:
     """Replace the functions of ``particles.resampling`` that this module has, for every ``particles.SMC`` from now on;
     or, as ``with patch():``, for those inside.
     """
-    from particles import resampling  # type: ignore
+    try:
+        from particles import resampling  # type: ignore
+    except ImportError as error:
+        raise ImportError(f"patch: expected particles to be installed (pip install particles), got: {error}") from error
 
     undo = ExitStack()
     undo.callback(resampling.rs_funcs.update, dict(resampling.rs_funcs))

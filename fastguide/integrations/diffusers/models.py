@@ -9,6 +9,7 @@ Nothing is downloaded, and nothing that is given is changed.
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -74,8 +75,8 @@ def denoiser(
     - ``guidance_scale``: if not 1, classifier-free guidance by a second evaluation: in it ``negative_prompt_embeds``,
       ``negative_class_labels`` (None: the null class of a DiT) and, for each ``name`` in ``model_kwargs`` that holds
       tensors, ``negative_name`` take the places of the others.
-    - ``vae_scale_factor``: of SDXL's U-Net, whose ``added_cond_kwargs`` need then no ``time_ids``: they say that the
-      image is by this larger than the state, and whole.
+    - ``vae_scale_factor``: only for SDXL's U-Net: how many times larger the image is than the state. With it,
+      ``added_cond_kwargs`` need no ``time_ids``: they are made for a whole image of that size, not cropped.
     """
     if not all(hasattr(model, attribute) for attribute in ("config", "device", "dtype", "training")):
         raise TypeError(f"model: expected a diffusers model, got {type(model).__name__}")
@@ -97,6 +98,7 @@ def denoiser(
         "class_labels": _labels(class_labels),
         "negative_class_labels": _labels(negative_class_labels),
     }
+    _check_names(model, arguments)
     given = {name: _moved(value, model) for name, value in arguments.items() if value is not None}
     conditions = {name: value for name, value in given.items() if not name.startswith("negative_")}
     negative = {name.removeprefix("negative_"): given[name] for name in given.keys() - conditions.keys()}
@@ -121,6 +123,18 @@ def denoiser(
         )
     unconditional = Conditional(network, **conditions | negative)
     return Denoiser(net, schedule, prediction, unconditional=unconditional, guidance_scale=guidance_scale)
+
+
+def _check_names(model: Any, arguments: dict[str, Any]) -> None:
+    """Raise for what the model's ``forward`` has no parameter for, under the name that the caller knows it by."""
+    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name, value in arguments.items():
+        taken = name.removeprefix("negative_")
+        if value is not None and taken not in parameters:
+            known = name.replace("encoder_hidden_states", "prompt_embeds")
+            raise ValueError(f"{known}: expected None with {_class_name(model)}, whose forward takes no {taken}")
 
 
 def _without_needless_graph(function: Codec) -> Codec:

@@ -12,12 +12,13 @@ Every step of these schedulers is, for numbers that depend on the level alone::
 They are computed once for a schedule, in the parent's float32, and kept as floats on the host and as a table that goes
 to the device where it is needed:
 
-- No step waits for the device: which of the scheduler's ``timesteps`` it is given it tells by where that stands in
-  memory. A timestep on a GPU that is not one of those looks its numbers up in the table there.
+- No step waits for the device. A timestep that is an element of ``scheduler.timesteps`` is recognised by its place in
+  memory, and its numbers are floats on the host. The numbers of another timestep on a GPU are looked up there.
 - `DDPMScheduler`, `DDIMScheduler`: ``timestep`` may be a tensor ``[N]``, one for each sample.
 - ``fused_noise=True`` of `accelerate` and ``from_config`` (or the attribute) draws the noise inside the kernel that
-  steps, from counters (`fastguide.ops.randn`): the run's seed, the step, how many steps of the run the sample took
-  before, and its index in the batch, from ``first_sample`` on. A sample is then the same in whatever batch. The seed is
+  steps (`fastguide.ops.randn`). It depends on the run's seed, the step, how many steps of the run the sample took
+  before, and the index of the sample, and not on the batch: samples then agree to the network's own rounding. The
+  attribute ``first_sample`` of a scheduler, by default 0, is the index of the first sample of the batch. The seed is
   drawn from ``generator``, or from torch's global one, when a run begins: at the first step after ``set_timesteps``,
   with another generator, or where the step that the run began with is taken again. In a list of generators each sample
   has its own. ``fused_noise`` is no part of the configuration.
@@ -906,9 +907,9 @@ SCHEDULERS = {
 def accelerate(pipe: Any, *, fused_noise: bool = False) -> Any:
     """Give a pipeline's schedulers fused steps, with all that they are set to; returns ``pipe``.
 
-    ``pipe`` is any object with a ``scheduler``, or a ``DiffusionPipeline``, of whose components each scheduler counts.
-    ``fused_noise``: see `fastguide.integrations.diffusers.schedulers`. Raises ``TypeError`` where there is none that
-    this module has.
+    ``pipe`` is an object with an attribute ``scheduler``, or a ``DiffusionPipeline``: then each scheduler among its
+    components counts. A scheduler alone becomes a fused one by ``from_config``. ``fused_noise`` is described in
+    `fastguide.integrations.diffusers.schedulers`. Raises ``TypeError`` where no scheduler is one of this module's.
     """
     parts = dict(getattr(pipe, "components", {}))
     if hasattr(pipe, "scheduler"):
@@ -918,7 +919,8 @@ def accelerate(pipe: Any, *, fused_noise: bool = False) -> Any:
     others = sorted({type(part).__name__ for name, part in schedulers.items() if name not in served})
     if not served:
         names = ", ".join(parent.__name__ for parent in SCHEDULERS)
-        raise TypeError(f"pipe: expected a scheduler that is one of {names}, got {', '.join(others) or 'none'}")
+        got = ", ".join(others) or f"{type(pipe).__name__}, which has none"
+        raise TypeError(f"pipe: expected an object with a .scheduler that is one of {names}, got {got}")
     if others:
         warnings.warn(f"accelerate leaves {', '.join(others)} as it is", RuntimeWarning, stacklevel=2)
     for name, part in served.items():
