@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "is_wrapper",
     "number",
     "one_of",
+    "real_array",
     "shape",
     "tensor",
     "torch_device",
@@ -46,6 +48,8 @@ def got(value: Any) -> str:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         fields = zip(value._fields, map(got, value), strict=True)
         return f"{type(value).__name__}({', '.join(f'{name}={part}' for name, part in fields)})"
+    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "biufc":
+        return repr(value.item())
     if isinstance(value, np.ndarray):
         return f"array {value.dtype} {list(value.shape)}"
     try:
@@ -56,15 +60,27 @@ def got(value: Any) -> str:
 
 
 def as_float(value: Any) -> float | None:
-    """A real number as a float; None for anything else, and for an integer beyond all floats."""
+    """A real number, or a tensor or array of one, as a float; None for anything else, and for an integer beyond all
+    floats."""
     if type(value) is float:
         return value
+    if isinstance(value, Tensor):
+        return float(value) if _is_one_number(value) else None
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
     if not isinstance(value, Real) or isinstance(value, bool):
         return None
     try:
         return float(value)
     except OverflowError:
         return None
+
+
+def _is_one_number(value: Tensor) -> bool:
+    """Whether that can be read, and is real."""
+    plain = type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta and not transformed()
+    real = value.is_floating_point() or value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    return plain and real and value.layout is torch.strided and value.numel() == 1 and has_memory(value)
 
 
 def number(
@@ -77,13 +93,9 @@ def number(
     below: float = math.inf,
     what: str = "number",
 ) -> float:
-    """``value`` as a float, if it is a finite number, or a tensor or array of one, in ``[low, high]`` and in
+    """``value`` as a float, if `as_float` can make a finite one of it that is in ``[low, high]`` and in
     ``(above, below)``."""
     found = value if type(value) is float else as_float(value)
-    if found is None and isinstance(value, Tensor) and _is_one_number(value):
-        found = float(value)
-    elif found is None and isinstance(value, np.ndarray) and value.ndim == 0:
-        found = as_float(value[()])
     if found is not None and low <= found <= high and above < found < below:
         return found
     least, most = max(low, above), min(high, below)
@@ -97,13 +109,9 @@ def number(
     raise kind(f"{name}: expected {expected}, got {got(value)}")
 
 
-def _is_one_number(value: Tensor) -> bool:
-    real = value.is_floating_point() or value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    return real and value.numel() == 1 and not value.is_meta and has_memory(value) and type(value) is Tensor
-
-
-def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """``value`` as an int, if it is an integer in ``[low, high)``."""
+def integer(name: str, value: Any, low: int, high: int | None = None, others: str = "") -> int:
+    """``value`` as an int, if it is an integer in ``[low, high)``. ``others``: what else the argument takes, for the
+    error."""
     found = low - 1
     if type(value) is int:
         found = value
@@ -112,7 +120,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
             found = operator.index(value)
     if found < low or (high is not None and found >= high):
         expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high - 1}]"
-        raise ValueError(f"{name}: expected {expected}, got {got(value)}")
+        raise ValueError(f"{name}: expected {expected}{others}, got {got(value)}")
     return found
 
 
@@ -165,6 +173,22 @@ def torch_device(name: str, value: Any) -> torch.device:
         raise ValueError(f"{name}: expected a torch.device or the name of one, got {got(value)}: {reason}") from error
 
 
+def real_array(name: str, values: Any, expected: str) -> np.ndarray:
+    """Real numbers, of any nesting and shape, as float64 on the host."""
+    if isinstance(values, Tensor):
+        tensor(name, values, expected, readable=True)
+        if not values.is_complex() and values.dtype != torch.bool:
+            return values.detach().double().cpu().numpy()
+    elif isinstance(values, list | tuple) and any(isinstance(value, Tensor) for value in values):
+        return np.array([number(name, value) for value in values])
+    elif not isinstance(values, str | bytes):
+        with contextlib.suppress(TypeError, ValueError):  # ragged lists, among others
+            array = np.asarray(values)
+            if array.dtype.kind in "iuf":
+                return array.astype(np.float64)
+    raise TypeError(f"{name}: expected {expected}, got {got(values)}")
+
+
 # --- tensors ------------------------------------------------------------------------------------------------
 
 
@@ -182,13 +206,16 @@ def has_memory(value: Tensor) -> bool:
         return False
 
 
-def tensor(name: str, value: Any, expected: str = "a tensor") -> None:
-    """Raise unless ``value`` is a dense tensor whose elements can be read."""
+def tensor(name: str, value: Any, expected: str = "a tensor", readable: bool = False) -> None:
+    """Raise unless ``value`` is a dense tensor with memory. ``readable``: and with values, which a fake one and one on
+    the meta device have not."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    if torch.compiler.is_compiling() or (has_memory(value) and not value.is_nested):
+    if torch.compiler.is_compiling() or (has_memory(value) and not value.is_nested and not value.is_quantized):
         return
-    if value.is_nested or value.layout is not torch.strided:
+    if readable and (value.is_meta or isinstance(value, FakeTensor)):
+        raise ValueError(f"{name}: expected {expected} with values, got {got(value)}")
+    if value.is_nested or value.layout is not torch.strided or value.is_quantized:
         raise TypeError(f"{name}: expected {expected} that is dense, got {got(value)}")
     elsewhere = is_wrapper(value) or value.device.type not in ("cpu", "cuda") or transformed()
     if value.numel() > 0 and not elsewhere:

@@ -607,8 +607,6 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
     check = flag("check", check)
     for i, state in enumerate(states):
         arguments.tensor(f"states[{i}]", state)
-        if state.is_quantized:
-            raise TypeError(f"states[{i}]: expected a tensor that is not quantized, got {got(state)}")
         if state.shape[: ancestors.ndim] != ancestors.shape or state.device != ancestors.device:
             raise ValueError(
                 f"states[{i}]: expected shape {list(ancestors.shape)} + event on {ancestors.device}, as ancestors are, "

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from . import arguments
+from .arguments import as_float, got, integer, number, one_of, real_array
 
 __all__ = [
     "Level",
@@ -38,6 +40,7 @@ __all__ = [
 
 SPACINGS = ("uniform", "karras", "logsnr")
 _KARRAS_RHO = 7.0
+_MOST_LEVELS = 1 << 32  # a step's index has 32 bits in the noise's counter
 
 
 Schedulable = float | Sequence[float] | np.ndarray | Tensor | Callable[[float], float]
@@ -78,10 +81,10 @@ class Schedule:
         return self._evaluate(t, 1)
 
     def _evaluate(self, t: Any, which: int) -> Any:
-        times = _float64(t)
+        times = real_array("t", t, "times")
         lowest = min(self.clean, self.t_min)
         if not (np.all(times >= lowest) and np.all(times <= self.t_max)):
-            raise ValueError(f"t: expected times in [{lowest:g}, {self.t_max:g}] of {self}, got {t}")
+            raise ValueError(f"t: expected times in [{lowest:g}, {self.t_max:g}] of {self}, got {got(t)}")
         value = self._alpha_sigma(times)[which]
         if isinstance(t, Tensor):
             return torch.as_tensor(value, dtype=torch.float64, device=t.device)
@@ -89,8 +92,9 @@ class Schedule:
 
     def level(self, t: float) -> Level:
         """The level at time ``t``."""
-        alpha, sigma = self.alpha(float(t)), self.sigma(float(t))  # raises where t is no time of it
-        return Level(int(t) if self.discrete else float(t), alpha, sigma)
+        t = number("t", t)
+        alpha, sigma = self.alpha(t), self.sigma(t)  # raises where t is no time of it
+        return Level(int(t) if self.discrete else t, alpha, sigma)
 
     def levels(
         self, steps: int | Sequence[float] | np.ndarray | Tensor, spacing: str | None = None
@@ -103,23 +107,23 @@ class Schedule:
         ``"karras"`` for `edm`. A table gives its nearest distinct entries. ``steps`` may also be the
         decreasing times themselves; the clean one is added.
         """
-        if isinstance(steps, Sequence | np.ndarray | Tensor) and not isinstance(steps, str):
+        if spacing is not None and not isinstance(spacing, str):
+            one_of("spacing", spacing, SPACINGS)
+        table = isinstance(steps, Sequence | np.ndarray | Tensor) and not isinstance(steps, str | bytes)
+        if table and getattr(steps, "ndim", 1) > 0:
             if spacing is not None:
                 raise ValueError(f"spacing: expected None when steps lists the times, got {spacing!r}")
-            times = _float64(steps)
+            times = real_array("steps", steps, "a number or strictly decreasing times")
             if times.ndim == 1 and times.size and times[-1] == self.clean:
                 times = times[:-1]
             if times.ndim != 1 or not times.size or not np.all(np.diff(times) < 0):
-                raise ValueError(f"steps: expected a number or strictly decreasing times, got {steps}")
+                raise ValueError(f"steps: expected a number or strictly decreasing times, got {got(steps)}")
         else:
-            if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
-                raise ValueError(f"steps: expected an integer >= 1 or a sequence of times, got {steps!r}")
-            times = self._times(int(steps), self.default_spacing if spacing is None else spacing)
+            times = self._times(_count(steps, " or a sequence of times"), self.default_spacing if spacing is None else spacing)
         return (*(self.level(t) for t in times), self.level(self.clean))
 
     def _times(self, steps: int, spacing: str) -> np.ndarray:
-        if spacing not in SPACINGS:
-            raise ValueError(f"spacing: expected one of {SPACINGS}, got {spacing!r}")
+        one_of("spacing", spacing, SPACINGS)
         if spacing == "uniform":
             return self._distinct(np.linspace(self.t_max, self.t_min, steps))
         top = self.level(self.t_max)
@@ -154,27 +158,24 @@ def per_step(
     """The value of each step: of a number, a table with one entry per step (a list, an array or a tensor), or a
     function of the schedule's time; each finite and in ``[low, high]``."""
     times = [level.t for level in levels[:-1]]
-    try:
-        if callable(value):
-            values = tuple(float(value(t)) for t in times)
-        elif isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0:
-            values = (float(value),) * len(times)  # type: ignore[arg-type]
-        else:
-            values = tuple(float(v) for v in value)  # type: ignore[union-attr]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected a number, a table or a function of the time, got {value!r}") from error
-    if len(values) != len(times):
-        raise ValueError(f"{name}: expected a table of {len(times)} steps, got {len(values)} entries")
-    for t, v in zip(times, values, strict=True):
-        if not (low <= v <= high and math.isfinite(v)):
+    values: list[Any]
+    if callable(value):
+        values = [value(t) for t in times]
+    elif not isinstance(value, Sequence | np.ndarray | Tensor) or getattr(value, "ndim", 1) == 0:
+        values = [value] * len(times)
+    else:
+        if isinstance(value, Tensor):
+            arguments.tensor(name, value, "a number, a table or a function of the time", readable=True)
+        values = list(value)
+    numbers = [as_float(v) for v in values]
+    if isinstance(value, str | bytes) or None in numbers:
+        raise TypeError(f"{name}: expected a number, a table or a function of the time, got {got(value)}")
+    if len(numbers) != len(times):
+        raise ValueError(f"{name}: expected a table of {len(times)} steps, got {len(numbers)} entries")
+    for t, v in zip(times, numbers, strict=True):
+        if v is None or not (low <= v <= high and math.isfinite(v)):
             raise ValueError(f"{name}: expected finite values in [{low:g}, {high:g}], got {v} at t = {t}")
-    return values
-
-
-def _float64(values: Any) -> np.ndarray:
-    if isinstance(values, Tensor):
-        values = values.detach().double().cpu()
-    return np.asarray(values, dtype=np.float64)
+    return tuple(v for v in numbers if v is not None)
 
 
 class _Table(Schedule):
@@ -185,12 +186,12 @@ class _Table(Schedule):
     t_min = 0
     default_spacing = "uniform"
 
-    def __init__(self, alphas_cumprod: Any, name: str):
-        table = _float64(alphas_cumprod)
+    def __init__(self, alphas_cumprod: Any, name: str, argument: str = "alphas_cumprod"):
+        table = real_array(argument, alphas_cumprod, "alphas_cumprod of shape [n]")
         if table.ndim != 1 or table.size == 0:
-            raise ValueError(f"alphas_cumprod: expected a table of shape [n], got shape {list(table.shape)}")
+            raise ValueError(f"{argument}: expected alphas_cumprod of shape [n], got shape {list(table.shape)}")
         if not (np.all(table >= 0) and np.all(table < 1) and np.all(np.diff(table) < 0)):
-            raise ValueError("alphas_cumprod: expected values in [0, 1) that strictly decrease")
+            raise ValueError(f"{argument}: expected alphas_cumprod in [0, 1) that strictly decrease, got others")
         self.alphas_cumprod = table
         self.t_max = table.size - 1
         self._name = name
@@ -203,7 +204,7 @@ class _Table(Schedule):
     def _alpha_sigma(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         index = t.astype(np.int64)
         if not np.all(index == t):
-            raise ValueError(f"t: expected step indices of {self}, got {t}")
+            raise ValueError(f"t: expected step indices of {self}, got {got(t)}")
         return self._alpha[index], self._sigma[index]
 
     def _time_of_ratio(self, ratio: np.ndarray) -> np.ndarray:
@@ -233,47 +234,53 @@ class _Table(Schedule):
 def from_alphas_cumprod(table: Any) -> Schedule:
     """VP schedule of a table ``alphas_cumprod``, shape ``[n]``, as diffusers keeps it: strictly decreasing
     in ``[0, 1)``; the last entry may be 0 (zero terminal signal-to-noise ratio)."""
-    return _Table(table, "from_alphas_cumprod")
+    return _Table(table, "from_alphas_cumprod", "table")
 
 
-def _from_betas(betas: np.ndarray, name: str, arguments: str) -> Schedule:
+def _from_betas(betas: np.ndarray, name: str, source: str) -> Schedule:
     if not (np.all(betas > 0) and np.all(betas < 1)):
-        raise ValueError(f"{arguments}: expected betas in (0, 1), got {betas.min():g} to {betas.max():g}")
+        raise ValueError(f"{source}: expected betas in (0, 1), got {betas.min():g} to {betas.max():g}")
     return _Table(np.cumprod(1.0 - betas), name)
 
 
 def vp_linear(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """VP with linear betas (Ho et al. 2020)."""
-    betas = np.linspace(beta_start, beta_end, _table_size(steps))
-    return _from_betas(betas, "vp_linear", "beta_start, beta_end")
+    low, high = _beta("beta_start", beta_start), _beta("beta_end", beta_end)
+    return _from_betas(np.linspace(low, high, _count(steps)), "vp_linear", "beta_start, beta_end")
 
 
 def vp_scaled_linear(steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Schedule:
     """VP with betas linear in their square root (latent diffusion)."""
-    if not (0 < beta_start < 1 and 0 < beta_end < 1):
-        raise ValueError(f"beta_start, beta_end: expected betas in (0, 1), got {beta_start}, {beta_end}")
-    root = np.linspace(beta_start**0.5, beta_end**0.5, _table_size(steps))
+    low, high = _beta("beta_start", beta_start), _beta("beta_end", beta_end)
+    root = np.linspace(low**0.5, high**0.5, _count(steps))
     return _from_betas(root**2, "vp_scaled_linear", "beta_start, beta_end")
 
 
 def vp_cosine(steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> Schedule:
     """VP with the cosine schedule (Nichol & Dhariwal 2021, eq. 17), betas at most ``beta_max``."""
-    u = np.arange(_table_size(steps) + 1) / steps
+    size, offset, beta_max = _count(steps), number("offset", offset, low=0.0), _beta("beta_max", beta_max)
+    u = np.arange(size + 1) / size
     bar = np.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
     return _from_betas(np.minimum(1.0 - bar[1:] / bar[:-1], beta_max), "vp_cosine", "offset, beta_max")
 
 
-def _table_size(steps: int) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
-        raise ValueError(f"steps: expected the table's length, an integer >= 1, got {steps!r}")
-    return int(steps)
+def _count(steps: Any, others: str = "") -> int:
+    count = integer("steps", steps, 1, others=others)
+    if count > _MOST_LEVELS:
+        raise ValueError(f"steps: expected at most {_MOST_LEVELS}, got {got(steps)}")
+    return count
+
+
+def _beta(name: str, value: float) -> float:
+    return number(name, value, above=0.0, below=1.0)
 
 
 class _VarianceExploding(Schedule):
     """``alpha = 1``, ``sigma = t``."""
 
     def __init__(self, sigma_min: float, sigma_max: float, spacing: str, name: str):
-        if not 0 < sigma_min < sigma_max < math.inf:
+        sigma_min, sigma_max = number("sigma_min", sigma_min, above=0.0), number("sigma_max", sigma_max, above=0.0)
+        if not sigma_min < sigma_max:
             raise ValueError(f"sigma_min, sigma_max: expected 0 < min < max, got {sigma_min}, {sigma_max}")
         self.t_min, self.t_max, self.default_spacing, self._name = sigma_min, sigma_max, spacing, name
 
