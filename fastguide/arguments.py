@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "as_float",
+    "expect_alike",
     "flag",
     "function",
     "got",
@@ -26,6 +28,8 @@ __all__ = [
     "is_wrapper",
     "number",
     "one_of",
+    "path",
+    "placement",
     "real_array",
     "shape",
     "tensor",
@@ -140,7 +144,13 @@ def one_of(name: str, value: Any, options: Sequence[str], others: str = "") -> N
 
 def function(name: str, value: Any, expected: str = "a callable") -> None:
     if not callable(value):
-        raise TypeError(f"{name}: expected {expected}, got {got(value)}")
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def path(name: str, value: Any) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name}: expected a path, got {got(value)}")
+    return os.fspath(value)
 
 
 def shape(name: str, value: Any, expected: str, least: int = 0) -> tuple[int, ...]:
@@ -161,6 +171,15 @@ def torch_dtype(name: str, value: Any, options: Sequence[torch.dtype]) -> None:
     if not isinstance(value, torch.dtype) or value not in options:
         words = ", ".join(str(option).removeprefix("torch.") for option in options)
         raise TypeError(f"{name}: expected one of {words}, got {got(value)}")
+
+
+def placement(device: Any, dtype: Any) -> tuple[Any, Any]:
+    """A device and a floating dtype, or None for either, to move tensors to."""
+    if device is not None:
+        device = torch_device("device", device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating torch.dtype, got {got(dtype)}")
+    return device, dtype
 
 
 def torch_device(name: str, value: Any) -> torch.device:
@@ -225,3 +244,11 @@ def tensor(name: str, value: Any, expected: str = "a tensor", readable: bool = F
 def is_wrapper(value: Tensor) -> bool:
     """Whether it holds other tensors, or none, in place of memory of its own, as a sharded or a fake one does."""
     return type(value).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+
+
+def expect_alike(given: Mapping[str, Any]) -> None:
+    """Raise for a tensor with values beside fake ones, of which torch's error names none."""
+    fakes = [name for name, v in given.items() if isinstance(v, FakeTensor) and not v.fake_mode.allow_non_fake_inputs]
+    for name, value in given.items():
+        if fakes and isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+            raise ValueError(f"{name}: expected a FakeTensor, as {fakes[0]} is, got {got(value)}")

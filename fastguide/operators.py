@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import arguments
+from .arguments import flag, function, got, integer, number, one_of
 from .foreign import as_tensor
-from .ops import randn
+from .ops import STATE_DTYPES, randn
 from .reference import Scalar
 
 __all__ = [
@@ -57,6 +59,7 @@ class Operator:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Operator:
         """A copy with its tensors on ``device``, the floating ones in ``dtype``."""
+        device, dtype = arguments.placement(device, dtype)
         there = copy.copy(self)
         for name, value in vars(self).items():
             object.__setattr__(there, name, _moved(value, device, dtype))
@@ -94,6 +97,43 @@ def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype | N
         return type(value)(_moved(v, device, dtype) for v in value)
     if type(value) is dict:
         return {name: _moved(v, device, dtype) for name, v in value.items()}
+    return value
+
+
+def _samples(name: str, x: Any, own: tuple[str, Tensor] | None = None, real: bool = False) -> Tensor:
+    """Samples that arithmetic has a meaning for, beside the operator's ``own`` tensor."""
+    arguments.tensor(name, x)
+    if x.dtype not in STATE_DTYPES and (real or not x.is_complex()):
+        raise TypeError(f"{name}: expected floating{'' if real else ' or complex'} values, got {got(x)}")
+    if x.ndim == 0:
+        raise ValueError(f"{name}: expected at least one dimension, that of the samples, got a scalar")
+    if own is not None:
+        if type(x) is not Tensor:
+            arguments.expect_alike({name: x, own[0]: own[1]})
+        if x.device != own[1].device:
+            raise ValueError(f"{name}: expected a tensor on {own[1].device}, where {own[0]} is, got {x.device}")
+    return x
+
+
+def _constant(name: str, value: Any, expected: str) -> Tensor:
+    """A tensor, an array or nested lists of numbers, whose values can be looked at."""
+    if not isinstance(value, Tensor | np.ndarray | list | tuple):
+        raise TypeError(f"{name}: expected {expected}, got {got(value)}")
+    try:
+        value = as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected {expected}, got {got(value)}") from error
+    arguments.tensor(name, value, expected, readable=True)
+    return value
+
+
+def _number_or_scalar(name: str, value: Any, **bounds: float) -> Scalar:
+    """A number, or a tensor ``[]``, which may stand on a device and is not looked at."""
+    if not isinstance(value, Tensor):
+        return number(name, value, **bounds)  # type: ignore[arg-type]
+    arguments.tensor(name, value)
+    if value.ndim > 0 or value.dtype not in STATE_DTYPES:
+        raise ValueError(f"{name}: expected a number or a floating tensor [], got {got(value)}")
     return value
 
 
@@ -153,6 +193,10 @@ class LinearOperator(Operator):
         """``A^T y``: ``[n, *measurement]`` -> ``[n, *event]``."""
         raise NotImplementedError(f"operator: expected {type(self).__name__} to define adjoint(self, y), got none")
 
+    def _measured(self, name: str, y: Any) -> Tensor:
+        """``y`` if it can be a measurement."""
+        return _samples(name, y)
+
     def eigenvalues(self, y: Tensor) -> Tensor | float:
         """The eigenvalues of ``A A^T``, one for each element of ``transform(y)[0]`` in its order: a tensor that
         broadcasts to that shape, or one number for all."""
@@ -187,9 +231,10 @@ class LinearOperator(Operator):
         may be tensors ``[]``, ``b`` then above 0.
 
         Without a known spectrum: 100 conjugate gradients, two products with ``A`` each, and ``b > 0`` only."""
+        v, a, b = self._measured("v", v), _number_or_scalar("a", a, above=0.0), _number_or_scalar("b", b, low=0.0)
         if not self.spectral:
             return solve_iteratively(self, v, a, b)
-        denominator = _filled(a * self.eigenvalues(v) + b, v.dtype, v)
+        denominator = _filled(a * self.eigenvalues(v) + b, v.real.dtype, v)
         if isinstance(b, Tensor) or b > 0.0:
             inverse = 1.0 / denominator
         else:
@@ -201,12 +246,13 @@ class LinearOperator(Operator):
 
     def gram_logdet(self, v: Tensor, a: Scalar, b: Scalar) -> Tensor:
         """``log det(a A A^T + b I)`` over the measurements of one row of ``v``, float64, shape ``[]``."""
+        v, a, b = self._measured("v", v), _number_or_scalar("a", a, above=0.0), _number_or_scalar("b", b, low=0.0)
         eigenvalues = _filled(self.eigenvalues(v), torch.float64, v)
         return torch.log(a * eigenvalues + b).expand(v.shape[1:]).sum()
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """``A^+ y = A^T (A A^T)^+ y``; needs a known spectrum."""
-        return self.adjoint(self.solve_gram(y, 1.0, 0.0))
+        return self.adjoint(self.solve_gram(self._measured("y", y), 1.0, 0.0))
 
     def matrix(
         self,
@@ -215,9 +261,13 @@ class LinearOperator(Operator):
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """The dense matrix ``[m, d]`` for events of this shape, ``d <= 4096``."""
+        event = arguments.shape("event", event, "the shape of an event")
+        device, dtype = arguments.placement(device, dtype)
         size = int(torch.Size(event).numel())
         if size > _DENSE_LIMIT:
             raise ValueError(f"event: expected at most {_DENSE_LIMIT} elements for a dense matrix, got {size}")
+        if not event:
+            raise ValueError("event: expected at least one dimension, got ()")
         basis = torch.eye(size, dtype=dtype, device=device).reshape(size, *event)
         with torch.no_grad():
             return self.to(device, dtype)(basis).flatten(1).T
@@ -287,10 +337,10 @@ class Identity(LinearOperator):
     """``A x = x``."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x
+        return _samples("x", x)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return y
+        return _samples("y", y)
 
     def eigenvalues(self, y: Tensor) -> float:
         return 1.0
@@ -305,12 +355,12 @@ class Inpainting(LinearOperator):
     same number of measured elements."""
 
     def __init__(self, mask: Tensor, *, per_observation: bool = False):
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask: expected a bool tensor, got {got}")
+        arguments.tensor("mask", mask, "a bool tensor", readable=True)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}")
         if not mask.any():
             raise ValueError("mask: expected at least one measured element, got none")
-        self.per_observation = per_observation
+        self.per_observation = per_observation = flag("per_observation", per_observation)
         mask = _normal(mask)
         with torch.inference_mode(False), torch.no_grad():
             if not per_observation:
@@ -340,13 +390,21 @@ class Inpainting(LinearOperator):
         if self.per_observation and samples != len(self.index):
             raise ValueError(f"mask: expected {samples} masks, one for each sample, got {len(self.index)}")
 
+    def _measured(self, name: str, y: Any) -> Tensor:
+        if _samples(name, y, ("mask", self.index)).ndim != 2 or y.shape[1] != self.index.shape[-1]:
+            raise ValueError(f"{name}: expected measurements [n, {self.index.shape[-1]}], got shape {list(y.shape)}")
+        return y
+
     def __call__(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[1:]) != self.event:
-            raise ValueError(f"mask: expected the shape of an event, {list(x.shape[1:])}, got {list(self.event)}")
+        if tuple(_samples("x", x, ("mask", self.index)).shape[1:]) != self.event:
+            raise ValueError(
+                f"mask: expected the shape of an event, {list(x.shape[1:])}, got {list(self.event)} for x {list(x.shape)}"
+            )
         self._check(x.shape[0])
         return x.flatten(1).gather(1, self.index) if self.per_observation else x.flatten(1)[:, self.index]
 
     def adjoint(self, y: Tensor) -> Tensor:
+        y = self._measured("y", y)
         flat = y.new_zeros(y.shape[0], int(torch.Size(self.event).numel()))
         if self.per_observation and y.shape[0] == len(self.index):
             return flat.scatter(1, self.index, y).reshape(-1, *self.event)
@@ -366,22 +424,25 @@ class AveragePool(LinearOperator):
     factor: int
 
     def __init__(self, factor: int):
-        if isinstance(factor, bool) or not isinstance(factor, Integral) or factor < 1:
-            raise ValueError(f"factor: expected an integer >= 1, got {factor!r}")
-        self.factor = int(factor)
+        self.factor = integer("factor", factor, 1)
 
     def __repr__(self) -> str:
         return f"AveragePool({self.factor})"
 
+    def _measured(self, name: str, y: Any) -> Tensor:
+        if _samples(name, y).ndim < 3:
+            raise ValueError(f"{name}: expected measurements [n, ..., H, W], got shape {list(y.shape)}")
+        return y
+
     def __call__(self, x: Tensor) -> Tensor:
         f = self.factor
-        if x.ndim < 3 or x.shape[-1] % f or x.shape[-2] % f:
-            raise ValueError(f"factor: expected a divisor of the last two dimensions of {list(x.shape)}, got {f}")
+        if _samples("x", x).ndim < 3 or x.shape[-1] % f or x.shape[-2] % f:
+            raise ValueError(f"factor: expected a divisor of the last two dimensions of x, {list(x.shape)}, got {f}")
         blocks = x.reshape(*x.shape[:-2], x.shape[-2] // f, f, x.shape[-1] // f, f)
         return blocks.mean(dim=(-3, -1))
 
     def adjoint(self, y: Tensor) -> Tensor:
-        f = self.factor
+        y, f = self._measured("y", y), self.factor
         return y.repeat_interleave(f, -2).repeat_interleave(f, -1) / (f * f)
 
     def eigenvalues(self, y: Tensor) -> float:
@@ -401,7 +462,7 @@ class Blur(LinearOperator):
     """
 
     def __init__(self, kernel: Tensor, padding: str = "circular"):
-        kernel = as_tensor(kernel)
+        kernel = _constant("kernel", kernel, "real values [h, w]")
         if kernel.is_complex():
             raise TypeError(f"kernel: expected real values, got {kernel.dtype}")
         if kernel.ndim == 3:
@@ -411,10 +472,11 @@ class Blur(LinearOperator):
             )
         if kernel.ndim != 2 or kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
             raise ValueError(f"kernel: expected two odd dimensions, got shape {list(kernel.shape)}")
+        if kernel.is_floating_point() and kernel.dtype not in STATE_DTYPES:
+            raise TypeError(f"kernel: expected a float of 16 bits or more, got {kernel.dtype}")
         if not torch.isfinite(kernel).all():
             raise ValueError("kernel: expected finite values, got NaN or infinity")
-        if padding not in ("circular", "zeros"):
-            raise ValueError(f"padding: expected 'circular' or 'zeros', got {padding!r}")
+        one_of("padding", padding, ("circular", "zeros"))
         self.kernel = _normal(kernel if kernel.is_floating_point() else kernel.float())
         self.padding = padding
         self._cache = _Cache(self.kernel)
@@ -449,21 +511,28 @@ class Blur(LinearOperator):
         there._cache.get("factors", lambda: factors)
         return there
 
-    def _check(self, x: Tensor) -> None:
+    def _measured(self, name: str, y: Any) -> Tensor:
+        """As large as the samples."""
+        _samples(name, y, real=True)
+        if type(y) is not Tensor:
+            arguments.expect_alike({name: y, "kernel": self.kernel})
         h, w = self.kernel.shape
-        if x.ndim and x.shape[0] == 0:
-            raise ValueError(f"x: expected at least one sample, got shape {list(x.shape)}")
-        if x.ndim < 3 or x.shape[-2] < h or x.shape[-1] < w:
-            raise ValueError(f"kernel: expected at most the last two dimensions of {list(x.shape)}, got {h} x {w}")
+        if y.shape[0] == 0:
+            raise ValueError(f"{name}: expected at least one sample, got shape {list(y.shape)}")
+        if y.ndim < 3 or y.shape[-2] < h or y.shape[-1] < w:
+            raise ValueError(
+                f"kernel: expected at most the last two dimensions of {name}, {list(y.shape)}, got {h} x {w}"
+            )
+        return y
 
     def __call__(self, x: Tensor) -> Tensor:
-        self._check(x)
+        self._measured("x", x)
         if self.padding == "circular":
             return torch.fft.ifft2(torch.fft.fft2(x) * self._transfer(x)).real
         return self._convolve(x, self.kernel.flip(0, 1))
 
     def adjoint(self, y: Tensor) -> Tensor:
-        self._check(y)
+        self._measured("y", y)
         if self.padding == "circular":
             return torch.fft.ifft2(torch.fft.fft2(y) * self._transfer(y).conj()).real
         return self._convolve(y, self.kernel)
@@ -550,7 +619,7 @@ class Blur(LinearOperator):
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         if self.spectral:
             return super().pseudo_inverse(y)
-        self._check(y)
+        self._measured("y", y)
         event = tuple(y.shape[-2:])  # each channel alone
 
         def make() -> Tensor:
@@ -572,17 +641,18 @@ class Matrix(LinearOperator):
     may be written to. Its singular vectors are found once, when the first of its closed forms is asked for."""
 
     def __init__(self, matrix: Tensor, event: Sequence[int] | None = None):
-        matrix = as_tensor(matrix)
+        matrix = _constant("matrix", matrix, "finite floating values of shape [m, d]")
         if matrix.ndim == 3:
             raise ValueError(
                 f"matrix: expected one matrix [m, d] for all observations, got shape {list(matrix.shape)}; "
                 "one call for each observation serves several"
             )
-        if matrix.ndim != 2 or not matrix.is_floating_point() or not torch.isfinite(matrix).all() or not len(matrix):
+        floats = matrix.ndim == 2 and matrix.dtype in STATE_DTYPES
+        if not floats or not len(matrix) or not torch.isfinite(matrix).all():
             raise ValueError(
                 f"matrix: expected finite floating values of shape [m, d], got {matrix.dtype} {list(matrix.shape)}"
             )
-        self.event = (matrix.shape[1],) if event is None else tuple(event)
+        self.event = (matrix.shape[1],) if event is None else arguments.shape("event", event, "the shape of an event")
         if torch.Size(self.event).numel() != matrix.shape[1]:
             raise ValueError(f"event: expected {matrix.shape[1]} elements, got shape {list(self.event)}")
         self.weight = _normal(matrix)
@@ -619,16 +689,21 @@ class Matrix(LinearOperator):
     def __repr__(self) -> str:
         return f"Matrix({list(self.weight.shape)})"
 
+    def _measured(self, name: str, y: Any) -> Tensor:
+        if _samples(name, y, ("matrix", self.weight)).ndim != 2 or y.shape[1] != len(self.weight):
+            raise ValueError(f"{name}: expected measurements [n, {len(self.weight)}], got shape {list(y.shape)}")
+        return y
+
     def __call__(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[1:]) != self.event:
-            raise ValueError(f"matrix: expected events of shape {list(self.event)}, got {list(x.shape[1:])}")
+        if tuple(_samples("x", x, ("matrix", self.weight)).shape[1:]) != self.event:
+            raise ValueError(f"matrix: expected events of shape {list(self.event)}, got {list(x.shape[1:])} of x")
         return x.flatten(1) @ self.weight.to(x.dtype).T
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return (y @ self.weight.to(y.dtype)).reshape(-1, *self.event)
+        return (self._measured("y", y) @ self.weight.to(y.dtype)).reshape(-1, *self.event)
 
     def eigenvalues(self, y: Tensor) -> Tensor:
-        return self._decomposition()[1].to(y.dtype)
+        return self._decomposition()[1].to(y.real.dtype)
 
     def transform(self, y: Tensor) -> Tensor:
         return y @ self._decomposition()[0].to(y.dtype)
@@ -657,8 +732,11 @@ class Function(Operator):
         adjoint: Callable[[Tensor], Tensor] | None = None,
         pseudo_inverse: Callable[[Tensor], Tensor] | None = None,
     ):
-        if not callable(f):
-            raise TypeError(f"f: expected a callable, got {type(f).__name__}")
+        function("f", f)
+        linear = flag("linear", linear)
+        for name, given in (("adjoint", adjoint), ("pseudo_inverse", pseudo_inverse)):
+            if given is not None:
+                function(name, given, "a callable or None")
         if linear and adjoint is None and event is None:
             raise ValueError("event: expected the shape of an event, or an adjoint, for a linear function; got neither")
         if not linear and (adjoint is not None or event is not None):
@@ -670,7 +748,7 @@ class Function(Operator):
                 )
             self.__class__ = _LinearFunction
         self.f = f
-        self.event = None if event is None else tuple(event)
+        self.event = None if event is None else arguments.shape("event", event, "the shape of an event")
         self._adjoint = adjoint
         self._pseudo_inverse = pseudo_inverse
 
@@ -678,6 +756,7 @@ class Function(Operator):
         return f"Function({getattr(self.f, '__name__', type(self.f).__name__)})"
 
     def __call__(self, x: Tensor) -> Tensor:
+        arguments.tensor("x", x)
         z = self.f(x.clone())
         if not isinstance(z, Tensor):
             z, got = getattr(z, "sample", z), type(z).__name__
@@ -688,6 +767,7 @@ class Function(Operator):
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         if self._pseudo_inverse is None:
             raise ValueError("pseudo_inverse: expected Function(f, pseudo_inverse=...), got none")
+        arguments.tensor("y", y)
         return self._pseudo_inverse(y.clone())
 
 
@@ -695,17 +775,23 @@ class _LinearFunction(Function, LinearOperator):
     linear = True
 
     def adjoint(self, y: Tensor) -> Tensor:
+        arguments.tensor("y", y)
         if self._adjoint is not None:
             return self._adjoint(y.clone())
         assert self.event is not None
+        _samples("y", y)
         with torch.enable_grad():
             x = y.real.new_zeros(y.shape[0], *self.event, requires_grad=True)
-            (gradient,) = torch.autograd.grad(self(x), x, y)
+            z = self(x)
+            if z.shape != y.shape or z.dtype != y.dtype:
+                raise ValueError(f"y: expected {z.dtype} {list(z.shape)}, as f returns, got {got(y)}")
+            (gradient,) = torch.autograd.grad(z, x, y)
         return gradient
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         if self._pseudo_inverse is not None or self.event is None:
             return super().pseudo_inverse(y)
+        _samples("y", y)
         # The matrix is made where y is and in its dtype: what f holds on to need not be elsewhere.
         flat, dtype = y.flatten(1), y.real.dtype
         matrix = self.matrix(self.event, dtype, y.device)

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,7 @@ def _choose(operation: str, tensors: dict[str, Any], coefficients: Coefficients,
     """The backend of a step, or "dispatcher"."""
     x = tensors["x"]
     if _through_dispatcher(*tensors.values(), *coefficients):
-        _expect_alike(tensors | {f"coefficients[{i}]": c for i, c in enumerate(coefficients)})
+        arguments.expect_alike(tensors | {f"coefficients[{i}]": c for i, c in enumerate(coefficients)})
         return "dispatcher"
     obstacle = _NO_TRANSFORMS if transformed() else _NO_COEFFICIENTS if _needs_grad(*coefficients) else ""
     return select(operation, backend, device=x.device, dtype=x.dtype, obstacle=obstacle)
@@ -545,7 +545,7 @@ def resample(
     if _through_dispatcher(log_weights, seed, step):
         from . import library
 
-        _expect_alike({"log_weights": log_weights, "seed": seed, "step": step})
+        arguments.expect_alike({"log_weights": log_weights, "seed": seed, "step": step})
         with torch.no_grad():
             counter = seed, step, stream, first_row
             results = library.call_resample(log_weights, scheme, num, ess_threshold, counter, sorted, backend)
@@ -618,7 +618,7 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
     if _through_dispatcher(ancestors, *states):
         from . import library
 
-        _expect_alike({"ancestors": ancestors} | {f"states[{i}]": state for i, state in enumerate(states)})
+        arguments.expect_alike({"ancestors": ancestors} | {f"states[{i}]": state for i, state in enumerate(states)})
         return library.call_gather_particles_(ancestors, states, backend)
     obstacle = _NO_TRANSFORMS if transformed() else ""
     apart = not obstacle and _lie_apart(ancestors, states)
@@ -779,7 +779,7 @@ def log_prob_and_gradient(
     if not obstacle and (_through_dispatcher(z, y, added, rows) or (differentiate and z.requires_grad)):
         from . import library
 
-        _expect_alike({"z": z, "y": y, "added": added, "rows": rows})
+        arguments.expect_alike({"z": z, "y": y, "added": added, "rows": rows})
         results = library.call_log_prob_and_gradient(z, y, family, scale, df, background, added, rows, backend)
         return results if return_gradient else (results[0], None)
     dtype = torch.float64 if y.dtype == torch.float64 else z.dtype
@@ -815,14 +815,6 @@ def _through_dispatcher(*values: Any) -> bool:
     if _traced():
         return True
     return any(isinstance(v, Tensor) and type(v) is not Tensor and is_wrapper(v) for v in values)
-
-
-def _expect_alike(given: Mapping[str, Any]) -> None:
-    """Raise for a tensor with values beside fake ones, of which torch's error names none."""
-    fakes = [name for name, v in given.items() if isinstance(v, FakeTensor) and not v.fake_mode.allow_non_fake_inputs]
-    for name, value in given.items():
-        if fakes and isinstance(value, Tensor) and not isinstance(value, FakeTensor):
-            raise ValueError(f"{name}: expected a FakeTensor, as {fakes[0]} is, got {got(value)}")
 
 
 def _unwrapped(value: Tensor) -> Tensor:

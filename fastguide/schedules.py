@@ -119,7 +119,9 @@ class Schedule:
             if times.ndim != 1 or not times.size or not np.all(np.diff(times) < 0):
                 raise ValueError(f"steps: expected a number or strictly decreasing times, got {got(steps)}")
         else:
-            times = self._times(_count(steps, " or a sequence of times"), self.default_spacing if spacing is None else spacing)
+            times = self._times(
+                _count(steps, " or a sequence of times"), self.default_spacing if spacing is None else spacing
+            )
         return (*(self.level(t) for t in times), self.level(self.clean))
 
     def _times(self, steps: int, spacing: str) -> np.ndarray:
