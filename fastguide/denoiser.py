@@ -6,7 +6,6 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import foreign, reference
+from . import arguments, foreign, reference
+from .arguments import as_float, function, got, number, one_of
+from .ops import STATE_DTYPES
 from .schedules import Level, Schedule, per_step
 
 __all__ = ["Conditional", "Denoiser"]
@@ -32,14 +33,14 @@ class Conditional:
     """
 
     def __init__(self, net: Callable[..., Tensor], **conditions: Any):
-        if not callable(net):
-            raise TypeError(f"net: expected a callable net(x, t, ...), got {type(net).__name__}")
+        function("net", net, "a callable net(x, t, ...)")
         self.net, self.conditions = net, conditions
         self.observations = 1  # or those that have rows of their own
         for name, value in conditions.items():
             for leaf in tree_leaves(value):
                 if not isinstance(leaf, Tensor):
                     continue
+                arguments.tensor(name, leaf)
                 rows = len(leaf) if leaf.ndim else 0
                 if rows not in (1, self.observations) and (rows == 0 or self.observations != 1):
                     raise ValueError(
@@ -92,18 +93,16 @@ class Denoiser:
         unconditional: Net | None = None,
         guidance_scale: GuidanceScale | None = None,
     ):
-        if not callable(net):
-            raise TypeError(f"net: expected a callable net(x, t), got {type(net).__name__}")
+        function("net", net, "a callable net(x, t)")
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule: expected a fastguide.schedules schedule, got {type(schedule).__name__}")
-        if prediction not in reference.PREDICTIONS:
-            raise ValueError(f"prediction: expected one of {reference.PREDICTIONS}, got {prediction!r}")
-        if unconditional is not None and not callable(unconditional):
-            raise TypeError(f"unconditional: expected a callable net(x, t), got {type(unconditional).__name__}")
+        one_of("prediction", prediction, reference.PREDICTIONS)
+        if unconditional is not None:
+            function("unconditional", unconditional, "a callable net(x, t)")
         if (unconditional is None) != (guidance_scale is None):
             raise ValueError(
                 "unconditional, guidance_scale: expected both or neither, "
-                f"got unconditional={unconditional!r}, guidance_scale={guidance_scale!r}"
+                f"got unconditional={got(unconditional)}, guidance_scale={got(guidance_scale)}"
             )
         self.net = net
         self.schedule = schedule
@@ -118,6 +117,7 @@ class Denoiser:
     def __call__(self, x: Tensor, level: Level, rows: Tensor | None = None) -> Tensor:
         """The network's prediction at one level for ``x`` ``[N, *event]``; shape and dtype of ``x``. ``rows`` ``[N]``:
         the observation of each sample, for a `Conditional`."""
+        _check_call(x, level, rows)
         self.check_level(level)
         # Not in a half of x: bfloat16 would leave eight bits of a time.
         dtype = torch.int64 if self.schedule.discrete else torch.promote_types(x.dtype, torch.float32)
@@ -139,7 +139,7 @@ class Denoiser:
         if isinstance(scale, dict):
             return scale[level.t]
         if callable(scale):
-            return _checked_scale(float(scale(level.t)))
+            return number("guidance_scale", scale(level.t))
         if isinstance(scale, tuple):
             raise ValueError(
                 "guidance_scale: a table has an entry for each step of fastguide.sample, got a single call"
@@ -227,28 +227,44 @@ class Denoiser:
         return output.to(x.dtype)
 
 
+def _check_call(x: Any, level: Any, rows: Any) -> None:
+    arguments.tensor("x", x)
+    if x.ndim == 0 or x.dtype not in STATE_DTYPES:
+        raise ValueError(f"x: expected floating values of shape [N, *event], got {got(x)}")
+    if not isinstance(level, Level):
+        raise TypeError(f"level: expected a fastguide.schedules.Level, as Schedule.level gives, got {got(level)}")
+    if rows is not None:
+        arguments.tensor("rows", rows)
+        if rows.dtype != torch.int64 or rows.shape != x.shape[:1]:
+            raise ValueError(f"rows: expected an int64 tensor [{len(x)}], got {got(rows)}")
+
+
 def _checked_scale(scale: Any) -> Any:
     """A guidance scale as `Denoiser` keeps it: None, a float, a tuple, a function, or a tensor of 0 or 1 dimensions."""
     if scale is None or (callable(scale) and not isinstance(scale, Tensor)):
         return scale
-    if isinstance(scale, np.ndarray) and scale.ndim == 0:
-        scale = scale.item()
+    expected = "a number, a table, a function of the time or a tensor [B]"
+    values: Any
+    if isinstance(scale, Tensor):
+        arguments.tensor("guidance_scale", scale, expected, readable=True)
     if isinstance(scale, Tensor) and scale.ndim > 0:
         if scale.numel() != len(scale):
             raise ValueError(f"guidance_scale: expected a number for each observation, got shape {list(scale.shape)}")
+        if scale.is_complex() or scale.dtype == torch.bool:
+            raise TypeError(f"guidance_scale: expected {expected}, got {got(scale)}")
         scale = scale.flatten()
-        finite = bool(torch.isfinite(scale).all())
-    elif isinstance(scale, list | tuple | np.ndarray):
-        scale = tuple(float(v) for v in scale)
-        finite = all(map(math.isfinite, scale))
-    elif isinstance(scale, Real | Tensor) and not isinstance(scale, bool):
-        scale = float(scale)
-        finite = math.isfinite(scale)
+        finite = bool(torch.isfinite(scale.to(torch.float64)).all())
+    elif isinstance(scale, list | tuple) or (isinstance(scale, np.ndarray) and scale.ndim > 0):
+        values = tuple(map(as_float, scale))
+        if None in values:
+            raise TypeError(f"guidance_scale: expected {expected}, got {got(scale)}")
+        scale, finite = values, all(map(math.isfinite, values))
     else:
-        raise TypeError(
-            "guidance_scale: expected a number, a table, a function of the time or a tensor [B], "
-            f"got {type(scale).__name__}"
-        )
+        value = as_float(scale)
+        if value is None:
+            kind = ValueError if isinstance(scale, int) and not isinstance(scale, bool) else TypeError
+            raise kind(f"guidance_scale: expected {expected}, got {got(scale)}")
+        scale, finite = value, math.isfinite(value)
     if not finite:
         raise ValueError(f"guidance_scale: expected finite values, got {scale}")
     return scale

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import arguments, ops
+from .arguments import as_float, function, got, number
 from .operators import Identity, LinearOperator, Operator, Pairs, mean_gram_diagonal, moved
 from .reference import Scalar
 
@@ -41,15 +42,17 @@ class Likelihood:
 
     _least_dimensions = 2  # of y
     _takes_tensors = True  # as scale
+    _takes_zero = False  # as scale
     _rows: Tensor | None = None  # of a scale for each observation: see `at`
     _mean_diagonal: float | None = None  # of A A^T, estimated where nothing else is known of it: see `measure_spread`
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale):
-        if isinstance(y, Tensor) and y.is_complex() and isinstance(operator, Operator):
+        expected = "a floating tensor [B, *measurement]"
+        arguments.tensor("y", y, expected, readable=True)
+        if y.is_complex() and isinstance(operator, Operator):
             y, operator = torch.view_as_real(y.resolve_conj()), Pairs(operator)
-        if not isinstance(y, Tensor) or not y.is_floating_point():
-            got = y.dtype if isinstance(y, Tensor) else type(y).__name__
-            raise TypeError(f"y: expected a floating tensor [B, *measurement], got {got}")
+        if y.dtype not in ops.STATE_DTYPES:
+            raise TypeError(f"y: expected {expected}, got {y.dtype}")
         if y.ndim < self._least_dimensions or y.shape[0] < 1:
             raise ValueError(
                 f"y: expected shape [B, *measurement] with B >= 1 ([B, 1] for one number each), got {list(y.shape)}"
@@ -69,16 +72,14 @@ class Likelihood:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.operator}, y={list(self.y.shape)})"
 
-    def _check_scale(self, value: float, name: str) -> None:
-        if not (0.0 < value < math.inf):
-            raise ValueError(f"{name}: expected a finite number > 0, got {value}")
-
     def _number_or_rows(self, scale: float | Tensor, name: str) -> float | Tensor:
         """A number, or a tensor with a row for each observation or one for all, which broadcasts to ``y``."""
+        if isinstance(scale, Tensor):
+            arguments.tensor(name, scale, readable=not self.y.is_meta)
         if not isinstance(scale, Tensor) or scale.numel() == 1:
-            scale = float(scale)
-            self._check_scale(scale, name)
-            return scale
+            return number(name, scale, low=0.0) if self._takes_zero else number(name, scale, above=0.0)
+        if scale.is_complex() or scale.dtype == torch.bool:
+            raise TypeError(f"{name}: expected real numbers, got {got(scale)}")
         if not self._takes_tensors:
             raise ValueError(f"{name}: expected one number for {self}, got a tensor {list(scale.shape)}")
         scale = scale.to(self.y)
@@ -103,6 +104,8 @@ class Likelihood:
     def _scale_at(self, t: float) -> float | Tensor:
         if not callable(self.scale):
             return self.scale
+        if as_float(t) is None:
+            raise TypeError(f"t: expected a time, got {got(t)}")
         if t < 0:
             t = float(t)
         try:
@@ -118,6 +121,7 @@ class Likelihood:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Likelihood:
         """A copy on ``device``, computing in ``dtype``."""
+        device, dtype = arguments.placement(device, dtype)
         there = copy.copy(self)
         there.y = self.y.to(device, dtype)
         there.operator = moved(self.operator, device, dtype)
@@ -141,6 +145,13 @@ class Likelihood:
         """``log p(y | x0)`` ``[n]``, at the clean time's scale or that of ``t`` where the scale follows one."""
         if t is None and callable(self.scale):
             raise ValueError("t: expected the time whose scale to use, since scale is a function; got None")
+        arguments.tensor("x0", x0)
+        if x0.ndim == 0 or x0.dtype not in ops.STATE_DTYPES:
+            raise ValueError(f"x0: expected floating values [n, *event], got {got(x0)}")
+        if rows is not None:
+            arguments.tensor("rows", rows)
+            if rows.dtype != torch.int64 or rows.shape != x0.shape[:1]:
+                raise ValueError(f"rows: expected an int64 tensor {list(x0.shape[:1])}, got {got(rows)}")
         return self.exact_value(x0, rows, self.scale_at(0.0 if t is None else t))
 
     def exact_value(self, x0: Tensor, rows: Tensor | None, scale: float | Tensor) -> Tensor:
@@ -161,10 +172,11 @@ class Likelihood:
         scale = _of_rows(scale, rows)
         if y.shape[0] == 1:
             rows = None
-        number = y.shape[0] if rows is None else rows.shape[0]
-        if z.shape[1:] != y.shape[1:] or number not in (1, z.shape[0]):
+        count = y.shape[0] if rows is None else rows.shape[0]
+        if z.shape[1:] != y.shape[1:] or count not in (1, z.shape[0]):
             raise ValueError(
-                f"y: expected {z.shape[0]} rows or 1, each of shape {list(z.shape[1:])}, got {[number, *y.shape[1:]]}"
+                f"y: expected {z.shape[0]} rows or 1, each of shape {list(z.shape[1:])}, got {[count, *y.shape[1:]]} "
+                f"for x0 {list(x0.shape)}"
             )
         return z, rows, scale
 
@@ -256,6 +268,7 @@ class _Density(Likelihood):
 
 def _widened(z: Tensor, scale: float | Tensor, spread: Scalar, diagonal: Scalar) -> dict[str, Any]:
     """The ``scale`` and ``added`` of that operation for the variances ``scale^2 + spread * diagonal``."""
+    _check_scales(scale, z)
     variance = 0.0 if _is_none(spread) else spread * diagonal
     if isinstance(scale, Tensor):
         total = (scale**2 + variance).to(z.dtype)
@@ -265,20 +278,33 @@ def _widened(z: Tensor, scale: float | Tensor, spread: Scalar, diagonal: Scalar)
     return dict(scale=math.sqrt(scale**2 + variance) if variance else scale)
 
 
+def _check_scales(scale: float | Tensor, z: Tensor) -> None:
+    """Raise unless a scale that is a tensor has the dimensions of ``z``, some of them perhaps 1."""
+    if not isinstance(scale, Tensor):
+        return
+    arguments.tensor("scale", scale)
+    fits = scale.ndim == z.ndim and all(a in (1, b) for a, b in zip(scale.shape, z.shape, strict=True))
+    if not fits or scale.dtype not in ops.STATE_DTYPES or scale.device != z.device:
+        raise ValueError(f"scale: expected a number or floating values {list(z.shape)} on {z.device}, got {got(scale)}")
+
+
 _NOTHING = 1e-18  # a scale whose square is nothing beside a variance
 
 
 def _is_none(spread: Scalar) -> bool:
-    return not isinstance(spread, Tensor) and spread == 0.0
+    if isinstance(spread, Tensor):
+        arguments.tensor("spread", spread)
+        if spread.ndim > 0 or spread.dtype not in ops.STATE_DTYPES:
+            raise ValueError(f"spread: expected a number or a floating tensor [], got {got(spread)}")
+        return False
+    return number("spread", spread, low=0.0) == 0.0
 
 
 class Gaussian(_Density):
     """``y = A x_0 + scale * noise``. ``scale = 0``, an exact measurement, serves PiGDM and the closed
     form of PnP alone."""
 
-    def _check_scale(self, value: float, name: str) -> None:
-        if not (0.0 <= value < math.inf):
-            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    _takes_zero = True
 
     def _density(self, z: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
         self._check_noise(scale)
@@ -355,7 +381,7 @@ class Gaussian(_Density):
 
     @staticmethod
     def _check_noise(scale: float | Tensor) -> None:
-        if not isinstance(scale, Tensor) and scale == 0.0:
+        if not isinstance(scale, Tensor) and number("scale", scale, low=0.0) == 0.0:
             raise ValueError(
                 "scale: expected > 0 where a density is needed, got 0 (PiGDM and the closed form of PnP take 0)"
             )
@@ -423,9 +449,7 @@ class StudentT(_Elementwise):
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale, df: float):
         super().__init__(y, operator, scale)
-        if not (0.0 < df < math.inf):
-            raise ValueError(f"df: expected a finite number > 0, got {df}")
-        self.df = float(df)
+        self.df = number("df", df, above=0.0)
 
     def _family(self) -> dict[str, Any]:
         return dict(family="student_t", df=self.df)
@@ -459,16 +483,13 @@ class Poisson(_Density):
     _least_rate = 1e-3  # counts
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale = 1.0, background: float = 0.0):
-        if isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
+        arguments.tensor("y", y, readable=True)
+        if not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
             y = y.double()
         super().__init__(y, operator, scale)
-        if (y < 0).any():
-            raise ValueError(f"y: expected counts >= 0, got {y.min().item():g}")
-        if isinstance(background, Tensor) and background.numel() != 1:
-            raise ValueError(f"background: expected one number, got a tensor {list(background.shape)}")
-        if not (0.0 <= background < math.inf):
-            raise ValueError(f"background: expected a finite number >= 0, got {background}")
-        self.background = float(background)
+        if (self.y < 0).any():
+            raise ValueError(f"y: expected counts >= 0, got {self.y.min().item():g}")
+        self.background = number("background", background, low=0.0)
 
     def supports(self, covariance: str, measurements: int | None = None) -> str:
         return "" if covariance == "point" else f"covariance={covariance!r} is not defined for Poisson counts"
@@ -500,8 +521,7 @@ class Callable(Likelihood):
     _takes_tensors = False
 
     def __init__(self, f: Fn[..., Tensor], y: Tensor | None = None, scale: Scale | None = None):
-        if not callable(f):
-            raise TypeError(f"f: expected a callable, got {type(f).__name__}")
+        function("f", f)
         self.f, self._has_y, self._has_scale = f, y is not None, scale is not None
         super().__init__(torch.zeros(1, device="cpu") if y is None else y, Identity(), 1.0 if scale is None else scale)
 

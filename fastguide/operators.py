@@ -398,7 +398,8 @@ class Inpainting(LinearOperator):
     def __call__(self, x: Tensor) -> Tensor:
         if tuple(_samples("x", x, ("mask", self.index)).shape[1:]) != self.event:
             raise ValueError(
-                f"mask: expected the shape of an event, {list(x.shape[1:])}, got {list(self.event)} for x {list(x.shape)}"
+                f"mask: expected the shape of an event, {list(x.shape[1:])}, got {list(self.event)} for x "
+                f"{list(x.shape)}"
             )
         self._check(x.shape[0])
         return x.flatten(1).gather(1, self.index) if self.per_observation else x.flatten(1)[:, self.index]

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import arguments, ops
+from .arguments import flag, got
 
 __all__ = ["Samples"]
 
@@ -54,6 +55,11 @@ class Samples:
     times: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in _TENSORS:
+            if name == "x" or getattr(self, name) is not None:
+                arguments.tensor(name, getattr(self, name))
+        if self.x.ndim < 1 + flag("grouped", self.grouped):
+            raise ValueError(f"x: expected shape [B, *event], or [B, K, *event] if grouped, got {list(self.x.shape)}")
         if self.log_weights is not None:
             if self.log_weights.shape != self.x.shape[:2]:
                 raise ValueError(
@@ -101,9 +107,9 @@ class Samples:
         ``quantile(..., method="inverted_cdf")``. A share that misses ``q`` by 1e-12, as rounded sums may, counts as
         reached.
         """
-        shares = torch.as_tensor(q, dtype=torch.float64, device="cpu")
+        shares = arguments.real_array("q", q, "a number in [0, 1], or a row of them")
         if shares.ndim > 1 or not ((shares >= 0) & (shares <= 1)).all():
-            raise ValueError(f"q: expected a number in [0, 1], or a row of them, got {q}")
+            raise ValueError(f"q: expected a number in [0, 1], or a row of them, got {got(q)}")
         weights = self._columns(self._relative_weights("quantile"))
         x, order = self.x.masked_fill(weights == 0, math.inf).sort(1)  # the dead last, so that q = 0 finds none
         sums = weights.expand_as(x).gather(1, order).cumsum(1)
@@ -127,6 +133,7 @@ class Samples:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write all fields to a safetensors file, which `load` reads."""
+        path = arguments.path("path", path)
         tensors = {name: getattr(self, name) for name in _TENSORS}
         # safetensors reads plain memory, and refuses to read it for two: all but x, most often the largest, are copies.
         tensors = {
@@ -136,12 +143,13 @@ class Samples:
         }
         facts = {"seed": self.seed, "grouped": self.grouped, "method": self.method, "times": self.times}
         metadata = {"fastguide.Samples": json.dumps(facts)}
-        _safetensors("save").torch.save_file(tensors, os.fspath(path), metadata=metadata)
+        _safetensors("save").torch.save_file(tensors, path, metadata=metadata)
 
     @staticmethod
     def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Samples:
         """The samples that `save` wrote, on ``device``. Raises ValueError for another file."""
-        safetensors, path, place = _safetensors("load"), os.fspath(path), str(torch.device(device))
+        safetensors = _safetensors("load")
+        path, place = arguments.path("path", path), str(arguments.torch_device("device", device))
         try:
             with safetensors.safe_open(path, framework="pt", device=place) as file:
                 facts = json.loads((file.metadata() or {})["fastguide.Samples"])

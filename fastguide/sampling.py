@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import foreign, graphs, ops
-from .arguments import integer
+from . import arguments, foreign, graphs, ops
+from .arguments import flag, function, got, integer
 from .checkpoints import Checkpoint, saved_seed
 from .denoiser import Denoiser
 from .guidance.base import Run, Schedulable, State, per_step
@@ -122,8 +122,13 @@ def sample(
     FloatingPointError where a value stops being finite; the message names the function and the step.
     """
     guidance = Plain() if guidance is None else guidance
-    if graph not in ("auto", True, False):
-        raise ValueError(f"graph: expected 'auto', True or False, got {graph!r}")
+    if not isinstance(graph, bool) and not (isinstance(graph, str) and graph == "auto"):
+        raise ValueError(f"graph: expected 'auto', True or False, got {got(graph)}")
+    keep_ancestors, progress = flag("keep_ancestors", keep_ancestors), flag("progress", progress)
+    if callback is not None:
+        function("callback", callback, "a callable or None")
+    if checkpoint is not None:
+        checkpoint = arguments.path("checkpoint", checkpoint)
     checkpoint_every = integer("checkpoint_every", checkpoint_every, 1)
     if seed is None and checkpoint is not None:
         seed = saved_seed(checkpoint)
@@ -137,8 +142,9 @@ def sample(
         raise ValueError("keep_ancestors: expected False without particles (TDS, FK), got True")
     watched = progress or callback is not None or checkpoint is not None
     obstacle = "progress, callback and checkpoint see the loop between its steps" if watched else ""
-    if run_id is not None and checkpoint is None:
-        raise ValueError(f"run_id: expected None without a checkpoint, got {run_id!r}")
+    if run_id is not None and (checkpoint is None or not isinstance(run_id, str | int)):
+        expected = "a string, an integer or None" if checkpoint is not None else "None without a checkpoint"
+        raise ValueError(f"run_id: expected {expected}, got {got(run_id)}")
     loop = Loop(weighted, keep_ancestors, progress, callback, checkpoint, checkpoint_every, run_id)
     with foreign.package_modes(run.device):
         guidance = guidance.prepare(run)
@@ -217,14 +223,13 @@ def _prepare_run(
 ) -> Run:  # fmt: skip
     if not isinstance(prior, Denoiser):
         raise TypeError(f"prior: expected a fastguide.Denoiser, got {type(prior).__name__}")
-    if not isinstance(shape, Sequence) or len(shape) < 2:
-        raise ValueError(f"shape: expected (B, *event), got {shape!r}")
-    shape = tuple(integer("shape", n, 1) for n in shape)
+    shape = arguments.shape("shape", shape, "(B, *event)", 1)
+    if len(shape) < 2:
+        raise ValueError(f"shape: expected (B, *event), got {shape}")
     if isinstance(guidance, type) or not all(hasattr(guidance, name) for name in ("prepare", "start", "step")):
-        got = guidance if isinstance(guidance, type) else type(guidance).__name__
-        raise TypeError(f"guidance: expected a DPS, PnP, PiGDM, LatentPnP, TDS or FK object, or None, got {got}")
-    if dtype not in ops.STATE_DTYPES:
-        raise TypeError(f"dtype: expected one of float32, float16, bfloat16, float64, got {dtype}")
+        came = guidance if isinstance(guidance, type) else type(guidance).__name__
+        raise TypeError(f"guidance: expected a DPS, PnP, PiGDM, LatentPnP, TDS or FK object, or None, got {came}")
+    arguments.torch_dtype("dtype", dtype, ops.STATE_DTYPES)
     seed = _checked_seed(seed, shape[0])
     first_sample = integer("first_sample", first_sample, 0)
     if first_sample and isinstance(seed, tuple):
@@ -236,14 +241,24 @@ def _prepare_run(
         if grouped:
             raise ValueError(
                 f"samples_per_observation: expected None with {type(guidance).__name__}, whose particles are the "
-                f"samples, got {samples_per_observation!r}; out.draw(n) gives n"
+                f"samples, got {got(samples_per_observation)}; out.draw(n) gives n"
             )
         particles, grouped = integer("particles", guidance.particles, 1), True
     elif grouped:
         particles = integer("samples_per_observation", samples_per_observation, 1)
-    if x_T is not None and not isinstance(x_T, Tensor):
-        raise TypeError(f"x_T: expected a tensor, got {type(x_T).__name__}")
-    device = torch.device(device) if device is not None else (x_T.device if x_T is not None else torch.device("cpu"))
+    if (first_sample + shape[0]) * particles > 1 << 48:
+        name = "particles" if hasattr(guidance, "particles") else "samples_per_observation"
+        raise ValueError(
+            f"first_sample, shape, {name}: expected (first_sample + B) K at most 2^48, as the noise counts, got "
+            f"{got(first_sample)}, B = {got(shape[0])} and K = {got(particles)}"
+        )
+    if x_T is not None:
+        arguments.tensor("x_T", x_T, readable=True)
+        if x_T.dtype not in ops.STATE_DTYPES:
+            raise TypeError(f"x_T: expected floating values, got {got(x_T)}")
+    if device is None:
+        device = torch.device("cpu") if x_T is None else x_T.device
+    device = arguments.torch_device("device", device)
     if x_T is not None:
         expected = (shape[0], particles, *shape[1:]) if grouped else shape
         if tuple(x_T.shape) != expected:
@@ -256,7 +271,9 @@ def _prepare_run(
         prior.check_level(level)
     prior = prior.prepared(levels, shape[0], device)
     if eta is not None and not getattr(guidance, "takes_eta", True):
-        raise ValueError(f"eta: expected None with {type(guidance).__name__}, whose zeta splits the noise, got {eta!r}")
+        raise ValueError(
+            f"eta: expected None with {type(guidance).__name__}, whose zeta splits the noise, got {got(eta)}"
+        )
     etas = per_step("eta", 1.0 if eta is None else eta, levels, high=1.0)
     taus = tuple(noise(t, s, e) for t, s, e in zip(levels, levels[1:], etas, strict=False))
     return Run(

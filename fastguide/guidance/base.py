@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..arguments import one_of
 from ..denoiser import Denoiser
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
@@ -400,8 +401,7 @@ def default_covariance(likelihood: Likelihood, measurements: int) -> str:
 
 def check_covariance(run: Run, likelihood: Likelihood, covariance: str, measurements: int) -> Likelihood:
     """The likelihood with what this covariance needs to know of the operator."""
-    if covariance not in COVARIANCES:
-        raise ValueError(f"covariance: expected one of {COVARIANCES}, got {covariance!r}")
+    one_of("covariance", covariance, COVARIANCES)
     reason = likelihood.supports(covariance, measurements)
     if reason:
         raise ValueError(f"covariance: {reason}")

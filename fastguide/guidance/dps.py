@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..arguments import flag
 from ..likelihoods import Likelihood
 from ..ranges import phase
 from ..reference import Scalar, scaled
@@ -54,12 +55,13 @@ class DPS:
             scored = isinstance(self.zeta, str) and self.zeta == "score"  # an array compares each of its entries
             covariance = default_covariance(likelihood, measurements) if scored else "point"
         likelihood = check_covariance(run, likelihood, covariance, measurements)
-        prepared = replace(self, likelihood=likelihood, covariance=covariance)
+        normalize = flag("normalize", self.normalize)
+        prepared = replace(self, likelihood=likelihood, covariance=covariance, normalize=normalize)
         if not isinstance(self.zeta, str):
             return replace(prepared, zeta=per_step("zeta", self.zeta, run.levels))
         if self.zeta != "score":
             raise ValueError(f"zeta: expected a number, a table, a function or 'score', got {self.zeta!r}")
-        if self.normalize:
+        if normalize:
             raise ValueError("normalize: expected False with zeta='score', which fixes the weight, got True")
         return prepared
 

@@ -7,14 +7,13 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import foreign
-from ..arguments import integer
+from ..arguments import as_float, got, integer, one_of
 from ..likelihoods import Likelihood
 from ..ranges import phase
 from ..reference import Coefficients, Scalar, scaled
@@ -91,6 +90,10 @@ class FK:
     def prepare(self, run: Run) -> FK:
         reward: Likelihood | tuple[_Term, ...]
         covariance = self.covariance
+        if not callable(self.potential):
+            one_of("potential", self.potential, POTENTIALS, " or a callable")
+        if not callable(self.proposal):
+            one_of("proposal", self.proposal, PROPOSALS, " or a callable")
         if isinstance(self.reward, Likelihood):
             reward, measurements = prepare_likelihood(run, self.reward)
             if covariance is None:
@@ -99,18 +102,14 @@ class FK:
         else:
             reward = _terms(self.reward)
             if covariance is not None:
-                raise ValueError(f"covariance: expected None with a reward that is no likelihood, got {covariance!r}")
-        if not callable(self.potential) and self.potential not in POTENTIALS:
-            raise ValueError(f"potential: expected one of {POTENTIALS} or a callable, got {self.potential!r}")
-        if not callable(self.proposal) and self.proposal not in PROPOSALS:
-            raise ValueError(f"proposal: expected one of {PROPOSALS} or a callable, got {self.proposal!r}")
+                raise ValueError(
+                    f"covariance: expected None with a reward that is no likelihood, got {got(covariance)}"
+                )
         if callable(self.proposal) and (isinstance(run.seed, tuple) or run.first_sample):
             raise ValueError(
                 "proposal: a custom proposal cannot be used with a list of seeds or first_sample > 0, "
                 f"got {'a list of seeds' if isinstance(run.seed, tuple) else f'first_sample={run.first_sample}'}"
             )
-        if isinstance(self.strength, str):
-            raise TypeError(f"strength: expected a number, a table or a function of the time, got {self.strength!r}")
         strength = per_step("strength", self.strength, run.levels)
         if strength[-1] == 0.0:
             raise ValueError("strength: expected a number > 0 at the last step, whose strength the target has, got 0.0")
@@ -291,15 +290,15 @@ def _terms(reward: Any) -> tuple[_Term, ...]:
     if callable(reward):
         return (_Term(1.0, reward, _takes_t(reward)),)
     if not isinstance(reward, Sequence) or isinstance(reward, str) or not reward:
-        raise TypeError(f"reward: expected a callable, a likelihood or pairs (weight, callable), got {reward!r}")
+        raise TypeError(f"reward: expected a callable, a likelihood or pairs (weight, callable), got {got(reward)}")
     terms = []
     for pair in reward:
         if not isinstance(pair, Sequence) or len(pair) != 2 or not callable(pair[1]):
-            raise TypeError(f"reward: expected pairs (weight, callable), got {pair!r}")
-        weight, function = pair
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight) or weight == 0:
-            raise ValueError(f"reward: expected weights that are finite numbers other than 0, got {weight!r}")
-        terms.append(_Term(float(weight), function, _takes_t(function)))
+            raise TypeError(f"reward: expected pairs (weight, callable), got {got(pair)}")
+        weight, function = as_float(pair[0]), pair[1]
+        if weight is None or not math.isfinite(weight) or weight == 0.0:
+            raise ValueError(f"reward: expected weights that are finite numbers other than 0, got {got(pair[0])}")
+        terms.append(_Term(weight, function, _takes_t(function)))
     return tuple(terms)
 
 
@@ -328,7 +327,7 @@ def _steps(resample_steps: int | Iterable[int] | None, steps: int) -> tuple[int,
     """The steps that resample."""
     if resample_steps is None:
         return tuple(range(steps))
-    if isinstance(resample_steps, str) or not isinstance(resample_steps, Iterable):
+    if isinstance(resample_steps, str | bytes | Tensor) or not isinstance(resample_steps, Iterable):
         every = integer("resample_steps", resample_steps, 1)
         return tuple(range(every, steps, every))
     return tuple(sorted({integer("resample_steps", i, 0, steps) for i in resample_steps}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import foreign
+from ..arguments import function, got, number, one_of
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
 from ..operators import Function, Operator
@@ -51,19 +51,17 @@ class LatentPnP:
     takes_eta = False
 
     def prepare(self, run: Run) -> LatentPnP:
-        if self.space not in SPACES:
-            raise ValueError(f"space: expected one of {SPACES}, got {self.space!r}")
+        one_of("space", self.space, SPACES)
         if (self.space == "pixel") != (self.encoder is not None):
             expected = "an encoder with space='pixel'" if self.space == "pixel" else "None with space='latent'"
-            raise ValueError(f"encoder: expected {expected}, got {self.encoder!r}")
-        if self.gamma is not None and not 0.0 < self.gamma < math.inf:
-            raise ValueError(f"gamma: expected a finite number > 0, got {self.gamma}")
-        for name, function in (("decoder", self.decoder), ("encoder", self.encoder)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name}: expected a callable, got {function!r}")
+            raise ValueError(f"encoder: expected {expected}, got {got(self.encoder)}")
+        gamma = None if self.gamma is None else number("gamma", self.gamma, above=0.0)
+        function("decoder", self.decoder)
+        if self.encoder is not None:
+            function("encoder", self.encoder)
         if not isinstance(self.likelihood, Likelihood):
-            got = type(self.likelihood).__name__
-            raise TypeError(f"likelihood: expected a fastguide.likelihoods likelihood, got {got}")
+            came = type(self.likelihood).__name__
+            raise TypeError(f"likelihood: expected a fastguide.likelihoods likelihood, got {came}")
         probe = torch.zeros(1, *run.event, dtype=run.dtype, device=run.device)
         with torch.no_grad():
             image = called("decoder", self.decoder, probe)
@@ -77,6 +75,7 @@ class LatentPnP:
         else:
             pnp = pnp.prepare(replace(run, event=tuple(image.shape[1:])))
         prepared = copy.copy(self)
+        object.__setattr__(prepared, "gamma", gamma)
         object.__setattr__(prepared, "_pnp", pnp)
         return prepared
 

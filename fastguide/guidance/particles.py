@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..arguments import number, one_of
 from ..ranges import phase
 from ..reference import SCHEMES, clip_x0, scaled
 from .base import STREAM_RESAMPLE, Run, State
 
 
 def check_particles(run: Run, resampler: str, ess_threshold: float | None, guided: bool) -> None:
-    if resampler not in SCHEMES:
-        raise ValueError(f"resampler: expected one of {SCHEMES}, got {resampler!r}")
-    if ess_threshold is not None and not 0.0 <= ess_threshold <= 1.0:
-        raise ValueError(f"ess_threshold: expected a share of the particles in [0, 1], got {ess_threshold}")
+    one_of("resampler", resampler, SCHEMES)
+    if ess_threshold is not None:
+        number("ess_threshold", ess_threshold, low=0.0, high=1.0, what="share of the particles")
     if guided and not any(tau > 0 for tau in run.taus):
         raise ValueError("eta: expected > 0, since the guided proposal is weighed by its noise; got 0 at every step")
 

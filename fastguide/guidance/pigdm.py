@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..arguments import got
 from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator, solve_with_noise
 from ..ranges import phase
@@ -34,7 +35,7 @@ class PiGDM:
 
     def prepare(self, run: Run) -> PiGDM:
         if not isinstance(self.likelihood, Gaussian):
-            raise TypeError(f"likelihood: expected a Gaussian for PiGDM, got {self.likelihood!r}")
+            raise TypeError(f"likelihood: expected a Gaussian for PiGDM, got {got(self.likelihood)}")
         likelihood, _ = prepare_likelihood(run, self.likelihood)
         assert isinstance(likelihood, Gaussian)
         operator = likelihood.operator

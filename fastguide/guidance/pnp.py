@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..arguments import integer
+from ..arguments import got, integer, one_of
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator, conjugate_gradients, solve_with_noise
@@ -73,7 +73,7 @@ class PnP:
                 )
             solver = "gradient" if obstacle else solver
         if self.iterations is not None and solver == "closed":
-            raise ValueError(f"iterations: expected None with the closed form, got {self.iterations}")
+            raise ValueError(f"iterations: expected None with the closed form, got {got(self.iterations)}")
         rho = None if self.rho is None else per_step("rho", self.rho, run.levels)
         if rho is not None and min(rho) == 0.0:
             raise ValueError("rho: expected values > 0 (an exact measurement has scale=0), got 0")
@@ -125,10 +125,9 @@ def choose_solver(likelihood: Likelihood, solver: str) -> str:
         "gauss-newton": not isinstance(likelihood, CallableLikelihood),
         "gradient": True,
     }
+    one_of("solver", solver, SOLVERS)
     if solver == "auto":
         return next(name for name, serving in serves.items() if serving)
-    if solver not in serves:
-        raise ValueError(f"solver: expected one of {SOLVERS}, got {solver!r}")
     if not serves[solver]:
         needs = {
             "closed": "a Gaussian likelihood and a linear operator of known spectrum",
