@@ -51,7 +51,9 @@ class Checkpoint:
         if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
             raise ValueError(f"checkpoint: expected a file in a folder that can be written to, got {os.fspath(path)}")
         self.path, self._run = path, run
-        self._arguments = {name: repr(describe(value, _name)) for name, value in _arguments(run, guidance)}
+        self._arguments: dict[str, str] = {}
+        for name, value in _arguments(run, guidance):
+            self._arguments[name] = self._arguments.get(name, "") + repr(describe(value, _name))
         self._arguments |= {"keep_ancestors": repr(keep_ancestors), "run_id": repr(run_id)}
         self._trials = {
             "network": _twice(run, lambda: _try_network(run)),
@@ -113,6 +115,15 @@ def saved_seed(path: str | os.PathLike) -> Any:
     return _read(path, torch.device("cpu"))["seed"] if os.path.exists(path) else None
 
 
+def _fields(guidance: Any) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(guidance) if dataclasses.is_dataclass(guidance) else ():
+        value = getattr(guidance, field.name)
+        if not field.init:  # LatentPnP's PnP, whose tables are those of its own fields
+            yield from _fields(value)
+        elif field.compare:
+            yield field.name, value
+
+
 def _read(path: str | os.PathLike, device: torch.device) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -144,9 +155,7 @@ def _arguments(run: Run, guidance: Any) -> Iterator[tuple[str, Any]]:
         yield name, getattr(run, name)
     if not hasattr(guidance, "particles"):
         yield "samples_per_observation", (run.grouped, run.particles)
-    for field in dataclasses.fields(guidance) if dataclasses.is_dataclass(guidance) else ():
-        if field.compare:
-            yield field.name.lstrip("_"), getattr(guidance, field.name)
+    yield from _fields(guidance)
     yield "scale", [likelihood.scale_at(level.t) for likelihood in _likelihoods(guidance) for level in run.levels]
 
 

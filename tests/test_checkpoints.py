@@ -391,6 +391,13 @@ def test_a_refusal_names_the_arguments_that_differ_and_no_others(words, other, t
     assert is_refused(path, f"of another {words}$", **{"prior": prior, "guidance": guidance, **other})
 
 
+def test_a_refusal_names_the_fields_of_a_latent_method(tmp_path):
+    path = tmp_path / "run.pt"
+    interrupt(path, guidance=latent(1.0, rho=lambda t: 1.0 + t))
+    assert is_refused(path, "of another rho$", guidance=latent(1.0, rho=lambda t: 2.0 + t))
+    assert is_refused(path, "of another rho, zeta$", guidance=latent(1.0, rho=3.0, zeta=0.1))
+
+
 @pytest.mark.parametrize("guidance", [None, fg.FK(reward, 16), fg.TDS(gaussian_likelihood(), 16)], ids=str)
 def test_a_run_goes_on_with_smaller_chunks(guidance, tmp_path):
     """As after a run that was out of memory."""
