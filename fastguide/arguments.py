@@ -25,6 +25,7 @@ __all__ = [
     "got",
     "has_memory",
     "integer",
+    "is_integer",
     "is_wrapper",
     "number",
     "one_of",
@@ -80,11 +81,20 @@ def as_float(value: Any) -> float | None:
         return None
 
 
+def is_integer(value: Tensor) -> bool:
+    return value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def _is_one_number(value: Tensor) -> bool:
     """Whether that can be read, and is real."""
     plain = type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta and not transformed()
-    real = value.is_floating_point() or value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    return plain and real and value.layout is torch.strided and value.numel() == 1 and has_memory(value)
+    return (
+        plain
+        and (value.is_floating_point() or is_integer(value))
+        and value.layout is torch.strided
+        and value.numel() == 1
+        and has_memory(value)
+    )
 
 
 def number(
@@ -113,17 +123,18 @@ def number(
     raise kind(f"{name}: expected {expected}, got {got(value)}")
 
 
-def integer(name: str, value: Any, low: int, high: int | None = None, others: str = "") -> int:
+def integer(name: str, value: Any, low: int | None = None, high: int | None = None, others: str = "") -> int:
     """``value`` as an int, if it is an integer in ``[low, high)``. ``others``: what else the argument takes, for the
     error."""
-    found = low - 1
+    found = None
     if type(value) is int:
         found = value
     elif not isinstance(value, bool) and not (isinstance(value, Tensor) and not _is_one_number(value)):
         with contextlib.suppress(TypeError):
             found = operator.index(value)
-    if found < low or (high is not None and found >= high):
-        expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high - 1}]"
+    if found is None or (low is not None and found < low) or (high is not None and found >= high):
+        expected = "an integer" if low is None else f"an integer >= {low}"
+        expected = expected if high is None else f"an integer in [{low}, {high - 1}]"
         raise ValueError(f"{name}: expected {expected}{others}, got {got(value)}")
     return found
 
@@ -204,7 +215,7 @@ def real_array(name: str, values: Any, expected: str) -> np.ndarray:
         with contextlib.suppress(TypeError, ValueError):  # ragged lists, among others
             array = np.asarray(values)
             if array.dtype.kind in "iuf":
-                return array.astype(np.float64)
+                return array.astype(np.float64, copy=False)
     raise TypeError(f"{name}: expected {expected}, got {got(values)}")
 
 

@@ -194,7 +194,7 @@ def test_options_may_be_tensors_without_dimensions(name, noise):
         results.append(getattr(ours, name)(model, start(), levels(), disable=True, **given))
     assert torch.equal(*results)
     for key in options:
-        with pytest.raises(TypeError, match=rf"^{key}: expected a number, got shape \[2\]"):
+        with pytest.raises(TypeError, match=rf"^{key}: expected a number, got torch.float32 \[2\]"):
             getattr(ours, name)(model, start(), levels(), disable=True, **{key: torch.ones(2)})
 
 
@@ -385,7 +385,7 @@ def test_names_without_the_original(monkeypatch):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="solver_type must be 'heun' or 'midpoint'"):
+    with pytest.raises(ValueError, match=r"solver_type: expected one of .*'heun', 'midpoint'.*, got"):
         ours.sample_dpmpp_2m_sde(model, start(), levels(), solver_type="euler")
     for bad in ([1.0, 0.0, 0.0], [0.0, 1.0], [1.0, -0.5], [math.nan, 0.0]):
         with pytest.raises(ValueError, match="sigmas: expected levels above 0"):

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..arguments import integer
+from ..arguments import as_float, flag, function, got, integer, number, one_of, tensor, torch_device
 from ..foreign import as_tensor
 from ..guidance.base import STREAM_RESAMPLE
 
 __all__ = ["FKD"]
 
 POTENTIALS = ("diff", "max", "add", "rt")
+_MOST_STEPS = 1 << 20
 _COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"max": torch.maximum, "add": torch.add}
 
 
@@ -77,33 +78,39 @@ class FKD:
         **kwargs: Any,
     ) -> None:
         potential_type = getattr(potential_type, "value", potential_type)  # the original's is an Enum
-        if potential_type not in POTENTIALS:
-            raise ValueError(f"potential_type: expected one of {POTENTIALS}, got {potential_type!r}")
-        if scheme not in ops.SCHEMES:
-            raise ValueError(f"scheme: expected one of {ops.SCHEMES}, got {scheme!r}")
+        one_of("potential_type", potential_type, POTENTIALS)
+        one_of("scheme", scheme, ops.SCHEMES)
+        strict = flag("strict", strict)
         if strict and (scheme != "systematic" or seed is not None):
             raise ValueError("strict: expected neither scheme nor seed with it: torch's generator draws")
-        if not math.isfinite(lmbda):
-            raise ValueError(f"lmbda: expected a finite number, got {lmbda}")
-        if math.isnan(reward_min_value):
-            raise ValueError(f"reward_min_value: expected a number, got {reward_min_value}")
+        least = as_float(reward_min_value)
+        if least is None or math.isnan(least):
+            kind = TypeError if least is None else ValueError
+            raise kind(f"reward_min_value: expected a number, got {got(reward_min_value)}")
+        function("reward_fn", reward_fn)
+        function("latent_to_decode_fn", latent_to_decode_fn)
         self.potential_type = potential_type
-        self.lmbda = lmbda
-        self.num_particles = num_particles = integer("num_particles", num_particles, 1)
-        self.adaptive_resampling = adaptive_resampling
+        self.lmbda = number("lmbda", lmbda)
+        self.num_particles = num_particles = integer("num_particles", num_particles, 1, 1 << 31)
+        self.adaptive_resampling = flag("adaptive_resampling", adaptive_resampling)
         self.last_step = integer("time_steps", time_steps, 1) - 1
         frequency = integer("resample_frequency", resample_frequency, 1)
-        self.steps = {*range(resampling_t_start, resampling_t_end + 1, frequency), self.last_step}
+        start = integer("resampling_t_start", resampling_t_start, -_MOST_STEPS, _MOST_STEPS)
+        end = integer("resampling_t_end", resampling_t_end, -_MOST_STEPS, _MOST_STEPS)
+        self.steps = {*range(start, end + 1, frequency), self.last_step}
         self.reward_fn = reward_fn
         self.latent_to_decode_fn = latent_to_decode_fn
         self.scheme = scheme
+        if seed is not None:
+            seed = integer("seed", seed, 0, 1 << 64)
         self.seed = int(torch.randint(1 << 62, (), device="cpu")) if seed is None and not strict else seed
         self.strict = strict
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch_device("device", device)
         self.log_weights = torch.zeros(num_particles, dtype=torch.float64, device=device)
         dtype = torch.float32 if strict else torch.float64
-        self.population_rs = torch.full_like(self.log_weights, reward_min_value, dtype=dtype)
+        self.population_rs = torch.full_like(self.log_weights, least, dtype=dtype)
         self._product = torch.full_like(self.population_rs, float(strict))  # of potentials; its log, if not strict
         self.ancestors: Tensor | None = None
         self._visits: Counter[int] = Counter()  # of each step
@@ -116,10 +123,12 @@ class FKD:
         unusable rewards; nothing else does, but ``strict``.
         """
         step = integer("sampling_idx", sampling_idx, 0)
+        for name, value in (("latents", latents), ("x0_preds", x0_preds)):
+            tensor(name, value)
         if step not in self.steps:
             return latents, None
         for name, value in (("latents", latents), ("x0_preds", x0_preds)):
-            if value.shape[0] != self.num_particles:
+            if value.shape[:1] != self.log_weights.shape:
                 raise ValueError(f"{name}: expected {self.num_particles} particles, got shape {list(value.shape)}")
         images = self.latent_to_decode_fn(x0_preds)
         rewards = self._as_tensor(self.reward_fn(images))

@@ -36,7 +36,7 @@ import importlib.machinery
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -46,7 +46,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import ops
+from .. import arguments, ops
+from ..arguments import as_float, flag, function, got, integer, number, one_of, torch_device
 from ..foreign import as_tensor
 
 __all__ = [
@@ -119,13 +120,23 @@ def __dir__() -> list[str]:
 # --- levels -------------------------------------------------------------------------------------------------
 
 
+def _count(n: Any) -> int:
+    return integer("n", n, 0, 1 << 32)
+
+
 def append_zero(x: Tensor) -> Tensor:
     """``[n]`` to ``[n + 1]``."""
+    arguments.tensor("x", x)
+    if x.ndim != 1:
+        raise ValueError(f"x: expected shape [n], got {list(x.shape)}")
     return torch.nn.functional.pad(x, (0, 1))
 
 
 def get_sigmas_karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, device: Device = "cpu") -> Tensor:
     """``[n + 1]``, ``sigma ** (1 / rho)`` evenly spaced, then 0 (Karras et al. 2022, eq. 5)."""
+    n, device = _count(n), torch_device("device", device)
+    sigma_min, sigma_max = number("sigma_min", sigma_min, low=0.0), number("sigma_max", sigma_max, low=0.0)
+    rho = number("rho", rho, above=0.0)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     roots = high + torch.linspace(0, 1, n, device="cpu") * (low - high)
     return append_zero(roots**rho).to(device)
@@ -133,6 +144,8 @@ def get_sigmas_karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7
 
 def get_sigmas_exponential(n: int, sigma_min: float, sigma_max: float, device: Device = "cpu") -> Tensor:
     """``[n + 1]``, ``log sigma`` evenly spaced, then 0."""
+    n, device = _count(n), torch_device("device", device)
+    sigma_min, sigma_max = number("sigma_min", sigma_min, above=0.0), number("sigma_max", sigma_max, above=0.0)
     return append_zero(torch.linspace(math.log(sigma_max), math.log(sigma_min), n, device=device).exp())
 
 
@@ -140,7 +153,8 @@ def get_sigmas_polyexponential(
     n: int, sigma_min: float, sigma_max: float, rho: float = 1.0, device: Device = "cpu"
 ) -> Tensor:
     """``[n + 1]``, ``log sigma`` a power ``rho`` of the time, then 0."""
-    low, high = math.log(sigma_min), math.log(sigma_max)
+    n, device, rho = _count(n), torch_device("device", device), number("rho", rho)
+    low, high = math.log(number("sigma_min", sigma_min, above=0.0)), math.log(number("sigma_max", sigma_max, above=0.0))
     return append_zero((low + torch.linspace(1, 0, n, device=device) ** rho * (high - low)).exp())
 
 
@@ -148,6 +162,8 @@ def get_sigmas_vp(
     n: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3, device: Device = "cpu"
 ) -> Tensor:
     """``[n + 1]``, those of the continuous variance-preserving process with linear betas, then 0."""
+    n, device, eps_s = _count(n), torch_device("device", device), number("eps_s", eps_s)
+    beta_d, beta_min = number("beta_d", beta_d), number("beta_min", beta_min)
     t = torch.linspace(1, eps_s, n, device=device)
     return append_zero((torch.exp(beta_d * t**2 / 2 + beta_min * t) - 1).sqrt())
 
@@ -161,6 +177,13 @@ def get_ancestral_step(sigma_from: Any, sigma_to: Any, eta: float = 1.0) -> tupl
     """``(sigma_down, sigma_up)``, whose squares add to that of ``sigma_to``: the level that a deterministic step goes
     to, and the noise then added; with ``eta = 1`` the variance of ``x_s`` given ``x_t`` and ``x_0``. Floats, or tensors
     ``[]``, which are waited for."""
+    for name, value in (("sigma_from", sigma_from), ("sigma_to", sigma_to), ("eta", eta)):
+        if not isinstance(value, Tensor):
+            _number(name, value)
+        elif arguments.as_float(value) is None:
+            raise TypeError(f"{name}: expected a number, got {got(value)}")
+    if not sigma_from > 0.0:
+        raise ValueError(f"sigma_from: expected a number > 0, got {got(sigma_from)}")
     if not eta:
         return sigma_to, 0.0
     share = 1 - (sigma_to / sigma_from) ** 2
@@ -234,7 +257,9 @@ class PhiloxNoiseSampler:
     """
 
     def __init__(self, x: Tensor, seed: int | None = None, first_particle: int = 0):
-        self.seed = int(torch.randint(1 << 62, (), device="cpu")) if seed is None else seed
+        _check_state(x)
+        self.seed = int(torch.randint(1 << 62, (), device="cpu")) if seed is None else integer("seed", seed, 0, 1 << 64)
+        first_particle = integer("first_particle", first_particle, 0, 1 << 48)
         self._x, self._first_particle, self._draws = x, first_particle, 0
 
     def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
@@ -284,12 +309,30 @@ class _Run:
         callback: Callback | None,
         disable: bool | None,
     ):
-        if not isinstance(sigmas, Tensor):
-            sigmas = torch.as_tensor(np.array(sigmas), device=x.device)  # a copy: torch takes no negative strides
+        function("model", model, "a callable model(x, sigma, ...)")
+        _check_state(x)
+        if extra_args is not None and not isinstance(extra_args, Mapping):
+            raise TypeError(f"extra_args: expected a dict or None, got {got(extra_args)}")
+        if callback is not None:
+            function("callback", callback, "a callable or None")
+        if disable is not None:
+            disable = flag("disable", disable)
+        expected = "levels above 0, the last perhaps 0"
+        if isinstance(sigmas, Tensor):
+            arguments.tensor("sigmas", sigmas, expected)
+            if not (sigmas.dtype in ops.STATE_DTYPES or arguments.is_integer(sigmas)):
+                raise TypeError(f"sigmas: expected {expected}, got {got(sigmas)}")
+        else:
+            arguments.real_array("sigmas", sigmas, expected)
+            sigmas = np.array(sigmas)  # a copy: torch takes no negative strides
         if sigmas.ndim != 1:
             raise ValueError(f"sigmas: expected shape [steps + 1], got {list(sigmas.shape)}")
-        self.host = _to_host(sigmas)
-        self.levels: list[float] = self.host.tolist()
+        sigmas = torch.as_tensor(sigmas, device=sigmas.device if isinstance(sigmas, Tensor) else x.device)
+        try:
+            self.host = _to_host(sigmas)
+            self.levels: list[float] = self.host.tolist()
+        except RuntimeError as error:  # a fake tensor, or one on the meta device, has no values
+            raise ValueError(f"sigmas: expected {expected}, got {got(sigmas)}") from error
         if not (all(level > 0.0 for level in self.levels[:-1]) and all(level >= 0.0 for level in self.levels[-1:])):
             raise ValueError(f"sigmas: expected levels above 0, the last perhaps 0, got {self.levels}")
         self.model, self.x, self.sigmas = model, x, sigmas
@@ -354,20 +397,27 @@ class _Run:
             self.callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma * growth, "denoised": denoised})
 
 
+def _check_state(x: Any) -> None:
+    arguments.tensor("x", x)
+    if x.ndim == 0 or x.dtype not in ops.STATE_DTYPES:
+        raise ValueError(f"x: expected floating values [N, *event], got {got(x)}")
+
+
 def _number(name: str, value: Any) -> float:
     """A number or a tensor ``[]`` as a float; it may wait for a device, and so comes before the first step."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        got = f"shape {list(value.shape)}" if isinstance(value, Tensor | np.ndarray) else repr(value)
-        raise TypeError(f"{name}: expected a number, got {got}") from error
+    number = as_float(value)
+    if number is None:
+        raise TypeError(f"{name}: expected a number, got {got(value)}")
+    if math.isnan(number):
+        raise ValueError(f"{name}: expected a number, got nan")
+    return number
 
 
-def _eta_of_sde(eta: Any) -> float:
-    eta = _number("eta", eta)
-    if not eta >= 0.0:
-        raise ValueError(f"eta: expected a number >= 0, got {eta:g}")
-    return eta
+def _not_negative(name: str, value: Any) -> float:
+    value = _number(name, value)
+    if value < 0.0:
+        raise ValueError(f"{name}: expected a number >= 0, got {value:g}")
+    return value
 
 
 def _to_host(sigmas: Tensor) -> Tensor:
@@ -379,7 +429,7 @@ class _Churn:
     """The noise by which an ODE sampler may go up before a step (Karras et al. 2022, algorithm 2)."""
 
     def __init__(self, run: _Run, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float):
-        most = min(_number("s_churn", s_churn) / max(len(run.levels) - 1, 1), 2**0.5 - 1)
+        most = min(_not_negative("s_churn", s_churn) / max(len(run.levels) - 1, 1), 2**0.5 - 1)
         within = (_number("s_tmin", s_tmin) <= run.host) & (run.host <= _number("s_tmax", s_tmax))
         self.gammas = [most if inside else 0.0 for inside in within.tolist()]
         self.s_noise = _number("s_noise", s_noise)
@@ -403,6 +453,8 @@ class _Noise:
         if sampler is None and brownian:
             positive = run.host[run.host > 0]
             sampler = BrownianTreeNoiseSampler(run.x, positive.min(), positive.max())
+        if sampler is not None:
+            function("noise_sampler", sampler, "a callable or None")
         self.sampler = default_noise_sampler(run.x) if sampler is None else sampler
         self.s_noise = _number("s_noise", s_noise)
         self.brownian = isinstance(self.sampler, BrownianTreeNoiseSampler)
@@ -519,7 +571,7 @@ def sample_euler_ancestral(
 ) -> Tensor:
     """Euler steps to below the next level, and noise back to it."""
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    noise, eta = _Noise(run, noise_sampler, s_noise), _number("eta", eta)
+    noise, eta = _Noise(run, noise_sampler, s_noise), _not_negative("eta", eta)
     for i, sigma_t, sigma_s in run:
         denoised = run.denoise(x, sigma_t)
         run.report(i, x, denoised)
@@ -546,7 +598,7 @@ def sample_dpm_2_ancestral(
 ) -> Tensor:
     """Midpoint steps to below the next level, and noise back to it (none where that is down to 0)."""
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    noise, eta = _Noise(run, noise_sampler, s_noise), _number("eta", eta)
+    noise, eta = _Noise(run, noise_sampler, s_noise), _not_negative("eta", eta)
     for i, sigma_t, sigma_s in run:
         denoised = run.denoise(x, sigma_t)
         run.report(i, x, denoised)
@@ -575,7 +627,7 @@ def sample_dpmpp_2s_ancestral(
 ) -> Tensor:
     """DPM-Solver++(2S), single-step and of second order, to below the next level, and noise back to it."""
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    noise, eta = _Noise(run, noise_sampler, s_noise), _number("eta", eta)
+    noise, eta = _Noise(run, noise_sampler, s_noise), _not_negative("eta", eta)
     for i, sigma_t, sigma_s in run:
         denoised = run.denoise(x, sigma_t)
         run.report(i, x, denoised)
@@ -607,7 +659,7 @@ def sample_dpmpp_sde(
     """DPM-Solver++ for the diffusion SDE, single-step and of second order; ``r`` is where between the levels, in
     ``log sigma``, the second evaluation stands. ``noise_sampler``: by default a `BrownianTreeNoiseSampler`."""
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    eta, r = _number("eta", eta), _number("r", r)
+    eta, r = _not_negative("eta", eta), _number("r", r)
     if not r > 0.0:
         raise ValueError(f"r: expected a number > 0, got {r:g}")
     noise = _Noise(run, noise_sampler, s_noise, brownian=True)
@@ -672,10 +724,9 @@ def sample_dpmpp_2m_sde(
 ) -> Tensor:
     """DPM-Solver++(2M) for the diffusion SDE, multi-step; ``solver_type`` is ``"midpoint"`` or ``"heun"``.
     ``noise_sampler``: by default a `BrownianTreeNoiseSampler`."""
-    if solver_type not in ("heun", "midpoint"):
-        raise ValueError(f"solver_type must be 'heun' or 'midpoint', got {solver_type!r}")
+    one_of("solver_type", solver_type, ("heun", "midpoint"))
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    noise, eta = _Noise(run, noise_sampler, s_noise, brownian=True), _eta_of_sde(eta)
+    noise, eta = _Noise(run, noise_sampler, s_noise, brownian=True), _not_negative("eta", eta)
     run.expect_no_repeats(run.positive if eta and noise.brownian else run.positive[:-1])
     if eta:
         run.expect_decreasing(eta)
@@ -716,7 +767,7 @@ def sample_dpmpp_3m_sde(
     """DPM-Solver++(3M) for the diffusion SDE, multi-step and of third order; the first two steps are of lower order.
     ``noise_sampler``: by default a `BrownianTreeNoiseSampler`."""
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    noise, eta = _Noise(run, noise_sampler, s_noise, brownian=True), _eta_of_sde(eta)
+    noise, eta = _Noise(run, noise_sampler, s_noise, brownian=True), _not_negative("eta", eta)
     run.expect_no_repeats(run.positive)
     run.expect_decreasing(eta)  # what it extrapolates from spans two steps
     before: list[tuple[Tensor, float]] = []  # of the last two steps, the latest first: denoised, and h

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from .. import compiled
-from ..arguments import integer
+from ..arguments import integer, real_array
 
 if not compiled.loaded("cpu"):
     raise ImportError(compiled.load_error("cpu"))
@@ -124,10 +124,10 @@ SCHEMES: dict[str, Callable[..., Indices]] = {
 
 def exp_and_normalise(lw: Floats) -> Floats:
     """``exp(lw) / sum(exp(lw))``, of the shape of the log-weights ``lw``."""
-    lw = np.asarray(lw)
-    w = np.empty(lw.shape)
-    _exponentiate("lw", lw, None, w)
-    return w.astype(np.result_type(lw.dtype, np.float16), copy=False)
+    values = _doubles(lw, "lw")
+    w = np.empty(values.shape)
+    _exponentiate("lw", values, None, w)
+    return w.astype(np.result_type(np.asarray(lw).dtype, np.float16), copy=False)
 
 
 def essl(lw: Floats) -> float:
@@ -167,16 +167,17 @@ def patch() -> ExitStack:
 
 
 def _weights(W: Floats, M: int | None) -> tuple[Doubles, int]:
-    shape = np.shape(W)
-    if len(shape) != 1 or shape[0] == 0:
-        raise ValueError(f"W: expected shape [N] with N >= 1, got {list(shape)}")
-    return _doubles(W), shape[0] if M is None else integer("M", M, 0)
+    W = real_array("W", W, "weights [N]")
+    if W.ndim != 1 or not W.size:
+        raise ValueError(f"W: expected shape [N] with N >= 1, got {list(W.shape)}")
+    return np.asarray(W, order="C"), len(W) if M is None else integer("M", M, 0, 1 << 48)
 
 
 def _doubles(values: Floats, name: str = "W") -> Doubles:
-    if not np.size(values):
-        raise ValueError(f"{name}: expected at least one value, got shape {list(np.shape(values))}")
-    return np.ascontiguousarray(values, dtype=np.float64)
+    array = real_array(name, values, "real numbers")
+    if not array.size:
+        raise ValueError(f"{name}: expected at least one value, got shape {list(array.shape)}")
+    return np.asarray(array, order="C")
 
 
 def _at(array: NDArray[Any]) -> int:
@@ -225,7 +226,7 @@ def _exponentiate(
     """
     lw, W = _doubles(values, name), W if W is None else _doubles(W)
     if W is not None and W.shape != lw.shape:
-        raise ValueError(f"W: expected shape {list(lw.shape)}, got {list(W.shape)}")
+        raise ValueError(f"W: expected shape {list(lw.shape)}, that of {name}, got {list(W.shape)}")
     return _cpu.exponentiate(
         _at(lw), lw.size, 0 if W is None else _at(W), 0 if out is None else _at(out), torch.get_num_threads()
     )
