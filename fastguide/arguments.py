@@ -31,6 +31,7 @@ __all__ = [
     "one_of",
     "path",
     "placement",
+    "real",
     "real_array",
     "shape",
     "tensor",
@@ -79,6 +80,14 @@ def as_float(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return None
+
+
+def real(name: str, value: Any) -> float:
+    """``value`` as a float, if `as_float` can make one of it that is not NaN; infinity counts."""
+    found = as_float(value)
+    if found is None or math.isnan(found):
+        raise (TypeError if found is None else ValueError)(f"{name}: expected a number, got {got(value)}")
+    return found
 
 
 def is_integer(value: Tensor) -> bool:

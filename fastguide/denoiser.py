@@ -18,7 +18,7 @@ from .arguments import as_float, function, got, number, one_of
 from .ops import STATE_DTYPES
 from .schedules import Level, Schedule, per_step
 
-__all__ = ["Conditional", "Denoiser"]
+__all__ = ["Conditional", "Denoiser", "checked_scale"]
 
 Net = Callable[[Tensor, Tensor], Any]
 GuidanceScale = float | Sequence[float] | np.ndarray | Callable[[float], float] | Tensor
@@ -108,7 +108,7 @@ class Denoiser:
         self.schedule = schedule
         self.prediction = prediction
         self.unconditional = unconditional
-        self.guidance_scale: Any = _checked_scale(guidance_scale)
+        self.guidance_scale: Any = checked_scale(guidance_scale)
         self._dtypes: dict[str, torch.dtype | None] = {}  # of the networks, looked up once for a run
 
     def __repr__(self) -> str:
@@ -239,7 +239,7 @@ def _check_call(x: Any, level: Any, rows: Any) -> None:
             raise ValueError(f"rows: expected an int64 tensor [{len(x)}], got {got(rows)}")
 
 
-def _checked_scale(scale: Any) -> Any:
+def checked_scale(scale: Any) -> Any:
     """A guidance scale as `Denoiser` keeps it: None, a float, a tuple, a function, or a tensor of 0 or 1 dimensions."""
     if scale is None or (callable(scale) and not isinstance(scale, Tensor)):
         return scale

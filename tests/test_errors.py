@@ -574,6 +574,10 @@ def test_wrong_types_name_the_argument(name, options):
         dict(seed=np.int64(3)),
         dict(eta=np.ones(STEPS)),
         dict(eta=torch.ones(STEPS)),
+        dict(eta=torch.tensor(0.5)),
+        dict(guidance=DPS(LIKELIHOOD, zeta=torch.tensor(0.5))),
+        dict(guidance=PiGDM(LIKELIHOOD, zeta=np.array(0.5))),
+        dict(guidance=PnP(LIKELIHOOD, zeta=torch.tensor(0.5), rho=torch.tensor(2.0))),
         dict(guidance=TDS(LIKELIHOOD, np.int64(2))),
     ],
 )

@@ -1,6 +1,7 @@
 """Models, schedulers and pipelines of diffusers as priors: plain sampling is the pipeline's own, and guidance works."""
 
 import copy
+import math
 import socket
 
 import numpy as np
@@ -528,6 +529,47 @@ def test_no_guidance_as_in_a_pipeline():
     pipe, x = stable_diffusion(), normals(1, 2, 8, 8)
     got, expected = (from_pipeline(pipe, prompt="a lake", guidance_scale=scale)[0] for scale in (0.0, 1.0))
     assert torch.equal(got(x, got.schedule.level(300)), expected(x, expected.schedule.level(300)))
+
+
+def guided_draw(scale, shape=(2, 2, 8, 8)):
+    prior = from_pipeline(stable_diffusion(), prompt="a lake", negative_prompt="a boat", guidance_scale=scale)[0]
+    return fg.sample(prior, shape, steps=3, eta=0.0, seed=1).x
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [torch.tensor(3.0), np.array(3.0), [3.0, 3.0, 3.0], np.full(3, 3.0), lambda t: 3.0, torch.tensor([3.0, 3.0])],
+)
+def test_a_guidance_scale_of_every_form(scale):
+    torch.testing.assert_close(guided_draw(scale), guided_draw(3.0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_guidance_scale_for_each_observation_or_step():
+    both = guided_draw(torch.tensor([3.0, 0.5]))
+    torch.testing.assert_close(both[0], guided_draw(3.0)[0], rtol=1e-5, atol=1e-6)
+    no_guidance = from_pipeline(stable_diffusion(), prompt="a lake")[0]
+    expected = fg.sample(no_guidance, (2, 2, 8, 8), steps=3, eta=0.0, seed=1).x
+    torch.testing.assert_close(both[1], expected[1], rtol=1e-5, atol=1e-6)  # below 1 there is none
+    for table in ([0.5, 0.0, 1.0], lambda t: 0.5):
+        torch.testing.assert_close(guided_draw(table), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [math.nan, math.inf, "7.5", None, True, 10**400, [3.0, math.nan], torch.tensor([1.0, math.inf]), lambda t: "3"],
+)
+def test_guidance_scales_that_are_refused_by_name(scale):
+    with pytest.raises((TypeError, ValueError), match=r"^guidance_scale: expected .*, got "):
+        guided_draw(scale)
+    if not callable(scale):
+        with pytest.raises((TypeError, ValueError), match=r"^guidance_scale: expected .*, got "):
+            denoiser(conditional_unet(), DDIMScheduler(), prompt_embeds=normals(1, 5, 12), guidance_scale=scale)
+
+
+@pytest.mark.parametrize("prompt", [3, ["a lake", 3], [], b"a lake"])
+def test_prompts_that_are_no_text_are_refused_by_name(prompt):
+    with pytest.raises(TypeError, match=r"^prompt: expected a string, a list of them or None, got "):
+        from_pipeline(stable_diffusion(), prompt=prompt)
 
 
 def test_a_saved_pipeline_reads_prompts(tmp_path):

@@ -11,6 +11,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from test_demo import readme_example
@@ -598,11 +599,57 @@ class Replay:
         self.patch.undo()
 
 
-def test_timesteps_of_a_wrong_number():
+@pytest.mark.parametrize("timestep", (torch.tensor([100, 200]), torch.tensor([100.0, 200.0, 300.0])))
+def test_timesteps_of_a_wrong_number(timestep):
+    for name in ("DDIMScheduler", "DDPMScheduler"):
+        _, mine = both(name)
+        mine.set_timesteps(10)
+        with pytest.raises(ValueError, match=r"^timestep: expected an integer, or 3, one for each sample, got torch"):
+            mine.step(normal(*SHAPE), timestep, normal(*SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("name", "timesteps", "bad"),
+    [
+        ("DDPMScheduler", [900, 33, 0], "33"),
+        ("DDPMScheduler", [1500, 0, -1], "1500, -1"),
+        ("DDIMScheduler", [1000, 0, -1], "1000, -1"),
+    ],
+)
+def test_timesteps_that_are_not_on_the_schedule(name, timesteps, bad):
+    _, mine = both(name)
+    mine.set_timesteps(10)
+    with pytest.raises(ValueError, match=rf"^timestep: expected those of the schedule, .*, got \[{bad}\]"):
+        mine.step(normal(*SHAPE), torch.tensor(timesteps), normal(*SHAPE))
+    assert not mine.parent_calls
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("DDPMScheduler", "DDIMScheduler")])
+def test_schedulers_that_count_their_steps_take_one_timestep(name):
+    _, mine = both(name)
+    mine.set_timesteps(3)
+    mine.is_scale_input_called = True
+    with pytest.raises(ValueError, match=r"^timestep: expected one for all samples, got torch"):
+        mine.step(normal(*SHAPE), mine.timesteps.clone(), normal(*SHAPE))
+
+
+@pytest.mark.parametrize("eta", (torch.tensor(0.5), np.float32(0.5), np.array(0.5), torch.tensor([0.5])))
+def test_eta_may_be_a_tensor_or_an_array_of_one_number(eta):
+    def draw(eta):
+        _, mine = both("DDIMScheduler")
+        mine.set_timesteps(10)
+        generator = torch.Generator().manual_seed(2)
+        return mine.step(normal(*SHAPE, seed=1), 500, normal(*SHAPE), eta=eta, generator=generator).prev_sample
+
+    assert torch.equal(draw(eta), draw(0.5)) and not torch.equal(draw(eta), draw(0.0))
+
+
+@pytest.mark.parametrize("eta", (torch.tensor([0.5, 0.5]), "0.5", None, math.nan, 10**400, True))
+def test_an_eta_that_is_no_number_is_named(eta):
     _, mine = both("DDIMScheduler")
     mine.set_timesteps(10)
-    with pytest.raises(RuntimeError):  # the parent's
-        mine.step(normal(*SHAPE), torch.tensor([100, 200]), normal(*SHAPE))
+    with pytest.raises((TypeError, ValueError), match=r"^eta: expected a number, got "):
+        mine.step(normal(*SHAPE), 500, normal(*SHAPE), eta=eta)
 
 
 # --- fused noise --------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..arguments import as_float, flag, function, got, integer, number, one_of, tensor, torch_device
+from ..arguments import flag, function, integer, number, one_of, real, tensor, torch_device
 from ..foreign import as_tensor
 from ..guidance.base import STREAM_RESAMPLE
 
@@ -83,10 +82,7 @@ class FKD:
         strict = flag("strict", strict)
         if strict and (scheme != "systematic" or seed is not None):
             raise ValueError("strict: expected neither scheme nor seed with it: torch's generator draws")
-        least = as_float(reward_min_value)
-        if least is None or math.isnan(least):
-            kind = TypeError if least is None else ValueError
-            raise kind(f"reward_min_value: expected a number, got {got(reward_min_value)}")
+        least = real("reward_min_value", reward_min_value)
         function("reward_fn", reward_fn)
         function("latent_to_decode_fn", latent_to_decode_fn)
         self.potential_type = potential_type

@@ -47,7 +47,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import arguments, ops
-from ..arguments import as_float, flag, function, got, integer, number, one_of, torch_device
+from ..arguments import flag, function, got, integer, number, one_of, real, torch_device
 from ..foreign import as_tensor
 
 __all__ = [
@@ -178,10 +178,7 @@ def get_ancestral_step(sigma_from: Any, sigma_to: Any, eta: float = 1.0) -> tupl
     to, and the noise then added; with ``eta = 1`` the variance of ``x_s`` given ``x_t`` and ``x_0``. Floats, or tensors
     ``[]``, which are waited for."""
     for name, value in (("sigma_from", sigma_from), ("sigma_to", sigma_to), ("eta", eta)):
-        if not isinstance(value, Tensor):
-            _number(name, value)
-        elif arguments.as_float(value) is None:
-            raise TypeError(f"{name}: expected a number, got {got(value)}")
+        real(name, value)
     if not sigma_from > 0.0:
         raise ValueError(f"sigma_from: expected a number > 0, got {got(sigma_from)}")
     if not eta:
@@ -403,18 +400,8 @@ def _check_state(x: Any) -> None:
         raise ValueError(f"x: expected floating values [N, *event], got {got(x)}")
 
 
-def _number(name: str, value: Any) -> float:
-    """A number or a tensor ``[]`` as a float; it may wait for a device, and so comes before the first step."""
-    number = as_float(value)
-    if number is None:
-        raise TypeError(f"{name}: expected a number, got {got(value)}")
-    if math.isnan(number):
-        raise ValueError(f"{name}: expected a number, got nan")
-    return number
-
-
 def _not_negative(name: str, value: Any) -> float:
-    value = _number(name, value)
+    value = real(name, value)
     if value < 0.0:
         raise ValueError(f"{name}: expected a number >= 0, got {value:g}")
     return value
@@ -430,9 +417,9 @@ class _Churn:
 
     def __init__(self, run: _Run, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float):
         most = min(_not_negative("s_churn", s_churn) / max(len(run.levels) - 1, 1), 2**0.5 - 1)
-        within = (_number("s_tmin", s_tmin) <= run.host) & (run.host <= _number("s_tmax", s_tmax))
+        within = (real("s_tmin", s_tmin) <= run.host) & (run.host <= real("s_tmax", s_tmax))
         self.gammas = [most if inside else 0.0 for inside in within.tolist()]
-        self.s_noise = _number("s_noise", s_noise)
+        self.s_noise = real("s_noise", s_noise)
 
     def __call__(self, i: int, x: Tensor, sigma: float) -> tuple[Tensor, float, float]:
         """``x`` at its new level, that level, and by what factor it grew."""
@@ -456,7 +443,7 @@ class _Noise:
         if sampler is not None:
             function("noise_sampler", sampler, "a callable or None")
         self.sampler = default_noise_sampler(run.x) if sampler is None else sampler
-        self.s_noise = _number("s_noise", s_noise)
+        self.s_noise = real("s_noise", s_noise)
         self.brownian = isinstance(self.sampler, BrownianTreeNoiseSampler)
 
     def step(self, x: Tensor, denoised: Tensor, ratio: float, std: float, sigma: Tensor, sigma_next: Tensor) -> Tensor:
@@ -659,7 +646,7 @@ def sample_dpmpp_sde(
     """DPM-Solver++ for the diffusion SDE, single-step and of second order; ``r`` is where between the levels, in
     ``log sigma``, the second evaluation stands. ``noise_sampler``: by default a `BrownianTreeNoiseSampler`."""
     run = _Run(model, x, sigmas, extra_args, callback, disable)
-    eta, r = _not_negative("eta", eta), _number("r", r)
+    eta, r = _not_negative("eta", eta), real("r", r)
     if not r > 0.0:
         raise ValueError(f"r: expected a number > 0, got {r:g}")
     noise = _Noise(run, noise_sampler, s_noise, brownian=True)

@@ -29,8 +29,9 @@ from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ...arguments import integer
-from ...denoiser import Conditional, Denoiser, Net
+from ...arguments import got, integer, number, real_array
+from ...arguments import tensor as check_tensor
+from ...denoiser import Conditional, Denoiser, GuidanceScale, Net, checked_scale
 from ...foreign import as_tensor
 from ...schedules import Schedule, _Flow, _Table
 
@@ -57,7 +58,7 @@ def denoiser(
     negative_prompt_embeds: Tensor | None = None,
     class_labels: int | Sequence[int] | Tensor | None = None,
     negative_class_labels: int | Sequence[int] | Tensor | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: GuidanceScale = 1.0,
     vae_scale_factor: int | None = None,
     **model_kwargs: Any,
 ) -> Denoiser:
@@ -72,7 +73,8 @@ def denoiser(
       the nearest entries, and then the clean one. Clipping is ``fastguide.sample(clip=)``.
     - ``prompt_embeds`` ``[B, tokens, width]`` (the model's ``encoder_hidden_states``), ``class_labels`` and, in
       ``model_kwargs``, what else the model takes: tensors with a row for each observation, or one for all.
-    - ``guidance_scale``: if not 1, classifier-free guidance by a second evaluation: in it ``negative_prompt_embeds``,
+    - ``guidance_scale``: a number, or another of the forms that `fastguide.Denoiser` takes; if not 1, classifier-free
+      guidance by a second evaluation: in it ``negative_prompt_embeds``,
       ``negative_class_labels`` (None: the null class of a DiT) and, for each ``name`` in ``model_kwargs`` that holds
       tensors, ``negative_name`` take the places of the others.
     - ``vae_scale_factor``: only for SDXL's U-Net: how many times larger the image is than the state. With it,
@@ -90,16 +92,20 @@ def denoiser(
         raise ValueError("model: expected eval mode, got training mode; see model.eval()")
     if model.config.get("time_cond_proj_dim") is not None and "timestep_cond" not in model_kwargs:
         raise ValueError(f"timestep_cond: expected an embedding of the guidance, which {name} is given, got none")
-    if negative_class_labels is None and class_labels is not None and guidance_scale != 1:
+    if guidance_scale is None:
+        raise TypeError("guidance_scale: expected a number, a table, a function of the time or a tensor [B], got None")
+    guidance_scale = checked_scale(guidance_scale)
+    guided = not _is_one(guidance_scale)
+    if negative_class_labels is None and class_labels is not None and guided:
         negative_class_labels = model.config.get("num_embeds_ada_norm")
     arguments = model_kwargs | {
         "encoder_hidden_states": prompt_embeds,
         "negative_encoder_hidden_states": negative_prompt_embeds,
-        "class_labels": _labels(class_labels),
-        "negative_class_labels": _labels(negative_class_labels),
+        "class_labels": _labels("class_labels", class_labels),
+        "negative_class_labels": _labels("negative_class_labels", negative_class_labels),
     }
     _check_names(model, arguments)
-    given = {name: _moved(value, model) for name, value in arguments.items() if value is not None}
+    given = {name: _moved(name, value, model) for name, value in arguments.items() if value is not None}
     conditions = {name: value for name, value in given.items() if not name.startswith("negative_")}
     negative = {name.removeprefix("negative_"): given[name] for name in given.keys() - conditions.keys()}
     schedule, prediction, time_scale = _schedule(scheduler)
@@ -111,15 +117,15 @@ def denoiser(
             )
     network = _Network(model, time_scale, vae_scale_factor)
     net: Net = Conditional(network, **conditions) if conditions else network
-    if guidance_scale == 1:
+    if not guided:
         if negative:
             raise ValueError(f"guidance_scale: expected other than 1 with negatives of {sorted(negative)}, got 1")
         return Denoiser(net, schedule, prediction)
     expected = {name for name, value in conditions.items() if any(isinstance(v, Tensor) for v in tree_leaves(value))}
     if not expected or negative.keys() != expected:
         raise ValueError(
-            f"guidance_scale: expected 1, or for every condition its negative, got {guidance_scale} with conditions "
-            f"{sorted(expected)} and negatives {sorted(negative)}"
+            f"guidance_scale: expected 1, or for every condition its negative, got {got(guidance_scale)} with "
+            f"conditions {sorted(expected)} and negatives {sorted(negative)}"
         )
     unconditional = Conditional(network, **conditions | negative)
     return Denoiser(net, schedule, prediction, unconditional=unconditional, guidance_scale=guidance_scale)
@@ -190,7 +196,7 @@ def from_pipeline(
     *,
     prompt: str | list[str] | None = None,
     negative_prompt: str | list[str] | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: GuidanceScale = 1.0,
     **conditions: Any,
 ) -> tuple[Denoiser, Codec, Codec]:
     """``(denoiser, encode, decode)`` of a pipeline's U-Net or transformer, scheduler and autoencoder. Without an
@@ -200,7 +206,7 @@ def from_pipeline(
     - ``prompt``, ``negative_prompt``: one for each observation, or one for all; embedded by the pipeline's own
       ``encode_prompt``: Stable Diffusion 1, 2, XL (whose image is as large as the state says, and whole) and 3. Of
       others the embeddings are among the ``conditions``.
-    - ``guidance_scale``, ``conditions``: see `denoiser`; but as in a pipeline, a scale below 1 is none.
+    - ``guidance_scale``, ``conditions``: see `denoiser`; but as in a pipeline, a scale below 1 is 1: no guidance.
 
     A ControlNet or an adapter takes no part, so that a pipeline with one is an error.
     """
@@ -219,14 +225,35 @@ def from_pipeline(
     others = sorted(name for name in parts if "controlnet" in name or "adapter" in name)
     if others or hasattr(pipe, "set_pag_applied_layers"):
         raise TypeError(f"pipe: expected one of a model alone, got {type(pipe).__name__} with {others or 'PAG'}")
-    guidance_scale = max(guidance_scale, 1.0)
-    guided = guidance_scale != 1
+    guidance_scale = _at_least_one(guidance_scale)
+    guided = not _is_one(guidance_scale)
+    for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        texts = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(text, str) for text in texts) or value == []:
+            raise TypeError(f"{name}: expected a string, a list of them or None, got {got(value)}")
     if negative_prompt is not None and not (guided and prompt is not None):
         raise ValueError(f"negative_prompt: expected None without a prompt and guidance, got {negative_prompt!r}")
     embeds = {} if prompt is None else _embed(pipe, model, prompt, negative_prompt, guided)
     vae = parts.get("vae", parts.get("vqvae"))
     encode, decode = (_unchanged, _unchanged) if vae is None else codec(vae)
     return denoiser(model, parts["scheduler"], guidance_scale=guidance_scale, **embeds, **conditions), encode, decode
+
+
+def _is_one(scale: Any) -> bool:
+    """Whether a guidance scale, as `checked_scale` has it, is no guidance."""
+    return isinstance(scale, float) and scale == 1.0
+
+
+def _at_least_one(scale: Any) -> Any:
+    """A guidance scale, at each step and of each observation 1 where it is below."""
+    scale = checked_scale(scale)
+    if isinstance(scale, float):
+        return max(scale, 1.0)
+    if isinstance(scale, tuple):
+        return tuple(max(value, 1.0) for value in scale)
+    if isinstance(scale, Tensor):
+        return scale.clamp(min=1.0)
+    return scale if scale is None else lambda t: max(number("guidance_scale", scale(t)), 1.0)
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -301,17 +328,24 @@ class _Network:
         return output
 
 
-def _moved(value: Any, model: Any) -> Any:
+def _moved(name: str, value: Any, model: Any) -> Any:
     """Its tensors where the model is and, if floating, in its dtype."""
 
     def moved(tensor: Tensor) -> Tensor:
+        check_tensor(name.replace("encoder_hidden_states", "prompt_embeds"), tensor)
         return tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
 
     return tree_map_only(Tensor, moved, value)
 
 
-def _labels(value: Any) -> Tensor | None:
-    return None if value is None else as_tensor(value).reshape(-1)
+def _labels(name: str, value: Any) -> Tensor | None:
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        check_tensor(name, value)
+    else:
+        real_array(name, value, "a label, several of them, or a tensor")
+    return as_tensor(value).reshape(-1)
 
 
 # --- schedules ----------------------------------------------------------------------------------------------

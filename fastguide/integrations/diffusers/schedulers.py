@@ -55,6 +55,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ... import ops
+from ...arguments import flag, got, real
 from ...foreign import as_tensor
 from ...reference import Clip, Coefficients, DynamicThreshold
 
@@ -84,14 +85,15 @@ class _Plan(NamedTuple):
     clip: Clip
     clip_noise: bool
     # On each device that asked, [6, steps + 1], float64: alpha_t, sigma_t, alpha_s, sigma_s without noise and with it,
-    # std; the last are NaN, for timesteps below 0
+    # std; the last are NaN, for timesteps that are none
     tables: dict[torch.device, Tensor]
 
     def columns(self, place: Tensor) -> Tensor:
         device = place.device
         if device not in self.tables:
             self.tables[device] = self.tables[torch.device("cpu")].to(device, non_blocking=True)
-        return self.tables[device][:, place.clamp(min=-1)]
+        table = self.tables[device]
+        return table[:, torch.where((place >= 0) & (place < table.shape[1] - 1), place, -1)]
 
 
 def _plan(
@@ -303,8 +305,9 @@ class _Fused:
         levels: Coefficients
         if isinstance(place, Tensor):
             alpha_t, sigma_t, alpha_s, sigma_s, _, tau = columns = plan.columns(place.to(x.device))
-            if columns.is_cpu and columns.isnan().any():
-                raise _NotServed(_NO_STEP)
+            if columns.is_cpu and (unknown := columns.isnan().any(0)).any():  # the parent takes one timestep alone
+                bad = place[unknown].tolist()
+                raise ValueError(f"timestep: expected those of the schedule, with a reverse step each, got {bad}")
             levels = alpha_t, sigma_t, alpha_s, sigma_s, 0.0
             tau = tau.reshape(-1, *(1,) * (x.ndim - 1)).to(output.dtype)
         else:
@@ -413,7 +416,10 @@ class _Indexed(_Fused):
         value = self._value(timestep)
         if value is None:
             if timestep.is_floating_point() or timestep.numel() not in (1, sample.shape[0]):
-                raise _NotServed("")
+                if timestep.numel() == 1:
+                    raise _NotServed("")
+                expected = f"an integer, or {sample.shape[0]}, one for each sample"
+                raise ValueError(f"timestep: expected {expected}, got {got(timestep)}")
             return timestep.reshape(-1).long().expand(sample.shape[0])
         if not isinstance(value, _INTEGERS):
             raise _NotServed("")
@@ -534,11 +540,12 @@ class DDIMScheduler(_Indexed, diffusers.DDIMScheduler):
         generator: Generators,
         noise: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        eta = real("eta", eta)
         if self.num_inference_steps is None or (eta > 0 and noise is not None and generator is not None):
             raise _NotServed("")
         place = self._place(timestep, sample)
         parts = self.alphas_cumprod, self.final_alpha_cumprod, self._internal_dict
-        plan = self._cached(parts, self.num_inference_steps, float(eta), bool(clipped))
+        plan = self._cached(parts, self.num_inference_steps, eta, bool(clipped))
         x = _checked(sample, output)
         return self._advance(plan, place, x, output, noise=noise, generator=generator, noisy=eta > 0)
 
@@ -583,6 +590,8 @@ class _Ordered(_Fused):
 
     def _count(self, timestep: Any) -> int:
         """The step that this is."""
+        if isinstance(timestep, Tensor) and timestep.numel() != 1:
+            raise ValueError(f"timestep: expected one for all samples, got {got(timestep)}")
         if self._step_index is None:
             self._init_step_index(timestep)
         return self._step_index  # type: ignore[return-value]
@@ -662,10 +671,11 @@ class EulerDiscreteScheduler(_Scaled, diffusers.EulerDiscreteScheduler):
     ) -> tuple[Tensor, Tensor]:
         self._check(timestep)
         step = self._count(timestep)
-        plan, churns = self._cached((self.sigmas, self._internal_dict), s_churn, s_tmin, s_tmax)
+        churn = real("s_churn", s_churn), real("s_tmin", s_tmin), real("s_tmax", s_tmax)
+        plan, churns = self._cached((self.sigmas, self._internal_dict), *churn)
         x = _checked(sample, output, torch.float32)
         if step < len(churns) and churns[step] > 0 and plan.steps[step] is not None:
-            x = torch.add(x, self._draw(output, generator, step), alpha=s_noise * churns[step])
+            x = torch.add(x, self._draw(output, generator, step), alpha=real("s_noise", s_noise) * churns[step])
         x_s, x0 = self._advance(plan, step, x, output)
         self._step_index = step + 1
         return _in(output.dtype, x_s), x0
@@ -911,6 +921,7 @@ def accelerate(pipe: Any, *, fused_noise: bool = False) -> Any:
     components counts. A scheduler alone becomes a fused one by ``from_config``. ``fused_noise`` is described in
     `fastguide.integrations.diffusers.schedulers`. Raises ``TypeError`` where no scheduler is one of this module's.
     """
+    fused_noise = flag("fused_noise", fused_noise)
     parts = dict(getattr(pipe, "components", {}))
     if hasattr(pipe, "scheduler"):
         parts.setdefault("scheduler", pipe.scheduler)
