@@ -50,4 +50,4 @@ def test_the_operation(cuda_device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device: nothing fails")
 def test_a_failed_launch_names_the_cuda_error():
     with pytest.raises(RuntimeError, match="randn: cudaError"):
-        compiled.module("cuda").randn(0, 0, 1, 4, *7 * [0])
+        compiled.module("cuda").randn(16, 0, 1, 4, *7 * [0])
