@@ -19,7 +19,7 @@ FG_INLINE uint64_t magnitude(double v) {
 
 // The `ratio` quantile of |x0|, between the two order statistics it lies between, held in [1, most]. `each(f)` calls
 // f(x0) for each of the `count` elements. Digit by digit: how many of those that share the digits found so far have
-// which next one.
+// which next one. Another thread may change x0 between two looks: no digit is sought past the last.
 template <class R, class Each>
 FG_INLINE R threshold(uint64_t count, double ratio, double most, const Each& each) {
     using U = decltype(magnitude(R{}));
@@ -39,7 +39,7 @@ FG_INLINE R threshold(uint64_t count, double ratio, double most, const Each& eac
             if (digits >> bits == low) ++counts[digits & mask];
         });
         U digit = 0;
-        while (below + counts[digit] <= low_rank) below += counts[digit++];
+        while (digit < mask && below + counts[digit] <= low_rank) below += counts[digit++];
         low = (low << bits) | digit;
         through = below + counts[digit];
     }

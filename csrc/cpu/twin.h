@@ -105,4 +105,14 @@ FG_INLINE auto sum_of(const Twin<V>& v) {
     return sum_of(v.a) + sum_of(v.b);
 }
 
+// The bits that any of the vectors has.
+template <class V>
+FG_INLINE V any_of(V v) {
+    return v;
+}
+template <class V>
+FG_INLINE auto any_of(const Twin<V>& v) {
+    return any_of(v.a) | any_of(v.b);
+}
+
 }  // namespace fastguide::cpu::FG_ISA

@@ -9,6 +9,9 @@
 // Any other row is taken from its ends: a particle that nobody reads is overwritten, whereupon its ancestor may
 // have no reader left, and so on. What remains are cycles, each of which puts one particle aside. The order costs
 // two indices for each particle of such a row; the particles themselves are never held twice.
+//
+// Another thread may write to the ancestors meanwhile. So each address is made from one read of an ancestor that is held
+// in its row after that read, whatever an earlier look found (`read_held`), and no loop ends by ancestors alone.
 #include "../kernels.h"
 #include "../scratch.h"
 #include "../tiles.h"
@@ -42,13 +45,28 @@ FG_INLINE void in_blocks(const Map<Index>& map, uint64_t size, uint64_t grain, i
     });
 }
 
+FG_INLINE bool raised(const int* flag) { return __atomic_load_n(flag, __ATOMIC_RELAXED) != 0; }
 FG_INLINE void raise_flag(int* flag) {
-    if (!__atomic_load_n(flag, __ATOMIC_RELAXED)) __atomic_store_n(flag, 1, __ATOMIC_RELAXED);
+    if (!raised(flag)) __atomic_store_n(flag, 1, __ATOMIC_RELAXED);
+}
+
+// One read of an ancestor: the compiler may not make two of it.
+template <class Index>
+FG_INLINE Index read_once(const Index* a) {
+    return __atomic_load_n(a, __ATOMIC_RELAXED);
+}
+
+// The same, and `last` where it is out of range. A branch, as what waits for the ancestor would wait for a choice too.
+template <class Index>
+FG_INLINE Index read_held(const Index* a, Index last) {
+    using Word = std::make_unsigned_t<Index>;
+    const Index ancestor = read_once(a);
+    if (static_cast<Word>(ancestor) <= static_cast<Word>(last)) return ancestor;  // a negative one is larger than any
+    __asm__ volatile("");  // or GCC makes a choice of it
+    return last;
 }
 
 // --- what kind of map it is ---------------------------------------------------------------------------------
-
-// These loops are of one type throughout and have no way out, so that they vectorise.
 
 template <class Index>
 struct Look {
@@ -56,6 +74,7 @@ struct Look {
     bool moves;
 };
 
+// This loop and that of `ascends` are of one type throughout and have no way out, so that they vectorise.
 template <class Index>
 FG_INLINE Look<Index> look(const Index* a, Index begin, Index end) {
     using Word = std::make_unsigned_t<Index>;
@@ -70,9 +89,12 @@ FG_INLINE Look<Index> look(const Index* a, Index begin, Index end) {
 
 // Whether an ancestor is to be overwritten itself.
 template <class Index>
-FG_INLINE bool ancestors_move(const Index* a, Index begin, Index end) {
+FG_INLINE bool ancestors_move(const Index* a, Index begin, Index end, Index last) {
     Index difference = 0;
-    for (Index k = begin; k < end; ++k) difference |= a[a[k]] ^ a[k];
+    for (Index k = begin; k < end; ++k) {
+        const Index ancestor = read_held(a + k, last);
+        difference |= a[ancestor] ^ ancestor;
+    }
     return difference != 0;
 }
 
@@ -83,36 +105,45 @@ FG_INLINE bool ascends(const Index* a, Index particles) {
     return falls == 0;
 }
 
+// Or -1, where they have been put right.
 template <class Index>
 int64_t first_out_of_range(const Map<Index>& map) {
-    uint64_t at = 0;
-    while (map.ancestors[at] >= 0 && static_cast<uint64_t>(map.ancestors[at]) < map.particles) ++at;
-    return static_cast<int64_t>(at);
+    for (uint64_t at = 0; at < map.rows * map.particles; ++at)
+        if (map.ancestors[at] < 0 || static_cast<uint64_t>(map.ancestors[at]) >= map.particles)
+            return static_cast<int64_t>(at);
+    return -1;
 }
 
 // The particles that move in an order in which each is read before it is overwritten; ~k is the first of a cycle,
 // to be put aside for the cycle's last. Returns their number.
 template <class Index>
 uint64_t put_in_order(const Index* a, Index particles, Index* order, Index* readers) {
-    const Index done = -1;
+    const Index done = -1;  // or less, where ancestors were changed: none is put in the order twice
+    const auto ancestor_of = [=](Index k) { return read_held(a + k, static_cast<Index>(particles - 1)); };
     uint64_t count = 0;
     for (Index k = 0; k < particles; ++k) readers[k] = 0;
-    for (Index k = 0; k < particles; ++k) readers[a[k]] += a[k] != k;
+    for (Index k = 0; k < particles; ++k) {
+        const Index ancestor = ancestor_of(k);
+        readers[ancestor] += ancestor != k;
+    }
     for (Index k = 0; k < particles; ++k)
-        for (Index j = k; readers[j] == 0 && a[j] != j; j = a[j]) {
+        for (Index j = k; readers[j] == 0;) {
+            const Index ancestor = ancestor_of(j);
+            if (ancestor == j) break;
             order[count++] = j;
             readers[j] = done;
-            --readers[a[j]];
+            --readers[ancestor];
+            j = ancestor;
         }
     for (Index first = 0; first < particles; ++first) {
-        if (readers[first] == done || a[first] == first) continue;
+        if (readers[first] < 0 || ancestor_of(first) == first) continue;
         Index j = first, sign = ~Index{0};
         do {
             order[count++] = j ^ sign;
             readers[j] = done;
-            j = a[j];
+            j = ancestor_of(j);
             sign = 0;
-        } while (j != first);
+        } while (readers[j] >= 0);
     }
     return count;
 }
@@ -126,7 +157,9 @@ struct Column {
     char* data;
     uint64_t stride, width;
     const Index* a;
+    Index last;
 
+    FG_INLINE Index ancestor_of(Index k) const { return read_held(a + k, last); }
     FG_INLINE char* at(Index k) const { return data + static_cast<uint64_t>(k) * (kBytes > 0 ? kBytes : stride); }
     FG_INLINE void move(char* to, const char* from) const {
         if constexpr (kBytes > 0)
@@ -143,14 +176,19 @@ struct Column {
             moved[count] = k;
             count += a[k] != k;
         }
-        for (uint64_t i = 0; i < count; ++i) move(at(moved[i]), at(a[moved[i]]));
+        for (uint64_t i = 0; i < count; ++i) move(at(moved[i]), at(ancestor_of(moved[i])));
     }
 
     void copy_ascending(Index particles) const {
-        for (Index k = particles; k-- > 0;)
-            if (a[k] < k) move(at(k), at(a[k]));
-        for (Index k = 0; k < particles; ++k)
-            if (a[k] > k) move(at(k), at(a[k]));
+        using Word = std::make_unsigned_t<Index>;
+        for (Index k = particles; k-- > 0;) {
+            const Index ancestor = read_once(a + k);
+            if (static_cast<Word>(ancestor) < static_cast<Word>(k)) move(at(k), at(ancestor));
+        }
+        for (Index k = 0; k < particles; ++k) {
+            const Index ancestor = read_once(a + k);
+            if (ancestor > k && ancestor < particles) move(at(k), at(ancestor));
+        }
     }
 
     void copy_ordered(const Index* order, uint64_t count) const {
@@ -162,7 +200,8 @@ struct Column {
                 kept = to;
                 move(aside, at(to));
             }
-            move(at(to), a[to] == kept ? aside : at(a[to]));
+            const Index ancestor = ancestor_of(to);
+            move(at(to), ancestor == kept ? aside : at(ancestor));
         }
     }
 };
@@ -200,18 +239,20 @@ struct OrderedRow {
 template <class Index>
 Gathered gather(const Map<Index>& map, const ParticleArray* states, std::size_t count, int threads) {
     const uint64_t particles = map.particles;
-    const Index end_of_row = static_cast<Index>(particles);
+    const Index end_of_row = static_cast<Index>(particles), last = end_of_row - 1;
     int bad = 0, moving = 0, entangled = 0;
     in_blocks(map, kBlock, kScanGrain, threads, [&](uint64_t row, Index begin, Index end) {
         const Look<Index> seen = look(map.row(row), begin, end);
+        if (!seen.moves) return;
+        raise_flag(&moving);
         if (seen.largest >= particles) raise_flag(&bad);
-        if (seen.moves) raise_flag(&moving);
+        else if (!raised(&entangled) && ancestors_move(map.row(row), begin, end, last)) raise_flag(&entangled);
     });
-    if (bad) return {first_out_of_range(map), 0};
+    if (bad) {
+        const int64_t at = first_out_of_range(map);
+        if (at >= 0) return {at, 0};
+    }
     if (!moving) return {-1, 0};
-    in_blocks(map, kBlock, kScanGrain, threads, [&](uint64_t row, Index begin, Index end) {
-        if (ancestors_move(map.row(row), begin, end)) raise_flag(&entangled);
-    });
 
     uint64_t scratch = 0, ordered = 0, tangled = 0;
     Scratch<OrderedRow<Index>> rows;
@@ -220,7 +261,7 @@ Gathered gather(const Map<Index>& map, const ParticleArray* states, std::size_t 
     if (entangled) {
         scratch += is_ordered.allocate(map.rows);
         share_out(map.rows, kScanGrain * kBlock / particles + 1, threads, [&](uint64_t b) {
-            is_ordered.data[b] = ancestors_move(map.row(b), Index{0}, end_of_row);
+            is_ordered.data[b] = map.rows == 1 || ancestors_move(map.row(b), Index{0}, end_of_row, last);
         });
         for (uint64_t b = 0; b < map.rows; ++b) ordered += is_ordered.data[b];
         scratch += rows.allocate(ordered);
@@ -246,7 +287,7 @@ Gathered gather(const Map<Index>& map, const ParticleArray* states, std::size_t 
         with_bytes(bytes, [&](auto fixed) {
             const auto column = [&](uint64_t row, uint64_t from, uint64_t width) {
                 char* const data = static_cast<char*>(states[s].data) + row * particles * bytes + from;
-                return Column<fixed(), Index>{data, bytes, width, map.row(row)};
+                return Column<fixed(), Index>{data, bytes, width, map.row(row), last};
             };
             if (ordered < map.rows)
                 in_blocks(map, a_turn < kBlock ? a_turn : kBlock, kCopyGrain, threads,

@@ -202,7 +202,8 @@ struct Laid {
         if (!values.index) return values.of(tile.row);
         const int64_t* index = values.index + tile.row;
         for (uint64_t i = 0, end; i < tile.rows; i = end) {  // samples of one observation follow each other
-            for (end = i + 1; end < tile.rows && index[end] == index[i];) ++end;
+            const int64_t row = index[i];
+            for (end = i + 1; end < tile.rows && index[end] == row;) ++end;
             repeat(buffer + i * values.elements, values.of(tile.row + i), values.elements, end - i);
         }
         return buffer;
@@ -493,6 +494,17 @@ void evaluate(const Density& density, const DensityArrays& a, const Values<Real>
         });
 }
 
+// Copies `count` rows; the largest, where one below 0 is larger than any.
+uint64_t largest_of_copy(int64_t* __restrict__ to, const int64_t* __restrict__ from, uint64_t count) {
+    uint64_t largest = 0;
+    for (uint64_t i = 0; i < count; ++i) {
+        const int64_t row = from[i];
+        to[i] = row;
+        largest = static_cast<uint64_t>(row) > largest ? static_cast<uint64_t>(row) : largest;
+    }
+    return largest;
+}
+
 constexpr double kManyDegrees = 1e4;  // from which on ln(1 + ratio) is multiplied by too much for a product
 
 template <class Real>
@@ -525,12 +537,17 @@ void log_prob_and_gradient_in(const LogDensity& d, const DensityArrays& a, int t
 }  // namespace
 
 int64_t log_prob_and_gradient(const LogDensity& density, const DensityArrays& arrays, int threads) {
-    for (uint64_t i = 0; arrays.rows && i < arrays.samples; ++i)  // one below 0 is larger than any
-        if (static_cast<uint64_t>(arrays.rows[i]) >= arrays.y_rows) return static_cast<int64_t>(i);
-    if (arrays.dtype == Dtype::float64)
-        log_prob_and_gradient_in<double>(density, arrays, threads);
-    else
-        log_prob_and_gradient_in<float>(density, arrays, threads);
+    DensityArrays own = arrays;
+    Scratch<int64_t> rows;  // checked and used, as another thread may write to those of the call meanwhile
+    if (arrays.rows) {
+        rows.allocate(arrays.samples);
+        own.rows = rows.data;
+        if (largest_of_copy(rows.data, arrays.rows, arrays.samples) >= arrays.y_rows)
+            for (uint64_t i = 0; i < arrays.samples; ++i)
+                if (static_cast<uint64_t>(rows.data[i]) >= arrays.y_rows) return static_cast<int64_t>(i);
+    }
+    if (own.dtype == Dtype::float64) log_prob_and_gradient_in<double>(density, own, threads);
+    else log_prob_and_gradient_in<float>(density, own, threads);
     return -1;
 }
 

@@ -36,24 +36,26 @@ FG_INLINE F64 doubles(const uint32_t* words) {
 }  // namespace
 
 void mersenne_doubles(uint32_t* key, int32_t* position, double* out, uint64_t count) {
+    int32_t at = __atomic_load_n(position, __ATOMIC_RELAXED);  // once: another thread may set it meanwhile
+    at = at < 0 || at > kWords ? kWords : at;
     uint32_t halves[2 * kLanes64] = {};
     uint64_t half = 0;  // words of a pair that are kept from before the last twist
     for (uint64_t done = 0; done < count;) {
-        if (*position >= kWords) {
+        if (at == kWords) {
             twist(key);
-            *position = 0;
+            at = 0;
         }
-        if (half || *position + 1 == kWords) {
-            halves[half++] = key[(*position)++];
+        if (half || at + 1 == kWords) {
+            halves[half++] = key[at++];
             if (half == 2) {
                 out[done++] = doubles(halves)[0];
                 half = 0;
             }
             continue;
         }
-        const uint64_t whole = static_cast<uint64_t>(kWords - *position) / 2, left = count - done;
+        const uint64_t whole = static_cast<uint64_t>(kWords - at) / 2, left = count - done;
         const uint64_t pairs = whole < left ? whole : left;
-        const uint32_t* words = key + *position;
+        const uint32_t* words = key + at;
         uint64_t i = 0;
         for (; i + kLanes64 <= pairs; i += kLanes64) store(out + done + i, doubles(words + 2 * i));
         if (i < pairs) {
@@ -63,8 +65,9 @@ void mersenne_doubles(uint32_t* key, int32_t* position, double* out, uint64_t co
             store_some(out + done + i, doubles(last), rest);
         }
         done += pairs;
-        *position += static_cast<int32_t>(2 * pairs);
+        at += static_cast<int32_t>(2 * pairs);
     }
+    *position = at;
 }
 
 }  // namespace fastguide::cpu::FG_ISA

@@ -3,6 +3,9 @@
 // integer weights are computed anew in each pass: reading them back would cost as much, and 8 bytes a particle.
 //
 // What a pass needs of the blocks before its own are prefix sums of integers, so no result depends on the sharing.
+//
+// Another thread may write to the log-weights meanwhile. So before a pass counts slots from a block's weights, it looks
+// whether they are in range and come to the sum that the first pass found: see Row::weights_of.
 #include "../../common/log.h"
 #include "../../common/weights.h"
 #include "../kernels.h"
@@ -43,9 +46,9 @@ template <class T>
 FG_INLINE auto load_eight(const T* from) {
     return Twin<decltype(load_four(from))>{load_four(from), load_four(from + 4 * kLanes64)};
 }
-FG_INLINE int64_t sum_of_lanes(I64 v) {
-    int64_t sum = 0;
-    for (int lane = 0; lane < kLanes64; ++lane) sum += v[lane];
+FG_INLINE uint64_t sum_of_lanes(I64 v) {
+    uint64_t sum = 0;
+    for (int lane = 0; lane < kLanes64; ++lane) sum += static_cast<uint64_t>(v[lane]);
     return sum;
 }
 
@@ -68,36 +71,44 @@ FG_INLINE void store_narrow(int32_t* to, const Twin<V>& v) {
     store_narrow(to + sizeof(V) / sizeof(int64_t), v.b);
 }
 
+// Of integer weights: their sum, that of their squares or 0, and the bits that any of them has.
 struct Sums {
-    int64_t weights, squares;
+    uint64_t weights, squares, bits;
+
+    // Whether no weight is negative, and their sum no more than `count` times the largest that a weight can be.
+    bool in_range(int64_t count, int scale) const {
+        return bits >> (scale + 1) == 0 && weights <= static_cast<uint64_t>(count) << scale;
+    }
 };
 
 // The integer weights of `count` particles, a multiple of kEight, and their sums. Not inlined, lest GCC spill.
-template <class T>
+template <bool kSquares, class T>
 __attribute__((noinline)) Sums weigh_whole(int64_t* q, const T* log_weights, int64_t count, double top, int scale) {
-    I64 weights{}, squares{};
+    I64 weights{}, squares{}, bits{};
     for (int64_t i = 0; i < count; i += kEight) {
         auto x = exponential<EightLanes>(load_eight(log_weights + i) - top);  // const, GCC would copy it by halves
         const Eight<I64> weight = integer_weight(x, scale);
         store(q + i, weight);
         weights += sum_of(weight);
-        squares += sum_of(integer_square(x, scale));
+        bits |= any_of(weight);
+        if constexpr (kSquares) squares += sum_of(integer_square(x, scale));
     }
-    return {sum_of_lanes(weights), sum_of_lanes(squares)};
+    uint64_t any = 0;
+    for (int lane = 0; lane < kLanes64; ++lane) any |= static_cast<uint64_t>(bits[lane]);
+    return {sum_of_lanes(weights), sum_of_lanes(squares), any};
 }
 
 // The same for any number up to kBlock; zeros to the next multiple of kEight.
-template <class T>
+template <bool kSquares, class T>
 FG_INLINE Sums weigh(int64_t* q, const T* log_weights, int64_t count, double top, int scale) {
     const int64_t whole = count / kEight * kEight;
-    Sums sums = weigh_whole(q, log_weights, whole, top, scale);
+    Sums sums = weigh_whole<kSquares>(q, log_weights, whole, top, scale);
     if (whole < count) {
         T last[kEight];
         for (int64_t i = 0; i < kEight; ++i)
             last[i] = whole + i < count ? log_weights[whole + i] : -static_cast<T>(__builtin_inf());
-        const Sums more = weigh_whole(q + whole, last, kEight, top, scale);
-        sums.weights += more.weights;
-        sums.squares += more.squares;
+        const Sums more = weigh_whole<kSquares>(q + whole, last, kEight, top, scale);
+        sums = {sums.weights + more.weights, sums.squares + more.squares, sums.bits | more.bits};
     }
     return sums;
 }
@@ -147,7 +158,7 @@ FG_INLINE int64_t draw_exponentials(uint32_t* out, const Counter& counter, int64
         if (i < end) __builtin_memcpy(out + i, last, static_cast<std::size_t>(smaller(end - i, kDrawn)) * sizeof *last);
         for (int64_t k = 0; k < smaller(summed - i, kDrawn); ++k) sum += last[k];
     }
-    return sum + sum_of_lanes(sums);
+    return sum + static_cast<int64_t>(sum_of_lanes(sums));
 }
 
 // The sorted uniforms of a row, made of its exponentials in a window that moves on.
@@ -417,10 +428,10 @@ public:
 
     void resample() {
         find_top();
-        const bool usable = top_ - top_ == 0.0;
+        if (top_ - top_ == 0.0) sum_weights();
+        const bool usable = total_ > 0;
         double log_mean_weight = __builtin_nan(""), ess = log_mean_weight;
         if (usable) {
-            sum_weights();
             const double unit = OneWideLane::of_bits(static_cast<int64_t>(1023 - scale_) << 52);
             const double w = static_cast<double>(total_) * unit, v = static_cast<double>(squares_) * unit;
             ess = w * w / v;
@@ -469,20 +480,27 @@ private:
         }
     }
 
-    // The integer weights of a block: in `buffer`, or where the first pass left them.
+    // The integer weights of a block: in `buffer`, or where the first pass left them. Null if they are out of range or
+    // no longer come to the sum that the tables have. Any others ascend from the table's entry for this block to that
+    // for the next, and so do the slots that are counted from them.
     FG_INLINE int64_t* weights_of(int64_t block, int64_t size, int64_t* buffer) {
         if (particles_ <= kKept) return kept_ + block * kBlock;
-        weigh(buffer, log_weights_ + block * kBlock, size, top_, scale_);
-        return buffer;
+        const Sums sums = weigh<false>(buffer, log_weights_ + block * kBlock, size, top_, scale_);
+        const int64_t known = tables_.weights[block + 1] - tables_.weights[block];
+        return sums.in_range(size, scale_) && sums.weights == static_cast<uint64_t>(known) ? buffer : nullptr;
     }
 
     void sum_weights() {
         for_each_block(particles_, [&](int64_t block, int64_t size) {
             int64_t buffer[kBlock];
             int64_t* const q = particles_ <= kKept ? kept_ + block * kBlock : buffer;
-            const Sums sums = weigh(q, log_weights_ + block * kBlock, size, top_, scale_);
-            tables_.weights[block] = sums.weights;
-            tables_.squares[block] = sums.squares;
+            Sums sums = weigh<true>(q, log_weights_ + block * kBlock, size, top_, scale_);
+            if (!sums.in_range(size, scale_)) {  // changed since the largest was found: all count as dead
+                sums = {};
+                for (int64_t i = 0; i < (size + kEight - 1) / kEight * kEight; ++i) q[i] = 0;
+            }
+            tables_.weights[block] = static_cast<int64_t>(sums.weights);
+            tables_.squares[block] = static_cast<int64_t>(sums.squares);
         });
         total_ = sum_before(tables_.weights, blocks_);
         squares_ = sum_before(tables_.squares, blocks_);
@@ -533,11 +551,11 @@ private:
             int64_t buffer[kBlock];
             const int64_t* q = weights_of(block, size, buffer);
             I64 copies{};
-            for (int64_t i = 0; i < size; i += kFour) {
+            for (int64_t i = 0; q && i < size; i += kFour) {
                 const Share<FourLanes> share = floor_share<FourLanes>(load_four(q + i), slots_);
                 copies += sum_of(share.whole);
             }
-            tables_.copies[block] = sum_of_lanes(copies);
+            tables_.copies[block] = static_cast<int64_t>(sum_of_lanes(copies));
         });
         return sum_before(tables_.copies, blocks_);
     }
@@ -606,9 +624,10 @@ private:
             if (empty) {
                 if (call_.sorted) continue;
                 for (int64_t i = 0; i < padded; ++i) ends[i] = ends[-1];
-            } else {
-                count_slots<kScheme>(ends, weights_of(block, size, buffer), block, size, uniforms);
+            } else if (count_slots<kScheme>(ends, weights_of(block, size, buffer), block, size, uniforms)) {
                 for (int64_t i = (size + kFour - 1) / kFour * kFour; i < padded; ++i) ends[i] = ends[i - 1];
+            } else {
+                give_to_first<kScheme>(ends, padded, block, uniforms);
             }
             if (call_.sorted) {
                 fill_slots(ancestors_, ends, padded, block * kBlock, limit);
@@ -622,9 +641,11 @@ private:
         }
     }
 
-    // ends[k]: the slots of all particles of the row up to this one. Overwrites the weights.
+    // ends[k]: the slots of all particles of the row up to this one. Overwrites the weights. Returns false where these no
+    // longer agree with the tables.
     template <Scheme kScheme>
-    FG_INLINE void count_slots(int32_t* ends, int64_t* q, int64_t block, int64_t size, Uniforms& uniforms) {
+    FG_INLINE bool count_slots(int32_t* ends, int64_t* q, int64_t block, int64_t size, Uniforms& uniforms) {
+        if (!q) return false;
         const int64_t padded = (size + kFour - 1) / kFour * kFour;
         I64 sum = splat(tables_.weights[block]);
         if constexpr (kScheme == Scheme::systematic || kScheme == Scheme::stratified) {
@@ -650,9 +671,18 @@ private:
                 store_narrow(copies + k, own);
                 store(q + k, remainder_of(floor_share<FourLanes>(up_to, slots_), own, reciprocal));
             }
+            if (copied[0] != tables_.copies[block + 1]) return false;
             uniforms.count(ends, q, padded);
             for (int64_t k = 0; k < padded; ++k) ends[k] += copies[k];
         }
+        return true;
+    }
+
+    // All slots of a block to its first particle.
+    template <Scheme kScheme>
+    __attribute__((noinline, cold)) void give_to_first(int32_t* ends, int64_t padded, int64_t block, Uniforms& uniforms) const {
+        const int64_t all = slots_before<kScheme>(block + 1, uniforms);
+        for (int64_t i = 0; i < padded; ++i) ends[i] = static_cast<int32_t>(all);
     }
 
     // Survivors stay in place, and the spares of one block after the other fill the dead slots.
