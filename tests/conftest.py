@@ -105,14 +105,9 @@ def emulated_module(tmp_path_factory):
 @pytest.fixture(params=("emulated", "cuda"))
 def cuda_device(request, monkeypatch) -> torch.device:
     """Where ``backend="cuda"`` computes: the CPU, emulated, or a GPU where there is one."""
-    backends = sys.modules["fastguide.backends"]  # the package's attribute of that name is its function
     if request.param == "cuda":
-        if reason := backends.backends()["cuda"].reason:
+        if reason := sys.modules["fastguide.backends"].backends()["cuda"].reason:
             pytest.skip(f"cuda: {reason}")
         return torch.device("cuda")
-    device_of, no_device = backends._device_of, backends._no_device
-    monkeypatch.setitem(compiled._modules, "cuda", (request.getfixturevalue("emulated_module"), ""))
-    monkeypatch.setattr(compiled, "_cuda_stream", lambda device: contextlib.nullcontext(0))
-    monkeypatch.setattr(backends, "_device_of", lambda name: "cpu" if name == "cuda" else device_of(name))
-    monkeypatch.setattr(backends, "_no_device", lambda name: "" if name == "cuda" else no_device(name))
+    emulated_cuda.serve(request.getfixturevalue("emulated_module"), monkeypatch)
     return torch.device("cpu")

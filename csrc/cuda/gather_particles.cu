@@ -9,6 +9,9 @@
 //             in their new order, and once all blocks have read theirs they are written back. It returns at once
 //             where there is no such row. One cooperative launch, which a graph keeps like any other: a pair of
 //             launches for each part of the columns would cost their microseconds where there is nothing to do
+//
+// Another stream may write to the ancestors meanwhile. So each address is made from one read of an ancestor that is held
+// in its row after that read, whatever an earlier kernel found.
 #include "gather_particles.cuh"
 
 #include <cooperative_groups.h>
@@ -16,6 +19,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "check.cuh"
 
@@ -38,6 +42,12 @@ struct Map {
     uint64_t rows, particles;
     uint32_t* flags;  // of each row, of all of them, and whether an ancestor is out of range
 
+    // The last particle where it is out of range: a negative one is larger than any.
+    __device__ Index ancestor_of(uint64_t place) const {
+        using Word = std::make_unsigned_t<Index>;
+        const Index ancestor = ancestors[place], last = static_cast<Index>(particles - 1);
+        return static_cast<Word>(ancestor) < static_cast<Word>(last) ? ancestor : last;
+    }
     __device__ uint32_t of_all() const { return flags[rows]; }
     __device__ bool outside() const { return flags[rows + 1] != 0; }
 };
@@ -121,7 +131,7 @@ __device__ void move_units(const Map<Index>& map, const State& state) {
         for (unsigned j = 0; j < kInFlight; ++j) {
             const bool live = place < end;
             const uint32_t flags = live ? map.flags[row] : 0;
-            const Index ancestor = live ? map.ancestors[place] : 0;
+            const Index ancestor = live ? map.ancestor_of(place) : 0;
             const uint64_t unit = (static_cast<uint64_t>(column) << state.log2_lanes) + lane;
             const bool wanted = (flags == kMoves) & (unit < state.units);  // no branch between the loads
             to[j] = place * state.units + unit;
@@ -187,7 +197,7 @@ __device__ void exchange_units(const Map<Index>& map, const State& state, Unit* 
                     const uint64_t place = first_row * map.particles + cell / width;
                     const uint64_t row = place / map.particles, particle = place % map.particles;
                     if ((map.flags[row] & kEntangled) == 0) continue;
-                    const auto ancestor = static_cast<uint64_t>(map.ancestors[place]);
+                    const auto ancestor = static_cast<uint64_t>(map.ancestor_of(place));
                     if (ancestor == particle) continue;
                     Unit* const units = data + first + cell % width;
                     f(workspace[cell], units[place * state.units], units[(place - particle + ancestor) * state.units]);

@@ -5,6 +5,9 @@
 //
 // The integer weights are computed anew in each pass, as in csrc/cpu/kernels/resample.cpp: 4 bytes a particle are read
 // where 8 would be written and read. Prefix sums are those of integers, so no result depends on how the row is cut.
+//
+// Another stream may write to the log-weights meanwhile, and to a seed that stands on the device. So the counter is read
+// once, and where a tile's weights no longer come to the sum that the tables have, its first particle takes its slots.
 #include "resample.cuh"
 
 #include <cub/block/block_reduce.cuh>
@@ -34,6 +37,8 @@ enum class Verdict : int { draw, keep, zero };  // zero: all ancestors are 0
 // What is known of a row once its weights are summed.
 struct Row {
     double top, log_mean_weight;
+    uint64_t seed;
+    uint32_t step;
     double reciprocal;  // of the sum
     Slots slots;
     int64_t first;     // the uniform below the sum of systematic resampling
@@ -205,11 +210,11 @@ __device__ __forceinline__ uint64_t sum_before(Storage<kBlock>& storage, uint64_
     return before;
 }
 
-// The largest value of the threads before this one, or 0, which none is below. Must follow a barrier.
+// The largest value of the threads before this one, or 1 if that is larger. Must follow a barrier.
 template <int kBlock>
 __device__ __forceinline__ int32_t largest_before(Storage<kBlock>& storage, int32_t value) {
     int32_t before;
-    Latest<kBlock>(storage.latest).ExclusiveScan(value, before, 0, [](int32_t a, int32_t b) { return a > b ? a : b; });
+    Latest<kBlock>(storage.latest).ExclusiveScan(value, before, 1, [](int32_t a, int32_t b) { return a > b ? a : b; });
     return before;
 }
 
@@ -256,18 +261,24 @@ struct Sums {
     uint64_t weights, squares;
 };
 
-// Log-weights to integer weights, and this thread's sums.
+// Log-weights to integer weights, and this thread's sums. All are 0 where one is negative or above twice the largest that
+// a weight can be: then the largest has changed.
 __device__ __forceinline__ Sums weigh(int64_t (&q)[kItems], const double (&log_weights)[kItems], double top,
                                       int scale) {
     Sums sums{};
+    uint64_t bits = 0;  // that any of the weights has
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
         const auto x = exponential<OneWideLane>(log_weights[i] - top);
         q[i] = integer_weight<OneWideLane>(x, scale);
+        bits |= static_cast<uint64_t>(q[i]);
         sums.weights += static_cast<uint64_t>(q[i]);
         sums.squares += static_cast<uint64_t>(integer_square<OneWideLane>(x, scale));
     }
-    return sums;
+    if (bits >> (scale + 1) == 0) return sums;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) q[i] = 0;
+    return {};
 }
 
 // The whole copies that residual resampling makes of each; their sum.
@@ -288,12 +299,8 @@ struct Counter {
     uint64_t row, seed;
     uint32_t step, stream;
 
-    __device__ Counter(const Resampling& call, int64_t of)
-        : row(call.first_row + static_cast<uint64_t>(of)), stream(call.stream) {
-        const Resampling now = with_counter(call, call.counter);
-        seed = now.seed;
-        step = now.step;
-    }
+    __device__ Counter(const Resampling& call, int64_t of, const Row& known)
+        : row(call.first_row + static_cast<uint64_t>(of)), seed(known.seed), step(known.step), stream(call.stream) {}
 
     __device__ __forceinline__ Words4 words(int64_t group) const {
         return philox(philox_counter(row, static_cast<uint32_t>(group), stream, step), static_cast<uint32_t>(seed),
@@ -330,7 +337,7 @@ __device__ __forceinline__ Spacing spacing_of(const Row& row, Scheme scheme, int
 // Writes the mean weight and the effective sample size.
 __device__ __forceinline__ Row judge(const Job& job, int64_t index, double top, uint64_t total, uint64_t squares) {
     const Resampling& call = job.call;
-    const bool usable = top - top == 0.0;
+    const bool usable = top - top == 0.0 && total > 0;
     double ess = OneWideLane::of_bits(0x7FF8000000000000), log_mean_weight = ess;
     if (usable) {
         const double unit = OneWideLane::of_bits(static_cast<int64_t>(1023 - job.scale) << 52);
@@ -341,14 +348,17 @@ __device__ __forceinline__ Row judge(const Job& job, int64_t index, double top, 
     call.log_mean_weight[index] = log_mean_weight;
     call.ess[index] = ess;
 
+    const Resampling now = with_counter(call, call.counter);
     Row row{};
+    row.seed = now.seed;
+    row.step = now.step;
     row.top = top;
     row.log_mean_weight = log_mean_weight;
     row.verdict = usable ? Verdict::draw : Verdict::zero;
     if (call.number == call.particles && !(ess < call.keep_from)) row.verdict = Verdict::keep;
     row.reciprocal = 1.0 / static_cast<double>(total);
     row.slots = slots_of(call.number, total);
-    const Words4 words = Counter(call, index).words(0);
+    const Words4 words = Counter(call, index, row).words(0);
     row.first = uniform_below<OneWideLane>(total, words.w0, words.w1);
     row.uniforms = job.number;
     return row;
@@ -424,7 +434,7 @@ __device__ __forceinline__ unsigned leave_spares(Storage<kBlock>& storage, Ends&
 }
 
 // owners[j]: of slot `from` + j the particle, counted from 1 within the block; for as many slots as there are
-// particles. There must be one that has slot `from`.
+// particles. Slots that nobody has before the first that somebody has are the first particle's.
 template <int kBlock>
 __device__ __forceinline__ void fill_owners(Storage<kBlock>& storage, uint16_t* owners, const Ends& slots,
                                             uint32_t from) {
@@ -487,7 +497,7 @@ __global__ void __launch_bounds__(kBlock, 1) resample_short(const Job job) {
     if (row.verdict == Verdict::zero)
         return store_slots(job, index, 0, job.number, row.log_mean_weight, [](uint32_t) { return 0; });
 
-    const Counter counter(job.call, index);
+    const Counter counter(job.call, index, row);
     uint32_t copies[kItems] = {};
     uint32_t copied = 0;
     Uniforms uniforms{slots.uniforms, 0, static_cast<uint32_t>(job.number)};
@@ -574,8 +584,10 @@ __global__ void __launch_bounds__(kThreads) sum_weights(const Job job) {
     const uint64_t weight = sum_of_all<kThreads>(storage, sums.weights);
     const uint64_t square = sum_of_all<kThreads>(storage, sums.squares);
     if (threadIdx.x == 0) {
-        job.weights[at.row * (job.tiles + 1) + at.tile] = weight;
-        job.squares[at.row * (job.tiles + 1) + at.tile] = square;
+        const int64_t left = job.particles - at.tile * kTile, entry = at.row * (job.tiles + 1) + at.tile;
+        const bool in_range = weight <= static_cast<uint64_t>(left < kTile ? left : kTile) << job.scale;
+        job.weights[entry] = in_range ? weight : 0;
+        job.squares[entry] = in_range ? square : 0;
     }
 }
 
@@ -590,7 +602,11 @@ __global__ void __launch_bounds__(kThreads) sum_copies(const Job job) {
     weigh(q, log_weights, row.top, job.scale);
     uint32_t copies[kItems];
     const uint64_t total = sum_of_all<kThreads>(storage, copy_whole(copies, q, row.slots));
-    if (threadIdx.x == 0) job.copies[at.row * (job.tiles + 1) + at.tile] = total;
+    if (threadIdx.x != 0) return;
+    const int64_t entry = at.row * (job.tiles + 1) + at.tile;
+    const auto weight = static_cast<int64_t>(job.weights[entry + 1] - job.weights[entry]);
+    const auto most = static_cast<uint64_t>(floor_share<OneWideLane>(weight, row.slots).whole);
+    job.copies[entry] = total < most ? total : most;
 }
 
 __global__ void __launch_bounds__(kThreads) sum_exponentials(const Job job) {
@@ -599,7 +615,7 @@ __global__ void __launch_bounds__(kThreads) sum_exponentials(const Job job) {
     const Row& row = job.rows[at.row];
     if (row.verdict != Verdict::draw) return;
     uint32_t drawn[kItems];
-    const uint64_t own = draw_exponentials(drawn, Counter(job.call, at.row), at.first, row.uniforms);
+    const uint64_t own = draw_exponentials(drawn, Counter(job.call, at.row, row), at.first, row.uniforms);
     const uint64_t sum = sum_of_all<kThreads>(storage, own);
     if (threadIdx.x == 0) job.exponentials[at.row * (job.slot_tiles + 1) + at.tile] = sum;
 }
@@ -652,7 +668,7 @@ __global__ void __launch_bounds__(kThreads) draw_uniforms(const Job job) {
     if (row.verdict != Verdict::draw || at.tile * kTile >= row.uniforms) return;
     uint32_t drawn[kItems];
     uint64_t total;
-    const uint64_t own = draw_exponentials(drawn, Counter(job.call, at.row), at.first, row.uniforms);
+    const uint64_t own = draw_exponentials(drawn, Counter(job.call, at.row, row), at.first, row.uniforms);
     uint64_t sum = sum_before<kThreads>(storage, own, total);
     sum += job.exponentials[at.row * (job.slot_tiles + 1) + at.tile];
     double uniforms[kItems];
@@ -672,7 +688,7 @@ __global__ void __launch_bounds__(kSearchThreads) find_slots(const Job job) {
     if (index >= static_cast<int64_t>(job.call.rows)) return;
     const Row& row = job.rows[index];
     if (row.verdict != Verdict::draw) return;
-    const Counter counter(job.call, index);
+    const Counter counter(job.call, index, row);
     const uint32_t copies = kScheme == Scheme::residual ? static_cast<uint32_t>(job.copies[entry]) : 0;
     Uniforms uniforms{job.uniforms + index * job.number, 0, static_cast<uint32_t>(row.uniforms)};
     const int64_t weight = static_cast<int64_t>(job.weights[entry]);
@@ -731,18 +747,28 @@ __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 
     uint64_t total;
     const uint64_t own = weigh(q, log_weights, row.top, job.scale).weights;
     const uint64_t weight = job.weights[entry] + sum_before<kThreads>(storage, own, total);
+    bool same = total == job.weights[entry + 1] - job.weights[entry];  // as when the tables were made
     Uniforms uniforms{job.uniforms + at.row * job.number, all_from, all_to};
     if constexpr (kScheme == Scheme::residual) {
         const uint64_t before = sum_before<kThreads>(storage, copy_whole(copies, q, row.slots), total);
+        same = same && total == job.copies[entry + 1] - job.copies[entry];
         copied = static_cast<uint32_t>(job.copies[entry] + before);
         uniforms.next -= static_cast<uint32_t>(job.copies[entry]);
         uniforms.end -= static_cast<uint32_t>(job.copies[entry + 1]);
     }
-    const Counter counter(job.call, at.row);
-    Ends ends = count_slots<kScheme, kThreads>(storage, row, counter, q, weight, copies, copied, uniforms, all_from);
+    const Counter counter(job.call, at.row, row);
+    Ends ends;
+    if (same) {
+        ends = count_slots<kScheme, kThreads>(storage, row, counter, q, weight, copies, copied, uniforms, all_from);
+    } else {
+        ends.start = static_cast<int32_t>(threadIdx.x == 0 ? all_from : all_to);
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) ends.ends[i] = static_cast<int32_t>(all_to);
+    }
     if (!sorted) {
         const unsigned alive = leave_spares<kThreads>(storage, ends, total);
-        const uint32_t spares = all_to - all_from - static_cast<uint32_t>(total);
+        uint32_t spares = all_to - all_from - static_cast<uint32_t>(total);
+        if (rest) spares = static_cast<uint32_t>(job.spares[entry]);  // as many as were found the first time
         if (all_from + spares < to) to = all_from + spares;
         if (!rest) {
             job.alive[entry * kThreads + threadIdx.x] = static_cast<uint8_t>(alive);

@@ -78,6 +78,7 @@ def log_prob_and_gradient_kernel(
     y_row = row if rows is None else tl.load(rows + row, mask=live, other=0)
     y_row = tl.where(y_rows == 1, 0, y_row) if rows is None else y_row
     there = live & (y_row >= 0) & (y_row < y_rows)  # a row that is not there is NaN, and never read
+    y_row = tl.minimum(tl.maximum(y_row, 0), y_rows - 1)  # even if the compiler loads it twice and it changes meanwhile
     added_row = tl.where(added_rows == 1, 0, row)
 
     total = tl.zeros([ROWS], tl.float64)

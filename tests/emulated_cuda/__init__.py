@@ -7,14 +7,18 @@ between barriers, no limit of registers or memory, no speed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shlex
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 HERE = Path(__file__).parent
 SOURCES = sorted((HERE.parents[1] / "csrc" / "cuda").glob("*.c*[pu]"))
@@ -49,8 +53,25 @@ def build_module(folder: Path) -> ModuleType:
 
     library = folder / "_cuda.so"
     compile_library(library, SOURCES, pybind11.get_include(), sysconfig.get_paths()["include"])
+    return load(library)
+
+
+def load(library: Path) -> ModuleType:
+    """What `build_module` built."""
     spec = importlib.util.spec_from_file_location("_cuda", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def serve(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``module`` serve ``backend="cuda"``, for tensors on the CPU."""
+    from fastguide import compiled  # not before conftest.py has set Triton's environment
+
+    backends = sys.modules["fastguide.backends"]  # the package's attribute of that name is its function
+    device_of, no_device = backends._device_of, backends._no_device
+    monkeypatch.setitem(compiled._modules, "cuda", (module, ""))
+    monkeypatch.setattr(compiled, "_cuda_stream", lambda device: contextlib.nullcontext(0))
+    monkeypatch.setattr(backends, "_device_of", lambda name: "cpu" if name == "cuda" else device_of(name))
+    monkeypatch.setattr(backends, "_no_device", lambda name: "" if name == "cuda" else no_device(name))

@@ -1,7 +1,8 @@
 """Another thread writes to what a kernel reads. Any numbers may come of it, but no other memory is read or written,
 every ancestor is a particle, and the kernel returns.
 
-The races are run in a process of their own, this file, so that what goes wrong there is a failed assertion here.
+The races are run in a process of their own, this file, so that what goes wrong there is a failed assertion here:
+``races.py SECONDS [MODULE]``, with the CPU's kernels or with the emulated ones of ``MODULE``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import emulated_cuda
 import numpy as np
+import pytest
 import torch
 
 from fastguide import compiled, ops
@@ -21,6 +25,7 @@ from fastguide.reference import SCHEMES, DynamicThreshold
 
 Case = tuple[str, Callable[[int], object], Callable[[int], object]]  # a name; write(which of four); read(seed)
 WILD = torch.iinfo(torch.int32)
+BACKEND = "cuda" if len(sys.argv) > 2 else "cpu"  # of the process that races
 
 
 def resample(
@@ -35,9 +40,8 @@ def resample(
 
     def read(seed: int) -> None:
         torch.set_num_threads(1 + seed % 2)
-        ancestors = ops.resample(
-            log_weights, scheme=scheme, sorted=sorted, ess_threshold=threshold, seed=seed, check=False
-        )[0]
+        options = dict(sorted=sorted, ess_threshold=threshold, seed=seed, check=False, backend=BACKEND)
+        ancestors = ops.resample(log_weights, scheme=scheme, **options)[0]
         low, high = ancestors.min(), ancestors.max()
         assert low >= 0 and high < particles, f"ancestors from {low} to {high}"
 
@@ -53,7 +57,7 @@ def gather(name: str, kinds: list[torch.Tensor], events: list[tuple[int, ...]], 
     def read(seed: int) -> None:
         torch.set_num_threads(1 + seed % 2)
         try:
-            ops.gather_particles_(ancestors, *states)
+            ops.gather_particles_(ancestors, *states, backend=BACKEND)
         except ValueError as error:  # it saw one that is out of range
             assert "ancestors: expected values in" in str(error)
 
@@ -137,6 +141,9 @@ def race(write: Callable[[int], object], read: Callable[[int], object], seconds:
 
 
 def cases() -> list[Case]:
+    if BACKEND == "cuda":
+        plain = itertools.product(SCHEMES, (True, False), (None,), (torch.float32,))
+        return [resample(*of) for of in plain] + gathers()
     long = itertools.product(SCHEMES, (True, False), (None, 0.5), (torch.float32, torch.float64))
     short = itertools.product(SCHEMES, (False,), (None,), (torch.float32,), (30,), (3000,))  # are weighed once
     resamples = [resample(*of) for of in (*long, *short)]
@@ -144,12 +151,16 @@ def cases() -> list[Case]:
     return resamples + gathers() + others
 
 
-def test_a_write_of_another_thread_does_no_harm():
-    ran = subprocess.run([sys.executable, __file__, "2"], capture_output=True, text=True, timeout=60)
+def check(seconds: float, *module: str) -> None:
+    """Race for so long, in another process."""
+    command = [sys.executable, __file__, str(seconds), *module]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0 and ran.stdout.endswith("done\n"), (ran.returncode, ran.stdout[-200:], ran.stderr)
 
 
 if __name__ == "__main__":
+    if BACKEND == "cuda":
+        emulated_cuda.serve(emulated_cuda.load(Path(sys.argv[2])), pytest.MonkeyPatch())
     torch.manual_seed(0)
     every = cases()
     for name, write, read in every:

@@ -1,0 +1,7 @@
+"""The CUDA kernels, emulated, while their inputs are written to."""
+
+import races
+
+
+def test_writes_meanwhile_do_no_harm(emulated_module):
+    races.check(1.0, emulated_module.__file__)
