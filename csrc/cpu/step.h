@@ -36,9 +36,13 @@ FG_INLINE void convert(R* to, const T* from, uint64_t count) {
         if constexpr (std::is_same_v<R, float>) {
             widen(to, from, count);
         } else {
-            float middle[kTile];
-            widen(middle, from, count);
-            for (uint64_t i = 0; i < count; ++i) to[i] = middle[i];
+            constexpr uint64_t kMiddle = 256;
+            float middle[kMiddle];
+            for (uint64_t at = 0; at < count; at += kMiddle) {
+                const uint64_t some = count - at < kMiddle ? count - at : kMiddle;
+                widen(middle, from + at, some);
+                for (uint64_t i = 0; i < some; ++i) to[at + i] = middle[i];
+            }
         }
     } else {
         for (uint64_t i = 0; i < count; ++i) to[i] = static_cast<R>(from[i]);
@@ -125,7 +129,7 @@ struct Span {
     bool keeps_noise;  // that of x0 before it is clipped
 
     FG_INLINE Span from(uint64_t i) const {
-        return {x + i, output + i, displacement + (displacement ? i : 0), z + i, x_s + i, x0 + (x0 ? i : 0),
+        return {x + i, output + i, displacement + (displacement ? i : 0), z + (z ? i : 0), x_s + i, x0 + (x0 ? i : 0),
                 terms + (terms ? i : 0), low, high, past_caches, keeps_noise};
     }
 };
@@ -272,7 +276,7 @@ struct Run {
     Rounded<R> common;  // where all particles have the same
     R low, high;
     bool past_caches;
-    R* bounds = nullptr;  // each particle's dynamic threshold
+    Scratch<R> bounds;  // each particle's dynamic threshold
 
     explicit Run(const Step& s)
         : step(s), common(s.per_particle ? Multipliers{} : multipliers(levels_of(s, 0), s.prediction, s.clip_noise)) {
@@ -284,8 +288,6 @@ struct Run {
                       (!s.x0 || (x_s - x0) % kBytes == 0);
         if (s.clip.kind == ClipKind::dynamic) find_bounds();
     }
-    Run(const Run&) = delete;
-    ~Run() { delete[] bounds; }
 
     static FG_INLINE Levels levels_of(const Step& s, uint64_t row) {
         const uint64_t stride = s.per_particle ? s.shape.particles : 1;
@@ -316,36 +318,79 @@ FG_INLINE void x0_of(R* x0, const R* x, const R* output, const Run<R>& run, uint
     }
 }
 
+template <class R>
+constexpr Dtype kDtype = sizeof(R) == 4 ? Dtype::float32 : Dtype::float64;
+
 // x0_hat is made anew for each look at it, and kept nowhere.
 template <class R>
 void Run<R>::find_bounds() {
     const uint64_t particles = step.shape.particles, elements = step.shape.elements;
-    bounds = new R[particles];
-    share_out(particles, kTileGrain * kTile / elements + 1, step.threads, [&](uint64_t row) {
+    const uint64_t most = elements < kTile ? elements : kTile;
+    struct Buffers {
+        R *x, *output, *x0;
+        uint64_t* counts;
+    };
+    const auto buffers_in = [&](Memory& memory) -> Buffers {
+        const auto staging = [&](const Input& input) { return memory.take<R>(input.dtype == kDtype<R> ? 0 : most); };
+        return {staging(step.x), staging(step.output), memory.take<R>(most),
+                memory.take<uint64_t>(counts_of_threshold(elements))};
+    };
+    Memory counted;
+    buffers_in(counted);
+    bounds.allocate(particles);
+    share_out(particles, kTileGrain * kTile / elements + 1, step.threads, counted, [&](uint64_t row, Memory memory) {
+        const Buffers in = buffers_in(memory);
         const auto each = [&](const auto& f) __attribute__((always_inline)) {
-            alignas(64) R x[kTile], output[kTile], x0[kTile];
             for (uint64_t at = 0; at < elements; at += kTile) {
                 const uint64_t count = elements - at < kTile ? elements - at : kTile, begin = row * elements + at;
-                x0_of(x0, staged(x, step.x, begin, count), staged(output, step.output, begin, count), *this, row, count);
-                for (uint64_t i = 0; i < count; ++i) f(x0[i]);
+                const R *x = staged(in.x, step.x, begin, count), *output = staged(in.output, step.output, begin, count);
+                x0_of(in.x0, x, output, *this, row, count);
+                for (uint64_t i = 0; i < count; ++i) f(in.x0[i]);
             }
         };
-        bounds[row] = threshold<R>(elements, step.clip.low, step.clip.high, each);
+        bounds.data[row] = threshold<R>(in.counts, elements, step.clip.low, step.clip.high, each);
     });
 }
 
+// What the tiles of a call need beside its arrays; null where there is no need.
+template <class R>
+struct TileBuffers {
+    R *x, *output, *displacement, *z, *x_s, *x0, *multipliers[7];
+
+    TileBuffers(const Run<R>& run, Memory& memory) {
+        const Step& s = run.step;
+        const uint64_t most = Tiling{s.shape.particles, s.shape.elements}.largest();
+        const auto if_needed = [&](bool needed) { return needed ? memory.take<R>(most) : nullptr; };
+        const bool direct = s.x.dtype == kDtype<R>, clips = run.bounds.data;
+        x = if_needed(!direct);
+        output = if_needed(clips || s.output.dtype != kDtype<R>);
+        displacement = if_needed((clips && !s.clip_noise) || (s.displacement.data && s.displacement.dtype != kDtype<R>));
+        z = if_needed(s.per_particle || run.common.tau != R{0});
+        x_s = if_needed(!direct);
+        x0 = if_needed(!direct && s.x0);
+        for (R*& each : multipliers) each = if_needed(s.per_particle && s.shape.elements < kLongParticle);
+    }
+    static Memory counted(const Run<R>& run) {
+        Memory memory;
+        TileBuffers(run, memory);
+        return memory;
+    }
+};
+
 // x_s, and x0 if it is asked for, of one tile; with `kWeighed` the terms of tau times the log-density ratio.
 template <bool kWeighed, class R>
-void step_tile(const Run<R>& run, const Tile& tile, Terms<R>* terms) {
+void step_tile(const Run<R>& run, const Tile& tile, Terms<R>* terms, Memory memory) {
     const Step& s = run.step;
     const uint64_t elements = s.shape.elements, begin = tile.row * elements + tile.begin, count = tile.count;
     const uint64_t in_row = tile.rows == 1 ? count : elements;
-    const bool direct = s.x.dtype == (sizeof(R) == 4 ? Dtype::float32 : Dtype::float64);
-    alignas(64) R x[kTile], output[kTile], displacement[kTile], z[kTile], x_s[kTile], x0[kTile];
+    const bool direct = s.x.dtype == kDtype<R>;
+    const TileBuffers<R> buffers(run, memory);
+    R *const output = buffers.output, *const displacement = buffers.displacement, *const z = buffers.z;
     bool noisy = run.common.tau != R{0};
     for (uint64_t i = 0; s.per_particle && !noisy && i < tile.rows; ++i) noisy = run.tau_of(tile.row + i) != R{0};
     // Large float32 states: each normal is used where it is made, while the memory brings the inputs of the next.
-    const bool flows = noisy && run.past_caches && tile.rows == 1 && !run.bounds && s.output.dtype == Dtype::float32 &&
+    const bool flows = noisy && run.past_caches && tile.rows == 1 && !run.bounds.data &&
+                       s.output.dtype == Dtype::float32 &&
                        (!s.displacement.data || s.displacement.dtype == Dtype::float32) &&
                        reinterpret_cast<uintptr_t>(static_cast<R*>(s.x_s) + begin) % kBytes == 0;
     if (noisy && !flows) {
@@ -353,14 +398,14 @@ void step_tile(const Run<R>& run, const Tile& tile, Terms<R>* terms) {
             prefetch(s.x, begin + at, n), prefetch(s.output, begin + at, n), prefetch(s.displacement, begin + at, n);
         });
     }
-    Span<R> span{staged(x, s.x, begin, count), staged(output, s.output, begin, count), nullptr, z, x_s, x0,
-                 terms ? terms->at : nullptr, run.low, run.high, run.past_caches, !s.clip_noise};
+    Span<R> span{staged(buffers.x, s.x, begin, count), staged(output, s.output, begin, count), nullptr, z, buffers.x_s,
+                 buffers.x0, terms ? terms->at : nullptr, run.low, run.high, run.past_caches, !s.clip_noise};
     int flags = (s.prediction == Prediction::sample ? kSample : 0) | (s.x0 ? kX0 : 0);
     if (direct) span.x_s = static_cast<R*>(s.x_s) + begin, span.x0 = static_cast<R*>(s.x0) + (s.x0 ? begin : 0);
     if (s.displacement.data) span.displacement = staged(displacement, s.displacement, begin, count), flags |= kMoved;
-    if (run.bounds) {
+    if (run.bounds.data) {
         for (uint64_t i = 0; i < tile.rows; ++i) {
-            const R bound = run.bounds[tile.row + i];
+            const R bound = run.bounds.data[tile.row + i];
             R* row = output + i * elements;
             x0_of(row, span.x + i * elements, span.output + i * elements, run, tile.row + i, in_row);
             if (!s.clip_noise) {  // what it adds is known before the threshold
@@ -394,7 +439,7 @@ void step_tile(const Run<R>& run, const Tile& tile, Terms<R>* terms) {
         if (noisy) flags |= kNoise;
         step_span_of<kWeighed>(flags, span, OneParticle<R>{run.common}, count);
     } else if (elements < kLongParticle) {
-        alignas(64) R p[kTile], q[kTile], a[kTile], b[kTile], tau[kTile], c[kTile], half_inverse[kTile];
+        const auto [p, q, a, b, tau, c, half_inverse] = buffers.multipliers;
         for (uint64_t i = 0; i < tile.rows; ++i) {
             const Rounded<R> m = run.of(tile.row + i);
             for (uint64_t at = i * elements; at < (i + 1) * elements; ++at) {
@@ -416,8 +461,8 @@ void step_tile(const Run<R>& run, const Tile& tile, Terms<R>* terms) {
         with_type(s.x.dtype, [&](auto type) __attribute__((always_inline)) {
             using T = decltype(type);
             if constexpr (sizeof(T) == 2) {
-                narrow(static_cast<T*>(s.x_s) + begin, x_s, count);
-                if (s.x0) narrow(static_cast<T*>(s.x0) + begin, x0, count);
+                narrow(static_cast<T*>(s.x_s) + begin, buffers.x_s, count);
+                if (s.x0) narrow(static_cast<T*>(s.x0) + begin, buffers.x0, count);
             }
         });
     }

@@ -56,13 +56,13 @@ struct Sum {
     }
 };
 
-// The terms of a tile that has one particle's, or of all of its particles one after the other. Of one particle's
-// some may have been added where they were made.
+// The terms of a tile that has one particle's, or of all of its particles one after the other, with room for a vector
+// more. Of one particle's some may have been added where they were made.
 template <class R>
 struct Terms {
-    alignas(64) R at[kTile + kLanes64];
+    R* at;
     uint64_t summed = 0;
-    Sum<R> sum;
+    Sum<R> sum{};
 };
 
 }  // namespace fastguide::cpu::FG_ISA

@@ -17,21 +17,23 @@ FG_INLINE uint64_t magnitude(double v) {
     return bits & 0x7FFFFFFFFFFFFFFFu;
 }
 
+constexpr int threshold_bits(uint64_t count) { return count < 1024 ? 5 : 11; }
+// How many counts the threshold of so many elements needs.
+constexpr uint64_t counts_of_threshold(uint64_t count) { return uint64_t{1} << threshold_bits(count); }
+
 // The `ratio` quantile of |x0|, between the two order statistics it lies between, held in [1, most]. `each(f)` calls
 // f(x0) for each of the `count` elements. Digit by digit: how many of those that share the digits found so far have
 // which next one. Another thread may change x0 between two looks: no digit is sought past the last.
 template <class R, class Each>
-FG_INLINE R threshold(uint64_t count, double ratio, double most, const Each& each) {
+FG_INLINE R threshold(uint64_t* counts, uint64_t count, double ratio, double most, const Each& each) {
     using U = decltype(magnitude(R{}));
-    constexpr int kMostBits = 11;
-    const int bits = count < 1024 ? 5 : kMostBits;
+    const int bits = threshold_bits(count);
     const double rank = ratio * static_cast<double>(count - 1);
     const uint64_t low_rank = static_cast<uint64_t>(rank), high_rank = low_rank + 1 < count ? low_rank + 1 : low_rank;
     const double between = rank - static_cast<double>(low_rank);
     U low = 0;
     uint64_t below = 0, through = 0;
     for (int shift = (static_cast<int>(sizeof(U)) * 8 - 1) / bits * bits; shift >= 0; shift -= bits) {
-        uint64_t counts[1 << kMostBits];
         const U mask = (U{1} << bits) - 1;
         for (U i = 0; i <= mask; ++i) counts[i] = 0;
         each([&](R v) __attribute__((always_inline)) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "noise.h"
+#include "scratch.h"
 
 #if defined(FG_THREAD_SANITIZER)
 #include <thread>
@@ -26,6 +27,11 @@ struct Tiling {
         const uint64_t per_tile = rows_per_tile();
         return per_tile > 1 ? (rows + per_tile - 1) / per_tile : rows * tiles_per_row();
     }
+    // The elements of the largest tile.
+    uint64_t largest() const {
+        const uint64_t per_tile = rows_per_tile() < rows ? rows_per_tile() : rows;
+        return elements < kTile ? per_tile * elements : kTile;
+    }
     Tile at(uint64_t index) const {
         const uint64_t per_tile = rows_per_tile();
         if (per_tile > 1) {
@@ -39,38 +45,66 @@ struct Tiling {
     }
 };
 
-// f(begin, end) for pieces of [0, count), on at most `threads` threads. `grain` indices are the least worth a thread.
-// Several pieces for each thread, so that one that the machine has put aside holds up nobody for long.
+// How [0, count) is shared out to at most `threads` threads. `grain` indices are the least worth a thread. Several
+// pieces for each thread, so that one that the machine has put aside holds up nobody for long.
+struct Sharing {
+    uint64_t count, pieces;
+    int team;
+
+    Sharing(uint64_t number, uint64_t grain, int threads) : count(number), pieces(1), team(1) {
+        if (threads <= 1 || count / grain <= 1) return;
+        const uint64_t most = static_cast<uint64_t>(threads);
+        pieces = count / grain < 8 * most ? count / grain : 8 * most;
+        team = pieces < most ? static_cast<int>(pieces) : threads;
+    }
+};
+
+// f(begin, end, memory) for the pieces, with each thread's part of the workspace.
 template <class F>
-FG_INLINE void share_ranges(uint64_t count, uint64_t grain, int threads, const F& f) {
-    const uint64_t most = 8 * static_cast<uint64_t>(threads);
-    const uint64_t pieces = count / grain < most ? count / grain : most;
-    if (threads <= 1 || pieces <= 1) return f(uint64_t{0}, count);
-    const int team = pieces < static_cast<uint64_t>(threads) ? static_cast<int>(pieces) : threads;
+FG_INLINE void share_ranges(const Sharing& sharing, const Workspace& workspace, const F& f) {
+    const uint64_t count = sharing.count, pieces = sharing.pieces;
+    if (pieces == 1) return f(uint64_t{0}, count, workspace.of(0));
     uint64_t next = 0;
+    int members = 0;
     auto work = [&] {
+        const Memory memory = workspace.of(__atomic_fetch_add(&members, 1, __ATOMIC_RELAXED));
         for (uint64_t piece; (piece = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < pieces;)
-            f(count * piece / pieces, count * (piece + 1) / pieces);
+            f(count * piece / pieces, count * (piece + 1) / pieces, memory);
     };
 #if defined(FG_THREAD_SANITIZER)  // which knows nothing of OpenMP's threads
     std::thread others[8];
-    const int helpers = team - 1 < 8 ? team - 1 : 8;
+    const int helpers = sharing.team - 1 < 8 ? sharing.team - 1 : 8;
     for (int i = 0; i < helpers; ++i) others[i] = std::thread(work);
     work();
     for (int i = 0; i < helpers; ++i) others[i].join();
 #else
     const auto member = [](void* data) noexcept { (*static_cast<decltype(work)*>(data))(); };
-    GOMP_parallel(member, &work, static_cast<unsigned>(team), 0);
+    GOMP_parallel(member, &work, static_cast<unsigned>(sharing.team), 0);
 #endif
 }
 
-// f(index) for each of [0, count), shared out in the same way.
+// f(begin, end) without memory.
 template <class F>
-FG_INLINE void share_out(uint64_t count, uint64_t grain, int threads, const F& f) {
-    share_ranges(count, grain, threads, [&](uint64_t begin, uint64_t end) {
-        for (uint64_t i = begin; i < end; ++i) f(i);
+FG_INLINE void share_ranges(uint64_t count, uint64_t grain, int threads, const F& f) {
+    const Workspace none({}, 0);
+    const auto forget = [&](uint64_t begin, uint64_t end, const Memory&) { f(begin, end); };
+    share_ranges(Sharing(count, grain, threads), none, forget);
+}
+
+// f(index, memory) for each of [0, count): each thread has as much memory as `counted` counted.
+template <class F>
+FG_INLINE void share_out(uint64_t count, uint64_t grain, int threads, const Memory& counted, const F& f) {
+    const Sharing sharing(count, grain, threads);
+    const Workspace workspace(counted, sharing.team);
+    share_ranges(sharing, workspace, [&](uint64_t begin, uint64_t end, const Memory& memory) {
+        for (uint64_t i = begin; i < end; ++i) f(i, memory);
         stream_fence();  // what f wrote past the caches
     });
+}
+
+template <class F>
+FG_INLINE void share_out(uint64_t count, uint64_t grain, int threads, const F& f) {
+    share_out(count, grain, threads, Memory{}, [&](uint64_t i, const Memory&) { f(i); });
 }
 
 constexpr uint64_t kTileGrain = 8;  // 16,384 elements, tens of microseconds

@@ -21,9 +21,9 @@ struct BlockSums {
 };
 
 // Of up to kBlock elements; `out` and `weights` as in Exponentials.
-BlockSums exponentiate_block(const double* log_weights, const double* weights, double* out, uint64_t count,
-                             double top) {
-    alignas(64) double w[kBlock + kLanes64], others[kBlock + kLanes64];
+BlockSums exponentiate_block(const double* log_weights, const double* weights, double* out, uint64_t count, double top,
+                             Memory memory) {
+    double *const w = memory.take<double>(count + kLanes64), *const others = memory.take<double>(count + kLanes64);
     const auto put = [&](uint64_t i, F64 log_weight, F64 weight) __attribute__((always_inline)) {
         const F64 e = exp_double(log_weight - top);
         store(w + i, e);
@@ -52,10 +52,12 @@ void exponentiate(Exponentials& call) {
     });
     const double top = largest(tops.data, static_cast<int64_t>(blocks));
     const Scratch<BlockSums> sums(blocks);
-    share_out(blocks, kGrain, call.threads, [&](uint64_t block) {
+    Memory counted;
+    for (int i = 0; i < 2; ++i) counted.take<double>((blocks > 1 ? kBlock : call.count) + kLanes64);
+    share_out(blocks, kGrain, call.threads, counted, [&](uint64_t block, const Memory& memory) {
         const uint64_t at = block * kBlock;
         sums.data[block] = exponentiate_block(call.log_weights + at, call.weights ? call.weights + at : nullptr,
-                                              call.out ? call.out + at : nullptr, size(block), top);
+                                              call.out ? call.out + at : nullptr, size(block), top, memory);
     });
     call.sums[0] = top, call.sums[1] = call.sums[2] = top - top;  // NaN unless that is finite
     for (uint64_t block = 0; block < blocks; ++block) {

@@ -123,10 +123,11 @@ struct LogProduct {
 };
 
 // finish(row, sum) for each row of [rows, elements]. Rows of few elements are summed up from the terms that
-// fill(tile, terms) writes, row after row; of others run(row, begin, count) returns the sum of a part.
+// fill(tile, terms, memory) writes, row after row; of others run(row, begin, count, memory) returns the sum of a part.
+// `counted`: the memory that these take.
 template <class Fill, class Run, class Finish>
-FG_INLINE void sum_terms(uint64_t rows, uint64_t elements, int threads, const Fill& fill, const Run& run,
-                         const Finish& finish) {
+FG_INLINE void sum_terms(uint64_t rows, uint64_t elements, int threads, Memory counted, const Fill& fill,
+                         const Run& run, const Finish& finish) {
     if (elements == 0) {
         for (uint64_t row = 0; row < rows; ++row) finish(row, 0.0);
         return;
@@ -134,22 +135,24 @@ FG_INLINE void sum_terms(uint64_t rows, uint64_t elements, int threads, const Fi
     const Tiling tiling{rows, elements};
     const uint64_t tiles_per_row = tiling.tiles_per_row();
     if (elements < kSumLanes) {
-        share_out(tiling.tiles(), kTileGrain, threads, [&](uint64_t index) {
+        const uint64_t most = tiling.largest() + kLanes64;
+        counted.take<double>(most);
+        share_out(tiling.tiles(), kTileGrain, threads, counted, [&](uint64_t index, Memory memory) {
             const Tile tile = tiling.at(index);
-            alignas(kBytes) double terms[kTile + kLanes64];
-            fill(tile, terms);
+            double* const terms = memory.take<double>(most);
+            fill(tile, terms, memory);
             sum_short_rows(terms, tile.rows, elements);
             for (uint64_t i = 0; i < tile.rows; ++i) finish(tile.row + i, terms[i]);
         });
         return;
     }
     Scratch<double> parts(tiles_per_row > 1 ? rows * tiles_per_row : 0);
-    share_out(tiling.tiles(), kTileGrain, threads, [&](uint64_t index) {
+    share_out(tiling.tiles(), kTileGrain, threads, counted, [&](uint64_t index, const Memory& memory) {
         const Tile tile = tiling.at(index);
         if (tiles_per_row > 1)
-            parts.data[index] = run(tile.row, tile.begin, tile.count);
+            parts.data[index] = run(tile.row, tile.begin, tile.count, memory);
         else
-            for (uint64_t row = tile.row; row < tile.row + tile.rows; ++row) finish(row, run(row, 0, elements));
+            for (uint64_t row = tile.row; row < tile.row + tile.rows; ++row) finish(row, run(row, 0, elements, memory));
     });
     if (tiles_per_row == 1) return;
     share_out(rows, kRowGrain / tiles_per_row + 1, threads, [&](uint64_t row) {
@@ -190,16 +193,19 @@ FG_INLINE void repeat(Real* to, const Real* row, uint64_t elements, uint64_t tim
 template <class Real>
 struct Laid {
     Values<Real> values;
-    alignas(kBytes) Real common[kTile];
+    Scratch<Real> common;
 
     Laid(const Values<Real>& v, uint64_t samples) : values(v) {
         if (!values.data || values.rows > 1 || values.elements == 0 || values.elements >= kSumLanes) return;
-        repeat(common, values.data, values.elements, Tiling{samples, values.elements}.rows_per_tile());
+        const uint64_t most = Tiling{samples, values.elements}.largest();
+        common.allocate(most);
+        if (most > 0) repeat(common.data, values.data, values.elements, most / values.elements);
     }
-    const Real* of(const Tile& tile, Real* buffer) const {
+    const Real* of(const Tile& tile, Memory& memory) const {
         if (!values.data) return nullptr;
-        if (values.rows == 1) return common;
+        if (values.rows == 1) return common.data;
         if (!values.index) return values.of(tile.row);
+        Real* const buffer = memory.take<Real>(tile.count);
         const int64_t* index = values.index + tile.row;
         for (uint64_t i = 0, end; i < tile.rows; i = end) {  // samples of one observation follow each other
             const int64_t row = index[i];
@@ -392,13 +398,13 @@ void sum_part(double* to, double factor, const Part& part, const Values<Real>& v
              [&](int, uint64_t at, F64 term) { store(terms + at, term); });
     };
     sum_terms(
-        number, values.elements, threads,
-        [&](const Tile& tile, double* terms) {
+        number, values.elements, threads, Memory{},
+        [&](const Tile& tile, double* terms, const Memory&) {
             if (!values.index) return store_terms(values.of(tile.row), terms, tile.count);
             for (uint64_t i = 0; i < tile.rows; ++i)  // what one writes past its end the next one mends
                 store_terms(values.of(tile.row + i), terms + i * values.elements, values.elements);
         },
-        [&](uint64_t row, uint64_t begin, uint64_t count) {
+        [&](uint64_t row, uint64_t begin, uint64_t count, const Memory&) {
             const Real* from = values.of(row) + begin;
             bool finite = true;
             return total_of(part, from, from, from, static_cast<Real*>(nullptr), count, finite);
@@ -452,9 +458,14 @@ void evaluate(const Density& density, const DensityArrays& a, const Values<Real>
               double constant, const Known& known, int threads) {
     const Laid<Real> laid_y(y, a.samples), laid_added(added, a.samples);
     const bool narrow_z = a.dtype == Dtype::float16 || a.dtype == Dtype::bfloat16;
+    const uint64_t most = Tiling{a.samples, a.elements > 0 ? a.elements : 1}.largest();
+    Memory counted;
+    if (narrow_z) counted.take<Real>(most);
+    if (y.index && a.elements < kSumLanes) counted.take<Real>(most);
     // use(z, gradient) with `count` elements of them from `at`.
-    const auto in_reals = [&](uint64_t at, uint64_t count, const auto& use) __attribute__((always_inline)) {
-        alignas(kBytes) Real buffer[kTile];
+    const auto in_reals = [&](uint64_t at, uint64_t count, Memory memory, const auto& use)
+                              __attribute__((always_inline)) {
+        Real* const buffer = narrow_z ? memory.take<Real>(count) : nullptr;
         const Real* z = widened(a.z, a.dtype, at, count, buffer);
         Real* gradient = !a.gradient ? nullptr : narrow_z ? buffer : static_cast<Real*>(a.gradient) + at;
         use(z, gradient);
@@ -466,26 +477,25 @@ void evaluate(const Density& density, const DensityArrays& a, const Values<Real>
         }
     };
     sum_terms(
-        a.samples, a.elements, threads,
-        [&](const Tile& tile, double* terms) {
-            alignas(kBytes) Real buffer[kTile];
-            const Real *beside = laid_y.of(tile, buffer), *more = laid_added.of(tile, buffer);
-            in_reals(tile.row * a.elements, tile.count, [&](const Real* z, Real* gradient) {
+        a.samples, a.elements, threads, counted,
+        [&](const Tile& tile, double* terms, Memory memory) {
+            const Real *beside = laid_y.of(tile, memory), *more = laid_added.of(tile, memory);
+            in_reals(tile.row * a.elements, tile.count, memory, [&](const Real* z, Real* gradient) {
                 each(plain(density), z, beside, more, gradient, tile.count,
                      [&](int, uint64_t at, F64 term) { store(terms + at, term); });
             });
         },
-        [&](uint64_t row, uint64_t begin, uint64_t count) {
+        [&](uint64_t row, uint64_t begin, uint64_t count, Memory memory) {
             const Real *beside = y.of(row) + begin, *more = Density::added ? added.of(row) + begin : nullptr;
             const uint64_t at = row * a.elements + begin;
             double total = 0.0;
             bool finite = true;
-            in_reals(at, count, [&](const Real* z, Real* gradient) {
+            in_reals(at, count, memory, [&](const Real* z, Real* gradient) {
                 total = total_of(density, z, beside, more, gradient, count, finite);
             });
             if (finite) return total;
             // Again, as a sum. z is read anew: the gradient may stand where it was widened.
-            alignas(kBytes) Real buffer[kTile];
+            Real* const buffer = narrow_z ? memory.take<Real>(count) : nullptr;
             return total_of(plain(density), widened(a.z, a.dtype, at, count, buffer), beside, more,
                             static_cast<Real*>(nullptr), count, finite);
         },

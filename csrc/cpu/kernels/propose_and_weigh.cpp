@@ -33,11 +33,14 @@ void propose_and_weigh_as(const Step& step, const Weights& weights) {
         else weigh(row, sum(), 1.0 / tau);
     };
     const uint64_t parts = tiling.rows_per_tile() > 1 ? 1 : tiling.tiles_per_row();
-    double* sums = parts > 1 ? new double[tiling.tiles()] : nullptr;  // one particle's tiles may be many threads'
-    share_out(tiling.tiles(), kTileGrain, step.threads, [&](uint64_t index) {
-        Terms<R> terms;
+    const Scratch<double> sums(parts > 1 ? tiling.tiles() : 0);  // one particle's tiles may be many threads'
+    Memory counted = TileBuffers<R>::counted(run);
+    const uint64_t most = tiling.largest() + kLanes64;
+    counted.take<R>(most);
+    share_out(tiling.tiles(), kTileGrain, step.threads, counted, [&](uint64_t index, Memory memory) {
+        Terms<R> terms{memory.take<R>(most)};
         const Tile tile = tiling.at(index);
-        step_tile<true, R>(run, tile, &terms);
+        step_tile<true, R>(run, tile, &terms, memory);
         const auto each = [&](uint64_t count, const auto& sum) __attribute__((always_inline)) {
             if (step.per_particle || run.common.tau == R{0}) {
                 for (uint64_t i = 0; i < tile.rows; ++i)
@@ -50,7 +53,7 @@ void propose_and_weigh_as(const Step& step, const Weights& weights) {
         const auto small = [](const R* at, uint64_t count) __attribute__((always_inline)) { return short_sum(at, count); };
         const auto large = [](const R* at, uint64_t count) __attribute__((always_inline)) { return Sum<R>{}.with(at, count); };
         const auto alone = [&] { return terms.sum.with(terms.at + terms.summed, tile.count - terms.summed); };
-        if (parts > 1) sums[index] = alone();
+        if (parts > 1) sums.data[index] = alone();
         else if (tile.rows == 1) weigh_row(tile.row, alone);
         else if (elements == 1) each(1, small);
         else if (elements == 2) each(2, small);
@@ -62,11 +65,10 @@ void propose_and_weigh_as(const Step& step, const Weights& weights) {
     for (uint64_t row = 0; parts > 1 && row < particles; ++row) {
         weigh_row(row, [&] {
             double sum = 0.0;
-            for (uint64_t k = 0; k < parts; ++k) sum += sums[row * parts + k];
+            for (uint64_t k = 0; k < parts; ++k) sum += sums.data[row * parts + k];
             return sum;
         });
     }
-    delete[] sums;
 }
 
 }  // namespace

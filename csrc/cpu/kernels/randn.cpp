@@ -9,7 +9,9 @@ template <class T>
 void randn_as(void* data, const RandnShape& shape, int threads) {
     const Tiling tiling{shape.particles, shape.elements};
     const bool large = shape.particles * shape.elements * sizeof(T) >= kPastCaches;
-    share_out(tiling.tiles(), kTileGrain, threads, [&](uint64_t index) {
+    Memory counted;
+    if constexpr (sizeof(T) == 2) counted.take<float>(tiling.largest());
+    share_out(tiling.tiles(), kTileGrain, threads, counted, [&](uint64_t index, Memory memory) {
         const Tile tile = tiling.at(index);
         T* out = static_cast<T*>(data) + tile.row * shape.elements + tile.begin;
         if constexpr (std::is_same_v<T, float>) {
@@ -18,7 +20,7 @@ void randn_as(void* data, const RandnShape& shape, int threads) {
         } else if constexpr (std::is_same_v<T, double>) {
             noise_tile(out, shape, tile);
         } else {
-            alignas(64) float z[kTile];
+            float* const z = memory.take<float>(tile.count);
             noise_tile(z, shape, tile);
             narrow(out, z, tile.count);
         }

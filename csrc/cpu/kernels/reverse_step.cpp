@@ -7,8 +7,10 @@ template <class R>
 void reverse_step_as(const Step& step) {
     const Run<R> run(step);
     const Tiling tiling{step.shape.particles, step.shape.elements};
-    share_out(tiling.tiles(), kTileGrain, step.threads,
-              [&](uint64_t index) { step_tile<false, R>(run, tiling.at(index), nullptr); });
+    const Memory counted = TileBuffers<R>::counted(run);
+    share_out(tiling.tiles(), kTileGrain, step.threads, counted, [&](uint64_t index, const Memory& memory) {
+        step_tile<false, R>(run, tiling.at(index), nullptr, memory);
+    });
 }
 
 }  // namespace
