@@ -58,6 +58,8 @@ public:
         memory_.allocate(each_ * static_cast<uint64_t>(members) + Memory::kLine);
         first_ = (reinterpret_cast<uintptr_t>(memory_.data) + Memory::kLine - 1) / Memory::kLine * Memory::kLine;
     }
+    // Of one member: what another workspace gave it.
+    explicit Workspace(const Memory& given) : each_(0), first_(given.next) {}
 
     Memory of(int member) const { return {first_ + each_ * static_cast<uint64_t>(member)}; }
 

@@ -170,13 +170,16 @@ struct Column {
 
     // In any order: first which particles move, then the copies, so that there is no branch to guess for each.
     void copy(Index begin, Index end) const {
-        Index moved[kBlock];
+        uint16_t moved[kBlock];  // less `begin`
         uint64_t count = 0;
         for (Index k = begin; k < end; ++k) {
-            moved[count] = k;
+            moved[count] = static_cast<uint16_t>(k - begin);
             count += a[k] != k;
         }
-        for (uint64_t i = 0; i < count; ++i) move(at(moved[i]), at(ancestor_of(moved[i])));
+        for (uint64_t i = 0; i < count; ++i) {
+            const Index k = begin + static_cast<Index>(moved[i]);
+            move(at(k), at(ancestor_of(k)));
+        }
     }
 
     void copy_ascending(Index particles) const {

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kBlock = 1024;         // particles or slots: the buffers for them stay in the first-level cache
 constexpr int64_t kKept = 4 * kBlock;    // rows this short keep their integer weights from one pass to the next
-constexpr int64_t kShort = 256 * kBlock;  // and these have their tables on the stack
+constexpr int64_t kShort = 256 * kBlock;  // and these may be shared out whole
 constexpr int64_t kLong = 32 * kBlock;   // rows worth more than one thread
 constexpr uint64_t kBlockGrain = 16;
 constexpr int kGroup = 16;  // particles whose slots are filled together
@@ -27,6 +27,11 @@ constexpr int kFour = 4 * kLanes64, kEight = 2 * kFour;
 
 FG_INLINE int64_t blocks_of(int64_t count) { return (count + kBlock - 1) / kBlock; }
 FG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+// Room for so many, whatever number of them is stored at a time.
+constexpr uint64_t padded_to_vectors(int64_t count) {
+    static_assert(64 % kEight == 0 && 64 % kGroup == 0);
+    return static_cast<uint64_t>((count + 63) / 64 * 64);
+}
 
 // --- log-weights to integer weights -------------------------------------------------------------------------
 
@@ -164,8 +169,10 @@ FG_INLINE int64_t draw_exponentials(uint32_t* out, const Counter& counter, int64
 // The sorted uniforms of a row, made of its exponentials in a window that moves on.
 class Uniforms {
 public:
-    Uniforms(const uint32_t* exponentials, const int64_t* sums, int64_t count, const Spacing& spacing)
-        : exponentials_(exponentials), sums_(sums), count_(count), spacing_(spacing) {}
+    Uniforms(const uint32_t* exponentials, const int64_t* sums, int64_t count, const Spacing& spacing, double* window)
+        : exponentials_(exponentials), sums_(sums), count_(count), spacing_(spacing), window_(window) {}
+
+    static uint64_t window(int64_t count) { return static_cast<uint64_t>(smaller(count, 2 * kBlock) + 2 * kAhead); }
 
     // Moves to the first that is not below `bound`, and returns how many are.
     int64_t seek(double bound) {
@@ -267,8 +274,8 @@ private:
     const int64_t* sums_;  // before each block
     int64_t count_;
     Spacing spacing_;
+    double* const window_;
     int64_t origin_ = 0, begin_ = 0, end_ = 0, next_block_ = 0;  // window_[begin_] is uniform origin_ + begin_
-    alignas(64) double window_[2 * kBlock + 2 * kAhead];
 };
 
 // --- slots to ancestors -------------------------------------------------------------------------------------
@@ -381,21 +388,39 @@ FG_INLINE void place(int32_t* out, const uint16_t* alive, const int32_t* spares,
 // --- a row --------------------------------------------------------------------------------------------------
 
 // Of each block of a row, and one entry more: first what a pass sums over the block, then the sums over all before.
+// `kept`: the weights of a row short enough.
 struct Tables {
     int64_t *weights, *squares, *copies, *slots, *spares, *exponentials;
     uint16_t* alive;
+    int64_t* kept;
 
-    static uint64_t entries(int64_t particles, int64_t number) {
-        return static_cast<uint64_t>(5 * (blocks_of(particles) + 1) + blocks_of(number + 1) + 1);
-    }
-    static uint64_t groups(int64_t particles) { return static_cast<uint64_t>(blocks_of(particles) * (kBlock / kGroup)); }
-
-    Tables(int64_t* memory, uint16_t* groups, int64_t particles) : alive(groups) {
+    Tables(const Resampling& call, Memory& memory) {
+        const int64_t particles = static_cast<int64_t>(call.particles), number = static_cast<int64_t>(call.number);
         int64_t** const tables[] = {&weights, &squares, &copies, &slots, &spares, &exponentials};
         for (int64_t** table : tables) {
-            *table = memory;
-            memory += blocks_of(particles) + 1;
+            const int64_t blocks = blocks_of(table == &exponentials ? number + 1 : particles);
+            *table = memory.take<int64_t>(static_cast<uint64_t>(blocks + 1));
         }
+        alive = memory.take<uint16_t>(call.sorted ? 0 : static_cast<uint64_t>(blocks_of(particles) * (kBlock / kGroup)));
+        kept = memory.take<int64_t>(particles <= kKept ? padded_to_vectors(particles) : 0);
+    }
+};
+
+// What a thread needs for a block: its weights unless the row keeps them, its slots after kGroup others, and what the
+// scheme asks for.
+struct BlockBuffers {
+    int64_t* weights;
+    int32_t *slots, *copies;
+    double* window;
+
+    BlockBuffers(const Resampling& call, Memory& memory) {
+        const int64_t particles = static_cast<int64_t>(call.particles), number = static_cast<int64_t>(call.number);
+        const uint64_t size = padded_to_vectors(smaller(particles, kBlock));
+        const bool residual = call.scheme == Scheme::residual, draws = residual || call.scheme == Scheme::multinomial;
+        weights = memory.take<int64_t>(particles <= kKept ? 0 : size);
+        slots = memory.take<int32_t>(kGroup + size);
+        copies = memory.take<int32_t>(residual ? size : 0);
+        window = memory.take<double>(draws ? Uniforms::window(number) : 0);
     }
 };
 
@@ -412,9 +437,10 @@ FG_INLINE int64_t sum_before(int64_t* sums, int64_t count) {
 template <class T>
 class Row {
 public:
-    Row(const Resampling& call, uint64_t index, const Tables& tables, int threads)
+    Row(const Resampling& call, uint64_t index, const Tables& tables, const Workspace& workspace, int threads)
         : call_(call),
           tables_(tables),
+          workspace_(workspace),
           index_(index),
           counter_{call.first_row + index, call.seed, call.step, call.stream},
           particles_(static_cast<int64_t>(call.particles)),
@@ -445,7 +471,7 @@ public:
         }
         if (usable) draw();
         const T weight = static_cast<T>(log_mean_weight);
-        share_blocks(number_, [&](int64_t begin, int64_t end) {
+        share_blocks(number_, [&](int64_t begin, int64_t end, const BlockBuffers&) {
             for (int64_t i = begin; i < end; ++i) after_[i] = weight;
             if (!usable)
                 for (int64_t i = begin; i < end; ++i) ancestors_[i] = 0;
@@ -453,24 +479,26 @@ public:
     }
 
 private:
-    // f(begin, end) for ranges of [0, count)
+    // f(begin, end, buffers) for ranges of [0, count)
     template <class F>
     FG_INLINE void share_blocks(int64_t count, const F& f) {
-        share_ranges(static_cast<uint64_t>(blocks_of(count)), kBlockGrain, threads_, [&](uint64_t begin, uint64_t end) {
-            f(static_cast<int64_t>(begin) * kBlock, smaller(static_cast<int64_t>(end) * kBlock, count));
+        const Sharing sharing(static_cast<uint64_t>(blocks_of(count)), kBlockGrain, threads_);
+        share_ranges(sharing, workspace_, [&](uint64_t begin, uint64_t end, Memory memory) {
+            const BlockBuffers buffers(call_, memory);
+            f(static_cast<int64_t>(begin) * kBlock, smaller(static_cast<int64_t>(end) * kBlock, count), buffers);
         });
     }
 
     template <class F>
     FG_INLINE void for_each_block(int64_t count, const F& f) {
-        share_blocks(count, [&](int64_t begin, int64_t end) {
+        share_blocks(count, [&](int64_t begin, int64_t end, const BlockBuffers& buffers) {
             for (int64_t block = begin / kBlock; block * kBlock < end; ++block)
-                f(block, smaller(kBlock, end - block * kBlock));
+                f(block, smaller(kBlock, end - block * kBlock), buffers);
         });
     }
 
     void find_top() {
-        for_each_block(particles_, [&](int64_t block, int64_t size) {
+        for_each_block(particles_, [&](int64_t block, int64_t size, const BlockBuffers&) {
             tables_.weights[block] = OneWideLane::bits(largest(log_weights_ + block * kBlock, size));
         });
         top_ = OneWideLane::of_bits(tables_.weights[0]);
@@ -484,16 +512,15 @@ private:
     // no longer come to the sum that the tables have. Any others ascend from the table's entry for this block to that
     // for the next, and so do the slots that are counted from them.
     FG_INLINE int64_t* weights_of(int64_t block, int64_t size, int64_t* buffer) {
-        if (particles_ <= kKept) return kept_ + block * kBlock;
+        if (particles_ <= kKept) return tables_.kept + block * kBlock;
         const Sums sums = weigh<false>(buffer, log_weights_ + block * kBlock, size, top_, scale_);
         const int64_t known = tables_.weights[block + 1] - tables_.weights[block];
         return sums.in_range(size, scale_) && sums.weights == static_cast<uint64_t>(known) ? buffer : nullptr;
     }
 
     void sum_weights() {
-        for_each_block(particles_, [&](int64_t block, int64_t size) {
-            int64_t buffer[kBlock];
-            int64_t* const q = particles_ <= kKept ? kept_ + block * kBlock : buffer;
+        for_each_block(particles_, [&](int64_t block, int64_t size, const BlockBuffers& buffers) {
+            int64_t* const q = particles_ <= kKept ? tables_.kept + block * kBlock : buffers.weights;
             Sums sums = weigh<true>(q, log_weights_ + block * kBlock, size, top_, scale_);
             if (!sums.in_range(size, scale_)) {  // changed since the largest was found: all count as dead
                 sums = {};
@@ -508,7 +535,7 @@ private:
     }
 
     void keep() {
-        share_blocks(number_, [&](int64_t begin, int64_t end) {
+        share_blocks(number_, [&](int64_t begin, int64_t end, const BlockBuffers&) {
             for (int64_t i = begin; i < end; ++i) {
                 ancestors_[i] = static_cast<int32_t>(i);
                 after_[i] = log_weights_[i];
@@ -540,16 +567,15 @@ private:
             uniforms = number_ - sum_copies();
             draw_uniforms(uniforms, static_cast<double>(uniforms));
         }
-        share_ranges(static_cast<uint64_t>(blocks_), kBlockGrain, threads_, [&](uint64_t begin, uint64_t end) {
-            draw_blocks<kScheme>(static_cast<int64_t>(begin), static_cast<int64_t>(end), uniforms);
+        share_blocks(particles_, [&](int64_t begin, int64_t end, const BlockBuffers& buffers) {
+            draw_blocks<kScheme>(begin / kBlock, blocks_of(end), uniforms, buffers);
         });
         if (!call_.sorted) settle();
     }
 
     int64_t sum_copies() {
-        for_each_block(particles_, [&](int64_t block, int64_t size) {
-            int64_t buffer[kBlock];
-            const int64_t* q = weights_of(block, size, buffer);
+        for_each_block(particles_, [&](int64_t block, int64_t size, const BlockBuffers& buffers) {
+            const int64_t* q = weights_of(block, size, buffers.weights);
             I64 copies{};
             for (int64_t i = 0; q && i < size; i += kFour) {
                 const Share<FourLanes> share = floor_share<FourLanes>(load_four(q + i), slots_);
@@ -566,7 +592,7 @@ private:
     }
 
     void draw_uniforms(int64_t uniforms, double total) {
-        for_each_block(uniforms + 1, [&](int64_t block, int64_t) {
+        for_each_block(uniforms + 1, [&](int64_t block, int64_t, const BlockBuffers&) {
             tables_.exponentials[block] = draw_exponentials(exponentials(), counter_, block, uniforms);
         });
         spacing_ = spacing_of(total, sum_before(tables_.exponentials, blocks_of(uniforms + 1)));
@@ -605,12 +631,10 @@ private:
 
     // Ancestors of the slots that belong to the particles of blocks [begin, end).
     template <Scheme kScheme>
-    void draw_blocks(int64_t begin, int64_t end, int64_t drawn) {
+    void draw_blocks(int64_t begin, int64_t end, int64_t drawn, const BlockBuffers& buffers) {
         constexpr bool kDraws = kScheme == Scheme::multinomial || kScheme == Scheme::residual;
-        alignas(64) int64_t buffer[kBlock];
-        int32_t slots[kGroup + kBlock];
-        int32_t* const ends = slots + kGroup;
-        Uniforms uniforms(exponentials(), tables_.exponentials, drawn, spacing_);
+        int32_t* const ends = buffers.slots + kGroup;
+        Uniforms uniforms(exponentials(), tables_.exponentials, drawn, spacing_, buffers.window);
         const int64_t limit = slots_before<kScheme>(end, uniforms);
         int64_t filled = slots_before<kScheme>(begin, uniforms);
         for (int64_t block = begin; block < end; ++block) {
@@ -624,7 +648,7 @@ private:
             if (empty) {
                 if (call_.sorted) continue;
                 for (int64_t i = 0; i < padded; ++i) ends[i] = ends[-1];
-            } else if (count_slots<kScheme>(ends, weights_of(block, size, buffer), block, size, uniforms)) {
+            } else if (count_slots<kScheme>(ends, block, size, uniforms, buffers)) {
                 for (int64_t i = (size + kFour - 1) / kFour * kFour; i < padded; ++i) ends[i] = ends[i - 1];
             } else {
                 give_to_first<kScheme>(ends, padded, block, uniforms);
@@ -644,7 +668,8 @@ private:
     // ends[k]: the slots of all particles of the row up to this one. Overwrites the weights. Returns false where these no
     // longer agree with the tables.
     template <Scheme kScheme>
-    FG_INLINE bool count_slots(int32_t* ends, int64_t* q, int64_t block, int64_t size, Uniforms& uniforms) {
+    FG_INLINE bool count_slots(int32_t* ends, int64_t block, int64_t size, Uniforms& uniforms, const BlockBuffers& buffers) {
+        int64_t* const q = weights_of(block, size, buffers.weights);
         if (!q) return false;
         const int64_t padded = (size + kFour - 1) / kFour * kFour;
         I64 sum = splat(tables_.weights[block]);
@@ -662,7 +687,7 @@ private:
                 store(q + k, FourLanes::to_double(running_sums(sum, load_four(q + k))));
             uniforms.count(ends, q, padded);
         } else {
-            int32_t copies[kBlock];
+            int32_t* const copies = buffers.copies;
             I64 copied = splat(tables_.copies[block]);
             const double reciprocal = 1.0 / static_cast<double>(total_);
             for (int64_t k = 0; k < padded; k += kFour) {
@@ -693,8 +718,8 @@ private:
             return smaller(block * kBlock, particles_) - (tables_.slots[block] - tables_.spares[block]);
         };
         const int32_t* const filled = reinterpret_cast<const int32_t*>(after_);
-        for_each_block(particles_, [&](int64_t block, int64_t size) {
-            int32_t spares[kBlock + kGroup];
+        for_each_block(particles_, [&](int64_t block, int64_t size, const BlockBuffers& buffers) {
+            int32_t* const spares = buffers.slots;
             const int64_t rank = dead_before(block), wanted = dead_before(block + 1) - rank;
             int64_t from = 0, above = blocks_;  // the block that has the spare of this rank
             while (above - from > 1) {
@@ -716,6 +741,7 @@ private:
 
     const Resampling& call_;
     const Tables tables_;
+    const Workspace& workspace_;  // of BlockBuffers
     const uint64_t index_;
     const Counter counter_;
     const int64_t particles_, number_, blocks_;
@@ -728,25 +754,29 @@ private:
     int64_t total_ = 0, squares_ = 0, first_ = 0;  // first_: the uniform below Q of systematic resampling
     Slots slots_{};
     Spacing spacing_{};
-    alignas(64) int64_t kept_[kKept];
 };
 
 template <class T>
 void resample_rows(const Resampling& call) {
     const int64_t particles = static_cast<int64_t>(call.particles), number = static_cast<int64_t>(call.number);
     const int64_t size = particles > number ? particles : number;
+    Memory tables, blocks;  // counted
+    Tables(call, tables);
+    BlockBuffers(call, blocks);
     if (size > kShort || (size >= kLong && call.rows < 2 * static_cast<uint64_t>(call.threads))) {
-        const Scratch<int64_t> entries(Tables::entries(particles, number));
-        const Scratch<uint16_t> groups(call.sorted ? 0 : Tables::groups(particles));
-        for (uint64_t row = 0; row < call.rows; ++row)
-            Row<T>(call, row, Tables(entries.data, groups.data, particles), call.threads).resample();
+        const Sharing most(static_cast<uint64_t>(blocks_of(size + 1)), kBlockGrain, call.threads);
+        const Workspace own(tables, 1), workspace(blocks, most.team);
+        for (uint64_t row = 0; row < call.rows; ++row) {
+            Memory memory = own.of(0);
+            Row<T>(call, row, Tables(call, memory), workspace, call.threads).resample();
+        }
         return;
     }
     const uint64_t grain = kBlockGrain * kBlock / static_cast<uint64_t>(size);
-    share_out(call.rows, grain > 0 ? grain : 1, call.threads, [&](uint64_t row) {
-        int64_t entries[6 * (kShort / kBlock + 2)];
-        uint16_t groups[kShort / kGroup];
-        Row<T>(call, row, Tables(entries, groups, particles), 1).resample();
+    BlockBuffers(call, tables);
+    share_out(call.rows, grain > 0 ? grain : 1, call.threads, tables, [&](uint64_t row, Memory memory) {
+        const Tables own(call, memory);
+        Row<T>(call, row, own, Workspace(memory), 1).resample();
     });
 }
 
