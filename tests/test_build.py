@@ -301,9 +301,8 @@ def cuda_objects(compile_all):
 @pytest.fixture(scope="module")
 def cpu_objects(compile_all):
     # -O1 leaves more functions out of line than the build's -O3, in half the time.
-    return compile_all(
-        CPU_KERNELS, *shlex.split(os.environ.get("CXX", "g++")), *rules("cxxflags|module|isa_avx512"), "-O1"
-    )
+    flags = (*rules("cxxflags|module|isa_avx512"), "-O1", "-Wframe-larger-than=6000")
+    return compile_all(CPU_KERNELS, *shlex.split(os.environ.get("CXX", "g++")), *flags)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
@@ -318,7 +317,10 @@ def test_cuda_compiles_without_warnings_or_spills(source, cuda_objects):
     assert set(spills) == {("0", "0", "0")}, words
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="one instruction set alone: nothing to mix up")
+x86_64_only = pytest.mark.skipif(os.uname().machine != "x86_64", reason="compiles for AVX-512")
+
+
+@x86_64_only
 @pytest.mark.parametrize("source", CPU_KERNELS, ids=lambda path: path.name)
 def test_kernels_share_no_function_between_instruction_sets(source, cpu_objects):
     # A weak symbol outside the namespace might be linked for all: AVX-512 code where there is none.
@@ -330,6 +332,22 @@ def test_kernels_share_no_function_between_instruction_sets(source, cpu_objects)
     shared = [s for s in symbols if re.search(r" [WVuBDGSTi] ", s)]
     foreign = [s for s in shared if not re.search(r" fastguide::cpu::avx512::| DW\.ref\.", s)]
     assert not foreign
+
+
+@x86_64_only
+@pytest.mark.parametrize("source", CPU_KERNELS, ids=lambda path: path.name)
+def test_kernels_keep_large_buffers_off_the_stack(source, cpu_objects):
+    _, done = cpu_objects[source].result()
+    assert "-Wframe-larger-than" not in done.stderr, done.stderr
+
+
+def test_a_stack_of_64_kb_is_enough_for_every_kernel():
+    # Where it is enough for torch, which the script looks at first. The last line names the call that crashed.
+    size = 64 * 1024
+    command = [sys.executable, ROOT / "tests" / "small_stacks.py", str(size)]
+    environment = os.environ | {"OMP_STACKSIZE": f"{size}B", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["all done"], (done.stdout.splitlines()[-1:], done.returncode, done.stderr)
 
 
 def executable(path: Path, body: str) -> Path:

@@ -1,0 +1,111 @@
+"""Calls everything that is compiled from threads with stacks of as many bytes as the argument says.
+
+The name of each call is printed before it is made: the last one crashed. OMP_STACKSIZE says the same to OpenMP.
+"""
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy
+import torch
+
+from fastguide import compiled, ops
+from fastguide.integrations import particles
+
+LEVELS = (0.5, 0.8, 0.9, 0.4, 0.2)
+
+
+def torch_calls(x: torch.Tensor) -> None:
+    """What torch does with as many elements, which a thread must survive for the rest to mean anything."""
+    y = (x * 2 + torch.randn_like(x)).clamp(-1, 1).exp()
+    y.float().sort(dim=1).values.cumsum(1).logsumexp(1)
+    y.index_select(1, torch.randint(x.shape[1], (x.shape[1],)))
+
+
+def calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Name, and a call on two threads where it is large enough."""
+    call = functools.partial
+    for dtype in ops.STATE_DTYPES:
+        # short particles, those that fill a tile in part, those of many tiles, and more than the caches hold
+        shapes = ((3, 5), (9000, 5), (40, 700), (8, 9001), (80, 30_000))
+        for shape in shapes if dtype == torch.float32 else shapes[:-1]:
+            x = torch.randn(shape).to(dtype)
+            other, about = x.flip(0), f"{dtype} {list(shape)}"
+            small = x.numel() < 1_000_000
+            if small:
+                yield f"torch {about}", call(torch_calls, x)
+            yield f"randn {about}", call(ops.randn, shape, seed=1, dtype=dtype)
+            for clip in (None, 1.0, ops.DynamicThreshold(0.9, 3.0)) if small else (None,):
+                for levels in (LEVELS, (torch.full((shape[0],), 0.5), *LEVELS[1:])):
+                    step = call(ops.reverse_step, x, other, levels, clip=clip, displacement=other.half(), seed=1)
+                    kind = "levels of each" if levels is not LEVELS else "one level"
+                    yield f"reverse_step {about}, {clip}, {kind}", call(step, clip_noise=False, return_x0=True)
+            weights = torch.zeros(shape[0])
+            yield f"propose_and_weigh {about}", call(ops.propose_and_weigh, x, other, other, weights, LEVELS, seed=1)
+            y = x.abs().to(torch.float64 if dtype == torch.float64 else torch.float32)
+            rows = torch.arange(shape[0]).flip(0)
+            for family in ops.FAMILIES:
+                density = call(ops.log_prob_and_gradient, x, family=family, scale=0.3)
+                density = call(density, df=3.0) if family == "student_t" else density
+                for name, values in (("one y", y[:1]), ("rows of y", y)):
+                    more = dict(rows=rows) if values is y else {}
+                    if family != "poisson":
+                        more["added"] = values
+                    yield f"log_prob_and_gradient {about}, {family}, {name}", call(density, values, **more)
+
+    for dtype in ops.WEIGHT_DTYPES:
+        for shape in ((2, 7), (600, 1000), (2, 40_000), (1, 300_000)):
+            weights = torch.randn(shape).to(dtype)
+            for scheme in ops.SCHEMES:
+                for order in (True, False):
+                    resample = call(ops.resample, weights, scheme=scheme, sorted=order, seed=1)
+                    yield f"resample {dtype} {list(shape)}, {scheme}, sorted={order}", resample
+    for particle in ((), (3,), (1500,)):
+        for count in (7, 10_000):
+            state = torch.randn(1, count, *particle)
+            maps = dict(permutation=torch.randperm(count), ascending=torch.randint(count, (count,)).sort().values)
+            maps["survivors"] = torch.where(torch.isin(torch.arange(count), maps["ascending"]), torch.arange(count), 0)
+            for name, ancestors in maps.items():
+                for dtype in (torch.int32, torch.int64):
+                    gather = call(ops.gather_particles_, ancestors.to(dtype)[None], state)
+                    yield f"gather_particles_ {dtype} {list(state.shape)}, {name}", gather
+
+    for count in (7, 70_000):
+        weights = numpy.random.default_rng(0).random(count)
+        weights /= weights.sum()
+        for scheme in ("systematic", "stratified", "multinomial", "residual", "killing", "ssp"):
+            yield f"particles {scheme} {count}", call(getattr(particles, scheme), weights)
+        for name in ("exp_and_normalise", "essl", "log_mean_exp"):
+            yield f"particles {name} {count}", call(getattr(particles, name), numpy.log(weights))
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    threading.stack_size(int(sys.argv[1]))
+    cpu = compiled.module("cpu")
+    for instruction_set in cpu.instruction_sets():
+        cpu.use_instruction_set(instruction_set)
+        for name, call in calls():
+            print(instruction_set, name, flush=True)
+            if instruction_set == cpu.instruction_sets()[0]:
+                call()  # whatever Python imports at the first call needs a larger stack
+            failed: list[BaseException] = []
+            thread = threading.Thread(target=attempt, args=(call, failed))
+            thread.start()
+            thread.join()
+            if failed:
+                raise failed[0]
+    print("all done")
+
+
+def attempt(call: Callable[[], object], failed: list[BaseException]) -> None:
+    try:
+        call()
+    except BaseException as error:
+        failed.append(error)
+
+
+if __name__ == "__main__":
+    main()
