@@ -208,8 +208,8 @@ def torch_device(name: str, value: Any) -> torch.device:
     try:
         return torch.device(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{name}: expected a torch.device or the name of one, got {got(value)}: {reason}") from error
+        reason = f": {error}".partition("\n")[0] if isinstance(value, str) else ""
+        raise ValueError(f"{name}: expected a torch.device or the name of one, got {got(value)}{reason}") from error
 
 
 def real_array(name: str, values: Any, expected: str) -> np.ndarray:

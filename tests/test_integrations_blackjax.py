@@ -117,3 +117,18 @@ def test_tempered_smc_finds_the_posterior():
     mean = np.average(x, weights=weights)
     assert abs(mean - 1.2) < 0.04
     assert abs(np.average((x - mean) ** 2, weights=weights) - 0.2) < 0.03
+
+
+@pytest.mark.parametrize(
+    "name, weights, num_samples",
+    [
+        ("weights", "half", 2),
+        ("weights", jnp.ones((2, 3)), 2),
+        ("weights", jnp.ones(0), 2),
+        ("num_samples", jnp.ones(3), 2.5),
+        ("num_samples", jnp.ones(3), 0),
+    ],
+)
+def test_errors_name_the_argument(name, weights, num_samples):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}: expected .*, got "):
+        ours.systematic(jax.random.PRNGKey(0), weights, num_samples)

@@ -713,8 +713,17 @@ def test_errors():
             ours.DPS(Small(), **{name: value})
     with pytest.raises(ValueError, match=r"^alpha: expected values in \[0, 1\], got 2 to 2"):
         ours.DPS(Small(), solver="ancestral", alpha=2.0, num_steps=3)(X, dinv.physics.Denoising())
-    with pytest.raises(ValueError, match=r"^alpha: expected values >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"^alpha: expected .*>= 0, got -1"):
         ours.DPS(Small(), solver="euler", alpha=-1.0, num_steps=3)(X, dinv.physics.Denoising())
+    for name, value in (
+        ("y", torch.zeros(0, 3, 4, 4)), ("y", 3.0), ("x_init", torch.zeros(3)), ("x_init", (1, 0)), ("seed", -1),
+        ("timesteps", [0.5]), ("timesteps", [0.1, 0.5]), ("timesteps", [2.0, 0.5]), ("get_trajectory", 1),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}: expected "):
+            ours.DPS(Small(), num_steps=3)(**{"y": X, "physics": dinv.physics.Denoising(), name: value})
+    with pytest.raises(ValueError, match=r"^sigma: expected a number below .*, got 100"):
+        physics = dinv.physics.Denoising(dinv.physics.UniformNoise(0.1))
+        ours.DiffPIR(Small(), fidelity, sigma=100.0, max_iter=3)(X, physics)
     for iterations in (1, 501):
         with pytest.raises(ValueError, match=r"^max_iter: expected an integer in \[2, 500\]"):
             ours.DiffPIR(Small(), fidelity, max_iter=iterations)

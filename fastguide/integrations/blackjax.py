@@ -26,12 +26,19 @@ except ImportError as error:
     ) from error
 
 from .. import ops
+from ..arguments import got, integer
 
 __all__ = ["multinomial", "residual", "stratified", "systematic"]
 
 
 def _resample(scheme: str, rng_key: Any, weights: Any, num_samples: int) -> Any:
-    return _jitted(scheme, rng_key, weights, int(num_samples))
+    try:
+        weights = jnp.asarray(weights)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"weights: expected numbers [N], got {got(weights)}") from error
+    if weights.ndim != 1 or not weights.size:
+        raise ValueError(f"weights: expected shape [N] with N >= 1, got {list(weights.shape)}")
+    return _jitted(scheme, rng_key, weights, integer("num_samples", num_samples, 1))
 
 
 @partial(jax.jit, static_argnums=(0, 3))  # called outside of a jit, it is compiled once

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import guidance, likelihoods, operators, ops, schedules
+from ..arguments import flag, function, got, integer, number, real_array, tensor, torch_device, torch_dtype
+from ..arguments import shape as shape_of
 from ..denoiser import Denoiser
 from ..foreign import as_tensor, call, package_modes
 from ..guidance import PnP
@@ -254,6 +256,7 @@ def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) 
     samplers. The physics computes in the dtype of ``y``.
     """
     forward: operators.Operator
+    y = _checked(y, physics)
     forward, y = _measured(y, physics, y[0].dtype)
     noise = _noise_of(physics)
     if _is(physics, "Inpainting") and isinstance(forward, _DecomposablePhysics):
@@ -283,6 +286,24 @@ def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) 
         "physics: expected a noise_model that is one of GaussianNoise, ZeroNoise, LaplaceNoise, PoissonNoise and "
         f"LogPoissonNoise, got {type(noise).__name__}"
     )
+
+
+def _checked(y: Any, physics: Any) -> Any:
+    """``y``, a measurement, or those of a stack."""
+    for part in y if _is(physics, "StackedPhysics") else [y]:
+        tensor("y", part, readable=True)
+        if part.ndim < 2 or not part.numel():
+            raise ValueError(f"y: expected shape [B, *measurement] with B >= 1, got {list(part.shape)}")
+    return y
+
+
+def _start(x_init: Any, shape_too: bool) -> Any:
+    if not isinstance(x_init, Tensor) and shape_too:
+        return shape_of("x_init", x_init, "a state or its shape", 1)
+    tensor("x_init", x_init, readable=True)
+    if x_init.dtype not in ops.STATE_DTYPES or x_init.ndim < 2 or not x_init.numel():
+        raise ValueError(f"x_init: expected floating values of shape [B, *event], got {got(x_init)}")
+    return x_init
 
 
 def _measured(y: Any, physics: Any, dtype: torch.dtype | None = None) -> tuple[_Physics, Tensor]:
@@ -357,8 +378,7 @@ def prior(
     - ``clip``: the range that the output is held in, before any gradient of it.
     - ``dtype``: what the denoiser computes in, whatever that of the state; None is the state's.
     """
-    if not callable(denoiser):
-        raise TypeError(f"denoiser: expected a callable f(x, sigma), got {type(denoiser).__name__}")
+    function("denoiser", denoiser, "a callable f(x, sigma)")
     schedule = schedules.edm(0.001, 40.0) if schedule is None else schedule
     if isinstance(schedule, schedules.Schedule) and schedule.alpha(schedule.t_max) != 1.0:
         raise ValueError(f"schedule: expected one with alpha = 1 (ve, edm), got {schedule}")
@@ -382,7 +402,7 @@ def _shape(y: Tensor, forward: operators.Operator) -> Shape:
 
 def _seed(seed: int | None, rng: torch.Generator | None = None) -> int:
     if seed is not None:
-        return seed
+        return integer("seed", seed, 0, 1 << 64)
     return int(torch.randint(1 << 62, (), generator=rng, device="cpu" if rng is None else rng.device))
 
 
@@ -407,6 +427,9 @@ class Sampler(nn.Module):
         **options: Any,
     ):
         super().__init__()
+        function("denoiser", denoiser, "a callable f(x, sigma)")
+        function("guidance", guidance, "a function of the likelihood")
+        function("likelihood", likelihood, "a function of (y, physics)")
         self.denoiser, self.guidance, self.likelihood = denoiser, guidance, likelihood
         self.schedule, self.options = schedule, options
 
@@ -422,7 +445,9 @@ class Sampler(nn.Module):
 
     def sample(self, y: Tensor, physics: Any, seed: int | None = None, shape: Shape | None = None) -> Samples:
         """As `forward`, all that `fastguide.sample` returns: of TDS and FK the weighted particles and the evidence."""
-        guidance = self.guidance(self.likelihood(y, physics))
+        if shape is not None:
+            shape = shape_of("shape", shape, "(B, *event)", 1)
+        guidance = self.guidance(self.likelihood(_checked(y, physics), physics))
         forward, measured = _measured(y, physics)
         options: dict[str, Any] = {"dtype": measured.dtype, "device": measured.device} | self.options
         denoiser = prior(self.denoiser, self.schedule, dtype=measured.dtype)
@@ -470,9 +495,13 @@ class DPS(nn.Module):
                 continue
             if not isinstance(value, str) or value.lower() not in known:
                 other = " or a deepinv solver" if name == "solver" else ""
-                raise ValueError(f"{name}: expected one of {known}{other}, got {value!r}")
-        if num_steps < 2:
-            raise ValueError(f"num_steps: expected an integer >= 2, got {num_steps}")
+                raise ValueError(f"{name}: expected one of {known}{other}, got {got(value)}")
+        function("denoiser", denoiser, "a callable f(x, sigma)")
+        num_steps = integer("num_steps", num_steps, 2, 1 << 32)
+        alpha = alpha if callable(alpha) else number("alpha", alpha, low=0.0)
+        if rng is not None and not isinstance(rng, torch.Generator):
+            raise TypeError(f"rng: expected a torch.Generator or None, got {got(rng)}")
+        torch_dtype("dtype", dtype, ops.STATE_DTYPES)
         self.denoiser = denoiser
         self.schedule, self.alpha = schedule.lower(), alpha
         self.solver: Any = solver.lower() if isinstance(solver, str) else solver
@@ -480,8 +509,9 @@ class DPS(nn.Module):
         self.timesteps = torch.linspace(
             1, 0.001 if self.solver == "euler" else 0, num_steps, dtype=torch.float64, device="cpu"
         )
-        self.weight, self.guidance, self.verbose = weight, guidance, verbose
-        self.device, self.dtype, self.rng, self.minus_one_one = device, dtype, rng, minus_one_one
+        self.weight, self.guidance, self.verbose = number("weight", weight, low=0.0), guidance, flag("verbose", verbose)
+        self.device, self.dtype, self.rng = torch_device("device", device), dtype, rng
+        self.minus_one_one = flag("minus_one_one", minus_one_one)
 
     def forward(
         self,
@@ -499,10 +529,20 @@ class DPS(nn.Module):
         shape. ``seed``: of the noise, with or without an ``rng``. ``denoise_output``: denoise once more where the last
         level is not clean. With ``get_trajectory`` also all the states, ``[num_steps, B, *event]``.
         """
+        y = _checked(y, physics).detach()
+        denoise_output, get_trajectory = flag("denoise_output", denoise_output), flag("get_trajectory", get_trajectory)
+        if timesteps is not None:
+            timesteps = torch.from_numpy(real_array("timesteps", timesteps, "a row of two times or more"))
+            if timesteps.ndim != 1 or len(timesteps) < 2:
+                raise ValueError(f"timesteps: expected a row of two times or more, got shape {list(timesteps.shape)}")
+            inside = (timesteps >= 0.0) & (timesteps <= 1.0)
+            if isinstance(self.solver, str) and not (inside.all() and (timesteps.diff() < 0.0).all()):
+                raise ValueError("timesteps: expected decreasing times in [0, 1], got others")
+        x_init = None if x_init is None else _start(x_init, shape_too=True)
         if self.solver not in ("ddpm", "ddim", "ancestral"):
             with package_modes(torch.device(self.device)):
                 return self._solve(y, physics, x_init, seed, timesteps, denoise_output, get_trajectory)
-        forward, y = _measured(y.detach(), physics, torch.float32)
+        forward, y = _measured(y, physics, torch.float32)
         t = self.timesteps if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
         scale, sigma = self._level(t)
         # deepinv's state is scale (x_t - shift) / unit
@@ -628,7 +668,7 @@ class _Posterior:
 
     def __init__(self, dps: DPS, y: Any, physics: Any):
         self._dps, self.device, self.dtype = dps, torch.device(dps.device), dps.dtype
-        self.operator, self.y = _measured(y.detach(), physics, torch.float32)
+        self.operator, self.y = _measured(y, physics, torch.float32)
         self.y = self.y.to(self.device, torch.float32, copy=True)
         self._sigma_y = _gaussian_scale(physics) if dps.guidance == "annealed" else 0.0
         self.watch, self._evaluations = Watch(), 0
@@ -739,8 +779,12 @@ class DiffPIR(nn.Module):
         device: torch.device | str = "cpu",
     ):
         super().__init__()
-        if not 2 <= max_iter <= 500:
-            raise ValueError(f"max_iter: expected an integer in [2, 500], got {max_iter}")
+        function("model", model, "a callable f(x, sigma)")
+        if not callable(getattr(data_fidelity, "prox", None)):
+            raise TypeError(f"data_fidelity: expected one of deepinv's that has a prox, got {got(data_fidelity)}")
+        max_iter, sigma = integer("max_iter", max_iter, 2, 501), number("sigma", sigma, low=0.0)
+        zeta, lambda_ = number("zeta", zeta, low=0.0, high=1.0), number("lambda_", lambda_, above=0.0)
+        verbose, device = flag("verbose", verbose), torch_device("device", device)
         self.model, self.data_fidelity = model, data_fidelity
         self.sigma, self.max_iter, self.zeta, self.lambda_ = sigma, max_iter, zeta, lambda_
         self.verbose, self.device = verbose, device
@@ -751,7 +795,8 @@ class DiffPIR(nn.Module):
         ``seed``: of the noise; None draws one from torch's generator. ``x_init``: an image to start from in place of
         ``A_adjoint(y)``.
         """
-        y = y.detach()
+        y = _checked(y, physics).detach()
+        x_init = None if x_init is None else _start(x_init, shape_too=False)
         forward, measured = _measured(y, physics)
         noise = _noise_of(physics)
         sigma_y = _number(noise, "sigma") if hasattr(noise, "sigma") else self.sigma
@@ -766,6 +811,8 @@ class DiffPIR(nn.Module):
         with package_modes(y.device):  # an autocast would be the dtype of the whole run
             x = physics.A_adjoint(y) if x_init is None else x_init.detach()
         z = ops.randn(x.shape, seed=seed, stream=STREAM_INITIAL, dtype=x.dtype, device=x.device)
+        if not 2.0 * self.sigma < ratio[0]:
+            raise ValueError(f"sigma: expected a number below {0.5 * ratio[0]:g}, the first level, got {self.sigma}")
         x = x + 0.5 * math.sqrt(ratio[0] ** 2 - 4.0 * self.sigma**2) * z
         x = sample(
             prior(self.model, _Sigmas((0.5 * ratio).tolist()), clip=(0.0, 1.0)),
