@@ -8,6 +8,7 @@ The races are run in a process of their own, this file, so that what goes wrong 
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastguide
 from fastguide import compiled, ops
 from fastguide.reference import SCHEMES, DynamicThreshold
 
@@ -154,7 +156,8 @@ def cases() -> list[Case]:
 def check(seconds: float, *module: str) -> None:
     """Race for so long, in another process."""
     command = [sys.executable, __file__, str(seconds), *module]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    environment = os.environ | {"PYTHONPATH": str(Path(fastguide.__file__).parents[1])}  # the same package
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert ran.returncode == 0 and ran.stdout.endswith("done\n"), (ran.returncode, ran.stdout[-200:], ran.stderr)
 
 

@@ -10,8 +10,8 @@
 //             where there is no such row. One cooperative launch, which a graph keeps like any other: a pair of
 //             launches for each part of the columns would cost their microseconds where there is nothing to do
 //
-// Another stream may write to the ancestors meanwhile. So each address is made from one read of an ancestor that is held
-// in its row after that read, whatever an earlier kernel found.
+// Another stream may write to the ancestors meanwhile. So a particle whose ancestor is out of range when it is to move
+// stays, whatever `look` found.
 #include "gather_particles.cuh"
 
 #include <cooperative_groups.h>
@@ -42,12 +42,6 @@ struct Map {
     uint64_t rows, particles;
     uint32_t* flags;  // of each row, of all of them, and whether an ancestor is out of range
 
-    // The last particle where it is out of range: a negative one is larger than any.
-    __device__ Index ancestor_of(uint64_t place) const {
-        using Word = std::make_unsigned_t<Index>;
-        const Index ancestor = ancestors[place], last = static_cast<Index>(particles - 1);
-        return static_cast<Word>(ancestor) < static_cast<Word>(last) ? ancestor : last;
-    }
     __device__ uint32_t of_all() const { return flags[rows]; }
     __device__ bool outside() const { return flags[rows + 1] != 0; }
 };
@@ -118,6 +112,7 @@ __device__ void with_unit(unsigned bytes, const F& f) {
 
 template <class Unit, class Index>
 __device__ void move_units(const Map<Index>& map, const State& state) {
+    using Word = std::make_unsigned_t<Index>;
     Unit* const data = static_cast<Unit*>(state.data);
     const unsigned lane = threadIdx.x & ((1u << state.log2_lanes) - 1);
     const uint64_t end = map.rows * map.particles;
@@ -131,9 +126,10 @@ __device__ void move_units(const Map<Index>& map, const State& state) {
         for (unsigned j = 0; j < kInFlight; ++j) {
             const bool live = place < end;
             const uint32_t flags = live ? map.flags[row] : 0;
-            const Index ancestor = live ? map.ancestor_of(place) : 0;
+            const Index ancestor = live ? map.ancestors[place] : 0;
             const uint64_t unit = (static_cast<uint64_t>(column) << state.log2_lanes) + lane;
-            const bool wanted = (flags == kMoves) & (unit < state.units);  // no branch between the loads
+            const bool inside = static_cast<Word>(ancestor) < static_cast<Word>(map.particles);
+            const bool wanted = (flags == kMoves) & (unit < state.units) & inside;  // no branch between the loads
             to[j] = place * state.units + unit;
             back[j] = (static_cast<Index>(particle) - ancestor) * static_cast<Index>(wanted);
 
@@ -197,8 +193,8 @@ __device__ void exchange_units(const Map<Index>& map, const State& state, Unit* 
                     const uint64_t place = first_row * map.particles + cell / width;
                     const uint64_t row = place / map.particles, particle = place % map.particles;
                     if ((map.flags[row] & kEntangled) == 0) continue;
-                    const auto ancestor = static_cast<uint64_t>(map.ancestor_of(place));
-                    if (ancestor == particle) continue;
+                    const auto ancestor = static_cast<uint64_t>(map.ancestors[place]);
+                    if (ancestor == particle || ancestor >= map.particles) continue;
                     Unit* const units = data + first + cell % width;
                     f(workspace[cell], units[place * state.units], units[(place - particle + ancestor) * state.units]);
                 }

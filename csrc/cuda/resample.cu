@@ -6,8 +6,9 @@
 // The integer weights are computed anew in each pass, as in csrc/cpu/kernels/resample.cpp: 4 bytes a particle are read
 // where 8 would be written and read. Prefix sums are those of integers, so no result depends on how the row is cut.
 //
-// Another stream may write to the log-weights meanwhile, and to a seed that stands on the device. So the counter is read
-// once, and where a tile's weights no longer come to the sum that the tables have, its first particle takes its slots.
+// Another stream may write to the log-weights meanwhile, and to a seed that stands on the device. A short row is read once.
+// So is a long row's counter, and where the weights of a tile no longer come to the sum that the tables have, the tile's
+// first particle takes its slots.
 #include "resample.cuh"
 
 #include <cub/block/block_reduce.cuh>
@@ -261,8 +262,9 @@ struct Sums {
     uint64_t weights, squares;
 };
 
-// Log-weights to integer weights, and this thread's sums. All are 0 where one is negative or above twice the largest that
-// a weight can be: then the largest has changed.
+// Log-weights to integer weights, and this thread's sums. If the largest was found in an earlier kernel, it may be the
+// largest no more: all are 0 where a weight is negative, or no less than twice what a weight can be.
+template <bool kEarlier = true>
 __device__ __forceinline__ Sums weigh(int64_t (&q)[kItems], const double (&log_weights)[kItems], double top,
                                       int scale) {
     Sums sums{};
@@ -275,7 +277,7 @@ __device__ __forceinline__ Sums weigh(int64_t (&q)[kItems], const double (&log_w
         sums.weights += static_cast<uint64_t>(q[i]);
         sums.squares += static_cast<uint64_t>(integer_square<OneWideLane>(x, scale));
     }
-    if (bits >> (scale + 1) == 0) return sums;
+    if (!kEarlier || bits >> (scale + 1) == 0) return sums;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) q[i] = 0;
     return {};
@@ -299,6 +301,13 @@ struct Counter {
     uint64_t row, seed;
     uint32_t step, stream;
 
+    __device__ Counter(const Resampling& call, int64_t of)
+        : row(call.first_row + static_cast<uint64_t>(of)), stream(call.stream) {
+        const Resampling now = with_counter(call, call.counter);
+        seed = now.seed;
+        step = now.step;
+    }
+    // As it was when the row was judged.
     __device__ Counter(const Resampling& call, int64_t of, const Row& known)
         : row(call.first_row + static_cast<uint64_t>(of)), seed(known.seed), step(known.step), stream(call.stream) {}
 
@@ -348,17 +357,17 @@ __device__ __forceinline__ Row judge(const Job& job, int64_t index, double top, 
     call.log_mean_weight[index] = log_mean_weight;
     call.ess[index] = ess;
 
-    const Resampling now = with_counter(call, call.counter);
+    const Counter counter(call, index);
     Row row{};
-    row.seed = now.seed;
-    row.step = now.step;
+    row.seed = counter.seed;
+    row.step = counter.step;
     row.top = top;
     row.log_mean_weight = log_mean_weight;
     row.verdict = usable ? Verdict::draw : Verdict::zero;
     if (call.number == call.particles && !(ess < call.keep_from)) row.verdict = Verdict::keep;
     row.reciprocal = 1.0 / static_cast<double>(total);
     row.slots = slots_of(call.number, total);
-    const Words4 words = Counter(call, index, row).words(0);
+    const Words4 words = counter.words(0);
     row.first = uniform_below<OneWideLane>(total, words.w0, words.w1);
     row.uniforms = job.number;
     return row;
@@ -487,7 +496,7 @@ __global__ void __launch_bounds__(kBlock, 1) resample_short(const Job job) {
 
     int64_t q[kItems];
     uint64_t total;
-    const Sums sums = weigh(q, log_weights, top, job.scale);
+    const Sums sums = weigh<false>(q, log_weights, top, job.scale);
     const uint64_t weight = sum_before<kBlock>(storage, sums.weights, total);
     const uint64_t squares = sum_of_all<kBlock>(storage, sums.squares);
     if (threadIdx.x == 0) shared_row = judge(job, index, top, total, squares);
@@ -497,7 +506,7 @@ __global__ void __launch_bounds__(kBlock, 1) resample_short(const Job job) {
     if (row.verdict == Verdict::zero)
         return store_slots(job, index, 0, job.number, row.log_mean_weight, [](uint32_t) { return 0; });
 
-    const Counter counter(job.call, index, row);
+    const Counter counter(job.call, index);
     uint32_t copies[kItems] = {};
     uint32_t copied = 0;
     Uniforms uniforms{slots.uniforms, 0, static_cast<uint32_t>(job.number)};
