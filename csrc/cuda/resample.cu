@@ -277,10 +277,14 @@ __device__ __forceinline__ Sums weigh(int64_t (&q)[kItems], const double (&log_w
         sums.weights += static_cast<uint64_t>(q[i]);
         sums.squares += static_cast<uint64_t>(integer_square<OneWideLane>(x, scale));
     }
-    if (!kEarlier || bits >> (scale + 1) == 0) return sums;
+    if constexpr (kEarlier) {
+        if (bits >> (scale + 1) != 0) {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) q[i] = 0;
-    return {};
+            for (int i = 0; i < kItems; ++i) q[i] = 0;
+            return {};
+        }
+    }
+    return sums;
 }
 
 // The whole copies that residual resampling makes of each; their sum.
