@@ -160,15 +160,25 @@ class Likelihood:
 
     def value(self, x0: Tensor, rows: Tensor | None, scale: float | Tensor, spread: Scalar = 0.0) -> Tensor:
         """`log_prob` with the scale given, and with the covariance ``spread`` of `log_prob_and_gradient`."""
-        z, rows, own_scale = self._measure(x0, rows, scale)
-        return self._log_prob(z, self.y, own_scale, spread, rows)
+        own = self._with_operator_of(rows)
+        z, rows, own_scale = own._measure(x0, rows, scale)
+        return own._log_prob(z, own.y, own_scale, spread, rows)
+
+    def _with_operator_of(self, rows: Tensor | None) -> Likelihood:
+        """A likelihood whose operator is that of each sample; ``y`` and the scale stay those of the observations."""
+        operator = self.operator if rows is None else self.operator.at(rows)
+        if operator is self.operator:
+            return self
+        chosen = copy.copy(self)
+        chosen.operator = operator
+        return chosen
 
     def _measure(
         self, x0: Tensor, rows: Tensor | None, scale: float | Tensor
     ) -> tuple[Tensor, Tensor | None, float | Tensor]:
-        """``A x0``, the row of ``y`` of each sample (None: one for all, or row ``i`` of sample ``i``) and its scale."""
-        operator = self.operator if rows is None else self.operator.at(rows)
-        z, y = operator(x0), self.y
+        """``A x0``, the row of ``y`` of each sample (None: one for all, or row ``i`` of sample ``i``) and its scale.
+        The operator is already that of the samples."""
+        z, y = self.operator(x0), self.y
         scale = _of_rows(scale, rows)
         if y.shape[0] == 1:
             rows = None
@@ -274,7 +284,9 @@ def _widened(z: Tensor, scale: float | Tensor, spread: Scalar, diagonal: Scalar)
         total = (scale**2 + variance).to(z.dtype)
         return dict(scale=_NOTHING, added=total.expand(total.shape[0], *z.shape[1:]))
     if isinstance(variance, Tensor):
-        return dict(scale=scale, added=variance.to(z.dtype).expand(z.shape[1:])[None])
+        added = variance.to(z.dtype)
+        added = added if added.ndim == z.ndim else added.expand(z.shape[1:])[None]
+        return dict(scale=scale, added=added.expand(added.shape[0], *z.shape[1:]))
     return dict(scale=math.sqrt(scale**2 + variance) if variance else scale)
 
 
@@ -498,7 +510,7 @@ class Poisson(_Density):
         return dict(family="poisson", scale=scale, background=self.background)
 
     def exact_value(self, x0: Tensor, rows: Tensor | None, scale: float | Tensor) -> Tensor:
-        z, rows, scale = self._measure(x0, rows, scale)
+        z, rows, scale = self._with_operator_of(rows)._measure(x0, rows, scale)
         counts = (self.y if rows is None else self.y[rows]).double() / scale
         rate = (z.double() + self.background) / scale
         missing = (self._least_rate - rate).clamp(min=0.0)

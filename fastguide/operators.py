@@ -199,7 +199,8 @@ class LinearOperator(Operator):
 
     def eigenvalues(self, y: Tensor) -> Tensor | float:
         """The eigenvalues of ``A A^T``, one for each element of ``transform(y)[0]`` in its order: a tensor that
-        broadcasts to that shape, or one number for all."""
+        broadcasts to that shape, or one number for all. A class with another operator for each observation (see `at`)
+        may return those of each sample, which broadcast to ``transform(y)``."""
         raise NotImplementedError(f"operator: the spectrum of {self} is not known")
 
     def transform(self, y: Tensor) -> Tensor:
@@ -245,10 +246,14 @@ class LinearOperator(Operator):
         return self.inverse_transform(self.transform(v) * inverse)
 
     def gram_logdet(self, v: Tensor, a: Scalar, b: Scalar) -> Tensor:
-        """``log det(a A A^T + b I)`` over the measurements of one row of ``v``, float64, shape ``[]``."""
+        """``log det(a A A^T + b I)`` over the measurements of one row of ``v``, float64, shape ``[]``; of each sample,
+        ``[n]``, where their eigenvalues differ."""
         v, a, b = self._measured("v", v), _number_or_scalar("a", a, above=0.0), _number_or_scalar("b", b, low=0.0)
         eigenvalues = _filled(self.eigenvalues(v), torch.float64, v)
-        return torch.log(a * eigenvalues + b).expand(v.shape[1:]).sum()
+        logs = torch.log(a * eigenvalues + b)
+        if logs.ndim == v.ndim:
+            return logs.expand(v.shape).flatten(1).sum(1)
+        return logs.expand(v.shape[1:]).sum()
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """``A^+ y = A^T (A A^T)^+ y``; needs a known spectrum."""

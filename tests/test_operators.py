@@ -979,6 +979,59 @@ def test_guided_samples_of_observations_with_operators_and_scales_of_their_own(m
             close(out[b : b + 1], one, 1e-7)
 
 
+class Weighted(LinearOperator):
+    """``w * x`` with weights ``w`` for each observation."""
+
+    def __init__(self, weights):
+        self.weights, self.observations = weights, len(weights)
+
+    def __call__(self, x):
+        return self.weights * x
+
+    adjoint = __call__
+
+    def eigenvalues(self, y):
+        return self.weights**2
+
+    def gram_diagonal(self, y):
+        return self.weights**2
+
+    def at(self, rows):
+        return type(self)(self.weights[rows])
+
+
+class WeightedReversed(Weighted):
+    """The same, with eigenvalues of which the standard basis is not known to be the eigenbasis."""
+
+    def eigenvalues(self, y):
+        return self.weights.flip(1) ** 2
+
+    def transform(self, y):
+        return y.flip(1)
+
+    inverse_transform = transform
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("kind", [Weighted, WeightedReversed])
+@pytest.mark.parametrize("method", ["TDS", "FK"])
+def test_particles_of_observations_with_spectra_of_their_own(method, kind, chunk_size):
+    """Those of one call for each observation; a chunk of as many particles as observations is no exception."""
+    prior, _ = pixels_prior()
+    weights, y = 0.5 + torch.rand(3, 6, generator=torch.Generator().manual_seed(0)).double(), normal(3, 6, seed=5)
+    options = dict(steps=5, seed=0, dtype=torch.float64, chunk_size=chunk_size)
+
+    def guidance(rows):
+        likelihood = fg.likelihoods.Gaussian(y[rows], kind(weights[rows]), 0.3)
+        return {"TDS": fg.TDS, "FK": fg.FK}[method](likelihood, 8, covariance="isotropic")
+
+    out = fg.sample(prior, (3, 6), guidance=guidance([0, 1, 2]), **options)
+    for b in range(3):
+        one = fg.sample(prior, (1, 6), guidance=guidance([b]), first_sample=b, **options)
+        close(out.log_evidence[b : b + 1], one.log_evidence, 1e-9)
+        close(out.x[b : b + 1], one.x, 1e-9)
+
+
 def test_masks_that_are_not_one_for_each_observation():
     likelihood = fg.likelihoods.Gaussian(normal(1, 3), Inpainting(MASKS, per_observation=True), 0.5)
     with pytest.raises(

@@ -141,12 +141,6 @@ class _DecomposablePhysics(_LinearPhysics):
     def eigenvalues(self, y: Tensor) -> Tensor:
         return self._eigenvalues.to(y.dtype)
 
-    def gram_logdet(self, v: Tensor, a: Any, b: Any) -> Tensor:
-        """Of each row where they differ, ``[n]``."""
-        if self.observations is None:
-            return super().gram_logdet(v, a, b)
-        return torch.log(a * self._eigenvalues.double() + b).expand(v.shape).flatten(1).sum(1)
-
     def transform(self, y: Tensor) -> Tensor:
         return self._call(self.physics.U_adjoint, y)
 
