@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["as_tensor", "call", "package_modes"]
+__all__ = ["as_tensor", "call", "package_modes", "without_autocast"]
 
 # The autocast of the caller of `fastguide.sample`: arguments of torch.autocast, of each device type where it is on.
 _autocast: ContextVar[tuple[dict[str, Any], ...]] = ContextVar("fastguide_autocast", default=())
@@ -35,6 +35,11 @@ def package_modes(device: torch.device) -> Iterator[None]:
         token = _autocast.set(tuple(found))
         modes.callback(_autocast.reset, token)
         yield
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 
 
 def call(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

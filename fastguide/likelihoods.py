@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import arguments, ops
 from .arguments import as_float, function, got, number
+from .foreign import without_autocast
 from .operators import Identity, LinearOperator, Operator, Pairs, mean_gram_diagonal, moved
 from .reference import Scalar
 
@@ -142,7 +143,8 @@ class Likelihood:
         return self.y if rows is None or self.y.shape[0] == 1 else self.y[rows]
 
     def log_prob(self, x0: Tensor, rows: Tensor | None = None, *, t: float | None = None) -> Tensor:
-        """``log p(y | x0)`` ``[n]``, at the clean time's scale or that of ``t`` where the scale follows one."""
+        """``log p(y | x0)`` ``[n]``, at the clean time's scale or that of ``t`` where the scale follows one. The
+        caller's autocast does not reach it, nor the operator."""
         if t is None and callable(self.scale):
             raise ValueError("t: expected the time whose scale to use, since scale is a function; got None")
         arguments.tensor("x0", x0)
@@ -152,7 +154,8 @@ class Likelihood:
             arguments.tensor("rows", rows)
             if rows.dtype != torch.int64 or rows.shape != x0.shape[:1]:
                 raise ValueError(f"rows: expected an int64 tensor {list(x0.shape[:1])}, got {got(rows)}")
-        return self.exact_value(x0, rows, self.scale_at(0.0 if t is None else t))
+        with without_autocast(x0.device):
+            return self.exact_value(x0, rows, self.scale_at(0.0 if t is None else t))
 
     def exact_value(self, x0: Tensor, rows: Tensor | None, scale: float | Tensor) -> Tensor:
         """`log_prob` with the scale given, which the last weight of the particle methods is made of."""

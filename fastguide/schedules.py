@@ -162,7 +162,7 @@ def per_step(
     times = [level.t for level in levels[:-1]]
     values: list[Any]
     if callable(value):
-        values = [value(t) for t in times]
+        values = [as_float(value(t)) for t in times]  # at once: the function may return the same memory again
     elif not isinstance(value, Sequence | np.ndarray | Tensor) or getattr(value, "ndim", 1) == 0:
         values = [value] * len(times)
     else:
@@ -194,10 +194,11 @@ class _Table(Schedule):
             raise ValueError(f"{argument}: expected alphas_cumprod of shape [n], got shape {list(table.shape)}")
         if not (np.all(table >= 0) and np.all(table < 1) and np.all(np.diff(table) < 0)):
             raise ValueError(f"{argument}: expected alphas_cumprod in [0, 1) that strictly decrease, got others")
-        self.alphas_cumprod = table
         self.t_max = table.size - 1
         self._name = name
         padded = np.append(table, 1.0)  # index -1 is the clean level
+        padded.setflags(write=False)  # the next line is computed once
+        self.alphas_cumprod = padded[:-1]
         self._alpha, self._sigma = np.sqrt(padded), np.sqrt(1.0 - padded)
 
     def __repr__(self) -> str:

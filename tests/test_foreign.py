@@ -130,6 +130,17 @@ def test_autocast_reaches_the_network_alone(name, operator):
     assert_same(without, within)
 
 
+def test_autocast_does_not_reach_a_likelihood_that_is_called():
+    """As in a reward, which runs under the caller's autocast."""
+    generator = torch.Generator().manual_seed(0)
+    matrix, x0 = torch.randn(10, 12, generator=generator), torch.randn(2, 12, generator=generator)
+    likelihood = fg.likelihoods.Gaussian(torch.zeros(1, 10), fg.operators.Matrix(matrix), 0.1)
+    expected = likelihood.log_prob(x0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x0 @ matrix.T).dtype is torch.bfloat16
+        assert torch.equal(likelihood.log_prob(x0), expected)
+
+
 def test_the_network_computes_in_the_callers_autocast():
     layer = torch.nn.Linear(3, 3)
     dtypes = []
@@ -317,6 +328,55 @@ def test_networks_may_return_the_same_memory_every_time(prediction, array):
 
     for got, expected in zip(samples(shared), samples(lambda net: net), strict=True):
         assert torch.equal(got, expected)
+
+
+class _Remembers(fg.operators.LinearOperator):
+    """Returns the same memory at every call without a derivative, if ``reuse``."""
+
+    def __init__(self, reuse):
+        self.reuse, self.memory = reuse, {}
+
+    def _out(self, name, value):
+        if not self.reuse or value.requires_grad:
+            return value
+        return self.memory.setdefault((name, value.shape), torch.empty_like(value)).copy_(value)
+
+    def __call__(self, x):
+        return self._out("measured", x @ MATRIX.T)
+
+    def adjoint(self, y):
+        return self._out("adjoint", y @ MATRIX)
+
+
+@pytest.mark.parametrize("name", ["DPS", "PnP", "PiGDM", "TDS", "TDS isotropic", "FK"])
+def test_operators_may_return_the_same_memory_every_time(name):
+    def samples(reuse):
+        likelihood = fg.likelihoods.Gaussian(Y, _Remembers(reuse), SCALE)
+        if name in ("DPS", "PnP", "PiGDM"):
+            guidance = getattr(fg, name)(likelihood)
+        elif name == "FK":
+            guidance = fg.FK(likelihood, 8)
+        else:
+            guidance = fg.TDS(likelihood, 8, covariance=name[4:] or "moment")
+        return fg.sample(example().denoiser(), (len(Y), 3), guidance=guidance, steps=6, seed=2, dtype=torch.float64)
+
+    assert_same(samples(True), samples(False))
+
+
+def test_functions_of_the_time_may_return_the_same_memory_every_time():
+    memory = torch.empty(())
+    shared, anew = (
+        fg.sample(prior(clean), (2, 3), eta=eta, steps=4, seed=1).x
+        for eta in (lambda t: memory.fill_(t / 100), lambda t: torch.tensor(t / 100))
+    )
+    assert torch.equal(shared, anew)
+
+
+def test_the_clean_time_is_no_index_of_a_rewards_table():
+    """``weights[-1]`` would be that of the noisiest level."""
+    weights = [1.0] * 100
+    with pytest.raises(TypeError, match="indices must be integers"):
+        draw(clean, fg.FK(lambda x0, t: weights[t] * x0.sum(1), 4))
 
 
 @pytest.mark.parametrize("linear", [lambda x: x + 1.0, lambda x: x - x.mean() + 1e-3])

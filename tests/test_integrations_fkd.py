@@ -297,7 +297,7 @@ def test_rewards_of_many_kinds(kind):
     torch.testing.assert_close(fkd.log_weights, expected, rtol=0, atol=1e-6 if kind == "float32" else 1e-15)
 
 
-@pytest.mark.parametrize("bad", [None, ["a", "b", "c", "d"], 1.0])
+@pytest.mark.parametrize("bad", [None, ["a", "b", "c", "d"], 1.0, torch.ones(4) * 1j, np.ones(4) * 1j])
 def test_rewards_that_are_no_numbers(bad):
     with pytest.raises((TypeError, ValueError), match=r"^reward_fn: expected"):
         _fkd(reward_fn=lambda images: bad).resample(

@@ -378,6 +378,7 @@ def test_the_guided_proposal_follows_those_of_a_sum_that_have_a_gradient():
         ),
         (lambda x0: ["good"] * len(x0), "reward: expected it to return 8 numbers, got"),
         (lambda x0: quadratic(x0) + 0j, "reward: expected it to return real numbers, got torch.complex128"),
+        (lambda x0: quadratic(x0).numpy() + 0j, "reward: expected it to return real numbers, got torch.complex128"),
     ],
 )
 def test_a_reward_that_returns_something_else(bad, message):

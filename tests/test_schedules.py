@@ -131,6 +131,15 @@ def test_values_share_no_memory_with_the_times(schedule):
     assert times.tolist() == [1.0] * 3
 
 
+def test_the_table_is_read_only_and_not_the_callers():
+    table = np.array([0.9, 0.5])
+    schedule = schedules.from_alphas_cumprod(table)
+    table[0] = 0.6
+    assert schedule.alphas_cumprod.tolist() == [0.9, 0.5]
+    with pytest.raises(ValueError, match="read-only"):
+        schedule.alphas_cumprod[0] = 0.6
+
+
 # --- lists of levels ----------------------------------------------------------------------------------------
 
 

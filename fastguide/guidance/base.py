@@ -365,15 +365,16 @@ def moment_score(
     linear, x0 = likelihood.operator, pull_back.x0
     assert isinstance(linear, LinearOperator)  # as `supports` has made sure of
     with torch.no_grad():
-        z = linear(x0)
+        z = linear(x0).clone()  # the operator's next call may return the same memory, as of what follows
         m = z[0].numel()
         units = torch.eye(m, dtype=z.dtype, device=z.device).reshape(m, *z.shape[1:])
         # Of A, or where samples have their own A the rows of each.
-        rows = linear.adjoint(units) if linear.observations is None else [linear.adjoint(u.expand_as(z)) for u in units]
+        one = linear.observations is None
+        rows = linear.adjoint(units) if one else [linear.adjoint(u.expand_as(z)).clone() for u in units]
     # Contiguous: a network's backward pass would carry the zero strides through all its operations.
     columns = [pull_back(x0, row.expand_as(x0).contiguous(), retain_graph=j + 1 < m) for j, row in enumerate(rows)]
     with torch.no_grad():
-        gram = torch.stack([linear(c.to(z.dtype)).flatten(1) for c in columns], dim=2)
+        gram = torch.stack([linear(c.to(z.dtype)).flatten(1).clone() for c in columns], dim=2)
         log_prob, gradient = likelihood.moment(z, y, scale, gram)  # type: ignore[attr-defined]
         weights = gradient.flatten(1).to(columns[0].dtype)
         shift = columns[0] * per_sample(weights[:, 0], columns[0])

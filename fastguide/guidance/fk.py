@@ -46,11 +46,12 @@ class FK:
 
     - ``reward``: ``r(x0 [n, *event]) -> [n]``, differentiable or not, taken at ``x0_hat`` on the way and at ``x_0`` at
       the end. It returns a tensor, an array or a list. With a parameter named ``t`` it is also given the schedule's
-      time of the level. A sequence of pairs ``(weight, r)`` stands for the weighted sum of several rewards. NaN gives
-      the particle weight 0, with a warning. ``-inf`` at ``x_0`` gives weight 0; on the way, where ``x0_hat`` may break
-      a constraint that ``x_0`` will meet, it counts as the lowest finite reward of the observation's particles.
-      ``+inf`` is an error. Or a likelihood: ``r = log p(y | x_0)``, approximated on the way with ``covariance`` as in
-      TDS; the default with the base proposal needs no derivative.
+      time of the level. The clean time is always a float: that of a table of betas is -1.0, which is no index. A
+      sequence of pairs ``(weight, r)`` stands for the weighted sum of several rewards. NaN gives the particle weight
+      0, with a warning. ``-inf`` at ``x_0`` gives weight 0; on the way, where ``x0_hat`` may break a constraint that
+      ``x_0`` will meet, it counts as the lowest finite reward of the observation's particles. ``+inf`` is an error. Or
+      a likelihood: ``r = log p(y | x_0)``, approximated on the way with ``covariance`` as in TDS; the default with the
+      base proposal needs no derivative.
     - ``potential``, the log-weight of a level: ``"difference"`` ``strength * r`` minus the same at the last level that
       had a potential; ``"max"`` and ``"sum"`` ``strength *`` the largest reward, or their sum, so far; or
       ``f(r [n], r of the last such level [n], or None at the first) -> log-potential [n]``. ``x_0`` always has a
@@ -242,9 +243,11 @@ class FK:
     def _call_reward(self, run: Run, x0: Tensor, i: int) -> Tensor:
         """``[n]`` in float64."""
         assert isinstance(self.reward, tuple)
-        total = None
+        total, t = None, run.level(i).t
+        if i == run.steps:
+            t = float(t)  # that of a table is -1, the index of another level
         for weight, function, takes_t in self.reward:
-            returned = foreign.call(function, x0, **({"t": run.level(i).t} if takes_t else {}))
+            returned = foreign.call(function, x0, **({"t": t} if takes_t else {}))
             value = weight * _as_tensor("reward", returned, x0)
             total = value if total is None else total + value
         assert total is not None
@@ -342,7 +345,9 @@ def _as_tensor(name: str, value: object, x: Tensor) -> Tensor:
     """A float64 tensor ``[n]`` of what a user's function made of ``x``: a tensor, an array or a list."""
     if isinstance(value, list | tuple) or (hasattr(value, "__array__") and not isinstance(value, Tensor)):
         try:
-            value = torch.as_tensor(value, dtype=torch.float64, device=x.device)
+            # In the array's own dtype: numpy drops an imaginary part that another leaves no room for.
+            dtype = None if hasattr(value, "dtype") else torch.float64
+            value = torch.as_tensor(value, dtype=dtype, device=x.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name}: expected it to return {len(x)} numbers, got {value!r}") from error
     value = _returned(name, value, x.shape[:1])

@@ -128,6 +128,8 @@ class FKD:
                 raise ValueError(f"{name}: expected {self.num_particles} particles, got shape {list(value.shape)}")
         images = self.latent_to_decode_fn(x0_preds)
         rewards = self._as_tensor(self.reward_fn(images))
+        if rewards.is_complex():
+            raise TypeError(f"reward_fn: expected real rewards, got {rewards.dtype}")
         if rewards.shape != self.log_weights.shape:
             raise ValueError(f"reward_fn: expected {self.num_particles} rewards, got shape {list(rewards.shape)}")
         waits = rewards.device.type != "cpu"

@@ -20,8 +20,8 @@ to the device where it is needed:
   before, and the index of the sample, and not on the batch: samples then agree to the network's own rounding. The
   attribute ``first_sample`` of a scheduler, by default 0, is the index of the first sample of the batch. The seed is
   drawn from ``generator``, or from torch's global one, when a run begins: at the first step after ``set_timesteps``,
-  with another generator, or where the step that the run began with is taken again. In a list of generators each sample
-  has its own. ``fused_noise`` is no part of the configuration.
+  with another generator, or where the step that the run began with is taken again (with a timestep for each sample:
+  only the first two). In a list of generators each sample has its own. ``fused_noise`` is no part of the configuration.
 - What is saved (``save_pretrained`` of the scheduler or its pipeline) is diffusers' own class, and loads without
   fastguide.
 
