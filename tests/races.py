@@ -135,9 +135,11 @@ def race(write: Callable[[int], object], read: Callable[[int], object], seconds:
 
     thread = threading.Thread(target=write_on, daemon=True)
     thread.start()
+    cpu = compiled.module("cpu")
     for seed in itertools.count():
         if time.perf_counter() > end:
             break
+        cpu.use_instruction_set(cpu.instruction_sets()[seed // 2 % len(cpu.instruction_sets())])
         read(seed)
     thread.join()
 

@@ -329,14 +329,14 @@ FG_INLINE F64 to_double(I64 v) {
 #endif
 }
 
-// The nearest integers, ties to even, of 0 <= v <= 2^62.
+// The nearest integers, ties to even, of 0 <= v <= 2^62; of others, any.
 FG_INLINE I64 nearest(F64 v) {
 #if defined(__AVX512DQ__)
     return as<I64>(_mm512_cvtpd_epi64((__m512d)v));
 #else  // its multiples of 2^32, and the exact rest: an addition that leaves no room for a fraction rounds it
     const F64 high = v * 0x1p-32 + 0x1p52;
     const F64 rest = (v - (high - 0x1p52) * 0x1p32) + 0x1.8p52;
-    return (as<I64>(high) << 32) + (as<I64>(rest) - as<I64>(splat(0x1.8p52)));
+    return as<I64>((as<U64>(high) << 32) + (as<U64>(rest) - as<U64>(splat(0x1.8p52))));
 #endif
 }
 

@@ -51,7 +51,8 @@ template <class T>
 FG_INLINE auto load_eight(const T* from) {
     return Twin<decltype(load_four(from))>{load_four(from), load_four(from + 4 * kLanes64)};
 }
-FG_INLINE uint64_t sum_of_lanes(I64 v) {
+template <class V>
+FG_INLINE uint64_t sum_of_lanes(V v) {
     uint64_t sum = 0;
     for (int lane = 0; lane < kLanes64; ++lane) sum += static_cast<uint64_t>(v[lane]);
     return sum;
@@ -86,20 +87,21 @@ struct Sums {
     }
 };
 
-// The integer weights of `count` particles, a multiple of kEight, and their sums. Not inlined, lest GCC spill.
+// The integer weights of `count` particles, a multiple of kEight, and their sums modulo 2^64: those of weights that change
+// meanwhile may be any number. Not inlined, lest GCC spill.
 template <bool kSquares, class T>
 __attribute__((noinline)) Sums weigh_whole(int64_t* q, const T* log_weights, int64_t count, double top, int scale) {
-    I64 weights{}, squares{}, bits{};
+    U64 weights{}, squares{}, bits{};
     for (int64_t i = 0; i < count; i += kEight) {
         auto x = exponential<EightLanes>(load_eight(log_weights + i) - top);  // const, GCC would copy it by halves
         const Eight<I64> weight = integer_weight(x, scale);
         store(q + i, weight);
-        weights += sum_of(weight);
-        bits |= any_of(weight);
-        if constexpr (kSquares) squares += sum_of(integer_square(x, scale));
+        weights += sum_of(EightLanes::to_unsigned(weight));
+        bits |= any_of(EightLanes::to_unsigned(weight));
+        if constexpr (kSquares) squares += sum_of(EightLanes::to_unsigned(integer_square(x, scale)));
     }
     uint64_t any = 0;
-    for (int lane = 0; lane < kLanes64; ++lane) any |= static_cast<uint64_t>(bits[lane]);
+    for (int lane = 0; lane < kLanes64; ++lane) any |= bits[lane];
     return {sum_of_lanes(weights), sum_of_lanes(squares), any};
 }
 
@@ -425,13 +427,13 @@ struct BlockBuffers {
 };
 
 FG_INLINE int64_t sum_before(int64_t* sums, int64_t count) {
-    int64_t sum = 0;
+    uint64_t sum = 0;  // modulo 2^64, as the squares of weights that change meanwhile may be any number
     for (int64_t i = 0; i < count; ++i) {
-        const int64_t own = sums[i];
-        sums[i] = sum;
+        const auto own = static_cast<uint64_t>(sums[i]);
+        sums[i] = static_cast<int64_t>(sum);
         sum += own;
     }
-    return sums[count] = sum;
+    return sums[count] = static_cast<int64_t>(sum);
 }
 
 template <class T>
