@@ -6,20 +6,26 @@ import contextlib
 import math
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_dispatch_mode,
+    _len_torch_dispatch_stack,
+    _TorchDispatchModeKey,
+)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, maybe_get_fake_mode
 from torch.autograd import forward_ad
 
 __all__ = [
     "as_float",
     "expect_alike",
+    "fake_mode",
     "flag",
     "function",
     "got",
@@ -96,7 +102,7 @@ def is_integer(value: Tensor) -> bool:
 
 def _is_one_number(value: Tensor) -> bool:
     """Whether that can be read, and is real."""
-    plain = type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta and not transformed()
+    plain = type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta and not transformed() and not fake_mode()
     return (
         plain
         and (value.is_floating_point() or is_integer(value))
@@ -115,9 +121,10 @@ def number(
     above: float = -math.inf,
     below: float = math.inf,
     what: str = "number",
+    others: str = "",
 ) -> float:
     """``value`` as a float, if `as_float` can make a finite one of it that is in ``[low, high]`` and in
-    ``(above, below)``."""
+    ``(above, below)``. ``others``: what else the argument takes, for the error about what is no number."""
     found = value if type(value) is float else as_float(value)
     if found is not None and low <= found <= high and above < found < below:
         return found
@@ -128,7 +135,9 @@ def number(
         expected = f"a finite {what} {'>' if above >= low else '>='} {least:g}"
     else:
         expected = f"a finite {what}"
-    kind = TypeError if found is None and not isinstance(value, Real) else ValueError
+    kind: type[Exception] = ValueError
+    if found is None and not isinstance(value, Real):
+        kind, expected = TypeError, expected + others
     raise kind(f"{name}: expected {expected}, got {got(value)}")
 
 
@@ -236,11 +245,16 @@ def transformed() -> bool:
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def fake_mode() -> FakeTensorMode | None:
+    """The mode inside which torch gives every result as a fake tensor, if there is one."""
+    return _get_dispatch_mode(_TorchDispatchModeKey.FAKE) if _len_torch_dispatch_stack() else None
+
+
 def has_memory(value: Tensor) -> bool:
-    """Whether elements stand in memory. A view into freed storage has a pointer, and a tensor of another layout has no
-    storage."""
+    """Whether elements stand in memory. A view into freed storage has a pointer, a tensor of another layout has no
+    storage, and torch warns of whoever asks for a fake one's."""
     try:
-        return value.untyped_storage().data_ptr() != 0
+        return not isinstance(value, FakeTensor) and value.untyped_storage().data_ptr() != 0
     except RuntimeError:
         return False
 
@@ -266,9 +280,23 @@ def is_wrapper(value: Tensor) -> bool:
     return type(value).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
-def expect_alike(given: Mapping[str, Any]) -> None:
-    """Raise for a tensor with values beside fake ones, of which torch's error names none."""
-    fakes = [name for name, v in given.items() if isinstance(v, FakeTensor) and not v.fake_mode.allow_non_fake_inputs]
-    for name, value in given.items():
-        if fakes and isinstance(value, Tensor) and not isinstance(value, FakeTensor):
-            raise ValueError(f"{name}: expected a FakeTensor, as {fakes[0]} is, got {got(value)}")
+def expect_alike(given: Mapping[str, Any], changed: Collection[str] = ()) -> FakeTensorMode | None:
+    """The mode in which a call with these arguments gives fake tensors, if there is one.
+
+    Raises, since torch's error would name no argument, for a fake tensor of another mode, and for a tensor with values
+    where the mode takes none. ``changed``: what is changed in place, and so must be fake in any mode.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    modes = {name: maybe_get_fake_mode(value) for name, value in given.items() if isinstance(value, Tensor)}
+    cause, mode = "tensors inside FakeTensorMode are", fake_mode()
+    if mode is None:
+        cause, mode = next(((f"{name} is", own) for name, own in modes.items() if own is not None), ("", None))
+    if mode is None:
+        return None
+    for name, own in modes.items():
+        if own is mode or (own is None and mode.allow_non_fake_inputs and name not in changed):
+            continue
+        what = "" if own is None else ", one of another mode"
+        raise ValueError(f"{name}: expected a FakeTensor, as {cause}, got {got(given[name])}{what}")
+    return mode

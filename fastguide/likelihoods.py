@@ -78,7 +78,9 @@ class Likelihood:
         if isinstance(scale, Tensor):
             arguments.tensor(name, scale, readable=not self.y.is_meta)
         if not isinstance(scale, Tensor) or scale.numel() == 1:
-            return number(name, scale, low=0.0) if self._takes_zero else number(name, scale, above=0.0)
+            others = " or a tensor of the measurement's shape" if self._takes_tensors else ""
+            least = -math.inf if self._takes_zero else 0.0
+            return number(name, scale, low=0.0, above=least, others=others)
         if scale.is_complex() or scale.dtype == torch.bool:
             raise TypeError(f"{name}: expected real numbers, got {got(scale)}")
         if not self._takes_tensors:

@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import arguments, compiled, reference
-from .arguments import as_float, flag, got, has_memory, is_wrapper, number, one_of, transformed
+from .arguments import as_float, fake_mode, flag, got, has_memory, is_wrapper, number, one_of, transformed
 from .backends import select
 from .reference import FAMILIES, SCHEMES, Clip, Coefficients, Counted, DynamicThreshold
 
@@ -66,10 +65,13 @@ def _plain(x: Tensor, *others: Tensor) -> bool:
 
 
 def _traced() -> bool:
-    """Whether operations are recorded, now or by a mode: the record should hold the operator of `fastguide.library`."""
+    """Whether a mode records operations, or gives their results as fake tensors: it should see the operator of
+    `fastguide.library`."""
     if torch.compiler.is_compiling():
         return True
-    return _get_tracing_state() is not None or (_len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None)
+    if _get_tracing_state() is not None:
+        return True
+    return _len_torch_dispatch_stack() > 0 and (get_proxy_mode() is not None or fake_mode() is not None)
 
 
 # The errors of the short way to a kernel. The checks one by one then find the argument that is to blame.
@@ -285,9 +287,10 @@ def randn(
         arguments.torch_dtype("dtype", dtype, STATE_DTYPES)
     device = arguments.torch_device("device", device)
     _check_counter(seed, step, stream, first_particle, shape[0], math.prod(shape[1:]), device)
-    if _traced():
+    if _through_dispatcher(seed, step):
         from . import library
 
+        arguments.expect_alike({"seed": seed, "step": step})
         return library.call_randn(shape, (seed, step, stream, first_particle), dtype, device, backend)
     chosen = select("randn", backend, device=device, dtype=dtype)
     if chosen == "reference":
@@ -301,8 +304,6 @@ def randn(
             device=device,
         )
     out = torch.empty(*shape, dtype=dtype, device=device)
-    if type(out) is not Tensor:  # a fake one has no memory to fill
-        return out
     if chosen == "triton":
         _kernels("randn").randn(out, seed, step, stream, first_particle)
         return out
@@ -536,16 +537,19 @@ def resample(
             "log_weights: expected a tensor that needs no gradient, since draws have none, got one that requires it; "
             "pass log_weights.detach(), or call inside torch.no_grad()"
         )
-    rows = log_weights[..., 0].numel()
+    rows = math.prod(log_weights.shape[:-1])
     _check_counter(seed, step, stream, first_row, rows, 4 * count, log_weights.device, first="first_row")
     if check and torch.compiler.is_compiling():
         raise ValueError("check: expected False inside torch.compile, since it looks at values, got True")
-    if check and (log_weights.is_meta or isinstance(log_weights, FakeTensor)):
-        raise ValueError(f"check: expected False for log_weights without values, got True and {got(log_weights)}")
-    if _through_dispatcher(log_weights, seed, step):
+    through_dispatcher = _through_dispatcher(log_weights, seed, step)
+    given = {"log_weights": log_weights, "seed": seed, "step": step}
+    fake = through_dispatcher and arguments.expect_alike(given) is not None
+    if check and (log_weights.is_meta or fake):
+        values = ", ".join(got(value) for value in given.values() if isinstance(value, Tensor))
+        raise ValueError(f"check: expected False for results without values, got True with {values}")
+    if through_dispatcher:
         from . import library
 
-        arguments.expect_alike({"log_weights": log_weights, "seed": seed, "step": step})
         with torch.no_grad():
             counter = seed, step, stream, first_row
             results = library.call_resample(log_weights, scheme, num, ess_threshold, counter, sorted, backend)
@@ -618,7 +622,8 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
     if _through_dispatcher(ancestors, *states):
         from . import library
 
-        arguments.expect_alike({"ancestors": ancestors} | {f"states[{i}]": state for i, state in enumerate(states)})
+        named = {f"states[{i}]": state for i, state in enumerate(states)}
+        arguments.expect_alike({"ancestors": ancestors} | named, changed=named)
         return library.call_gather_particles_(ancestors, states, backend)
     obstacle = _NO_TRANSFORMS if transformed() else ""
     apart = not obstacle and _lie_apart(ancestors, states)

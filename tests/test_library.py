@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -11,7 +12,7 @@ import warnings
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -734,14 +735,89 @@ def test_a_tensor_of_another_layout_is_refused_by_name(name, layout, backend, mo
             ops.gather_particles_(torch.tensor([0]), LAYOUTS[layout](normal(1, 2)))
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_a_fake_tensor_beside_a_real_one_is_refused_by_name(name):
-    value, call = CALLS[name]
-    if name == "resample":
-        fake = FakeTensorMode().from_tensor(value)
-        with pytest.raises(ValueError, match=r"^check: expected False for log_weights without values, got True and F"):
-            call(fake)
-        return
-    with pytest.raises(ValueError, match=r"^\w+(\[\d\])?: expected a FakeTensor, as .* is, got torch.float"):
-        call(FakeTensorMode().from_tensor(value))
-    call(FakeTensorMode(allow_non_fake_inputs=True).from_tensor(value))
+def fake_calls():
+    """Every tensor argument of every operation: ``arguments`` and a call of all of them. The changed ones are last."""
+    x, w = normal(6, 2), normal(3, 5, seed=2)
+    counter = {"seed": torch.tensor([1]), "step": torch.tensor([2])}
+    table = {f"coefficients[{i}]": torch.full((6,), c) for i, c in enumerate(VP)}
+    step = {"x": x, "model_output": x + 1, "displacement": x - 1, **counter, **table}
+    proposal = {"x": x, "x0_hat": x + 1, "displacement": x - 1, "log_weights": x[:, 0], **counter, **table}
+    density = {"z": x, "y": normal(2, 2), "added": x.square(), "rows": torch.tensor([0, 1, 1, 0, 1, 0])}
+    moved = {"ancestors": torch.tensor([[4, 0, 0, 1, 1]] * 3), "states[0]": normal(3, 5, 2), "states[1]": w}
+
+    def split(given):
+        return {n: v for n, v in given.items() if "[" not in n}, tuple(v for n, v in given.items() if "[" in n)
+
+    def reverse_step(given):
+        tensors, coefficients = split(given)
+        return ops.reverse_step(coefficients=coefficients, return_x0=True, **tensors)
+
+    def propose_and_weigh(given):
+        tensors, coefficients = split(given)
+        return ops.propose_and_weigh(coefficients=coefficients, **tensors)
+
+    def gather(given):
+        tensors, states = split(given)
+        ops.gather_particles_(tensors["ancestors"], *states)
+        return states
+
+    yield "randn", counter, lambda given: (ops.randn((4, 3), **given),)
+    yield "reverse_step", step, reverse_step
+    yield "propose_and_weigh", proposal, propose_and_weigh
+    yield "resample", {"log_weights": w, **counter}, lambda given: ops.resample(check=False, **given)
+    yield "gather_particles_", moved, gather
+    yield (
+        "log_prob_and_gradient",
+        density,
+        lambda given: ops.log_prob_and_gradient(family="gaussian", scale=0.5, **given),
+    )
+
+
+FAKE_CALLS = {name: rest for name, *rest in fake_calls()}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("inside", (False, True))
+@pytest.mark.parametrize("allow", (False, True))
+@pytest.mark.parametrize("name", FAKE_CALLS)
+def test_fake_and_real_arguments_give_fake_results_or_an_error_that_names_one(name, allow, inside):
+    real, call = FAKE_CALLS[name]
+    expected = call({n: v.clone() for n, v in real.items()})
+    mode = FakeTensorMode(allow_non_fake_inputs=allow)
+    fake = {n: mode.from_tensor(v) for n, v in real.items()}
+    mixed = [real | {n: fake[n]} for n in real] + [fake | {n: real[n]} for n in real] + [real] * inside
+    with mode if inside else contextlib.nullcontext():
+        for given in (fake, *mixed):
+            changed = [n for n, v in given.items() if n.startswith("states") and not isinstance(v, FakeTensor)]
+            if given is fake or (allow and not changed):
+                for got, value in zip(call(given), expected, strict=True):
+                    assert isinstance(got, FakeTensor)
+                    assert (got.shape, got.dtype, got.device) == (value.shape, value.dtype, value.device)
+                continue
+            with pytest.raises(ValueError, match=r"^\S+: expected a FakeTensor, as .*, got torch\.\w+ \[") as raised:
+                call(given)
+            named = str(raised.value).partition(":")[0]
+            assert named in (changed if allow else given) and not isinstance(given[named], FakeTensor)
+
+
+@pytest.mark.parametrize("name", FAKE_CALLS)
+def test_a_fake_tensor_of_another_mode_is_refused_by_name(name):
+    real, call = FAKE_CALLS[name]
+    modes = FakeTensorMode(), FakeTensorMode()
+    first, other = ({n: mode.from_tensor(v) for n, v in real.items()} for mode in modes)
+    for argument in list(real)[1:]:
+        with pytest.raises(ValueError, match=f"^{re.escape(argument)}: expected .*, got FakeTensor .*of another mode$"):
+            call({n: (other if n == argument else first)[n] for n in real})
+
+
+@pytest.mark.parametrize("argument", ("log_weights", "seed", "step"))
+def test_resample_checks_no_weights_of_which_the_results_are_fake(argument):
+    given = {"log_weights": normal(3, 5), "seed": torch.tensor([1]), "step": torch.tensor([2])}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    given[argument] = mode.from_tensor(given[argument])
+    with pytest.raises(
+        ValueError, match=r"^check: expected False for results without values, got True with .*FakeTensor"
+    ):
+        ops.resample(**given)
+    with mode, pytest.raises(ValueError, match=r"^check: expected False for results without values, got True with "):
+        ops.resample(normal(3, 5))

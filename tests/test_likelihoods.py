@@ -721,6 +721,12 @@ WITH_NAN = torch.tensor([[1.0, 2.0], [3.0, math.nan]])
         ),
         (lambda: Gaussian(Y, Identity(), -1.0), ValueError, "scale: expected a finite number >= 0, got -1.0"),
         (lambda: Gaussian(Y, Identity(), math.nan), ValueError, "scale: .*got nan"),
+        (
+            lambda: Gaussian(Y, Identity(), Y[0].numpy()),
+            TypeError,
+            r"scale: expected a finite number >= 0 or a tensor of the measurement's shape, got array float32 \[3\]",
+        ),
+        (lambda: Poisson(Y, Identity(), [1.0]), TypeError, r"scale: expected a finite number > 0, got \[1.0\]"),
         (lambda: Gaussian(Y, Identity(), math.inf), ValueError, "scale: .*got inf"),
         (lambda: Laplace(Y, Identity(), 0.0), ValueError, "scale: expected a finite number > 0, got 0.0"),
         (lambda: StudentT(Y, Identity(), 0.0, df=3), ValueError, "scale: expected a finite number > 0"),
