@@ -5,7 +5,7 @@ Shapes: ``y`` ``[B, *measurement]``, or one row for all; ``x0`` ``[n, *event]``;
 which observation each sample belongs to; None where there is one row or sample ``i`` has row ``i``.
 
 Complex ``y`` are taken as pairs of reals ``[B, *measurement, 2]``, and so is what the operator returns; the scale is
-that of the real and of the imaginary part.
+that of the real and of the imaginary part, a tensor ``[*measurement, 1]`` for each detector.
 
 ``scale`` is a positive number (`Gaussian` also takes 0); a tensor ``[*measurement]``, one for each detector, or
 ``[B or 1, *measurement]``, some of its dimensions 1 (not for Poisson and Callable); or a function of the schedule's own
@@ -77,6 +77,8 @@ class Likelihood:
         """A number, or a tensor with a row for each observation or one for all, which broadcasts to ``y``."""
         if isinstance(scale, Tensor):
             arguments.tensor(name, scale, readable=not self.y.is_meta)
+        elif as_float(scale) is None and self._takes_tensors:
+            raise TypeError(f"{name}: expected a number, a tensor or a function of the time, got {got(scale)}")
         if not isinstance(scale, Tensor) or scale.numel() == 1:
             others = " or a tensor of the measurement's shape" if self._takes_tensors else ""
             least = -math.inf if self._takes_zero else 0.0
@@ -530,8 +532,9 @@ class Poisson(_Density):
 class Callable(Likelihood):
     """Any ``f(x0 [n, *event]) -> log p(y | x_0) [n]``, of each sample alone.
 
-    It gets copies, into which it may write. With ``y`` ``[B, *any]`` it is called as ``f(x0, y=rows of y)``; with
-    ``scale`` as ``f(x0, scale=scale(t))``; with both, so. Where gradients are needed they come from autograd.
+    It gets copies, into which it may write. With ``y`` ``[B, *any]`` it is called as ``f(x0, y=rows of y)``, complex
+    ones of a complex ``y``; with ``scale`` as ``f(x0, scale=scale(t))``; with both, so. Where gradients are needed they
+    come from autograd.
     """
 
     _least_dimensions = 1
@@ -540,6 +543,10 @@ class Callable(Likelihood):
     def __init__(self, f: Fn[..., Tensor], y: Tensor | None = None, scale: Scale | None = None):
         function("f", f)
         self.f, self._has_y, self._has_scale = f, y is not None, scale is not None
+        self._complex = isinstance(y, Tensor) and y.is_complex()
+        if self._complex:
+            arguments.tensor("y", y, readable=True)
+            y = torch.view_as_real(y.resolve_conj())  # type: ignore[union-attr]
         super().__init__(torch.zeros(1, device="cpu") if y is None else y, Identity(), 1.0 if scale is None else scale)
 
     def __repr__(self) -> str:
@@ -552,6 +559,7 @@ class Callable(Likelihood):
         return self._call(x0, self.rows_of_y(rows), scale).double()
 
     def _call(self, x0: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
+        y = torch.view_as_complex(y.contiguous()) if self._complex else y
         kwargs: dict = {"y": y.clone()} if self._has_y else {}
         if self._has_scale:
             kwargs["scale"] = scale

@@ -644,19 +644,21 @@ def _square(c: Tensor) -> Tensor:
 
 class Matrix(LinearOperator):
     """``A x`` for a matrix ``[m, d]``; ``event`` is the shape that ``d`` elements have, ``(d,)`` by default. The matrix
-    may be written to. Its singular vectors are found once, when the first of its closed forms is asked for."""
+    may be written to. Its singular vectors are found once, when the first of its closed forms is asked for. A complex
+    matrix makes complex measurements of real ``x``, and has no closed forms."""
 
     def __init__(self, matrix: Tensor, event: Sequence[int] | None = None):
-        matrix = _constant("matrix", matrix, "finite floating values of shape [m, d]")
+        matrix = _constant("matrix", matrix, "finite floating or complex values of shape [m, d]")
         if matrix.ndim == 3:
             raise ValueError(
                 f"matrix: expected one matrix [m, d] for all observations, got shape {list(matrix.shape)}; "
                 "one call for each observation serves several"
             )
-        floats = matrix.ndim == 2 and matrix.dtype in STATE_DTYPES
-        if not floats or not len(matrix) or not torch.isfinite(matrix).all():
+        numbers = matrix.ndim == 2 and (matrix.dtype in STATE_DTYPES or matrix.is_complex())
+        if not numbers or not len(matrix) or not torch.isfinite(matrix).all():
             raise ValueError(
-                f"matrix: expected finite floating values of shape [m, d], got {matrix.dtype} {list(matrix.shape)}"
+                "matrix: expected finite floating or complex values of shape [m, d], "
+                f"got {matrix.dtype} {list(matrix.shape)}"
             )
         self.event = (matrix.shape[1],) if event is None else arguments.shape("event", event, "the shape of an event")
         if torch.Size(self.event).numel() != matrix.shape[1]:
@@ -667,6 +669,9 @@ class Matrix(LinearOperator):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Operator:
         there = super().to(device, dtype)
         assert isinstance(there, Matrix)
+        if self.weight.is_complex():
+            there._cache = _Cache(there.weight)
+            return there
         # From the elements as they came: to their rounding a singular value is 0 or not.
         with torch.no_grad():
             pair = tuple(_normal(t.to(device, dtype)) for t in self._decomposition())
@@ -674,8 +679,14 @@ class Matrix(LinearOperator):
         there._cache.get("svd", lambda: pair)
         return there
 
+    @property
+    def spectral(self) -> bool:
+        return super().spectral and not self.weight.is_complex()
+
     def _decomposition(self) -> tuple[Tensor, Tensor]:
         """Left singular vectors ``[m, m or less]`` and eigenvalues of ``A A^T``."""
+        if self.weight.is_complex():
+            raise NotImplementedError(f"operator: the spectrum of {self} is not known, as its matrix is complex")
         if self.weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "matrix: its spectrum has no derivative; expected one that requires no gradient, or torch.no_grad()"
@@ -703,10 +714,15 @@ class Matrix(LinearOperator):
     def __call__(self, x: Tensor) -> Tensor:
         if tuple(_samples("x", x, ("matrix", self.weight)).shape[1:]) != self.event:
             raise ValueError(f"matrix: expected events of shape {list(self.event)}, got {list(x.shape[1:])} of x")
-        return x.flatten(1) @ self.weight.to(x.dtype).T
+        dtype = x.dtype.to_complex() if self.weight.is_complex() else x.dtype
+        return x.flatten(1).to(dtype) @ self.weight.to(dtype).T
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return (self._measured("y", y) @ self.weight.to(y.dtype)).reshape(-1, *self.event)
+        y = self._measured("y", y)
+        if self.weight.is_complex():
+            dtype = y.dtype.to_complex()
+            return (y.to(dtype) @ self.weight.to(dtype).conj()).real.reshape(-1, *self.event)
+        return (y @ self.weight.to(y.dtype)).reshape(-1, *self.event)
 
     def eigenvalues(self, y: Tensor) -> Tensor:
         return self._decomposition()[1].to(y.real.dtype)
@@ -718,6 +734,8 @@ class Matrix(LinearOperator):
         return c @ self._decomposition()[0].to(c.dtype).T
 
     def gram_diagonal(self, y: Tensor) -> Tensor:
+        if self.weight.is_complex():
+            return _square(self.weight).to(y.real.dtype).sum(1)
         return (self.weight.to(y.dtype) ** 2).sum(1)
 
 

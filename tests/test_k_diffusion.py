@@ -387,9 +387,10 @@ def test_names_without_the_original(monkeypatch):
 def test_errors():
     with pytest.raises(ValueError, match=r"solver_type: expected one of .*'heun', 'midpoint'.*, got"):
         ours.sample_dpmpp_2m_sde(model, start(), levels(), solver_type="euler")
-    for bad in ([1.0, 0.0, 0.0], [0.0, 1.0], [1.0, -0.5], [math.nan, 0.0]):
-        with pytest.raises(ValueError, match="sigmas: expected levels above 0"):
-            ours.sample_euler(model, start(), torch.tensor(bad))
+    for bad in ([1.0, 0.0, 0.0], [0.0, 1.0], [1.0, -0.5], [math.nan, 0.0], [math.inf, 1.0, 0.0]):
+        for sampler in (ours.sample_euler, ours.sample_heun, ours.sample_dpmpp_sde):
+            with pytest.raises(ValueError, match="sigmas: expected finite levels above 0"):
+                sampler(model, start(), torch.tensor(bad))
     assert torch.equal(ours.sample_euler(model, start(), levels()[:1]), start())  # no step
     for name in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"):
         with pytest.raises(ValueError, match="eta: expected a number >= 0, got -1"):

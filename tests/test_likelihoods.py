@@ -600,6 +600,42 @@ def test_complex_measurements(adjoint):
         Gaussian(y, Identity(), SCALE).log_prob(x)
 
 
+def test_a_complex_matrix():
+    """Its real and imaginary rows are measurements alike; there are no closed forms."""
+    c = torch.complex(normal(3, 8, seed=4), normal(3, 8, seed=5))
+    x, v, y = normal(4, 2, 4), normal(4, 3, 2, seed=3), torch.complex(normal(2, 3, seed=1), normal(2, 3, seed=2))
+    operator = Matrix(c, (2, 4))
+    a = torch.view_as_real(c.T).permute(1, 2, 0).reshape(6, 8)
+    likelihood = Gaussian(y, operator, SCALE)
+    torch.testing.assert_close(likelihood.operator(x).flatten(1), x.flatten(1) @ a.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(likelihood.operator.adjoint(v).flatten(1), v.flatten(1) @ a, rtol=1e-12, atol=1e-12)
+    single = likelihood.to(dtype=torch.float32).operator(x.float())
+    torch.testing.assert_close(single.double().flatten(1), x.flatten(1) @ a.T, rtol=1e-5, atol=1e-5)
+    prior = fg.Denoiser(lambda x, t: x / (1 + t.view(-1, 1, 1) ** 2), fg.schedules.edm(0.01, 10.0), "sample")
+    out = fg.sample(prior, (2, 2, 4), guidance=fg.PnP(likelihood, zeta=0.0), steps=4, seed=0, dtype=torch.float64)
+    pairs = Gaussian(torch.view_as_real(y).flatten(1), Matrix(a, (2, 4)), SCALE)
+    real = fg.sample(prior, (2, 2, 4), guidance=fg.PnP(pairs, zeta=0.0), steps=4, seed=0, dtype=torch.float64)
+    torch.testing.assert_close(out.x, real.x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(operator.gram_diagonal(y), c.abs().square().sum(1))
+    with pytest.raises(NotImplementedError, match=r"spectrum .* is not known, as its matrix is complex"):
+        operator.eigenvalues(y)
+    with pytest.raises(TypeError, match=r"y: expected complex values, as Matrix.* returns torch\.complex128"):
+        fg.sample(prior, (2, 2, 4), guidance=fg.PnP(Gaussian(y.real, operator, SCALE)), steps=2, dtype=torch.float64)
+
+
+def test_a_callable_of_complex_measurements():
+    y = torch.complex(normal(2, 3, seed=1), normal(2, 3, seed=2))
+    x, rows = normal(4, 8), torch.tensor([0, 1, 1, 0])
+    for given in (y, y.conj()):  # a view
+        likelihood = Callable(lambda x, y: -(fourier(x) - y).abs().square().sum(1), given)
+        expected = -(fourier(x) - given[rows]).abs().square().sum(1)
+        torch.testing.assert_close(likelihood.log_prob(x, rows), expected)
+        _, gradient = likelihood.log_prob_and_gradient(x, likelihood.y, 1.0, rows=rows)
+        other = x.clone().requires_grad_()
+        (-(fourier(other) - given[rows]).abs().square().sum()).backward()
+        torch.testing.assert_close(gradient, other.grad)
+
+
 @pytest.mark.parametrize("linear", [False, True])
 def test_complex_measurements_may_be_views_of_the_conjugate(linear):
     y = torch.complex(normal(2, 3, seed=1), normal(2, 3, seed=2))

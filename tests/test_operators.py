@@ -1032,6 +1032,27 @@ def test_particles_of_observations_with_spectra_of_their_own(method, kind, chunk
         close(out.x[b : b + 1], one.x, 1e-9)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(samples_per_observation=3), dict(chunk_size=2), dict(guidance=fg.TDS), dict(guidance=fg.FK)],
+)
+def test_a_function_with_a_row_for_each_observation_is_refused_where_others_come(options):
+    """Three samples of one observation would be taken for one of each of three."""
+    weights, y = normal(3, 6, seed=1), normal(3, 6, seed=5)
+    likelihood = fg.likelihoods.Gaussian(y, Function(lambda x: weights * x), 0.3)
+    guidance = options.get("guidance", fg.PnP)
+    guidance = guidance(likelihood) if guidance is fg.PnP else guidance(likelihood, 3)
+    with pytest.raises(ValueError, match=r"operator: expected one that takes each sample alone, got 3 rows for one"):
+        fg.sample(
+            pixels_prior()[0],
+            (3, 6),
+            steps=2,
+            dtype=torch.float64,
+            **{"chunk_size": 3, **options, "guidance": guidance},
+        )
+    fg.sample(pixels_prior()[0], (3, 6), steps=2, dtype=torch.float64, guidance=fg.PnP(likelihood))
+
+
 def test_masks_that_are_not_one_for_each_observation():
     likelihood = fg.likelihoods.Gaussian(normal(1, 3), Inpainting(MASKS, per_observation=True), 0.5)
     with pytest.raises(

@@ -429,6 +429,20 @@ def prepare_likelihood(run: Run, likelihood: Likelihood) -> tuple[Likelihood, in
     probe = torch.zeros(rows, *run.event, dtype=run.compute_dtype, device=run.device)
     with torch.no_grad():
         z = likelihood.operator(probe)
+    if z.is_complex():
+        raise TypeError(
+            f"y: expected complex values, as {likelihood.operator} returns {z.dtype}, got {likelihood.y.dtype}; pairs "
+            "of reals need torch.view_as_real in the operator too"
+        )
+    apart = run.particles == 1 and (run.chunk_size is None or run.chunk_size >= run.observations)
+    if own is None and run.observations > 1 and not apart and not z.is_meta:
+        with torch.no_grad():
+            count = len(likelihood.operator(probe[:1]))
+        if count != 1:
+            raise ValueError(
+                f"operator: expected one that takes each sample alone, got {count} rows for one from "
+                f"{likelihood.operator}; one that differs between observations says so by observations and at(rows)"
+            )
     if isinstance(likelihood.operator, LinearOperator) and not z.is_meta and (z != 0).any():
         raise ValueError(
             f"operator: expected a linear one, which makes 0 of 0, got {z.abs().max().item():g} from "

@@ -314,7 +314,7 @@ class _Run:
             function("callback", callback, "a callable or None")
         if disable is not None:
             disable = flag("disable", disable)
-        expected = "levels above 0, the last perhaps 0"
+        expected = "finite levels above 0, the last perhaps 0"
         if isinstance(sigmas, Tensor):
             arguments.tensor("sigmas", sigmas, expected)
             if not (sigmas.dtype in ops.STATE_DTYPES or arguments.is_integer(sigmas)):
@@ -330,8 +330,9 @@ class _Run:
             self.levels: list[float] = self.host.tolist()
         except RuntimeError as error:  # a fake tensor, or one on the meta device, has no values
             raise ValueError(f"sigmas: expected {expected}, got {got(sigmas)}") from error
-        if not (all(level > 0.0 for level in self.levels[:-1]) and all(level >= 0.0 for level in self.levels[-1:])):
-            raise ValueError(f"sigmas: expected levels above 0, the last perhaps 0, got {self.levels}")
+        finite = all(0.0 < level < math.inf for level in self.levels[:-1])
+        if not (finite and all(0.0 <= level < math.inf for level in self.levels[-1:])):
+            raise ValueError(f"sigmas: expected {expected}, got {self.levels}")
         self.model, self.x, self.sigmas = model, x, sigmas
         self.extra_args, self.callback, self.disable = extra_args or {}, callback, disable
 
