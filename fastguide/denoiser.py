@@ -209,6 +209,11 @@ class Denoiser:
                 f"{name}: raised when called with x {given.dtype} {list(x.shape)}{_grad_words(x)} and t {t.dtype} "
                 f"{list(t.shape)}. sample(dtype=...) sets the dtype of x"
             )
+            if "Inference tensor" in str(error):
+                error.add_note(
+                    f"{name}: holds tensors made in torch.inference_mode, which autograd cannot use; expected a "
+                    "network made outside of it, or a copy.deepcopy of it made there"
+                )
             raise
         output = _prediction(name, output, x)
         if output.shape != x.shape or output.device != x.device or not output.is_floating_point():

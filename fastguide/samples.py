@@ -128,7 +128,9 @@ class Samples:
         if log_weights is None:
             self._check_grouped("draw")
             log_weights = self.x.new_zeros(self.x.shape[:2], dtype=torch.float64)
-        ancestors = ops.resample(log_weights, num=num, seed=seed, stream=_STREAM_DRAW)[0].long()  # [B, num]
+        ancestors = ops.resample(
+            log_weights, num=num, seed=arguments.integer("seed", seed, 0, 1 << 64), stream=_STREAM_DRAW
+        )[0].long()  # [B, num]
         return self.x[torch.arange(self.x.shape[0], device=self.x.device)[:, None], ancestors]
 
     def save(self, path: str | os.PathLike) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 
 import numpy as np
@@ -163,6 +164,20 @@ def test_grad_modes_around_sample_change_nothing(name, mode):
         again = run(name, steps=4)  # the likelihood is made under the mode, too
     assert_same(expected, again)
     assert not again.x.requires_grad and not again.x.is_inference()
+
+
+def test_a_network_made_in_inference_mode_is_named():
+    with torch.inference_mode():
+        net = torch.nn.Linear(3, 3).double()
+    denoiser = prior(lambda x, t: net(x).sin())
+    guidance = fg.DPS(fg.likelihoods.Gaussian(torch.zeros(1, 3), fg.operators.Identity(), 0.5))
+    options = dict(steps=2, seed=0, dtype=torch.float64)
+    with pytest.raises(RuntimeError) as caught:
+        fg.sample(denoiser, (2, 3), guidance=guidance, **options)
+    assert "net: holds tensors made in torch.inference_mode" in caught.value.__notes__[1]
+    fg.sample(denoiser, (2, 3), **options)
+    net = copy.deepcopy(net)  # what the note says
+    assert fg.sample(denoiser, (2, 3), guidance=guidance, **options).x.isfinite().all()
 
 
 # --- memory ---------------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ def test_other_shares_are_refused(q):
 def test_draws_of_equal_weights_take_each_sample_once():
     x = torch.arange(24.0).reshape(2, 4, 3)
     drawn = equal(x).draw(4, seed=5)
+    assert torch.equal(equal(x).draw(4, seed=np.int64(5)), drawn)
     assert torch.equal(drawn.sort(1).values, x)
     assert equal(x).draw(9).shape == (2, 9, 3)
 

@@ -515,5 +515,6 @@ def _try_operator(operator: Operator, like: Tensor) -> None:
         if not (spectrum - gram).norm() <= 1e-2 * gram.norm() + 1e-6 * z.norm():
             raise ValueError(
                 "operator: expected eigenvalues, transform and inverse_transform that give A A^T, "
-                f"got others from {operator}"
+                f"got others from {operator}, a {type(operator).__name__}; a class that inherits them from another "
+                "operator and changes what it does can derive from LinearOperator instead, which needs none"
             )
