@@ -31,7 +31,7 @@ part doctor 30 python3 -c 'from fastguide.cli import main; main(["doctor"])'
 export out pytest="python3 -m pytest -q -p no:cacheprovider"
 part tests 180 bash -c '
     { $pytest --collect-only tests/test_kernels.py tests/test_{randn,resample,gather_particles}_cuda.py -k "not emulated" &&
-      $pytest --collect-only tests/test_graphs.py -k cuda; } | grep :: > "$out/tests.txt" || exit 1
+      $pytest --collect-only tests/test_capture.py -k cuda; } | grep :: > "$out/tests.txt" || exit 1
     split -n r/12 "$out/tests.txt" "$out/tests.txt."
     printf "%s\n" "$out"/tests.txt.* | xargs -P 12 -I {} $pytest @{}'
 rm -f "$out"/tests.txt.*

@@ -2,7 +2,7 @@
 
 One run of a sampler on the digits prior for Nsight Systems and Nsight Compute: between cudaProfilerStart and
 cudaProfilerStop and within the NVTX range ``fastguide.run``, after a run that warms up. On a GPU the loop is one CUDA
-graph, captured in the first run, unless ``--eager``.
+graph, unless ``--eager``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from fastguide.ranges import phase
+from fastguide.profiling import phase
 
 from . import timing
 from .cases import Setting
@@ -34,11 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     task = Digits(Setting(device), options.sampler, observations=1, samples=options.particles)
     task.steps = options.steps
-    graph = options.device == "cuda" and not options.eager
-    task.run(graph=graph)
+    run = task.run if options.device == "cpu" or options.eager else task.capture()
+    run()
     with torch.cuda.profiler.profile() if device.type == "cuda" else contextlib.nullcontext(), phase("run"):
         begin = timing.now(device)
-        task.run(graph=graph)
+        run()
         seconds = timing.now(device) - begin
     print(f"{options.sampler}, {options.steps} steps, {options.particles} samples on {device}: {seconds:.4f} s")
     return 0

@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,7 +143,13 @@ class Digits:
         parameters = sum(p.numel() for p in self.prior.net.parameters())
         self.what = f"{method}, digits prior ({parameters:,} parameters), {count}, {self.steps} steps"
 
-    def run(self, wrap: Callable[[Net], Net] = _unwrapped, graph: bool | str = "auto") -> fg.Samples:
+    def run(self, wrap: Callable[[Net], Net] = _unwrapped) -> fg.Samples:
+        return fg.sample(**self.arguments(wrap), seed=1)
+
+    def capture(self) -> Call:
+        return partial(fg.capture(**self.arguments()), seed=1)
+
+    def arguments(self, wrap: Callable[[Net], Net] = _unwrapped) -> dict[str, Any]:
         prior = fg.Denoiser(wrap(self.prior.net), self.prior.schedule, self.prior.prediction)
         y = self.y if self.weighted else self.repeated_y()
         likelihood = fg.likelihoods.Gaussian(y, self.operator, NOISE)
@@ -150,7 +157,7 @@ class Digits:
         guidance = _guidances(decode)[self.method](likelihood, self.samples)
         event = (2, 4, 4) if self.latent else (1, 8, 8)
         shape = (self.observations if self.weighted else len(y), *event)
-        return fg.sample(prior, shape, guidance=guidance, steps=self.steps, seed=1, device=self.device, graph=graph)
+        return dict(prior=prior, shape=shape, guidance=guidance, steps=self.steps, device=self.device)
 
     def repeated_y(self) -> Tensor:
         return self.y.repeat_interleave(self.samples, 0)
@@ -377,10 +384,16 @@ class Points:
         self.likelihood = fg.likelihoods.Gaussian(model.y, fg.operators.Matrix(model.matrix), model.scale)
         self.what = f"TDS, mixture of 25 modes in two dimensions, K = {particles}, {steps} steps"
 
-    def run(self, wrap: Callable[[Net], Net] = _unwrapped, graph: bool | str = "auto") -> fg.Samples:
+    def run(self, wrap: Callable[[Net], Net] = _unwrapped) -> fg.Samples:
+        return fg.sample(**self.arguments(wrap), seed=0)
+
+    def capture(self) -> Call:
+        return partial(fg.capture(**self.arguments()), seed=0)
+
+    def arguments(self, wrap: Callable[[Net], Net] = _unwrapped) -> dict[str, Any]:
         prior = fg.Denoiser(wrap(self.model), self.model.schedule, "sample")
         guidance = fg.TDS(self.likelihood, self.samples, covariance="moment")
-        return fg.sample(prior, (1, 2), guidance=guidance, steps=self.steps, seed=0, device=self.device, graph=graph)
+        return dict(prior=prior, shape=(1, 2), guidance=guidance, steps=self.steps, device=self.device)
 
     def check(self, meter: Meter) -> None:
         found, exact = self.run(meter.wrap).log_evidence.item(), self.model.evidence()
@@ -451,11 +464,11 @@ def _captured(
     if setting.device.type != "cuda":
         raise Absent("CUDA graphs run on a GPU")
     task = build(setting)
-    ours = partial(task.run, graph=True)
+    ours = task.capture()
 
     def check() -> None:
         task.check(Meter(setting.device))
-        found, expected = ours(), task.run(graph=False)
+        found, expected = ours(), task.run()
         assert torch.equal(found.x, expected.x), "the graph gives other samples than the loop"
 
     def reduce_overhead() -> Call:
@@ -469,7 +482,7 @@ def _captured(
 
             return begun
 
-        return partial(task.run, compiled, graph=False)
+        return partial(task.run, compiled)
 
     return Case(
         f"{task.what}, one CUDA graph",
@@ -478,7 +491,7 @@ def _captured(
         ours=ours,
         check=check,
         rivals=[
-            rival("the same loop, eager", lambda: partial(task.run, graph=False), at_least=eager),
+            rival("the same loop, eager", lambda: task.run, at_least=eager),
             rival(
                 "the same, its network by torch.compile(mode='reduce-overhead')",
                 reduce_overhead,

@@ -7,8 +7,9 @@ A trained network, a measurement and a forward model go in; samples of ``x | y``
     out = fastguide.sample(prior, (1, 1, 8, 8), guidance=fastguide.TDS(likelihood, particles=256))
 """
 
-from . import graphs, library, likelihoods, operators, ops, reference, schedules
+from . import library, likelihoods, operators, ops, reference, schedules
 from .backends import backends
+from .capture import capture
 from .denoiser import Conditional, Denoiser
 from .guidance import DPS, FK, TDS, LatentPnP, PiGDM, PnP
 from .sampling import Progress, Samples, sample
@@ -27,7 +28,7 @@ __all__ = [
     "Progress",
     "Samples",
     "backends",
-    "graphs",
+    "capture",
     "library",
     "likelihoods",
     "operators",

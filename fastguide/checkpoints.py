@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import tempfile
@@ -16,9 +17,9 @@ from . import ops
 from .denoiser import Conditional, Denoiser
 from .guidance.base import Run, State
 from .guidance.watch import Watch
-from .identity import describe
 from .likelihoods import Likelihood
-from .schedules import Level
+from .operators import Operator
+from .schedules import Level, Schedule
 
 __all__ = ["Checkpoint", "saved_seed"]
 
@@ -53,7 +54,7 @@ class Checkpoint:
         self.path, self._run = path, run
         self._arguments: dict[str, str] = {}
         for name, value in _arguments(run, guidance):
-            self._arguments[name] = self._arguments.get(name, "") + repr(describe(value, _name))
+            self._arguments[name] = self._arguments.get(name, "") + repr(_describe(value))
         self._arguments |= {"keep_ancestors": repr(keep_ancestors), "run_id": repr(run_id)}
         self._trials = {
             "network": _twice(run, lambda: _try_network(run)),
@@ -159,9 +160,30 @@ def _arguments(run: Run, guidance: Any) -> Iterator[tuple[str, Any]]:
     yield "scale", [likelihood.scale_at(level.t) for likelihood in _likelihoods(guidance) for level in run.levels]
 
 
+def _describe(value: Any) -> Any:
+    """A run's constants or a guidance object by content: of every call the tensors are others, moved to its device;
+    networks, functions and the objects of others go by their names."""
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return tuple(value.shape), str(value.dtype), hashlib.sha256(content).hexdigest()
+    if isinstance(value, tuple | list):
+        return tuple(_describe(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((str(name), _describe(v)) for name, v in value.items() if name != "_cache")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}
+        return _name(type(value)), _describe(fields)
+    if isinstance(value, Likelihood | Operator | Denoiser):
+        return _name(type(value)), _describe(vars(value))
+    return repr(value) if isinstance(value, _PLAIN) else _name(value)
+
+
+_PLAIN = bool | int | float | str | None | torch.dtype | torch.device | Schedule
+
+
 def _name(function: Any) -> Any:
     if isinstance(function, Conditional):
-        return _name(function.net), describe(function.conditions, _name)
+        return _name(function.net), _describe(function.conditions)
     return getattr(function, "__qualname__", type(function).__name__)
 
 

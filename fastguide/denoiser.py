@@ -121,10 +121,7 @@ class Denoiser:
         self.check_level(level)
         # Not in a half of x: bfloat16 would leave eight bits of a time.
         dtype = torch.int64 if self.schedule.discrete else torch.promote_types(x.dtype, torch.float32)
-        if isinstance(level.t, Tensor):
-            t = level.t.to(dtype).expand(x.shape[0]).contiguous()
-        else:
-            t = torch.full((x.shape[0],), level.t, dtype=dtype, device=x.device)
+        t = torch.full((x.shape[0],), level.t, dtype=dtype, device=x.device)
         output = self._evaluate("net", self.net, x, t, rows)
         if self.unconditional is not None and self.guidance_scale is not None:
             if not output.requires_grad:
@@ -155,22 +152,13 @@ class Denoiser:
         """A copy for one run: the guidance scale is looked up in a table, or stands on ``device``. Raises unless
         ``guidance_scale`` and the conditions fit the steps and the observations."""
         self.check_observations(observations)
-        prepared, scale = copy.copy(self), self.guidance_scale
+        prepared = copy.copy(self)
         prepared._dtypes = {}
         for name, net in (("net", self.net), ("unconditional", self.unconditional)):
             net = net.net if isinstance(net, Conditional) else net
             _warn_of_training(name, net)
             prepared._dtypes[name] = _dtype_of(net)
-        if isinstance(scale, Tensor) and scale.ndim == 1:
-            if len(scale) not in (1, observations):
-                raise ValueError(
-                    f"guidance_scale: expected a number, or one for each of {observations} observations, "
-                    f"got {len(scale)}"
-                )
-            prepared.guidance_scale = scale.to(device).expand(observations)
-        elif isinstance(scale, tuple) or callable(scale):
-            values = per_step("guidance_scale", scale, levels, low=-math.inf)
-            prepared.guidance_scale = {level.t: v for level, v in zip(levels, values, strict=False)}
+        prepared.guidance_scale = scale_of_run(self.guidance_scale, levels, observations, device)
         return prepared
 
     def x0_hat(self, x: Tensor, level: Level, rows: Tensor | None = None) -> Tensor:
@@ -185,7 +173,7 @@ class Denoiser:
 
     def check_level(self, level: Level) -> None:
         """Raise if ``x0_hat`` cannot be had from this prediction type at a level."""
-        if not isinstance(level.alpha, Tensor) and level.alpha == 0.0 and self.prediction in ("epsilon", "score"):
+        if level.alpha == 0.0 and self.prediction in ("epsilon", "score"):
             raise ValueError(
                 f"prediction: {self.prediction!r} does not determine x_0 where alpha = 0 (t = {level.t} of "
                 f"{self.schedule}): expected 'sample', 'v' or 'flow' there, or levels that start below it"
@@ -272,6 +260,20 @@ def checked_scale(scale: Any) -> Any:
         scale, finite = value, math.isfinite(value)
     if not finite:
         raise ValueError(f"guidance_scale: expected finite values, got {scale}")
+    return scale
+
+
+def scale_of_run(scale: Any, levels: Sequence[Level], observations: int, device: torch.device) -> Any:
+    """A checked guidance scale for one run: None, a number, ``[B]`` on ``device``, or a number for each time."""
+    if isinstance(scale, Tensor) and scale.ndim == 1:
+        if len(scale) not in (1, observations):
+            raise ValueError(
+                f"guidance_scale: expected a number, or one for each of {observations} observations, got {len(scale)}"
+            )
+        return scale.to(device).expand(observations)
+    if isinstance(scale, tuple) or callable(scale):
+        values = per_step("guidance_scale", scale, levels, low=-math.inf)
+        return {level.t: v for level, v in zip(levels, values, strict=False)}
     return scale
 
 

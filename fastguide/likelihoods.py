@@ -44,14 +44,29 @@ class Likelihood:
     _least_dimensions = 2  # of y
     _takes_tensors = True  # as scale
     _takes_zero = False  # as scale
+    has_y = True
     _rows: Tensor | None = None  # of a scale for each observation: see `at`
     _mean_diagonal: float | None = None  # of A A^T, estimated where nothing else is known of it: see `measure_spread`
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale):
+        if isinstance(y, Tensor) and y.is_complex() and isinstance(operator, Operator):
+            operator = Pairs(operator)
+        y = self.checked_y(y)
+        if not isinstance(operator, Operator):
+            raise TypeError(f"operator: expected a fastguide.operators operator, got {type(operator).__name__}")
+        self.y = y
+        self._observations = y.shape[0]
+        self.operator = operator
+        self.scale = scale
+        if not callable(scale):
+            self.scale = self._number_or_rows(scale, "scale")
+
+    def checked_y(self, y: Any) -> Tensor:
+        """An observation, as `Likelihood.y` has it."""
         expected = "a floating tensor [B, *measurement]"
         arguments.tensor("y", y, expected, readable=True)
-        if y.is_complex() and isinstance(operator, Operator):
-            y, operator = torch.view_as_real(y.resolve_conj()), Pairs(operator)
+        if y.is_complex():
+            y = torch.view_as_real(y.resolve_conj())
         if y.dtype not in ops.STATE_DTYPES:
             raise TypeError(f"y: expected {expected}, got {y.dtype}")
         if y.ndim < self._least_dimensions or y.shape[0] < 1:
@@ -61,14 +76,7 @@ class Likelihood:
         if not torch.isfinite(y).all():
             bad = int((~torch.isfinite(y)).nonzero()[0, 0])
             raise ValueError(f"y: expected finite values, got NaN or infinity in row {bad}")
-        if not isinstance(operator, Operator):
-            raise TypeError(f"operator: expected a fastguide.operators operator, got {type(operator).__name__}")
-        self.y = y
-        self._observations = y.shape[0]
-        self.operator = operator
-        self.scale = scale
-        if not callable(scale):
-            self.scale = self._number_or_rows(scale, "scale")
+        return y
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.operator}, y={list(self.y.shape)})"
@@ -502,13 +510,17 @@ class Poisson(_Density):
     _least_rate = 1e-3  # counts
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale = 1.0, background: float = 0.0):
+        super().__init__(y, operator, scale)
+        self.background = number("background", background, low=0.0)
+
+    def checked_y(self, y: Any) -> Tensor:
         arguments.tensor("y", y, readable=True)
         if not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
             y = y.double()
-        super().__init__(y, operator, scale)
-        if (self.y < 0).any():
-            raise ValueError(f"y: expected counts >= 0, got {self.y.min().item():g}")
-        self.background = number("background", background, low=0.0)
+        y = super().checked_y(y)
+        if (y < 0).any():
+            raise ValueError(f"y: expected counts >= 0, got {y.min().item():g}")
+        return y
 
     def supports(self, covariance: str, measurements: int | None = None) -> str:
         return "" if covariance == "point" else f"covariance={covariance!r} is not defined for Poisson counts"
@@ -542,7 +554,7 @@ class Callable(Likelihood):
 
     def __init__(self, f: Fn[..., Tensor], y: Tensor | None = None, scale: Scale | None = None):
         function("f", f)
-        self.f, self._has_y, self._has_scale = f, y is not None, scale is not None
+        self.f, self.has_y, self._has_scale = f, y is not None, scale is not None
         self._complex = isinstance(y, Tensor) and y.is_complex()
         if self._complex:
             arguments.tensor("y", y, readable=True)
@@ -560,7 +572,7 @@ class Callable(Likelihood):
 
     def _call(self, x0: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
         y = torch.view_as_complex(y.contiguous()) if self._complex else y
-        kwargs: dict = {"y": y.clone()} if self._has_y else {}
+        kwargs: dict = {"y": y.clone()} if self.has_y else {}
         if self._has_scale:
             kwargs["scale"] = scale
         value = self.f(x0.clone(), **kwargs)

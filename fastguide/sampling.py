@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import arguments, foreign, graphs, ops
+from . import arguments, foreign, ops
 from .arguments import flag, function, got, integer
 from .checkpoints import Checkpoint, saved_seed
 from .denoiser import Denoiser
@@ -71,7 +71,6 @@ def sample(
     device: torch.device | str | None = None,
     chunk_size: int | None = None,
     keep_ancestors: bool = False,
-    graph: bool | str = "auto",
     progress: bool = False,
     callback: Callable[[Progress], Any] | None = None,
     checkpoint: str | os.PathLike | None = None,
@@ -105,9 +104,6 @@ def sample(
       the network must be there already.
     - ``chunk_size``: the most samples that the network, a likelihood or a reward sees at once.
     - ``keep_ancestors``: return the ancestors of every step, ``[steps, B, K]``.
-    - ``graph``: True runs the whole loop as one CUDA graph, which the first call captures and others with the same
-      network, shapes and method replay, whatever their seed, observation and guidance scale (see `fastguide.graphs`);
-      a loop that cannot be captured is an error that says why. ``"auto"`` and False run eagerly.
     - ``progress``: a tqdm bar (needs tqdm).
     - ``callback``: called with a `Progress` after each step. The run ends early where it returns True (a bool, numpy's
       bool, or a tensor of one bool). The result is then the state at that noise level, and a checkpoint stays, so that
@@ -122,8 +118,6 @@ def sample(
     FloatingPointError where a value stops being finite; the message names the function and the step.
     """
     guidance = Plain() if guidance is None else guidance
-    if not isinstance(graph, bool) and not (isinstance(graph, str) and graph == "auto"):
-        raise ValueError(f"graph: expected 'auto', True or False, got {got(graph)}")
     keep_ancestors, progress = flag("keep_ancestors", keep_ancestors), flag("progress", progress)
     if callback is not None:
         function("callback", callback, "a callable or None")
@@ -132,45 +126,44 @@ def sample(
     checkpoint_every = integer("checkpoint_every", checkpoint_every, 1)
     if seed is None and checkpoint is not None:
         seed = saved_seed(checkpoint)
-    run = _prepare_run(
+    run = prepare_run(
         prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size, first_sample,
         samples_per_observation,
     )  # fmt: skip
-    run = replace(run, keep_x0_hat=callback is not None, differentiable=_differentiable(run, guidance))
-    weighted = hasattr(guidance, "particles")
-    if keep_ancestors and not weighted:
-        raise ValueError("keep_ancestors: expected False without particles (TDS, FK), got True")
-    watched = progress or callback is not None or checkpoint is not None
-    obstacle = "progress, callback and checkpoint see the loop between its steps" if watched else ""
+    run = replace(run, keep_x0_hat=callback is not None, differentiable=differentiable(run, guidance))
     if run_id is not None and (checkpoint is None or not isinstance(run_id, str | int)):
         expected = "a string, an integer or None" if checkpoint is not None else "None without a checkpoint"
         raise ValueError(f"run_id: expected {expected}, got {got(run_id)}")
-    loop = Loop(weighted, keep_ancestors, progress, callback, checkpoint, checkpoint_every, run_id)
+    loop = Loop(
+        hasattr(guidance, "particles"), keep_ancestors, progress, callback, checkpoint, checkpoint_every, run_id
+    )
     with foreign.package_modes(run.device):
         guidance = guidance.prepare(run)
-        x, *rest = graphs.call(loop, run, guidance, graph, obstacle)
-        assert x is not None
-        run.watch.finite(run.steps - 1, "sample", x)
+        results = loop(run, guidance)
         unknown = run.watch.report()
     done = min([run.steps, *loop.ended])
-    samples = Samples(
-        x,
-        *rest,  # type: ignore[arg-type, misc]
-        seed=run.seed,  # type: ignore[arg-type]
-        grouped=run.grouped,
-        method=type(guidance).__name__,
-        times=tuple(level.t for level in run.levels[: done + 1]),
-    )
     if checkpoint is not None and os.path.exists(checkpoint) and done == run.steps:
         os.remove(checkpoint)
-    if samples.ess is not None and samples.log_weights is not None:
-        _check_particles(samples.ess, samples.log_weights, unknown)
+    return finished(run, run.seed, guidance, results, done, unknown)
+
+
+def finished(run: Run, seed: Any, guidance: Any, results: Sequence[Tensor | None], done: int, unknown: bool) -> Samples:
+    """What a loop left after ``done`` steps, for the user. ``unknown``: whether a reward was NaN."""
+    x, log_weights, ess, log_evidence, ancestors = results
+    assert x is not None
+    times = tuple(level.t for level in run.levels[: done + 1])
+    samples = Samples(
+        x, log_weights, ess, log_evidence, ancestors, seed=seed, grouped=run.grouped, method=type(guidance).__name__,
+        times=times,
+    )  # fmt: skip
+    if ess is not None and log_weights is not None:
+        _check_particles(ess, log_weights, unknown)
     return samples
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The steps of a run, one after the other, and what becomes of them: the fields of `Samples`."""
+    """The steps of a run, one after the other, and what becomes of them: the tensors of `Samples`, in its order."""
 
     weighted: bool
     keep_ancestors: bool
@@ -180,6 +173,10 @@ class Loop:
     checkpoint_every: int = 1
     run_id: str | None = None
     ended: list[int] = field(default_factory=list, compare=False)  # steps after which a callback ended it
+
+    def __post_init__(self) -> None:
+        if self.keep_ancestors and not self.weighted:
+            raise ValueError("keep_ancestors: expected False without particles (TDS, FK), got True")
 
     def __call__(self, run: Run, guidance: Any) -> tuple[Tensor | None, ...]:
         file = None
@@ -201,23 +198,18 @@ class Loop:
             if ends:
                 self.ended.append(i + 1)
                 break
-        return self.finish(run, state, ess, ancestors)
-
-    def finish(
-        self, run: Run, state: State, ess: Sequence[Tensor], ancestors: Sequence[Tensor]
-    ) -> tuple[Tensor | None, ...]:
-        """From the last state, and the ESS and ancestors of each step."""
         with torch.set_grad_enabled(run.differentiable):
-            x = _shaped(state.x, run)
+            x = state.x.view(run.shape)
+        run.watch.finite(run.steps - 1, "sample", x)
         if not self.weighted:
-            return (x,)
+            return x, None, None, None, None
         assert state.log_weights is not None
         _, _, log_evidence, last_ess = ops.resample(state.log_weights, ess_threshold=0.0, check=False)
         history = torch.stack([*ess, last_ess])
-        return x, state.log_weights, history, log_evidence, torch.stack(list(ancestors)) if ancestors else None
+        return x, state.log_weights, history, log_evidence, torch.stack(ancestors) if ancestors else None
 
 
-def _prepare_run(
+def prepare_run(
     prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size, first_sample=0,
     samples_per_observation=None,
 ) -> Run:  # fmt: skip
@@ -230,7 +222,7 @@ def _prepare_run(
         came = guidance if isinstance(guidance, type) else type(guidance).__name__
         raise TypeError(f"guidance: expected a DPS, PnP, PiGDM, LatentPnP, TDS or FK object, or None, got {came}")
     arguments.torch_dtype("dtype", dtype, ops.STATE_DTYPES)
-    seed = _checked_seed(seed, shape[0])
+    seed = checked_seed(seed, shape[0])
     first_sample = integer("first_sample", first_sample, 0)
     if first_sample and isinstance(seed, tuple):
         raise ValueError(f"first_sample: expected 0 with a seed for each observation, got {first_sample}")
@@ -253,19 +245,10 @@ def _prepare_run(
             f"{got(first_sample)}, B = {got(shape[0])} and K = {got(particles)}"
         )
     if x_T is not None:
-        arguments.tensor("x_T", x_T, readable=True)
-        if x_T.dtype not in ops.STATE_DTYPES:
-            raise TypeError(f"x_T: expected floating values, got {got(x_T)}")
+        x_T = checked_x_T(x_T, (shape[0], particles, *shape[1:]) if grouped else shape).reshape(-1, *shape[1:])
     if device is None:
         device = torch.device("cpu") if x_T is None else x_T.device
     device = arguments.torch_device("device", device)
-    if x_T is not None:
-        expected = (shape[0], particles, *shape[1:]) if grouped else shape
-        if tuple(x_T.shape) != expected:
-            raise ValueError(f"x_T: expected shape {list(expected)}, got {list(x_T.shape)}")
-        if not torch.isfinite(x_T).all():
-            raise ValueError("x_T: expected finite values, got NaN or infinity")
-        x_T = x_T.reshape(-1, *shape[1:])
     levels = prior.schedule.levels(steps, spacing)
     for level in levels[:-1]:
         prior.check_level(level)
@@ -282,7 +265,18 @@ def _prepare_run(
     )  # fmt: skip
 
 
-def _checked_seed(seed: Any, observations: int) -> int | tuple[int, ...]:
+def checked_x_T(x_T: Any, expected: tuple[int, ...]) -> Tensor:
+    arguments.tensor("x_T", x_T, readable=True)
+    if x_T.dtype not in ops.STATE_DTYPES:
+        raise TypeError(f"x_T: expected floating values, got {got(x_T)}")
+    if tuple(x_T.shape) != expected:
+        raise ValueError(f"x_T: expected shape {list(expected)}, got {list(x_T.shape)}")
+    if not torch.isfinite(x_T).all():
+        raise ValueError("x_T: expected finite values, got NaN or infinity")
+    return x_T
+
+
+def checked_seed(seed: Any, observations: int) -> int | tuple[int, ...]:
     if seed is None:
         return int(torch.randint((1 << 63) - 1, (), device="cpu"))
     if isinstance(seed, Sequence) and not isinstance(seed, str):
@@ -292,30 +286,39 @@ def _checked_seed(seed: Any, observations: int) -> int | tuple[int, ...]:
     return integer("seed", seed, 0, 1 << 64)
 
 
-def _differentiable(run: Run, guidance: Any) -> bool:
+def differentiable(run: Run, guidance: Any) -> bool:
     """Whether the result keeps its graph to ``x_T``; raises where only a part of the derivative could be had."""
     tensors = {"x_T": run.x_T, "guidance_scale": run.denoiser.guidance_scale}
-    likelihood = getattr(guidance, "likelihood", getattr(guidance, "reward", None))
+    likelihood = getattr(guidance, likelihood_field(guidance), None)
     if isinstance(likelihood, Likelihood):
         tensors |= {"y": likelihood.y, "scale": likelihood.scale}
         tensors |= {f"operator.{name}": value for name, value in vars(likelihood.operator).items()}
-    differentiable = False
+    found = False
     for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            continue
-        if forward_ad.unpack_dual(value).tangent is not None:
-            raise ValueError(
-                f"{name}: expected a tensor without a forward-mode tangent, since fastguide.sample has no forward-mode "
-                "derivative; without guidance x_T has one in reverse mode"
-            )
-        if value.requires_grad and torch.is_grad_enabled():
+        if needs_gradient(name, value):
             if name != "x_T" or not isinstance(guidance, Plain):
                 raise ValueError(
                     f"{name}: expected a tensor that needs no gradient with {type(guidance).__name__}: the only "
                     f"derivative is that without guidance, in x_T; {name}.detach() or torch.no_grad() draws samples"
                 )
-            differentiable = True
-    return differentiable
+            found = True
+    return found
+
+
+def likelihood_field(guidance: Any) -> str:
+    """The field in which a guidance object may have a likelihood."""
+    return "likelihood" if hasattr(guidance, "likelihood") else "reward"
+
+
+def needs_gradient(name: str, value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise ValueError(
+            f"{name}: expected a tensor without a forward-mode tangent, since fastguide.sample has no forward-mode "
+            "derivative; without guidance x_T has one in reverse mode"
+        )
+    return value.requires_grad and torch.is_grad_enabled()
 
 
 def _is_true(answer: Any) -> bool:
@@ -329,10 +332,10 @@ def _progress(run: Run, state: State, i: int, weighted: bool) -> Progress:
     def copy(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.detach().clone()
 
-    x = copy(_shaped(state.x, run))
+    x = copy(state.x.view(run.shape))
     assert x is not None
     x0_hat = state.particles.get("x0_hat", state.x) if weighted else state.x0_hat
-    x0_hat = x if x0_hat is None else copy(_shaped(x0_hat, run))
+    x0_hat = x if x0_hat is None else copy(x0_hat.view(run.shape))
     assert x0_hat is not None
     reward = state.particles.get("reward")
     reward = None if reward is None else copy(reward.view(run.observations, run.particles))
@@ -344,10 +347,6 @@ def noise(t: Level, s: Level, eta: float) -> float:
     """``tau = eta sqrt(Var(x_s | x_t, x_0))`` of the step from level ``t`` to ``s``."""
     given = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2  # variance of x_t given x_s
     return min(eta * math.sqrt(max(given, 0.0)) * s.sigma / t.sigma, s.sigma)
-
-
-def _shaped(x: Tensor, run: Run) -> Tensor:
-    return x.view(run.observations, run.particles, *run.event) if run.grouped else x
 
 
 def _check_particles(ess: Tensor, log_weights: Tensor, unknown: bool) -> None:

@@ -64,7 +64,7 @@ COUNTER = dict(seed=0, step=0, stream=0, first_particle=0)
 SAMPLE = dict(
     prior=PRIOR, shape=(2, 3), guidance=None, steps=3, spacing=None, eta=None, clip=None, seed=0, first_sample=0,
     samples_per_observation=None, x_T=None, dtype=torch.float32, device=None, chunk_size=None, keep_ancestors=False,
-    graph=False, progress=False, callback=None, checkpoint_every=10,
+    progress=False, callback=None, checkpoint_every=10,
 )  # fmt: skip
 
 

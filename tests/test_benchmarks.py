@@ -236,7 +236,7 @@ def test_a_profile_is_of_one_run_after_another(monkeypatch, capsys):
     monkeypatch.setattr(profile, "phase", phase)
     monkeypatch.setattr(samplers.Digits, "run", run)
     assert profile.main(["--sampler", "tds", "--steps", "3", "--particles", "8"]) == 0
-    one = ("tds", 3, 8, dict(graph=False))
+    one = ("tds", 3, 8, {})
     assert events == [one, "run", one, "end"]
     assert capsys.readouterr().out.startswith("tds, 3 steps, 8 samples on cpu: 0.")
     with pytest.raises(SystemExit):

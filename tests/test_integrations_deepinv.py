@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import fastguide as fg
-from fastguide import graphs
 from fastguide.guidance.base import STREAM_INITIAL
 from fastguide.integrations import deepinv as ours
 from fastguide.operators import LinearOperator
@@ -729,32 +728,6 @@ def test_errors():
             ours.DiffPIR(Small(), fidelity, max_iter=iterations)
     with pytest.raises(ValueError, match=r"^sigma: expected a number > 0, here or of the physics, got 0.0"):
         ours.DiffPIR(Small(), fidelity)(X, dinv.physics.Denoising(dinv.physics.GaussianNoise(0.0)))
-
-
-@pytest.mark.parametrize(
-    "make",
-    (
-        lambda denoiser: ours.DPS(denoiser, num_steps=4, guidance="annealed"),
-        lambda denoiser: ours.DiffPIR(denoiser, dinv.optim.data_fidelity.L2(), max_iter=4),
-        lambda denoiser: ours.Sampler(denoiser, fg.PiGDM, steps=4),
-    ),
-    ids=("DPS", "DiffPIR", "Sampler"),
-)
-def test_calls_share_a_graph(make, monkeypatch):
-    """On a GPU: calls that differ in the seed and the measurement have one key, those of another physics another."""
-    keys, call = [], graphs.call
-
-    def recorded(loop, run, guidance, *rest):
-        keys.append(graphs._describe_call(run, guidance))
-        return call(loop, run, guidance, *rest)
-
-    monkeypatch.setattr(graphs, "call", recorded)
-    sampler, noise = make(Small()), dinv.physics.GaussianNoise(0.1)
-    blurs = [dinv.physics.BlurFFT((1, 4, 5), filter=k, noise_model=noise) for k in (KERNEL, KERNEL.flip(-1))]
-    for seed, physics in ((1, blurs[0]), (2, blurs[0]), (1, blurs[1])):
-        sampler(physics(X), physics, seed=seed)
-    assert keys[0] == keys[1]
-    assert keys[0] != keys[2]
 
 
 def test_within_deepinv():

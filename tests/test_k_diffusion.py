@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from watched import watched
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
 from benchmarks.cases import Absent
 from benchmarks.integrations import original_k_diffusion
-from fastguide import graphs, ops
+from fastguide import ops
 from fastguide.integrations import k_diffusion as ours
 
 try:
@@ -428,7 +429,7 @@ def test_no_step_waits(name, noise, monkeypatch):
         options["noise_sampler"] = ours.PhiloxNoiseSampler(x)
     elif noise == "caller's":
         options["noise_sampler"] = lambda *ends: asked.extend(ends) or torch.randn_like(x)
-    with graphs.watched():
+    with watched():
         out = getattr(ours, name)(model, x, sigmas, callback=lambda _: None, disable=True, **options)
     assert out.device.type == "meta" and out.shape == x.shape
     assert len(reads) == 1 and reads[0] is sigmas

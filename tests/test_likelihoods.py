@@ -688,7 +688,7 @@ def test_callable():
         seen = []
         check(likelihood.log_prob(x, rows, t=0.5), -(weight * x**4).sum(1) / scale)
         (given,) = seen
-        assert ("scale" in given) == likelihood._has_scale and ("y" in given) == likelihood._has_y
+        assert ("scale" in given) == likelihood._has_scale and ("y" in given) == likelihood.has_y
         log_prob, gradient = likelihood.log_prob_and_gradient(x, likelihood.rows_of_y(rows), scale)
         check(log_prob, -(weight * x**4).sum(1) / scale)
         assert not log_prob.requires_grad

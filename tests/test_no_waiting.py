@@ -2,7 +2,7 @@
 
 Every algorithm runs on fake tensors of the ``meta`` device, which have no values, and every operation's reference on
 that device itself. Whatever would ask the device a question (``item``, ``bool``, ``nonzero``, a shape that depends on
-data) has no answer there and raises; `watch` refuses what moves between devices, and what is known to wait on a GPU.
+data) has no answer there and raises; `watched` refuses what moves between devices, and what is known to wait on a GPU.
 But for values, the states are those of a run on the CPU.
 """
 
@@ -16,9 +16,10 @@ import torch
 import torch._functorch.config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from watched import watched
 
 import fastguide as fg
-from fastguide import graphs, ops, reference, sampling
+from fastguide import ops, reference, sampling
 from fastguide.guidance.base import State
 from fastguide.guidance.plain import Plain
 from fastguide.likelihoods import Gaussian, Laplace, Poisson, StudentT
@@ -41,8 +42,7 @@ class NothingFed(TorchDispatchMode):
 
 @contextlib.contextmanager
 def watch():
-    """What a capture is spared by `graphs.watched`, and more."""
-    with graphs.watched(), NothingFed():
+    with watched(), NothingFed():
         yield
 
 
@@ -104,7 +104,7 @@ def loop(guidance, device: str, chunk_size: int | None = None, clip=None) -> lis
     with fake_tensors() if device == "meta" else nothing:
         prior = fg.Denoiser(Network(device), fg.schedules.vp_cosine(100), prediction="v")
         shape, dtype = (2, 1, 8, 8), torch.float32
-        run = sampling._prepare_run(prior, shape, guidance, 3, None, None, clip, 7, None, dtype, device, chunk_size)
+        run = sampling.prepare_run(prior, shape, guidance, 3, None, None, clip, 7, None, dtype, device, chunk_size)
         guidance = guidance.prepare(run)
         state = guidance.start(run)
         guidance.step(run, state, 0)  # an operator's spectrum is made on the host, once; a capture is warmed up as well

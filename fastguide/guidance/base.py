@@ -21,7 +21,7 @@ from ..denoiser import Denoiser
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
 from ..operators import Function, LinearOperator, Operator, Pairs
-from ..ranges import phase
+from ..profiling import phase
 from ..reference import Clip, Coefficients, Counted, Scalar, scaled, step_coefficients
 from ..schedules import Level
 from ..schedules import Schedulable as Schedulable
@@ -48,32 +48,14 @@ class State:
     x0_hat: Tensor | None = None  # [B * K, *event], the step's prediction, where `Run.keep_x0_hat` asks for it
 
 
-class Step(int):
-    """The index of a step that a CUDA graph replays for others as well: decisions are this one's, and values are those
-    of the step that ``on_device``, an int64 tensor ``[1]``, says."""
-
-    on_device: Tensor
-
-    def __new__(cls, index: int, on_device: Tensor) -> Step:
-        step = super().__new__(cls, index)
-        step.on_device = on_device
-        return step
-
-    def __add__(self, other: int) -> Step:
-        return Step(int(self) + other, self.on_device + other)
-
-
-def entry(table: Any, i: int) -> Any:
-    """What a table has for step ``i``. For a `Step` the table is a tensor on the device, and so is its entry."""
-    return table.index_select(0, i.on_device)[0] if isinstance(i, Step) else table[i]
+def entry(table: Any, i: int) -> float:
+    """What the table that `per_step` made of a `Schedulable` has for step ``i``."""
+    return table[i]
 
 
 @dataclass(frozen=True)
 class Run:
-    """The constants of one call of `fastguide.sample`.
-
-    ``levels`` and ``taus`` are for decisions; arithmetic takes `level` and `tau`, which follow a `Step` on the
-    device."""
+    """The constants of one call of `fastguide.sample`, or of one capture of its loop."""
 
     denoiser: Denoiser
     levels: tuple[Level, ...]
@@ -81,7 +63,7 @@ class Run:
     observations: int  # B
     particles: int  # K
     event: tuple[int, ...]
-    seed: Counted | tuple[int, ...]  # of all samples, or of each observation
+    seed: Counted | tuple[int, ...]  # of all samples, or of each observation; in a capture a tensor
     clip: Clip
     chunk_size: int | None
     dtype: torch.dtype
@@ -92,11 +74,15 @@ class Run:
     differentiable: bool = False  # whether the result keeps its graph to x_T
     keep_x0_hat: bool = field(default=False, compare=False)
     watch: Watch = field(default_factory=Watch, compare=False)  # notes where values stop being finite
-    tables: tuple[Tensor, Tensor] | None = None  # levels [steps + 1, 3] and taus [steps] on the device, for a `Step`
 
     @property
     def steps(self) -> int:
         return len(self.levels) - 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the result."""
+        return (self.observations, *((self.particles,) if self.grouped else ()), *self.event)
 
     @functools.cached_property
     def rows(self) -> Tensor:
@@ -107,25 +93,10 @@ class Run:
     def compute_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def level(self, i: int) -> Level:
-        """Level ``i``, from which step ``i`` goes; of a `Step` its numbers are tensors ``[]`` on the device."""
-        if not isinstance(i, Step):
-            return self.levels[i]
-        assert self.tables is not None
-        return Level(*entry(self.tables[0], i))
-
-    def tau(self, i: int) -> Scalar:
-        """The noise of step ``i``."""
-        if not isinstance(i, Step):
-            return self.taus[i]
-        assert self.tables is not None
-        return entry(self.tables[1], i)
-
     def counter(self, i: int) -> dict[str, Any]:
         """The seed, the step and the first particle that an operation draws with in step ``i``. A run with a seed for
         each observation draws through `with_counters`."""
-        step = i.on_device if isinstance(i, Step) else i
-        return {"seed": self.seed, "step": step, "first_particle": self.first_sample * self.particles}
+        return {"seed": self.seed, "step": i, "first_particle": self.first_sample * self.particles}
 
     def with_counters(self, i: int, f: Callable[..., Any], *tensors: Tensor) -> Any:
         """``f(counter, *tensors)``; with a seed for each observation, one call for each, put together again.
@@ -141,32 +112,29 @@ class Run:
             return torch.cat(parts)
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
-    def _numbers(self, i: int, tau: Scalar | None = None) -> Coefficients:
-        t, s = self.level(i), self.level(i + 1)
-        return t.alpha, t.sigma, s.alpha, s.sigma, self.tau(i) if tau is None else tau
-
-    def coefficients(self, i: int, tau: Scalar | None = None) -> Coefficients:
-        """Of step ``i``, as an operation takes them."""
-        numbers = self._numbers(i, tau)
-        if not isinstance(i, Step):
-            return numbers
-        a, b, c, d, e = (n.expand(self.observations * self.particles) for n in numbers)  # type: ignore[union-attr]
-        return a, b, c, d, e
+    def coefficients(self, i: int, tau: float | None = None) -> Coefficients:
+        """Of step ``i``, as an operation takes them; ``tau`` in the place of the run's."""
+        t, s = self.levels[i], self.levels[i + 1]
+        return t.alpha, t.sigma, s.alpha, s.sigma, self.taus[i] if tau is None else tau
 
     def x0_weight(self, i: int) -> Scalar:
         """How far the mean of step ``i`` moves with ``x0_hat``: the ``b`` of ``a x_t + b x0_hat``. Guidance moves
         ``x0_hat`` by ``(sigma_t^2 / alpha_t) g``, so this times that is its displacement of the mean."""
-        return step_coefficients(self._numbers(i))[1]
+        return step_coefficients(self.coefficients(i))[1]
 
     def vanishing(self, i: int) -> bool:
         """Whether the state at level ``i`` says as good as nothing of ``x_0``, see `PullBack`."""
         return self.levels[i].alpha < _VANISHING * self.levels[i].sigma
 
     def initial(self) -> Tensor:
+        """``x_T``, or the prior's noise."""
+        if self.x_T is None:
+            return self.prior_noise()
+        with torch.set_grad_enabled(self.differentiable):
+            return self.x_T.to(self.device, self.dtype, copy=True)
+
+    def prior_noise(self) -> Tensor:
         """``x_T`` of the prior, of the variance that data of unit variance has at the first level."""
-        if self.x_T is not None:
-            with torch.set_grad_enabled(self.differentiable):
-                return self.x_T.to(self.device, self.dtype, copy=True)
         top = self.levels[0]
         return self.randn(0, STREAM_INITIAL) * (top.alpha**2 + top.sigma**2) ** 0.5
 
@@ -186,7 +154,7 @@ class Run:
         x0_hat: Tensor,
         i: int,
         *,
-        tau: Scalar | None = None,
+        tau: float | None = None,
         displacement: Tensor | None = None,
         prediction: str = "sample",
         return_x0: bool = False,
@@ -227,7 +195,7 @@ class Run:
     def x0_hat(self, x: Tensor, i: int) -> Tensor:
         """``E[x_0 | x_t]`` at level ``i``, without a graph."""
         with torch.no_grad(), phase("network"):
-            x0_hat = self.in_chunks(lambda rows, chunk: (self.denoiser.x0_hat(chunk, self.level(i), rows),), x)[0]
+            x0_hat = self.in_chunks(lambda rows, chunk: (self.denoiser.x0_hat(chunk, self.levels[i], rows),), x)[0]
         self.watch.finite(i, "net", x0_hat)
         return x0_hat
 
@@ -241,7 +209,7 @@ class Run:
         ``(sigma_t^2 / alpha_t)`` times the gradient in ``x_t``, through the network.
         """
         score = moment_score if covariance == "moment" else direct_score
-        spread = isotropic_variance(self.level(i)) if covariance == "isotropic" else 0.0
+        spread = isotropic_variance(self.levels[i]) if covariance == "isotropic" else 0.0
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, ...]:
             pull_back = PullBack(self, x, i, rows)
@@ -267,7 +235,7 @@ class Run:
     def likelihood_value(self, likelihood: Likelihood, covariance: str, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
         """``x0_hat`` and ``log p~(y | x_t)`` alone, without a derivative; not for ``"moment"``, which is made of
         them."""
-        level = self.level(i)
+        level = self.levels[i]
         scale = likelihood.scale_at(self.levels[i].t)
         spread = isotropic_variance(level) if covariance == "isotropic" else 0.0
 
@@ -323,7 +291,7 @@ class PullBack:
 
     def __init__(self, run: Run, x: Tensor, i: int, rows: Tensor):
         self.x = x.detach().requires_grad_()
-        self.level, self.vanishing = run.level(i), run.vanishing(i)
+        self.level, self.vanishing = run.levels[i], run.vanishing(i)
         with torch.enable_grad(), phase("network"):
             self.x0 = run.denoiser.x0_hat(self.x, self.level, rows).to(run.compute_dtype)
         if not self.x0.requires_grad:

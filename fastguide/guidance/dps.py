@@ -8,7 +8,7 @@ import torch
 
 from ..arguments import flag
 from ..likelihoods import Likelihood
-from ..ranges import phase
+from ..profiling import phase
 from ..reference import Scalar, scaled
 from .base import (
     Run,
@@ -46,8 +46,6 @@ class DPS:
     normalize: bool = True
     covariance: str | None = None
 
-    device_inputs = ("zeta",)
-
     def prepare(self, run: Run) -> DPS:
         likelihood, measurements = prepare_likelihood(run, self.likelihood)
         covariance = self.covariance
@@ -81,5 +79,5 @@ class DPS:
         """Of the shift, which is ``sigma_t^2 / alpha_t`` times the gradient."""
         if isinstance(self.zeta, str):
             return run.x0_weight(i)
-        level = run.level(i)
+        level = run.levels[i]
         return entry(self.zeta, i) * level.alpha / level.sigma**2

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import foreign
 from ..arguments import as_float, got, integer, one_of
 from ..likelihoods import Likelihood
-from ..ranges import phase
+from ..profiling import phase
 from ..reference import Coefficients, Scalar, scaled
 from .base import (
     PullBack,
@@ -63,7 +63,7 @@ class FK:
       those that have one); or ``f(x, x0_hat, coefficients, *, seed, step) -> (x_s, log_ratio [n])``, ``log_ratio`` the
       base kernel's log-density minus its own. The function gets all ``B * K`` particles in one call, whatever the
       ``chunk_size``, and cannot be used with a list of seeds or ``first_sample > 0``. ``coefficients``, ``seed`` and
-      ``step`` can be passed on to `fastguide.ops.reverse_step`; in a CUDA graph they are tensors.
+      ``step`` can be passed on to `fastguide.ops.reverse_step`; in `fastguide.capture` ``seed`` is a tensor.
     - ``resample_steps``: the steps before which the weights are multiplied by a potential and rows are resampled. None:
       every step. A list: these, counted from 0. An integer ``n``: steps n, 2n, 3n, ..., not step 0; the final samples
       have their potential too. A row is resampled if its effective sample size is below ``ess_threshold * particles``
@@ -85,8 +85,6 @@ class FK:
     resampler: str = "systematic"
     ess_threshold: float | None = 0.5
     resample_steps: int | Iterable[int] | None = None
-
-    device_inputs = ("strength",)
 
     def prepare(self, run: Run) -> FK:
         reward: Likelihood | tuple[_Term, ...]
@@ -243,7 +241,7 @@ class FK:
     def _call_reward(self, run: Run, x0: Tensor, i: int) -> Tensor:
         """``[n]`` in float64."""
         assert isinstance(self.reward, tuple)
-        total, t = None, run.level(i).t
+        total, t = None, run.levels[i].t
         if i == run.steps:
             t = float(t)  # that of a table is -1, the index of another level
         for weight, function, takes_t in self.reward:

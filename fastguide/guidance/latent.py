@@ -14,7 +14,7 @@ from ..arguments import function, got, number, one_of
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
 from ..operators import Function, Operator
-from ..ranges import phase
+from ..profiling import phase
 from ..reference import scaled
 from .base import STREAM_RENOISE, Run, Schedulable, State
 from .pnp import PnP
@@ -107,7 +107,7 @@ class LatentPnP:
 
     def _stochastic_resample(self, run: Run, x: Tensor, z0_hat: Tensor, z0: Tensor, i: int) -> Tensor:
         assert self.gamma is not None
-        t, s, last = run.level(i), run.level(i + 1), run.levels[i + 1].sigma == 0.0
+        t, s, last = run.levels[i], run.levels[i + 1], run.levels[i + 1].sigma == 0.0
         given = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2  # variance of x_t given x_s
         prior = self.gamma * s.sigma**2 * given
         # The share of alpha_s z0* in the product's mean; written so that alpha_t = 0 has its limit, 1.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..arguments import number, one_of
-from ..ranges import phase
+from ..profiling import phase
 from ..reference import SCHEMES, clip_x0, scaled
 from .base import STREAM_RESAMPLE, Run, State
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..arguments import got
 from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator, solve_with_noise
-from ..ranges import phase
+from ..profiling import phase
 from ..reference import Scalar, scaled
 from .base import PullBack, Run, Schedulable, State, entry, isotropic_variance, per_step, prepare_likelihood
 
@@ -31,8 +31,6 @@ class PiGDM:
     likelihood: Gaussian
     zeta: Schedulable = 1.0
 
-    device_inputs = ("zeta",)
-
     def prepare(self, run: Run) -> PiGDM:
         if not isinstance(self.likelihood, Gaussian):
             raise TypeError(f"likelihood: expected a Gaussian for PiGDM, got {got(self.likelihood)}")
@@ -49,7 +47,7 @@ class PiGDM:
         return State(run.initial())
 
     def step(self, run: Run, state: State, i: int) -> State:
-        spread = isotropic_variance(run.level(i))
+        spread = isotropic_variance(run.levels[i])
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             pull_back = PullBack(run, x, i, rows)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ranges import phase
+from ..profiling import phase
 from .base import Run, State
 
 
@@ -21,7 +21,7 @@ class Plain:
         return State(run.initial())
 
     def step(self, run: Run, state: State, i: int) -> State:
-        denoiser, level = run.denoiser, run.level(i)
+        denoiser, level = run.denoiser, run.levels[i]
         with torch.set_grad_enabled(run.differentiable), phase("network"):
             (output,) = run.in_chunks(lambda rows, x: (denoiser(x, level, rows),), state.x)
         run.watch.finite(i, "net", output)

@@ -13,7 +13,7 @@ from ..arguments import got, integer, one_of
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator, conjugate_gradients, solve_with_noise
-from ..ranges import phase
+from ..profiling import phase
 from ..reference import Scalar
 from .base import (
     Run,
@@ -58,8 +58,6 @@ class PnP:
     iterations: int | None = None
 
     takes_eta = False
-    device_inputs = ("rho",)
-    step_tables = ("zeta",)
 
     def prepare(self, run: Run) -> PnP:
         likelihood, _ = prepare_likelihood(run, self.likelihood)
@@ -96,12 +94,12 @@ class PnP:
         with phase("step"):
             return State(run.reverse_step(state.x, x0, i, tau=self.fresh_noise(run, i)), x0_hat=x0_hat)
 
-    def fresh_noise(self, run: Run, i: int) -> Scalar:
-        return run.level(i + 1).sigma * entry(self.zeta, i) ** 0.5
+    def fresh_noise(self, run: Run, i: int) -> float:
+        return run.levels[i + 1].sigma * entry(self.zeta, i) ** 0.5
 
     def data_step(self, run: Run, x0_hat: Tensor, i: int) -> Tensor:
         """``x0*`` for ``x0_hat`` ``[n, *event]`` at level ``i``."""
-        rho = 1.0 / isotropic_variance(run.level(i)) if self.rho is None else entry(self.rho, i)
+        rho = 1.0 / isotropic_variance(run.levels[i]) if self.rho is None else entry(self.rho, i)
         iterations = self.iterations or _ITERATIONS[self.solver]
 
         def chunk(rows: Tensor, x0: Tensor) -> tuple[Tensor]:

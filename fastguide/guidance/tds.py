@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..likelihoods import Likelihood
-from ..ranges import phase
+from ..profiling import phase
 from .base import Run, State, check_covariance, default_covariance, prepare_likelihood
 from .particles import check_particles, log_ratio, on_the_way, propose_guided, resample_particles
 

@@ -10,7 +10,7 @@ import torch
 from gaussian import Y, example, gaussian_likelihood
 
 import fastguide as fg
-from fastguide import ranges, sampling
+from fastguide import profiling, sampling
 from fastguide.guidance.plain import Plain
 
 
@@ -34,14 +34,14 @@ def recorder(monkeypatch):
     found = Recorder()
     monkeypatch.setitem(sys.modules, "nvtx", found)
     monkeypatch.setenv("NVTX_INJECTION64_PATH", "/a/tool.so")
-    ranges._range.cache_clear()
+    profiling._range.cache_clear()
     yield found
-    ranges._range.cache_clear()
+    profiling._range.cache_clear()
 
 
 def phases(recorder, guidance, steps: int = 3, chunk_size: int | None = None) -> list[list[str]]:
     """Of the start and of each step."""
-    run = sampling._prepare_run(
+    run = sampling.prepare_run(
         example().denoiser(), (2, 3), guidance, steps, None, None, None, 0, None, torch.float64, "cpu", chunk_size
     )
     guidance = guidance.prepare(run)
@@ -124,16 +124,16 @@ def test_a_range_is_closed_when_its_body_raises(recorder):
 
 
 def test_ranges_nest(recorder):
-    with ranges.phase("step"), ranges.phase("weights"), ranges.phase("step"):
+    with profiling.phase("step"), profiling.phase("weights"), profiling.phase("step"):
         pass
     assert recorder.found == ["step", "step/weights", "step/weights/step"] and recorder.open == []
 
 
 def test_nothing_is_called_where_nothing_listens(recorder, monkeypatch):
     monkeypatch.delenv("NVTX_INJECTION64_PATH")
-    ranges._range.cache_clear()
+    profiling._range.cache_clear()
     assert phases(recorder, fg.TDS(gaussian_likelihood(), 4)) == [[]] * 4
-    assert ranges.phase("step") is ranges.phase("network")
+    assert profiling.phase("step") is profiling.phase("network")
 
 
 def test_torchs_own_ranges_stand_in_for_nvtx(monkeypatch, recorder):
@@ -141,18 +141,18 @@ def test_torchs_own_ranges_stand_in_for_nvtx(monkeypatch, recorder):
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     torchs = types.SimpleNamespace(range_push=recorder.push_range, range_pop=recorder.pop_range)
     monkeypatch.setattr(torch.cuda, "nvtx", torchs)
-    with ranges.phase("step"):
+    with profiling.phase("step"):
         assert recorder.open == ["step"]
     assert recorder.open == []
-    ranges._range.cache_clear()
+    profiling._range.cache_clear()
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
-    with ranges.phase("step"):
+    with profiling.phase("step"):
         assert recorder.open == []
 
 
 def test_compiled_code_has_none(recorder):
     def doubled(x):
-        with ranges.phase("step"):
+        with profiling.phase("step"):
             return 2.0 * x
 
     assert torch.equal(torch.compile(doubled, fullgraph=True, backend="eager")(torch.ones(3)), torch.full((3,), 2.0))
@@ -165,6 +165,6 @@ def test_the_real_nvtx_takes_them(recorder, monkeypatch):
     """No tool is loaded from that file, so that its functions do nothing: what is called is checked, and how."""
     monkeypatch.delitem(sys.modules, "nvtx")
     nvtx = pytest.importorskip("nvtx")
-    with ranges.phase("step"), ranges.phase("network"):
-        assert ranges._functions() == (nvtx.push_range, nvtx.pop_range)
-    assert isinstance(ranges.phase("step"), ranges._Range) and recorder.found == []
+    with profiling.phase("step"), profiling.phase("network"):
+        assert profiling._functions() == (nvtx.push_range, nvtx.pop_range)
+    assert isinstance(profiling.phase("step"), profiling._Range) and recorder.found == []

@@ -10,8 +10,8 @@
 | ``fastguide.resample``, ``fastguide.gather`` | the ancestors, and the particles that move |
 
 Where the network and what follows see one chunk after the other, their ranges take turns. A range is of the thread that
-opened it, and autograd launches a backward pass on a GPU from another. A CUDA graph has none: they appear where it is
-captured, not where it is replayed.
+opened it, and autograd launches a backward pass on a GPU from another. A replay of `fastguide.capture` has none: they
+appear where it is captured.
 """
 
 from __future__ import annotations
