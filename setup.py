@@ -1,7 +1,7 @@
-"""Builds fastguide._cpu and, where nvcc is found, fastguide._cuda: ninja drives the compilers, without torch.
+"""Builds fastguide._cpu_* for each instruction set and, where nvcc is found, fastguide._cuda, with ninja.
 
 FASTGUIDE_CUDA=auto|0|1      auto builds _cuda if it can and records why if it cannot; 1 makes that an error
-FASTGUIDE_CUDA_ARCHS=80;90   what to compile for, PTX kept of the last; else what nvcc knows of 80, 90, 100
+FASTGUIDE_CUDA_ARCHS=80;90   what to compile for, PTX kept of the last; else what nvcc knows of those in find_nvcc
 CXX CXXFLAGS LDFLAGS CUDA_HOME as usual. fastguide/_build.json keeps what was built, and what was not and why.
 """
 
@@ -14,96 +14,86 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ISAS = ("avx512", "avx2", "portable") if os.uname().machine == "x86_64" else ("portable",)
+X86 = "built" if os.uname().machine == "x86_64" else "skipped: for x86-64"
+CPU = {"avx512": X86, "avx2": X86, "portable": "built"}
+CUDA = {"status": "skipped", "reason": "", "nvcc": "", "archs": [], "error": []}  # both as _build.json has them
 CXX = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "")
 WISH = os.environ.get("FASTGUIDE_CUDA", "auto")
-CUDA = {"status": "skipped", "reason": "", "nvcc": "", "archs": [], "error": []}  # as _build.json has it
-
-
-def output(*command):
-    return subprocess.getstatusoutput(shlex.join(command), errors="replace")
-
-
-def compiler_version():
-    """What the C++ compiler calls itself. Without one, the build ends here."""
-    command = f"{CXX or 'false'} -std=c++17 -dM -E -xc++ {os.devnull}"
-    status, text = subprocess.getstatusoutput(command, errors="replace")
-    version = re.search(r'^#define __VERSION__ "(.*)"', text, re.MULTILINE)
-    if status or not version:
-        found = f"CXX={CXX!r} is none" if CXX else "CXX is not set, and g++, c++ and clang++ are not on PATH"
-        sys.exit(f"fastguide: no C++17 compiler: {found}. Install g++ or clang++, or name one in CXX.\n{text[-800:]}")
-    return version[1]
-
-
-def find_nvcc():
-    """nvcc, or "" and the reason in CUDA."""
-    home = os.environ.get("CUDA_HOME")
-    nvcc = (home and shutil.which("nvcc", path=os.path.join(home, "bin"))) or shutil.which("nvcc")
-    if WISH == "0" or not nvcc:
-        CUDA["reason"] = "FASTGUIDE_CUDA=0" if WISH == "0" else "no nvcc under CUDA_HOME or on PATH"
-        return ""
-    (status, text), known = output(nvcc, "--version"), output(nvcc, "--list-gpu-arch")[1].split()
-    version = re.search(r"V(\d[\d.]*)", text)
-    asked = re.findall(r"\w+", os.environ.get("FASTGUIDE_CUDA_ARCHS", ""))  # nvcc says what is wrong with it
-    archs = asked or [arch for arch in ("80", "90", "100") if f"compute_{arch}" in known]
-    if status or not version or not archs:
-        CUDA.update(status="failed", reason="nvcc names no version or arch", error=text.splitlines()[-12:])
-        return ""
-    CUDA.update(nvcc=version[1], archs=archs)
-    return nvcc
 
 
 class NinjaBuild(build_ext):
+    def compiler_version(self):
+        """What the C++ compiler calls itself. Without one, the build ends here."""
+        text = subprocess.getoutput(f"{CXX or 'false'} -std=c++17 -dM -E -xc++ {os.devnull}", errors="replace")
+        if version := re.search(r'^#define __VERSION__ "(.*)"', text, re.MULTILINE):
+            return version[1]
+        found = f"CXX={CXX!r} is none" if CXX else "CXX is not set, and g++, c++ and clang++ are not on PATH"
+        sys.exit(f"fastguide: no C++17 compiler: {found}. Install g++ or clang++, or name one in CXX.\n{text[-800:]}")
+
+    def find_nvcc(self):
+        """nvcc, or "" and the reason in CUDA."""
+        nvcc = shutil.which("nvcc", path=os.path.expandvars("$CUDA_HOME/bin:$PATH"))
+        if WISH == "0" or not nvcc:
+            CUDA["reason"] = "FASTGUIDE_CUDA=0" if WISH == "0" else "no nvcc under CUDA_HOME or on PATH"
+            return ""
+        text = subprocess.getoutput("{0} --version; {0} --list-gpu-arch".format(shlex.quote(nvcc)), errors="replace")
+        asked = re.findall(r"\w+", os.environ.get("FASTGUIDE_CUDA_ARCHS", ""))  # nvcc says what is wrong with it
+        archs = asked or [a for a in ("75", "80", "86", "89", "90", "100", "120") if f"compute_{a}" in text.split()]
+        if not archs or not (version := re.search(r"V(\d[\d.]*)", text)):
+            CUDA.update(status="failed", reason="nvcc names no version or arch", error=text.splitlines()[-12:])
+            return ""
+        CUDA.update(status="built", nvcc=version[1], archs=archs)  # until it fails
+        return nvcc
+
     def ninja_text(self, nvcc):
-        headers = " ".join(f"-isystem {shlex.quote(d)}" for d in (pybind11.get_include(), *self.include_dirs))
         codes = [(a, f"sm_{a}") for a in CUDA["archs"]] + [(a, f"compute_{a}") for a in CUDA["archs"][-1:]]
-        archs = " ".join(f"-gencode arch=compute_{arch},code={code}" for arch, code in codes)
-        text = f"builddir = {self.build_temp}\ncxx = {CXX}\nnvcc = {nvcc}\narchs = {archs}\n"
-        text += "".join(f"env_{name} = {os.environ.get(name, '')}\n" for name in ("CXXFLAGS", "LDFLAGS"))
-        text += f"headers = {headers}\ninclude csrc/rules.ninja\n"
-        for extension, rule in zip(self.extensions, ("cxx", "nvcc") if nvcc else ("cxx",), strict=False):
-            pairs = [(src, isa) for src in extension.sources for isa in (ISAS if "kernels" in src else ("all",))]
-            text += "".join(f"build $builddir/{src}.{isa}.o: {rule} {src}\n  isa = $isa_{isa}\n" for src, isa in pairs)
-            objects = " ".join(f"$builddir/{src}.{isa}.o" for src, isa in pairs)
-            text += f"{rule}_library = {self.get_ext_fullpath(extension.name)}\n"
-            text += f"build {rule}: phony ${rule}_library\nbuild ${rule}_library: {rule}_link {objects}\n"
+        values = {name: os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")}
+        values |= {"builddir": self.build_temp, "cxx": CXX, "nvcc": nvcc}
+        values["archs"] = " ".join(f"-gencode arch=compute_{arch},code={code}" for arch, code in codes)
+        values["headers"] = " ".join(f"-isystem {shlex.quote(folder)}" for folder in self.include_dirs)
+        text = "".join(f"{name} = {value}\n" for name, value in values.items()) + "include csrc/rules.ninja\n"
+        for extension in self.extensions:
+            rule, name, objects = extension.language, extension.name.rpartition(".")[2], []
+            for source in extension.sources:
+                objects.append(f"$builddir/{name}/{source}.o")
+                text += f"build {objects[-1]}: {rule} {source}\n  name = {name}\n  isa = $isa{name[4:]}\n"
+            text += f"build {self.get_ext_fullpath(extension.name)}: {rule}_link {' '.join(objects)}\n"
         return text
 
     def build_extensions(self):
         if WISH not in ("0", "1", "auto"):
             sys.exit(f"FASTGUIDE_CUDA: expected 0, 1 or auto, got {WISH!r}")
         self.mkpath(self.build_temp)
-        version, nvcc, file = compiler_version(), find_nvcc(), os.path.join(self.build_temp, "build.ninja")
+        version, nvcc, file = self.compiler_version(), self.find_nvcc(), os.path.join(self.build_temp, "build.ninja")
         Path(file).write_text(self.ninja_text(nvcc))
+        *cpu, cuda = (self.get_ext_fullpath(extension.name) for extension in self.extensions)
         ninja = (sys.executable, "-m", "ninja", "-k0", "-f", file)
-        status, log = output(*ninja)
-        print(log, flush=True)
-        if status and output(*ninja, "cxx")[0]:
+        if subprocess.run([*ninja, *cpu]).returncode:
             sys.exit("fastguide: the C++ part did not compile; the compiler's words are above")
-        words = [line for line in log.splitlines() if not line.startswith((nvcc or "[", "[", "ninja:"))]
-        failure = {"status": "failed", "reason": "compilation failed", "error": words[-12:]}
-        CUDA.update((failure if status else {"status": "built"}) if nvcc else {})
+        if nvcc:
+            done = subprocess.run([*ninja, cuda], stdout=subprocess.PIPE, text=True, errors="replace")
+            print(done.stdout, flush=True)
+            if done.returncode:
+                words = [line for line in done.stdout.splitlines() if not line.startswith((nvcc, "[", "ninja:"))]
+                CUDA.update(status="failed", reason="compilation failed", error=words[-12:])
         if CUDA["status"] != "built":
             if WISH == "1":
                 sys.exit("\n".join([f"fastguide: FASTGUIDE_CUDA=1, but {CUDA['reason']}", *CUDA["error"]]))
-            Path(self.get_ext_fullpath("fastguide._cuda")).unlink(missing_ok=True)  # of an earlier build
-            self.extensions = self.extensions[:1]
-        record = {"compiler": f"{CXX} {version}", "cuda": CUDA}
-        record |= dict(re.findall(r"^(\w*flags) = (.*)$", Path("csrc/rules.ninja").read_text(), re.MULTILINE))
+            self.extensions.pop()
+        flags = re.findall(r"^(\w*flags|isa_\w+) = (.*)$", Path("csrc/rules.ninja").read_text(), re.MULTILINE)
+        record = {"compiler": f"{CXX} {version}", "cpu": CPU, "cuda": CUDA} | dict(flags)
         Path(self.build_lib, "fastguide", "_build.json").write_text(json.dumps(record, indent=2) + "\n")
-        print(f"fastguide: CUDA {CUDA['status']} {CUDA['reason']}")
+        print("fastguide:", *(f"{isa} {said}," for isa, said in CPU.items()), "CUDA", CUDA["status"], CUDA["reason"])
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
         shutil.copy(Path(self.build_lib, "fastguide", "_build.json"), "fastguide")
-        if CUDA["status"] != "built":
-            Path("fastguide", self.get_ext_filename("_cuda")).unlink(missing_ok=True)
 
 
-cpu, cuda = (sorted(map(str, Path("csrc").glob(pattern))) for pattern in ("cpu/**/*.cpp", "cuda/*.c*[pu]"))
-modules = [Extension("fastguide._cpu", ["csrc/bindings.cpp", *cpu]), Extension("fastguide._cuda", cuda)]
+cpp, cu = (sorted(map(str, Path("csrc").glob(f"**/*.{suffix}"))) for suffix in ("cpp", "cu"))
+modules = [Extension(f"fastguide._cpu_{i}", cpp, language="cxx") for i, said in CPU.items() if said == "built"]
+modules.append(Extension("fastguide._cuda", [*cu, "csrc/common/module.cpp"], language="nvcc"))
 setup(ext_modules=modules, cmdclass={"build_ext": NinjaBuild})

@@ -7,10 +7,12 @@ pointers, sizes and the stream: the modules know no PyTorch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +31,8 @@ __all__ = [
     "build_record",
     "gather_particles_cpu",
     "gather_particles_cuda",
+    "instruction_set",
+    "instruction_sets",
     "levels",
     "load_error",
     "loaded",
@@ -47,7 +51,7 @@ CPU_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float
 CUDA_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-# The codes of csrc/cpu/kernels.h.
+# The codes of csrc/ops/log_prob_and_gradient/cpu.cpp and csrc/common/weights.h.
 _FAMILY_CODES = {family: code for code, family in enumerate(FAMILIES)}
 _SCHEME_CODES = {scheme: code for code, scheme in enumerate(SCHEMES)}
 
@@ -67,9 +71,12 @@ def _installed_elsewhere(here: Path) -> Path | None:
     return None
 
 
+@functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str]:
-    """The module, or why it is not there."""
-    full, here, other = f"fastguide._{name}", Path(__file__).parent.resolve(), None
+    """Module ``name``, or why it is not there."""
+    full, here, other, record = f"fastguide.{name}", Path(__file__).parent.resolve(), None, build_record()
+    if (said := _build_of(name, record)) != "built":  # a file that is there is of an earlier build
+        return None, f"{full} was not built: {said}"
     try:
         module = importlib.import_module(full)
         folder = Path(str(module.__file__)).parent.resolve()
@@ -81,7 +88,6 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
             return None, f"{full} did not load: {error}"
     except ImportError as error:
         return None, f"{full} did not load: {error}"
-    record = build_record()
     if not record:
         if other := other or _installed_elsewhere(here):
             return None, (
@@ -90,13 +96,58 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
                 "folder Python finds the installed copy"
             )
         return None, f"{full} was not built: no build has run in {here} (`pip install -e {here.parent}` runs it)"
-    cuda = record["cuda"]
-    if name == "cuda" and cuda["status"] != "built":
-        return None, f"{full} was not built: {cuda['status']}, {cuda['reason']}"
-    return None, f"{full} was built and is gone, or was built for another Python"
+    return None, (
+        f"{full} was built and is gone, or was built for another Python or from other sources "
+        f"(`pip install -e {here.parent}` builds it)"
+    )
 
 
-_modules = {name: _load(name) for name in ("cpu", "cuda")}
+def _build_of(name: str, record: dict[str, Any]) -> str:
+    """What ``record`` says became of module ``name``: "built", unless it says otherwise."""
+    if name != "_cuda":
+        return record.get("cpu", {}).get(name.removeprefix("_cpu_"), "built")
+    cuda = record.get("cuda", {"status": "built"})
+    return cuda["status"] if cuda["status"] == "built" else f"{cuda['status']}, {cuda['reason']}"
+
+
+def instruction_sets() -> list[str]:
+    """Those for which this processor has a CPU module, the best first."""
+    portable, error = _load("_cpu_portable")  # runs on every processor
+    if portable is None:
+        raise RuntimeError(error)
+    return portable.instruction_sets()
+
+
+def _load_cpu() -> tuple[ModuleType | None, str]:
+    """The module of the best instruction set, or of the one that FASTGUIDE_ISA names; or why it is not there."""
+    error = _load("_cpu_portable")[1]
+    if error:
+        return None, error
+    found, wish = instruction_sets(), os.environ.get("FASTGUIDE_ISA")
+    if wish and wish not in found:
+        raise ValueError(
+            f"FASTGUIDE_ISA: expected one of {', '.join(found)} (this processor has no others), got {wish!r}"
+        )
+    return _load(f"_cpu_{wish or found[0]}")
+
+
+_modules = {"cpu": _load_cpu(), "cuda": _load("_cuda")}
+
+
+@contextlib.contextmanager
+def instruction_set(isa: str) -> Iterator[None]:
+    """``with instruction_set("avx2"):`` runs the CPU kernels of its body with that one; for tests, as the bits are the
+    same."""
+    if isa not in (found := instruction_sets()):
+        raise ValueError(f"isa: expected one of {', '.join(found)} (this processor has no others), got {isa!r}")
+    before, loaded = _modules["cpu"], _load(f"_cpu_{isa}")
+    if loaded[0] is None:
+        raise RuntimeError(loaded[1])
+    _modules["cpu"] = loaded
+    try:
+        yield
+    finally:
+        _modules["cpu"] = before
 
 
 def load_error(name: str) -> str:

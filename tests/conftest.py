@@ -79,24 +79,12 @@ def assert_close():
 @pytest.fixture
 def instruction_set():
     """``with instruction_set(name):`` runs the CPU kernels of its body with that one."""
-    cpu = compiled.module("cpu")
-
-    @contextlib.contextmanager
-    def using(name: str):
-        before = cpu.instruction_set()
-        cpu.use_instruction_set(name)
-        try:
-            yield
-        finally:
-            cpu.use_instruction_set(before)
-
-    return using
+    return compiled.instruction_set
 
 
 @pytest.fixture(scope="session")
 def emulated_module(tmp_path_factory):
     """``fastguide._cuda`` for pointers on the host."""
-    pytest.importorskip("pybind11", reason="csrc/cuda/bindings.cpp needs it")
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         pytest.skip("no C++ compiler")
     return emulated_cuda.build_module(tmp_path_factory.mktemp("emulated_cuda"))

@@ -13,8 +13,6 @@ import torch
 
 from fastguide import compiled, ops
 
-cpu = compiled.module("cpu")
-
 
 def seconds() -> dict[str, float]:
     """What each thread of this process has computed."""
@@ -55,12 +53,12 @@ while busy < 2 and calls < 1000:  # a busy machine may wake a thread when all is
     busy = sum(after[thread] > before.get(thread, 0.0) + 0.001 for thread in after)
 
 bits = {}
-for name in cpu.instruction_sets():
-    cpu.use_instruction_set(name)
-    bits[name] = digest()
+for name in compiled.instruction_sets():
+    with compiled.instruction_set(name):
+        bits[name] = digest()
 libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
 found = dict(
-    module=cpu.__file__,
+    module=compiled.module("cpu").__file__,
     torch=torch.__file__,
     openmp=[library for library in sorted(libraries) if re.search(r"/lib(gomp|i?omp)[^/]*$", library)],
     busy_threads=busy,

@@ -84,19 +84,18 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
 def main() -> None:
     torch.set_num_threads(2)
     threading.stack_size(int(sys.argv[1]))
-    cpu = compiled.module("cpu")
-    for instruction_set in cpu.instruction_sets():
-        cpu.use_instruction_set(instruction_set)
-        for name, call in calls():
-            print(instruction_set, name, flush=True)
-            if instruction_set == cpu.instruction_sets()[0]:
-                call()  # whatever Python imports at the first call needs a larger stack
-            failed: list[BaseException] = []
-            thread = threading.Thread(target=attempt, args=(call, failed))
-            thread.start()
-            thread.join()
-            if failed:
-                raise failed[0]
+    for isa in compiled.instruction_sets():
+        with compiled.instruction_set(isa):
+            for name, call in calls():
+                print(isa, name, flush=True)
+                if isa == compiled.instruction_sets()[0]:
+                    call()  # whatever Python imports at the first call needs a larger stack
+                failed: list[BaseException] = []
+                thread = threading.Thread(target=attempt, args=(call, failed))
+                thread.start()
+                thread.join()
+                if failed:
+                    raise failed[0]
     print("all done")
 
 

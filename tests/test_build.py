@@ -7,6 +7,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -121,9 +123,9 @@ def test_an_unbuilt_clone_before_the_installed_copy_is_named(tmp_path):
         f"pip installed in {installed}. `pip install -e {clone}` builds it here"
     )
     said = ask("print(fastguide.backends()['cpu'].reason)", clone, site)
-    assert f"fastguide._cpu {words}" in said
+    assert f"fastguide._cpu_portable {words}" in said
     said = ask("fastguide.ops.randn((4, 3), seed=0)", clone, site)  # runs on the reference, and says so
-    assert "RuntimeWarning: fastguide runs on cpu tensors without its compiled kernels, slowly: fastguide._cpu" in said
+    assert "RuntimeWarning: fastguide runs on cpu tensors without its compiled kernels, slowly: fastguide._cpu_" in said
     assert words in said
     assert words in ask("print(doctor.report())", clone, site)
 
@@ -265,8 +267,15 @@ def test_doctor_shows_why_cuda_was_not_built(monkeypatch):
 # --- the build itself ---------------------------------------------------------------------------------------
 
 
-CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-CPU_KERNELS = sorted((ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp"))
+CUDA_SOURCES = sorted((ROOT / "csrc").glob("**/*.cu"))
+CPU_SOURCES = sorted((ROOT / "csrc").glob("**/*.cpp"))
+HEADERS = ("-DFG_MODULE=_test", "-isystem", sysconfig.get_paths()["include"])
+
+
+def name_of(source: Path) -> str:
+    return str(source.relative_to(ROOT / "csrc"))
+
+
 ARCHITECTURES = ("80", "90", "100")
 
 
@@ -283,8 +292,8 @@ def compile_all(tmp_path_factory):
     folder = tmp_path_factory.mktemp("objects")
 
     def compiled_object(source: Path, command: tuple[str, ...]) -> tuple[Path, subprocess.CompletedProcess]:
-        out = folder / f"{source.name}.o"
-        return out, subprocess.run([*command, "-c", source, "-o", out], capture_output=True, text=True)
+        out = folder / f"{name_of(source).replace('/', '.')}.o"
+        return out, subprocess.run([*command, *HEADERS, "-c", source, "-o", out], capture_output=True, text=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield lambda sources, *command: {source: pool.submit(compiled_object, source, command) for source in sources}
@@ -300,13 +309,13 @@ def cuda_objects(compile_all):
 
 @pytest.fixture(scope="module")
 def cpu_objects(compile_all):
-    # -O1 leaves more functions out of line than the build's -O3, in half the time.
+    # -O1 takes half the time of the build's -O3.
     flags = (*rules("cxxflags|module|isa_avx512"), "-O1", "-Wframe-larger-than=6000")
-    return compile_all(CPU_KERNELS, *shlex.split(os.environ.get("CXX", "g++")), *flags)
+    return compile_all(CPU_SOURCES, *shlex.split(os.environ.get("CXX", "g++")), *flags)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
-@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=name_of)
 def test_cuda_compiles_without_warnings_or_spills(source, cuda_objects):
     _, done = cuda_objects[source].result()
     words = done.stdout + done.stderr
@@ -320,24 +329,65 @@ def test_cuda_compiles_without_warnings_or_spills(source, cuda_objects):
 x86_64_only = pytest.mark.skipif(os.uname().machine != "x86_64", reason="compiles for AVX-512")
 
 
-@x86_64_only
-@pytest.mark.parametrize("source", CPU_KERNELS, ids=lambda path: path.name)
-def test_kernels_share_no_function_between_instruction_sets(source, cpu_objects):
-    # A weak symbol outside the namespace might be linked for all: AVX-512 code where there is none.
-    out, done = cpu_objects[source].result()
-    assert done.returncode == 0, done.stderr
-    symbols = subprocess.run(["nm", "-C", "--defined-only", out], capture_output=True, text=True, check=True)
-    symbols = symbols.stdout.splitlines()
-    assert any("fastguide::cpu::avx512::" in symbol for symbol in symbols)
-    shared = [s for s in symbols if re.search(r" [WVuBDGSTi] ", s)]
-    foreign = [s for s in shared if not re.search(r" fastguide::cpu::avx512::| DW\.ref\.", s)]
-    assert not foreign
+BUILT = sorted((ROOT / "fastguide").glob("_cpu_*.so"))
 
 
 @x86_64_only
-@pytest.mark.parametrize("source", CPU_KERNELS, ids=lambda path: path.name)
+@pytest.mark.parametrize("module", BUILT, ids=lambda path: path.name.partition(".")[0])
+def test_a_module_has_the_registers_of_its_own_instruction_set(module):
+    # One that took a function from elsewhere might run AVX-512 code where there is none.
+    code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", module], capture_output=True, text=True, check=True)
+    found = {register for register in ("zmm", "ymm") if f"%{register}" in code.stdout}
+    assert found == {"avx512": {"zmm", "ymm"}, "avx2": {"ymm"}, "portable": set()}[module.name[5:].partition(".")[0]]
+
+
+@pytest.mark.parametrize("module", BUILT, ids=lambda path: path.name.partition(".")[0])
+def test_a_module_shares_none_of_its_functions(module):
+    symbols = subprocess.run(["nm", "-DC", "--defined-only", module], capture_output=True, text=True, check=True).stdout
+    assert re.findall(r" T (.*)", symbols) == [f"PyInit_{module.name.partition('.')[0]}"]
+    assert "fastguide" not in symbols
+
+
+def test_the_module_that_is_loaded():
+    isas = compiled.instruction_sets()
+    code = "import sys, fastguide; print(fastguide.backends()['cpu'].details['instruction_set'], *sys.modules)"
+    for wish, expected in ((None, isas[0]), ("", isas[0]), *zip(isas, isas, strict=True)):
+        environment = {name: value for name, value in os.environ.items() if name != "FASTGUIDE_ISA"}
+        environment |= {} if wish is None else {"FASTGUIDE_ISA": wish}
+        command = [sys.executable, "-c", code]
+        found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        name, *modules = found.stdout.split()
+        assert name == expected
+        loaded = {module for module in modules if module.startswith("fastguide._cpu")}
+        assert loaded == {"fastguide._cpu_portable", f"fastguide._cpu_{expected}"}
+
+
+@pytest.mark.parametrize("processor", (["portable"], ["avx2", "portable"]), ids=lambda sets: sets[0])
+def test_an_instruction_set_that_the_processor_lacks_is_not_loaded(processor, monkeypatch):
+    portable = types.SimpleNamespace(instruction_sets=lambda: processor)
+    monkeypatch.setattr(compiled, "_load", lambda name: (portable if name == "_cpu_portable" else name, ""))
+    monkeypatch.delenv("FASTGUIDE_ISA", raising=False)
+    assert compiled._load_cpu()[0] == (portable if processor == ["portable"] else "_cpu_avx2")
+    for wish in ("avx512", "mmx"):
+        monkeypatch.setenv("FASTGUIDE_ISA", wish)
+        with pytest.raises(ValueError, match=f"FASTGUIDE_ISA: expected one of {', '.join(processor)} .*, got '{wish}'"):
+            compiled._load_cpu()
+
+
+@x86_64_only
+def test_the_processor_is_asked_for_all_of_an_instruction_set():
+    # /proc/cpuinfo leaves out what the system does not save the registers of.
+    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    v3 = flags >= {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+    v4 = v3 and flags >= {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+    assert compiled.instruction_sets() == ["avx512"] * v4 + ["avx2"] * v3 + ["portable"]
+
+
+@x86_64_only
+@pytest.mark.parametrize("source", CPU_SOURCES, ids=name_of)
 def test_kernels_keep_large_buffers_off_the_stack(source, cpu_objects):
     _, done = cpu_objects[source].result()
+    assert done.returncode == 0, done.stderr
     assert "-Wframe-larger-than" not in done.stderr, done.stderr
 
 
@@ -359,7 +409,7 @@ def executable(path: Path, body: str) -> Path:
 
 def clone(folder: Path) -> Path:
     """What setup.py needs, in ``folder``, and a package of one empty file."""
-    for module in ("pybind11", "ninja", "setuptools"):
+    for module in ("ninja", "setuptools"):
         pytest.importorskip(module, reason="setup.py needs it")
     for name in ("setup.py", "pyproject.toml", "LICENSE", "csrc"):
         source = ROOT / name
@@ -407,10 +457,14 @@ def test_setup_without_cuda(wish, nvcc, status, words, tmp_path):
         assert not record.exists()
         return
     assert done.returncode == 0, done.stdout + done.stderr
-    cuda = json.loads(record.read_text())["cuda"]
+    record = json.loads(record.read_text())
+    cuda = record["cuda"]
+    assert set(record["cpu"]) == {"avx512", "avx2", "portable"} and record["cpu"]["portable"] == "built"
     assert cuda["status"] == status
     assert words in " ".join([cuda["reason"], *cuda["error"]])
-    assert list((tmp_path / "fastguide").glob("_cpu*.so")) and not list((tmp_path / "fastguide").glob("_cuda*.so"))
+    found = {path.name.partition(".")[0] for path in (tmp_path / "fastguide").glob("*.so")}
+    assert found == {f"_cpu_{isa}" for isa, said in record["cpu"].items() if said == "built"}
+    assert f"fastguide: avx512 {record['cpu']['avx512']}, " in done.stdout and f", CUDA {status} " in done.stdout
 
 
 @pytest.mark.parametrize(

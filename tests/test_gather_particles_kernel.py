@@ -8,7 +8,6 @@ from maps import MAPS, bytes_of, indexed, survivors, uniform
 
 from fastguide import compiled, ops
 
-_cpu = compiled.module("cpu")
 MARGIN = 64
 ASIDE = 4096  # bytes of a particle that the kernel moves at a time where there is an order
 
@@ -24,7 +23,7 @@ def gather(ancestors: torch.Tensor, *states: torch.Tensor, threads: int = 1) -> 
     arrays = [(view.data_ptr(), view.shape[2]) for view in views]
     wide = ancestors.dtype == torch.int64
     before = ancestors.clone()
-    bad, scratch = _cpu.gather_particles(ancestors.data_ptr(), wide, rows, particles, arrays, threads)
+    bad, scratch = compiled.module("cpu").gather_particles(ancestors.data_ptr(), wide, rows, particles, arrays, threads)
     for buffer in buffers:
         assert (buffer[:MARGIN] == 0xA5).all() and (buffer[buffer.numel() - MARGIN :] == 0xA5).all()
     assert torch.equal(ancestors, before)
@@ -106,7 +105,7 @@ def test_threads_move_the_same(make, rows, particles, size):
         assert torch.equal(moved, expected)
 
 
-@pytest.mark.parametrize("name", _cpu.instruction_sets())
+@pytest.mark.parametrize("name", compiled.instruction_sets())
 @both_indices
 def test_every_instruction_set(name, index_dtype, instruction_set):
     ancestors = torch.stack([make(1500) for make in MAPS.values()]).to(index_dtype)
@@ -163,7 +162,7 @@ def test_the_first_bad_ancestor_is_told_and_nothing_moves(index_dtype, particles
 
 def test_int32_does_not_count_further():
     with pytest.raises(ValueError, match="particles must be below 2147483648"):
-        _cpu.gather_particles(0, False, 1, 2**31, [], 1)
+        compiled.module("cpu").gather_particles(0, False, 1, 2**31, [], 1)
 
 
 # check=False spares a GPU the wait; here looking costs nothing.

@@ -1,5 +1,6 @@
 """fastguide.integrations.particles against particles itself: the same generator, the same ancestors, bit for bit."""
 
+import itertools
 import re
 import sys
 from functools import partial
@@ -183,7 +184,6 @@ def test_ssp_draws_from_numpy_where_particles_is_not_loaded(monkeypatch):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_long_rows_on_every_instruction_set_and_number_of_threads(scheme):
     """Enough for several threads, with a stretch of dead particles and one that takes a tenth of all."""
-    module, best = compiled.module("cpu"), compiled.module("cpu").instruction_set()
     W = _weights(150_000, 1.0)
     W[40_000:90_000] = 0.0
     W[100_000] = W.sum() / 9
@@ -192,15 +192,13 @@ def test_long_rows_on_every_instruction_set_and_number_of_threads(scheme):
     expected = theirs.resampling(scheme, W)
     threads = torch.get_num_threads()
     try:
-        for name in module.instruction_sets():
-            module.use_instruction_set(name)
-            for number in (1, 3):
-                torch.set_num_threads(number)
-                _seed(5)
+        for name, number in itertools.product(compiled.instruction_sets(), (1, 3)):
+            torch.set_num_threads(number)
+            _seed(5)
+            with compiled.instruction_set(name):
                 np.testing.assert_array_equal(getattr(ours, scheme)(W), expected)
     finally:
         torch.set_num_threads(threads)
-        module.use_instruction_set(best)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -14,7 +14,7 @@ from fastguide.integrations import particles
 SIZES = (1, 2, 5, 64, 1025, 70_000)
 
 
-@pytest.fixture(params=itertools.product(compiled.module("cpu").instruction_sets(), (1, 3)), ids=str, autouse=True)
+@pytest.fixture(params=itertools.product(compiled.instruction_sets(), (1, 3)), ids=str, autouse=True)
 def everywhere(request, instruction_set, threads):
     name, number = request.param
     with instruction_set(name), threads(number):

@@ -10,7 +10,6 @@ import torch
 
 from fastguide import compiled, ops
 
-_cpu = compiled.module("cpu")
 ELEMENTS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 32, 33, 1000, 2047, 2048, 2049, 5000)
 PARTICLES = (0, 1, 3, 257)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -46,7 +45,7 @@ def kernel(
         buffers.append(buffer)
         results.append(buffer.view(like.dtype)[64 : 64 + like.numel()])
     code = compiled.CPU_DTYPES
-    _cpu.propose_and_weigh(
+    compiled.module("cpu").propose_and_weigh(
         x.data_ptr(), code[x.dtype], x0_hat.data_ptr(), code[x0_hat.dtype], displacement.data_ptr(),
         code[displacement.dtype], results[0].data_ptr(), log_weights.data_ptr(), results[1].data_ptr(),
         log_weights.dtype == torch.float64, levels.data_ptr() if isinstance(levels, torch.Tensor) else levels,
@@ -195,7 +194,7 @@ def settings():
                 yield *inputs(particles, elements, dtypes), coefficients
 
 
-@pytest.mark.parametrize("name", _cpu.instruction_sets()[1:])
+@pytest.mark.parametrize("name", compiled.instruction_sets()[1:])
 def test_every_instruction_set_gives_the_same_bits(name, instruction_set):
     for arguments in settings():
         best = kernel(*arguments, **COUNTER)
@@ -222,7 +221,7 @@ def test_threads_give_the_same_bits(particles, elements, mixed):
         assert_same_bits(other, one)
 
 
-@pytest.mark.parametrize("name", _cpu.instruction_sets())
+@pytest.mark.parametrize("name", compiled.instruction_sets())
 @pytest.mark.parametrize("elements", (3001, 3024))  # the second's rows begin where a vector does
 @pytest.mark.parametrize("mixed", (False, True))
 def test_large_results_have_the_same_bits(name, elements, mixed, instruction_set):
@@ -266,7 +265,7 @@ def test_function_transforms_go_through_the_reference():
 def test_the_module_takes_no_wrong_call():
     x = torch.zeros(2, 3)
     with pytest.raises(TypeError, match="expected 17 arguments, got 1"):
-        _cpu.propose_and_weigh(x.data_ptr())
+        compiled.module("cpu").propose_and_weigh(x.data_ptr())
     with pytest.raises(ValueError, match="levels"):
         kernel(x, x, x, torch.zeros(2), (*VP[:4], 0.7))
     with pytest.raises(ValueError, match="step"):

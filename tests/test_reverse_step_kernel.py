@@ -12,7 +12,6 @@ import torch
 from fastguide import compiled, ops, reference
 from fastguide.ops import DynamicThreshold
 
-_cpu = compiled.module("cpu")
 ELEMENTS = (1, 2, 3, 4, 5, 7, 16, 17, 1000, 2047, 2048, 2049, 5000)
 PARTICLES = (0, 1, 3, 257)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -45,7 +44,7 @@ def kernel(x, output, coefficients, *, prediction="epsilon", clip=None, clip_noi
         buffers.append(buffer)
         results.append(buffer.view(x.dtype)[64 + shift : 64 + shift + x.numel()])
     code = compiled.CPU_DTYPES
-    _cpu.reverse_step(
+    compiled.module("cpu").reverse_step(
         x.data_ptr(), code[x.dtype], output.data_ptr(), code[output.dtype],
         None if displacement is None else displacement.data_ptr(),
         0 if displacement is None else code[displacement.dtype],
@@ -265,7 +264,7 @@ def settings():
                     yield x, output, coefficients, options
 
 
-@pytest.mark.parametrize("name", _cpu.instruction_sets()[1:])
+@pytest.mark.parametrize("name", compiled.instruction_sets()[1:])
 def test_every_instruction_set_gives_the_same_bits(name, instruction_set):
     for x, output, coefficients, options in settings():
         best = kernel(x, output, coefficients, **options, **COUNTER)
@@ -300,7 +299,7 @@ def test_large_results_have_the_same_bits(instruction_set):
     x, output, _ = inputs(701, 3001)
     expected = expected_of(x, output, STILL, clip=1.0)
     offsets = (64, 65, 80)  # x0 aligned as x_s, otherwise, and as it again
-    for name, offset, threads in itertools.product(_cpu.instruction_sets(), offsets, (1, 2)):
+    for name, offset, threads in itertools.product(compiled.instruction_sets(), offsets, (1, 2)):
         with instruction_set(name):
             assert_same(kernel(x, output, STILL, clip=1.0, offset=offset, threads=threads), expected)
 
@@ -313,7 +312,7 @@ def test_large_noisy_steps_have_the_same_bits(prediction, moved, instruction_set
     for coefficients, clip in ((VP, None), (per_sample(701), (-0.4, 0.9))):
         options = dict(prediction=prediction, clip=clip, displacement=displacement if moved else None, **COUNTER)
         expected = expected_of(x, output, coefficients, **options)
-        for name in _cpu.instruction_sets():
+        for name in compiled.instruction_sets():
             with instruction_set(name):
                 for threads, offset in ((1, 64), (2, 64), (1, 80)):  # at 80 the rows of x0 begin elsewhere
                     assert_same(kernel(x, output, coefficients, offset=offset, threads=threads, **options), expected)
@@ -411,9 +410,9 @@ def test_the_module_takes_no_wrong_call(change, error):
                      x0=None, return_x0=False, prediction=0, clip=0, low=0.0, high=0.0, clip_noise=True,
                      levels=VP, shape=(0, 4), seed=0, step=0,
                      stream=0, first_particle=0, threads=1)  # fmt: skip
-    _cpu.reverse_step(*arguments.values())  # of no particles: reads nothing
+    compiled.module("cpu").reverse_step(*arguments.values())  # of no particles: reads nothing
     with pytest.raises(error):
-        _cpu.reverse_step(*list((arguments | change).values())[: change.get("count", 21)])
+        compiled.module("cpu").reverse_step(*list((arguments | change).values())[: change.get("count", 21)])
 
 
 # --- derivatives that the operator does not know ------------------------------------------------------------

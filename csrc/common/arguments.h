@@ -1,11 +1,11 @@
-// The checks that both modules make on what Python passes. std::invalid_argument becomes ValueError.
+// The checks that the modules make on what Python passes.
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
-#include "dtype.h"
 #include "philox.h"
 
 namespace fastguide {
@@ -21,6 +21,12 @@ inline void expect_memory(const char* name, const void* data, uint64_t elements)
     if (!data && elements) throw std::invalid_argument(std::string(name) + " must be in memory, got a null pointer");
 }
 
+// Of one call of resample.
+inline void check_counts(uint64_t particles, uint64_t number) {
+    for (const uint64_t count : {particles, number})
+        check_below("particles and number, less one,", count - 1, (uint64_t{1} << 31) - 1);
+}
+
 inline RandnShape checked_shape(uint64_t particles, uint64_t elements, uint64_t seed, uint64_t step,
                                 uint64_t stream, uint64_t first_particle) {
     check_below("elements", elements, kMaxElements + 1);
@@ -30,13 +36,6 @@ inline RandnShape checked_shape(uint64_t particles, uint64_t elements, uint64_t 
     check_below("first_particle", first_particle, kMaxParticles + 1 - particles);
     return {particles, elements, first_particle, seed, static_cast<uint32_t>(step),
             static_cast<uint32_t>(stream)};
-}
-
-inline Dtype checked_dtype(int code, Dtype last) {
-    if (code < 0 || code > static_cast<int>(last))
-        throw std::invalid_argument("dtype must be a code in 0.." + std::to_string(static_cast<int>(last)) +
-                                    ", got " + std::to_string(code));
-    return static_cast<Dtype>(code);
 }
 
 }  // namespace fastguide

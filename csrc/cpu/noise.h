@@ -5,7 +5,7 @@
 #include "../common/normal.h"
 #include "simd.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 
 // Four words of Philox in 64-bit lanes. Only the low words count: a product's own high word may stand above
 // them, and the next multiplication does not look at it.
@@ -243,4 +243,4 @@ void noise_tile(double* out, const RandnShape& shape, const Tile& tile, const Me
         }
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+}  // namespace fastguide::cpu

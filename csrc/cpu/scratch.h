@@ -11,7 +11,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 
 template <class T>
 struct Scratch {
@@ -69,4 +69,4 @@ private:
     Scratch<char> memory_;
 };
 
-}  // namespace fastguide::cpu::FG_ISA
+}  // namespace fastguide::cpu

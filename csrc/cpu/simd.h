@@ -2,8 +2,7 @@
 // extensions; intrinsics only where those have no word for the instruction. Every operation is one IEEE
 // operation in each lane, so all instruction sets give the same bits.
 //
-// A kernel's source is compiled once for each: FG_ISA is the namespace of its functions, so that none of one
-// set is ever linked into another.
+// All sources are compiled once for each, into a module of their own.
 #pragma once
 
 #include <cstdint>
@@ -21,14 +20,17 @@
 
 #define FG_INLINE inline __attribute__((always_inline))
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 
 #if defined(__AVX512F__)
 constexpr int kBytes = 64;
+constexpr const char* kInstructionSet = "avx512";
 #elif defined(__AVX2__)
 constexpr int kBytes = 32;
+constexpr const char* kInstructionSet = "avx2";
 #else
 constexpr int kBytes = 16;
+constexpr const char* kInstructionSet = "portable";
 #endif
 constexpr int kLanes32 = kBytes / 4;
 constexpr int kLanes64 = kBytes / 8;
@@ -230,9 +232,9 @@ FG_INLINE I64 last_lane(I64 v) { return __builtin_shufflevector(v, v, 1, 1); }
 
 // What the functions of common/math.h are made of, in all lanes.
 struct VectorLanes {
-    using F32 = FG_ISA::F32;
-    using I32 = FG_ISA::I32;
-    using U32 = FG_ISA::U32;
+    using F32 = cpu::F32;
+    using I32 = cpu::I32;
+    using U32 = cpu::U32;
 
     template <class V>
     static FG_INLINE V select(I32 condition, V a, V b) {
@@ -243,8 +245,8 @@ struct VectorLanes {
     static FG_INLINE U32 to_unsigned(I32 i) { return as<U32>(i); }
     static FG_INLINE U32 bits(F32 x) { return as<U32>(x); }
     static FG_INLINE F32 of_bits(U32 w) { return as<F32>(w); }
-    static FG_INLINE F32 fused(F32 a, F32 b, F32 c) { return FG_ISA::fused(a, b, c); }
-    static FG_INLINE F32 square_root(F32 x) { return FG_ISA::square_root(x); }
+    static FG_INLINE F32 fused(F32 a, F32 b, F32 c) { return cpu::fused(a, b, c); }
+    static FG_INLINE F32 square_root(F32 x) { return cpu::square_root(x); }
 };
 
 // --- float64 ------------------------------------------------------------------------------------------------
@@ -342,21 +344,21 @@ FG_INLINE I64 nearest(F64 v) {
 
 // What the functions of common/weights.h are made of, in all lanes.
 struct WideLanes {
-    using F64 = FG_ISA::F64;
-    using I64 = FG_ISA::I64;
-    using U64 = FG_ISA::U64;
+    using F64 = cpu::F64;
+    using I64 = cpu::I64;
+    using U64 = cpu::U64;
 
     static FG_INLINE I64 bits(F64 v) { return as<I64>(v); }
     static FG_INLINE F64 of_bits(I64 v) { return as<F64>(v); }
     static FG_INLINE U64 to_unsigned(I64 v) { return as<U64>(v); }
     static FG_INLINE I64 to_signed(U64 v) { return as<I64>(v); }
-    static FG_INLINE F64 to_double(I64 v) { return FG_ISA::to_double(v); }
-    static FG_INLINE I64 nearest(F64 v) { return FG_ISA::nearest(v); }
-    static FG_INLINE U64 multiply_low_words(U64 a, U64 b) { return FG_ISA::multiply_low_words(a, b); }
-    static FG_INLINE U64 multiply_by_word(U64 a, U64 b) { return FG_ISA::multiply_by_word(a, b); }
+    static FG_INLINE F64 to_double(I64 v) { return cpu::to_double(v); }
+    static FG_INLINE I64 nearest(F64 v) { return cpu::nearest(v); }
+    static FG_INLINE U64 multiply_low_words(U64 a, U64 b) { return cpu::multiply_low_words(a, b); }
+    static FG_INLINE U64 multiply_by_word(U64 a, U64 b) { return cpu::multiply_by_word(a, b); }
     static FG_INLINE I64 one_if(I64 condition) { return -condition; }
-    static FG_INLINE F64 smaller(F64 a, F64 b) { return FG_ISA::smaller(a, b); }
-    static FG_INLINE F64 larger(F64 a, F64 b) { return FG_ISA::larger(a, b); }
+    static FG_INLINE F64 smaller(F64 a, F64 b) { return cpu::smaller(a, b); }
+    static FG_INLINE F64 larger(F64 a, F64 b) { return cpu::larger(a, b); }
 };
 
 FG_INLINE F64 square_root(F64 v) {
@@ -374,8 +376,8 @@ FG_INLINE F64 square_root(F64 v) {
 
 // What the functions of common/log.h are made of, in all lanes.
 struct VectorLanes64 {
-    using F64 = FG_ISA::F64;
-    using U64 = FG_ISA::U64;
+    using F64 = cpu::F64;
+    using U64 = cpu::U64;
 
     template <class V>
     static FG_INLINE V select(I64 condition, V a, V b) {
@@ -441,4 +443,4 @@ FG_INLINE void stream_fence() {
 #endif
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+}  // namespace fastguide::cpu

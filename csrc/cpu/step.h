@@ -5,13 +5,26 @@
 // are fused, one rounding for two; those of double are not, and its results are those of fastguide.reference.
 #pragma once
 
-#include "kernels.h"
+#include "../common/step.h"
 #include "sums.h"
 #include "threshold.h"
 #include "tiles.h"
 #include "types.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
+
+// One call, all tensors [particles, elements]. The arithmetic is in float, or in double where x is.
+struct Step {
+    Input x, output, displacement;  // displacement.data may be null
+    void *x_s, *x0;                 // in x's dtype; x0 may be null
+    const double* levels;           // five numbers, or for each of the five a column [particles]
+    bool per_particle;
+    Prediction prediction;
+    Clip clip;
+    bool clip_noise;  // whether the noise, too, is that of the clipped x0
+    RandnShape shape;
+    int threads;
+};
 
 template <class R>
 struct VectorOf;
@@ -468,4 +481,4 @@ void step_tile(const Run<R>& run, const Tile& tile, Terms<R>* terms, Memory memo
     }
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+}  // namespace fastguide::cpu

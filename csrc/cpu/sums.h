@@ -6,7 +6,7 @@
 
 #include "tiles.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 
 template <class R>
 struct Sum {
@@ -65,4 +65,4 @@ struct Terms {
     Sum<R> sum{};
 };
 
-}  // namespace fastguide::cpu::FG_ISA
+}  // namespace fastguide::cpu

@@ -3,7 +3,7 @@
 
 #include "simd.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 
 // The bits of |v|: they ascend with it, and those of a NaN are above all others, where a sort puts it.
 FG_INLINE uint32_t magnitude(float v) {
@@ -63,4 +63,4 @@ FG_INLINE R threshold(uint64_t* counts, uint64_t count, double ratio, double mos
     return static_cast<R>(bound > most ? most : bound);
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+}  // namespace fastguide::cpu

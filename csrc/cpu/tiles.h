@@ -13,7 +13,7 @@
 // that torch has loaded.
 extern "C" void GOMP_parallel(void (*member)(void*), void* data, unsigned threads, unsigned flags);
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 
 constexpr uint64_t kTile = 2048;  // elements
 constexpr uint64_t kPastCaches = uint64_t{8} << 20;  // bytes from which results are written past the caches
@@ -109,4 +109,4 @@ FG_INLINE void share_out(uint64_t count, uint64_t grain, int threads, const F& f
 
 constexpr uint64_t kTileGrain = 8;  // 16,384 elements, tens of microseconds
 
-}  // namespace fastguide::cpu::FG_ISA
+}  // namespace fastguide::cpu

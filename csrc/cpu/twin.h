@@ -4,7 +4,7 @@
 
 #include "simd.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 
 template <class V>
 struct ScalarOf {
@@ -115,4 +115,4 @@ FG_INLINE auto any_of(const Twin<V>& v) {
     return any_of(v.a) | any_of(v.b);
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+}  // namespace fastguide::cpu

@@ -7,7 +7,13 @@
 #include "../common/dtype.h"
 #include "simd.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
+
+// A contiguous tensor that a kernel reads.
+struct Input {
+    const void* data;
+    Dtype dtype;
+};
 
 FG_INLINE F32 widen_lanes(const Half* from) { return from_half(load<U16>(from)); }
 FG_INLINE F32 widen_lanes(const BFloat16* from) { return from_bfloat16(load<U16>(from)); }
@@ -49,4 +55,4 @@ FG_INLINE void with_type(Dtype dtype, const F& f) {
     }
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+}  // namespace fastguide::cpu

@@ -4,12 +4,20 @@
 
 #include <cstdint>
 
+#include "../common/binding.h"
+
 namespace fastguide::cuda {
 
 // Where a seed and a step stand on the device, or null where they are numbers.
 struct CounterOnDevice {
     const int64_t *seed, *step;
 };
+
+// Their addresses, each 0 where there is none.
+inline CounterOnDevice read_counter(Arguments& in) {
+    const auto seed = in.pointer<const int64_t>("seed");
+    return {seed, in.pointer<const int64_t>("step")};
+}
 
 // `call` with the seed and the step that stand there now: a launch that a graph replays reads them anew.
 template <class Call>

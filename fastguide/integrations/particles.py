@@ -23,6 +23,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,9 @@ Floats = NDArray[np.floating[Any]]
 Doubles = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-_cpu = compiled.module("cpu")
-_ONE, _STRATA, _SPACINGS = range(3)  # the codes of Draws in csrc/cpu/kernels.h
+_cpu = partial(compiled.module, "cpu")
+_cpu()  # an error where it is not there
+_ONE, _STRATA, _SPACINGS = range(3)  # the codes of Draws in csrc/integrations/particles/invert.cpp
 
 
 def systematic(W: Floats, M: int | None = None) -> Indices:
@@ -81,11 +83,11 @@ def residual(W: Floats, M: int | None = None) -> Indices:
     """``floor(M W[k])`` copies of each particle, ascending, then multinomial draws from what remains."""
     W, M = _weights(W, M)
     ancestors, remainders = np.empty(M, np.int64), np.empty_like(W)
-    copies = _cpu.whole_copies(_at(W), len(W), M, _at(ancestors), _at(remainders), torch.get_num_threads())
+    copies = _cpu().whole_copies(_at(W), len(W), M, _at(ancestors), _at(remainders), torch.get_num_threads())
     if copies < 0:
         raise ValueError("W: expected normalised weights (>= 0, sum one)")
     if copies < M:
-        _draw(remainders, M - copies, ancestors[copies:])
+        _draw(remainders, float(M - copies), ancestors[copies:])
     return ancestors
 
 
@@ -101,7 +103,7 @@ def killing(W: Floats, M: int | None = None) -> Indices:
     killed = u >= W
     ancestors, drawn = np.empty(M, np.int64), np.empty(np.count_nonzero(killed) + 1, np.int64)
     _draw(W, 1.0, drawn[:-1])
-    _cpu.replace_killed(_at(killed), _at(drawn), _at(ancestors), M)
+    _cpu().replace_killed(_at(killed), _at(drawn), _at(ancestors), M)
     return ancestors
 
 
@@ -112,7 +114,7 @@ def ssp(W: Floats, M: int | None = None) -> Indices:
     W, M = _weights(W, M)
     uniforms = (_numba_uniforms if "particles.resampling" in sys.modules else _uniforms)(len(W) - 1)
     ancestors = np.empty(M, np.int64)
-    if not _cpu.round_in_pairs(_at(W), len(W), M, _at(ancestors), _at(uniforms), torch.get_num_threads()):
+    if not _cpu().round_in_pairs(_at(W), len(W), M, _at(ancestors), _at(uniforms), torch.get_num_threads()):
         raise ValueError("ssp resampling: wrong size for output")
     return ancestors
 
@@ -192,7 +194,7 @@ def _uniforms(count: int) -> Doubles:
     uniforms = np.empty(count)
     key = generator.ctypes.state_address  # [624] words, and the position among them
     with generator.lock:
-        _cpu.mersenne_doubles(key, key + 4 * 624, _at(uniforms), count)
+        _cpu().mersenne_doubles(key, key + 4 * 624, _at(uniforms), count)
     return uniforms
 
 
@@ -201,14 +203,14 @@ def _numba_uniforms(count: int) -> Doubles:
     from numba import _helperlib  # type: ignore
 
     uniforms, position = np.empty(count), _helperlib.rnd_get_np_state_ptr()
-    _cpu.mersenne_doubles(position + 4, position, _at(uniforms), count)
+    _cpu().mersenne_doubles(position + 4, position, _at(uniforms), count)
     return uniforms
 
 
 def _invert(W: Doubles, scale: float, draws: int, positions: Doubles, ancestors: Indices) -> Indices:
     """``ancestors[n]``: the first ``k`` with position ``n`` ``<= (W[0] + ... + W[k]) / scale``."""
     number, threads = len(ancestors), torch.get_num_threads()
-    _cpu.invert(_at(W), len(W), scale, draws, _at(positions), number, _at(ancestors), threads)
+    _cpu().invert(_at(W), len(W), scale, draws, _at(positions), number, _at(ancestors), threads)
     return ancestors
 
 
@@ -227,6 +229,6 @@ def _exponentiate(
     lw, W = _doubles(values, name), W if W is None else _doubles(W)
     if W is not None and W.shape != lw.shape:
         raise ValueError(f"W: expected shape {list(lw.shape)}, that of {name}, got {list(W.shape)}")
-    return _cpu.exponentiate(
+    return _cpu().exponentiate(
         _at(lw), lw.size, 0 if W is None else _at(W), 0 if out is None else _at(out), torch.get_num_threads()
     )

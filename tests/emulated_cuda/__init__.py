@@ -1,4 +1,4 @@
-"""csrc/cuda compiled as plain C++ against the stand-ins for CUDA's headers in this folder, and run on the host.
+"""csrc's CUDA kernels compiled as plain C++ against the stand-ins for CUDA's headers in this folder, run on the host.
 
 What a GPU computes can so be tested where there is none: the arithmetic, every bound, and what is missing between
 threads and blocks as far as cuda_runtime_api.h says. Of the hardware it shows nothing: no races within one stretch
@@ -21,13 +21,14 @@ from types import ModuleType
 import pytest
 
 HERE = Path(__file__).parent
-SOURCES = sorted((HERE.parents[1] / "csrc" / "cuda").glob("*.c*[pu]"))
+CSRC = HERE.parents[1] / "csrc"
+SOURCES = [CSRC / "common" / "module.cpp", *sorted(CSRC.glob("**/*.cu"))]
 
 # No contraction, as in csrc/rules.ninja. What is not aligned as its type asks traps, as it would on a GPU. A fortified
 # longjmp takes another thread's stack for none.
 _FLAGS = (
-    "-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -U_FORTIFY_SOURCE -fno-strict-aliasing "
-    "-fsanitize=alignment -fsanitize-undefined-trap-on-error -x c++"
+    "-DFG_MODULE=_cuda -std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -U_FORTIFY_SOURCE "
+    "-fno-strict-aliasing -fsanitize=alignment -fsanitize-undefined-trap-on-error -x c++"
 )
 
 
@@ -35,7 +36,7 @@ def compile_library(library: Path, sources: Sequence[Path], *headers: str) -> No
     """Compile ``sources``, side by side, into the shared ``library``; raises with the compiler's words."""
     cxx = shlex.split(os.environ.get("CXX", "g++"))
     include = [f"-I{HERE}", *(f"-isystem{folder}" for folder in headers)]
-    objects = [str(library.with_name(f"{source.name}.o")) for source in sources]
+    objects = [str(library.with_name(f"{source.parent.name}.{source.name}.o")) for source in sources]
     commands = [
         [*cxx, *_FLAGS.split(), *include, "-c", str(source), "-o", made]
         for source, made in zip(sources, objects, strict=True)
@@ -49,10 +50,8 @@ def compile_library(library: Path, sources: Sequence[Path], *headers: str) -> No
 
 def build_module(folder: Path) -> ModuleType:
     """``fastguide._cuda`` for pointers on the host, built in ``folder``. The streams that it takes mean nothing."""
-    import pybind11
-
     library = folder / "_cuda.so"
-    compile_library(library, SOURCES, pybind11.get_include(), sysconfig.get_paths()["include"])
+    compile_library(library, SOURCES, sysconfig.get_paths()["include"])
     return load(library)
 
 

@@ -3,14 +3,38 @@
 // Each term is computed in double whatever the type of the arrays. The terms of a tile of 2,048 elements are put
 // together in one tree, whatever the instruction set: 16 lanes, element i of the tile in lane i mod 16, then lanes i
 // and i + 8, i + 4, i + 2, i + 1; the tiles of a sample in their order.
+#include "../../common/binding.h"
 #include "../../common/log.h"
-#include "../kernels.h"
-#include "../scratch.h"
-#include "../tiles.h"
-#include "../types.h"
+#include "../../cpu/scratch.h"
+#include "../../cpu/tiles.h"
+#include "../../cpu/types.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 namespace {
+
+// By the code that Python passes: the order of fastguide.reference.FAMILIES.
+enum class Family : int { gaussian = 0, student_t = 1, laplace = 2, poisson = 3 };
+
+// log p(y | z) of each measurement; of Poisson the scale is the gain. `constant` is the part of it that depends on
+// neither z, y nor variances that are added.
+struct LogDensity {
+    Family family;
+    double scale, df, background, constant;
+};
+
+// z[samples, elements] of any type, and a gradient like it unless null; y[y_rows, elements], of which sample i has
+// row rows[i], or where `rows` is null row i or the only one; variances added[added_rows, elements] with a row for
+// each sample or one for all, null if there are none. y and added are float64 where z is, else float32.
+struct DensityArrays {
+    const void* z;
+    const void* y;
+    const int64_t* rows;
+    const void* added;
+    double* log_prob;
+    void* gradient;
+    Dtype dtype;
+    uint64_t samples, elements, y_rows, added_rows;
+};
 
 constexpr int kSumLanes = 16;
 constexpr int kVectors = kSumLanes / kLanes64;
@@ -544,8 +568,7 @@ void log_prob_and_gradient_in(const LogDensity& d, const DensityArrays& a, int t
     }
 }
 
-}  // namespace
-
+// The place of the first row out of range, and then nothing is written, or -1.
 int64_t log_prob_and_gradient(const LogDensity& density, const DensityArrays& arrays, int threads) {
     DensityArrays own = arrays;
     Scratch<int64_t> rows;  // checked and used, as another thread may write to those of the call meanwhile
@@ -561,6 +584,7 @@ int64_t log_prob_and_gradient(const LogDensity& density, const DensityArrays& ar
     return -1;
 }
 
+// ln x, ln(1 + x) and ln Gamma(x), as log_prob_and_gradient computes them.
 void log_functions(const double* x, double* log, double* log1p, double* log_gamma, std::size_t count) {
     for (std::size_t i = 0; i < count; i += kLanes64) {
         const int n = static_cast<int>(count - i < kLanes64 ? count - i : kLanes64);
@@ -571,4 +595,42 @@ void log_functions(const double* x, double* log, double* log1p, double* log_gamm
     }
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+// family, scale, df, background, constant, dtype of z, samples, elements, z, y, y_rows, rows (or None), added (or None),
+// added_rows, log_prob, gradient (or None), threads
+PyObject* call_log_prob_and_gradient(Arguments& in) {
+    const Family family = in.code("family", Family::poisson);
+    const double scale = in.number(), df = in.number(), background = in.number(), constant = in.number();
+    DensityArrays arrays{};
+    arrays.dtype = in.dtype();
+    arrays.samples = in.integer(), arrays.elements = in.integer();
+    const uint64_t some = arrays.elements > 0;
+    arrays.z = in.pointer("z"), in.expect_memory(arrays.samples * some);
+    arrays.y = in.pointer("y"), arrays.y_rows = in.integer(), in.expect_memory(arrays.y_rows * some);
+    arrays.rows = in.pointer_or_none<const int64_t>("rows"), in.expect_memory(arrays.samples);
+    arrays.added = in.pointer_or_none("added"), arrays.added_rows = in.integer();
+    in.expect_memory(arrays.added_rows * some);
+    arrays.log_prob = in.pointer<double>("log_prob"), in.expect_memory(arrays.samples);
+    arrays.gradient = in.pointer_or_none("gradient"), in.expect_memory(arrays.samples * some);
+    const int threads = in.threads();
+    const LogDensity density{family, scale, df, background, constant};
+    return PyLong_FromLongLong(without_gil([&] { return log_prob_and_gradient(density, arrays, threads); }));
+}
+
+// x, ln x, ln(1 + x), ln Gamma(x), count
+PyObject* call_log_functions(Arguments& in) {
+    const auto x = in.pointer<const double>("x");
+    const auto log = in.pointer<double>("log"), log1p = in.pointer<double>("log1p");
+    const auto log_gamma = in.pointer<double>("log_gamma");
+    log_functions(x, log, log1p, log_gamma, in.integer());
+    return none();
+}
+
+Binding bindings[] = {
+    {"log_prob_and_gradient", fastcall<call_log_prob_and_gradient, 17>,
+     "Log-densities and their gradients in z. Returns the place of the first row out of range, or -1."},
+    {"log_functions", fastcall<call_log_functions, 5>,
+     "ln x, ln(1 + x) and ln Gamma(x), as log_prob_and_gradient has them."},
+};
+
+}  // namespace
+}  // namespace fastguide::cpu

@@ -1,8 +1,8 @@
 // The 32-bit Mersenne Twister MT19937 (Matsumoto and Nishimura 1998) on another generator's state, many words at a time.
-#include "../kernels.h"
-#include "../simd.h"
+#include "../../common/binding.h"
+#include "../../cpu/simd.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 namespace {
 
 constexpr int kWords = 624, kMiddle = 397;
@@ -33,8 +33,7 @@ FG_INLINE F64 doubles(const uint32_t* words) {
     return to_double(as<I64>((((pair & 0xFFFFFFFFu) >> 5) << 26) | (pair >> 38))) * 0x1p-53;
 }
 
-}  // namespace
-
+// Uniforms in [0, 1) as numpy makes them of the words of MT19937, whose key[624] and position move on.
 void mersenne_doubles(uint32_t* key, int32_t* position, double* out, uint64_t count) {
     int32_t at = __atomic_load_n(position, __ATOMIC_RELAXED);  // once: another thread may set it meanwhile
     at = at < 0 || at > kWords ? kWords : at;
@@ -70,4 +69,18 @@ void mersenne_doubles(uint32_t* key, int32_t* position, double* out, uint64_t co
     *position = at;
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+// key, position, out, count
+PyObject* call_mersenne_doubles(Arguments& in) {
+    const auto key = in.pointer<uint32_t>("key");
+    const auto position = in.pointer<int32_t>("position");
+    const auto out = in.pointer<double>("out");
+    const uint64_t count = in.integer();
+    without_gil([&] { mersenne_doubles(key, position, out, count); });
+    return none();
+}
+
+Binding binding{"mersenne_doubles", fastcall<call_mersenne_doubles, 4>,
+                "Uniforms of the MT19937 whose key [624] and position stand there, and move on."};
+
+}  // namespace
+}  // namespace fastguide::cpu

@@ -6,16 +6,23 @@
 //
 // Another thread may write to the log-weights meanwhile. So before a pass counts slots from a block's weights, it looks
 // whether they are in range and come to the sum that the first pass found: see Row::weights_of.
+#include "../../common/binding.h"
 #include "../../common/log.h"
 #include "../../common/weights.h"
-#include "../kernels.h"
-#include "../largest.h"
-#include "../scratch.h"
-#include "../tiles.h"
-#include "../twin.h"
+#include "../../cpu/max.h"
+#include "../../cpu/scratch.h"
+#include "../../cpu/tiles.h"
+#include "../../cpu/twin.h"
+#include "../../cpu/types.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 namespace {
+
+// Log-weights are float32 or float64.
+struct Resampling : fastguide::Resampling {
+    Input log_weights;
+    int threads;
+};
 
 constexpr int64_t kBlock = 1024;         // particles or slots: the buffers for them stay in the first-level cache
 constexpr int64_t kKept = 4 * kBlock;    // rows this short keep their integer weights from one pass to the next
@@ -782,8 +789,7 @@ void resample_rows(const Resampling& call) {
     });
 }
 
-}  // namespace
-
+// Returns the first row without a usable weight, or -1.
 int64_t resample(const Resampling& call) {
     if (call.rows == 0) return -1;
     if (call.log_weights.dtype == Dtype::float64) resample_rows<double>(call);
@@ -793,4 +799,31 @@ int64_t resample(const Resampling& call) {
     return -1;
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+// log_weights, their dtype, rows, particles, number, scheme, sorted, keep_from, seed, step, stream, first_row,
+// ancestors, log_weights after, log_mean_weight, ess, threads
+PyObject* call_resample(Arguments& in) {
+    Resampling call{};
+    call.log_weights = {in.pointer_or_none("log_weights"), in.dtype()};
+    if (call.log_weights.dtype != Dtype::float32 && call.log_weights.dtype != Dtype::float64)
+        throw std::invalid_argument("log_weights must be float32 or float64");
+    call.rows = in.integer(), call.particles = in.integer(), call.number = in.integer();
+    check_below("rows", call.rows, kMaxParticles + 1);
+    check_counts(call.particles, call.number);
+    in.expect_memory(call.rows);
+    call.scheme = in.code("scheme", Scheme::residual), call.sorted = in.flag(), call.keep_from = in.number();
+    const RandnShape counter = in.counter(call.rows, 1);
+    call.seed = counter.seed, call.step = counter.step, call.stream = counter.stream;
+    call.first_row = counter.first_particle;
+    call.ancestors = in.pointer<int32_t>("ancestors");
+    call.log_weights_after = in.pointer("log_weights");
+    call.log_mean_weight = in.pointer<double>("log_mean_weight");
+    call.ess = in.pointer<double>("ess");
+    in.expect_memory(call.rows);
+    call.threads = in.threads();
+    return PyLong_FromLongLong(without_gil([&] { return resample(call); }));
+}
+
+Binding binding{"resample", fastcall<call_resample, 17>, "Ancestors; returns the first row without a usable weight, or -1."};
+
+}  // namespace
+}  // namespace fastguide::cpu

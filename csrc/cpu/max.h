@@ -3,7 +3,7 @@
 
 #include "simd.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 
 FG_INLINE auto load_lanes(const float* from) { return load<F32>(from); }
 FG_INLINE auto load_lanes(const double* from) { return load<F64>(from); }
@@ -36,4 +36,4 @@ FG_INLINE double largest(const T* values, int64_t count) {
     return nan || top != top ? __builtin_nan("") : static_cast<double>(top);
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+}  // namespace fastguide::cpu

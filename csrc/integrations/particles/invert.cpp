@@ -1,12 +1,36 @@
 // Resampling as `particles` (Chopin and Papaspiliopoulos 2020) has it, to the same bits: prefix sums of float64 weights
 // in their order, compared with positions in float64. Two sums of a call run side by side; what follows is shared out.
-#include "../kernels.h"
-#include "../memory.h"
-#include "../scratch.h"
-#include "../tiles.h"
+#include "../../common/binding.h"
+#include "../../cpu/memory.h"
+#include "../../cpu/scratch.h"
+#include "../../cpu/tiles.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 namespace {
+
+// What positions[number] hold of uniforms: one for all strata, one for each, or logarithms of number + 1.
+enum class Draws : int { one = 0, strata = 1, spacings = 2 };
+
+// Ancestors[number] of weights[particles] divided by `scale`. The positions are overwritten.
+struct Inversion {
+    const double* weights;
+    uint64_t particles;
+    double scale;
+    Draws draws;
+    double* positions;
+    uint64_t number;
+    int64_t* ancestors;
+    int threads;
+};
+
+// `number` ancestors of weights[particles], each as often as its share says.
+struct Shares {
+    const double* weights;
+    uint64_t particles;
+    int64_t number;
+    int64_t* ancestors;
+    int threads;
+};
 
 constexpr uint64_t kBlock = 1024, kGrain = 16 * kBlock;
 constexpr uint64_t kPiece = 16 * kBlock;  // steps of a merge
@@ -129,8 +153,6 @@ struct Merge {
     }
 };
 
-}  // namespace
-
 void invert(const Inversion& call) {
     if (call.number == 0) return;
     const Scratch<double> sums(call.particles);
@@ -154,8 +176,6 @@ void invert(const Inversion& call) {
         merge.walk(merge.steps() * i / pieces, merge.steps() * (i + 1) / pieces);
     });
 }
-
-namespace {
 
 uint64_t parts_of(uint64_t particles) { return (particles + kGrain - 1) / kGrain; }
 
@@ -237,8 +257,8 @@ FG_INLINE Choice less(One a, One b) {
 FG_INLINE Choice choose(Choice which, Choice a, Choice b) { return (which & a) | (~which & b); }
 FG_INLINE One choose(Choice which, One a, One b) { return (One)choose(which, (Choice)a, (Choice)b); }
 
-}  // namespace
-
+// floor(number W[k]) copies of each k, and rest[particles] of the shares. Returns how many copies, or -1 if a share is
+// out of range or they are more than `number`.
 int64_t whole_copies(const Shares& call, double* rest) {
     const Scratch<int64_t> copies(call.particles);
     large_pages(copies.data, call.particles * sizeof(int64_t));
@@ -247,6 +267,8 @@ int64_t whole_copies(const Shares& call, double* rest) {
     return sum;
 }
 
+// Srinivasan's sampling process with uniforms[particles - 1]. Returns whether the copies were `number`.
+//
 // The fractions of the shares two at a time: one gives to the other until it has none left or the other is whole, at
 // random such that neither changes in the mean. What is left of both, x, meets the next, y.
 bool round_in_pairs(const Shares& call, const double* uniforms) {
@@ -289,6 +311,7 @@ bool round_in_pairs(const Shares& call, const double* uniforms) {
     return sum == call.number;
 }
 
+// Each k, or where it is killed the next of drawn[the number of those + 1].
 void replace_killed(const bool* killed, const int64_t* drawn, int64_t* ancestors, uint64_t particles) {
     for (uint64_t k = 0, n = 0; k < particles; ++k) {
         const int64_t own = static_cast<int64_t>(k), other = drawn[n];
@@ -297,4 +320,64 @@ void replace_killed(const bool* killed, const int64_t* drawn, int64_t* ancestors
     }
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+// weights, particles, scale, draws, positions, number, ancestors, threads
+PyObject* call_invert(Arguments& in) {
+    Inversion of{};
+    of.weights = in.pointer<const double>("weights"), of.particles = in.integer();
+    check_below("particles, less one,", of.particles - 1, kMaxParticles);
+    of.scale = in.number(), of.draws = in.code("draws", Draws::spacings);
+    of.positions = in.pointer<double>("positions"), of.number = in.integer();
+    of.ancestors = in.pointer<int64_t>("ancestors"), of.threads = in.threads();
+    without_gil([&] { invert(of); });
+    return none();
+}
+
+// weights, particles, number, ancestors
+Shares read_shares(Arguments& in) {
+    Shares of{};
+    of.weights = in.pointer<const double>("weights"), of.particles = in.integer();
+    check_below("particles, less one,", of.particles - 1, kMaxParticles);
+    of.number = static_cast<int64_t>(in.integer()), of.ancestors = in.pointer<int64_t>("ancestors");
+    return of;
+}
+
+// weights, particles, number, ancestors, rest, threads
+PyObject* call_whole_copies(Arguments& in) {
+    Shares of = read_shares(in);
+    const auto rest = in.pointer<double>("rest");
+    of.threads = in.threads();
+    return PyLong_FromLongLong(without_gil([&] { return whole_copies(of, rest); }));
+}
+
+// weights, particles, number, ancestors, uniforms, threads
+PyObject* call_round_in_pairs(Arguments& in) {
+    Shares of = read_shares(in);
+    const auto uniforms = in.pointer<const double>("uniforms");
+    of.threads = in.threads();
+    return PyBool_FromLong(without_gil([&] { return round_in_pairs(of, uniforms); }));
+}
+
+// killed, drawn, ancestors, particles
+PyObject* call_replace_killed(Arguments& in) {
+    const auto killed = in.pointer<const bool>("killed");
+    const auto drawn = in.pointer<const int64_t>("drawn");
+    const auto ancestors = in.pointer<int64_t>("ancestors");
+    const uint64_t particles = in.integer();
+    without_gil([&] { replace_killed(killed, drawn, ancestors, particles); });
+    return none();
+}
+
+Binding bindings[] = {
+    {"invert", fastcall<call_invert, 8>,
+     "Ancestors [number] (int64) of float64 weights [particles] over `scale`. Positions, overwritten, hold one uniform "
+     "(draws 0), one for each stratum (1), or logarithms of number + 1 of them (2)."},
+    {"whole_copies", fastcall<call_whole_copies, 6>,
+     "The whole parts of the shares as ancestors, and what remains of each. Returns how many, or -1."},
+    {"round_in_pairs", fastcall<call_round_in_pairs, 6>,
+     "Ancestors by Srinivasan's sampling process. Returns whether they were `number`."},
+    {"replace_killed", fastcall<call_replace_killed, 4>,
+     "Each particle's own index, or where it is killed the next that is drawn."},
+};
+
+}  // namespace
+}  // namespace fastguide::cpu

@@ -1,12 +1,22 @@
 // exp of log-weights less the largest, and sums of it, a block at a time: no result depends on the sharing.
+#include "../../common/binding.h"
 #include "../../common/weights.h"
-#include "../kernels.h"
-#include "../largest.h"
-#include "../scratch.h"
-#include "../sums.h"
+#include "../../cpu/max.h"
+#include "../../cpu/scratch.h"
+#include "../../cpu/sums.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 namespace {
+
+// w[count] = exp(log_weight - the largest), divided by its sum to `out` unless that is null. `sums`: the largest
+// log-weight, the sum of w, and that of its squares, or of its products with `weights` unless that is null.
+struct Exponentials {
+    const double *log_weights, *weights;
+    double* out;
+    uint64_t count;
+    double sums[3];
+    int threads;
+};
 
 constexpr uint64_t kBlock = 1024, kGrain = 16;  // elements, and blocks worth a thread
 
@@ -41,8 +51,6 @@ BlockSums exponentiate_block(const double* log_weights, const double* weights, d
     return {sum.with(w, count), other_sum.with(others, count)};
 }
 
-}  // namespace
-
 void exponentiate(Exponentials& call) {
     const uint64_t blocks = (call.count + kBlock - 1) / kBlock;
     const auto size = [&](uint64_t block) { return block + 1 < blocks ? kBlock : call.count - block * kBlock; };
@@ -71,4 +79,19 @@ void exponentiate(Exponentials& call) {
     });
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+// log_weights, count, weights (or 0), out (or 0), threads
+PyObject* call_exponentiate(Arguments& in) {
+    Exponentials of{};
+    of.log_weights = in.pointer<const double>("log_weights"), of.count = in.integer();
+    check_below("count, less one,", of.count - 1, kMaxParticles);
+    of.weights = in.pointer<const double>("weights"), of.out = in.pointer<double>("out"), of.threads = in.threads();
+    without_gil([&] { exponentiate(of); });
+    return Py_BuildValue("(ddd)", of.sums[0], of.sums[1], of.sums[2]);
+}
+
+Binding binding{"exponentiate", fastcall<call_exponentiate, 5>,
+                "w = exp(log_weight - largest), normalised to `out` unless 0. Returns the largest, the sum of w, and that "
+                "of its squares, or of its products with `weights` unless 0."};
+
+}  // namespace
+}  // namespace fastguide::cpu

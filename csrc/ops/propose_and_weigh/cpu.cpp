@@ -1,7 +1,15 @@
-#include "../step.h"
+#include "../../cpu/step.h"
+#include "../../cpu/step_arguments.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 namespace {
+
+// [particles], in double or float.
+struct Weights {
+    const void* before;
+    void* after;
+    bool doubles;
+};
 
 constexpr uint64_t kShort = 8;  // terms up to which adding one by one is faster
 
@@ -71,22 +79,39 @@ void propose_and_weigh_as(const Step& step, const Weights& weights) {
     }
 }
 
-}  // namespace
-
-void propose_and_weigh(const Step& step, const Weights& weights) {
-    if (step.shape.particles == 0) return;
-    if (step.shape.elements == 0) {  // nothing moves
-        const std::size_t size = weights.doubles ? sizeof(double) : sizeof(float);
-        __builtin_memcpy(weights.after, weights.before, step.shape.particles * size);
-        return;
-    }
-    const auto with_weights = [&](auto weight) __attribute__((always_inline)) {
-        using W = decltype(weight);
-        if (step.x.dtype == Dtype::float64) propose_and_weigh_as<double, W>(step, weights);
-        else propose_and_weigh_as<float, W>(step, weights);
-    };
-    if (weights.doubles) with_weights(double{});
-    else with_weights(float{});
+// x, x's dtype, x0_hat, its dtype, displacement, its dtype, x_s, log-weights before, after, whether they are doubles,
+// levels, shape of x, seed, step, stream, first_particle, threads
+PyObject* propose_and_weigh(Arguments& in) {
+    Step step{};
+    Weights weights;
+    double five[5];
+    read_inputs(in, step, "x0_hat");
+    step.x_s = in.pointer("x_s"), step.prediction = Prediction::sample, step.clip_noise = true;
+    weights.before = in.pointer("log_weights"), weights.after = in.pointer("log_weights");
+    weights.doubles = in.flag();
+    read_levels(in, step, five);
+    read_shape(in, step);
+    expect_memory("log_weights", weights.before, step.shape.particles);  // which may have no other elements
+    without_gil([&] {
+        prepare_results(step);
+        if (step.shape.particles == 0) return;
+        if (step.shape.elements == 0) {  // nothing moves
+            const std::size_t size = weights.doubles ? sizeof(double) : sizeof(float);
+            __builtin_memcpy(weights.after, weights.before, step.shape.particles * size);
+            return;
+        }
+        const auto with_weights = [&](auto weight) __attribute__((always_inline)) {
+            using W = decltype(weight);
+            if (step.x.dtype == Dtype::float64) propose_and_weigh_as<double, W>(step, weights);
+            else propose_and_weigh_as<float, W>(step, weights);
+        };
+        if (weights.doubles) with_weights(double{});
+        else with_weights(float{});
+    });
+    return none();
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+Binding binding{"propose_and_weigh", fastcall<propose_and_weigh, 17>, "The guided step, and the log-weights after it."};
+
+}  // namespace
+}  // namespace fastguide::cpu

@@ -12,12 +12,18 @@
 //
 // Another thread may write to the ancestors meanwhile. So each address is made from one read of an ancestor that is held
 // in its row after that read, whatever an earlier look found (`read_held`), and no loop ends by ancestors alone.
-#include "../kernels.h"
-#include "../scratch.h"
-#include "../tiles.h"
+#include "../../common/particles.h"
+#include "../../cpu/scratch.h"
+#include "../../cpu/tiles.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 namespace {
+
+// The place of the first ancestor out of range, or -1, and the memory that the call took for itself.
+struct Gathered {
+    int64_t bad;
+    uint64_t scratch;
+};
 
 constexpr uint64_t kBlock = 1024;          // ancestors looked at in one go
 constexpr uint64_t kScanGrain = 256;       // blocks worth a thread where they are only looked at
@@ -313,13 +319,27 @@ Gathered gather(const Map<Index>& map, const ParticleArray* states, std::size_t 
     return {-1, scratch};
 }
 
-}  // namespace
-
-Gathered gather_particles(const void* ancestors, bool wide, uint64_t rows, uint64_t particles,
-                          const ParticleArray* states, std::size_t count, int threads) {
-    if (rows == 0 || particles == 0) return {-1, 0};
-    const auto with = [&](auto* a) { return gather(Map{a, rows, particles}, states, count, threads); };
-    return wide ? with(static_cast<const int64_t*>(ancestors)) : with(static_cast<const int32_t*>(ancestors));
+// ancestors, whether they are int64 or else int32, rows, particles, states (a list of data, bytes of each), threads.
+// Returns the place of the first ancestor out of range or -1, and the bytes of memory that it took.
+PyObject* gather_particles(Arguments& in) {
+    const void* const ancestors = in.pointer("ancestors");
+    const bool wide = in.flag();
+    const uint64_t rows = in.integer(), particles = in.integer();
+    if (!wide) check_below("particles", particles, uint64_t{1} << 31);
+    in.expect_memory(rows * (particles > 0));
+    const std::vector<ParticleArray> states = read_states(in);
+    expect_memory(states, rows, particles);
+    const int threads = in.threads();
+    const auto with = [&](auto* a) { return gather(Map{a, rows, particles}, states.data(), states.size(), threads); };
+    const Gathered done = without_gil([&] {
+        if (rows == 0 || particles == 0) return Gathered{-1, 0};
+        return wide ? with(static_cast<const int64_t*>(ancestors)) : with(static_cast<const int32_t*>(ancestors));
+    });
+    return Py_BuildValue("(LK)", static_cast<long long>(done.bad), static_cast<unsigned long long>(done.scratch));
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+Binding binding{"gather_particles", fastcall<gather_particles, 6>,
+                "Move the particles of states to where ancestors say, or none where one is out of range."};
+
+}  // namespace
+}  // namespace fastguide::cpu

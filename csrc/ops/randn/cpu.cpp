@@ -1,8 +1,9 @@
-#include "../kernels.h"
-#include "../tiles.h"
-#include "../types.h"
+#include "../../common/binding.h"
+#include "../../cpu/memory.h"
+#include "../../cpu/tiles.h"
+#include "../../cpu/types.h"
 
-namespace fastguide::cpu::FG_ISA {
+namespace fastguide::cpu {
 namespace {
 
 template <class T>
@@ -27,13 +28,7 @@ void randn_as(void* data, const RandnShape& shape, int threads) {
     });
 }
 
-}  // namespace
-
-void randn(void* out, Dtype dtype, const RandnShape& shape, int threads) {
-    if (shape.particles == 0 || shape.elements == 0) return;
-    with_type(dtype, [&](auto type) { randn_as<decltype(type)>(out, shape, threads); });
-}
-
+// The normals of `pairs` pairs of words (radius, angle), as randn computes them in float32.
 void normals(const uint32_t* words, float* out, std::size_t pairs) {
     for (std::size_t at = 0; at < pairs; at += kLanes32) {
         const int count = static_cast<int>(pairs - at < kLanes32 ? pairs - at : kLanes32);
@@ -50,4 +45,34 @@ void normals(const uint32_t* words, float* out, std::size_t pairs) {
     }
 }
 
-}  // namespace fastguide::cpu::FG_ISA
+// out, its dtype, particles, elements, seed, step, stream, first_particle, threads
+PyObject* randn(Arguments& in) {
+    void* const out = in.pointer("out");
+    const Dtype dtype = in.dtype();
+    const uint64_t particles = in.integer(), elements = in.integer();
+    const RandnShape shape = in.counter(particles, elements);
+    const int threads = in.threads();
+    const bool some = particles > 0 && elements > 0;
+    in.expect_memory(some);
+    without_gil([&] {
+        large_pages(out, particles * elements * size_of(dtype));
+        if (some) with_type(dtype, [&](auto type) { randn_as<decltype(type)>(out, shape, threads); });
+    });
+    return none();
+}
+
+// words, out, pairs
+PyObject* call_normals(Arguments& in) {
+    const auto words = in.pointer<const uint32_t>("words");
+    const auto out = in.pointer<float>("out");
+    normals(words, out, in.integer());
+    return none();
+}
+
+Binding bindings[] = {
+    {"randn", fastcall<randn, 9>, "Fill [particles, elements] with standard normals."},
+    {"normals", fastcall<call_normals, 3>, "The float32 normals of pairs of words (radius, angle): what randn does with them."},
+};
+
+}  // namespace
+}  // namespace fastguide::cpu

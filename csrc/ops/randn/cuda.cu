@@ -1,8 +1,10 @@
+#include "../../common/binding.h"
+
 #include <algorithm>
 
-#include "../common/normal.h"
-#include "check.cuh"
-#include "randn.cuh"
+#include "../../common/normal.h"
+#include "../../cuda/check.cuh"
+#include "../../cuda/counter.cuh"
 
 namespace fastguide::cuda {
 namespace detail {  // named: nvcc puts a hash of the command line into the names of an anonymous one
@@ -96,20 +98,38 @@ __global__ void philox_kernel(uint32_t* out, Words4 counter, uint32_t key0, uint
     out[3] = w.w3;
 }
 
+// out, its dtype, particles, elements, seed, step, stream, first_particle, addresses of a seed and of a step on the device
+// (or 0), which take the place of the numbers, CUDA stream. Returns at once.
+PyObject* call_randn(Arguments& in) {
+    void* const out = in.pointer("out");
+    const Dtype dtype = in.dtype(Dtype::bfloat16);
+    const uint64_t particles = in.integer(), elements = in.integer();
+    const RandnShape shape = in.counter(particles, elements);
+    const bool some = particles > 0 && elements > 0;
+    in.expect_memory(some);
+    const CounterOnDevice counter = read_counter(in);
+    const auto queue = in.pointer<CUstream_st>("cuda_stream");
+    without_gil([&] {
+        if (!some) return;
+        if (dtype == Dtype::float32) randn_as<float>(out, shape, counter, queue);
+        else if (dtype == Dtype::float16) randn_as<Half>(out, shape, counter, queue);
+        else randn_as<BFloat16>(out, shape, counter, queue);
+    });
+    return none();
+}
+
+// four words on the device, counter, key, CUDA stream: the known answers, asked of the hardware itself
+PyObject* call_philox(Arguments& in) {
+    const auto out = in.pointer<uint32_t>("out");
+    const auto [counter, key0, key1] = read_philox(in);
+    launch("philox", philox_kernel, 1, 1, in.pointer<CUstream_st>("cuda_stream"), out, counter, key0, key1);
+    return none();
+}
+
+static Binding bindings[] = {
+    {"randn", fastcall<call_randn, 11>, "Fill [particles, elements] with standard normals."},
+    {"philox", fastcall<call_philox, 4>, "The four words of Philox4x32-10, into device memory."},
+};
+
 }  // namespace detail
-
-void randn(void* out, Dtype dtype, const RandnShape& shape, const CounterOnDevice& counter, cudaStream_t queue) {
-    if (shape.particles == 0 || shape.elements == 0) return;
-    switch (dtype) {
-        case Dtype::float32: return detail::randn_as<float>(out, shape, counter, queue);
-        case Dtype::float16: return detail::randn_as<Half>(out, shape, counter, queue);
-        case Dtype::bfloat16: return detail::randn_as<BFloat16>(out, shape, counter, queue);
-        case Dtype::float64: throw std::invalid_argument("randn: float64 is not made on CUDA");
-    }
-}
-
-void philox_words(uint32_t* out, Words4 counter, uint32_t key0, uint32_t key1, cudaStream_t queue) {
-    launch("philox", detail::philox_kernel, 1, 1, queue, out, counter, key0, key1);
-}
-
 }  // namespace fastguide::cuda

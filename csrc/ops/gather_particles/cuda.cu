@@ -12,7 +12,7 @@
 //
 // Another stream may write to the ancestors meanwhile. So a particle whose ancestor is out of range when it is to move
 // stays, whatever `look` found.
-#include "gather_particles.cuh"
+#include "../../common/binding.h"
 
 #include <cooperative_groups.h>
 
@@ -21,10 +21,21 @@
 #include <string>
 #include <type_traits>
 
-#include "check.cuh"
+#include "../../common/particles.h"
+#include "../../cuda/check.cuh"
 
 namespace fastguide::cuda {
 namespace detail {
+
+// What a call reads and needs, all of it on the device that is current.
+struct Gathering {
+    const void* ancestors;  // [rows, particles], int64 if `wide`, else int32
+    bool wide;
+    uint64_t rows, particles;
+    uint32_t* flags;  // [rows + 2]; the last is 0 afterwards unless an ancestor is out of range
+    void* workspace;  // aligned to 16 bytes
+    uint64_t workspace_bytes;
+};
 
 constexpr unsigned kThreads = 256;
 constexpr unsigned kExchangeThreads = 512;
@@ -292,22 +303,47 @@ void gather(const Gathering& call, const std::vector<ParticleArray>& states, cud
     if (batch.count > 0) move_batch(map, batch, call, queue);
 }
 
-}  // namespace detail
-
-uint64_t gather_workspace(uint64_t rows, uint64_t particles, const std::vector<ParticleArray>& states) {
+// rows, particles, states. Returns the bytes of workspace that gather_particles wants: a 64th of the largest state, but
+// 2 MiB where that is more, and room for 16 bytes of each particle of a row; never more than the state.
+PyObject* call_workspace(Arguments& in) {
+    const uint64_t rows = in.integer(), particles = in.integer();
     uint64_t most = 0;
-    for (const ParticleArray& state : states) {
+    for (const ParticleArray& state : read_states(in)) {
         const uint64_t all = rows * particles * state.bytes;
-        const uint64_t column = particles * std::min(state.bytes, detail::kMaxUnit);
+        const uint64_t column = particles * std::min(state.bytes, kMaxUnit);
         most = std::max(most, std::min(all, std::max({all / 64, column, uint64_t{1} << 21})));
     }
-    return most;
+    return PyLong_FromUnsignedLongLong(most);
 }
 
-void gather_particles(const Gathering& call, const std::vector<ParticleArray>& states, cudaStream_t queue) {
-    check(cudaMemsetAsync(call.flags, 0, (call.rows + 2) * sizeof(uint32_t), queue), "gather_particles");
-    if (call.rows == 0 || call.particles == 0) return;
-    call.wide ? detail::gather<int64_t>(call, states, queue) : detail::gather<int32_t>(call, states, queue);
+// ancestors, whether they are int64, rows, particles, states, flags, workspace, its bytes, CUDA stream. Returns at once;
+// throws where a launch failed, or the workspace holds less than a unit of each particle.
+PyObject* call_gather_particles(Arguments& in) {
+    Gathering call{};
+    call.ancestors = in.pointer("ancestors"), call.wide = in.flag();
+    call.rows = in.integer(), call.particles = in.integer();
+    if (!call.wide) check_below("particles", call.particles, uint64_t{1} << 31);
+    check_below("rows", call.rows, uint64_t{1} << 32);
+    in.expect_memory(call.rows * (call.particles > 0));
+    const std::vector<ParticleArray> states = read_states(in);
+    expect_memory(states, call.rows, call.particles);
+    call.flags = in.pointer<uint32_t>("flags"), call.workspace = in.pointer("workspace");
+    call.workspace_bytes = in.integer();
+    const auto queue = in.pointer<CUstream_st>("cuda_stream");
+    without_gil([&] {
+        check(cudaMemsetAsync(call.flags, 0, (call.rows + 2) * sizeof(uint32_t), queue), "gather_particles");
+        if (call.rows == 0 || call.particles == 0) return;
+        call.wide ? gather<int64_t>(call, states, queue) : gather<int32_t>(call, states, queue);
+    });
+    return none();
 }
 
+static Binding bindings[] = {
+    {"gather_workspace", fastcall<call_workspace, 3>, "The bytes of workspace for gather_particles of these states."},
+    {"gather_particles", fastcall<call_gather_particles, 9>,
+     "Move the particles of states to where ancestors say. The last of flags (uint32 [rows + 2]) is 0 afterwards, or else "
+     "an ancestor is out of range and nothing moved."},
+};
+
+}  // namespace detail
 }  // namespace fastguide::cuda

@@ -3,24 +3,33 @@
 // log-weight, the sums of the integer weights, the slots before each tile, and the ancestors. Whatever depends on
 // values is decided on the device.
 //
-// The integer weights are computed anew in each pass, as in csrc/cpu/kernels/resample.cpp: 4 bytes a particle are read
+// The integer weights are computed anew in each pass, as in cpu.cpp: 4 bytes a particle are read
 // where 8 would be written and read. Prefix sums are those of integers, so no result depends on how the row is cut.
 //
 // Another stream may write to the log-weights meanwhile, and to a seed that stands on the device. A short row is read once.
 // So is a long row's counter, and where the weights of a tile no longer come to the sum that the tables have, the tile's
 // first particle takes its slots.
-#include "resample.cuh"
+#include "../../common/binding.h"
 
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
 #include <cmath>
 
-#include "../common/log.h"
-#include "check.cuh"
+#include "../../common/log.h"
+#include "../../common/weights.h"
+#include "../../cuda/check.cuh"
+#include "../../cuda/counter.cuh"
 
 namespace fastguide::cuda {
 namespace resampling {
+
+// Log-weights are float64 if `doubles`, else float32.
+struct Resampling : fastguide::Resampling {
+    const void* log_weights;
+    bool doubles;
+    CounterOnDevice counter;
+};
 
 constexpr int kItems = 8;      // consecutive particles or slots of a thread
 constexpr int kThreads = 256;  // of a tile
@@ -867,19 +876,53 @@ void resample_as(const Job& job, cudaStream_t queue) {
     }
 }
 
-}  // namespace resampling
-
-uint64_t resample_workspace(const Resampling& call) { return resampling::Job(call, nullptr).bytes; }
-
-void resample(const Resampling& call, void* workspace, cudaStream_t queue) {
-    if (call.rows == 0) return;
-    const resampling::Job job(call, workspace);
-    switch (call.scheme) {
-        case Scheme::systematic: return resampling::resample_as<Scheme::systematic>(job, queue);
-        case Scheme::stratified: return resampling::resample_as<Scheme::stratified>(job, queue);
-        case Scheme::multinomial: return resampling::resample_as<Scheme::multinomial>(job, queue);
-        case Scheme::residual: return resampling::resample_as<Scheme::residual>(job, queue);
-    }
+// rows, particles, number, scheme, sorted
+Resampling read_sizes(Arguments& in) {
+    Resampling call{};
+    call.rows = in.integer(), call.particles = in.integer(), call.number = in.integer();
+    check_below("rows", call.rows, uint64_t{1} << 31);
+    check_counts(call.particles, call.number);
+    call.scheme = in.code("scheme", Scheme::residual), call.sorted = in.flag();
+    return call;
 }
 
+// The same. Returns the bytes of device memory, aligned to 256, that the launches need for themselves.
+PyObject* call_workspace(Arguments& in) { return PyLong_FromUnsignedLongLong(Job(read_sizes(in), nullptr).bytes); }
+
+// log_weights, whether they are float64, rows, particles, number, scheme, sorted, keep_from, seed, step, stream, first_row,
+// addresses of a seed and a step on the device (or 0), ancestors, log_weights after, log_mean_weight, ess, workspace,
+// CUDA stream. Returns at once. A row without a usable weight keeps its particles, or has zeros for ancestors where
+// `number` is another; its mean weight and its effective sample size are NaN.
+PyObject* call_resample(Arguments& in) {
+    const void* const log_weights = in.pointer("log_weights");
+    const bool doubles = in.flag();
+    Resampling call = read_sizes(in);
+    in.expect_memory(call.rows);
+    call.log_weights = log_weights, call.doubles = doubles, call.keep_from = in.number();
+    const RandnShape counter = in.counter(call.rows, 1);
+    call.seed = counter.seed, call.step = counter.step, call.stream = counter.stream;
+    call.first_row = counter.first_particle, call.counter = read_counter(in);
+    call.ancestors = in.pointer<int32_t>("ancestors"), call.log_weights_after = in.pointer("log_weights");
+    call.log_mean_weight = in.pointer<double>("log_mean_weight"), call.ess = in.pointer<double>("ess");
+    void* const workspace = in.pointer("workspace");
+    const auto queue = in.pointer<CUstream_st>("cuda_stream");
+    without_gil([&] {
+        if (call.rows == 0) return;
+        const Job job(call, workspace);
+        switch (call.scheme) {
+            case Scheme::systematic: return resample_as<Scheme::systematic>(job, queue);
+            case Scheme::stratified: return resample_as<Scheme::stratified>(job, queue);
+            case Scheme::multinomial: return resample_as<Scheme::multinomial>(job, queue);
+            case Scheme::residual: return resample_as<Scheme::residual>(job, queue);
+        }
+    });
+    return none();
+}
+
+static Binding bindings[] = {
+    {"resample_workspace", fastcall<call_workspace, 5>, "Bytes of device memory that resample needs for itself."},
+    {"resample", fastcall<call_resample, 20>, "Ancestors, and the log-weights after them."},
+};
+
+}  // namespace resampling
 }  // namespace fastguide::cuda

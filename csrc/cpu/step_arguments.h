@@ -1,0 +1,60 @@
+// What the bindings of reverse_step and propose_and_weigh read alike.
+#pragma once
+
+#include <cmath>
+
+#include "../common/binding.h"
+#include "memory.h"
+#include "step.h"
+
+namespace fastguide::cpu {
+
+inline void read_inputs(Arguments& in, Step& step, const char* output) {
+    step.x = {in.pointer_or_none("x"), in.dtype()};
+    step.output = {in.pointer_or_none(output), in.dtype()};
+    step.displacement = {in.pointer_or_none("displacement"), in.dtype()};
+}
+
+// A tuple of five floats, kept in `five`, or the address of five columns.
+inline void read_levels(Arguments& in, Step& step, double (&five)[5]) {
+    step.per_particle = !in.is_tuple();
+    if (step.per_particle) {
+        step.levels = in.pointer<const double>("levels");
+        return;
+    }
+    Arguments each = in.items();
+    if (each.count() != 5) throw std::invalid_argument("levels: expected five");
+    for (double& level : five) {
+        level = each.number();
+        if (!(level >= 0.0 && std::isfinite(level))) throw std::invalid_argument("levels: expected finite");
+    }
+    const bool divides = step.prediction == Prediction::epsilon || step.prediction == Prediction::score;
+    if (five[1] == 0.0 || five[4] > five[3] * (1 + 1e-6) || (divides && five[0] == 0.0))
+        throw std::invalid_argument("levels: expected sigma_t > 0, tau <= sigma_s, and alpha_t > 0 to divide by");
+    step.levels = five;
+}
+
+// The shape of a state, [N, *event], a counter, and the number of threads. All that came before must be in memory.
+inline void read_shape(Arguments& in, Step& step) {
+    if (!in.is_tuple()) throw TypeError("expected [N, *event]");
+    Arguments sizes = in.items();
+    if (sizes.count() == 0) throw TypeError("expected [N, *event]");
+    const uint64_t particles = sizes.integer();
+    uint64_t elements = 1;
+    for (Py_ssize_t i = 1; i < sizes.count(); ++i) {
+        const uint64_t size = sizes.integer();
+        check_below("elements", size, kMaxElements / (elements ? elements : 1) + 1);
+        elements *= size;
+    }
+    in.expect_memory(particles * (elements > 0));
+    step.shape = in.counter(particles, elements);
+    step.threads = in.threads();
+}
+
+inline void prepare_results(const Step& step) {
+    const uint64_t bytes = step.shape.particles * step.shape.elements * size_of(step.x.dtype);
+    large_pages(step.x_s, bytes);
+    if (step.x0) large_pages(step.x0, bytes);
+}
+
+}  // namespace fastguide::cpu

@@ -1,0 +1,44 @@
+#include "../../cpu/step.h"
+#include "../../cpu/step_arguments.h"
+
+namespace fastguide::cpu {
+namespace {
+
+template <class R>
+void reverse_step_as(const Step& step) {
+    const Run<R> run(step);
+    const Tiling tiling{step.shape.particles, step.shape.elements};
+    const Memory counted = TileBuffers<R>::counted(run);
+    share_out(tiling.tiles(), kTileGrain, step.threads, counted, [&](uint64_t index, const Memory& memory) {
+        step_tile<false, R>(run, tiling.at(index), nullptr, memory);
+    });
+}
+
+// x, x's dtype, model_output, its dtype, displacement (or None), its dtype, x_s, x0 (or None), return_x0,
+// prediction, clip (kind, low, high), clip_noise, levels, shape of x, seed, step, stream, first_particle, threads
+PyObject* reverse_step(Arguments& in) {
+    Step step{};
+    double five[5];
+    read_inputs(in, step, "model_output");
+    step.x_s = in.pointer("x_s"), step.x0 = in.pointer_or_none("x0");
+    in.flag();
+    step.prediction = in.code("prediction", Prediction::flow);
+    const ClipKind kind = in.code("clip", ClipKind::dynamic);
+    const double low = in.number();
+    step.clip = {kind, low, in.number()};
+    step.clip_noise = in.flag();
+    read_levels(in, step, five);
+    read_shape(in, step);
+    without_gil([&] {
+        prepare_results(step);
+        if (step.shape.particles == 0 || step.shape.elements == 0) return;
+        if (step.x.dtype == Dtype::float64) reverse_step_as<double>(step);
+        else reverse_step_as<float>(step);
+    });
+    return none();
+}
+
+Binding binding{"reverse_step", fastcall<reverse_step, 21>, "One reverse step."};
+
+}  // namespace
+}  // namespace fastguide::cpu
