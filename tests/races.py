@@ -135,12 +135,12 @@ def race(write: Callable[[int], object], read: Callable[[int], object], seconds:
 
     thread = threading.Thread(target=write_on, daemon=True)
     thread.start()
-    cpu = compiled.module("cpu")
+    isas = compiled.instruction_sets()
     for seed in itertools.count():
         if time.perf_counter() > end:
             break
-        cpu.use_instruction_set(cpu.instruction_sets()[seed // 2 % len(cpu.instruction_sets())])
-        read(seed)
+        with compiled.instruction_set(isas[seed // 2 % len(isas)]):
+            read(seed)
     thread.join()
 
 

@@ -23,7 +23,7 @@ address | emulated)
     # The CUDA kernels are emulated by coroutines, whose frames the sanitizer must leave on their stacks.
     emulated="-fsanitize=address --param asan-use-after-return=0 -g1"
     selected=(tests/test_*_kernel.py)
-    [ "$kind" = address ] || selected=(tests/test_*_cuda.py)  # ten minutes: by hand, after a change in csrc/cuda
+    [ "$kind" = address ] || selected=(tests/test_*_cuda.py)  # ten minutes: by hand, after a change of CUDA kernels
     ;;
 thread)
     # Threads of the standard library, as the sanitizer sees no order in what OpenMP's wait for. Not the tests of races,
