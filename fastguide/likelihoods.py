@@ -44,7 +44,7 @@ class Likelihood:
     _least_dimensions = 2  # of y
     _takes_tensors = True  # as scale
     _takes_zero = False  # as scale
-    has_y = True
+    has_y = True  # False of a `Callable` without one
     _rows: Tensor | None = None  # of a scale for each observation: see `at`
     _mean_diagonal: float | None = None  # of A A^T, estimated where nothing else is known of it: see `measure_spread`
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import inspect
 import sys
 import threading
 import traceback
@@ -210,15 +211,32 @@ def test_a_seed_is_drawn_where_none_is_given():
     assert outs[0].seed != outs[1].seed
 
 
-def test_complex_observations():
+def distance(x0, y):
+    return -(x0 - y).abs().square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize(
+    "guided_by",
+    (
+        lambda y: fg.DPS(Gaussian(y, fg.operators.Function(lambda x: x * (1 + 1j)), 0.1)),
+        lambda y: fg.FK(Callable(distance, y=y), 4),
+    ),
+)
+def test_complex_observations(guided_by, trace):
     y = torch.complex(measurement(0, 8, 8), measurement(1, 8, 8))
     given, options = arguments("plain")
-
-    def guided_by(y):
-        return fg.DPS(Gaussian(y, fg.operators.Function(lambda x: x * (1 + 1j)), 0.1))
-
     run = fg.capture(*given, guidance=guided_by(y), **options)
     assert_same(run(seed=1, y=1j * y), fg.sample(*given, guidance=guided_by(1j * y), seed=1, **options))
+    with pytest.raises(ValueError, match=r"^y: expected shape \[2, 1, 8, 8, 2\], that of the capture, got "):
+        run(seed=1, y=y.real.contiguous())
+
+
+def test_the_arguments_of_capture_are_those_of_sample():
+    ours, theirs = (inspect.signature(f).parameters for f in (fg.capture, fg.sample))
+    named = {name: p for name, p in ours.items() if p.kind is not p.VAR_KEYWORD}
+    assert named.keys() | capturing._REFUSED.keys() == theirs.keys()
+    assert not named.keys() & capturing._REFUSED.keys()
+    assert all(p.default == theirs[name].default and p.kind == theirs[name].kind for name, p in named.items())
 
 
 # --- weights and modes --------------------------------------------------------------------------------------
@@ -277,10 +295,11 @@ def test_a_replay_launches_little_beside_the_graph(name, monkeypatch):
         given, options = arguments(name, steps=steps)
         run = fg.capture(*given, guidance=guidance(name, 0), **options)
         run._recorded = run._recorded._replace(replay=lambda: None)
+        x_T = torch.zeros(run._run.shape)  # noise is one kernel, where there is one
         with Count() as count:
-            run(seed=1)
+            run(seed=1, x_T=x_T)
         found.append(count.operations)
-    assert found[0] == found[1] < 40
+    assert found[0] == found[1] < 25
 
 
 # --- errors -------------------------------------------------------------------------------------------------
@@ -646,7 +665,7 @@ def test_memory_is_returned(device):
     assert torch.cuda.memory_reserved() > before
     del run
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() == before
+    assert torch.cuda.memory_reserved() <= before
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])
