@@ -19,6 +19,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _TorchDispatchModeKey,
 )
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, maybe_get_fake_mode
 from torch.autograd import forward_ad
 
@@ -31,6 +32,7 @@ __all__ = [
     "got",
     "has_memory",
     "integer",
+    "is_batched",
     "is_integer",
     "is_wrapper",
     "number",
@@ -53,7 +55,8 @@ def got(value: Any) -> str:
         kind = "" if type(value) is Tensor else f"{type(value).__name__} "
         layout = "nested " if value.is_nested else "" if value.layout is torch.strided else f"{value.layout} "
         size = "" if value.is_nested else f" {list(value.shape)}"
-        return f"{kind}{layout}{value.dtype}{size} on {value.device}"
+        grad = " that requires a gradient" if value.requires_grad else ""
+        return f"{kind}{layout}{value.dtype}{size} on {value.device}{grad}"
     if type(value) in (list, tuple):
         values = [got(part) for part in value[:8]] + ["..."] * (len(value) > 8)
         return f"[{', '.join(values)}]" if type(value) is list else f"({', '.join(values)}{',' * (len(value) == 1)})"
@@ -101,13 +104,14 @@ def is_integer(value: Tensor) -> bool:
 
 
 def _is_one_number(value: Tensor) -> bool:
-    """Whether that can be read, and is real."""
+    """Whether that can be read without the loss of a derivative, and is real."""
     plain = type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta and not transformed() and not fake_mode()
     return (
         plain
         and (value.is_floating_point() or is_integer(value))
         and value.layout is torch.strided
         and value.numel() == 1
+        and not (value.requires_grad and torch.is_grad_enabled())
         and has_memory(value)
     )
 
@@ -243,6 +247,15 @@ def real_array(name: str, values: Any, expected: str) -> np.ndarray:
 def transformed() -> bool:
     """Whether torch follows every operation, for a derivative or a batch."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_batched(value: Any) -> bool:
+    """Whether it is one of many for `torch.vmap`, which looks at no value."""
+    while isinstance(value, Tensor) and is_functorch_wrapped_tensor(value):
+        if is_batchedtensor(value):
+            return True
+        value = get_unwrapped(value)
+    return False
 
 
 def fake_mode() -> FakeTensorMode | None:

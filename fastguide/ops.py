@@ -23,7 +23,7 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import arguments, compiled, reference
-from .arguments import as_float, fake_mode, flag, got, has_memory, is_wrapper, number, one_of, transformed
+from .arguments import as_float, fake_mode, flag, got, has_memory, is_batched, is_wrapper, number, one_of, transformed
 from .backends import select
 from .reference import FAMILIES, SCHEMES, Clip, Coefficients, Counted, DynamicThreshold
 
@@ -72,6 +72,11 @@ def _traced() -> bool:
     if _get_tracing_state() is not None:
         return True
     return _len_torch_dispatch_stack() > 0 and (get_proxy_mode() is not None or fake_mode() is not None)
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether its values can be looked at, without waiting for a device."""
+    return value.device.type == "cpu" and not _traced() and not is_wrapper(value) and not is_batched(value)
 
 
 # The errors of the short way to a kernel. The checks one by one then find the argument that is to blame.
@@ -176,7 +181,7 @@ def _coefficients(coefficients: Any, x: Tensor, prediction: str) -> Coefficients
                 f"coefficients: expected {name} a float or a floating tensor [{x.shape[0]}] on {x.device}, "
                 f"got {value.dtype} {list(value.shape)} on {value.device}"
             )
-        on_host = value.device.type == "cpu" and not _traced() and not is_wrapper(value)
+        on_host = _readable(value)
         if on_host and not ((value >= 0.0) & (value < math.inf)).all():
             raise ValueError(f"coefficients: expected a finite {name} >= 0, got {value}")
         readable = readable and on_host
@@ -244,6 +249,8 @@ def _density(
     """The scale, the degrees of freedom and the background."""
     one_of("family", family, FAMILIES)
     scale = number("scale", scale, above=0.0)
+    if not 0.0 < scale * scale < math.inf:
+        raise ValueError(f"scale: expected a number whose square float64 can hold, got {scale}")
     if (df is not None) != (family == "student_t"):
         raise ValueError(f"df: expected a number for 'student_t' and None for the others, got {got(df)} for {family!r}")
     df = None if df is None else number("df", df, above=0.0)
@@ -292,7 +299,8 @@ def randn(
 
         arguments.expect_alike({"seed": seed, "step": step})
         return library.call_randn(shape, (seed, step, stream, first_particle), dtype, device, backend)
-    chosen = select("randn", backend, device=device, dtype=dtype)
+    obstacle = _NO_TRANSFORMS if is_batched(seed) or is_batched(step) else ""
+    chosen = select("randn", backend, device=device, dtype=dtype, obstacle=obstacle)
     if chosen == "reference":
         return reference.randn(
             shape,
@@ -544,7 +552,7 @@ def resample(
     through_dispatcher = _through_dispatcher(log_weights, seed, step)
     given = {"log_weights": log_weights, "seed": seed, "step": step}
     fake = through_dispatcher and arguments.expect_alike(given) is not None
-    if check and (log_weights.is_meta or fake):
+    if check and (log_weights.is_meta or fake or any(map(is_batched, given.values()))):
         values = ", ".join(got(value) for value in given.values() if isinstance(value, Tensor))
         raise ValueError(f"check: expected False for results without values, got True with {values}")
     if through_dispatcher:
@@ -626,6 +634,10 @@ def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, ba
         arguments.expect_alike({"ancestors": ancestors} | named, changed=named)
         return library.call_gather_particles_(ancestors, states, backend)
     obstacle = _NO_TRANSFORMS if transformed() else ""
+    if obstacle and check and any(map(is_batched, (ancestors, *states))):
+        raise ValueError(
+            f"check: expected False inside torch.vmap, since it looks at values, got True with {got(ancestors)}"
+        )
     apart = not obstacle and _lie_apart(ancestors, states)
     if not obstacle and not apart:  # inside a transform, tensors have no addresses
         _check_overlaps(states)
@@ -800,7 +812,7 @@ def log_prob_and_gradient(
             assert rows is not None
             _refuse_index("rows", rows, y.shape[0], bad)
         return log_prob, gradient
-    if rows is not None and z.device.type == "cpu" and not _traced() and not is_wrapper(rows):
+    if rows is not None and _readable(rows):
         _check_indices("rows", rows, y.shape[0])
     results = reference.log_prob_and_gradient(
         z, y, family=family, scale=scale, df=df, background=background, added=added, rows=rows

@@ -821,3 +821,39 @@ def test_resample_checks_no_weights_of_which_the_results_are_fake(argument):
         ops.resample(**given)
     with mode, pytest.raises(ValueError, match=r"^check: expected False for results without values, got True with "):
         ops.resample(normal(3, 5))
+
+
+# --- torch.vmap ---------------------------------------------------------------------------------------------
+
+X, TABLE = normal(6, 2), torch.tensor([[0.1], [0.3], [0.5]]).expand(3, 6).contiguous()
+BATCHED = {
+    "coefficients": (TABLE, lambda c: ops.reverse_step(X, X, (*VP[:4], c), seed=1)),
+    "coefficients within a derivative": (
+        TABLE,
+        torch.func.grad(lambda c: ops.reverse_step(X, X, (*VP[:4], c), seed=1).sum()),
+    ),
+    "rows": (
+        torch.tensor([[0, 1] * 3, [5, 4] * 3]),
+        lambda rows: ops.log_prob_and_gradient(X, X, family="laplace", scale=0.5, rows=rows)[1],
+    ),
+    "seed": (torch.tensor([1, 5]), lambda seed: ops.randn((6, 2), seed=seed)),
+    "step": (torch.tensor([1, 5]), lambda step: ops.randn((6, 2), seed=0, step=step)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* runs in plain PyTorch:RuntimeWarning")
+@pytest.mark.parametrize("name", BATCHED)
+def test_arguments_that_vmap_makes_many_of(name):
+    many, call = BATCHED[name]
+    expected = torch.stack([call(one) for one in many])
+    torch.testing.assert_close(torch.vmap(call)(many), expected, rtol=1e-5, atol=1e-6)
+    assert (expected[0] != expected[1]).any()
+
+
+def test_vmap_looks_at_no_value():
+    weights, ancestors = normal(2, 5), torch.tensor([[4, 0, 0, 1, 1]] * 2)
+    for call in (lambda w: ops.resample(w), lambda w: ops.resample(X, seed=w.sum().long())):
+        with pytest.raises(ValueError, match=r"^check: expected False .*, got True with torch\.float32"):
+            torch.vmap(call)(weights)
+    with pytest.raises(ValueError, match=r"^check: expected False inside torch.vmap, .* got True with torch.int64"):
+        torch.vmap(ops.gather_particles_, out_dims=None)(ancestors, weights)
