@@ -28,7 +28,7 @@ from torch import Tensor
 from . import arguments, ops
 from .arguments import as_float, function, got, number
 from .foreign import without_autocast
-from .operators import Identity, LinearOperator, Operator, Pairs, mean_gram_diagonal, moved
+from .operators import Identity, LinearOperator, Operator, Pairs, gram_over_diagonal, mean_gram_diagonal, moved
 from .reference import Scalar
 
 __all__ = ["Callable", "Gaussian", "Laplace", "Likelihood", "Poisson", "StudentT"]
@@ -231,7 +231,7 @@ class Likelihood:
             return f"covariance='moment' serves up to {MOMENT_LIMIT} measurements, and there are {measurements}"
         return ""
 
-    def measure_spread(self, event: Sequence[int]) -> Likelihood:
+    def measure_spread(self, event: Sequence[int], guided: bool = True) -> Likelihood:
         """The likelihood that ``covariance="isotropic"`` works with, for events of this shape. Where the operator knows
         neither the spectrum nor the diagonal of ``A A^T``, ``r^2`` times its mean diagonal widens every measurement
         alike. 32 standard normal inputs estimate that, always the same; of a nonlinear operator they give the variance
@@ -332,6 +332,7 @@ class Gaussian(_Density):
     form of PnP alone."""
 
     _takes_zero = True
+    _times_diagonal = 1.0  # of A A^T, where the diagonal stands for all of it: see `measure_spread`
 
     def _density(self, z: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
         self._check_noise(scale)
@@ -346,12 +347,26 @@ class Gaussian(_Density):
             diagonal = operator.diagonal_gram(z)
             if diagonal is not None or not isinstance(scale, Tensor):
                 return diagonal
-        return self._diagonal_of_gram(z)
+        return self._diagonal_of_gram(z) * self._times_diagonal
 
-    def measure_spread(self, event: Sequence[int]) -> Likelihood:
+    def measure_spread(self, event: Sequence[int], guided: bool = True) -> Likelihood:
+        """As of every likelihood. Where the gradient guides, the diagonal is multiplied until it is no less than half
+        of ``A A^T``. With less, a long step overshoots by more than it corrects along what many measurements see (the
+        low frequencies of a blur), and the samples diverge. The other error models bound their gradient."""
         spectral = isinstance(self.operator, LinearOperator) and self.operator.spectral
-        one_number = not callable(self.scale) and not isinstance(self.scale, Tensor)
-        return self if spectral and one_number else super().measure_spread(event)
+        if spectral and not callable(self.scale) and not isinstance(self.scale, Tensor):
+            return self
+        measured = copy.copy(super().measure_spread(event, guided))
+        assert isinstance(measured, Gaussian)
+        if guided:
+
+            def diagonal(operator: Operator, z: Tensor) -> Scalar:
+                own = copy.copy(measured)
+                own.operator = operator
+                return own._diagonal_of_gram(z)
+
+            measured._times_diagonal = max(1.0, 0.5 * gram_over_diagonal(self.operator, diagonal, event, self.y))
+        return measured
 
     def log_prob_and_gradient(
         self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar = 0.0, rows: Tensor | None = None

@@ -38,6 +38,7 @@ __all__ = [
 
 _ITERATIONS = 100  # of conjugate gradients, where nothing is known of the spectrum
 _PROBE_PAIRS = 16
+_NORM_PROBES, _NORM_ITERATIONS = 2, 16
 _STREAM_PROBES = 7  # of the generator, apart from those of the samplers
 _DENSE_LIMIT = 4096  # elements of an event up to which a dense matrix may stand in for an operator
 
@@ -331,6 +332,42 @@ def mean_gram_diagonal(
         z = operator(x, torch.arange(number, device=device) % _PROBE_PAIRS)
     square = (z[:_PROBE_PAIRS] - z[_PROBE_PAIRS:]).double() ** 2
     return float(square.mean()) / 2
+
+
+def gram_over_diagonal(
+    operator: Operator, diagonal: Callable[[Operator, Tensor], Scalar], event: Sequence[int], like: Tensor
+) -> float:
+    """The least ``c`` for which ``A A^T <= c D``, with a diagonal ``D > 0``: the largest eigenvalue of
+    ``D^(-1/2) A A^T D^(-1/2)``, by power iterations and so a little less. Of a function, that of its Jacobian at
+    standard normal inputs; 1 of one without a derivative, which guides nothing."""
+    observations = operator.observations or 1
+    number = max(_NORM_PROBES, observations)
+    own = operator.at(torch.arange(number, device=like.device) % observations)
+    options: dict[str, Any] = dict(seed=0, stream=_STREAM_PROBES, dtype=like.dtype, device=like.device)
+    x, u = (randn((number, *event), step=step, **options) for step in (1, 2))
+    small = torch.finfo(x.dtype).eps ** (1 / 3)
+    with torch.enable_grad():
+        z = own(leaf := x.clone().requires_grad_())
+    if not (isinstance(own, LinearOperator) or z.requires_grad):
+        return 1.0
+    known = torch.as_tensor(diagonal(own, z.detach()), dtype=z.dtype, device=z.device)
+    weight = torch.where(known > 0, 1 / known, 0.0)
+    ratio = _lengths(u)
+    with torch.no_grad():
+        for _ in range(_NORM_ITERATIONS):
+            u = u / ratio.clamp(min=torch.finfo(u.dtype).tiny)
+            if isinstance(own, LinearOperator):
+                u = own.adjoint(weight * own(u)).clone()
+            else:
+                v = (own(x + small * u).clone() - own(x - small * u)) / (2 * small)
+                (u,) = torch.autograd.grad(z, leaf, weight * v, retain_graph=True)
+            ratio = _lengths(u)
+    return float(ratio.max())
+
+
+def _lengths(u: Tensor) -> Tensor:
+    """Of each sample, ``[n, 1, ...]``."""
+    return u.flatten(1).norm(dim=1).reshape(-1, *(1,) * (u.ndim - 1))
 
 
 def _filled(value: Scalar, dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -378,7 +378,8 @@ def test_isotropic_variances_of_an_operator_that_knows_nothing(name):
         likelihood.log_prob_and_gradient(2 * x, y, SCALE, 0.4)
     likelihood = likelihood.measure_spread((3,))
     assert likelihood._mean_diagonal == pytest.approx(4.0, rel=0.3)
-    widened = math.sqrt(SCALE**2 + share * 0.4 * likelihood._mean_diagonal)
+    variance = likelihood._mean_diagonal * getattr(likelihood, "_times_diagonal", 1.0)
+    widened = math.sqrt(SCALE**2 + share * 0.4 * variance)
     log_prob, gradient = likelihood.log_prob_and_gradient(2 * x, y, SCALE, 0.4)
     check(log_prob, per_row(density(y.numpy(), 2 * x.numpy(), widened)))
     check(likelihood.value(x, None, SCALE, 0.4), log_prob)
@@ -394,8 +395,27 @@ def test_isotropic_variances_by_the_diagonal_alone():
     a, z = operator.matrix((1, 4, 5)), operator(x)
     widened = (SCALE**2 + 0.4 * (a * a).sum(1)).sqrt().reshape(1, 4, 5).numpy()
     likelihood = Gaussian(y, operator, SCALE)
-    assert likelihood.measure_spread((1, 4, 5)) is likelihood
     check(likelihood.log_prob_and_gradient(z, y, SCALE, 0.4)[0], per_row(stats.norm.logpdf(y, z, widened)))
+    unguided = likelihood.measure_spread((1, 4, 5), guided=False)
+    check(unguided.log_prob_and_gradient(z, y, SCALE, 0.4)[0], per_row(stats.norm.logpdf(y, z, widened)))
+
+
+@pytest.mark.parametrize("scale", [0.1, torch.linspace(0.1, 0.3, 20).reshape(1, 4, 5)])
+@pytest.mark.parametrize(
+    "operator", [Blur(torch.full((3, 3), 1 / 9), "circular"), Blur(normal(3, 3, seed=4).abs(), "zeros")]
+)
+def test_isotropic_variances_that_guide_are_no_less_than_half_the_covariance(operator, scale):
+    """By the diagonal of ``A A^T`` alone a step along what all measurements see would be many times too long."""
+    operators = (operator, Function(operator), Function(operator, linear=True, event=(1, 4, 5)))
+    gram = (a := operator.matrix((1, 4, 5))) @ a.T
+    for known in operators:
+        likelihood = Gaussian(torch.zeros(1, 1, 4, 5, dtype=torch.float64), known, scale).measure_spread((1, 4, 5))
+        units = torch.eye(20, dtype=torch.float64).reshape(20, 1, 4, 5)
+        used = likelihood.scale_at(0.0)
+        inverse = -likelihood.log_prob_and_gradient(units, 0 * units, used, 1.0)[1].flatten(1)
+        noise = torch.as_tensor(used, dtype=torch.float64).expand(1, 1, 4, 5).flatten() ** 2
+        whitened = torch.linalg.eigvals((gram + torch.diag(noise)) @ inverse).real
+        assert 1.0 < whitened.max() < 2.05
 
 
 def test_spread_that_cannot_be_measured():
@@ -530,7 +550,7 @@ def test_isotropic_variances_with_a_scale_for_each_detector(name):
     share = 0.5 if name == "laplace" else 1.0
     a, z = operator.matrix(event), operator(x)
     widened = (s**2 + share * 0.4 * (a * a).sum(1)).sqrt().numpy()
-    likelihood = make(y, operator, s).measure_spread(event)
+    likelihood = make(y, operator, s).measure_spread(event, guided=False)
     log_prob, _ = likelihood.log_prob_and_gradient(z, y, likelihood.scale_at(0.0), 0.4)
     check(log_prob, per_row(density(y.numpy(), z.numpy(), widened)), rtol=1e-10)
     check_gradient(lambda z: likelihood.log_prob_and_gradient(z, y, likelihood.scale_at(0.0), 0.4), z)

@@ -22,6 +22,7 @@ from fastguide.operators import (
     LinearOperator,
     Matrix,
     Operator,
+    gram_over_diagonal,
     mean_gram_diagonal,
     solve_iteratively,
 )
@@ -305,6 +306,29 @@ def test_the_mean_diagonal_is_estimated(dtype):
     assert mean_gram_diagonal(lambda x, index: 3.0 * x + 5.0, (4000,), dtype, torch.device("cpu")) == pytest.approx(
         9.0, rel=0.03
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_how_many_times_its_diagonal_the_gram_matrix_is(dtype):
+    matrix = normal(12, 8, seed=3).abs() * torch.logspace(-2, 2, 12, dtype=torch.float64)[:, None]
+    gram = matrix @ matrix.T
+    event, like = (2, 4), torch.zeros(1, dtype=dtype)
+
+    def f(x):
+        return x.flatten(1) @ matrix.T.to(x.dtype)
+
+    for diagonal in (gram.diagonal().to(dtype), float(gram.diagonal().mean())):
+        root = torch.as_tensor(diagonal).double().expand(12).sqrt()
+        expected = float(torch.linalg.eigvalsh(gram / root / root[:, None])[-1])
+        for operator in (Matrix(matrix.to(dtype), event), Function(f), Function(f, linear=True, event=event)):
+            found = gram_over_diagonal(operator, lambda *_, d=diagonal: d, event, like)
+            assert found == pytest.approx(expected, rel=0.01) and expected > 3
+    rounds = Function(lambda x: f(x).detach().round())
+    assert gram_over_diagonal(rounds, lambda *_: 1.0, event, like) == 1.0
+    square = Function(lambda x: 3.0 * x.abs() ** 2)  # its Jacobian is diagonal, 6 x
+    x = fg.ops.randn((2, 2, 4), seed=0, stream=7, step=1, dtype=dtype)
+    found = gram_over_diagonal(square, lambda *_: 1.0, event, like)
+    assert found == pytest.approx(float(36 * x.square().max()), rel=0.02)
 
 
 # --- pseudo-inverse -----------------------------------------------------------------------------------------

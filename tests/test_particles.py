@@ -557,6 +557,32 @@ def test_a_sharp_likelihood_does_not_explode_by_default(kind, method):
         assert abs(float(out.log_evidence) - float(evidence)) < 60  # -46.67; "point" gave -3.6e38
 
 
+@pytest.mark.parametrize("kind", ["function", "class", "uneven", "square", "detectors"])
+@pytest.mark.parametrize("method", ["TDS", "FK", "DPS"])
+def test_measurements_that_see_the_same_do_not_explode(kind, method):
+    """Positive rows, as of a blur or a projector: the largest eigenvalue of ``A A^T`` is many times its diagonal."""
+    matrix = torch.rand(40, 64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(2))
+    scale = torch.linspace(0.1, 0.3, 40) if kind == "detectors" else 0.1
+    if kind == "uneven":
+        matrix = matrix * torch.logspace(-2, 1, 40)[:, None]
+    operator = {
+        "class": _Dense(matrix),
+        "square": fg.operators.Function(lambda v: (v @ matrix.T / 8) ** 2),
+        "detectors": fg.operators.Matrix(matrix),
+    }.get(kind, fg.operators.Function(lambda v: v @ matrix.T))
+    likelihood = fg.likelihoods.Gaussian(operator(x), operator, scale)
+    guidance = {
+        "TDS": lambda: fg.TDS(likelihood, 8),
+        "FK": lambda: fg.FK(likelihood, 8, proposal="guided"),
+        "DPS": lambda: fg.DPS(likelihood, "score", normalize=False),
+    }[method]()
+    schedule = fg.schedules.edm()
+    prior = fg.Denoiser(lambda x, t: x / (1 + t[:, None] ** 2), schedule, "sample")
+    out = fg.sample(prior, (1, 64), guidance=guidance, steps=30, seed=1)
+    assert out.x.abs().max() < 5
+
+
 # --- rewards of minus infinity --------------------------------------------------------------------------------
 
 

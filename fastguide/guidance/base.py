@@ -368,13 +368,15 @@ def default_covariance(likelihood: Likelihood, measurements: int) -> str:
     )
 
 
-def check_covariance(run: Run, likelihood: Likelihood, covariance: str, measurements: int) -> Likelihood:
-    """The likelihood with what this covariance needs to know of the operator."""
+def check_covariance(
+    run: Run, likelihood: Likelihood, covariance: str, measurements: int, guided: bool = True
+) -> Likelihood:
+    """The likelihood with what this covariance needs to know of the operator; ``guided`` by its gradient or not."""
     one_of("covariance", covariance, COVARIANCES)
     reason = likelihood.supports(covariance, measurements)
     if reason:
         raise ValueError(f"covariance: {reason}")
-    return likelihood.measure_spread(run.event) if covariance == "isotropic" else likelihood
+    return likelihood.measure_spread(run.event, guided) if covariance == "isotropic" else likelihood
 
 
 def prepare_likelihood(run: Run, likelihood: Likelihood) -> tuple[Likelihood, int]:

@@ -97,7 +97,7 @@ class FK:
             reward, measurements = prepare_likelihood(run, self.reward)
             if covariance is None:
                 covariance = _covariance(reward, measurements, derivatives=self.proposal == "guided")
-            reward = check_covariance(run, reward, covariance, measurements)
+            reward = check_covariance(run, reward, covariance, measurements, guided=self.proposal == "guided")
         else:
             reward = _terms(self.reward)
             if covariance is not None:
