@@ -68,10 +68,11 @@ def capture(
     - **Memory.** Until the last reference to ``run`` goes, it keeps what the loop needs at its peak, once: the
       activations of one backward pass, whose memory every step uses again. Beside that, a record of each launch, and
       copies of ``y``, ``x_T`` and the result.
-    - **What a replay reads.** Weights and other tensors where they stood: what is changed *in place* (``copy_``, an
-      optimiser's step) counts at the next replay. Anything else needs a new capture: numbers, levels and settings,
-      branches that Python took, ``train`` or ``eval``, autocast, hooks, and tensors that took another's place
-      (``module.weight = new``, ``.data = new``, ``.to(...)``). ``run`` keeps all memory that it reads.
+    - **What a replay reads.** Weights of networks and tensors of a `Conditional` where they stood: what is changed *in
+      place* (``copy_``, an optimiser's step) counts at the next replay. Anything else needs a new capture: operators,
+      numbers, levels and settings, branches that Python took, ``train`` or ``eval``, autocast, hooks, and tensors that
+      took another's place (``module.weight = new``, ``.data = new``, ``.to(...)``). ``run`` keeps all memory that it
+      reads.
     - **What can be captured.** Functions that never wait for the device: no ``.item()``, no ``if`` on a tensor, no copy
       from the host. Others raise RuntimeError, which says what stopped the recording. Networks by ``torch.compile`` in
       its default mode can be captured.
@@ -116,26 +117,25 @@ class Capture:
     """A captured loop, see `capture`."""
 
     def __init__(self, run: Run, guidance: Any, loop: sampling.Loop):
-        self._lock, self._scale = threading.Lock(), run.denoiser.guidance_scale
-        # What a replay reads: the seed's bits, the start, the guidance scale and the observation.
-        self._seed_there = torch.zeros(1, dtype=torch.int64, device=run.device)
-        denoiser = copy.copy(run.denoiser)
-        if self._scale is not None:
-            denoiser.guidance_scale = self._scale_there = _numbers(self._scale).to(run.device, copy=True)
-            if isinstance(self._scale, dict):
-                denoiser.guidance_scale = dict(zip(self._scale, self._scale_there.unbind(), strict=True))
-        field = sampling.likelihood_field(guidance)
-        likelihood = getattr(guidance, field, None)
-        self._likelihood = likelihood if isinstance(likelihood, Likelihood) and likelihood.has_y else None
-        if self._likelihood is not None:
-            own = self._likelihood.to(run.device, run.compute_dtype)
-            self._y, own.y = own.y.detach().clone(), own.y.detach().clone()
-            self._y_there, guidance = own.y, copy.copy(guidance)
-            object.__setattr__(guidance, field, own)
-        self._x_T_there = torch.empty(run.observations * run.particles, *run.event, dtype=run.dtype, device=run.device)
-        self._run = run = replace(run, denoiser=denoiser, seed=self._seed_there, x_T=self._x_T_there)
+        self._lock = threading.Lock()
         with _recording, _without_cache(run.device), foreign.package_modes(run.device):
-            self._x_T_there.copy_(run.prior_noise())
+            # What a replay reads anew: the seed's bits, the start, the guidance scale and the observation.
+            self._seed_there = torch.zeros(1, dtype=torch.int64, device=run.device)
+            self._x_T_there = run.prior_noise()
+            denoiser, self._scale = copy.copy(run.denoiser), run.denoiser.guidance_scale
+            if self._scale is not None:
+                denoiser.guidance_scale = self._scale_there = _numbers(self._scale).to(run.device, copy=True)
+                if isinstance(self._scale, dict):
+                    denoiser.guidance_scale = dict(zip(self._scale, self._scale_there.unbind(), strict=True))
+            field = sampling.likelihood_field(guidance)
+            likelihood = getattr(guidance, field, None)
+            self._likelihood = likelihood if isinstance(likelihood, Likelihood) and likelihood.has_y else None
+            if self._likelihood is not None:
+                own = self._likelihood.to(run.device, run.compute_dtype)
+                self._y, own.y = own.y.detach().clone(), own.y.detach().clone()
+                self._y_there, guidance = own.y, copy.copy(guidance)
+                object.__setattr__(guidance, field, own)
+            self._run = run = replace(run, denoiser=denoiser, seed=self._seed_there, x_T=self._x_T_there)
             self._guidance = guidance = guidance.prepare(run)
 
             def whole() -> tuple[Tensor | None, ...]:
@@ -143,10 +143,8 @@ class Capture:
                 return (*loop(run, guidance), run.watch.numbers())
 
             self._recorded = _record(whole, run.device)
-        # Of compiled networks, whose kernels read them unseen.
-        self._read = [
-            t.untyped_storage() for m in _modules(denoiser, guidance) for t in (*m.parameters(), *m.buffers())
-        ]
+        modules = _modules(denoiser, guidance)  # compiled, they are read by kernels that no dispatch mode sees
+        self._read = [t.untyped_storage() for m in modules for t in (*m.parameters(), *m.buffers())]
 
     def __call__(
         self, *, seed: int | None = None, y: Tensor | None = None, x_T: Tensor | None = None, guidance_scale: Any = None

@@ -269,6 +269,31 @@ def test_a_replay_has_the_modes_of_the_capture(trace):
     assert not out.x.is_inference() and not out.x.requires_grad
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_capture_in_inference_mode_serves_outside_of_it(device, trace):
+    given, options = arguments("DPS", device, guided(2.0, device))
+    with torch.inference_mode():
+        run = fg.capture(*given, guidance=guidance("DPS", 0), **options)
+    expected = fg.sample(*given, guidance=guidance("DPS", 1), seed=1, **options)
+    assert_same(run(seed=1, y=pooled(1).y, guidance_scale=2.0), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_conditions_changed_in_place_count(device, trace):
+    """Another prompt is written into the tensor of the first."""
+    network = Network().to(device).requires_grad_(False)
+    condition = torch.zeros(2, 1, 1, 1, device=device)
+    conditional = fg.Conditional(lambda x, t, shift: network(x, t) + shift, shift=condition)
+    prior = fg.Denoiser(conditional, fg.schedules.vp_cosine(100), prediction="v")
+    given, options = arguments("plain", device, prior)
+    run = fg.capture(*given, **options)
+    before = run(seed=1)
+    condition.copy_(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1))
+    after = run(seed=1)
+    assert_same(after, fg.sample(*given, seed=1, **options))
+    assert torch.equal(after.x[0], before.x[0]) and not torch.equal(after.x[1], before.x[1])
+
+
 def test_the_network_runs_once_and_is_recorded_once(trace):
     given, options = arguments("plain")
     run = fg.capture(*given, **options)
