@@ -85,8 +85,6 @@ class Likelihood:
         """A number, or a tensor with a row for each observation or one for all, which broadcasts to ``y``."""
         if isinstance(scale, Tensor):
             arguments.tensor(name, scale, readable=not self.y.is_meta)
-        elif as_float(scale) is None and self._takes_tensors:
-            raise TypeError(f"{name}: expected a number, a tensor or a function of the time, got {got(scale)}")
         if not isinstance(scale, Tensor) or scale.numel() == 1:
             others = " or a tensor of the measurement's shape" if self._takes_tensors else ""
             least = -math.inf if self._takes_zero else 0.0
