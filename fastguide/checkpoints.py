@@ -164,7 +164,8 @@ def _describe(value: Any) -> Any:
     """A run's constants or a guidance object by content: of every call the tensors are others, moved to its device;
     networks, functions and the objects of others go by their names."""
     if isinstance(value, Tensor):
-        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        content = plain.flatten().view(torch.uint8).numpy().tobytes()
         return tuple(value.shape), str(value.dtype), hashlib.sha256(content).hexdigest()
     if isinstance(value, tuple | list):
         return tuple(_describe(v) for v in value)

@@ -176,6 +176,7 @@ class LinearOperator(Operator):
                 return x
 
     Both are given tensors of the run's device, in float32 or, with ``dtype=torch.float64``, float64, and return such.
+    They need no derivative: the adjoint takes its place, so that both may compute in numpy.
     Tensors that are attributes are moved there (see `Operator.to`). With `eigenvalues` and, unless ``A A^T`` is
     diagonal, `transform` and `inverse_transform` the operator gets closed forms; without them, conjugate gradients.
     """
@@ -815,6 +816,11 @@ class Function(Operator):
 
     def __repr__(self) -> str:
         return f"Function({getattr(self.f, '__name__', type(self.f).__name__)})"
+
+    @property
+    def has_adjoint(self) -> bool:
+        """Whether it was given one; a linear function without has that of autograd."""
+        return self._adjoint is not None
 
     def __call__(self, x: Tensor) -> Tensor:
         arguments.tensor("x", x)

@@ -193,6 +193,24 @@ def test_functions_of_one_name_that_do_other_things_are_told_apart(name, tmp_pat
     assert torch.equal(whole.x, resumed.x)
 
 
+def test_views_of_conjugate_and_negative_tensors_are_read(tmp_path):
+    """What they stand for counts, not their memory."""
+    path, mixed = tmp_path / "run.pt", torch.complex(torch.eye(3), 0.1 * torch.ones(3, 3))
+
+    def guidance(matrix):
+        operator = fg.operators.Matrix(matrix)
+        return fg.PnP(fg.likelihoods.Gaussian(torch.ones(1, 3, dtype=matrix.dtype), operator, 0.5))
+
+    interrupt(path, guidance=guidance(mixed.conj()))
+    assert is_refused(path, "likelihood", guidance=guidance(mixed))
+    whole = draw(tmp_path / "other.pt", guidance=guidance(mixed.conj()))
+    assert torch.equal(whole.x, draw(path, guidance=guidance(mixed.conj().resolve_conj())).x)
+    negative = mixed.conj().imag  # of a negative bit
+    assert negative.is_neg()
+    interrupt(path, guidance=guidance(negative - torch.eye(3)))
+    assert is_refused(path, "likelihood", guidance=guidance(negative))
+
+
 def test_the_samples_are_those_of_a_run_without_a_checkpoint(tmp_path):
     """The trials leave torch's generator where it was, so a network that draws from it draws the same."""
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5))

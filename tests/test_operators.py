@@ -1003,6 +1003,45 @@ def test_guided_samples_of_observations_with_operators_and_scales_of_their_own(m
             close(out[b : b + 1], one, 1e-7)
 
 
+class InNumpy(LinearOperator):
+    """Of which autograd can differentiate nothing, as of the projectors of other packages."""
+
+    def __init__(self, matrix):
+        self.array = matrix.numpy()
+
+    def __call__(self, x):
+        return torch.from_numpy(x.numpy() @ self.array.T)
+
+    def adjoint(self, y):
+        return torch.from_numpy(y.numpy() @ self.array)
+
+
+@pytest.mark.parametrize("kind", ["class", "function"])
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        fg.DPS,
+        lambda lik: fg.DPS(lik, "score", normalize=False, covariance="isotropic"),
+        lambda lik: fg.DPS(lik, "score", normalize=False, covariance="moment"),
+        fg.PiGDM,
+        fg.PnP,
+        lambda lik: fg.PnP(lik, solver="gauss-newton"),
+        lambda lik: fg.PnP(lik, solver="gradient"),
+        lambda lik: fg.TDS(lik, 4, covariance="isotropic"),
+    ],
+)
+def test_a_linear_operator_with_an_adjoint_needs_no_derivative(guidance, kind):
+    matrix, y = normal(3, 6, seed=1), normal(2, 3, seed=2)
+    numpy = InNumpy(matrix)
+    numpy = numpy if kind == "class" else Function(numpy, linear=True, adjoint=numpy.adjoint)
+    plain = Function(lambda x: x @ matrix.T, linear=True, event=(6,))
+    outs = []
+    for operator in (plain, numpy):
+        g = guidance(fg.likelihoods.Gaussian(y, operator, 0.3))
+        outs.append(fg.sample(pixels_prior()[0], (2, 6), guidance=g, steps=4, seed=0, dtype=torch.float64).x)
+    close(outs[1], outs[0], 1e-9)
+
+
 class Weighted(LinearOperator):
     """``w * x`` with weights ``w`` for each observation."""
 

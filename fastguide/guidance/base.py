@@ -318,12 +318,25 @@ def measure(likelihood: Likelihood, x0: Tensor) -> Tensor:
     return z
 
 
+def own_adjoint(operator: Operator) -> Callable[[Tensor], Tensor] | None:
+    """The adjoint of a linear operator that states one, so that its products need no derivative; else None."""
+    stated = isinstance(operator, LinearOperator) and not (isinstance(operator, Function) and not operator.has_adjoint)
+    return operator.adjoint if stated else None  # type: ignore[attr-defined]
+
+
 def direct_score(
     pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float | Tensor, spread: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
-    z = measure(likelihood, pull_back.x0)
-    log_prob, gradient = likelihood.log_prob_and_gradient(z.detach(), y, scale, spread)
-    return pull_back(z, gradient.to(z.dtype)), log_prob, gradient
+    x0, adjoint = pull_back.x0, own_adjoint(likelihood.operator)
+    if adjoint is None:
+        z = measure(likelihood, x0)
+        log_prob, gradient = likelihood.log_prob_and_gradient(z.detach(), y, scale, spread)
+        return pull_back(z, gradient.to(z.dtype)), log_prob, gradient
+    with torch.no_grad():
+        z = likelihood.operator(x0.detach())
+        log_prob, gradient = likelihood.log_prob_and_gradient(z, y, scale, spread)
+        back = adjoint(gradient.to(z.dtype))
+    return pull_back(x0, back.to(x0.dtype)), log_prob, gradient
 
 
 def moment_score(
@@ -333,7 +346,7 @@ def moment_score(
     linear, x0 = likelihood.operator, pull_back.x0
     assert isinstance(linear, LinearOperator)  # as `supports` has made sure of
     with torch.no_grad():
-        z = linear(x0).clone()  # the operator's next call may return the same memory, as of what follows
+        z = linear(x0.detach()).clone()  # the operator's next call may return the same memory, as of what follows
         m = z[0].numel()
         units = torch.eye(m, dtype=z.dtype, device=z.device).reshape(m, *z.shape[1:])
         # Of A, or where samples have their own A the rows of each.

@@ -23,6 +23,7 @@ from .base import (
     isotropic_variance,
     likelihood_function,
     measure,
+    own_adjoint,
     per_sample,
     per_step,
     prepare_likelihood,
@@ -235,11 +236,13 @@ def _gradient(
     the quadratic alone, and an upper bound where the log-density is concave. The objective may rise between two steps;
     a sample that ends well above its lowest point goes back there."""
 
+    adjoint = own_adjoint(likelihood.operator)
+
     def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
         """The objective ``[n]`` and its gradient."""
-        z, leaf = _recorded(likelihood, x)
+        z, leaf = (likelihood.operator(x), x) if adjoint else _recorded(likelihood, x)
         log_prob, gradient = likelihood.log_prob_and_gradient(z.detach(), y, scale)
-        (pulled,) = torch.autograd.grad(z, leaf, gradient)
+        pulled = adjoint(gradient) if adjoint else torch.autograd.grad(z, leaf, gradient)[0]
         distance = x - x0
         return 0.5 * rho * distance.square().flatten(1).sum(1).double() - log_prob, rho * distance - pulled
 
