@@ -20,6 +20,7 @@ import weakref
 import pytest
 import torch
 from test_arguments import FIT_NOWHERE
+from test_demo import readme_example
 from test_sampling import assert_same
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -237,6 +238,13 @@ def test_the_arguments_of_capture_are_those_of_sample():
     assert named.keys() | capturing._REFUSED.keys() == theirs.keys()
     assert not named.keys() & capturing._REFUSED.keys()
     assert all(p.default == theirs[name].default and p.kind == theirs[name].kind for name, p in named.items())
+
+
+def test_the_readme_example_runs():
+    names = dict(fg=fg, prior=denoiser(), likelihood=pooled(0), y=pooled(1).y)
+    exec(readme_example("fg.capture"), names)
+    expected = fg.sample(names["prior"], (2, 1, 8, 8), guidance=fg.DPS(pooled(1), zeta=0.5), seed=1)
+    assert_same(names["out"], expected)
 
 
 # --- weights and modes --------------------------------------------------------------------------------------
