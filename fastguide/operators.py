@@ -347,9 +347,10 @@ def gram_over_diagonal(
     options: dict[str, Any] = dict(seed=0, stream=_STREAM_PROBES, dtype=like.dtype, device=like.device)
     x, u = (randn((number, *event), step=step, **options) for step in (1, 2))
     small = torch.finfo(x.dtype).eps ** (1 / 3)
-    with torch.enable_grad():
-        z = own(leaf := x.clone().requires_grad_())
-    if not (isinstance(own, LinearOperator) or z.requires_grad):
+    linear = isinstance(own, LinearOperator)  # by its adjoint: it need not be differentiable
+    with torch.set_grad_enabled(not linear):
+        z = own(leaf := x.clone().requires_grad_(not linear))
+    if not (linear or z.requires_grad):
         return 1.0
     known = torch.as_tensor(diagonal(own, z.detach()), dtype=z.dtype, device=z.device)
     weight = torch.where(known > 0, 1 / known, 0.0)
