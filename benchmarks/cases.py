@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastguide.backends import select
+from fastguide.ops._operation import select
 
 from . import timing
 

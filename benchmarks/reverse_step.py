@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastguide as fg
 from fastguide import ops, reference
-from fastguide.reference import Coefficients
+from fastguide.ops._arguments import Coefficients
 from fastguide.sampling import noise
 
 from .cases import Absent, Call, Case, Figure, Setting, case, close, compiled, ends, rival

@@ -7,11 +7,11 @@ A trained network, a measurement and a forward model go in; samples of ``x | y``
     out = fastguide.sample(prior, (1, 1, 8, 8), guidance=fastguide.TDS(likelihood, particles=256))
 """
 
-from . import library, likelihoods, operators, ops, reference, schedules
-from .backends import backends
+from . import likelihoods, operators, ops, reference, schedules
 from .capture import capture
 from .denoiser import Conditional, Denoiser
 from .guidance import DPS, FK, TDS, LatentPnP, PiGDM, PnP
+from .ops._operation import backends
 from .sampling import Progress, Samples, sample
 
 __version__ = "0.1.0"
@@ -29,7 +29,6 @@ __all__ = [
     "Samples",
     "backends",
     "capture",
-    "library",
     "likelihoods",
     "operators",
     "ops",

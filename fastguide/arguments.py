@@ -16,12 +16,14 @@ from torch import Tensor
 from torch._C import (
     _are_functorch_transforms_active,
     _get_dispatch_mode,
+    _get_tracing_state,
     _len_torch_dispatch_stack,
     _TorchDispatchModeKey,
 )
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, maybe_get_fake_mode
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 __all__ = [
     "as_float",
@@ -45,6 +47,7 @@ __all__ = [
     "tensor",
     "torch_device",
     "torch_dtype",
+    "traced",
     "transformed",
 ]
 
@@ -263,6 +266,11 @@ def fake_mode() -> FakeTensorMode | None:
     return _get_dispatch_mode(_TorchDispatchModeKey.FAKE) if _len_torch_dispatch_stack() else None
 
 
+def traced() -> bool:
+    """Whether operations are recorded or watched, now or by a mode."""
+    return is_compiling() or _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None
+
+
 def has_memory(value: Tensor) -> bool:
     """Whether elements stand in memory. A view into freed storage has a pointer, a tensor of another layout has no
     storage, and torch warns of whoever asks for a fake one's."""
@@ -277,7 +285,7 @@ def tensor(name: str, value: Any, expected: str = "a tensor", readable: bool = F
     the meta device have not."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    if torch.compiler.is_compiling() or (has_memory(value) and not value.is_nested and not value.is_quantized):
+    if is_compiling() or (has_memory(value) and not value.is_nested and not value.is_quantized):
         return
     if readable and (value.is_meta or isinstance(value, FakeTensor)):
         raise ValueError(f"{name}: expected {expected} with values, got {got(value)}")
@@ -299,7 +307,7 @@ def expect_alike(given: Mapping[str, Any], changed: Collection[str] = ()) -> Fak
     Raises, since torch's error would name no argument, for a fake tensor of another mode, and for a tensor with values
     where the mode takes none. ``changed``: what is changed in place, and so must be fake in any mode.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None
     modes = {name: maybe_get_fake_mode(value) for name, value in given.items() if isinstance(value, Tensor)}
     cause, mode = "tensors inside FakeTensorMode are", fake_mode()

@@ -20,7 +20,7 @@ from .denoiser import Conditional, Denoiser, checked_scale, scale_of_run
 from .guidance.base import Run, Schedulable
 from .guidance.plain import Plain
 from .likelihoods import Likelihood
-from .reference import Clip
+from .ops._arguments import Clip
 from .samples import Samples
 
 __all__ = ["Capture", "capture"]

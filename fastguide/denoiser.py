@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import arguments, foreign, reference
 from .arguments import as_float, function, got, number, one_of
-from .ops import STATE_DTYPES
+from .ops._arguments import STATE_DTYPES
 from .schedules import Level, Schedule, per_step
 
 __all__ = ["Conditional", "Denoiser", "checked_scale"]

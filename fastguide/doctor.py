@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy
 import torch
 
-from . import __version__, compiled, reference
-from .backends import OPERATIONS, backends, explain
+from . import __version__, reference
+from .ops import _native
+from .ops._operation import OPERATIONS, backends, explain
 
 __all__ = ["KNOWN_ANSWERS", "report"]
 
@@ -36,18 +37,18 @@ def _philox_reference(counter: Words, key: Words) -> Words:
 
 
 def _philox_cpu(counter: Words, key: Words) -> Words:
-    return compiled.module("cpu").philox(counter, key)
+    return _native.module("cpu").philox(counter, key)
 
 
 def _philox_cuda(counter: Words, key: Words) -> Words:
     out = torch.zeros(4, dtype=torch.int32, device="cuda")
     queue = torch.cuda.current_stream().cuda_stream
-    compiled.module("cuda").philox(out.data_ptr(), counter, key, queue)
+    _native.module("cuda").philox(out.data_ptr(), counter, key, queue)
     return tuple(word & 0xFFFFFFFF for word in out.tolist())
 
 
 def _philox_triton(counter: Words, key: Words) -> Words:
-    kernels = importlib.import_module("fastguide.kernels.randn")
+    kernels = importlib.import_module("fastguide.ops.randn.triton")
     out = torch.zeros(4, dtype=torch.int32, device="cuda" if torch.cuda.is_available() else "cpu")
     kernels.philox_words(out, counter, key)
     return tuple(word & 0xFFFFFFFF for word in out.tolist())
@@ -84,7 +85,7 @@ def _cpu_name() -> str:
 def _shadow() -> list[tuple[str, str]]:
     """Unbuilt sources in the working directory, which Python started there would import before this package."""
     sources = Path.cwd() / "fastguide"
-    if not (sources / "compiled.py").exists() or sources.resolve() == Path(__file__).parent.resolve():
+    if not (sources / "__init__.py").exists() or sources.resolve() == Path(__file__).parent.resolve():
         return []
     if list(sources.glob("_cpu*.so")):
         return []
@@ -97,7 +98,7 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
 
 def report() -> str:
     """The whole report, plain text."""
-    record = compiled.build_record()
+    record = _native.build_record()
     lines = ["fastguide"]
     lines += _table(
         [

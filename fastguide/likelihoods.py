@@ -29,7 +29,7 @@ from . import arguments, ops
 from .arguments import as_float, function, got, number
 from .foreign import without_autocast
 from .operators import Identity, LinearOperator, Operator, Pairs, gram_over_diagonal, mean_gram_diagonal, moved
-from .reference import Scalar
+from .ops._arguments import STATE_DTYPES, Scalar
 
 __all__ = ["Callable", "Gaussian", "Laplace", "Likelihood", "Poisson", "StudentT"]
 
@@ -67,7 +67,7 @@ class Likelihood:
         arguments.tensor("y", y, expected, readable=True)
         if y.is_complex():
             y = torch.view_as_real(y.resolve_conj())
-        if y.dtype not in ops.STATE_DTYPES:
+        if y.dtype not in STATE_DTYPES:
             raise TypeError(f"y: expected {expected}, got {y.dtype}")
         if y.ndim < self._least_dimensions or y.shape[0] < 1:
             raise ValueError(
@@ -158,7 +158,7 @@ class Likelihood:
         if t is None and callable(self.scale):
             raise ValueError("t: expected the time whose scale to use, since scale is a function; got None")
         arguments.tensor("x0", x0)
-        if x0.ndim == 0 or x0.dtype not in ops.STATE_DTYPES:
+        if x0.ndim == 0 or x0.dtype not in STATE_DTYPES:
             raise ValueError(f"x0: expected floating values [n, *event], got {got(x0)}")
         if rows is not None:
             arguments.tensor("rows", rows)
@@ -295,11 +295,11 @@ def _widened(z: Tensor, scale: float | Tensor, spread: Scalar, diagonal: Scalar)
     variance = 0.0 if _is_none(spread) else spread * diagonal
     if isinstance(scale, Tensor):
         total = (scale**2 + variance).to(z.dtype)
-        return dict(scale=_NOTHING, added=total.expand(total.shape[0], *z.shape[1:]))
+        return dict(scale=_NOTHING, extra_variance=total.expand(total.shape[0], *z.shape[1:]))
     if isinstance(variance, Tensor):
         added = variance.to(z.dtype)
         added = added if added.ndim == z.ndim else added.expand(z.shape[1:])[None]
-        return dict(scale=scale, added=added.expand(added.shape[0], *z.shape[1:]))
+        return dict(scale=scale, extra_variance=added.expand(added.shape[0], *z.shape[1:]))
     return dict(scale=math.sqrt(scale**2 + variance) if variance else scale)
 
 
@@ -309,7 +309,7 @@ def _check_scales(scale: float | Tensor, z: Tensor) -> None:
         return
     arguments.tensor("scale", scale)
     fits = scale.ndim == z.ndim and all(a in (1, b) for a, b in zip(scale.shape, z.shape, strict=True))
-    if not fits or scale.dtype not in ops.STATE_DTYPES or scale.device != z.device:
+    if not fits or scale.dtype not in STATE_DTYPES or scale.device != z.device:
         raise ValueError(f"scale: expected a number or floating values {list(z.shape)} on {z.device}, got {got(scale)}")
 
 
@@ -319,7 +319,7 @@ _NOTHING = 1e-18  # a scale whose square is nothing beside a variance
 def _is_none(spread: Scalar) -> bool:
     if isinstance(spread, Tensor):
         arguments.tensor("spread", spread)
-        if spread.ndim > 0 or spread.dtype not in ops.STATE_DTYPES:
+        if spread.ndim > 0 or spread.dtype not in STATE_DTYPES:
             raise ValueError(f"spread: expected a number or a floating tensor [], got {got(spread)}")
         return False
     return number("spread", spread, low=0.0) == 0.0
@@ -399,7 +399,7 @@ class Gaussian(_Density):
         if gram.shape[1] == 1:  # its own eigenvalue
             added = gram.clamp(min=0) + (gram - gram)  # NaN where it is not finite
             log_prob, gradient = ops.log_prob_and_gradient(
-                z, y, family="gaussian", scale=scale, added=added.reshape(z.shape)
+                z, y, family="gaussian", scale=scale, extra_variance=added.reshape(z.shape)
             )
             assert gradient is not None
             return log_prob, gradient
@@ -479,7 +479,7 @@ class _Elementwise(_Density):
         added = self._share * gram.diagonal(dim1=1, dim2=2).clamp(min=0).reshape(z.shape)
         if isinstance(scale, Tensor):
             scale, added = _NOTHING, added + scale**2
-        log_prob, gradient = ops.log_prob_and_gradient(z, y, scale=scale, added=added, **self._family())
+        log_prob, gradient = ops.log_prob_and_gradient(z, y, scale=scale, extra_variance=added, **self._family())
         assert gradient is not None
         return log_prob, gradient
 

@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import arguments
+from . import arguments, ops
 from .arguments import flag, function, got, integer, number, one_of
 from .foreign import as_tensor
-from .ops import STATE_DTYPES, randn
-from .reference import Scalar
+from .ops._arguments import STATE_DTYPES, Scalar
 
 __all__ = [
     "AveragePool",
@@ -328,7 +327,7 @@ def mean_gram_diagonal(
     """An estimate of the mean diagonal of ``A A^T``: the variance of a measurement of standard normal inputs, which
     for a linear ``A`` has that mean. ``operator(x, pair)`` measures the probes ``x`` of these pairs."""
     number = 2 * _PROBE_PAIRS
-    x = randn((number, *event), seed=0, stream=_STREAM_PROBES, dtype=dtype, device=device)
+    x = ops.randn((number, *event), seed=0, stream=_STREAM_PROBES, dtype=dtype, device=device)
     with torch.no_grad():
         z = operator(x, torch.arange(number, device=device) % _PROBE_PAIRS)
     square = (z[:_PROBE_PAIRS] - z[_PROBE_PAIRS:]).double() ** 2

@@ -20,7 +20,8 @@ from .denoiser import Denoiser
 from .guidance.base import Run, Schedulable, State, per_step
 from .guidance.plain import Plain
 from .likelihoods import Likelihood
-from .reference import Clip
+from .ops._arguments import STATE_DTYPES, Clip, unpacked_clip
+from .ops._arguments import clip as checked_clip
 from .samples import Samples
 from .schedules import Level
 
@@ -221,13 +222,13 @@ def prepare_run(
     if isinstance(guidance, type) or not all(hasattr(guidance, name) for name in ("prepare", "start", "step")):
         came = guidance if isinstance(guidance, type) else type(guidance).__name__
         raise TypeError(f"guidance: expected a DPS, PnP, PiGDM, LatentPnP, TDS or FK object, or None, got {came}")
-    arguments.torch_dtype("dtype", dtype, ops.STATE_DTYPES)
+    arguments.torch_dtype("dtype", dtype, STATE_DTYPES)
     seed = checked_seed(seed, shape[0])
     first_sample = integer("first_sample", first_sample, 0)
     if first_sample and isinstance(seed, tuple):
         raise ValueError(f"first_sample: expected 0 with a seed for each observation, got {first_sample}")
     chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1)
-    clip = ops.checked_clip(clip)
+    clip = unpacked_clip(checked_clip(clip))
     particles, grouped = 1, samples_per_observation is not None
     if hasattr(guidance, "particles"):
         if grouped:
@@ -267,7 +268,7 @@ def prepare_run(
 
 def checked_x_T(x_T: Any, expected: tuple[int, ...]) -> Tensor:
     arguments.tensor("x_T", x_T, readable=True)
-    if x_T.dtype not in ops.STATE_DTYPES:
+    if x_T.dtype not in STATE_DTYPES:
         raise TypeError(f"x_T: expected floating values, got {got(x_T)}")
     if tuple(x_T.shape) != expected:
         raise ValueError(f"x_T: expected shape {list(expected)}, got {list(x_T.shape)}")

@@ -22,17 +22,32 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fastguide.kernels import log_prob_and_gradient, propose_and_weigh, randn, reverse_step, tiles
+import fastguide.ops.log_prob_and_gradient.triton as log_prob_and_gradient
+import fastguide.ops.propose_and_weigh.triton as propose_and_weigh
+import fastguide.ops.randn.triton as randn
+import fastguide.ops.reverse_step.triton as reverse_step
+from fastguide.ops import _triton as tiles
 from fastguide.reference import FAMILIES
 
 ARCHITECTURES = (80, 90, 100)
 TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTEGERS = dict(particles="i32", elements="i64", seed="u64", step="u32", stream="u32", first_particle="i64")
-INTEGERS |= dict.fromkeys(("samples", "y_rows", "added_rows"), "i32")
+INTEGERS |= dict.fromkeys(("samples", "y_rows", "extra_rows"), "i32")
 FLOATS = dict.fromkeys(("p", "q", "a", "b", "tau", "c", "low", "high", "variance", "df"), "fp32")
 FLOATS |= dict.fromkeys(("scale", "background", "constant"), "fp64")
 ABSENT = dict.fromkeys(
-    ("displacement", "x0", "table", "bounds", "seed_on_device", "step_on_device", "sums", "added", "rows", "constants")
+    (
+        "displacement",
+        "x0",
+        "table",
+        "bounds",
+        "seed_on_device",
+        "step_on_device",
+        "sums",
+        "extra_variance",
+        "rows",
+        "constants",
+    )
 )
 
 
@@ -60,7 +75,7 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
 
     density, alike = dict(z=pointer, y="*fp32", gradient=pointer, sums="*fp64"), dict(ALIGN=16)
     for code, family in enumerate(FAMILIES):
-        more = dict(rows="*i64", constants="*fp64") if family == "poisson" else dict(added="*fp32")
+        more = dict(rows="*i64", constants="*fp64") if family == "poisson" else dict(extra_variance="*fp32")
         number = dict(FAMILY=code, SPLIT=log_prob_and_gradient.SPLIT, BLOCK=log_prob_and_gradient.BLOCK)
         kernel = log_prob_and_gradient.log_prob_and_gradient_kernel
         yield f"log_prob_and_gradient, {family}", kernel, density | more, alike | number

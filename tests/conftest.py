@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 
 import emulated_cuda
 import pytest
@@ -14,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before fastguide is imported
 
-from fastguide import compiled
+from fastguide.ops import _native, _operation
 
 # Relative and absolute, for one pass over states of order one: the arithmetic is in float32 and rounded once
 # to the state's dtype (in float64 throughout for float64).
@@ -49,6 +48,13 @@ def poisoned_memory():
     torch.set_deterministic_debug_mode(before)
 
 
+@pytest.fixture(autouse=True)
+def no_kernel_is_remembered():
+    """A test may exchange the compiled modules."""
+    for operation in _operation.OPERATIONS.values():
+        operation._chosen.clear()
+
+
 @pytest.fixture
 def threads():
     """``with threads(n):`` runs its body on ``n`` threads."""
@@ -79,7 +85,7 @@ def assert_close():
 @pytest.fixture
 def instruction_set():
     """``with instruction_set(name):`` runs the CPU kernels of its body with that one."""
-    return compiled.instruction_set
+    return _native.instruction_set
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +100,7 @@ def emulated_module(tmp_path_factory):
 def cuda_device(request, monkeypatch) -> torch.device:
     """Where ``backend="cuda"`` computes: the CPU, emulated, or a GPU where there is one."""
     if request.param == "cuda":
-        if reason := sys.modules["fastguide.backends"].backends()["cuda"].reason:
+        if reason := _operation.backends()["cuda"].reason:
             pytest.skip(f"cuda: {reason}")
         return torch.device("cuda")
     emulated_cuda.serve(request.getfixturevalue("emulated_module"), monkeypatch)

@@ -22,7 +22,8 @@ import pytest
 import torch
 
 import fastguide
-from fastguide import compiled, ops
+from fastguide import ops
+from fastguide.ops import _native
 from fastguide.reference import SCHEMES, DynamicThreshold
 
 Case = tuple[str, Callable[[int], object], Callable[[int], object]]  # a name; write(which of four); read(seed)
@@ -119,7 +120,7 @@ def mersenne_twister() -> Case:
         position[0] = (600, -(1 << 30), 1 << 30, 623)[i]
 
     def read(_: int) -> None:
-        compiled.module("cpu").mersenne_doubles(state.ctypes.data, position.ctypes.data, out.ctypes.data, len(out))
+        _native.module("cpu").mersenne_doubles(state.ctypes.data, position.ctypes.data, out.ctypes.data, len(out))
 
     return "mersenne twister", write, read
 
@@ -135,11 +136,11 @@ def race(write: Callable[[int], object], read: Callable[[int], object], seconds:
 
     thread = threading.Thread(target=write_on, daemon=True)
     thread.start()
-    isas = compiled.instruction_sets()
+    isas = _native.instruction_sets()
     for seed in itertools.count():
         if time.perf_counter() > end:
             break
-        with compiled.instruction_set(isas[seed // 2 % len(isas)]):
+        with _native.instruction_set(isas[seed // 2 % len(isas)]):
             read(seed)
     thread.join()
 

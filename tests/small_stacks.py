@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator
 import numpy
 import torch
 
-from fastguide import compiled, ops
+from fastguide import ops
 from fastguide.integrations import particles
+from fastguide.ops import _native
+from fastguide.ops._arguments import STATE_DTYPES, WEIGHT_DTYPES
+from fastguide.reference import FAMILIES, SCHEMES
 
 LEVELS = (0.5, 0.8, 0.9, 0.4, 0.2)
 
@@ -27,7 +30,7 @@ def torch_calls(x: torch.Tensor) -> None:
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Name, and a call on two threads where it is large enough."""
     call = functools.partial
-    for dtype in ops.STATE_DTYPES:
+    for dtype in STATE_DTYPES:
         # short particles, those that fill a tile in part, those of many tiles, and more than the caches hold
         shapes = ((3, 5), (9000, 5), (40, 700), (8, 9001), (80, 30_000))
         for shape in shapes if dtype == torch.float32 else shapes[:-1]:
@@ -46,19 +49,19 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"propose_and_weigh {about}", call(ops.propose_and_weigh, x, other, other, weights, LEVELS, seed=1)
             y = x.abs().to(torch.float64 if dtype == torch.float64 else torch.float32)
             rows = torch.arange(shape[0]).flip(0)
-            for family in ops.FAMILIES:
+            for family in FAMILIES:
                 density = call(ops.log_prob_and_gradient, x, family=family, scale=0.3)
                 density = call(density, df=3.0) if family == "student_t" else density
                 for name, values in (("one y", y[:1]), ("rows of y", y)):
                     more = dict(rows=rows) if values is y else {}
                     if family != "poisson":
-                        more["added"] = values
+                        more["extra_variance"] = values
                     yield f"log_prob_and_gradient {about}, {family}, {name}", call(density, values, **more)
 
-    for dtype in ops.WEIGHT_DTYPES:
+    for dtype in WEIGHT_DTYPES:
         for shape in ((2, 7), (600, 1000), (2, 40_000), (1, 300_000)):
             weights = torch.randn(shape).to(dtype)
-            for scheme in ops.SCHEMES:
+            for scheme in SCHEMES:
                 for order in (True, False):
                     resample = call(ops.resample, weights, scheme=scheme, sorted=order, seed=1)
                     yield f"resample {dtype} {list(shape)}, {scheme}, sorted={order}", resample
@@ -84,11 +87,11 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
 def main() -> None:
     torch.set_num_threads(2)
     threading.stack_size(int(sys.argv[1]))
-    for isa in compiled.instruction_sets():
-        with compiled.instruction_set(isa):
+    for isa in _native.instruction_sets():
+        with _native.instruction_set(isa):
             for name, call in calls():
                 print(isa, name, flush=True)
-                if isa == compiled.instruction_sets()[0]:
+                if isa == _native.instruction_sets()[0]:
                     call()  # whatever Python imports at the first call needs a larger stack
                 failed: list[BaseException] = []
                 thread = threading.Thread(target=attempt, args=(call, failed))

@@ -100,7 +100,7 @@ CALLS = {
     ),
     "log_prob_and_gradient": (
         ops.log_prob_and_gradient,
-        dict(z=X, y=X, family="gaussian", scale=1.0, df=None, background=0.0, added=None, rows=None,
+        dict(z=X, y=X, family="gaussian", scale=1.0, df=None, background=0.0, extra_variance=None, rows=None,
              return_gradient=True, backend="auto"),
     ),
     "vp_linear": (schedules.vp_linear, dict(steps=10, beta_start=1e-4, beta_end=0.02)),

@@ -59,7 +59,7 @@ def test_every_case_builds_and_is_right(name):
 
 def test_every_operation_and_sampler_has_a_case():
     from fastguide import guidance
-    from fastguide.backends import OPERATIONS
+    from fastguide.ops._operation import OPERATIONS
 
     operations = {name.split("/")[0] for name in CASES}
     assert set(OPERATIONS) <= operations

@@ -15,24 +15,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastguide import compiled, doctor
-from fastguide.backends import OPERATIONS, ORDER, Backend, _warn_slow, backends, explain, select, why_not
+from fastguide import doctor, ops
+from fastguide.ops import _native
+from fastguide.ops._operation import OPERATIONS, ORDER, Backend, _warn_slow, backends, explain, select, why_not
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
 def test_cpu_module_is_built_and_loaded():
-    assert backends()["cpu"] == Backend("cpu", True, "", OPERATIONS, backends()["cpu"].details)
+    assert backends()["cpu"] == Backend("cpu", True, "", tuple(OPERATIONS), backends()["cpu"].details)
     assert backends()["cpu"].details["instruction_set"]
-    flags = compiled.build_record()["cxxflags"]
+    flags = _native.build_record()["cxxflags"]
     assert "-ffp-contract=off" in flags and "fast-math" not in flags
 
 
 def test_every_backend_says_why_it_cannot():
     found = backends()
     assert tuple(found) == ORDER
-    assert found["reference"].operations == OPERATIONS
+    assert found["reference"].operations == tuple(OPERATIONS)
     cuda = found["cuda"]
     if not torch.cuda.is_available():
         assert cuda.reason
@@ -70,7 +71,7 @@ def test_import_touches_no_gpu():
 import torch
 def refuse(*a, **k): raise AssertionError("the GPU was asked for")
 torch.cuda.is_available = torch.cuda._lazy_init = torch._C._cuda_getDeviceCount = refuse
-import fastguide.backends, fastguide.doctor
+import fastguide.ops._operation, fastguide.doctor
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -195,7 +196,7 @@ def test_explain_tells_what_was_passed_over():
 
 
 def test_a_missing_module_warns_once_and_only_once(monkeypatch, recwarn):
-    monkeypatch.setitem(compiled._modules, "cpu", (None, "fastguide._cpu did not load: broken on purpose"))
+    monkeypatch.setitem(_native._modules, "cpu", (None, "fastguide._cpu did not load: broken on purpose"))
     _warn_slow.cache_clear()
     for _ in range(3):
         assert select("randn", device=CPU, dtype=torch.float32) == "reference"
@@ -212,16 +213,10 @@ def test_a_missing_module_warns_once_and_only_once(monkeypatch, recwarn):
 # --- callers ------------------------------------------------------------------------------------------------
 
 
-def test_caller_refuses_strides():
-    with pytest.raises(ValueError, match="contiguous"):
-        compiled.randn_cpu(torch.empty(4, 6).T, 0, 0, 0, 0)
-
-
 @pytest.mark.parametrize("shape", ((0,), (0, 3), (3, 0), (5,), (5, 2, 3)))
-def test_caller_takes_any_event(shape):
-    out = torch.full(shape, float("nan"))
-    compiled.randn_cpu(out, 1, 2, 3, 4)
-    assert not out.isnan().any()
+def test_randn_takes_any_event(shape):
+    out = ops.randn(shape, seed=1, backend="cpu")
+    assert out.shape == shape and not out.isnan().any()
 
 
 # --- doctor -------------------------------------------------------------------------------------------------
@@ -259,7 +254,7 @@ def test_doctor_shows_why_cuda_was_not_built(monkeypatch):
         "archs": ["90"],
         "error": ["x.cu: no"],
     }
-    monkeypatch.setattr(compiled, "build_record", lambda: {"compiler": "g++ 12", "cuda": cuda})
+    monkeypatch.setattr(_native, "build_record", lambda: {"compiler": "g++ 12", "cuda": cuda})
     text = doctor.report()
     assert "failed compilation failed" in text and "x.cu: no" in text and "13.0, for sm_90" in text
 
@@ -349,7 +344,7 @@ def test_a_module_shares_none_of_its_functions(module):
 
 
 def test_the_module_that_is_loaded():
-    isas = compiled.instruction_sets()
+    isas = _native.instruction_sets()
     code = "import sys, fastguide; print(fastguide.backends()['cpu'].details['instruction_set'], *sys.modules)"
     for wish, expected in ((None, isas[0]), ("", isas[0]), *zip(isas, isas, strict=True)):
         environment = {name: value for name, value in os.environ.items() if name != "FASTGUIDE_ISA"}
@@ -365,13 +360,13 @@ def test_the_module_that_is_loaded():
 @pytest.mark.parametrize("processor", (["portable"], ["avx2", "portable"]), ids=lambda sets: sets[0])
 def test_an_instruction_set_that_the_processor_lacks_is_not_loaded(processor, monkeypatch):
     portable = types.SimpleNamespace(instruction_sets=lambda: processor)
-    monkeypatch.setattr(compiled, "_load", lambda name: (portable if name == "_cpu_portable" else name, ""))
+    monkeypatch.setattr(_native, "_load", lambda name: (portable if name == "_cpu_portable" else name, ""))
     monkeypatch.delenv("FASTGUIDE_ISA", raising=False)
-    assert compiled._load_cpu()[0] == (portable if processor == ["portable"] else "_cpu_avx2")
+    assert _native._load_cpu()[0] == (portable if processor == ["portable"] else "_cpu_avx2")
     for wish in ("avx512", "mmx"):
         monkeypatch.setenv("FASTGUIDE_ISA", wish)
         with pytest.raises(ValueError, match=f"FASTGUIDE_ISA: expected one of {', '.join(processor)} .*, got '{wish}'"):
-            compiled._load_cpu()
+            _native._load_cpu()
 
 
 @x86_64_only
@@ -380,7 +375,7 @@ def test_the_processor_is_asked_for_all_of_an_instruction_set():
     flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
     v3 = flags >= {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
     v4 = v3 and flags >= {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-    assert compiled.instruction_sets() == ["avx512"] * v4 + ["avx2"] * v3 + ["portable"]
+    assert _native.instruction_sets() == ["avx512"] * v4 + ["avx2"] * v3 + ["portable"]
 
 
 @x86_64_only

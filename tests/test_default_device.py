@@ -97,7 +97,7 @@ PRIOR, PLACES = example().denoiser(), torch.tensor([[0, 0, 2, 3, 2]])
             for family in fg.reference.FAMILIES
         ),
         lambda **o: ops.log_prob_and_gradient(
-            X, OUTPUT[:2], family="gaussian", scale=0.5, added=X[:1] ** 2, rows=PLACES[0, 1:] % 2, **o
+            X, OUTPUT[:2], family="gaussian", scale=0.5, extra_variance=X[:1] ** 2, rows=PLACES[0, 1:] % 2, **o
         ),
     ],
 )

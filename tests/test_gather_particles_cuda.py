@@ -6,7 +6,8 @@ import pytest
 import torch
 from maps import MAPS, bytes_of, indexed, survivors, uniform
 
-from fastguide import compiled, ops
+from fastguide import ops
+from fastguide.ops import _native
 
 MARGIN = 64
 MOVES, ENTANGLED = 1, 2  # the flags of a row
@@ -24,14 +25,14 @@ def gather(ancestors, *states, device, offset=0, workspace_bytes=None):
     for view, state in zip(views, states, strict=True):
         view.copy_(state)
     arrays = [(view.data_ptr(), view.shape[2]) for view in views]
-    cuda = compiled.module("cuda")
+    cuda = _native.module("cuda")
     if workspace_bytes is None:
         workspace_bytes = cuda.gather_workspace(rows, particles, arrays)
     workspace = torch.full((workspace_bytes + MARGIN,), 0xA5, dtype=torch.uint8, device=device)
     flags = torch.full((rows + 3,), -1, dtype=torch.int32, device=device)
     wide = ancestors.dtype == torch.int64
     before = ancestors.clone()
-    with compiled._cuda_stream(device) as queue:
+    with _native.cuda_stream(device) as queue:
         cuda.gather_particles(
             ancestors.data_ptr(), wide, rows, particles, arrays, flags.data_ptr(), workspace.data_ptr(),
             workspace_bytes, queue,
@@ -136,7 +137,7 @@ def test_a_workspace_without_room(cuda_device):
     ),
 )
 def test_what_a_call_asks_for(rows, particles, sizes, expected, cuda_device):
-    assert compiled.module("cuda").gather_workspace(rows, particles, [(0, size) for size in sizes]) == expected
+    assert _native.module("cuda").gather_workspace(rows, particles, [(0, size) for size in sizes]) == expected
 
 
 # --- ancestors out of range ---------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def test_bounds(cuda_device):
         (2**32, 1, "rows must be below"),
     ):
         with pytest.raises(ValueError, match=message):
-            compiled.module("cuda").gather_particles(0, False, rows, particles, [], 0, 0, 0, 0)
+            _native.module("cuda").gather_particles(0, False, rows, particles, [], 0, 0, 0, 0)
 
 
 # --- the operation ------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import pytest
 import torch
 from maps import MAPS, bytes_of, indexed, survivors, uniform
 
-from fastguide import compiled, ops
+from fastguide import ops
+from fastguide.ops import _native
 
 MARGIN = 64
 ASIDE = 4096  # bytes of a particle that the kernel moves at a time where there is an order
@@ -23,7 +24,7 @@ def gather(ancestors: torch.Tensor, *states: torch.Tensor, threads: int = 1) -> 
     arrays = [(view.data_ptr(), view.shape[2]) for view in views]
     wide = ancestors.dtype == torch.int64
     before = ancestors.clone()
-    bad, scratch = compiled.module("cpu").gather_particles(ancestors.data_ptr(), wide, rows, particles, arrays, threads)
+    bad, scratch = _native.module("cpu").gather_particles(ancestors.data_ptr(), wide, rows, particles, arrays, threads)
     for buffer in buffers:
         assert (buffer[:MARGIN] == 0xA5).all() and (buffer[buffer.numel() - MARGIN :] == 0xA5).all()
     assert torch.equal(ancestors, before)
@@ -105,7 +106,7 @@ def test_threads_move_the_same(make, rows, particles, size):
         assert torch.equal(moved, expected)
 
 
-@pytest.mark.parametrize("name", compiled.instruction_sets())
+@pytest.mark.parametrize("name", _native.instruction_sets())
 @both_indices
 def test_every_instruction_set(name, index_dtype, instruction_set):
     ancestors = torch.stack([make(1500) for make in MAPS.values()]).to(index_dtype)
@@ -162,7 +163,7 @@ def test_the_first_bad_ancestor_is_told_and_nothing_moves(index_dtype, particles
 
 def test_int32_does_not_count_further():
     with pytest.raises(ValueError, match="particles must be below 2147483648"):
-        compiled.module("cpu").gather_particles(0, False, 1, 2**31, [], 1)
+        _native.module("cpu").gather_particles(0, False, 1, 2**31, [], 1)
 
 
 # check=False spares a GPU the wait; here looking costs nothing.
@@ -254,11 +255,12 @@ def test_views_move_in_place_and_nothing_beside_them(view, backend):
 def test_only_views_that_are_not_dense_are_copied(monkeypatch):
     given = []
 
-    def record(ancestors, states, _f=compiled.gather_particles_cpu):
-        given.extend(state.data_ptr() for state in states)
-        return _f(ancestors, states)
+    class Recorder:
+        def gather_particles(self, ancestors, wide, rows, particles, states, threads):
+            given.extend(address for address, _ in states)
+            return _native.module("cpu").gather_particles(ancestors, wide, rows, particles, states, threads)
 
-    monkeypatch.setattr(compiled, "gather_particles_cpu", record)
+    monkeypatch.setitem(_native._modules, "cpu", (Recorder(), ""))
     for name, in_place in (("channels last", True), ("particles last", False)):
         view = VIEWS[name](torch.randn(120))
         ops.gather_particles_(torch.arange(5).flip(0), view)

@@ -16,8 +16,8 @@ from numba import njit
 from particles import distributions, state_space_models
 from particles import resampling as theirs
 
-from fastguide import compiled
 from fastguide.integrations import particles as ours
+from fastguide.ops import _native
 
 SCHEMES = sorted(ours.SCHEMES)
 
@@ -192,10 +192,10 @@ def test_long_rows_on_every_instruction_set_and_number_of_threads(scheme):
     expected = theirs.resampling(scheme, W)
     threads = torch.get_num_threads()
     try:
-        for name, number in itertools.product(compiled.instruction_sets(), (1, 3)):
+        for name, number in itertools.product(_native.instruction_sets(), (1, 3)):
             torch.set_num_threads(number)
             _seed(5)
-            with compiled.instruction_set(name):
+            with _native.instruction_set(name):
                 np.testing.assert_array_equal(getattr(ours, scheme)(W), expected)
     finally:
         torch.set_num_threads(threads)

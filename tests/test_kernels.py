@@ -12,7 +12,7 @@ from fastguide import ops, reference
 from fastguide.ops import DynamicThreshold
 
 pytest.importorskip("triton")
-from fastguide.kernels import tiles
+from fastguide.ops import _triton as tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -77,10 +77,8 @@ def test_randn_counts_as_the_others_do():
 
 
 def test_randn_reads_its_seed_and_step_from_the_device():
-    from fastguide.kernels.randn import randn
-
-    out = torch.empty(3, 10, device=DEVICE)
-    randn(out, torch.tensor(-3, device=DEVICE), torch.tensor(2**32 - 2, device=DEVICE), 7, 2**32 - 2)
+    on_device = dict(seed=torch.tensor(-3, device=DEVICE), step=torch.tensor(2**32 - 2, device=DEVICE))
+    out = ops.randn((3, 10), device=DEVICE, backend="triton", **(COUNTER | on_device))
     assert torch.equal(out, ops.randn((3, 10), device=DEVICE, backend="triton", **COUNTER))
 
 
@@ -218,7 +216,7 @@ def test_empty(shape):
 
 def density(family: str, shape: tuple[int, ...], dtype: torch.dtype, y_of: str, spread: bool) -> tuple:
     """``z``, ``y`` and options; ``y`` of one row, of each sample's, or of any."""
-    z, y, added = inputs(shape, number=3, seed=3)
+    z, y, extra_variance = inputs(shape, number=3, seed=3)
     if family == "poisson":
         z, y = 5.0 * z.abs(), (4.0 * y.abs()).round()
         z[0, 0] = -1.0  # a rate held at its floor
@@ -227,7 +225,7 @@ def density(family: str, shape: tuple[int, ...], dtype: torch.dtype, y_of: str, 
     rows = torch.randint(len(y), shape[:1], generator=generator).to(DEVICE) if y_of == "rows" else None
     options = dict(
         family=family, scale=0.7, df=3.0 if family == "student_t" else None, rows=rows,
-        background=0.1 if family == "poisson" else 0.0, added=added[:1].abs() if spread else None,
+        background=0.1 if family == "poisson" else 0.0, extra_variance=extra_variance[:1].abs() if spread else None,
     )  # fmt: skip
     return z.to(dtype), y, options
 
@@ -242,7 +240,7 @@ def test_log_prob_and_gradient(shape, dtype, family):
             continue
         z, y, options = density(family, shape, dtype, y_of, spread)
         log_prob, gradient = ops.log_prob_and_gradient(z, y, backend="triton", **options)
-        wide = options | dict(added=options["added"].double() if spread else None)
+        wide = options | dict(extra_variance=options["extra_variance"].double() if spread else None)
         exact, exact_gradient = reference.log_prob_and_gradient(z.double(), y.double(), **wide)
         assert log_prob.dtype == torch.float64 and gradient.dtype == dtype
         # Terms of either sign, each rounded to float32 (float64 for Poisson).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import re
 import shutil
@@ -17,9 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastguide
-from fastguide import compiled, library, ops, reference
-from fastguide.ops import DynamicThreshold
+from fastguide import ops, reference
+from fastguide.ops import DynamicThreshold, _arguments, _native
 
 OPERATORS = torch.ops.fastguide
 VP = (0.6, 0.8, 0.8, 0.6, 0.3)
@@ -70,10 +68,10 @@ def test_opcheck_randn(shape, dtype, backend):
 def reverse_step_arguments(
     x, *, output=None, coefficients=VP, prediction="epsilon", clip=None, clip_noise=True, moved=False, return_x0=False
 ) -> tuple:
-    values, table = library._pack(coefficients, x)
+    values, table = _arguments.levels(coefficients, x, prediction)
     output = normal(*x.shape, seed=1, dtype=x.dtype, grad=x.requires_grad) if output is None else output
     displacement = normal(*x.shape, seed=2, dtype=x.dtype, grad=x.requires_grad) if moved else None
-    clip = library._pack_clip(clip)
+    clip = _arguments.clip(clip)
     return (
         x,
         output,
@@ -127,24 +125,6 @@ def test_opcheck_reverse_step_dtypes_and_layouts(dtype, layout):
     check(OPERATORS.reverse_step, *reverse_step_arguments(x, output=output, prediction="sample", return_x0=True))
 
 
-@pytest.mark.parametrize(
-    ("prediction", "with_x0", "layout"),
-    [
-        *itertools.product(reference.PREDICTIONS, (False, True), ("rows",)),
-        ("v", False, "turned"),
-        ("sample", True, "turned"),
-    ],
-)
-def test_opcheck_reverse_step_backward(prediction, with_x0, layout):
-    x, output, grad_x_s, grad_x0 = (normal(3, 2, 4, seed=i) for i in range(4))
-    if layout == "turned":
-        x, output, grad_x_s = turned(x), turned(output), turned(grad_x_s)
-    for coefficients in (VP, tuple(torch.full((3,), c) for c in VP)):
-        values, table = library._pack(coefficients, x)
-        gradients = grad_x_s, grad_x0 if with_x0 else None
-        check(OPERATORS.reverse_step_backward, *gradients, x, output, values, table, prediction, [-0.5, 0.5], with_x0)
-
-
 @pytest.mark.parametrize("coefficients", [VP, PER_SAMPLE, (0.6, 0.8, 1.0, 0.0, 0.0)])
 @pytest.mark.parametrize(
     ("weights_shape", "dtype", "layout"),
@@ -154,7 +134,7 @@ def test_opcheck_propose_and_weigh(weights_shape, dtype, coefficients, layout):
     states = [normal(3, 2, 4, seed=i, dtype=dtype) for i in range(3)]
     if layout == "turned":
         states = [turned(state) for state in states]
-    values, table = library._pack(coefficients, states[0])
+    values, table = _arguments.levels(coefficients, states[0], "sample")
     weights = normal(*weights_shape, dtype=torch.float64)
     check(OPERATORS.propose_and_weigh, *states, weights, values, table, -1, 0, 0, 3, torch.tensor([9]), None, "auto")
 
@@ -168,7 +148,9 @@ def test_opcheck_propose_and_weigh(weights_shape, dtype, coefficients, layout):
 def test_opcheck_resample(scheme, shape, num, threshold, keep_sorted, dtype):
     rows = normal(*shape, dtype=dtype)
     rows = turned(rows) if dtype == torch.float64 else rows
-    check(OPERATORS.resample, rows, scheme, num, threshold, -1, 2, 3, 4, torch.tensor(5), None, keep_sorted, "auto")
+    check(
+        OPERATORS.resample, rows, scheme, num, threshold, -1, 2, 3, 4, torch.tensor(5), None, keep_sorted, False, "auto"
+    )
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
@@ -181,16 +163,16 @@ def test_opcheck_gather_particles_(index_dtype, rows):
         turned(normal(*rows, 4, 2, 5)),
     ]
     for number in (0, 1, 3):
-        check(OPERATORS.gather_particles_, ancestors, states[:number], "auto")
+        check(OPERATORS.gather_particles_, ancestors, states[:number], True, "auto")
 
 
-def density_arguments(family, dtype=torch.float32, grad=False, added=None, rows=None, y=None) -> tuple:
+def density_arguments(family, dtype=torch.float32, grad=False, extra_variance=None, rows=None, y=None) -> tuple:
     y = (3.0 * normal(3, 2, 4, seed=1).abs()).round().to(dtype) if y is None else y
-    added = None if added is None else normal(added, 2, 4, seed=2, dtype=dtype) ** 2
+    extra_variance = None if extra_variance is None else normal(extra_variance, 2, 4, seed=2, dtype=dtype) ** 2
     rows = None if rows is None else torch.tensor(rows)
     z = normal(3, 2, 4, dtype=dtype).abs() + 0.5
     df, background = (4.5 if family == "student_t" else None), (0.25 if family == "poisson" else 0.0)
-    return z.requires_grad_(grad), y, family, 0.7, df, background, added, rows, "auto"
+    return z.requires_grad_(grad), y, family, 0.7, df, background, extra_variance, rows, True, "auto"
 
 
 @pytest.mark.parametrize("family", reference.FAMILIES)
@@ -205,10 +187,10 @@ def test_opcheck_log_prob_and_gradient_dtypes(family, dtype):
     check(OPERATORS.log_prob_and_gradient, *density_arguments(family, dtype, grad=True))
 
 
-@pytest.mark.parametrize("added", (1, 3))
+@pytest.mark.parametrize("extra_variance", (1, 3))
 @pytest.mark.parametrize("layout", ["rows", "turned"])
-def test_opcheck_log_prob_and_gradient_layouts(added, layout):
-    z, y, *rest = density_arguments("laplace", grad=True, added=added)
+def test_opcheck_log_prob_and_gradient_layouts(extra_variance, layout):
+    z, y, *rest = density_arguments("laplace", grad=True, extra_variance=extra_variance)
     if layout == "turned":
         z, y, rest[4] = turned(z), turned(y), turned(rest[4])
     check(OPERATORS.log_prob_and_gradient, z, y, *rest)
@@ -304,7 +286,7 @@ def test_every_operation_is_one_operator_of_the_graph():
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("return_x0", (False, True))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-def test_the_operators_gradients_are_eagers(prediction, clip, return_x0, dtype):
+def test_gradients_are_those_of_the_reference(prediction, clip, return_x0, dtype):
     def gradients(step) -> list[torch.Tensor]:
         tensors = [normal(3, 4, seed=i, dtype=dtype, grad=True) for i in range(3)]
         x_s, *rest = step(*tensors)
@@ -318,13 +300,11 @@ def test_the_operators_gradients_are_eagers(prediction, clip, return_x0, dtype):
         result = ops.reverse_step(x, output, VP, displacement=displacement, seed=5, **options)
         return result if return_x0 else (result,)
 
-    def operator(x, output, displacement):
-        counter = 5, 0, 0, 0
-        return library.call_reverse_step(
-            x, output, VP, prediction, clip, clip_noise, displacement, counter, return_x0, "auto"
-        )
+    def formula(x, output, displacement):
+        result = reference.reverse_step(x, output, VP, displacement=displacement, seed=5, **options)
+        return result if return_x0 else (result,)
 
-    for a, b in zip(gradients(operator), gradients(eager), strict=True):
+    for a, b in zip(gradients(eager), gradients(formula), strict=True):
         torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
@@ -392,7 +372,6 @@ def test_log_densities_in_a_compiled_function(family, backend):
 
 
 def test_derivatives_in_y_in_a_compiled_function():
-    """Which the operator has not: the reference is traced in its place."""
     z, y = normal(3, 4), normal(3, 4, seed=1)
 
     def log_prob(y):
@@ -456,42 +435,41 @@ def test_checks_hold_while_compiling():
 
 
 def test_eager_calls_skip_the_dispatcher():
-    class Recorder(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.names = []
+    def dispatched(call) -> list[str]:
+        with torch.autograd.profiler.profile() as profile:
+            call()
+        return [event.name for event in profile.function_events if "fastguide" in event.name]
 
-        def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            self.names.append(str(function))
-            return function(*arguments, **(options or {}))
-
-    with Recorder() as recorder:
+    def eager():
         run_loop(twisted_loop)
         ops.log_prob_and_gradient(torch.ones(2, 3), torch.ones(1, 3), family="laplace", scale=1.0)
-        parameter = torch.nn.Parameter(torch.ones(2, 3))
         with torch.no_grad():
             ops.reverse_step(parameter, parameter, VP)
         ops.reverse_step(parameter, parameter, VP, backend="reference")
-    assert recorder.names and not [name for name in recorder.names if "fastguide" in name]
-    with Recorder() as recorder:  # and the recorder would have seen it
-        OPERATORS.randn((2, 3), 1, 0, 0, 0, None, None, torch.float32, torch.device("cpu"), "auto")
-        ops.reverse_step(parameter, parameter, VP)  # whose derivative the kernel does not record
-    assert [name.split(".")[1] for name in recorder.names if "fastguide" in name] == ["randn", "reverse_step"]
+
+    parameter = torch.nn.Parameter(torch.ones(2, 3))
+    assert dispatched(eager) == []
+    assert "fastguide::reverse_step" in dispatched(lambda: ops.reverse_step(parameter, parameter, VP))
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.append(str(function).removeprefix("fastguide.").removesuffix(".default"))
+        return function(*arguments, **(options or {}))
+
+
+def test_a_mode_that_watches_sees_the_operators():
+    with Recorder() as recorder:
+        run_loop(twisted_loop)
+    assert {"randn", "reverse_step", "propose_and_weigh", "resample", "gather_particles_"} <= set(recorder.names)
 
 
 X, MEASURED = normal(3, 4), normal(1, 4, seed=1)
-LEARNED = (0.6, torch.full((3,), 0.8, requires_grad=True), 0.8, 0.6, 0.3)
 WITHOUT_KERNELS = {
-    "coefficients": (
-        lambda backend: ops.reverse_step(X, X, LEARNED, seed=1, backend=backend),
-        "reverse_step runs in plain PyTorch.*: the kernel has no derivatives in coefficients",
-    ),
-    "y": (
-        lambda backend: ops.log_prob_and_gradient(
-            X, MEASURED.clone().requires_grad_(), family="gaussian", scale=1.0, backend=backend
-        )[0],
-        "log_prob_and_gradient runs in plain PyTorch.*: the kernel differentiates in z alone, and y requires",
-    ),
     "forward mode": (
         lambda backend: torch.func.jvp(lambda x: ops.reverse_step(x, X, VP, seed=1, backend=backend), (X,), (X,))[1],
         "reverse_step runs in plain PyTorch.*: the kernel has no function transforms or forward-mode derivatives",
@@ -502,7 +480,7 @@ WITHOUT_KERNELS = {
 @pytest.mark.parametrize(("call", "reason"), WITHOUT_KERNELS.values(), ids=WITHOUT_KERNELS.keys())
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_a_call_that_no_kernel_serves_says_so_once(call, reason):
-    backends = sys.modules["fastguide.backends"]  # the package's attribute of that name is its function
+    backends = sys.modules["fastguide.ops._operation"]  # the package's attribute of that name is its function
     backends._warn_reference.cache_clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*plain PyTorch")
@@ -517,12 +495,16 @@ def test_a_call_that_no_kernel_serves_says_so_once(call, reason):
 
 
 def test_seeds_pass_through_the_signed_schema():
+    device = torch.device("cpu")
     for seed in (0, 2**63 - 1, 2**63, 2**64 - 1):
-        got = library.call_randn((2, 5), (seed, 1, 2, 3), torch.float32, torch.device("cpu"), "auto")
-        assert torch.equal(got, ops.randn((2, 5), seed=seed, step=1, stream=2, first_particle=3))
-        packed, step, *rest = library._pack_counter(seed, 1, 2, 3)
-        assert -(1 << 63) <= packed < 1 << 63 and rest == [2, 3, None, None]
-        assert library._unpack_counter(packed, step, None, None) == dict(seed=seed, step=1)
+        expected = ops.randn((2, 5), seed=seed, step=1, stream=2, first_particle=3)
+        signed = seed - 2**64 if seed >= 2**63 else seed
+        assert torch.equal(
+            OPERATORS.randn((2, 5), signed, 1, 2, 3, None, None, torch.float32, device, "auto"), expected
+        )
+        with Recorder() as recorder:
+            got = ops.randn((2, 5), seed=seed, step=1, stream=2, first_particle=3)
+        assert recorder.names == ["randn"] and torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("backend", ("auto", "cpu", "reference"))
@@ -579,17 +561,13 @@ def test_a_compiled_function_takes_any_integer_seed(first):
 
 def test_clips_and_coefficients_pass_through_the_schema():
     for clip in CLIPS:
-        unpacked = library._unpack_clip(library._pack_clip(clip))
+        unpacked = _arguments.unpacked_clip(_arguments.clip(clip))
         assert unpacked == ((-0.7, 0.7) if clip == 0.7 else clip) and type(unpacked) is not list
     x = torch.zeros(3, 2)
-    assert library._unpack(*library._pack(VP, x)) == VP
-    unpacked = library._unpack(*library._pack(PER_SAMPLE, x))
+    assert _arguments.unpacked_levels(*_arguments.levels(VP, x, "v")) == VP
+    unpacked = _arguments.unpacked_levels(*_arguments.levels(PER_SAMPLE, x, "v"))
     for a, b in zip(unpacked, PER_SAMPLE, strict=True):
         assert torch.equal(a, torch.as_tensor(b, dtype=torch.float32).double().expand(3)) or math.isclose(a[0], b)
-
-
-def test_the_module_is_public():
-    assert fastguide.library is library
 
 
 # --- tensors that are not plain memory ------------------------------------------------------------------------
@@ -609,7 +587,7 @@ def calls():
         return ops.propose_and_weigh(coefficients=(0.6, 0.8, 0.8, 0.6, 0.1), seed=1, **tensors)[1]
 
     def density(t, at):
-        tensors = {"z": x, "y": y, "added": y.square()} | {at: t}
+        tensors = {"z": x, "y": y, "extra_variance": y.square()} | {at: t}
         return ops.log_prob_and_gradient(family="gaussian", scale=0.5, **tensors)[0]
 
     for at, value in (("x", x), ("model_output", x + 1), ("displacement", x - 1)):
@@ -618,7 +596,7 @@ def calls():
     for at, value in (("x", x), ("x0_hat", x + 1), ("displacement", x - 1), ("log_weights", w)):
         yield f"propose_and_weigh, {at}", value, lambda t, at=at: propose(t, at)
     yield "resample", w, lambda t: ops.resample(t, seed=1)[0]
-    for at, value in (("z", x), ("y", y), ("added", y.square())):
+    for at, value in (("z", x), ("y", y), ("extra_variance", y.square())):
         yield f"log_prob_and_gradient, {at}", value, lambda t, at=at: density(t, at)
 
 
@@ -726,7 +704,7 @@ LAYOUTS = {
 def test_a_tensor_of_another_layout_is_refused_by_name(name, layout, backend, monkeypatch):
     value, call = CALLS[name]
     if backend == "reference":
-        monkeypatch.setitem(compiled._modules, "cpu", (None, "not here"))
+        monkeypatch.setitem(_native._modules, "cpu", (None, "not here"))
     argument = {"resample": "log_weights", "reverse_step, sigma_s": "coefficients"}.get(name, name.split(", ")[-1])
     with pytest.raises((TypeError, ValueError), match=f"^{argument}: expected .*, got "):
         call(LAYOUTS[layout](value))

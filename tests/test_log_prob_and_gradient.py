@@ -10,9 +10,10 @@ import torch
 from scipy import special, stats
 from torch import Tensor
 
-from fastguide import compiled, ops, reference
+from fastguide import ops, reference
 from fastguide.likelihoods import Gaussian, Laplace, Likelihood, Poisson, StudentT
 from fastguide.operators import AveragePool, Blur, Identity, Inpainting, Matrix
+from fastguide.ops._operation import OPERATIONS
 
 DF, BACKGROUND = 4.5, 0.25
 OPTIONS: dict[str, dict] = {
@@ -50,10 +51,10 @@ def poisson_log_prob(counts: np.ndarray, rate: np.ndarray) -> np.ndarray:
     return exact - below * (counts / held - 1) - below**2 / (2 * np.maximum(counts, 1))
 
 
-def expected_log_prob(family: str, z: Tensor, y: Tensor, scale: float, added: Tensor | None = None) -> Tensor:
+def expected_log_prob(family: str, z: Tensor, y: Tensor, scale: float, extra_variance: Tensor | None = None) -> Tensor:
     """By scipy, in float64; ``y`` has a row for each sample."""
     y, z = y.double().numpy(), z.double().numpy()
-    width = np.sqrt(scale**2 + (0.0 if added is None else added.double().numpy()))
+    width = np.sqrt(scale**2 + (0.0 if extra_variance is None else extra_variance.double().numpy()))
     if family == "gaussian":
         density = stats.norm.logpdf(y, z, width)
     elif family == "student_t":
@@ -65,16 +66,16 @@ def expected_log_prob(family: str, z: Tensor, y: Tensor, scale: float, added: Te
     return torch.as_tensor(density).reshape(len(density), -1).sum(1)
 
 
-def expected_gradient(family: str, z: Tensor, y: Tensor, scale: float, added: Tensor | None = None) -> Tensor:
+def expected_gradient(family: str, z: Tensor, y: Tensor, scale: float, extra_variance: Tensor | None = None) -> Tensor:
     y, z = y.double(), z.double()
-    variance = scale**2 + (0.0 if added is None else added.double())
+    variance = scale**2 + (0.0 if extra_variance is None else extra_variance.double())
     residual = y - z
     if family == "gaussian":
         return residual / variance
     if family == "student_t":
         return (DF + 1) * residual / (DF * variance + residual**2)
     if family == "laplace":
-        return residual.sign() / variance**0.5 if added is not None else residual.sign() / scale
+        return residual.sign() / variance**0.5 if extra_variance is not None else residual.sign() / scale
     counts, rate = y / scale, (z + BACKGROUND) / scale
     floor = counts.clamp(min=0.2) / 2
     return (counts / rate.maximum(floor) - 1 + (floor - rate).clamp(min=0) / counts.clamp(min=1)) / scale
@@ -95,16 +96,18 @@ GRADIENT_RTOL = {
 }
 
 
-def check(result: tuple[Tensor, Tensor | None], family: str, z: Tensor, y: Tensor, scale: float, added=None) -> None:
+def check(
+    result: tuple[Tensor, Tensor | None], family: str, z: Tensor, y: Tensor, scale: float, extra_variance=None
+) -> None:
     log_prob, gradient = result
     assert gradient is not None
     assert log_prob.dtype == torch.float64 and log_prob.shape == z.shape[:1]
     assert gradient.dtype == z.dtype and gradient.shape == z.shape and gradient.is_contiguous()
     rtol, terms = RTOL[z.dtype], math.prod(z.shape[1:])
     torch.testing.assert_close(
-        log_prob, expected_log_prob(family, z, y, scale, added), rtol=rtol, atol=rtol * math.sqrt(terms)
+        log_prob, expected_log_prob(family, z, y, scale, extra_variance), rtol=rtol, atol=rtol * math.sqrt(terms)
     )
-    want, rtol = expected_gradient(family, z, y, scale, added), GRADIENT_RTOL[z.dtype]
+    want, rtol = expected_gradient(family, z, y, scale, extra_variance), GRADIENT_RTOL[z.dtype]
     torch.testing.assert_close(gradient.double(), want, rtol=rtol, atol=2 * rtol)
 
 
@@ -149,11 +152,11 @@ def test_rows_of_y(family, backend, elements):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("measurement", ((1,), (2, 3), (16,), (2500,)))
 @pytest.mark.parametrize("rows", (1, 5))
-def test_added_variances(family, backend, dtype, measurement, rows):
+def test_extra_variance(family, backend, dtype, measurement, rows):
     z, y = located(family, 5, *measurement, dtype=dtype), measured(family, 5, *measurement, dtype=dtype)
-    added = normal(rows, *measurement, seed=2, dtype=dtype) ** 2
-    options = dict(family=family, scale=0.6, added=added, backend=backend, **OPTIONS[family])
-    check(ops.log_prob_and_gradient(z, y, **options), family, z, y, 0.6, added)
+    extra_variance = normal(rows, *measurement, seed=2, dtype=dtype) ** 2
+    options = dict(family=family, scale=0.6, extra_variance=extra_variance, backend=backend, **OPTIONS[family])
+    check(ops.log_prob_and_gradient(z, y, **options), family, z, y, 0.6, extra_variance)
 
 
 @every_family
@@ -322,8 +325,8 @@ def test_further_derivatives(family, with_rows):
     """Of the log-density the second and third, and of the gradient the first."""
     z, y = located(family, 3, 4), measured(family, 3, 4)
     rows = torch.tensor([2, 0, 2]) if with_rows else None
-    added = None if family == "poisson" else normal(1, 4, seed=3) ** 2
-    options = dict(family=family, scale=1.0, added=added, rows=rows, **OPTIONS[family])
+    extra_variance = None if family == "poisson" else normal(1, 4, seed=3) ** 2
+    options = dict(family=family, scale=1.0, extra_variance=extra_variance, rows=rows, **OPTIONS[family])
 
     def derivatives(function) -> list[Tensor]:
         leaf = z.clone().requires_grad_()
@@ -344,17 +347,20 @@ def test_further_derivatives(family, with_rows):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ("y", "added"))
+@pytest.mark.parametrize("name", ("y", "extra_variance"))
 def test_other_derivatives_are_the_references(name):
-    z, tensors = normal(2, 3), dict(y=normal(2, 3, seed=1), added=normal(2, 3, seed=2) ** 2)
+    z, tensors = normal(2, 3), dict(y=normal(2, 3, seed=1), extra_variance=normal(2, 3, seed=2) ** 2)
     tensors[name].requires_grad_()
     options = dict(family="gaussian", scale=1.0)
-    with pytest.raises(RuntimeError, match=f"cpu differentiates in z alone, and {name} requires a gradient"):
-        ops.log_prob_and_gradient(z, **tensors, backend="cpu", **options)
-    (got,) = torch.autograd.grad(ops.log_prob_and_gradient(z, **tensors, **options)[0].sum(), tensors[name])
-    assert torch.isfinite(got).all() and (got != 0).all()
-    with torch.no_grad():
-        ops.log_prob_and_gradient(z, **tensors, backend="cpu", **options)
+    for order in (1, 2):
+        values = []
+        for backend in ("cpu", "reference"):
+            value = ops.log_prob_and_gradient(z, **tensors, backend=backend, **options)[0].sum()
+            for _ in range(order):
+                (value,) = torch.autograd.grad(value.sum(), tensors[name], create_graph=True)
+            values.append(value.detach())
+        torch.testing.assert_close(*values)
+        assert (values[0] != 0).all()
 
 
 def test_transforms_of_torch_func():
@@ -414,8 +420,10 @@ def test_isotropic_gaussian_is_one_pass_where_the_gram_is_diagonal(operator, eve
     logdet = operator.gram_logdet(residual, 0.4, 0.49)
     want = -0.5 * ((residual * solved).flatten(1).sum(1) + logdet + residual[0].numel() * math.log(2 * math.pi))
     seen = []
-    fast = compiled.log_prob_and_gradient_cpu
-    monkeypatch.setattr(compiled, "log_prob_and_gradient_cpu", lambda *a: seen.append(1) or fast(*a))
+    operation = OPERATIONS["log_prob_and_gradient"]
+    fast = operation.kernels["cpu"]
+    monkeypatch.setattr(operation, "_chosen", {})
+    monkeypatch.setitem(operation.kernels, "cpu", lambda *a: seen.append(1) or fast(*a))
     log_prob, gradient = likelihood.log_prob_and_gradient(z, likelihood.y, 0.7, 0.4)
     assert bool(seen) == fused and (operator.diagonal_gram(z) is not None) == fused
     torch.testing.assert_close(log_prob, want, rtol=1e-13, atol=1e-13)
@@ -483,9 +491,9 @@ Z = torch.zeros(3, 2)
         (Z, Z.T, {}, ValueError, r"y: expected 3 rows or 1, each of shape \[2\], got \[2, 3\]"),
         (Z, Z[0], {}, ValueError, r"y: .* got \[2\]"),
         (Z, Z.to("meta"), {}, ValueError, "y: expected a tensor on cpu, where z is, got meta"),
-        (Z, Z, dict(added=Z[:2]), ValueError, "added: expected 3 rows or 1"),
-        (Z, Z, dict(added=1.0), TypeError, "added: expected a tensor, got float"),
-        (Z, Z, dict(added=Z, family="poisson"), ValueError, "added: expected None for 'poisson'"),
+        (Z, Z, dict(extra_variance=Z[:2]), ValueError, "extra_variance: expected 3 rows or 1"),
+        (Z, Z, dict(extra_variance=1.0), TypeError, "extra_variance: expected a tensor, got float"),
+        (Z, Z, dict(extra_variance=Z, family="poisson"), ValueError, "extra_variance: expected None for 'poisson'"),
         (Z, Z, dict(rows=[0, 0, 0]), TypeError, r"rows: expected an int64 tensor \[3\] on cpu, got list"),
         (Z, Z, dict(rows=torch.zeros(3)), ValueError, "rows: .* got torch.float32"),
         (Z, Z, dict(rows=torch.zeros(2).long()), ValueError, r"rows: .*\[3\].* got torch.int64 \[2\]"),

@@ -11,7 +11,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
-from fastguide import compiled
+from fastguide.ops import _native
 from fastguide.reference import FAMILIES, density_constant
 
 ELEMENTS = (1, 2, 3, 7, 15, 16, 17, 63, 511, 513, 2047, 2048, 2049, 5000)
@@ -27,7 +27,7 @@ def kernel(
     scale: float = 0.7,
     df: float = DF,
     background: float = 0.0,
-    added: Tensor | None = None,
+    extra_variance: Tensor | None = None,
     rows: Tensor | None = None,
     gradient: bool = True,
     threads: int = 1,
@@ -38,12 +38,12 @@ def kernel(
     log_prob = torch.full((n + 2 * MARGIN,), math.nan, dtype=torch.float64)
     out = torch.full((n * elements + 2 * MARGIN,), math.nan, dtype=z.dtype)
     inner = out[MARGIN : MARGIN + n * elements]
-    bad = compiled.module("cpu").log_prob_and_gradient(
-        FAMILIES.index(family), scale, df, background, density_constant(family, scale, df, added is not None),
-        compiled.CPU_DTYPES[z.dtype], n, elements, z.data_ptr(), y.data_ptr(), y.shape[0],
-        None if rows is None else rows.data_ptr(), None if added is None else added.data_ptr(),
-        0 if added is None else added.shape[0], log_prob[MARGIN:].data_ptr(), inner.data_ptr() if gradient else None,
-        threads,
+    bad = _native.module("cpu").log_prob_and_gradient(
+        FAMILIES.index(family), scale, df, background, density_constant(family, scale, df, extra_variance is not None),
+        _native.CPU_DTYPES[z.dtype], n, elements, z.data_ptr(), y.data_ptr(), y.shape[0],
+        None if rows is None else rows.data_ptr(), None if extra_variance is None else extra_variance.data_ptr(),
+        0 if extra_variance is None else extra_variance.shape[0], log_prob[MARGIN:].data_ptr(),
+        inner.data_ptr() if gradient else None, threads,
     )  # fmt: skip
     for buffer, size in ((log_prob, n), (out, n * elements)):
         assert buffer[:MARGIN].isnan().all() and buffer[MARGIN + size :].isnan().all()
@@ -74,7 +74,7 @@ def arguments(family: str, n: int, elements: int, source: torch.dtype, size: flo
 def functions(x) -> list[np.ndarray]:
     x = np.ascontiguousarray(x, dtype=np.float64)
     out = [np.full(x.shape, np.nan) for _ in range(3)]
-    compiled.module("cpu").log_functions(x.ctypes.data, *(array.ctypes.data for array in out), x.size)
+    _native.module("cpu").log_functions(x.ctypes.data, *(array.ctypes.data for array in out), x.size)
     return out
 
 
@@ -132,10 +132,10 @@ Long = np.longdouble
 TWO_PI = Long(2 * math.pi) + Long(2.4492935982947064e-16)
 
 
-def exact(family: str, z: Tensor, y: Tensor, scale: float, df: float = DF, added: Tensor | None = None):
+def exact(family: str, z: Tensor, y: Tensor, scale: float, df: float = DF, extra_variance: Tensor | None = None):
     """Log-densities, sums of their terms' absolute values, gradients and the scale of these, to 64 bits of mantissa."""
     z, y = z.double().numpy().astype(Long), y.double().numpy().astype(Long)
-    variance = Long(scale) ** 2 + (Long(0) if added is None else added.double().numpy().astype(Long))
+    variance = Long(scale) ** 2 + (Long(0) if extra_variance is None else extra_variance.double().numpy().astype(Long))
     r, nothing = y - z, np.zeros_like(z)
     if family == "gaussian":
         terms, gradient = [-r * r / (2 * variance), -np.log(TWO_PI * variance) / 2 + nothing], r / variance
@@ -163,7 +163,7 @@ def exact(family: str, z: Tensor, y: Tensor, scale: float, df: float = DF, added
 # Of the log-density, in 2^-53 of the sum of its terms' absolute values; of the gradient, in units of z's last place
 # there: half of one is rounding alone. Each within two of what was measured on five samples of each number of elements.
 BOUNDS = {
-    # family, added: (log-density, gradient in float64, in the others)
+    # family, extra_variance: (log-density, gradient in float64, in the others)
     ("gaussian", False): (8.0, 3.0, 0.501),
     ("gaussian", True): (6.0, 3.0, 0.501),
     ("student_t", False): (8.0, 4.5, 0.501),
@@ -184,9 +184,9 @@ def test_error_bounds(family, with_added, source):
         for size in SIZES.get(source, (1e-3, 1.0, 1e3)):
             size = min(size, 1e6) if family == "poisson" else size
             z, y = arguments(family, 5, elements, source, size)
-            added = numbers(5, elements, seed=2, dtype=y.dtype) ** 2 if with_added else None
-            log_prob, gradient, bad = kernel(family, z, y, added=added)
-            want, magnitude, slope, slope_size = exact(family, z, y, 0.7, added=added)
+            extra_variance = numbers(5, elements, seed=2, dtype=y.dtype) ** 2 if with_added else None
+            log_prob, gradient, bad = kernel(family, z, y, extra_variance=extra_variance)
+            want, magnitude, slope, slope_size = exact(family, z, y, 0.7, extra_variance=extra_variance)
             assert bad == -1
             worst_log_prob = max(worst_log_prob, float((abs(log_prob.numpy() - want) / magnitude).max()) * 2**53)
             slope_size = np.maximum(slope_size, Long(info.tiny))
@@ -251,12 +251,12 @@ def test_sums_are_that_tree(elements, source):
 
 
 def variants(family: str, elements: int, source: torch.dtype) -> list[dict]:
-    """Every way to give ``y`` and ``added`` for 9 samples."""
+    """Every way to give ``y`` and ``extra_variance`` for 9 samples."""
     _, y = arguments(family, 9, elements, source)
     cases: list[dict] = [dict(y=y), dict(y=y[:1].clone()), dict(y=y, rows=torch.tensor([8, 8, 8, 0, 0, 5, 4, 5, 4]))]
     if family != "poisson":
-        added = numbers(9, elements, seed=2, dtype=y.dtype) ** 2
-        cases += [dict(y=y, added=added), dict(y=y, added=added[:1].clone())]
+        extra_variance = numbers(9, elements, seed=2, dtype=y.dtype) ** 2
+        cases += [dict(y=y, extra_variance=extra_variance), dict(y=y, extra_variance=extra_variance[:1].clone())]
     return [case | dict(background=BACKGROUND if family == "poisson" else 0.0) for case in cases]
 
 
@@ -264,7 +264,7 @@ def same_bits(got: tuple, want: tuple) -> bool:
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got[:2], want[:2], strict=True))
 
 
-@pytest.mark.parametrize("name", compiled.instruction_sets()[1:])
+@pytest.mark.parametrize("name", _native.instruction_sets()[1:])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("elements", ELEMENTS)
 def test_every_instruction_set_gives_the_same_bits(name, family, elements, instruction_set):
@@ -276,7 +276,7 @@ def test_every_instruction_set_gives_the_same_bits(name, family, elements, instr
                 assert same_bits(kernel(family, z, **case), best)
 
 
-@pytest.mark.parametrize("name", compiled.instruction_sets()[1:])
+@pytest.mark.parametrize("name", _native.instruction_sets()[1:])
 def test_the_functions_have_the_same_bits(name, arguments_of_log, instruction_set):
     best = functions(arguments_of_log)
     with instruction_set(name):
@@ -303,8 +303,8 @@ def test_a_sample_alone_has_the_bits_it_has_among_others(family, elements):
             own = dict(case)
             row = own.pop("rows")[i] if "rows" in own else 0 if len(own["y"]) == 1 else i
             own["y"] = own["y"][row][None].clone()
-            if "added" in own:
-                own["added"] = own["added"][0 if len(own["added"]) == 1 else i][None].clone()
+            if "extra_variance" in own:
+                own["extra_variance"] = own["extra_variance"][0 if len(own["extra_variance"]) == 1 else i][None].clone()
             alone = kernel(family, z[i : i + 1].clone(), **own)
             assert torch.equal(alone[0], log_prob[i : i + 1]) and torch.equal(alone[1], gradient[i : i + 1])
 
@@ -344,4 +344,4 @@ def test_codes_are_checked():
     rest = (z.data_ptr(), y.data_ptr(), 1, None, None, 0, z.data_ptr(), None, 1)
     for family, dtype, message in ((4, 0, "family must be below 4"), (0, 4, "dtype must be below 4")):
         with pytest.raises(ValueError, match=message):
-            compiled.module("cpu").log_prob_and_gradient(family, 1.0, 1.0, 0.0, 0.0, dtype, 1, 3, *rest)
+            _native.module("cpu").log_prob_and_gradient(family, 1.0, 1.0, 0.0, 0.0, dtype, 1, 3, *rest)

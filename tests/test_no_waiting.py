@@ -183,7 +183,7 @@ def test_operations_ask_nothing():
             options = dict(scheme=scheme, ess_threshold=threshold, sorted=keep_sorted)
             ancestors = ops.resample(log_weights, check=False, **options)[0]
         ops.gather_particles_(ancestors, x.view(2, 3, 5), check=False)
-        for family, added in itertools.product(reference.FAMILIES, (None, x[:1])):
-            if family != "poisson" or added is None:
-                options = dict(family=family, df=3.0 if family == "student_t" else None, added=added)
+        for family, extra_variance in itertools.product(reference.FAMILIES, (None, x[:1])):
+            if family != "poisson" or extra_variance is None:
+                options = dict(family=family, df=3.0 if family == "student_t" else None, extra_variance=extra_variance)
                 ops.log_prob_and_gradient(x, x[:2], scale=1.0, rows=rows, **options)

@@ -8,13 +8,13 @@ import itertools
 import numpy as np
 import pytest
 
-from fastguide import compiled
 from fastguide.integrations import particles
+from fastguide.ops import _native
 
 SIZES = (1, 2, 5, 64, 1025, 70_000)
 
 
-@pytest.fixture(params=itertools.product(compiled.instruction_sets(), (1, 3)), ids=str, autouse=True)
+@pytest.fixture(params=itertools.product(_native.instruction_sets(), (1, 3)), ids=str, autouse=True)
 def everywhere(request, instruction_set, threads):
     name, number = request.param
     with instruction_set(name), threads(number):

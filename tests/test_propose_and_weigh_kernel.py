@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from fastguide import compiled, ops
+from fastguide import ops
+from fastguide.ops import _arguments, _native
 
 ELEMENTS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 32, 33, 1000, 2047, 2048, 2049, 5000)
 PARTICLES = (0, 1, 3, 257)
@@ -33,22 +34,29 @@ def per_sample(particles: int) -> tuple[torch.Tensor, ...]:
     return tuple(torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in range(5))
 
 
+def levels_of(coefficients, x):
+    """As the kernel takes them, checked by nobody."""
+    if isinstance(coefficients[0], float):
+        return tuple(coefficients), None
+    return _arguments.levels(coefficients, x, "sample")
+
+
 def kernel(
     x, x0_hat, displacement, log_weights, coefficients, *, threads=1, seed=0, step=0, stream=0, first_particle=0
 ):
     """x_s and the log-weights into the middle of poisoned buffers, whose margins must stay as they were."""
     particles, elements = x.shape
-    levels = compiled.levels(coefficients, particles)
+    levels, table = levels_of(coefficients, x)
     buffers, results = [], []
     for like in (x, log_weights):
         buffer = torch.full(((like.numel() + 128) * like.element_size(),), 0x5A, dtype=torch.uint8)
         buffers.append(buffer)
         results.append(buffer.view(like.dtype)[64 : 64 + like.numel()])
-    code = compiled.CPU_DTYPES
-    compiled.module("cpu").propose_and_weigh(
+    code = _native.CPU_DTYPES
+    _native.module("cpu").propose_and_weigh(
         x.data_ptr(), code[x.dtype], x0_hat.data_ptr(), code[x0_hat.dtype], displacement.data_ptr(),
         code[displacement.dtype], results[0].data_ptr(), log_weights.data_ptr(), results[1].data_ptr(),
-        log_weights.dtype == torch.float64, levels.data_ptr() if isinstance(levels, torch.Tensor) else levels,
+        log_weights.dtype == torch.float64, table.data_ptr() if levels == () else levels,
         (particles, elements), seed, step, stream, first_particle, threads,
     )  # fmt: skip
     for buffer, result in zip(buffers, results, strict=True):
@@ -194,7 +202,7 @@ def settings():
                 yield *inputs(particles, elements, dtypes), coefficients
 
 
-@pytest.mark.parametrize("name", compiled.instruction_sets()[1:])
+@pytest.mark.parametrize("name", _native.instruction_sets()[1:])
 def test_every_instruction_set_gives_the_same_bits(name, instruction_set):
     for arguments in settings():
         best = kernel(*arguments, **COUNTER)
@@ -221,7 +229,7 @@ def test_threads_give_the_same_bits(particles, elements, mixed):
         assert_same_bits(other, one)
 
 
-@pytest.mark.parametrize("name", compiled.instruction_sets())
+@pytest.mark.parametrize("name", _native.instruction_sets())
 @pytest.mark.parametrize("elements", (3001, 3024))  # the second's rows begin where a vector does
 @pytest.mark.parametrize("mixed", (False, True))
 def test_large_results_have_the_same_bits(name, elements, mixed, instruction_set):
@@ -265,7 +273,7 @@ def test_function_transforms_go_through_the_reference():
 def test_the_module_takes_no_wrong_call():
     x = torch.zeros(2, 3)
     with pytest.raises(TypeError, match="expected 17 arguments, got 1"):
-        compiled.module("cpu").propose_and_weigh(x.data_ptr())
+        _native.module("cpu").propose_and_weigh(x.data_ptr())
     with pytest.raises(ValueError, match="levels"):
         kernel(x, x, x, torch.zeros(2), (*VP[:4], 0.7))
     with pytest.raises(ValueError, match="step"):

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from fastguide import compiled, ops
-from fastguide.backends import backends
+from fastguide import ops
 from fastguide.doctor import KNOWN_ANSWERS
+from fastguide.ops import _native
+from fastguide.ops._operation import backends
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COUNTERS = dict(seed=0xFEDCBA9876543210, step=0xFFFFFFFE, stream=0xABCD, first_particle=2**32 - 2)
@@ -16,8 +17,8 @@ COUNTERS = dict(seed=0xFEDCBA9876543210, step=0xFFFFFFFE, stream=0xABCD, first_p
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
 def test_philox_known_answers(counter, key, expected, cuda_device):
     out = torch.zeros(4, dtype=torch.int32, device=cuda_device)
-    with compiled._cuda_stream(cuda_device) as queue:
-        compiled.module("cuda").philox(out.data_ptr(), counter, key, queue)
+    with _native.cuda_stream(cuda_device) as queue:
+        _native.module("cuda").philox(out.data_ptr(), counter, key, queue)
     assert tuple(word & 0xFFFFFFFF for word in out.tolist()) == expected
 
 
@@ -28,9 +29,12 @@ def test_bits_of_the_cpu(dtype, elements, offset, cuda_device):
     for particles in (0, 1, 3, 257, 1 + 1_000_000 // elements):
         buffer = torch.full((particles * elements + 64,), math.nan, dtype=dtype, device=cuda_device)
         out = buffer[offset : offset + particles * elements].view(particles, elements)
-        compiled.randn_cuda(out, *COUNTERS.values())
-        expected = torch.empty(particles, elements, dtype=dtype)
-        compiled.randn_cpu(expected, *COUNTERS.values())
+        size = particles, elements
+        with _native.cuda_stream(cuda_device) as queue:
+            _native.module("cuda").randn(
+                out.data_ptr(), _native.CUDA_DTYPES[dtype], *size, *COUNTERS.values(), 0, 0, queue
+            )
+        expected = ops.randn(size, **COUNTERS, dtype=dtype, backend="cpu")
         assert torch.equal(out.cpu(), expected)
         assert buffer[:offset].isnan().all() and buffer[offset + particles * elements :].isnan().all()
 
@@ -50,4 +54,4 @@ def test_the_operation(cuda_device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device: nothing fails")
 def test_a_failed_launch_names_the_cuda_error():
     with pytest.raises(RuntimeError, match="randn: cudaError"):
-        compiled.module("cuda").randn(16, 0, 1, 4, *7 * [0])
+        _native.module("cuda").randn(16, 0, 1, 4, *7 * [0])

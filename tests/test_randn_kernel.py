@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastguide import compiled
 from fastguide.doctor import KNOWN_ANSWERS
+from fastguide.ops import _native
 
 ELEMENTS = (1, 2, 3, 4, 5, 7, 16, 17, 1000)
 PARTICLES = (0, 1, 3, 257)
@@ -70,8 +70,8 @@ def cpu(particles, elements, dtype=torch.float32, *, seed=0, step=0, stream=0, f
     size = particles * elements
     buffer = torch.full((size + 2 * margin,), math.nan, dtype=dtype)
     out = buffer[margin : margin + size]
-    code = compiled.CPU_DTYPES[dtype]
-    compiled.module("cpu").randn(out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, threads)
+    code = _native.CPU_DTYPES[dtype]
+    _native.module("cpu").randn(out.data_ptr(), code, particles, elements, seed, step, stream, first_particle, threads)
     assert buffer[:margin].isnan().all() and buffer[margin + size :].isnan().all()
     assert not out.isnan().any()
     return out.clone().reshape(particles, elements)
@@ -82,7 +82,7 @@ def cpu(particles, elements, dtype=torch.float32, *, seed=0, step=0, stream=0, f
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
 def test_philox_known_answers(counter, key, expected):
-    assert compiled.module("cpu").philox(counter, key) == expected
+    assert _native.module("cpu").philox(counter, key) == expected
     assert tuple(int(word) for word in philox(counter, key)) == expected
 
 
@@ -125,7 +125,7 @@ def edge_words():
 def kernel_normals(words):
     words = np.ascontiguousarray(words, dtype=np.uint32)
     out = np.full(words.shape, np.nan, dtype=np.float32)
-    compiled.module("cpu").normals(words.ctypes.data, out.ctypes.data, words.size // 2)
+    _native.module("cpu").normals(words.ctypes.data, out.ctypes.data, words.size // 2)
     return out
 
 
@@ -202,7 +202,7 @@ def test_last_particles_and_bounds():
         ("dtype", 4),
     ):
         with pytest.raises(ValueError, match=name):
-            compiled.module("cpu").randn(*(valid | {name: value}).values())
+            _native.module("cpu").randn(*(valid | {name: value}).values())
 
 
 # --- distribution -------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_a_million_normals_are_normal(layout):
 # --- instruction sets ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", compiled.instruction_sets()[1:])
+@pytest.mark.parametrize("name", _native.instruction_sets()[1:])
 @pytest.mark.parametrize("elements", (*ELEMENTS, 31, 2048, 5000))
 def test_every_instruction_set_gives_the_same_bits(name, elements, instruction_set):
     best = {dtype: cpu(67, elements, dtype, **COUNTERS) for dtype in DTYPES}
@@ -235,6 +235,6 @@ def test_every_instruction_set_gives_the_same_bits(name, elements, instruction_s
 
 
 def test_an_instruction_set_that_is_not_there():
-    words = f"isa: expected one of {', '.join(compiled.instruction_sets())}.*, got 'mmx'"
-    with pytest.raises(ValueError, match=words), compiled.instruction_set("mmx"):
+    words = f"isa: expected one of {', '.join(_native.instruction_sets())}.*, got 'mmx'"
+    with pytest.raises(ValueError, match=words), _native.instruction_set("mmx"):
         pass

@@ -18,6 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastguide import ops, reference
+from fastguide.ops.randn.reference import words as words_of
+from fastguide.ops.resample import reference as formulas
 
 SCHEMES = ("systematic", "stratified", "multinomial", "residual")
 WEIGHT_DTYPES = (torch.float32, torch.float64)
@@ -59,7 +61,7 @@ def integer_weight_by_hand(log_weight: float, top: float, scale: int) -> tuple[i
     """What `integer_weights` says it does, in Python floats."""
     t = max(log_weight - top, -64.0) * 1.4426950408889634
     n = float(round(t))  # Python rounds half to even, as IEEE does
-    e = polynomial_by_hand(reference._EXP2, t - n)
+    e = polynomial_by_hand(formulas._EXP2, t - n)
     q = round(math.ldexp(e, int(n) + scale))
     v = round(math.ldexp(e * e, 2 * int(n) + scale))
     return q, v
@@ -116,7 +118,7 @@ def test_polynomials(name, function, bound):
         for i in range(-500, 501):
             f = mpmath.mpf(i) / 1000
             exact, size = function(f)
-            assert abs(mpmath.polyval(getattr(reference, name), f) - exact) <= bound * size
+            assert abs(mpmath.polyval(getattr(formulas, name), f) - exact) <= bound * size
 
 
 @pytest.mark.parametrize("particles", [1, 2, 3, 4, 5, 1000, 1024, 1025, 100_000])
@@ -143,7 +145,7 @@ totals = st.integers(0, 2**62) | st.sampled_from([0, 1, 2**32 - 1, 2**32, 2**62 
 @settings(fast, max_examples=400)
 @given(totals, words, words)
 def test_uniform_below_is_exact(q, w0, w1):
-    got = reference._uniform_below(torch.tensor([[q]]), torch.tensor([[w0]]), torch.tensor([[w1]]))
+    got = formulas._uniform_below(torch.tensor([[q]]), torch.tensor([[w0]]), torch.tensor([[w1]]))
     assert int(got) == ((w1 << 32 | w0) * q) >> 64
 
 
@@ -151,20 +153,20 @@ def test_uniform_below_is_exact(q, w0, w1):
 @given(totals.filter(bool), st.integers(1, 100), st.data())
 def test_stratum_positions_are_exact(total, number, data):
     r = data.draw(st.integers(0, total - 1))
-    got = reference._stratum_positions(torch.tensor([[total]]), number, torch.tensor([[r]]))[0]
+    got = formulas._stratum_positions(torch.tensor([[total]]), number, torch.tensor([[r]]))[0]
     assert got.tolist() == [(i * total + r) // number for i in range(number)]
 
 
 @pytest.mark.parametrize("number", [10**6, 2**18 - 1])
 def test_stratum_positions_of_many(number):
     for total, r in ((2**62, 2**62 - 1), (2**42 + 7, 2**42)):
-        got = reference._stratum_positions(torch.tensor([[total]]), number, torch.tensor([[r]]))[0]
+        got = formulas._stratum_positions(torch.tensor([[total]]), number, torch.tensor([[r]]))[0]
         assert got.tolist() == [(i * total + r) // number for i in range(number)]
 
 
 def exponential_by_hand(word: int) -> int:
     m, exponent = math.frexp(word + 1)
-    ln = polynomial_by_hand(reference._LOG, 2.0 * m - 1.5)
+    ln = polynomial_by_hand(formulas._LOG, 2.0 * m - 1.5)
     return round(((33 - exponent) * 0.6931471805599453 - ln) * 2.0**26)
 
 
@@ -177,14 +179,14 @@ def sorted_uniforms_by_hand(exponentials: list[int], total: float) -> list[float
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 1001])
 def test_exponentials_and_sorted_uniforms_to_the_last_bit(number):
-    exponentials = reference._exponentials(3, number + 1, 7, 8, 9, torch.device("cpu"))
-    words = reference._words(3, (number + 4) // 4, 7, 8, 9, 0, torch.device("cpu"))
+    exponentials = formulas._exponentials(3, number + 1, 7, 8, 9, torch.device("cpu"))
+    words = words_of(3, (number + 4) // 4, 7, 8, 9, 0, torch.device("cpu"))
     rows = torch.stack(words, dim=-1).flatten(1)[:, : number + 1].tolist()
     assert exponentials.tolist() == [[exponential_by_hand(word) for word in row] for row in rows]
     for total in (2.0**62, float(2**62 // 3), 5.0, 0.0):
         for few in {number, number // 2, 0}:
             column = torch.full((3, 1), total, dtype=torch.float64)
-            u = reference._sorted_uniforms(exponentials, torch.full((3, 1), few), column)
+            u = formulas._sorted_uniforms(exponentials, torch.full((3, 1), few), column)
             assert u.shape == (3, number) and (u[:, few:] == math.inf).all()
             by_hand = [sorted_uniforms_by_hand(row[: few + 1], total) for row in exponentials.tolist()]
             assert u[:, :few].tolist() == by_hand
@@ -194,15 +196,15 @@ def test_exponentials_at_the_ends():
     """The largest word gives 0, the smallest 32 ln 2; a total of nothing at all divides by 1."""
     assert exponential_by_hand(2**32 - 1) == 0 and exponential_by_hand(0) == round(32 * math.log(2) * 2**26)
     zeros = torch.zeros(1, 3, dtype=torch.int64)
-    u = reference._sorted_uniforms(zeros, torch.tensor([[2]]), torch.tensor([[8.0]]).double())
+    u = formulas._sorted_uniforms(zeros, torch.tensor([[2]]), torch.tensor([[8.0]]).double())
     assert u.tolist() == [[0.0, 0.0]]
     last = torch.tensor([[5, 3, 0]])  # u = total, but for the bound
-    u = reference._sorted_uniforms(last, torch.tensor([[2]]), torch.tensor([[8.0]]).double())
+    u = formulas._sorted_uniforms(last, torch.tensor([[2]]), torch.tensor([[8.0]]).double())
     assert u.tolist() == [[5.0, math.nextafter(8.0, 0.0)]]
 
 
 def test_exponentials_are_exponential():
-    e = reference._exponentials(1, 1_000_000, 3, 0, 0, torch.device("cpu"))[0].double().numpy() * 2.0**-26
+    e = formulas._exponentials(1, 1_000_000, 3, 0, 0, torch.device("cpu"))[0].double().numpy() * 2.0**-26
     assert scipy.stats.kstest(e, "expon").pvalue > 1e-3
     assert abs(e.mean() - 1) < 4e-3 and abs(e.var() - 1) < 0.015
     assert abs(np.corrcoef(e[1:], e[:-1])[0, 1]) < 4e-3
@@ -212,9 +214,9 @@ def test_exponentials_are_exponential():
 def test_sorted_uniforms_are_order_statistics(number):
     """The i-th of N is Beta(i, N + 1 - i), and the gaps have its covariance."""
     rows = 20_000
-    exponentials = reference._exponentials(rows, number + 1, 11, 0, 0, torch.device("cpu"))
+    exponentials = formulas._exponentials(rows, number + 1, 11, 0, 0, torch.device("cpu"))
     one = torch.ones(rows, 1, dtype=torch.float64)
-    u = reference._sorted_uniforms(exponentials, torch.full((rows, 1), number), one).numpy()
+    u = formulas._sorted_uniforms(exponentials, torch.full((rows, 1), number), one).numpy()
     for i in {1, (number + 1) // 2, number}:
         assert scipy.stats.kstest(u[:, i - 1], scipy.stats.beta(i, number + 1 - i).cdf).pvalue > 1e-3
     if number > 1:
@@ -233,12 +235,12 @@ def test_residual_is_exact(weights, number):
     weights[0] = max(weights[0], 1)
     q = torch.tensor([weights])
     total = q.sum(1, keepdim=True)
-    quotient, rest = reference._shares(q, total, number)
+    quotient, rest = formulas._shares(q, total, number)
     assert list(zip(quotient[0].tolist(), rest[0].tolist(), strict=True)) == [
         divmod(number * weight, sum(weights)) for weight in weights
     ]
-    exponentials = reference._exponentials(1, number + 1, 5, 0, 0, q.device)
-    got = reference._residual(q, total, number, exponentials)[0].tolist()
+    exponentials = formulas._exponentials(1, number + 1, 5, 0, 0, q.device)
+    got = formulas._residual(q, total, number, exponentials)[0].tolist()
     assert got == residual_by_hand(weights, number, exponentials[0].tolist())
 
 
@@ -268,7 +270,7 @@ def test_residual_keeps_small_remainders():
         before = round(share * 2**30)
         position = before / 2**30 * int(total)
         expected = max(0, int((position - int(q[0, 0])) // int(q[0, 1])) + 1)
-        got = int(reference._residual(q, total, 1, torch.tensor([[before, 2**30 - before]])))
+        got = int(formulas._residual(q, total, 1, torch.tensor([[before, 2**30 - before]])))
         assert abs(got - min(expected, 10**6 - 1)) <= (0 < got < 10**6 - 1), share
 
 
@@ -629,7 +631,7 @@ def test_float32_prefix_sums_are_wrong_and_integers_are_not():
 
     prefix = exact_prefix_sums(row)
     total = prefix[-1]
-    w0, w1 = reference._uniforms(1, 1, 21, 0, 0, row.device)
+    w0, w1 = formulas._uniforms(1, 1, 21, 0, 0, row.device)
     r = ((int(w1) << 32 | int(w0)) * total) >> 64
     positions = np.array([(i * total + r) // number for i in range(number)], dtype=np.int64)
     exact = np.searchsorted(np.array(prefix, dtype=np.int64), positions, side="right")

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from fastguide import compiled, ops
-from fastguide.backends import explain, why_not
+from fastguide import ops
+from fastguide.ops import _native
+from fastguide.ops._operation import explain, why_not
 from fastguide.reference import SCHEMES
 
 MARGIN = 256  # bytes
@@ -36,12 +37,12 @@ def kernel(
 ) -> Results:
     """On the device of ``log_weights``. Every output and the workspace in the middle of a buffer of garbage, whose
     margins must stay as they were."""
-    cuda, device = compiled.module("cuda"), log_weights.device
+    cuda, device = _native.module("cuda"), log_weights.device
     rows, particles = log_weights.shape
     number = particles if num is None else num
     keep_from = math.inf if ess_threshold is None else float(ess_threshold * particles)
     shape = rows, particles, number, SCHEMES.index(scheme), sorted
-    with compiled._cuda_stream(device) as queue:
+    with _native.cuda_stream(device) as queue:
         places = ((rows, number), torch.int32), ((rows, number), log_weights.dtype), *2 * [((rows,), torch.float64)]
         sizes = [math.prod(size) * dtype.itemsize for size, dtype in places] + [cuda.resample_workspace(*shape)]
         buffers = [torch.full((size + 2 * MARGIN,), garbage, dtype=torch.uint8, device=device) for size in sizes]
@@ -108,7 +109,7 @@ def test_rows_of_one_launch(scheme, kind, cuda_device):
                 check(weights, cuda_device, scheme, num=num, **COUNTER)
             check(weights, cuda_device, scheme, sorted=False, **COUNTER)
             shape = rows, particles, particles, SCHEMES.index(scheme), True
-            assert compiled.module("cuda").resample_workspace(*shape) == 0
+            assert _native.module("cuda").resample_workspace(*shape) == 0
 
 
 @every_scheme
@@ -272,7 +273,7 @@ def test_auto_takes_the_kernel_and_2_to_the_31_particles_the_reference(cuda_devi
 
 
 def test_what_the_binding_refuses(cuda_device):
-    module = compiled.module("cuda")
+    module = _native.module("cuda")
     valid = [0, False, 0, 3, 3, 0, True, math.inf, *12 * [0]]
     module.resample(*valid)
     for place, value in (

@@ -10,8 +10,9 @@ import pytest
 import scipy.stats
 import torch
 
-from fastguide import compiled, ops, reference
-from fastguide.backends import explain
+from fastguide import ops, reference
+from fastguide.ops import _native
+from fastguide.ops._operation import explain
 from fastguide.reference import SCHEMES
 
 DTYPES = (torch.float32, torch.float64)
@@ -21,7 +22,7 @@ MARGIN = 64
 SIZES = (1, 2, 3, 7, 16, 17, 64, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 4096, 4097, 5000)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
-others = pytest.mark.parametrize("name", compiled.instruction_sets()[1:])
+others = pytest.mark.parametrize("name", _native.instruction_sets()[1:])
 
 Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -53,8 +54,8 @@ def kernel(
     ):
         buffers.append(torch.full((math.prod(shape) + 2 * MARGIN,), poison, dtype=dtype))
         outs.append(buffers[-1][MARGIN:-MARGIN].view(shape))
-    bad = compiled.module("cpu").resample(
-        log_weights.data_ptr(), compiled.CPU_DTYPES[log_weights.dtype], rows, particles, number,
+    bad = _native.module("cpu").resample(
+        log_weights.data_ptr(), _native.CPU_DTYPES[log_weights.dtype], rows, particles, number,
         SCHEMES.index(scheme), sorted, keep_from, seed, step, stream, first_row,
         *(out.data_ptr() for out in outs), threads,
     )  # fmt: skip
@@ -444,6 +445,6 @@ def test_what_the_binding_refuses():
         (11, (1 << 48) + 1, ValueError),
     ):
         with pytest.raises(error):
-            compiled.module("cpu").resample(*valid[:place], value, *valid[place + 1 :])
+            _native.module("cpu").resample(*valid[:place], value, *valid[place + 1 :])
     with pytest.raises(TypeError, match="expected 17 arguments, got 16"):
-        compiled.module("cpu").resample(*valid[1:])
+        _native.module("cpu").resample(*valid[1:])

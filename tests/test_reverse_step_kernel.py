@@ -9,8 +9,9 @@ import math
 import pytest
 import torch
 
-from fastguide import compiled, ops, reference
-from fastguide.ops import DynamicThreshold
+from fastguide import ops, reference
+from fastguide.ops import DynamicThreshold, _arguments, _native
+from fastguide.ops.reverse_step.reference import multipliers as multipliers_of
 
 ELEMENTS = (1, 2, 3, 4, 5, 7, 16, 17, 1000, 2047, 2048, 2049, 5000)
 PARTICLES = (0, 1, 3, 257)
@@ -37,20 +38,21 @@ def kernel(x, output, coefficients, *, prediction="epsilon", clip=None, clip_noi
            offset=64, seed=0, step=0, stream=0, first_particle=0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """x_s and x0 into the middle of poisoned buffers, whose margins must stay as they were."""
     particles, elements = x.shape
-    levels = compiled.levels(coefficients, particles)
+    levels, table = _arguments.levels(coefficients, x, "sample")
+    bounds = _arguments.clip(clip)
     buffers, results = [], []
     for shift in (0, offset - 64):
         buffer = torch.full((x.numel() + 128 + shift,), 0x5A, dtype=torch.uint8).repeat_interleave(x.element_size())
         buffers.append(buffer)
         results.append(buffer.view(x.dtype)[64 + shift : 64 + shift + x.numel()])
-    code = compiled.CPU_DTYPES
-    compiled.module("cpu").reverse_step(
+    code = _native.CPU_DTYPES
+    _native.module("cpu").reverse_step(
         x.data_ptr(), code[x.dtype], output.data_ptr(), code[output.dtype],
         None if displacement is None else displacement.data_ptr(),
         0 if displacement is None else code[displacement.dtype],
         results[0].data_ptr(), results[1].data_ptr(), True, reference.PREDICTIONS.index(prediction),
-        *((0, 0.0, 0.0) if clip is None else compiled._clip_code(clip)), clip_noise,
-        levels.data_ptr() if isinstance(levels, torch.Tensor) else levels,
+        len(bounds) and len(bounds) - 1, *(bounds[:2] or (0.0, 0.0)), clip_noise,
+        table.data_ptr() if levels == () else levels,
         (particles, elements), seed, step, stream, first_particle, threads,
     )  # fmt: skip
     for buffer, result in zip(buffers, results, strict=True):
@@ -77,7 +79,7 @@ def expected_of(
     """x_s and x0, operation by operation."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     state, out = x.to(dtype), output.to(dtype)
-    multipliers = reference._multipliers(state, coefficients, prediction, clip_noise)
+    multipliers = multipliers_of(state, coefficients, prediction, clip_noise)
     p, q, a, b, tau, c = (torch.as_tensor(m, dtype=dtype) for m in multipliers)
     unclipped = out if prediction == "sample" else fused(q, out, p * state)
     x0 = reference.clip_x0(unclipped, clip)
@@ -220,7 +222,7 @@ def errors(dtype: torch.dtype, prediction: str, elements: int, seed: int = 0) ->
         exact = reference.reverse_step(
             x64, output64, coefficients, displacement=displacement64, return_x0=True, **options
         )
-        p, q, a, b, tau, _ = reference._multipliers(x64, coefficients, prediction)
+        p, q, a, b, tau, _ = multipliers_of(x64, coefficients, prediction)
         size0 = (p * x64).abs() + (q * output64).abs()
         z = reference.randn(x.shape, seed=seed, dtype=torch.float64)
         size = (a * x64).abs() + abs(b) * size0 + displacement64.abs() + (tau * z).abs()
@@ -264,7 +266,7 @@ def settings():
                     yield x, output, coefficients, options
 
 
-@pytest.mark.parametrize("name", compiled.instruction_sets()[1:])
+@pytest.mark.parametrize("name", _native.instruction_sets()[1:])
 def test_every_instruction_set_gives_the_same_bits(name, instruction_set):
     for x, output, coefficients, options in settings():
         best = kernel(x, output, coefficients, **options, **COUNTER)
@@ -299,7 +301,7 @@ def test_large_results_have_the_same_bits(instruction_set):
     x, output, _ = inputs(701, 3001)
     expected = expected_of(x, output, STILL, clip=1.0)
     offsets = (64, 65, 80)  # x0 aligned as x_s, otherwise, and as it again
-    for name, offset, threads in itertools.product(compiled.instruction_sets(), offsets, (1, 2)):
+    for name, offset, threads in itertools.product(_native.instruction_sets(), offsets, (1, 2)):
         with instruction_set(name):
             assert_same(kernel(x, output, STILL, clip=1.0, offset=offset, threads=threads), expected)
 
@@ -312,7 +314,7 @@ def test_large_noisy_steps_have_the_same_bits(prediction, moved, instruction_set
     for coefficients, clip in ((VP, None), (per_sample(701), (-0.4, 0.9))):
         options = dict(prediction=prediction, clip=clip, displacement=displacement if moved else None, **COUNTER)
         expected = expected_of(x, output, coefficients, **options)
-        for name in compiled.instruction_sets():
+        for name in _native.instruction_sets():
             with instruction_set(name):
                 for threads, offset in ((1, 64), (2, 64), (1, 80)):  # at 80 the rows of x0 begin elsewhere
                     assert_same(kernel(x, output, coefficients, offset=offset, threads=threads, **options), expected)
@@ -410,9 +412,9 @@ def test_the_module_takes_no_wrong_call(change, error):
                      x0=None, return_x0=False, prediction=0, clip=0, low=0.0, high=0.0, clip_noise=True,
                      levels=VP, shape=(0, 4), seed=0, step=0,
                      stream=0, first_particle=0, threads=1)  # fmt: skip
-    compiled.module("cpu").reverse_step(*arguments.values())  # of no particles: reads nothing
+    _native.module("cpu").reverse_step(*arguments.values())  # of no particles: reads nothing
     with pytest.raises(error):
-        compiled.module("cpu").reverse_step(*list((arguments | change).values())[: change.get("count", 21)])
+        _native.module("cpu").reverse_step(*list((arguments | change).values())[: change.get("count", 21)])
 
 
 # --- derivatives that the operator does not know ------------------------------------------------------------

@@ -21,8 +21,9 @@ from ..denoiser import Denoiser
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
 from ..operators import Function, LinearOperator, Operator, Pairs
+from ..ops._arguments import Clip, Coefficients, IntOrTensor, Scalar
 from ..profiling import phase
-from ..reference import Clip, Coefficients, Counted, Scalar, scaled, step_coefficients
+from ..reference import scaled, step_coefficients
 from ..schedules import Level
 from ..schedules import Schedulable as Schedulable
 from ..schedules import per_step as per_step
@@ -63,7 +64,7 @@ class Run:
     observations: int  # B
     particles: int  # K
     event: tuple[int, ...]
-    seed: Counted | tuple[int, ...]  # of all samples, or of each observation; in a capture a tensor
+    seed: IntOrTensor | tuple[int, ...]  # of all samples, or of each observation; in a capture a tensor
     clip: Clip
     chunk_size: int | None
     dtype: torch.dtype

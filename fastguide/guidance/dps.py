@@ -8,8 +8,9 @@ import torch
 
 from ..arguments import flag
 from ..likelihoods import Likelihood
+from ..ops._arguments import Scalar
 from ..profiling import phase
-from ..reference import Scalar, scaled
+from ..reference import scaled
 from .base import (
     Run,
     Schedulable,

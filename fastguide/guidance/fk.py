@@ -15,8 +15,9 @@ from torch import Tensor
 from .. import foreign
 from ..arguments import as_float, got, integer, one_of
 from ..likelihoods import Likelihood
+from ..ops._arguments import Coefficients, Scalar
 from ..profiling import phase
-from ..reference import Coefficients, Scalar, scaled
+from ..reference import scaled
 from .base import (
     PullBack,
     Run,

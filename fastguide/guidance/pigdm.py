@@ -10,8 +10,9 @@ from torch import Tensor
 from ..arguments import got
 from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator, solve_with_noise
+from ..ops._arguments import Scalar
 from ..profiling import phase
-from ..reference import Scalar, scaled
+from ..reference import scaled
 from .base import PullBack, Run, Schedulable, State, entry, isotropic_variance, per_step, prepare_likelihood
 
 

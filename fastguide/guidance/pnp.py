@@ -13,8 +13,8 @@ from ..arguments import got, integer, one_of
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator, conjugate_gradients, solve_with_noise
+from ..ops._arguments import Scalar
 from ..profiling import phase
-from ..reference import Scalar
 from .base import (
     Run,
     Schedulable,

@@ -32,6 +32,7 @@ from ..foreign import as_tensor, call, package_modes
 from ..guidance import PnP
 from ..guidance.base import STREAM_INITIAL, Run, entry
 from ..guidance.watch import Watch
+from ..ops._arguments import STATE_DTYPES
 from ..sampling import Samples, _progress_bar, sample
 
 __all__ = ["DPS", "DiffPIR", "Sampler", "likelihood", "operator", "prior"]
@@ -295,7 +296,7 @@ def _start(x_init: Any, shape_too: bool) -> Any:
     if not isinstance(x_init, Tensor) and shape_too:
         return shape_of("x_init", x_init, "a state or its shape", 1)
     tensor("x_init", x_init, readable=True)
-    if x_init.dtype not in ops.STATE_DTYPES or x_init.ndim < 2 or not x_init.numel():
+    if x_init.dtype not in STATE_DTYPES or x_init.ndim < 2 or not x_init.numel():
         raise ValueError(f"x_init: expected floating values of shape [B, *event], got {got(x_init)}")
     return x_init
 
@@ -495,7 +496,7 @@ class DPS(nn.Module):
         alpha = alpha if callable(alpha) else number("alpha", alpha, low=0.0)
         if rng is not None and not isinstance(rng, torch.Generator):
             raise TypeError(f"rng: expected a torch.Generator or None, got {got(rng)}")
-        torch_dtype("dtype", dtype, ops.STATE_DTYPES)
+        torch_dtype("dtype", dtype, STATE_DTYPES)
         self.denoiser = denoiser
         self.schedule, self.alpha = schedule.lower(), alpha
         self.solver: Any = solver.lower() if isinstance(solver, str) else solver

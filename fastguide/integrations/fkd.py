@@ -15,6 +15,7 @@ from .. import ops
 from ..arguments import flag, function, integer, number, one_of, real, tensor, torch_device
 from ..foreign import as_tensor
 from ..guidance.base import STREAM_RESAMPLE
+from ..reference import SCHEMES
 
 __all__ = ["FKD"]
 
@@ -78,7 +79,7 @@ class FKD:
     ) -> None:
         potential_type = getattr(potential_type, "value", potential_type)  # the original's is an Enum
         one_of("potential_type", potential_type, POTENTIALS)
-        one_of("scheme", scheme, ops.SCHEMES)
+        one_of("scheme", scheme, SCHEMES)
         strict = flag("strict", strict)
         if strict and (scheme != "systematic" or seed is not None):
             raise ValueError("strict: expected neither scheme nor seed with it: torch's generator draws")

@@ -49,6 +49,7 @@ from torch import Tensor
 from .. import arguments, ops
 from ..arguments import flag, function, got, integer, number, one_of, real, torch_device
 from ..foreign import as_tensor
+from ..ops._arguments import STATE_DTYPES
 
 __all__ = [
     "BrownianTreeNoiseSampler",
@@ -317,7 +318,7 @@ class _Run:
         expected = "finite levels above 0, the last perhaps 0"
         if isinstance(sigmas, Tensor):
             arguments.tensor("sigmas", sigmas, expected)
-            if not (sigmas.dtype in ops.STATE_DTYPES or arguments.is_integer(sigmas)):
+            if not (sigmas.dtype in STATE_DTYPES or arguments.is_integer(sigmas)):
                 raise TypeError(f"sigmas: expected {expected}, got {got(sigmas)}")
         else:
             arguments.real_array("sigmas", sigmas, expected)
@@ -397,7 +398,7 @@ class _Run:
 
 def _check_state(x: Any) -> None:
     arguments.tensor("x", x)
-    if x.ndim == 0 or x.dtype not in ops.STATE_DTYPES:
+    if x.ndim == 0 or x.dtype not in STATE_DTYPES:
         raise ValueError(f"x: expected floating values [N, *event], got {got(x)}")
 
 

@@ -30,11 +30,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .. import compiled
 from ..arguments import integer, real_array
+from ..ops import _native
 
-if not compiled.loaded("cpu"):
-    raise ImportError(compiled.load_error("cpu"))
+if not _native.loaded("cpu"):
+    raise ImportError(_native.load_error("cpu"))
 
 __all__ = [
     "SCHEMES",
@@ -54,7 +54,7 @@ Floats = NDArray[np.floating[Any]]
 Doubles = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-_cpu = partial(compiled.module, "cpu")
+_cpu = partial(_native.module, "cpu")
 _cpu()  # an error where it is not there
 _ONE, _STRATA, _SPACINGS = range(3)  # the codes of Draws in csrc/integrations/particles/invert.cpp
 

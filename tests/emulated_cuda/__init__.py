@@ -66,11 +66,11 @@ def load(library: Path) -> ModuleType:
 
 def serve(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``module`` serve ``backend="cuda"``, for tensors on the CPU."""
-    from fastguide import compiled  # not before conftest.py has set Triton's environment
+    from fastguide.ops import _native  # not before conftest.py has set Triton's environment
 
-    backends = sys.modules["fastguide.backends"]  # the package's attribute of that name is its function
+    backends = sys.modules["fastguide.ops._operation"]  # the package's attribute of that name is its function
     device_of, no_device = backends._device_of, backends._no_device
-    monkeypatch.setitem(compiled._modules, "cuda", (module, ""))
-    monkeypatch.setattr(compiled, "_cuda_stream", lambda device: contextlib.nullcontext(0))
+    monkeypatch.setitem(_native._modules, "cuda", (module, ""))
+    monkeypatch.setattr(_native, "cuda_stream", lambda device: contextlib.nullcontext(0))
     monkeypatch.setattr(backends, "_device_of", lambda name: "cpu" if name == "cuda" else device_of(name))
     monkeypatch.setattr(backends, "_no_device", lambda name: "" if name == "cuda" else no_device(name))

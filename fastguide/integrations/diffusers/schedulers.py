@@ -57,7 +57,7 @@ from torch import Tensor
 from ... import ops
 from ...arguments import flag, got, real
 from ...foreign import as_tensor
-from ...reference import Clip, Coefficients, DynamicThreshold
+from ...ops._arguments import STATE_DTYPES, Clip, Coefficients, DynamicThreshold
 
 __all__ = [
     "DDIMScheduler",
@@ -379,7 +379,7 @@ def _checked(sample: Tensor, output: Tensor, least: torch.dtype | None = None) -
     if output.shape != sample.shape or not sample.ndim:
         raise _NotServed("model_output has not the shape of sample")
     dtype, other = output.dtype, least or sample.dtype
-    if dtype not in ops.STATE_DTYPES or sample.dtype not in ops.STATE_DTYPES:
+    if dtype not in STATE_DTYPES or sample.dtype not in STATE_DTYPES:
         raise _NotServed(f"the dtypes are {dtype} and {sample.dtype}")
     if dtype is not other:
         dtype = torch.promote_types(dtype, other)

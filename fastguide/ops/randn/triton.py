@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from .noise import normals
-from .tiles import VARYING, Tuned, abreast, alignment, counter, read_counter, rounded, tile_of_program
+from .._triton import VARYING, Tuned, abreast, alignment, normals, read_counter, rounded, tile_of_program
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -28,18 +29,16 @@ def randn_kernel(
 _launch = Tuned(randn_kernel, key=["ALIGN"])
 
 
-def randn(
-    out: torch.Tensor, seed: int | torch.Tensor, step: int | torch.Tensor, stream: int, first_particle: int
-) -> None:
-    """Fill ``out [N, *event]``, contiguous, with the standard normals of `fastguide.ops.randn`; returns at once."""
-    if out.numel() == 0:
-        return
-    particles = out.shape[0]
-    elements = out.numel() // particles
-    _launch(
-        particles, elements, out, particles, elements, *counter(seed, step, stream, first_particle),
-        ALIGN=alignment(elements), ABREAST=abreast(out.dtype),
-    )  # fmt: skip
+def call(shape, seed, step, stream, first_particle, seed_tensor, step_tensor, dtype, device):
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if out.numel():
+        particles, elements = shape[0], math.prod(shape[1:])
+        _launch(
+            particles, elements, out, particles, elements,
+            seed, step, stream, first_particle, seed_tensor, step_tensor,
+            ALIGN=alignment(elements), ABREAST=abreast(dtype),
+        )  # fmt: skip
+    return out
 
 
 @triton.jit

@@ -7,10 +7,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..reference import FAMILIES, POISSON_LEAST, POISSON_SHARE, density_constant
-from .tiles import OPTIONS, aligned, alignment, ceil_div, device_of, rounded, shape_of_tile
+from .._triton import OPTIONS, aligned, alignment, ceil_div, device_of, rounded, shape_of_tile
+from .reference import FAMILIES, POISSON_LEAST, POISSON_SHARE, density_constant
 
 BLOCK = 1024  # measurements of a tile; not tuned, for the order of a sum must not depend on what was measured
 SPLIT = 8192  # measurements of a sample from which several programs share it
@@ -29,9 +28,9 @@ def _log1p(u):
 
 
 @triton.jit
-def _density(z, y, added, scale, background, variance, df, FAMILY: tl.constexpr):
-    """The term of each measurement and its derivative; ``added`` variances or None. Quotients are rounded to the
-    nearest: ``/`` of float32 is good to 2 ulp, on GPUs alone."""
+def _density(z, y, extra_variance, scale, background, variance, df, FAMILY: tl.constexpr):
+    """The term of each measurement and its derivative. Quotients are rounded to the nearest: ``/`` of float32 is good
+    to 2 ulp, on GPUs alone."""
     if FAMILY == _POISSON:  # in float64: counts of 1e4 have terms of 1e5, which cancel to a few units
         counts = y.to(tl.float64) / scale
         rate = (z.to(tl.float64) + background) / scale
@@ -45,8 +44,8 @@ def _density(z, y, added, scale, background, variance, df, FAMILY: tl.constexpr)
     else:
         residual = y.to(tl.float32) - z.to(tl.float32)
         v = variance
-        if added is not None:
-            v = variance + added.to(tl.float32)
+        if extra_variance is not None:
+            v = variance + extra_variance.to(tl.float32)
         if FAMILY == _GAUSSIAN:
             slope = tl.div_rn(residual, v)
             term = -0.5 * residual * slope
@@ -58,14 +57,14 @@ def _density(z, y, added, scale, background, variance, df, FAMILY: tl.constexpr)
             inverse = tl.div_rn(1.0, tl.sqrt_rn(v))
             slope = tl.where(residual > 0.0, inverse, tl.where(residual < 0.0, -inverse, residual))  # a NaN stays
             term = -tl.abs(residual) * inverse
-        if added is not None:
+        if extra_variance is not None:
             term -= 0.5 * tl.log(v)
     return term, slope
 
 
-@triton.jit(do_not_specialize=["samples", "y_rows", "added_rows"])
+@triton.jit(do_not_specialize=["samples", "y_rows", "extra_rows"])
 def log_prob_and_gradient_kernel(
-    z, y, added, rows, constants, gradient, sums, samples, y_rows, added_rows, elements: tl.int64,
+    z, y, extra_variance, rows, constants, gradient, sums, samples, y_rows, extra_rows, elements: tl.int64,
     scale: tl.float64, background: tl.float64, constant: tl.float64, variance: tl.float32, df: tl.float32,
     FAMILY: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +78,7 @@ def log_prob_and_gradient_kernel(
     y_row = tl.where(y_rows == 1, 0, y_row) if rows is None else y_row
     there = live & (y_row >= 0) & (y_row < y_rows)  # a row that is not there is NaN, and never read
     y_row = tl.minimum(tl.maximum(y_row, 0), y_rows - 1)  # even if the compiler loads it twice and it changes meanwhile
-    added_row = tl.where(added_rows == 1, 0, row)
+    extra_row = tl.where(extra_rows == 1, 0, row)
 
     total = tl.zeros([ROWS], tl.float64)
     end = tl.minimum(elements, (split + 1) * SPLIT)
@@ -89,8 +88,8 @@ def log_prob_and_gradient_kernel(
         place = row[:, None] * elements + columns
         known = tl.load(y + y_row[:, None] * elements + columns, mask=mask & there[:, None], other=float("nan"))
         more = None
-        if added is not None:
-            more = tl.load(added + added_row[:, None] * elements + columns, mask=mask, other=1.0)
+        if extra_variance is not None:
+            more = tl.load(extra_variance + extra_row[:, None] * elements + columns, mask=mask, other=1.0)
         term, slope = _density(
             tl.load(z + place, mask=mask, other=0.0), known, more, scale, background, variance, df, FAMILY
         )
@@ -109,22 +108,12 @@ def warps_of(family: str) -> int:
     return 8 if family == "poisson" else 4
 
 
-def log_prob_and_gradient(
-    z: Tensor,
-    y: Tensor,
-    family: str,
-    scale: float,
-    df: float | None,
-    background: float,
-    added: Tensor | None,
-    rows: Tensor | None,
-    return_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """`fastguide.ops.log_prob_and_gradient` of tensors on a GPU. A row of ``y`` that is not there gives NaN."""
+def call(z, y, family, scale, df, background, extra_variance, rows, return_gradient):
+    """A row of ``y`` that is not there gives NaN."""
     z, y = aligned(z), aligned(y)
-    added = None if added is None else aligned(added)
+    extra_variance = None if extra_variance is None else aligned(extra_variance)
     samples, elements = z.shape[0], math.prod(z.shape[1:])
-    constant = elements * density_constant(family, scale, df, added is not None)
+    constant = elements * density_constant(family, scale, df, extra_variance is not None)
     gradient = torch.empty_like(z) if return_gradient else None
     if z.numel() == 0:
         return torch.full((samples,), constant, dtype=torch.float64, device=z.device), gradient
@@ -136,8 +125,9 @@ def log_prob_and_gradient(
     sums = torch.empty((samples, splits), dtype=torch.float64, device=z.device)
     with device_of(z):
         log_prob_and_gradient_kernel[(ceil_div(samples, tile_rows) * splits,)](
-            z, y, added, rows, constants, gradient, sums, samples, y.shape[0],
-            0 if added is None else added.shape[0], elements, scale, background, constant, scale**2, df or 0.0,
+            z, y, extra_variance, rows, constants, gradient, sums, samples, y.shape[0],
+            0 if extra_variance is None else extra_variance.shape[0], elements,
+            scale, background, constant, scale**2, df or 0.0,
             FAMILY=FAMILIES.index(family), SPLIT=SPLIT, ALIGN=alignment(elements),
             ROWS=tile_rows, GROUPS=groups, num_warps=warps_of(family), **OPTIONS,
         )  # fmt: skip

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
-from ..reference import Clip, Coefficients, DynamicThreshold
-from .noise import normals
-from .tiles import VARYING, Tuned, abreast, alignment, counter, read_counter, rounded, tile_of_program
+from .. import _arguments
+from .._arguments import Coefficients, DynamicThreshold
+from .._triton import VARYING, Tuned, abreast, alignment, normals, read_counter, rounded, tile_of_program
+from . import reference
 
 
 @triton.jit
@@ -77,46 +77,39 @@ def clipped(value, low, high):
 _launch = Tuned(reverse_step_kernel, key=["ALIGN", "NOISE", "X0"])
 
 
-def reverse_step(
-    x: Tensor,
-    model_output: Tensor,
-    coefficients: Coefficients,
-    prediction: str,
-    clip: Clip,
-    clip_noise: bool,
-    displacement: Tensor | None,
-    counter_: tuple,
-    return_x0: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`fastguide.ops.reverse_step` of tensors on a GPU, in one pass but for a dynamic threshold's quantile."""
+def call(
+    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
+    seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0,
+):  # fmt: skip
+    """One pass but for a dynamic threshold's quantile."""
     x, model_output = x.contiguous(), model_output.contiguous()
     displacement = None if displacement is None else displacement.contiguous()
     x_s = torch.empty_like(x)
     x0 = torch.empty_like(x) if return_x0 else None
     if x.numel():
         particles, elements = x.shape[0], x.numel() // x.shape[0]
-        numbers, table = multipliers(x, coefficients, prediction, clip_noise)
-        bounds, (low, high) = None, (0.0, 0.0)
-        if isinstance(clip, DynamicThreshold):
-            bounds = dynamic_bounds(x, model_output, coefficients, prediction, clip)
-        elif clip is not None:
-            low, high = clip if isinstance(clip, tuple) else (-clip, clip)
+        levels = _arguments.unpacked_levels(coefficients, table)
+        numbers, multiplied = multipliers(x, levels, prediction, clip_noise)
+        threshold = _arguments.unpacked_clip(clip)
+        dynamic = isinstance(threshold, DynamicThreshold)
+        bounds = dynamic_bounds(x, model_output, levels, prediction, threshold) if dynamic else None
+        low, high = clip if len(clip) == 2 else (0.0, 0.0)
         _launch(
             particles, elements,
-            x, model_output, displacement, x_s, x0, particles, elements, *numbers, table, low, high, bounds,
-            *counter(*counter_), SAMPLE=prediction == "sample", CLIP=clip is not None and bounds is None,
-            CLIP_NOISE=clip_noise,
-            NOISE=table is not None or numbers[4] > 0.0, X0=return_x0,
+            x, model_output, displacement, x_s, x0, particles, elements, *numbers, multiplied, low, high, bounds,
+            seed, step, stream, first_particle, seed_tensor, step_tensor, SAMPLE=prediction == "sample",
+            CLIP=len(clip) == 2, CLIP_NOISE=clip_noise,
+            NOISE=multiplied is not None or numbers[4] > 0.0, X0=return_x0,
             ALIGN=alignment(elements), ABREAST=abreast(x.dtype),
         )  # fmt: skip
-    return x_s if x0 is None else (x_s, x0)
+    return x_s, x0
 
 
 def multipliers(
     x: Tensor, coefficients: Coefficients, prediction: str, clip_noise: bool = True
 ) -> tuple[tuple[float, ...], Tensor | None]:
     """``p, q, a, b, tau, c`` as floats, or, where any is per sample, a float32 table ``[6, N]``."""
-    values = reference._multipliers(x, coefficients, prediction, clip_noise)
+    values = reference.multipliers(x, coefficients, prediction, clip_noise)
     if not any(isinstance(v, Tensor) for v in values):
         return tuple(float(v) for v in values), None
     columns = [
@@ -130,7 +123,7 @@ def dynamic_bounds(
     x: Tensor, model_output: Tensor, coefficients: Coefficients, prediction: str, clip: DynamicThreshold
 ) -> Tensor:
     """Each particle's dynamic threshold ``[N]``, float32."""
-    p, q = reference._multipliers(x, coefficients, prediction)[:2]
+    p, q = reference.multipliers(x, coefficients, prediction)[:2]
     output = model_output.float()
     x0 = output if prediction == "sample" else p * x.float() + q * output
     return reference.dynamic_bound(x0, clip)

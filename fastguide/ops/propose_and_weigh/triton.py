@@ -5,24 +5,22 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..reference import Coefficients
-from .noise import normals
-from .reverse_step import multiplier, multipliers
-from .tiles import (
+from .. import _arguments
+from .._triton import (
     OPTIONS,
     VARYING,
     abreast,
     aligned,
     alignment,
     ceil_div,
-    counter,
     device_of,
+    normals,
     read_counter,
     rounded,
     shape_of_tile,
 )
+from ..reverse_step.triton import multiplier, multipliers
 
 BLOCK = 2048  # elements of a tile; not tuned, for the order of a sum must not depend on what was measured
 SPLIT = 8192  # elements of a particle from which several programs share it
@@ -75,28 +73,30 @@ def propose_and_weigh_kernel(
         tl.store(after + row, tl.where(noisy, change.to(after.dtype.element_ty), weight), mask=live)
 
 
-def propose_and_weigh(
-    x: Tensor, x0_hat: Tensor, displacement: Tensor, log_weights: Tensor, coefficients: Coefficients, counter_: tuple
-) -> tuple[Tensor, Tensor]:
-    """`fastguide.ops.propose_and_weigh` of tensors on a GPU."""
+def call(
+    x, x0_hat, displacement, log_weights, coefficients, table,
+    seed, step, stream, first_particle, seed_tensor, step_tensor,
+):  # fmt: skip
     x, x0_hat, displacement = aligned(x), aligned(x0_hat), aligned(displacement)
     log_weights = log_weights.contiguous()
     x_s, after = torch.empty_like(x), torch.empty_like(log_weights)
     if x.numel() == 0:
         return x_s, after.copy_(log_weights)
     particles, elements = x.shape[0], x.numel() // x.shape[0]
-    (_, _, a, b, tau, _), table = multipliers(x, coefficients, "sample")
+    levels = _arguments.unpacked_levels(coefficients, table)
+    (_, _, a, b, tau, _), multiplied = multipliers(x, levels, "sample")
     splits = ceil_div(elements, SPLIT)
     rows, groups = shape_of_tile(elements, BLOCK, abreast(x.dtype))
     sums = torch.empty((particles, splits), dtype=torch.float64, device=x.device) if splits > 1 else None
     with device_of(x):
         propose_and_weigh_kernel[(ceil_div(particles, rows) * splits,)](
-            x, x0_hat, displacement, x_s, log_weights, after, sums, particles, elements, a, b, tau, table,
-            *counter(*counter_), SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=abreast(x.dtype),
+            x, x0_hat, displacement, x_s, log_weights, after, sums, particles, elements, a, b, tau,
+            multiplied, seed, step, stream, first_particle, seed_tensor, step_tensor,
+            SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=abreast(x.dtype),
             ROWS=rows, GROUPS=groups, num_warps=4, **OPTIONS,
         )  # fmt: skip
     if sums is not None:
-        scale = torch.full_like(sums[:, 0], tau) if table is None else table[4].double()
+        scale = torch.full_like(sums[:, 0], tau) if multiplied is None else multiplied[4].double()
         changed = log_weights.double() - (sums.sum(1) / scale).reshape(log_weights.shape)
         after = torch.where((scale != 0.0).reshape(log_weights.shape), changed.to(log_weights.dtype), log_weights)
     return x_s, after

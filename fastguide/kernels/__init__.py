@@ -1,1 +1,0 @@
-"""The operations in Triton, one file each; `fastguide.backends` calls them as the backend ``triton``."""

@@ -1,0 +1,236 @@
+"""The arguments that operations share: states, counters, coefficients and clips, each checked and parsed once.
+
+What comes out is what ``torch.library``'s schemas and every backend take. A counter is four numbers, and a tensor
+instead of the seed or of the step; coefficients are five floats, or a table ``[5, N]``; a clip is a tuple of floats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .. import arguments
+from ..arguments import as_float, got, has_memory, is_batched, is_wrapper, number, traced
+
+STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WEIGHT_DTYPES = (torch.float32, torch.float64)
+PREDICTIONS = ("epsilon", "sample", "score", "v", "flow")
+
+Scalar = float | Tensor
+Coefficients = tuple[Scalar, Scalar, Scalar, Scalar, Scalar]
+IntOrTensor = int | Tensor  # a seed or a step: a number, or an int64 tensor of one element with the number's bits
+
+
+class DynamicThreshold(NamedTuple):
+    """Dynamic thresholding (Saharia et al. 2022): clip to the ``ratio`` quantile of ``|x0|`` of each sample,
+    held in ``[1, max_value]``, and divide by it."""
+
+    ratio: float = 0.995
+    max_value: float = 1.0
+
+
+Clip = float | tuple[float, float] | DynamicThreshold | None
+
+Counter = tuple[int, int, int, int, Tensor | None, Tensor | None]
+COUNTER = "SymInt seed, SymInt step, SymInt stream, SymInt first_particle, Tensor? seed_tensor, Tensor? step_tensor"
+Levels = tuple[Sequence[float], Tensor | None]  # five floats, or none and a float64 table [5, N]
+LEVELS = "float[] coefficients, Tensor? table"
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+
+def own(name: str, value: Any, expected: str = "a tensor") -> Tensor:
+    """A tensor argument as kernels read it: of plain memory, and what is a view of the negative (`torch._neg_view`)
+    written out."""
+    compiling = is_compiling()
+    if compiling or type(value) is not Tensor or not has_memory(value) or value.is_nested:
+        arguments.tensor(name, value, expected)
+        if compiling:
+            return value
+        value = unwrapped(value)
+    return value.resolve_neg() if value.is_neg() else value
+
+
+def unwrapped(value: Tensor) -> Tensor:
+    """A subclass that only adds methods as torch's own tensor of the same memory; anything else as it is."""
+    if type(value) is Tensor or isinstance(value, torch.nn.Parameter) or is_wrapper(value):
+        return value
+    return value if is_compiling() else value.as_subclass(Tensor)  # compile knows what it traces
+
+
+def state(name: str, value: Any, like: Tensor | None = None, like_name: str = "x") -> Tensor:
+    """A state ``[N, *event]``, of the shape and on the device of ``like``."""
+    value = own(name, value)
+    if value.dtype not in STATE_DTYPES:
+        arguments.torch_dtype(name, value.dtype, STATE_DTYPES)
+    if like is None:
+        if value.ndim == 0:
+            raise ValueError(f"{name}: expected shape [N, *event], got a scalar")
+        return value
+    if value.shape != like.shape:
+        raise ValueError(f"{name}: expected shape {list(like.shape)}, that of {like_name}, got {list(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, where {like_name} is, got {value.device}")
+    return value
+
+
+def readable(value: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device, or for a tracer."""
+    return value.device.type == "cpu" and not (traced() or is_wrapper(value) or is_batched(value))
+
+
+def index(name: str, indices: Tensor, size: int) -> None:
+    """Raise where one of ``indices`` is not in ``[0, size)``; reads them."""
+    outside = ((indices < 0) | (indices >= size)).flatten().nonzero()
+    if len(outside):
+        refuse_index(name, indices, size, int(outside[0]))
+
+
+def refuse_index(name: str, indices: Tensor, size: int, at: int) -> None:
+    raise ValueError(f"{name}: expected values in [0, {size}), got {int(indices.flatten()[at])} at {at}")
+
+
+# --- counters -----------------------------------------------------------------------------------------------
+
+
+def counter(
+    seed: IntOrTensor,
+    step: IntOrTensor,
+    stream: int,
+    first: int,
+    shape: Sequence[int],
+    device: torch.device,
+    first_name: str = "first_particle",
+) -> Counter:
+    """``seed, step, stream, first_particle, seed_tensor, step_tensor`` of normals ``shape = [N, *event]``."""
+    for name, value, bits in (("seed", seed, 64), ("step", step, 32), ("stream", stream, 16), (first_name, first, 48)):
+        if isinstance(value, Tensor) and bits in (64, 32):  # its value is not looked at: that would wait for the device
+            arguments.tensor(name, value)
+            elsewhere = value.device.type != device.type or device.index not in (None, value.device.index)
+            if value.dtype != torch.int64 or value.numel() != 1 or elsewhere:
+                raise ValueError(
+                    f"{name}: expected an integer, or an int64 tensor of one element on {device}, "
+                    f"got {value.dtype} {list(value.shape)} on {value.device}"
+                )
+        elif not isinstance(value, int) or value is True or value is False or not 0 <= value < 1 << bits:
+            raise ValueError(f"{name}: expected an integer in [0, 2^{bits}), got {got(value)}")
+    particles, elements = shape[0], math.prod(shape[1:])
+    if first + particles > 1 << 48 or elements > 1 << 34:
+        raise ValueError(
+            "shape: expected particles below 2^48 and at most 2^34 elements in each, "
+            f"got particles up to {first + particles} of {elements}"
+        )
+    seed_tensor = seed if isinstance(seed, Tensor) else None
+    step_tensor = step if isinstance(step, Tensor) else None
+    seed, step = (0 if isinstance(value, Tensor) else value for value in (seed, step))
+    return seed, step, stream, first, seed_tensor, step_tensor
+
+
+def read(seed: int, step: int, seed_tensor: Tensor | None, step_tensor: Tensor | None) -> tuple[int, int]:
+    """The seed and the step as numbers, those of tensors too."""
+    if seed_tensor is not None:
+        seed = int(seed_tensor) & (1 << 64) - 1
+    if step_tensor is not None:
+        step = int(step_tensor) & (1 << 32) - 1
+    return seed, step
+
+
+# --- coefficients -------------------------------------------------------------------------------------------
+
+_LEVELS = ("alpha_t", "sigma_t", "alpha_s", "sigma_s", "tau")
+
+
+def levels(coefficients: Any, x: Tensor, prediction: str) -> Levels:
+    """``(alpha_t, sigma_t, alpha_s, sigma_s, tau)``, each a float or a tensor ``[N]``. Values of tensors are not looked
+    at here: `expect_levels` does it when the operation runs."""
+    if not isinstance(coefficients, Sequence | np.ndarray):
+        raise ValueError(f"coefficients: expected {', '.join(_LEVELS)}, got {got(coefficients)}")
+    if len(coefficients) != 5:
+        raise ValueError(f"coefficients: expected {', '.join(_LEVELS)}, got {len(coefficients)} values")
+    checked: list[Any] = []
+    for name, value in zip(_LEVELS, coefficients, strict=True):
+        if not isinstance(value, Tensor):
+            checked.append(number("coefficients", value, low=0.0, what=name))
+            continue
+        value = own("coefficients", value)
+        checked.append(value)
+        if value.shape != x.shape[:1] or value.dtype not in STATE_DTYPES or value.device != x.device:
+            raise ValueError(
+                f"coefficients: expected {name} a float or a floating tensor [{x.shape[0]}] on {x.device}, "
+                f"got {value.dtype} {list(value.shape)} on {value.device}"
+            )
+    if not any(isinstance(value, Tensor) for value in checked):
+        _expect_levels(checked, prediction)
+        return tuple(checked), None
+    arguments.expect_alike({"x": x} | {f"coefficients[{i}]": c for i, c in enumerate(checked)})
+    columns = [
+        c.double() if isinstance(c, Tensor) else torch.full(x.shape[:1], c, dtype=torch.float64, device=x.device)
+        for c in checked
+    ]
+    return (), torch.stack(columns)
+
+
+def expect_levels(table: Tensor | None, prediction: str) -> None:
+    """Raise where the values of a table on the CPU are no levels. On a GPU that would wait for the device."""
+    if table is None or not readable(table):
+        return
+    for name, row in zip(_LEVELS, table, strict=True):
+        if not ((row >= 0.0) & (row < math.inf)).all():
+            raise ValueError(f"coefficients: expected a finite {name} >= 0, got {row}")
+    _expect_levels(table.unbind(), prediction)
+
+
+def _expect_levels(values: Sequence[Scalar], prediction: str) -> None:
+    alpha_t, sigma_t, _, sigma_s, tau = values
+    if _any(sigma_t <= 0.0):
+        raise ValueError(f"coefficients: expected sigma_t > 0, got {sigma_t}")
+    if _any(tau > sigma_s * (1 + 1e-6)):
+        raise ValueError(f"coefficients: expected tau <= sigma_s = {sigma_s}, got {tau}")
+    if prediction in ("epsilon", "score") and _any(alpha_t == 0.0):
+        raise ValueError(f"prediction: {prediction!r} does not determine x_0 where alpha_t = 0")
+
+
+def _any(condition: bool | Tensor) -> bool:
+    return bool(condition.any()) if isinstance(condition, Tensor) else condition
+
+
+def unpacked_levels(coefficients: Sequence[float], table: Tensor | None) -> Coefficients:
+    """As the references take them."""
+    alpha_t, sigma_t, alpha_s, sigma_s, tau = coefficients if table is None else table.unbind()
+    return alpha_t, sigma_t, alpha_s, sigma_s, tau
+
+
+# --- clips --------------------------------------------------------------------------------------------------
+
+
+def clip(value: Any) -> tuple[float, ...]:
+    """``()``, ``(low, high)``, or ``(ratio, max_value, 0)`` of a `DynamicThreshold`."""
+    if value is None:
+        return ()
+    if type(value) is float and value > 0.0:
+        return (-value, value)
+    if isinstance(value, DynamicThreshold):
+        ratio, most = map(as_float, value)
+        if ratio is None or most is None or not (0.0 <= ratio <= 1.0 and most >= 1.0):
+            raise ValueError(f"clip: expected 0 <= ratio <= 1 and max_value >= 1, got {got(value)}")
+        return (ratio, most, 0.0)
+    bounds = tuple(map(as_float, value if isinstance(value, tuple) else (0.0, value)))  # a number must be above 0
+    if len(bounds) != 2 or bounds[0] is None or bounds[1] is None or not bounds[0] < bounds[1]:
+        raise ValueError(
+            f"clip: expected a number > 0, (low, high) with low < high, or a DynamicThreshold, got {got(value)}"
+        )
+    return (bounds[0], bounds[1]) if isinstance(value, tuple) else (-bounds[1], bounds[1])
+
+
+def unpacked_clip(value: Sequence[float]) -> Clip:
+    """As the references take it."""
+    if not value:
+        return None
+    return DynamicThreshold(*value[:2]) if len(value) == 3 else (value[0], value[1])

@@ -1,0 +1,370 @@
+"""What the operations share: choose a backend and call it, eagerly or through torch's dispatcher.
+
+`why_not` is the one predicate. ``backend="auto"`` takes the first of `ORDER` for which it says nothing; a named backend
+that cannot serve raises what it says. Importing this touches no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ..arguments import expect_alike, is_wrapper, one_of, traced, transformed
+from . import _native
+from ._arguments import STATE_DTYPES
+
+__all__ = ["OPERATIONS", "ORDER", "Backend", "Operation", "backends", "explain", "why_not"]
+
+ORDER = ("cuda", "cpu", "triton", "reference")  # on each device the fastest first
+OPERATIONS: dict[str, Operation] = {}
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = {"cuda": _FLOATS, "cpu": (*_FLOATS, torch.float64), "triton": _FLOATS}
+# Whether Triton's kernels run in its interpreter, on CPU tensors: asked of the environment, without an import.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+_NO_TRANSFORMS = "has no function transforms or forward-mode derivatives, and the call is inside one"
+
+_library = torch.library.Library("fastguide", "DEF")
+
+
+class Operation:
+    """One operation, registered as ``torch.ops.fastguide.<name>``.
+
+    Its functions take the arguments of the schema, one by one, which the public function has checked and parsed. A
+    result that was not asked for is None, or empty where the dispatcher took part. Eager, compiled and fake calls take
+    the same way.
+
+    Args:
+        schema: as ``torch.library`` writes it; ``str backend`` is added as the last argument.
+        reference: the operation in plain PyTorch.
+        fake: results of the right shapes and dtypes, without values.
+        kernels: what computes it, by backend: a function, or ``"module:function"``, imported when it is first chosen.
+        dtypes: what the kernels serve where that is not the floating states; None: anything.
+        place: the device and the dtype of a call, by which a backend is chosen; default: those of the first argument.
+        obstacle: why no kernel can serve these arguments, or ``""``.
+        differentiable: whether results have derivatives: the reference's, by autograd.
+        vjp: ``vjp(arguments, results, grads, needed)``, a shorter way to them: gradients by the name of the argument,
+            or None where it has no answer. ``needed``: the names that want one.
+        keep_results: whether ``vjp`` reads the results; else they are not kept for it.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        kernels: dict[str, Callable[..., Any] | str],
+        dtypes: Sequence[torch.dtype] | None = (),
+        place: Callable[..., tuple[torch.device, torch.dtype]] | None = None,
+        obstacle: Callable[..., str] | None = None,
+        differentiable: bool = False,
+        vjp: Callable[..., dict[str, Tensor | None] | None] | None = None,
+        keep_results: bool = False,
+    ):
+        self.name, _, rest = schema.partition("(")
+        self.kernels = {**kernels, "reference": reference}
+        self.reference, self.dtypes, self.place, self.obstacle = reference, dtypes, place, obstacle
+        self.differentiable, self.vjp, self.keep_results = differentiable, vjp, keep_results
+        parameters, _, results = rest.rpartition(") -> ")
+        _library.define(f"{self.name}({parameters}, str backend) -> {results}")
+        _library.impl(self.name, self._dispatched, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastguide::{self.name}", lambda *args: fake(*args[:-1]), lib=_library)
+        if differentiable:
+            torch.library.register_autograd(
+                f"fastguide::{self.name}", self._backward, setup_context=self._save, lib=_library
+            )
+        self.overload = getattr(torch.ops.fastguide, self.name).default
+        arguments = self.overload._schema.arguments[:-1]
+        self.names = [argument.name for argument in arguments]
+        self.seed = self.names.index("seed") if "seed" in self.names else None
+        self.tensors = [i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
+        self.changed = [i for i in self.tensors if arguments[i].alias_info and arguments[i].alias_info.is_write]
+        self._chosen: dict[Any, Callable[..., Any]] = {}  # kernels of earlier calls: what is loaded stays loaded
+        OPERATIONS[self.name] = self
+
+    # --- choose and call ---
+
+    def __call__(self, backend: str, *args: Any) -> Any:
+        """The results. The dispatcher takes part only where something must see the call: tracing, a tensor without
+        memory of its own, autograd."""
+        if type(backend) is not str:
+            one_of("backend", backend, ("auto", *ORDER))
+        seen, differentiable = traced(), False
+        for i in self.tensors:
+            value = args[i]
+            for tensor in value if type(value) is list else (value,):
+                if tensor is not None:
+                    differentiable = differentiable or tensor.requires_grad
+                    seen = seen or (type(tensor) is not Tensor and is_wrapper(tensor))
+        if seen:
+            expect_alike(self._named(args, self.tensors), changed=self._named(args, self.changed))
+            return self._dispatch(backend, args)
+        if differentiable and torch.is_grad_enabled():
+            if not self.differentiable:
+                with torch.no_grad():
+                    return self._run(backend, *args)
+            if backend != "reference" and not transformed():
+                return self._dispatch(backend, args)
+        return self._run(backend, *args)
+
+    def _run(self, backend: str, *args: Any) -> Any:
+        obstacle = self.obstacle(*args) if self.obstacle else ""
+        if transformed() and any(args[i] is not None for i in self.tensors):
+            obstacle = _NO_TRANSFORMS
+        device, dtype = self.place(*args) if self.place else (args[0].device, args[0].dtype)
+        kernel = None if obstacle else self._chosen.get((backend, device, dtype))
+        if kernel is None:
+            name = select(self.name, backend, device=device, dtype=dtype, obstacle=obstacle)
+            kernel = self._kernel(name)
+            if not obstacle and name != "reference":
+                self._chosen[backend, device, dtype] = kernel
+        return kernel(*args)
+
+    def _kernel(self, backend: str) -> Callable[..., Any]:
+        kernel = self.kernels[backend]
+        if isinstance(kernel, str):
+            module, _, function = kernel.partition(":")
+            kernel = self.kernels[backend] = getattr(importlib.import_module(module), function)
+        return kernel
+
+    def _dispatch(self, backend: str, args: tuple[Any, ...]) -> Any:
+        """Through torch's dispatcher, whose integers are signed."""
+        signed = (v - (1 << 64) if i == self.seed and v >= 1 << 63 else v for i, v in enumerate(args))
+        return self.overload(*signed, backend)
+
+    def _dispatched(self, *args: Any) -> Any:
+        """`_run` for torch's dispatcher, which makes lists of tuples and knows no absent result."""
+        given: list[Any] = [
+            tuple(v) if type(v) is list and i not in self.tensors else v for i, v in enumerate(args[:-1])
+        ]
+        if self.seed is not None:
+            given[self.seed] &= (1 << 64) - 1
+        results = self._run(args[-1], *given)
+        if isinstance(results, tuple):
+            return tuple(args[0].new_empty(0) if result is None else result for result in results)
+        return results
+
+    def _named(self, args: Sequence[Any], places: Sequence[int]) -> dict[str, Any]:
+        """The arguments at ``places``, by the names that the public function has for them."""
+        named: dict[str, Any] = {}
+        for i in places:
+            if isinstance(args[i], list):
+                named |= {f"{self.names[i]}[{j}]": value for j, value in enumerate(args[i])}
+            else:
+                named[self.names[i].removesuffix("_tensor")] = args[i]
+        return named
+
+    # --- derivatives ---
+
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.others = [None if i in self.tensors else value for i, value in enumerate(inputs[:-1])]
+        results = (output if isinstance(output, tuple) else (output,)) if self.keep_results else ()
+        ctx.save_for_backward(*(inputs[i] for i in self.tensors), *results)
+
+    def _backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        args, saved = list(ctx.others), ctx.saved_tensors
+        if self.seed is not None:
+            args[self.seed] &= (1 << 64) - 1
+        for i, tensor in zip(self.tensors, saved, strict=False):
+            args[i] = tensor
+        needed = [i for i in self.tensors if ctx.needs_input_grad[i]]
+        names = [self.names[i] for i in needed]
+        found = self.vjp(args, saved[len(self.tensors) :], grads, names) if self.vjp else None
+        if found is None:
+            again = torch.is_grad_enabled()  # a derivative of the derivative may follow
+            with torch.enable_grad():
+                for i in needed:
+                    args[i] = args[i] if again else args[i].detach().requires_grad_()
+                results = self.reference(*args)
+                results = results if isinstance(results, tuple) else (results,)
+                known = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
+                leaves = [args[i] for i in needed]
+                outputs, known_grads = zip(*known, strict=True) if known else ((), ())
+                values = torch.autograd.grad(outputs, leaves, known_grads, create_graph=again, allow_unused=True)
+            found = dict(zip(names, values, strict=True))
+        return *(found.get(name) for name in self.names), None
+
+
+def plain(x: Tensor, *others: Tensor) -> bool:
+    """Fast check of the common case: torch's own contiguous CPU tensors, of one shape and of floating dtypes, seen by
+    neither autograd, a mode nor a transform, which the cpu kernels serve. It saves 3 us, most of a small
+    step. Those kernels check numbers themselves; `UNUSUAL` errors of theirs lead to the full checks."""
+    if type(x) is not Tensor or not x.is_cpu or traced() or transformed() or not _native.loaded("cpu"):
+        return False
+    try:
+        if x.dtype not in STATE_DTYPES or not x.is_contiguous() or x.requires_grad or x.is_neg() or x.storage_offset():
+            return False
+        shape = x.shape
+        for other in others:
+            if type(other) is not Tensor or not other.is_cpu or other.dtype not in STATE_DTYPES:
+                return False
+            if other.shape != shape or not other.is_contiguous() or other.requires_grad or other.is_neg():
+                return False
+            if other.storage_offset():
+                return False
+        return len(shape) > 0
+    except RuntimeError:  # sparse, nested
+        return False
+
+
+UNUSUAL = (KeyError, OverflowError, RuntimeError, TypeError, ValueError)
+
+
+# --- backends -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What is known of one backend. ``loaded``: its code is in this process. ``reason``: why it can serve
+    nothing, or ``""`` when it can serve its ``operations``. ``details``: how it was built, and runs."""
+
+    name: str
+    loaded: bool
+    reason: str
+    operations: tuple[str, ...]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def backends() -> dict[str, Backend]:
+    """Every backend by name, in the order in which ``auto`` asks them."""
+    record = _native.build_record()
+    cuda_details = dict(record.get("cuda", {}))
+    kept = ("compiler", "cxxflags")
+    cpu_details: dict[str, Any] = {key: record[key] for key in kept if key in record}
+    if not _native.load_error("cpu"):
+        cpu_details["instruction_set"] = _native.module("cpu").instruction_set()
+    details = {"cuda": cuda_details, "cpu": cpu_details, "triton": {}, "reference": {"torch": torch.__version__}}
+    if not load_error("triton"):
+        details["triton"] = {"triton": importlib.metadata.version("triton"), "interpreted": _INTERPRETED}
+    found = {}
+    for name in ORDER:
+        error = load_error(name)
+        operations = tuple(operation.name for operation in OPERATIONS.values() if name in operation.kernels)
+        found[name] = Backend(name, not error, error or _no_device(name), operations, details[name])
+    return found
+
+
+def load_error(name: str) -> str:
+    """Why the code of backend ``name`` is not there, or ``""``."""
+    if name == "reference":
+        return ""
+    return _triton_error() if name == "triton" else _native.load_error(name)
+
+
+@functools.cache
+def _triton_error() -> str:
+    try:
+        from . import _triton  # noqa: F401  torch.compile follows this, and no importlib
+    except ImportError as error:
+        return f"triton did not load: {error}"
+    return ""
+
+
+def _no_device(name: str) -> str:
+    if name in ("cpu", "reference") or (name == "triton" and _INTERPRETED) or torch.cuda.is_available():
+        return ""
+    return "torch sees no CUDA device"
+
+
+def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.dtype, obstacle: str = "") -> str:
+    """Why ``backend`` cannot serve this call, or ``""`` when it can. ``obstacle``: what it is about the arguments that
+    no kernel can serve, or ``""``."""
+    if backend not in OPERATIONS[operation].kernels:
+        return f"{backend} has no kernel for {operation}"
+    if backend == "reference":
+        return ""
+    own = _device_of(backend)
+    if device.type != own:
+        return f"{backend} serves tensors on {own}, and these are on {device}"
+    dtypes = OPERATIONS[operation].dtypes
+    if dtypes is not None and dtype not in (dtypes or _DTYPES[backend]):
+        return f"{backend} serves {', '.join(map(str, dtypes or _DTYPES[backend]))}, and this is {dtype}"
+    return f"{backend} {obstacle}" if obstacle else load_error(backend) or _no_device(backend)
+
+
+def _why_not_auto(backend: str, operation: str, **call: Any) -> str:
+    if backend == "triton" and _INTERPRETED:
+        return "triton's interpreter serves calls that name it, and no others"
+    return why_not(backend, operation, **call)
+
+
+def _device_of(backend: str) -> str:
+    if backend != "triton":
+        return backend
+    return "cpu" if _INTERPRETED else "cuda"
+
+
+def select(
+    operation: str, backend: str = "auto", *, device: torch.device, dtype: torch.dtype, obstacle: str = ""
+) -> str:
+    """The name of the backend that serves the call: ``backend``, or for ``"auto"`` the fastest that can. Warns, once
+    for each reason, where that is the reference."""
+    call: dict[str, Any] = dict(device=device, dtype=dtype, obstacle=obstacle)
+    if not isinstance(backend, str) or backend != "auto":
+        one_of("backend", backend, ("auto", *ORDER))
+        if reason := why_not(backend, operation, **call):
+            raise RuntimeError(f"backend={backend!r} cannot serve {operation}: {reason}")
+        return backend
+    own = device.type  # a compiled backend has the name of the devices that it serves
+    if own in _DTYPES and not why_not(own, operation, **call):
+        return own
+    missing = ""
+    for name in ORDER:
+        if not _why_not_auto(name, operation, **call):
+            if name == "reference" and missing:
+                _warn_slow(device.type, missing)
+            elif name == "reference" and obstacle and not is_compiling():
+                _warn_reference(operation, obstacle)
+            return name
+        if _device_of(name) == device.type and name in OPERATIONS[operation].kernels:
+            missing = missing or load_error(name)
+    raise RuntimeError(explain(operation, device, dtype, obstacle=obstacle))
+
+
+@functools.cache
+def _warn_slow(device: str, reason: str) -> None:
+    # Once: what is missing stays missing for as long as the process lives.
+    warnings.warn(
+        f"fastguide runs on {device} tensors without its compiled kernels, slowly: {reason}. "
+        "`fastguide doctor` tells more.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+@functools.cache
+def _warn_reference(operation: str, obstacle: str) -> None:
+    # Once: a loop would say it at every step.
+    warnings.warn(
+        f"{operation} runs in plain PyTorch, which is slower than its kernel: the kernel {obstacle}. "
+        'backend="reference" chooses this without a warning.',
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def explain(operation: str, device: torch.device | str, dtype: torch.dtype, *, obstacle: str = "") -> str:
+    """What ``auto`` chooses for a call, and why it passes over each faster backend."""
+    device = torch.device(device)
+    lines: list[str] = []
+    for name in ORDER:
+        reason = _why_not_auto(name, operation, device=device, dtype=dtype, obstacle=obstacle)
+        if not reason:
+            lines.insert(0, f"{operation} on {device}, {dtype}: {name}")
+            break
+        lines.append(f"  not {name}: {reason}")
+    else:
+        lines.insert(0, f"{operation} on {device}, {dtype}: no backend")
+    return "\n".join(lines)

@@ -1,0 +1,20 @@
+"""Moving particles to where their ancestors say."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["gather_particles_"]
+
+
+def gather_particles_(ancestors: Tensor, *states: Tensor) -> None:
+    """``state[b, k] = state[b, ancestors[b, k]]`` in place for each ``state`` ``[B, K, *event]`` with ancestors
+    ``[B, K]``, or ``[K, *event]`` with ``[K]``. See `fastguide.ops.gather_particles_`."""
+    ancestors = ancestors.to(torch.int64, copy=True)  # a state may share their memory
+    for state in states:
+        if state.is_floating_point() and state.element_size() == 1:
+            state = state.view(torch.uint8)  # torch.gather knows no float8
+        dim = ancestors.ndim - 1
+        index = ancestors.reshape(ancestors.shape + (1,) * (state.ndim - ancestors.ndim))
+        state.copy_(torch.gather(state, dim, index.expand(state.shape)))

@@ -1,0 +1,168 @@
+"""Log-densities of measurements, and their gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...arguments import flag, got, number, one_of
+from .. import _arguments, _native
+from .._operation import Operation
+from . import reference
+from .reference import FAMILIES, density_constant
+
+
+def log_prob_and_gradient(
+    z: Tensor,
+    y: Tensor,
+    *,
+    family: str,
+    scale: float,
+    df: float | None = None,
+    background: float = 0.0,
+    extra_variance: Tensor | None = None,
+    rows: Tensor | None = None,
+    return_gradient: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """``log p(y | z)``, every normalising constant kept, and its gradient in ``z``, in one pass over both.
+
+    - ``z`` ``[n, *measurement]``; ``y`` of one row, or of ``n``, or of any number where ``rows`` ``[n]`` (int64) says
+      which row each sample has; any of the four dtypes.
+    - ``family``: ``"gaussian"``; ``"student_t"`` with ``df`` degrees of freedom; ``"laplace"``; ``"poisson"``, where
+      ``y >= 0`` and ``y / scale`` has the mean ``(z + background) / scale``. Formulas in
+      `fastguide.reference.log_prob_and_gradient`.
+    - ``scale > 0``; ``extra_variance`` ``[n or 1, *measurement]`` is added to its square (not for Poisson).
+
+    Returns the log-densities ``[n]`` in float64, and the gradient in the shape and dtype of ``z``, or None without
+    ``return_gradient``. Differentiable in ``z``, ``y`` and ``extra_variance``, any number of times.
+    """
+    z, y, extra_variance, rows = _measurements(z, y, extra_variance, rows)
+    scale, df, background = _density(family, scale, df, background, extra_variance)
+    return_gradient = flag("return_gradient", return_gradient)
+    both = return_gradient or (z.requires_grad and torch.is_grad_enabled())  # the derivative needs it
+    log_prob, gradient = _log_prob_and_gradient(
+        backend, z, y, family, scale, df, background, extra_variance, rows, both
+    )
+    return log_prob, gradient if return_gradient else None
+
+
+def _measurements(z: Any, y: Any, extra: Any, rows: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The four as kernels read them."""
+    z, y = _arguments.state("z", z), _arguments.state("y", y)
+    samples, measurement = z.shape[0], z.shape[1:]
+    extra = None if extra is None else _arguments.state("extra_variance", extra)
+    for name, value in (("y", y), ("extra_variance", extra)):
+        if value is None:
+            continue
+        any_rows = name == "y" and rows is not None
+        if value.shape[1:] != measurement or not (any_rows or value.shape[0] in (1, samples)):
+            expected = "any number of rows" if any_rows else f"{samples} rows or 1"
+            raise ValueError(
+                f"{name}: expected {expected}, each of shape {list(measurement)}, got {list(value.shape)} "
+                f"beside z {list(z.shape)}"
+            )
+        if value.device != z.device:
+            raise ValueError(f"{name}: expected a tensor on {z.device}, where z is, got {value.device}")
+    if rows is not None:
+        expected = f"an int64 tensor [{samples}] on {z.device}"
+        rows = _arguments.own("rows", rows, expected)
+        if rows.dtype != torch.int64 or rows.shape != z.shape[:1] or rows.device != z.device:
+            raise ValueError(f"rows: expected {expected}, got {got(rows)}")
+    return z, y, extra, rows
+
+
+def _density(
+    family: str, scale: Any, df: Any, background: Any, extra: Tensor | None
+) -> tuple[float, float | None, float]:
+    """The scale, the degrees of freedom and the background."""
+    one_of("family", family, FAMILIES)
+    scale = number("scale", scale, above=0.0)
+    if not 0.0 < scale * scale < math.inf:
+        raise ValueError(f"scale: expected a number whose square float64 can hold, got {scale}")
+    if (df is not None) != (family == "student_t"):
+        raise ValueError(f"df: expected a number for 'student_t' and None for the others, got {got(df)} for {family!r}")
+    df = None if df is None else number("df", df, above=0.0)
+    background = number("background", background, low=0.0)
+    if background and family != "poisson":
+        raise ValueError(f"background: expected 0 but for 'poisson', got {background} for {family!r}")
+    if extra is not None and family == "poisson":
+        raise ValueError("extra_variance: expected None for 'poisson', got a tensor")
+    return scale, df, background
+
+
+def _reference(z, y, family, scale, df, background, extra_variance, rows, return_gradient):
+    if rows is not None and _arguments.readable(rows):
+        _arguments.index("rows", rows, y.shape[0])
+    log_prob, gradient = reference.log_prob_and_gradient(
+        z, y, family=family, scale=scale, df=df, background=background, extra_variance=extra_variance, rows=rows
+    )
+    return log_prob, gradient if return_gradient else None
+
+
+# The codes of csrc/cpu/kernels.h.
+_FAMILIES = {family: code for code, family in enumerate(FAMILIES)}
+
+
+def _cpu(z, y, family, scale, df, background, extra_variance, rows, return_gradient):
+    wide = torch.float64 in (z.dtype, y.dtype)  # float16 and bfloat16 are read and written in z alone
+    dtype = torch.float64 if wide else torch.float32
+    state = (z.double() if wide else z).contiguous()
+    y = y.to(dtype).contiguous()
+    extra = None if extra_variance is None else extra_variance.to(dtype).contiguous()
+    rows = None if rows is None else rows.contiguous()
+    log_prob = torch.empty(z.shape[0], dtype=torch.float64, device="cpu")
+    gradient = torch.empty_like(state, memory_format=torch.contiguous_format) if return_gradient else None
+    bad = _native.module("cpu").log_prob_and_gradient(
+        _FAMILIES[family],
+        scale,
+        df or 0.0,
+        background,
+        density_constant(family, scale, df, extra is not None),
+        _native.CPU_DTYPES[state.dtype],
+        z.shape[0],
+        math.prod(z.shape[1:]),
+        state.data_ptr(),
+        y.data_ptr(),
+        y.shape[0],
+        None if rows is None else rows.data_ptr(),
+        None if extra is None else extra.data_ptr(),
+        0 if extra is None else extra.shape[0],
+        log_prob.data_ptr(),
+        None if gradient is None else gradient.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if bad >= 0:
+        _arguments.refuse_index("rows", rows, y.shape[0], bad)
+    return log_prob, None if gradient is None else gradient.to(z.dtype)
+
+
+def _fake(z, y, family, scale, df, background, extra_variance, rows, return_gradient):
+    log_prob = z.new_empty(z.shape[0], dtype=torch.float64)
+    contiguous = torch.contiguous_format
+    return log_prob, torch.empty_like(z, memory_format=contiguous) if return_gradient else z.new_empty(0)
+
+
+def _vjp(args, results, grads, needed):
+    """The gradient that the kernel has computed. Derivatives of the gradient, and in y, are the reference's."""
+    grad_log_prob, grad_gradient = grads
+    if needed != ["z"] or grad_gradient is not None or torch.is_grad_enabled():
+        return None
+    z, gradient = args[0], results[1]
+    return {"z": grad_log_prob.to(gradient.dtype).reshape(-1, *(1,) * (z.ndim - 1)) * gradient}
+
+
+_log_prob_and_gradient = Operation(
+    "log_prob_and_gradient(Tensor z, Tensor y, str family, float scale, float? df, float background, "
+    "Tensor? extra_variance, Tensor? rows, bool return_gradient) -> (Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+    kernels={"cpu": _cpu, "triton": "fastguide.ops.log_prob_and_gradient.triton:call"},
+    place=lambda z, y, *_: (z.device, torch.float64 if y.dtype == torch.float64 else z.dtype),
+    differentiable=True,
+    vjp=_vjp,
+    keep_results=True,
+)

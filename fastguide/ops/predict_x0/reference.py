@@ -1,0 +1,63 @@
+"""The predicted clean sample from a network's output, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._arguments import PREDICTIONS, Scalar
+
+__all__ = ["columns", "compute_dtype", "output_from_x0", "x0_coefficients", "x0_from_output"]
+
+
+def x0_coefficients(prediction: str, alpha: Scalar, sigma: Scalar) -> tuple[Scalar, Scalar]:
+    """``(p, q)`` with ``x0_hat = p x + q output``."""
+    if prediction == "sample":
+        return 0.0, 1.0
+    if prediction == "v":
+        total = alpha * alpha + sigma * sigma
+        return alpha / total, -sigma / total
+    if prediction == "flow":
+        return 1.0 / (alpha + sigma), -sigma / (alpha + sigma)
+    if not isinstance(alpha, Tensor) and alpha == 0.0:
+        raise ValueError(f"prediction: {prediction!r} does not determine x_0 where alpha_t = 0")
+    if prediction == "epsilon":
+        return 1.0 / alpha, -sigma / alpha
+    if prediction == "score":
+        return 1.0 / alpha, sigma * sigma / alpha
+    raise ValueError(f"prediction: expected one of {PREDICTIONS}, got {prediction!r}")
+
+
+def x0_from_output(x: Tensor, output: Tensor, alpha: Scalar, sigma: Scalar, prediction: str) -> Tensor:
+    """``x0_hat`` from a network's output of any prediction type; all ``[N, *event]``."""
+    p, q = columns(x0_coefficients(prediction, alpha, sigma), x, x.dtype)
+    return output if prediction == "sample" else p * x + q * output
+
+
+def output_from_x0(x: Tensor, x0: Tensor, alpha: Scalar, sigma: Scalar, prediction: str) -> Tensor:
+    """The inverse of `x0_from_output`: what a network of this type would have said; needs ``sigma > 0``."""
+    alpha, sigma = columns((alpha, sigma), x, x.dtype)
+    if prediction == "sample":
+        return x0
+    eps = (x - alpha * x0) / sigma
+    if prediction == "epsilon":
+        return eps
+    if prediction == "score":
+        return -eps / sigma
+    if prediction == "v":
+        return alpha * eps - sigma * x0
+    if prediction == "flow":
+        return eps - x0
+    raise ValueError(f"prediction: expected one of {PREDICTIONS}, got {prediction!r}")
+
+
+def columns(values: Sequence[Scalar], x: Tensor, dtype: torch.dtype) -> list[Scalar]:
+    """Coefficients as floats, or as ``[N, 1, ...]`` in ``dtype`` to multiply a state ``x`` ``[N, *event]``."""
+    shape = (-1,) + (1,) * (x.ndim - 1)
+    return [v.to(dtype).reshape(shape) if isinstance(v, Tensor) else v for v in values]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

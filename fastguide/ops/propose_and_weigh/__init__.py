@@ -1,0 +1,126 @@
+"""The guided step of a particle filter and the change of its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _arguments, _native
+from .._arguments import COUNTER, LEVELS, WEIGHT_DTYPES, Coefficients, IntOrTensor
+from .._operation import UNUSUAL, Operation, plain
+from . import reference
+
+
+def propose_and_weigh(
+    x: Tensor,
+    x0_hat: Tensor,
+    displacement: Tensor,
+    log_weights: Tensor,
+    coefficients: Coefficients,
+    *,
+    seed: IntOrTensor,
+    step: IntOrTensor = 0,
+    stream: int = 0,
+    first_particle: int = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The guided step of twisted diffusion sampling and its part of the weight (Wu et al. 2023, algorithm 1)::
+
+        m           = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat
+        x_s         = m + displacement + tau z
+        log_weights + log N(x_s; m, tau^2) - log N(x_s; m + displacement, tau^2)
+
+    ``x``, ``x0_hat``, ``displacement``: ``[N, *event]``; ``log_weights``: ``N`` values of any shape, float32 or
+    float64; ``coefficients`` and counters as in `reverse_step`. Where ``tau = 0`` the step is the base kernel's,
+    without the displacement, and the ratio is 1. Returns new tensors, without gradients.
+    """
+    ordinary = (
+        type(backend) is str and backend == "auto" and type(coefficients) is tuple and plain(x, x0_hat, displacement)
+    )
+    weighted = ordinary and plain(log_weights) and log_weights.dtype in WEIGHT_DTYPES
+    if weighted and log_weights.numel() == x.shape[0]:
+        try:
+            return _cpu(
+                x, x0_hat, displacement, log_weights, coefficients, None,
+                seed, step, stream, first_particle, None, None,
+            )  # fmt: skip
+        except UNUSUAL:
+            pass
+    x = _arguments.state("x", x)
+    x0_hat, displacement = _arguments.state("x0_hat", x0_hat, x), _arguments.state("displacement", displacement, x)
+    log_weights = _arguments.own("log_weights", log_weights, "a float32 or float64 tensor")
+    if log_weights.numel() != x.shape[0] or log_weights.dtype not in WEIGHT_DTYPES:
+        raise ValueError(
+            f"log_weights: expected {x.shape[0]} float32 or float64 values, "
+            f"got {log_weights.dtype} {list(log_weights.shape)}"
+        )
+    if log_weights.device != x.device:
+        raise ValueError(f"log_weights: expected a tensor on {x.device}, where x is, got {log_weights.device}")
+    levels = _arguments.levels(coefficients, x, "sample")
+    counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
+    return _propose_and_weigh(backend, x, x0_hat, displacement, log_weights, *levels, *counter)
+
+
+def _reference(
+    x, x0_hat, displacement, log_weights, coefficients, table,
+    seed, step, stream, first_particle, seed_tensor, step_tensor,
+):  # fmt: skip
+    _arguments.expect_levels(table, "sample")
+    return reference.propose_and_weigh(
+        x,
+        x0_hat,
+        displacement,
+        log_weights,
+        _arguments.unpacked_levels(coefficients, table),
+        seed=seed if seed_tensor is None else seed_tensor,
+        step=step if step_tensor is None else step_tensor,
+        stream=stream,
+        first_particle=first_particle,
+    )
+
+
+def _cpu(
+    x, x0_hat, displacement, log_weights, coefficients, table,
+    seed, step, stream, first_particle, seed_tensor, step_tensor,
+):  # fmt: skip
+    seed, step = _arguments.read(seed, step, seed_tensor, step_tensor)
+    x, x0_hat, displacement = x.contiguous(), x0_hat.contiguous(), displacement.contiguous()
+    log_weights = log_weights.contiguous()
+    if table is not None:
+        _arguments.expect_levels(table, "sample")
+        coefficients = table.data_ptr()
+    x_s, after = torch.empty_like(x), torch.empty_like(log_weights)
+    _native.module("cpu").propose_and_weigh(
+        x.data_ptr(),
+        _native.CPU_DTYPES[x.dtype],
+        x0_hat.data_ptr(),
+        _native.CPU_DTYPES[x0_hat.dtype],
+        displacement.data_ptr(),
+        _native.CPU_DTYPES[displacement.dtype],
+        x_s.data_ptr(),
+        log_weights.data_ptr(),
+        after.data_ptr(),
+        log_weights.dtype == torch.float64,
+        coefficients,
+        x.shape,
+        seed,
+        step,
+        stream,
+        first_particle,
+        torch.get_num_threads(),
+    )
+    return x_s, after
+
+
+def _fake(x, x0_hat, displacement, log_weights, *_):
+    contiguous = torch.contiguous_format
+    return torch.empty_like(x, memory_format=contiguous), torch.empty_like(log_weights, memory_format=contiguous)
+
+
+_propose_and_weigh = Operation(
+    f"propose_and_weigh(Tensor x, Tensor x0_hat, Tensor displacement, Tensor log_weights, {LEVELS}, {COUNTER}) "
+    "-> (Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+    kernels={"cpu": _cpu, "triton": "fastguide.ops.propose_and_weigh.triton:call"},
+)

@@ -1,0 +1,228 @@
+"""Draws the ancestors of particles."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...arguments import expect_alike, flag, got, is_batched, number, one_of
+from .. import _arguments, _native
+from .._arguments import COUNTER, WEIGHT_DTYPES, IntOrTensor
+from .._operation import UNUSUAL, Operation, plain
+from . import reference
+from .reference import SCHEMES
+
+
+def resample(
+    log_weights: Tensor,
+    *,
+    scheme: str = "systematic",
+    num: int | None = None,
+    ess_threshold: float | None = None,
+    seed: IntOrTensor = 0,
+    step: IntOrTensor = 0,
+    stream: int = 0,
+    first_row: int = 0,
+    sorted: bool = True,
+    check: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw ``num`` (default ``K``) ancestors for each row of ``log_weights`` ``[B, K]`` or ``[K]``, float32 or float64,
+    unnormalised (Chopin & Papaspiliopoulos 2020, chapter 9).
+
+    - ``scheme``: ``"systematic"``, ``"stratified"``, ``"multinomial"``, ``"residual"`` (multinomial remainders).
+    - ``ess_threshold`` in ``[0, 1]``: rows whose effective sample size is at least that share of ``K`` keep their
+      particles (identity) and weights; None resamples all. Decided on the device; needs ``num == K``.
+    - ``sorted``: ascending ancestors; False permutes them so that every survivor stays in its place (needs ``num ==
+      K``), which is what `gather_particles_` moves least for.
+    - ``check``: raise for a row without a usable weight: a NaN, ``+inf``, or all ``-inf`` (which waits for a GPU). With
+      False such a row keeps its particles (where ``num == K``; else its ancestors are zeros), and its mean weight and
+      ESS are NaN.
+    - ``first_row``: row ``b`` draws as row ``first_row + b`` of a larger call.
+
+    Returns ``ancestors`` ``[B, num]`` (int32 below 2^31), ``log_weights`` ``[B, num]`` (of a resampled row, all the log
+    of its mean weight, so that the mean weight never changes), ``log_mean_weight`` ``[B]`` and ``ess`` ``[B]`` in
+    float64.
+
+    Weights are integers inside (`reference.integer_weights`), so the result does not depend on how sums are split.
+    """
+    ordinary = type(backend) is str and backend == "auto" and plain(log_weights)
+    if not ordinary:
+        log_weights = _arguments.own("log_weights", log_weights, "a float32 or float64 tensor")
+    if log_weights.dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"log_weights: expected a float32 or float64 tensor, got {log_weights.dtype}")
+    shape = log_weights.shape
+    if len(shape) not in (1, 2) or shape[-1] == 0:
+        raise ValueError(f"log_weights: expected shape [B, K] or [K] with K >= 1, got {list(shape)}")
+    particles = shape[-1]
+    one_of("scheme", scheme, SCHEMES)
+    sorted, check = flag("sorted", sorted), flag("check", check)
+    if ess_threshold is not None:
+        ess_threshold = number("ess_threshold", ess_threshold, low=0.0, high=1.0, what="share of the particles")
+    if num is not None and (not isinstance(num, int) or isinstance(num, bool) or not 1 <= num < 1 << 31):
+        raise ValueError(f"num: expected an integer in [1, 2^31), got {got(num)}")
+    if num is not None and num != particles and (ess_threshold is not None or not sorted):
+        raise ValueError(f"num: expected {particles} with ess_threshold or sorted=False, got {num}")
+    count = particles if num is None else num
+    if ordinary and particles < 1 << 31:
+        try:
+            return _cpu(
+                log_weights, scheme, count, ess_threshold,
+                seed, step, stream, first_row, None, None, sorted, check,
+            )  # fmt: skip
+        except UNUSUAL:
+            log_weights = _arguments.own("log_weights", log_weights, "a float32 or float64 tensor")
+    if log_weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "log_weights: expected a tensor that needs no gradient, since draws have none, got one that requires it; "
+            "pass log_weights.detach(), or call inside torch.no_grad()"
+        )
+    rows = shape[0] if len(shape) == 2 else 1
+    counter = _arguments.counter(seed, step, stream, first_row, (rows, 4 * count), log_weights.device, "first_row")
+    if check and torch.compiler.is_compiling():
+        raise ValueError("check: expected False inside torch.compile, since it looks at values, got True")
+    given = {"log_weights": log_weights, "seed": seed, "step": step}
+    if check and (log_weights.is_meta or expect_alike(given) or any(map(is_batched, given.values()))):
+        values = ", ".join(got(value) for value in given.values() if isinstance(value, Tensor))
+        raise ValueError(f"check: expected False for results without values, got True with {values}")
+    return _resample(backend, log_weights, scheme, count, ess_threshold, *counter, sorted, check)
+
+
+def _reference(
+    log_weights, scheme, num, ess_threshold,
+    seed, step, stream, first_row, seed_tensor, step_tensor, sorted, check,
+):  # fmt: skip
+    results = reference.resample(
+        log_weights,
+        scheme=scheme,
+        num=num,
+        ess_threshold=ess_threshold,
+        seed=seed if seed_tensor is None else seed_tensor,
+        step=step if step_tensor is None else step_tensor,
+        stream=stream,
+        first_row=first_row,
+        sorted=sorted,
+    )
+    return _checked(log_weights, results) if check else results
+
+
+# The codes of csrc/common/weights.h.
+_SCHEMES = {scheme: code for code, scheme in enumerate(SCHEMES)}
+
+
+def _cpu(
+    log_weights, scheme, num, ess_threshold,
+    seed, step, stream, first_row, seed_tensor, step_tensor, sorted, check,
+):  # fmt: skip
+    seed, step = _arguments.read(seed, step, seed_tensor, step_tensor)
+    log_weights = log_weights.contiguous()
+    *rows, particles = log_weights.shape
+    if num == particles:  # empty_like is the cheaper of the two
+        ancestors = torch.empty_like(log_weights, dtype=torch.int32)
+        after = torch.empty_like(log_weights)
+    else:
+        ancestors = torch.empty((*rows, num), dtype=torch.int32, device="cpu")
+        after = torch.empty((*rows, num), dtype=log_weights.dtype, device="cpu")
+    log_mean_weight = torch.empty(rows, dtype=torch.float64, device="cpu")
+    ess = torch.empty_like(log_mean_weight)
+    bad = _native.module("cpu").resample(
+        log_weights.data_ptr(),
+        _native.CPU_DTYPES[log_weights.dtype],
+        rows[0] if rows else 1,
+        particles,
+        num,
+        _SCHEMES[scheme],
+        sorted,
+        math.inf if ess_threshold is None else float(ess_threshold * particles),
+        seed,
+        step,
+        stream,
+        first_row,
+        ancestors.data_ptr(),
+        after.data_ptr(),
+        log_mean_weight.data_ptr(),
+        ess.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if check and bad >= 0:
+        _refuse(log_weights, bad)
+    return ancestors, after, log_mean_weight, ess
+
+
+def _cuda(
+    log_weights, scheme, num, ess_threshold,
+    seed, step, stream, first_row, seed_tensor, step_tensor, sorted, check,
+):  # fmt: skip
+    log_weights = log_weights.contiguous()
+    *rows, particles = log_weights.shape
+    ancestors = log_weights.new_empty((*rows, num), dtype=torch.int32)
+    after = log_weights.new_empty((*rows, num))
+    log_mean_weight = log_weights.new_empty(rows, dtype=torch.float64)
+    ess = torch.empty_like(log_mean_weight)
+    cuda = _native.module("cuda")
+    shape = rows[0] if rows else 1, particles, num, _SCHEMES[scheme], sorted
+    with _native.cuda_stream(log_weights.device) as queue:
+        workspace = log_weights.new_empty(cuda.resample_workspace(*shape), dtype=torch.uint8)
+        cuda.resample(
+            log_weights.data_ptr(),
+            log_weights.dtype == torch.float64,
+            *shape,
+            math.inf if ess_threshold is None else float(ess_threshold * particles),
+            seed,
+            step,
+            stream,
+            first_row,
+            _native.address(seed_tensor),
+            _native.address(step_tensor),
+            ancestors.data_ptr(),
+            after.data_ptr(),
+            log_mean_weight.data_ptr(),
+            ess.data_ptr(),
+            workspace.data_ptr(),
+            queue,
+        )
+    results = ancestors, after, log_mean_weight, ess
+    return _checked(log_weights, results) if check else results
+
+
+def _checked(log_weights: Tensor, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The results, of which the mean weight is NaN in a row without a usable weight. Waits for a GPU."""
+    bad_rows = results[2].isnan().reshape(-1)
+    if bad_rows.any():
+        _refuse(log_weights, int(bad_rows.nonzero()[0]))
+    return results
+
+
+def _refuse(log_weights: Tensor, row: int) -> None:
+    value = log_weights.reshape(-1, log_weights.shape[-1])[row].amax().item()
+    what = "NaN" if math.isnan(value) else "+inf" if value > 0 else "no live particle (all are -inf)"
+    raise ValueError(f"log_weights: expected a finite largest weight in every row, got {what} in row {row}")
+
+
+def _fake(log_weights, scheme, num, *_):
+    rows = log_weights.shape[:-1]
+    index_dtype = torch.int32 if log_weights.shape[-1] < 2**31 else torch.int64
+    return (
+        log_weights.new_empty((*rows, num), dtype=index_dtype),
+        log_weights.new_empty((*rows, num)),
+        log_weights.new_empty(rows, dtype=torch.float64),
+        log_weights.new_empty(rows, dtype=torch.float64),
+    )
+
+
+def _obstacle(log_weights, *_):
+    particles = log_weights.shape[-1]
+    return f"counts particles in 31 bits, and there are {particles}" if particles >= 1 << 31 else ""
+
+
+_resample = Operation(
+    f"resample(Tensor log_weights, str scheme, SymInt num, float? ess_threshold, {COUNTER}, bool sorted, bool check) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+    kernels={"cpu": _cpu, "cuda": _cuda},
+    dtypes=WEIGHT_DTYPES,
+    obstacle=_obstacle,
+)

@@ -1,0 +1,180 @@
+"""One step from a noise level to a lower one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...arguments import flag, one_of
+from .. import _arguments, _native
+from .._arguments import COUNTER, LEVELS, PREDICTIONS, Clip, Coefficients, IntOrTensor
+from .._operation import UNUSUAL, Operation, plain
+from . import reference
+
+
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Coefficients,
+    *,
+    prediction: str = "epsilon",
+    clip: Clip = None,
+    clip_noise: bool = True,
+    displacement: Tensor | None = None,
+    seed: IntOrTensor = 0,
+    step: IntOrTensor = 0,
+    stream: int = 0,
+    first_particle: int = 0,
+    return_x0: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One step from level ``t`` to the lower level ``s``; DDIM, DDPM, Euler and Euler-ancestral are this formula with
+    their ``tau`` (Song, Meng, Ermon 2021, eq. 12)::
+
+        x0_hat  from model_output and prediction, then clipped
+        eps_hat = (x - alpha_t x0_hat) / sigma_t
+        x_s     = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat + displacement + tau z
+
+    - ``x`` ``[N, *event]``; ``model_output`` and ``displacement`` of the same shape, any of the four dtypes.
+    - ``coefficients = (alpha_t, sigma_t, alpha_s, sigma_s, tau)``, each a float or a tensor ``[N]``, with
+      ``sigma_t > 0`` and ``0 <= tau <= sigma_s``. Values on a GPU are not checked. ``"epsilon"`` and ``"score"`` need
+      ``alpha_t > 0``.
+    - ``clip``: None, a number ``c`` for ``[-c, c]``, ``(low, high)``, or a `DynamicThreshold`. ``clip_noise=False``
+      leaves ``eps_hat`` what it is of the unclipped ``x0_hat`` (diffusers' DDIM).
+    - ``z``: `randn` of ``seed, step, stream, first_particle``; none is drawn where ``tau = 0``.
+
+    Returns ``x_s`` in the dtype of ``x``, and the clipped ``x0_hat`` if ``return_x0``. Differentiable in the three
+    tensors.
+    """
+    bounds = _arguments.clip(clip)
+    if not bounds and clip_noise is False:
+        clip_noise = True  # without a clip they are the same
+    tensors = (x, model_output) if displacement is None else (x, model_output, displacement)
+    if type(backend) is str and backend == "auto" and type(coefficients) is tuple and plain(*tensors):
+        try:
+            x_s, x0 = _cpu(
+                x, model_output, coefficients, None, prediction, bounds, clip_noise, displacement,
+                seed, step, stream, first_particle, None, None, return_x0,
+            )  # fmt: skip
+            return (x_s, x0) if return_x0 else x_s
+        except UNUSUAL:
+            pass
+    x = _arguments.state("x", x)
+    model_output = _arguments.state("model_output", model_output, x)
+    displacement = None if displacement is None else _arguments.state("displacement", displacement, x)
+    one_of("prediction", prediction, PREDICTIONS)
+    clip_noise, return_x0 = flag("clip_noise", clip_noise), flag("return_x0", return_x0)
+    levels = _arguments.levels(coefficients, x, prediction)
+    counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
+    x_s, x0 = _reverse_step(
+        backend, x, model_output, *levels, prediction, bounds, clip_noise, displacement, *counter, return_x0
+    )
+    return (x_s, x0) if return_x0 else x_s
+
+
+def _reference(
+    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
+    seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0,
+):  # fmt: skip
+    _arguments.expect_levels(table, prediction)
+    results = reference.reverse_step(
+        x,
+        model_output,
+        _arguments.unpacked_levels(coefficients, table),
+        prediction=prediction,
+        clip=_arguments.unpacked_clip(clip),
+        clip_noise=clip_noise,
+        displacement=displacement,
+        seed=seed if seed_tensor is None else seed_tensor,
+        step=step if step_tensor is None else step_tensor,
+        stream=stream,
+        first_particle=first_particle,
+        return_x0=return_x0,
+    )
+    return results if return_x0 else (results, None)
+
+
+# The codes of csrc/common/step.h.
+_PREDICTIONS = {name: code for code, name in enumerate(PREDICTIONS)}
+
+
+def _cpu(
+    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
+    seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0,
+):  # fmt: skip
+    seed, step = _arguments.read(seed, step, seed_tensor, step_tensor)
+    x, model_output = x.contiguous(), model_output.contiguous()
+    if displacement is not None:
+        displacement = displacement.contiguous()
+    if table is not None:
+        _arguments.expect_levels(table, prediction)
+        coefficients = table.data_ptr()
+    x_s = torch.empty_like(x)
+    x0 = torch.empty_like(x) if return_x0 else None
+    _native.module("cpu").reverse_step(
+        x.data_ptr(),
+        _native.CPU_DTYPES[x.dtype],
+        model_output.data_ptr(),
+        _native.CPU_DTYPES[model_output.dtype],
+        None if displacement is None else displacement.data_ptr(),
+        0 if displacement is None else _native.CPU_DTYPES[displacement.dtype],
+        x_s.data_ptr(),
+        None if x0 is None else x0.data_ptr(),
+        return_x0,
+        _PREDICTIONS[prediction],
+        len(clip) and len(clip) - 1,
+        clip[0] if clip else 0.0,
+        clip[1] if clip else 0.0,
+        clip_noise,
+        coefficients,
+        x.shape,
+        seed,
+        step,
+        stream,
+        first_particle,
+        torch.get_num_threads(),
+    )
+    return x_s, x0
+
+
+def _fake(
+    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
+    seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0,
+):  # fmt: skip
+    x_s = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x_s, torch.empty_like(x_s) if return_x0 else x.new_empty(0)
+
+
+def _vjp(args, results, grads, needed):
+    """The formula's own, which draws no noise."""
+    if "table" in needed:
+        return None
+    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement = args[:8]
+    grad_x_s, grad_x0 = grads
+    if grad_x_s is None:
+        grad_x_s = torch.zeros_like(x)
+    grad_x, grad_output = reference.reverse_step_vjp(
+        grad_x_s,
+        grad_x0 if args[-1] else None,
+        x,
+        model_output,
+        _arguments.unpacked_levels(coefficients, table),
+        prediction,
+        _arguments.unpacked_clip(clip),
+        clip_noise,
+    )
+    found = {"x": grad_x, "model_output": grad_output}
+    if "displacement" in needed:
+        found["displacement"] = grad_x_s.to(displacement.dtype)
+    return found
+
+
+_reverse_step = Operation(
+    f"reverse_step(Tensor x, Tensor model_output, {LEVELS}, str prediction, float[] clip, bool clip_noise, "
+    f"Tensor? displacement, {COUNTER}, bool return_x0) -> (Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+    kernels={"cpu": _cpu, "triton": "fastguide.ops.reverse_step.triton:call"},
+    differentiable=True,
+    vjp=_vjp,
+)

@@ -1,0 +1,167 @@
+"""The reverse step, its clip and its gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._arguments import Clip, Coefficients, DynamicThreshold, IntOrTensor, Scalar
+from ..predict_x0.reference import columns, compute_dtype, x0_coefficients
+from ..randn.reference import randn
+
+__all__ = [
+    "clip_x0",
+    "dynamic_bound",
+    "has_noise",
+    "multipliers",
+    "reverse_step",
+    "reverse_step_vjp",
+    "scaled",
+    "square_root",
+    "step_coefficients",
+]
+
+
+def square_root(value: Scalar) -> Scalar:
+    return value.clamp(min=0).sqrt() if isinstance(value, Tensor) else math.sqrt(max(value, 0.0))
+
+
+def scaled(x: Tensor, factor: Scalar) -> Tensor:
+    """``x * factor``, the same bits for a number and for a float64 tensor ``[]`` of it."""
+    if isinstance(factor, Tensor) and x.dtype in (torch.float16, torch.bfloat16):
+        return (x.float() * factor).to(x.dtype)  # torch would round the factor to the dtype of x
+    return x * factor
+
+
+def step_coefficients(coefficients: Coefficients) -> tuple[Scalar, Scalar, Scalar]:
+    """``(a, b, tau)`` of ``x_s = a x_t + b x0_hat + tau z``: the step
+    ``alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat + tau z`` with ``eps_hat = (x_t - alpha_t x0_hat) / sigma_t``."""
+    alpha_t, sigma_t, alpha_s, sigma_s, tau = (c.double() if isinstance(c, Tensor) else c for c in coefficients)
+    a = square_root(sigma_s * sigma_s - tau * tau) / sigma_t
+    return a, alpha_s - alpha_t * a, tau
+
+
+def clip_x0(x0: Tensor, clip: Clip) -> Tensor:
+    """``x0`` ``[N, *event]`` clipped; ``clip`` as in `reverse_step`."""
+    if clip is None:
+        return x0
+    if isinstance(clip, DynamicThreshold):
+        if x0.numel() == 0:
+            return x0
+        bound = dynamic_bound(x0, clip).reshape(-1, *(1,) * (x0.ndim - 1))
+        return torch.minimum(torch.maximum(x0, -bound), bound) / bound
+    low, high = clip if isinstance(clip, tuple) else (-clip, clip)
+    return x0.clamp(low, high)
+
+
+def dynamic_bound(x0: Tensor, clip: DynamicThreshold) -> Tensor:
+    """The threshold ``[N]`` of each ``x0`` ``[N, *event]``, none of which is empty."""
+    ordered = x0.reshape(x0.shape[0], -1).abs().sort(dim=1).values
+    below, above, between = _ranks(clip.ratio, ordered.shape[1])
+    return torch.lerp(ordered[:, below], ordered[:, above], between).clamp(1.0, clip.max_value)
+
+
+def _ranks(ratio: float, number: int) -> tuple[int, int, float]:
+    """The two order statistics that the ``ratio`` quantile of ``number`` values lies between, and how far."""
+    rank = ratio * (number - 1)
+    return int(rank), min(int(rank) + 1, number - 1), rank - int(rank)
+
+
+def has_noise(tau: Scalar) -> bool:
+    return isinstance(tau, Tensor) or tau > 0.0
+
+
+def multipliers(x: Tensor, coefficients: Coefficients, prediction: str, clip_noise: bool = True) -> list[Scalar]:
+    """``p, q, a, b, tau, c`` of ``x0_hat = p x + q output`` and ``x_s = a x + b clip(x0_hat) + c x0_hat + tau z``."""
+    alpha_t, sigma_t, alpha_s = (c.double() if isinstance(c, Tensor) else c for c in coefficients[:3])
+    a, b, tau = step_coefficients(coefficients)
+    b, c = (b, 0.0) if clip_noise else (alpha_s, -(alpha_t * a))
+    values = *x0_coefficients(prediction, alpha_t, sigma_t), a, b, tau, c
+    return columns(values, x, compute_dtype(x))
+
+
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Coefficients,
+    *,
+    prediction: str = "epsilon",
+    clip: Clip = None,
+    clip_noise: bool = True,
+    displacement: Tensor | None = None,
+    seed: IntOrTensor = 0,
+    step: IntOrTensor = 0,
+    stream: int = 0,
+    first_particle: int = 0,
+    return_x0: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``x_s = a x_t + b clip(x0_hat) + c x0_hat + displacement + tau z``. See `fastguide.ops.reverse_step`."""
+    dtype = compute_dtype(x)
+    p, q, a, b, tau, c = multipliers(x, coefficients, prediction, clip_noise)
+    state, output = x.to(dtype), model_output.to(dtype)
+    unclipped = output if prediction == "sample" else p * state + q * output
+    x0 = clip_x0(unclipped, clip)
+    x_s = a * state + b * x0
+    if not clip_noise:
+        x_s = x_s + c * unclipped
+    if displacement is not None:
+        x_s = x_s + displacement.to(dtype)
+    if has_noise(tau):
+        x_s = x_s + tau * randn(
+            x.shape,
+            seed=seed,
+            step=step,
+            stream=stream,
+            first_particle=first_particle,
+            dtype=dtype,
+            device=x.device,
+        )
+    x_s = x_s.to(x.dtype).contiguous()
+    # x0 may be model_output itself: what is returned shares no memory with what was given
+    return (x_s, x0.to(x.dtype).clone(memory_format=torch.contiguous_format)) if return_x0 else x_s
+
+
+def reverse_step_vjp(
+    grad_x_s: Tensor,
+    grad_x0: Tensor | None,
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Coefficients,
+    prediction: str,
+    clip: Clip,
+    clip_noise: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Gradients in ``x`` and ``model_output`` from those in the results of `reverse_step`. The noise is additive and
+    takes no part; the gradient in ``displacement`` is ``grad_x_s`` itself."""
+    dtype = compute_dtype(x)
+    p, q, a, b, _, c = multipliers(x, coefficients, prediction, clip_noise)
+    grad_x_s, state, output = grad_x_s.to(dtype), x.to(dtype), model_output.to(dtype)
+    grad = b * grad_x_s if grad_x0 is None else b * grad_x_s + grad_x0.to(dtype)
+    grad = _clip_x0_vjp(grad, p * state + q * output, clip)
+    if not clip_noise:
+        grad = grad + c * grad_x_s
+    grad_x, grad_output = a * grad_x_s + p * grad, q * grad
+    return grad_x.to(x.dtype).contiguous(), grad_output.to(model_output.dtype).contiguous()
+
+
+def _clip_x0_vjp(grad: Tensor, x0: Tensor, clip: Clip) -> Tensor:
+    """The gradient in ``x0`` from that in ``clip_x0(x0, clip)``."""
+    if clip is None or x0.numel() == 0:
+        return grad
+    if isinstance(clip, DynamicThreshold):  # y = x0 / bound inside; outside +-1, whatever x0 and the bound
+        flat, grad = (v.reshape(v.shape[0], -1) for v in (x0, grad))
+        ordered, order = flat.abs().sort(dim=1)
+        below, above, between = _ranks(clip.ratio, flat.shape[1])
+        quantile = torch.lerp(ordered[:, below], ordered[:, above], between)[:, None]
+        bound = quantile.clamp(1.0, clip.max_value)
+        grad = torch.where(flat.abs() < bound, grad / bound, 0.0)
+        grad_bound = -(grad * flat).sum(1, keepdim=True) / bound
+        grad_quantile = torch.where(bound == quantile, grad_bound, 0.0)
+        for place, share in ((below, 1.0 - between), (above, between)):
+            one = order[:, place : place + 1]
+            grad = grad.scatter_add(1, one, share * grad_quantile * flat.gather(1, one).sign())
+        return grad.reshape(x0.shape)
+    low, high = clip if isinstance(clip, tuple) else (-clip, clip)
+    return torch.where((x0 >= low) & (x0 <= high), grad, 0.0)
