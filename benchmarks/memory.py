@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastguide import ops, reference
+from fastguide import ops
+from fastguide.ops.resample.reference import _exp_times
 
 from . import timing
 
@@ -97,7 +98,7 @@ def wrong_offspring(log_weights: Tensor, ancestors: Tensor) -> int:
 def _integer_weights(log_weights: Tensor, top: Tensor, scale: int) -> Tensor:
     """`reference.integer_weights` of some particles ``[n]`` of a row, by that row's maximum and scale: a whole row of
     1e8 would take that function 9 GB."""
-    return reference._exp_times(log_weights.double() - top, scale)[0]
+    return _exp_times(log_weights.double() - top, scale)[0]
 
 
 def gather(device: torch.device, particles: int, elements: int) -> dict[str, float]:

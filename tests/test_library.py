@@ -720,7 +720,7 @@ def fake_calls():
     table = {f"coefficients[{i}]": torch.full((6,), c) for i, c in enumerate(VP)}
     step = {"x": x, "model_output": x + 1, "displacement": x - 1, **counter, **table}
     proposal = {"x": x, "x0_hat": x + 1, "displacement": x - 1, "log_weights": x[:, 0], **counter, **table}
-    density = {"z": x, "y": normal(2, 2), "added": x.square(), "rows": torch.tensor([0, 1, 1, 0, 1, 0])}
+    density = {"z": x, "y": normal(2, 2), "extra_variance": x.square(), "rows": torch.tensor([0, 1, 1, 0, 1, 0])}
     moved = {"ancestors": torch.tensor([[4, 0, 0, 1, 1]] * 3), "states[0]": normal(3, 5, 2), "states[1]": w}
 
     def split(given):
