@@ -344,7 +344,7 @@ def gram_over_diagonal(
     number = max(_NORM_PROBES, observations)
     own = operator.at(torch.arange(number, device=like.device) % observations)
     options: dict[str, Any] = dict(seed=0, stream=_STREAM_PROBES, dtype=like.dtype, device=like.device)
-    x, u = (randn((number, *event), step=step, **options) for step in (1, 2))
+    x, u = (ops.randn((number, *event), step=step, **options) for step in (1, 2))
     small = torch.finfo(x.dtype).eps ** (1 / 3)
     linear = isinstance(own, LinearOperator)  # by its adjoint: it need not be differentiable
     with torch.set_grad_enabled(not linear):

@@ -1,4 +1,4 @@
-// Element types, by the code that Python passes (fastguide/compiled.py), and the narrow formats' rounding.
+// Element types, by the code that Python passes (fastguide/ops/_native.py), and the narrow formats' rounding.
 #pragma once
 
 #include <cstdint>
