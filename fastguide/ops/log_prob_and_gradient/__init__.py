@@ -103,7 +103,7 @@ def _reference(z, y, family, scale, df, background, extra_variance, rows, return
     return log_prob, gradient if return_gradient else None
 
 
-# The codes of csrc/cpu/kernels.h.
+# The codes of csrc/ops/log_prob_and_gradient/cpu.cpp.
 _FAMILIES = {family: code for code, family in enumerate(FAMILIES)}
 
 
