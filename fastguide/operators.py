@@ -445,7 +445,7 @@ class Inpainting(LinearOperator):
                 f"{list(x.shape)}"
             )
         self._check(x.shape[0])
-        return x.flatten(1).gather(1, self.index) if self.per_observation else x.flatten(1)[:, self.index]
+        return x.flatten(1).gather(1, self.index) if self.per_observation else x.flatten(1).index_select(1, self.index)
 
     def adjoint(self, y: Tensor) -> Tensor:
         y = self._measured("y", y)

@@ -16,8 +16,18 @@ import pytest
 import torch
 
 from fastguide import doctor, ops
-from fastguide.ops import _native
-from fastguide.ops._operation import OPERATIONS, ORDER, Backend, _warn_slow, backends, explain, select, why_not
+from fastguide.ops import _native, _operation
+from fastguide.ops._operation import (
+    OPERATIONS,
+    ORDER,
+    Backend,
+    _gpu_reason,
+    _warn_passed_over,
+    backends,
+    explain,
+    select,
+    why_not,
+)
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -126,7 +136,10 @@ def test_an_unbuilt_clone_before_the_installed_copy_is_named(tmp_path):
     said = ask("print(fastguide.backends()['cpu'].reason)", clone, site)
     assert f"fastguide._cpu_portable {words}" in said
     said = ask("fastguide.ops.randn((4, 3), seed=0)", clone, site)  # runs on the reference, and says so
-    assert "RuntimeWarning: fastguide runs on cpu tensors without its compiled kernels, slowly: fastguide._cpu_" in said
+    assert (
+        "RuntimeWarning: fastguide runs on cpu tensors without its compiled kernels, slowly, in plain PyTorch: fastguide._cpu_"
+        in said
+    )
     assert words in said
     assert words in ask("print(doctor.report())", clone, site)
 
@@ -197,17 +210,69 @@ def test_explain_tells_what_was_passed_over():
 
 def test_a_missing_module_warns_once_and_only_once(monkeypatch, recwarn):
     monkeypatch.setitem(_native._modules, "cpu", (None, "fastguide._cpu did not load: broken on purpose"))
-    _warn_slow.cache_clear()
+    _warn_passed_over.cache_clear()
     for _ in range(3):
         assert select("randn", device=CPU, dtype=torch.float32) == "reference"
     assert [str(w.message) for w in recwarn if "broken on purpose" in str(w.message)] == [
-        "fastguide runs on cpu tensors without its compiled kernels, slowly: fastguide._cpu did not load: "
-        "broken on purpose. `fastguide doctor` tells more."
+        "fastguide runs on cpu tensors without its compiled kernels, slowly, in plain PyTorch: fastguide._cpu did not "
+        "load: broken on purpose. `fastguide doctor` tells more."
     ]
     with pytest.raises(RuntimeError, match="broken on purpose"):
         select("randn", "cpu", device=CPU, dtype=torch.float32)
     assert not backends()["cpu"].loaded and backends()["cpu"].reason.endswith("broken on purpose")
-    _warn_slow.cache_clear()
+    _warn_passed_over.cache_clear()
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """``a_gpu(capability, driver, archs)``: as if torch saw such a GPU, and the cuda module had been built for them."""
+
+    def pretend(capability: tuple[int, int], driver: int, archs: list[str]) -> None:
+        record = {"cuda": {"status": "built", "reason": "", "nvcc": "13.0", "archs": archs, "error": []}}
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+        monkeypatch.setattr(_native, "build_record", lambda: record)
+        monkeypatch.setitem(_native._modules, "cuda", (types.SimpleNamespace(), ""))
+        monkeypatch.setattr(_operation, "_INTERPRETED", False)
+        _gpu_reason.cache_clear()
+        _warn_passed_over.cache_clear()
+
+    yield pretend
+    _gpu_reason.cache_clear()
+    _warn_passed_over.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "archs", "reason"),
+    [
+        ((8, 0), 13000, ["80", "90"], ""),
+        ((8, 9), 13020, ["80", "90"], ""),  # code of the same major version
+        ((12, 0), 13000, ["80", "90"], ""),  # PTX of the last
+        ((9, 0), 13000, ["80", "100"], "cuda was compiled for sm_80, sm_100, and this GPU is sm_90: build with"),
+        ((8, 0), 13000, ["86", "90"], "this GPU is sm_80: build with FASTGUIDE_CUDA_ARCHS=80"),
+        ((9, 0), 12080, ["90"], "cuda was compiled by nvcc 13.0, and this driver serves CUDA 12"),
+    ],
+)
+def test_a_gpu_or_a_driver_that_cannot_run_the_build_is_named(capability, driver, archs, reason, a_gpu):
+    a_gpu(capability, driver, archs)
+    said = why_not("cuda", "randn", device=GPU, dtype=torch.float32)
+    assert (reason in said) if reason else said == ""
+
+
+def test_a_gpu_without_our_kernels_takes_the_next_backend_and_warns_once(a_gpu, recwarn):
+    a_gpu((9, 0), 13000, ["80", "100"])
+    for _ in range(3):
+        assert select("randn", device=GPU, dtype=torch.float32) == "triton"
+        assert select("resample", device=GPU, dtype=torch.float32) == "reference"
+    said = [str(w.message) for w in recwarn if "fastguide runs" in str(w.message)]
+    assert len(said) == 2 and all("sm_80, sm_100, and this GPU is sm_90" in words for words in said)
+    assert "with those of triton" in said[0] and "slowly, in plain PyTorch" in said[1]
+    a_gpu((7, 5), 13000, ["80"])
+    assert "triton serves compute capability 8.0" in why_not("triton", "randn", device=GPU, dtype=torch.float32)
 
 
 # --- callers ------------------------------------------------------------------------------------------------

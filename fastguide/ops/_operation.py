@@ -251,8 +251,11 @@ def backends() -> dict[str, Backend]:
     found = {}
     for name in ORDER:
         error = load_error(name)
+        reason = error or _device_reason(name, torch.device("cuda"))
         operations = tuple(operation.name for operation in OPERATIONS.values() if name in operation.kernels)
-        found[name] = Backend(name, not error, error or _no_device(name), operations, details[name])
+        found[name] = Backend(
+            name, not error, error or _device_reason(name, torch.device("cuda")), operations, details[name]
+        )
     return found
 
 
@@ -272,10 +275,31 @@ def _triton_error() -> str:
     return ""
 
 
-def _no_device(name: str) -> str:
-    if name in ("cpu", "reference") or (name == "triton" and _INTERPRETED) or torch.cuda.is_available():
+def _device_reason(name: str, device: torch.device) -> str:
+    """Why backend ``name`` runs nothing on ``device``, or ``""``."""
+    if name in ("cpu", "reference") or (name == "triton" and _INTERPRETED):
         return ""
-    return "torch sees no CUDA device"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _gpu_reason(name, torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _gpu_reason(name: str, index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    if name == "triton":
+        return "" if major >= 8 else f"triton serves compute capability 8.0 or higher, and this GPU has {major}.{minor}"
+    record = _native.build_record()["cuda"]
+    known = torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]  # of builds with CUDA
+    if known < int(record["nvcc"].partition(".")[0]):
+        return f"cuda was compiled by nvcc {record['nvcc']}, and this driver serves CUDA {known}: it needs a newer one"
+    # Code of an architecture runs on its own major version from its minor one on; PTX, kept of the last, on all later.
+    archs = [divmod(int(arch), 10) for arch in record["archs"]]
+    if archs[-1] <= (major, minor) or any(arch[0] == major and arch[1] <= minor for arch in archs):
+        return ""
+    compiled = ", ".join(f"sm_{arch}" for arch in record["archs"])
+    this = f"{major}{minor}"
+    return f"cuda was compiled for {compiled}, and this GPU is sm_{this}: build with FASTGUIDE_CUDA_ARCHS={this}"
 
 
 def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.dtype, obstacle: str = "") -> str:
@@ -291,7 +315,7 @@ def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.
     dtypes = OPERATIONS[operation].dtypes
     if dtypes is not None and dtype not in (dtypes or _DTYPES[backend]):
         return f"{backend} serves {', '.join(map(str, dtypes or _DTYPES[backend]))}, and this is {dtype}"
-    return f"{backend} {obstacle}" if obstacle else load_error(backend) or _no_device(backend)
+    return f"{backend} {obstacle}" if obstacle else load_error(backend) or _device_reason(backend, device)
 
 
 def _why_not_auto(backend: str, operation: str, **call: Any) -> str:
@@ -323,21 +347,22 @@ def select(
     missing = ""
     for name in ORDER:
         if not _why_not_auto(name, operation, **call):
-            if name == "reference" and missing:
-                _warn_slow(device.type, missing)
+            if missing:
+                _warn_passed_over(device.type, missing, name)
             elif name == "reference" and obstacle and not is_compiling():
                 _warn_reference(operation, obstacle)
             return name
         if _device_of(name) == device.type and name in OPERATIONS[operation].kernels:
-            missing = missing or load_error(name)
+            missing = missing or load_error(name) or _device_reason(name, device)
     raise RuntimeError(explain(operation, device, dtype, obstacle=obstacle))
 
 
 @functools.cache
-def _warn_slow(device: str, reason: str) -> None:
+def _warn_passed_over(device: str, reason: str, chosen: str) -> None:
     # Once: what is missing stays missing for as long as the process lives.
+    instead = "slowly, in plain PyTorch" if chosen == "reference" else f"with those of {chosen}"
     warnings.warn(
-        f"fastguide runs on {device} tensors without its compiled kernels, slowly: {reason}. "
+        f"fastguide runs on {device} tensors without its compiled kernels, {instead}: {reason}. "
         "`fastguide doctor` tells more.",
         RuntimeWarning,
         stacklevel=4,

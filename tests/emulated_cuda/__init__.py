@@ -69,8 +69,8 @@ def serve(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastguide.ops import _native  # not before conftest.py has set Triton's environment
 
     backends = sys.modules["fastguide.ops._operation"]  # the package's attribute of that name is its function
-    device_of, no_device = backends._device_of, backends._no_device
+    device_of, device_reason = backends._device_of, backends._device_reason
     monkeypatch.setitem(_native._modules, "cuda", (module, ""))
     monkeypatch.setattr(_native, "cuda_stream", lambda device: contextlib.nullcontext(0))
     monkeypatch.setattr(backends, "_device_of", lambda name: "cpu" if name == "cuda" else device_of(name))
-    monkeypatch.setattr(backends, "_no_device", lambda name: "" if name == "cuda" else no_device(name))
+    monkeypatch.setattr(backends, "_device_reason", lambda name, on: "" if name == "cuda" else device_reason(name, on))
