@@ -136,10 +136,8 @@ def test_an_unbuilt_clone_before_the_installed_copy_is_named(tmp_path):
     said = ask("print(fastguide.backends()['cpu'].reason)", clone, site)
     assert f"fastguide._cpu_portable {words}" in said
     said = ask("fastguide.ops.randn((4, 3), seed=0)", clone, site)  # runs on the reference, and says so
-    assert (
-        "RuntimeWarning: fastguide runs on cpu tensors without its compiled kernels, slowly, in plain PyTorch: fastguide._cpu_"
-        in said
-    )
+    assert "RuntimeWarning: fastguide runs on cpu tensors without its compiled kernels" in said
+    assert "slowly, in plain PyTorch: fastguide._cpu_" in said
     assert words in said
     assert words in ask("print(doctor.report())", clone, site)
 

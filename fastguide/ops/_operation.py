@@ -253,9 +253,7 @@ def backends() -> dict[str, Backend]:
         error = load_error(name)
         reason = error or _device_reason(name, torch.device("cuda"))
         operations = tuple(operation.name for operation in OPERATIONS.values() if name in operation.kernels)
-        found[name] = Backend(
-            name, not error, error or _device_reason(name, torch.device("cuda")), operations, details[name]
-        )
+        found[name] = Backend(name, not error, reason, operations, details[name])
     return found
 
 
