@@ -130,6 +130,11 @@ class Likelihood:
             ) from error
         return self._number_or_rows(value, f"scale({t})")
 
+    @property
+    def blamed(self) -> str:
+        """What an error calls the user's functions behind the density."""
+        return self.operator.blamed
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Likelihood:
         """A copy on ``device``, computing in ``dtype``."""
         device, dtype = arguments.placement(device, dtype)
@@ -564,6 +569,7 @@ class Callable(Likelihood):
 
     _least_dimensions = 1
     _takes_tensors = False
+    blamed = "likelihood"
 
     def __init__(self, f: Fn[..., Tensor], y: Tensor | None = None, scale: Scale | None = None):
         function("f", f)

@@ -48,6 +48,7 @@ class Operator:
 
     linear = False
     observations: int | None = None  # how many it differs between, see `at`
+    blamed = "operator"  # what an error calls the user's functions behind it
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` ``[n, *event]`` -> ``[n, *measurement]``."""

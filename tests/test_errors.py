@@ -489,6 +489,13 @@ def test_own_functions_of_fk_that_are_not_finite():
     )
 
 
+def test_a_decoder_that_is_not_finite_is_named():
+    for space, named in (("latent", "decoder or operator"), ("pixel", "decoder")):
+        encoder = None if space == "latent" else lambda x: x
+        guidance = LatentPnP(LIKELIHOOD, decoder=lambda z: z * math.nan, encoder=encoder, space=space)
+        check(FloatingPointError, f"{named}: expected finite values, got NaN at step 0", guidance=guidance)
+
+
 @pytest.mark.parametrize("covariance", ["point", "isotropic", "moment"])
 def test_a_network_that_diverges_is_reported_by_name(covariance):
     prior = Denoiser(lambda x, t: x * math.nan, SCHEDULE, "v")

@@ -230,7 +230,7 @@ class Run:
             shift = torch.where(per_sample(log_prob, shift) == -math.inf, 0.0, shift)
         self.watch.finite(i, "net", x0_hat)
         self._watch_log_prob(i, likelihood, log_prob)
-        self.watch.finite(i, f"gradient of the net or the {likelihood_function(likelihood)}", shift)
+        self.watch.finite(i, f"gradient of the net or the {likelihood.blamed}", shift)
         return x0_hat, shift, log_prob, norm
 
     def likelihood_value(self, likelihood: Likelihood, covariance: str, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
@@ -267,12 +267,7 @@ class Run:
     def _watch_log_prob(self, i: int, likelihood: Likelihood, log_prob: Tensor) -> None:
         # An error model is -inf only where the operator is infinite; a function may say that y is impossible.
         allowed = isinstance(likelihood, CallableLikelihood)
-        (self.watch.log_prob if allowed else self.watch.finite)(i, likelihood_function(likelihood), log_prob)
-
-
-def likelihood_function(likelihood: Likelihood) -> str:
-    """What an error calls the user's function behind a likelihood."""
-    return "likelihood" if isinstance(likelihood, CallableLikelihood) else "operator"
+        (self.watch.log_prob if allowed else self.watch.finite)(i, likelihood.blamed, log_prob)
 
 
 def isotropic_variance(level: Level) -> Any:

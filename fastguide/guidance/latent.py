@@ -137,6 +137,7 @@ def replace_operator(likelihood: Likelihood, decoder: Callable[[Tensor], Tensor]
         f = likelihood.f
         decoded = likelihood.to()
         decoded.f = lambda z, **kw: f(called("decoder", decoder, z.to(dtype)), **kw)  # type: ignore[attr-defined]
+        decoded.blamed = "decoder or likelihood"  # type: ignore[misc]
         return decoded
     decoded = likelihood.to()
     decoded.operator = _Decoded(likelihood.operator, decoder, dtype)
@@ -145,6 +146,8 @@ def replace_operator(likelihood: Likelihood, decoder: Callable[[Tensor], Tensor]
 
 class _Decoded(Function):
     """``operator`` after the decoder, which computes in ``dtype``."""
+
+    blamed = "decoder or operator"
 
     def __init__(self, operator: Operator, decoder: Callable[[Tensor], Tensor], dtype: torch.dtype):
         super().__init__(lambda z: operator(called("decoder", decoder, z.to(dtype)).to(z.dtype)))

@@ -60,7 +60,7 @@ class PiGDM:
 
         x0_hat, shift = run.in_chunks(chunk, state.x)
         run.watch.finite(i, "net", x0_hat)
-        run.watch.finite(i, "operator", shift)
+        run.watch.finite(i, self.likelihood.blamed, shift)
         with phase("step"):
             displacement = scaled(shift, entry(self.zeta, i) * run.x0_weight(i))
             return State(run.reverse_step(state.x, x0_hat, i, displacement=displacement), x0_hat=x0_hat)

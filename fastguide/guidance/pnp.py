@@ -21,7 +21,6 @@ from .base import (
     State,
     entry,
     isotropic_variance,
-    likelihood_function,
     measure,
     own_adjoint,
     per_sample,
@@ -110,7 +109,7 @@ class PnP:
             return (x.to(x0.dtype),)
 
         x0 = run.in_chunks(chunk, x0_hat)[0]
-        run.watch.finite(i, likelihood_function(self.likelihood), x0)
+        run.watch.finite(i, self.likelihood.blamed, x0)
         return x0
 
 
