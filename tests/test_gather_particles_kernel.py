@@ -253,12 +253,12 @@ def test_views_move_in_place_and_nothing_beside_them(view, backend):
 
 
 def test_only_views_that_are_not_dense_are_copied(monkeypatch):
-    given = []
+    given, cpu = [], _native.module("cpu")
 
     class Recorder:
         def gather_particles(self, ancestors, wide, rows, particles, states, threads):
             given.extend(address for address, _ in states)
-            return _native.module("cpu").gather_particles(ancestors, wide, rows, particles, states, threads)
+            return cpu.gather_particles(ancestors, wide, rows, particles, states, threads)
 
     monkeypatch.setitem(_native._modules, "cpu", (Recorder(), ""))
     for name, in_place in (("channels last", True), ("particles last", False)):

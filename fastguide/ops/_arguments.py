@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import arguments
-from ..arguments import as_float, got, has_memory, is_batched, is_wrapper, number, traced
+from ..arguments import as_float, got, has_memory, is_batched, is_wrapper, number, traced, transformed
 
 STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WEIGHT_DTYPES = (torch.float32, torch.float64)
@@ -79,6 +79,52 @@ def state(name: str, value: Any, like: Tensor | None = None, like_name: str = "x
     if value.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device}, where {like_name} is, got {value.device}")
     return value
+
+
+def span(x: Tensor) -> tuple[int, int]:
+    """The addresses of the first byte and of that after the last."""
+    if x.numel() == 0:
+        return 0, 0
+    steps = sum((number - 1) * stride for number, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (steps + 1) * x.element_size()
+
+
+def out(
+    value: Any,
+    expected: Sequence[tuple[Sequence[int], torch.dtype]],
+    device: torch.device,
+    inputs: Sequence[Tensor | None] = (),
+) -> tuple[Tensor, ...] | None:
+    """The argument ``out`` of an operation whose results have the shapes and dtypes ``expected``: a tensor for one
+    result, a tuple or list of tensors for several. Kernels write into it while they read the ``inputs``."""
+    if value is None:
+        return None
+    several = isinstance(value, tuple | list)
+    tensors = tuple(value) if several else (value,)
+    if len(tensors) != len(expected) or several != (len(expected) > 1):
+        wanted = f"{len(expected)} tensors, one for each result" if len(expected) > 1 else "a tensor"
+        raise TypeError(f"out: expected {wanted}, got {got(value)}")
+    checked: list[Tensor] = []
+    for i, (tensor, (shape, dtype)) in enumerate(zip(tensors, expected, strict=True)):
+        name = f"out[{i}]" if several else "out"
+        arguments.tensor(name, tensor)
+        tensor = unwrapped(tensor)
+        right = tensor.shape == tuple(shape) and tensor.dtype == dtype and tensor.is_contiguous()
+        elsewhere = tensor.device.type != device.type or device.index not in (None, tensor.device.index)
+        if not right or elsewhere or tensor.requires_grad or tensor.is_neg():
+            raise ValueError(
+                f"{name}: expected a contiguous {dtype} tensor {list(shape)} on {device} that requires no gradient, "
+                f"got {got(tensor)}{'' if tensor.is_contiguous() else ', not contiguous'}"
+            )
+        if not (traced() or is_wrapper(tensor) or transformed()):  # where there are addresses
+            start, end = span(tensor)
+            for other in (*inputs, *checked):
+                if other is not None and not is_wrapper(other):
+                    other_start, other_end = span(other)
+                    if start < other_end and other_start < end:
+                        raise ValueError(f"{name}: expected memory of its own, got that of another argument or result")
+        checked.append(tensor)
+    return tuple(checked)
 
 
 def readable(value: Tensor) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..arguments import expect_alike, is_wrapper, one_of, traced, transformed
+from ..arguments import expect_alike, got, is_wrapper, one_of, traced, transformed
 from . import _native
 from ._arguments import STATE_DTYPES
 
@@ -42,7 +42,8 @@ class Operation:
 
     Its functions take the arguments of the schema, one by one, which the public function has checked and parsed. A
     result that was not asked for is None, or empty where the dispatcher took part. Eager, compiled and fake calls take
-    the same way.
+    the same way. ``out``: tensors for the results, which `_arguments.out` has checked. A kernel writes into them; what
+    the reference or the dispatcher returns is copied.
 
     Args:
         schema: as ``torch.library`` writes it; ``str backend`` is added as the last argument.
@@ -95,7 +96,7 @@ class Operation:
 
     # --- choose and call ---
 
-    def __call__(self, backend: str, *args: Any) -> Any:
+    def __call__(self, backend: str, *args: Any, out: Sequence[Tensor] | None = None) -> Any:
         """The results. The dispatcher takes part only where something must see the call: tracing, a tensor without
         memory of its own, autograd."""
         if type(backend) is not str:
@@ -107,18 +108,25 @@ class Operation:
                 if tensor is not None:
                     differentiable = differentiable or tensor.requires_grad
                     seen = seen or (type(tensor) is not Tensor and is_wrapper(tensor))
+        if out is not None:
+            seen = seen or any(map(is_wrapper, out))
+            if differentiable and self.differentiable and torch.is_grad_enabled():
+                raise ValueError(
+                    f"out: expected None where a result has a gradient, got {', '.join(map(got, out))}; pass detached "
+                    "tensors, or call inside torch.no_grad()"
+                )
         if seen:
             expect_alike(self._named(args, self.tensors), changed=self._named(args, self.changed))
-            return self._dispatch(backend, args)
+            return _into(out, self._dispatch(backend, args))
         if differentiable and torch.is_grad_enabled():
             if not self.differentiable:
                 with torch.no_grad():
-                    return self._run(backend, *args)
+                    return self._run(backend, *args, out=out)
             if backend != "reference" and not transformed():
                 return self._dispatch(backend, args)
-        return self._run(backend, *args)
+        return self._run(backend, *args, out=out)
 
-    def _run(self, backend: str, *args: Any) -> Any:
+    def _run(self, backend: str, *args: Any, out: Sequence[Tensor] | None = None) -> Any:
         obstacle = self.obstacle(*args) if self.obstacle else ""
         if transformed() and any(args[i] is not None for i in self.tensors):
             obstacle = _NO_TRANSFORMS
@@ -129,7 +137,11 @@ class Operation:
             kernel = self._kernel(name)
             if not obstacle and name != "reference":
                 self._chosen[backend, device, dtype] = kernel
-        return kernel(*args)
+        if out is None or kernel is self.reference:
+            return _into(out, kernel(*args))
+        results = kernel(*args, out=out)
+        torch.autograd.graph.increment_version([tensor for tensor in out if not tensor.is_inference()])
+        return results
 
     def _kernel(self, backend: str) -> Callable[..., Any]:
         kernel = self.kernels[backend]
@@ -217,6 +229,14 @@ def plain(x: Tensor, *others: Tensor) -> bool:
         return len(shape) > 0
     except RuntimeError:  # sparse, nested
         return False
+
+
+def _into(out: Sequence[Tensor] | None, results: Any) -> Any:
+    """The results, copied into ``out`` if it is given."""
+    if out is not None:
+        for tensor, result in zip(out, results if isinstance(results, tuple) else (results,), strict=False):
+            tensor.copy_(result)
+    return results
 
 
 UNUSUAL = (KeyError, OverflowError, RuntimeError, TypeError, ValueError)

@@ -140,17 +140,9 @@ def _in_order(state: Tensor, leading: int) -> Tensor:
     return turned if turned.is_contiguous() else state.contiguous()
 
 
-def _span(x: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte and of that after the last."""
-    if x.numel() == 0:
-        return 0, 0
-    steps = sum((number - 1) * stride for number, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (steps + 1) * x.element_size()
-
-
 def _check_overlaps(states: Sequence[Tensor]) -> None:
     """Raise where an element of the states would be written twice."""
-    spans = [_span(state) for state in states]
+    spans = [_arguments.span(state) for state in states]
     for i, state in enumerate(states):
         if not state.is_contiguous() and _share_bytes(_layout(state, spans[i][0])):
             raise ValueError(

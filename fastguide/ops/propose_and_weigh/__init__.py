@@ -22,6 +22,7 @@ def propose_and_weigh(
     step: IntOrTensor = 0,
     stream: int = 0,
     first_particle: int = 0,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The guided step of twisted diffusion sampling and its part of the weight (Wu et al. 2023, algorithm 1)::
@@ -32,12 +33,11 @@ def propose_and_weigh(
 
     ``x``, ``x0_hat``, ``displacement``: ``[N, *event]``; ``log_weights``: ``N`` values of any shape, float32 or
     float64; ``coefficients`` and counters as in `reverse_step`. Where ``tau = 0`` the step is the base kernel's,
-    without the displacement, and the ratio is 1. Returns new tensors, without gradients.
+    without the displacement, and the ratio is 1. Returns ``x_s`` and the log-weights without gradients: new tensors, or
+    ``out``, see `randn`.
     """
-    ordinary = (
-        type(backend) is str and backend == "auto" and type(coefficients) is tuple and plain(x, x0_hat, displacement)
-    )
-    weighted = ordinary and plain(log_weights) and log_weights.dtype in WEIGHT_DTYPES
+    ordinary = out is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple
+    weighted = ordinary and plain(x, x0_hat, displacement) and plain(log_weights) and log_weights.dtype in WEIGHT_DTYPES
     if weighted and log_weights.numel() == x.shape[0]:
         try:
             return _cpu(
@@ -58,7 +58,10 @@ def propose_and_weigh(
         raise ValueError(f"log_weights: expected a tensor on {x.device}, where x is, got {log_weights.device}")
     levels = _arguments.levels(coefficients, x, "sample")
     counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
-    return _propose_and_weigh(backend, x, x0_hat, displacement, log_weights, *levels, *counter)
+    expected = (x.shape, x.dtype), (log_weights.shape, log_weights.dtype)
+    into = _arguments.out(out, expected, x.device, (x, x0_hat, displacement, log_weights, *counter[-2:]))
+    results = _propose_and_weigh(backend, x, x0_hat, displacement, log_weights, *levels, *counter, out=into)
+    return results if out is None else out
 
 
 def _reference(
@@ -81,7 +84,7 @@ def _reference(
 
 def _cpu(
     x, x0_hat, displacement, log_weights, coefficients, table,
-    seed, step, stream, first_particle, seed_tensor, step_tensor,
+    seed, step, stream, first_particle, seed_tensor, step_tensor, out=None,
 ):  # fmt: skip
     seed, step = _arguments.read(seed, step, seed_tensor, step_tensor)
     x, x0_hat, displacement = x.contiguous(), x0_hat.contiguous(), displacement.contiguous()
@@ -89,7 +92,7 @@ def _cpu(
     if table is not None:
         _arguments.expect_levels(table, "sample")
         coefficients = table.data_ptr()
-    x_s, after = torch.empty_like(x), torch.empty_like(log_weights)
+    x_s, after = out or (torch.empty_like(x), torch.empty_like(log_weights))
     _native.module("cpu").propose_and_weigh(
         x.data_ptr(),
         _native.CPU_DTYPES[x.dtype],

@@ -75,11 +75,11 @@ def propose_and_weigh_kernel(
 
 def call(
     x, x0_hat, displacement, log_weights, coefficients, table,
-    seed, step, stream, first_particle, seed_tensor, step_tensor,
+    seed, step, stream, first_particle, seed_tensor, step_tensor, out=None,
 ):  # fmt: skip
     x, x0_hat, displacement = aligned(x), aligned(x0_hat), aligned(displacement)
     log_weights = log_weights.contiguous()
-    x_s, after = torch.empty_like(x), torch.empty_like(log_weights)
+    x_s, after = out or (torch.empty_like(x), torch.empty_like(log_weights))
     if x.numel() == 0:
         return x_s, after.copy_(log_weights)
     particles, elements = x.shape[0], x.numel() // x.shape[0]
@@ -98,5 +98,6 @@ def call(
     if sums is not None:
         scale = torch.full_like(sums[:, 0], tau) if multiplied is None else multiplied[4].double()
         changed = log_weights.double() - (sums.sum(1) / scale).reshape(log_weights.shape)
-        after = torch.where((scale != 0.0).reshape(log_weights.shape), changed.to(log_weights.dtype), log_weights)
+        noisy = (scale != 0.0).reshape(log_weights.shape)
+        torch.where(noisy, changed.to(log_weights.dtype), log_weights, out=after)
     return x_s, after

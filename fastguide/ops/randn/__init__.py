@@ -24,6 +24,7 @@ def randn(
     first_particle: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Standard normals ``shape = [N, *event]`` from counters: Philox4x32-10 (Salmon et al. 2011) and Box-Muller.
@@ -35,6 +36,10 @@ def randn(
 
     ``seed`` and ``step`` are integers, or int64 tensors of one element on ``device`` with their bits: a CUDA graph then
     draws from what stands there when it is replayed. So in all operations.
+
+    ``out``: a contiguous tensor that the normals are written into, and that is returned: memory that is used again
+    costs no page faults, which for large tensors is most of the time. It must not need a gradient nor share memory with
+    an input. So in all operations that have one; with several results it is a tuple.
     """
     sizes = arguments.shape("shape", shape, "[N, *event]")
     if not sizes:
@@ -43,7 +48,9 @@ def randn(
         arguments.torch_dtype("dtype", dtype, STATE_DTYPES)
     device = arguments.torch_device("device", device)
     counter = _arguments.counter(seed, step, stream, first_particle, sizes, device)
-    return _randn(backend, sizes, *counter, dtype, device)
+    into = _arguments.out(out, ((sizes, dtype),), device, counter[-2:])
+    z = _randn(backend, sizes, *counter, dtype, device, out=into)
+    return z if out is None else out
 
 
 def _reference(shape, seed, step, stream, first_particle, seed_tensor, step_tensor, dtype, device):
@@ -58,10 +65,10 @@ def _reference(shape, seed, step, stream, first_particle, seed_tensor, step_tens
     )
 
 
-def _cpu(shape, seed, step, stream, first_particle, seed_tensor, step_tensor, dtype, device):
-    out = torch.empty(shape, dtype=dtype, device=device)
+def _cpu(shape, seed, step, stream, first_particle, seed_tensor, step_tensor, dtype, device, out=None):
+    z = torch.empty(shape, dtype=dtype, device=device) if out is None else out[0]
     _native.module("cpu").randn(
-        out.data_ptr(),
+        z.data_ptr(),
         _native.CPU_DTYPES[dtype],
         shape[0],
         math.prod(shape[1:]),
@@ -70,14 +77,14 @@ def _cpu(shape, seed, step, stream, first_particle, seed_tensor, step_tensor, dt
         first_particle,
         torch.get_num_threads(),
     )
-    return out
+    return z
 
 
-def _cuda(shape, seed, step, stream, first_particle, seed_tensor, step_tensor, dtype, device):
-    out = torch.empty(shape, dtype=dtype, device=device)
-    with _native.cuda_stream(out.device) as queue:
+def _cuda(shape, seed, step, stream, first_particle, seed_tensor, step_tensor, dtype, device, out=None):
+    z = torch.empty(shape, dtype=dtype, device=device) if out is None else out[0]
+    with _native.cuda_stream(z.device) as queue:
         _native.module("cuda").randn(
-            out.data_ptr(),
+            z.data_ptr(),
             _native.CUDA_DTYPES[dtype],
             shape[0],
             math.prod(shape[1:]),
@@ -89,7 +96,7 @@ def _cuda(shape, seed, step, stream, first_particle, seed_tensor, step_tensor, d
             _native.address(step_tensor),
             queue,
         )
-    return out
+    return z
 
 
 def _fake(shape, seed, step, stream, first_particle, seed_tensor, step_tensor, dtype, device):

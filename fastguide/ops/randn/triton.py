@@ -29,16 +29,16 @@ def randn_kernel(
 _launch = Tuned(randn_kernel, key=["ALIGN"])
 
 
-def call(shape, seed, step, stream, first_particle, seed_tensor, step_tensor, dtype, device):
-    out = torch.empty(shape, dtype=dtype, device=device)
-    if out.numel():
+def call(shape, seed, step, stream, first_particle, seed_tensor, step_tensor, dtype, device, out=None):
+    z = torch.empty(shape, dtype=dtype, device=device) if out is None else out[0]
+    if z.numel():
         particles, elements = shape[0], math.prod(shape[1:])
         _launch(
-            particles, elements, out, particles, elements,
+            particles, elements, z, particles, elements,
             seed, step, stream, first_particle, seed_tensor, step_tensor,
             ALIGN=alignment(elements), ABREAST=abreast(dtype),
         )  # fmt: skip
-    return out
+    return z
 
 
 @triton.jit

@@ -27,6 +27,7 @@ def resample(
     first_row: int = 0,
     sorted: bool = True,
     check: bool = True,
+    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw ``num`` (default ``K``) ancestors for each row of ``log_weights`` ``[B, K]`` or ``[K]``, float32 or float64,
@@ -41,6 +42,7 @@ def resample(
       False such a row keeps its particles (where ``num == K``; else its ancestors are zeros), and its mean weight and
       ESS are NaN.
     - ``first_row``: row ``b`` draws as row ``first_row + b`` of a larger call.
+    - ``out``: for the four results, see `randn`.
 
     Returns ``ancestors`` ``[B, num]`` (int32 below 2^31), ``log_weights`` ``[B, num]`` (of a resampled row, all the log
     of its mean weight, so that the mean weight never changes), ``log_mean_weight`` ``[B]`` and ``ess`` ``[B]`` in
@@ -66,7 +68,7 @@ def resample(
     if num is not None and num != particles and (ess_threshold is not None or not sorted):
         raise ValueError(f"num: expected {particles} with ess_threshold or sorted=False, got {num}")
     count = particles if num is None else num
-    if ordinary and particles < 1 << 31:
+    if out is None and ordinary and particles < 1 << 31:
         try:
             return _cpu(
                 log_weights, scheme, count, ess_threshold,
@@ -87,7 +89,12 @@ def resample(
     if check and (log_weights.is_meta or expect_alike(given) or any(map(is_batched, given.values()))):
         values = ", ".join(got(value) for value in given.values() if isinstance(value, Tensor))
         raise ValueError(f"check: expected False for results without values, got True with {values}")
-    return _resample(backend, log_weights, scheme, count, ess_threshold, *counter, sorted, check)
+    of_rows, drawn = shape[:-1], (*shape[:-1], count)
+    index = torch.int32 if particles < 1 << 31 else torch.int64
+    expected = (drawn, index), (drawn, log_weights.dtype), (of_rows, torch.float64), (of_rows, torch.float64)
+    into = _arguments.out(out, expected, log_weights.device, (log_weights, *counter[-2:]))
+    results = _resample(backend, log_weights, scheme, count, ess_threshold, *counter, sorted, check, out=into)
+    return results if out is None else out
 
 
 def _reference(
@@ -114,19 +121,22 @@ _SCHEMES = {scheme: code for code, scheme in enumerate(SCHEMES)}
 
 def _cpu(
     log_weights, scheme, num, ess_threshold,
-    seed, step, stream, first_row, seed_tensor, step_tensor, sorted, check,
+    seed, step, stream, first_row, seed_tensor, step_tensor, sorted, check, out=None,
 ):  # fmt: skip
     seed, step = _arguments.read(seed, step, seed_tensor, step_tensor)
     log_weights = log_weights.contiguous()
     *rows, particles = log_weights.shape
-    if num == particles:  # empty_like is the cheaper of the two
-        ancestors = torch.empty_like(log_weights, dtype=torch.int32)
-        after = torch.empty_like(log_weights)
+    if out is not None:
+        ancestors, after, log_mean_weight, ess = out
     else:
-        ancestors = torch.empty((*rows, num), dtype=torch.int32, device="cpu")
-        after = torch.empty((*rows, num), dtype=log_weights.dtype, device="cpu")
-    log_mean_weight = torch.empty(rows, dtype=torch.float64, device="cpu")
-    ess = torch.empty_like(log_mean_weight)
+        if num == particles:  # empty_like is the cheaper of the two
+            ancestors = torch.empty_like(log_weights, dtype=torch.int32)
+            after = torch.empty_like(log_weights)
+        else:
+            ancestors = torch.empty((*rows, num), dtype=torch.int32, device="cpu")
+            after = torch.empty((*rows, num), dtype=log_weights.dtype, device="cpu")
+        log_mean_weight = torch.empty(rows, dtype=torch.float64, device="cpu")
+        ess = torch.empty_like(log_mean_weight)
     bad = _native.module("cpu").resample(
         log_weights.data_ptr(),
         _native.CPU_DTYPES[log_weights.dtype],
@@ -153,14 +163,11 @@ def _cpu(
 
 def _cuda(
     log_weights, scheme, num, ess_threshold,
-    seed, step, stream, first_row, seed_tensor, step_tensor, sorted, check,
+    seed, step, stream, first_row, seed_tensor, step_tensor, sorted, check, out=None,
 ):  # fmt: skip
     log_weights = log_weights.contiguous()
     *rows, particles = log_weights.shape
-    ancestors = log_weights.new_empty((*rows, num), dtype=torch.int32)
-    after = log_weights.new_empty((*rows, num))
-    log_mean_weight = log_weights.new_empty(rows, dtype=torch.float64)
-    ess = torch.empty_like(log_mean_weight)
+    ancestors, after, log_mean_weight, ess = out or _fake(log_weights, scheme, num)
     cuda = _native.module("cuda")
     shape = rows[0] if rows else 1, particles, num, _SCHEMES[scheme], sorted
     with _native.cuda_stream(log_weights.device) as queue:

@@ -26,6 +26,7 @@ def reverse_step(
     stream: int = 0,
     first_particle: int = 0,
     return_x0: bool = False,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One step from level ``t`` to the lower level ``s``; DDIM, DDPM, Euler and Euler-ancestral are this formula with
@@ -43,6 +44,8 @@ def reverse_step(
       leaves ``eps_hat`` what it is of the unclipped ``x0_hat`` (diffusers' DDIM).
     - ``z``: `randn` of ``seed, step, stream, first_particle``; none is drawn where ``tau = 0``.
 
+    - ``out``: for what is returned, see `randn`.
+
     Returns ``x_s`` in the dtype of ``x``, and the clipped ``x0_hat`` if ``return_x0``. Differentiable in the three
     tensors.
     """
@@ -50,7 +53,8 @@ def reverse_step(
     if not bounds and clip_noise is False:
         clip_noise = True  # without a clip they are the same
     tensors = (x, model_output) if displacement is None else (x, model_output, displacement)
-    if type(backend) is str and backend == "auto" and type(coefficients) is tuple and plain(*tensors):
+    ordinary = out is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple
+    if ordinary and plain(*tensors):
         try:
             x_s, x0 = _cpu(
                 x, model_output, coefficients, None, prediction, bounds, clip_noise, displacement,
@@ -66,9 +70,13 @@ def reverse_step(
     clip_noise, return_x0 = flag("clip_noise", clip_noise), flag("return_x0", return_x0)
     levels = _arguments.levels(coefficients, x, prediction)
     counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
+    inputs = x, model_output, displacement, *counter[-2:]
+    into = _arguments.out(out, ((x.shape, x.dtype),) * (1 + return_x0), x.device, inputs)
     x_s, x0 = _reverse_step(
-        backend, x, model_output, *levels, prediction, bounds, clip_noise, displacement, *counter, return_x0
+        backend, x, model_output, *levels, prediction, bounds, clip_noise, displacement, *counter, return_x0, out=into
     )
+    if out is not None:
+        return out
     return (x_s, x0) if return_x0 else x_s
 
 
@@ -100,7 +108,7 @@ _PREDICTIONS = {name: code for code, name in enumerate(PREDICTIONS)}
 
 def _cpu(
     x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
-    seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0,
+    seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, out=None,
 ):  # fmt: skip
     seed, step = _arguments.read(seed, step, seed_tensor, step_tensor)
     x, model_output = x.contiguous(), model_output.contiguous()
@@ -109,8 +117,8 @@ def _cpu(
     if table is not None:
         _arguments.expect_levels(table, prediction)
         coefficients = table.data_ptr()
-    x_s = torch.empty_like(x)
-    x0 = torch.empty_like(x) if return_x0 else None
+    x_s = torch.empty_like(x) if out is None else out[0]
+    x0 = (torch.empty_like(x) if out is None else out[1]) if return_x0 else None
     _native.module("cpu").reverse_step(
         x.data_ptr(),
         _native.CPU_DTYPES[x.dtype],

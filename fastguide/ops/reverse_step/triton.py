@@ -79,13 +79,13 @@ _launch = Tuned(reverse_step_kernel, key=["ALIGN", "NOISE", "X0"])
 
 def call(
     x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
-    seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0,
+    seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, out=None,
 ):  # fmt: skip
     """One pass but for a dynamic threshold's quantile."""
     x, model_output = x.contiguous(), model_output.contiguous()
     displacement = None if displacement is None else displacement.contiguous()
-    x_s = torch.empty_like(x)
-    x0 = torch.empty_like(x) if return_x0 else None
+    x_s = torch.empty_like(x) if out is None else out[0]
+    x0 = (torch.empty_like(x) if out is None else out[1]) if return_x0 else None
     if x.numel():
         particles, elements = x.shape[0], x.numel() // x.shape[0]
         levels = _arguments.unpacked_levels(coefficients, table)
