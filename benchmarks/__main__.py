@@ -14,6 +14,7 @@ from . import (  # noqa: F401  each registers its cases
     integrations_deepinv,
     integrations_diffusers,
     log_prob_and_gradient,
+    predict_x0,
     propose_and_weigh,
     randn,
     resample,

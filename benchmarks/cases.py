@@ -22,8 +22,8 @@ Call = Callable[[], Any]
 
 CASES: dict[str, Callable[[Setting], Case]] = {}
 ORDER = (
-    "randn", "reverse_step", "propose_and_weigh", "resample", "gather_particles_", "log_prob_and_gradient", "samplers",
-    "integrations",
+    "randn", "predict_x0", "predict_x0_backward", "reverse_step", "propose_and_weigh", "resample", "gather_particles_",
+    "log_prob_and_gradient", "samplers", "integrations",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ reports.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import itertools
 import json
@@ -22,18 +23,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import fastguide.ops.log_prob_and_gradient.triton as log_prob_and_gradient
-import fastguide.ops.propose_and_weigh.triton as propose_and_weigh
-import fastguide.ops.randn.triton as randn
-import fastguide.ops.reverse_step.triton as reverse_step
 from fastguide.ops import _triton as tiles
 from fastguide.reference import FAMILIES
+
+# Not by an import statement: in fastguide.ops the name of an operation is its function.
+log_prob_and_gradient, predict_x0, propose_and_weigh, randn, reverse_step = (
+    importlib.import_module(f"fastguide.ops.{name}.triton")
+    for name in ("log_prob_and_gradient", "predict_x0", "propose_and_weigh", "randn", "reverse_step")
+)
 
 ARCHITECTURES = (80, 90, 100)
 TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTEGERS = dict(particles="i32", elements="i64", seed="u64", step="u32", stream="u32", first_particle="i64")
 INTEGERS |= dict.fromkeys(("samples", "y_rows", "extra_rows"), "i32")
 FLOATS = dict.fromkeys(("p", "q", "a", "b", "tau", "c", "low", "high", "variance", "df"), "fp32")
+FLOATS |= dict.fromkeys(("guidance_scale", "of_x", "of_output", "of_unconditional"), "fp32")
 FLOATS |= dict.fromkeys(("scale", "background", "constant"), "fp64")
 ABSENT = dict.fromkeys(
     (
@@ -62,6 +66,10 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
     kernel = reverse_step.reverse_step_kernel
     split = dict(SPLIT=propose_and_weigh.SPLIT, BLOCK=propose_and_weigh.BLOCK)
     yield "randn", randn.randn_kernel, dict(out=pointer), count
+    outputs = dict(x=pointer, output=pointer, unconditional=pointer, x0=pointer)
+    gradients = dict(grad=pointer, grad_x=pointer, grad_output=pointer, grad_unconditional=pointer)
+    yield "predict_x0", predict_x0.predict_x0_kernel, outputs, count | dict(SAMPLE=False)
+    yield "predict_x0_backward", predict_x0.predict_x0_backward_kernel, gradients, count
     yield "reverse_step", kernel, step, count | flags
     yield "reverse_step, per sample", kernel, step | table, count | flags | dict(X0=True, CLIP=False, CLIP_NOISE=False)
     yield "reverse_step, deterministic", kernel, step, count | flags | dict(NOISE=False)

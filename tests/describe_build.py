@@ -29,6 +29,9 @@ def digest() -> str:
     for dtype in STATE_DTYPES:
         x = ops.randn((300, 17), seed=1, dtype=dtype)
         made.append(ops.reverse_step(x, x.flip(0), (0.5, 0.8, 0.9, 0.4, 0.2), clip=1.5, seed=2))
+        made.append(
+            ops.predict_x0(x, x.flip(0), (0.5, 0.8), prediction="v", unconditional=x.flip(1), guidance_scale=3.0)
+        )
         y = x.flip(1).abs() if dtype == torch.float64 else x.flip(1).abs().float()
         for family in FAMILIES:
             df = 4.0 if family == "student_t" else None

@@ -85,6 +85,11 @@ CALLS = {
         dict(x=X, model_output=X, coefficients=LEVELS, prediction="epsilon", clip=None, clip_noise=True,
              displacement=None, return_x0=False, backend="auto", **COUNTER),
     ),
+    "predict_x0": (
+        ops.predict_x0,
+        dict(x=X, model_output=X, levels=(0.8, 0.6), prediction="v", unconditional=X, guidance_scale=2.0,
+             backend="auto"),
+    ),
     "propose_and_weigh": (
         ops.propose_and_weigh,
         dict(x=X, x0_hat=X, displacement=X, log_weights=torch.zeros(2), coefficients=LEVELS, backend="auto", **COUNTER),

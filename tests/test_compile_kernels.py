@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 NAMES = {
     "randn",
+    "predict_x0",
+    "predict_x0_backward",
     "reverse_step",
     "reverse_step, per sample",
     "reverse_step, deterministic",
@@ -55,6 +57,8 @@ def test_states_move_128_bits_at_a_time(kernels):
     """A thread has ``block / (32 warps)`` elements, in pieces of 16 bytes of each state that is read or written."""
     states = {
         "randn": (0, 1),
+        "predict_x0": (3, 1),
+        "predict_x0_backward": (1, 3),
         "reverse_step": (2, 1),
         "reverse_step, per sample": (3, 2),
         "reverse_step, deterministic": (2, 1),

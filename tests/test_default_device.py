@@ -69,6 +69,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 X, OUTPUT, WEIGHTS = normal(4, 3, 5), normal(4, 3, 5, seed=1), normal(2, 9, seed=2).double()
+SCALES = torch.tensor([2.0, 3.0, 0.5, 1.0])
 LEVELS = (0.6, torch.tensor([0.8, 0.7, 0.6, 0.8]), 0.8, torch.tensor([0.6] * 4), 0.3)
 PRIOR, PLACES = example().denoiser(), torch.tensor([[0, 0, 2, 3, 2]])
 
@@ -83,6 +84,7 @@ PRIOR, PLACES = example().denoiser(), torch.tensor([[0, 0, 2, 3, 2]])
         lambda **o: ops.randn((4, 3, 5), seed=1, **o),
         lambda **o: ops.reverse_step(X, OUTPUT, (0.6, 0.8, 0.8, 0.6, 0.3), return_x0=True, **o),
         lambda **o: ops.reverse_step(X, OUTPUT, LEVELS, clip=ops.DynamicThreshold(), **o),
+        lambda **o: ops.predict_x0(X, OUTPUT, LEVELS[:2], prediction="v", unconditional=X, guidance_scale=SCALES, **o),
         lambda **o: ops.propose_and_weigh(X, OUTPUT, 0.1 * X, WEIGHTS[0, :4], LEVELS, seed=1, **o),
         *(
             lambda scheme=scheme, **o: ops.resample(WEIGHTS, num=5, scheme=scheme, seed=3, **o)

@@ -177,6 +177,8 @@ def test_operations_ask_nothing():
         ops.randn((6, 5), seed=1, device="meta")
         for clip, coefficients in itertools.product((None, 1.0, ops.DynamicThreshold()), (levels, VP)):
             ops.reverse_step(x, x, coefficients, clip=clip, displacement=x, return_x0=True)
+        for two, scale in itertools.product((levels[:2], VP[:2]), (levels[0], 2.0)):
+            ops.predict_x0(x, x, two, prediction="epsilon", unconditional=x, guidance_scale=scale)
         for coefficients in (levels, VP):
             ops.propose_and_weigh(x, x, x, log_weights, coefficients, seed=1)
         for scheme, threshold, keep_sorted in itertools.product(reference.SCHEMES, (None, 0.5), (False, True)):

@@ -87,6 +87,7 @@ public:
 
     bool is_none() const { return *next_ == Py_None; }
     bool is_tuple() const { return PyTuple_Check(*next_); }
+    bool is_float() const { return PyFloat_Check(*next_); }
     // Those in a list or a tuple.
     Arguments items() {
         PyObject* value = *next_++;

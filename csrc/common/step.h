@@ -18,20 +18,28 @@ struct Multipliers {
     double p, q, a, b, tau, c;
 };
 
-// fastguide.reference._multipliers, operation by operation.
+// x0_hat = p x + q output. fastguide.ops.predict_x0.reference.x0_coefficients, operation by operation.
+struct X0Multipliers {
+    double p, q;
+};
+
+FG_HD X0Multipliers x0_multipliers(double alpha, double sigma, Prediction prediction) {
+    switch (prediction) {
+        case Prediction::sample: break;
+        case Prediction::epsilon: return {1.0 / alpha, -sigma / alpha};
+        case Prediction::score: return {1.0 / alpha, sigma * sigma / alpha};
+        case Prediction::v: return {alpha / (alpha * alpha + sigma * sigma), -sigma / (alpha * alpha + sigma * sigma)};
+        case Prediction::flow: return {1.0 / (alpha + sigma), -sigma / (alpha + sigma)};
+    }
+    return {0.0, 1.0};
+}
+
+// fastguide.ops.reverse_step.reference.multipliers, operation by operation.
 FG_HD Multipliers multipliers(const Levels& l, Prediction prediction, bool clip_noise) {
     const double square = l.sigma_s * l.sigma_s - l.tau * l.tau;
     const double a = std::sqrt(square < 0.0 ? 0.0 : square) / l.sigma_t;
     const double share = l.alpha_t * a;  // of x0_hat in the noise
-    const double alpha = l.alpha_t, sigma = l.sigma_t;
-    double p = 0.0, q = 1.0;
-    switch (prediction) {
-        case Prediction::sample: break;
-        case Prediction::epsilon: p = 1.0 / alpha, q = -sigma / alpha; break;
-        case Prediction::score: p = 1.0 / alpha, q = sigma * sigma / alpha; break;
-        case Prediction::v: p = alpha / (alpha * alpha + sigma * sigma), q = -sigma / (alpha * alpha + sigma * sigma); break;
-        case Prediction::flow: p = 1.0 / (alpha + sigma), q = -sigma / (alpha + sigma); break;
-    }
+    const auto [p, q] = x0_multipliers(l.alpha_t, l.sigma_t, prediction);
     return {p, q, a, clip_noise ? l.alpha_s - share : l.alpha_s, l.tau, clip_noise ? 0.0 : -share};
 }
 

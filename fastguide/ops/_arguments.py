@@ -190,32 +190,33 @@ def read(seed: int, step: int, seed_tensor: Tensor | None, step_tensor: Tensor |
 
 # --- coefficients -------------------------------------------------------------------------------------------
 
-_LEVELS = ("alpha_t", "sigma_t", "alpha_s", "sigma_s", "tau")
+_NAMES = {5: ("alpha_t", "sigma_t", "alpha_s", "sigma_s", "tau"), 2: ("alpha", "sigma")}
 
 
-def levels(coefficients: Any, x: Tensor, prediction: str) -> Levels:
-    """``(alpha_t, sigma_t, alpha_s, sigma_s, tau)``, each a float or a tensor ``[N]``. Values of tensors are not looked
-    at here: `expect_levels` does it when the operation runs."""
+def levels(coefficients: Any, x: Tensor, prediction: str, argument: str = "coefficients", count: int = 5) -> Levels:
+    """``(alpha_t, sigma_t, alpha_s, sigma_s, tau)``, or ``(alpha, sigma)``, each a float or a tensor ``[N]``. Values of
+    tensors are not looked at here: `expect_levels` does it when the operation runs."""
+    names = _NAMES[count]
     if not isinstance(coefficients, Sequence | np.ndarray):
-        raise ValueError(f"coefficients: expected {', '.join(_LEVELS)}, got {got(coefficients)}")
-    if len(coefficients) != 5:
-        raise ValueError(f"coefficients: expected {', '.join(_LEVELS)}, got {len(coefficients)} values")
+        raise ValueError(f"{argument}: expected {', '.join(names)}, got {got(coefficients)}")
+    if len(coefficients) != count:
+        raise ValueError(f"{argument}: expected {', '.join(names)}, got {len(coefficients)} values")
     checked: list[Any] = []
-    for name, value in zip(_LEVELS, coefficients, strict=True):
+    for name, value in zip(names, coefficients, strict=True):
         if not isinstance(value, Tensor):
-            checked.append(number("coefficients", value, low=0.0, what=name))
+            checked.append(number(argument, value, low=0.0, what=name))
             continue
-        value = own("coefficients", value)
+        value = own(argument, value)
         checked.append(value)
         if value.shape != x.shape[:1] or value.dtype not in STATE_DTYPES or value.device != x.device:
             raise ValueError(
-                f"coefficients: expected {name} a float or a floating tensor [{x.shape[0]}] on {x.device}, "
+                f"{argument}: expected {name} a float or a floating tensor [{x.shape[0]}] on {x.device}, "
                 f"got {value.dtype} {list(value.shape)} on {value.device}"
             )
     if not any(isinstance(value, Tensor) for value in checked):
-        _expect_levels(checked, prediction)
+        _expect_levels(checked, prediction, argument)
         return tuple(checked), None
-    arguments.expect_alike({"x": x} | {f"coefficients[{i}]": c for i, c in enumerate(checked)})
+    arguments.expect_alike({"x": x} | {f"{argument}[{i}]": c for i, c in enumerate(checked)})
     columns = [
         c.double() if isinstance(c, Tensor) else torch.full(x.shape[:1], c, dtype=torch.float64, device=x.device)
         for c in checked
@@ -223,24 +224,29 @@ def levels(coefficients: Any, x: Tensor, prediction: str) -> Levels:
     return (), torch.stack(columns)
 
 
-def expect_levels(table: Tensor | None, prediction: str) -> None:
+def expect_levels(table: Tensor | None, prediction: str, argument: str = "coefficients") -> None:
     """Raise where the values of a table on the CPU are no levels. On a GPU that would wait for the device."""
     if table is None or not readable(table):
         return
-    for name, row in zip(_LEVELS, table, strict=True):
+    for name, row in zip(_NAMES[len(table)], table, strict=True):
         if not ((row >= 0.0) & (row < math.inf)).all():
-            raise ValueError(f"coefficients: expected a finite {name} >= 0, got {row}")
-    _expect_levels(table.unbind(), prediction)
+            raise ValueError(f"{argument}: expected a finite {name} >= 0, got {row}")
+    _expect_levels(table.unbind(), prediction, argument)
 
 
-def _expect_levels(values: Sequence[Scalar], prediction: str) -> None:
-    alpha_t, sigma_t, _, sigma_s, tau = values
-    if _any(sigma_t <= 0.0):
-        raise ValueError(f"coefficients: expected sigma_t > 0, got {sigma_t}")
-    if _any(tau > sigma_s * (1 + 1e-6)):
-        raise ValueError(f"coefficients: expected tau <= sigma_s = {sigma_s}, got {tau}")
-    if prediction in ("epsilon", "score") and _any(alpha_t == 0.0):
-        raise ValueError(f"prediction: {prediction!r} does not determine x_0 where alpha_t = 0")
+def _expect_levels(values: Sequence[Scalar], prediction: str, argument: str) -> None:
+    if len(values) == 5:
+        alpha, sigma, _, sigma_s, tau = values
+        if _any(sigma <= 0.0):
+            raise ValueError(f"{argument}: expected sigma_t > 0, got {sigma}")
+        if _any(tau > sigma_s * (1 + 1e-6)):
+            raise ValueError(f"{argument}: expected tau <= sigma_s = {sigma_s}, got {tau}")
+    else:
+        alpha, sigma = values
+        if prediction in ("v", "flow") and _any(alpha + sigma == 0.0):
+            raise ValueError(f"{argument}: expected alpha + sigma > 0, got both 0")
+    if prediction in ("epsilon", "score") and _any(alpha == 0.0):
+        raise ValueError(f"prediction: {prediction!r} does not determine x_0 where {_NAMES[len(values)][0]} = 0")
 
 
 def _any(condition: bool | Tensor) -> bool:
@@ -251,6 +257,20 @@ def unpacked_levels(coefficients: Sequence[float], table: Tensor | None) -> Coef
     """As the references take them."""
     alpha_t, sigma_t, alpha_s, sigma_s, tau = coefficients if table is None else table.unbind()
     return alpha_t, sigma_t, alpha_s, sigma_s, tau
+
+
+def per_sample(name: str, value: Any, x: Tensor) -> tuple[float, Tensor | None]:
+    """A finite number, or 1 and a float64 tensor ``[N]``, whose values are not looked at."""
+    if not isinstance(value, Tensor):
+        return number(name, value, others=f" or a tensor [{x.shape[0]}]"), None
+    value = own(name, value)
+    if value.shape not in ((), x.shape[:1]) or not value.is_floating_point() or value.device != x.device:
+        raise ValueError(
+            f"{name}: expected a number or a floating tensor [{x.shape[0]}] on {x.device}, "
+            f"got {value.dtype} {list(value.shape)} on {value.device}"
+        )
+    arguments.expect_alike({"x": x, name: value})
+    return 1.0, value.double().expand(x.shape[0])
 
 
 # --- clips --------------------------------------------------------------------------------------------------

@@ -201,7 +201,8 @@ class Operation:
                     args[i] = args[i] if again else args[i].detach().requires_grad_()
                 results = self.reference(*args)
                 results = results if isinstance(results, tuple) else (results,)
-                known = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
+                given = [(r, g) for r, g in zip(results, grads, strict=True) if r is not None and g is not None]
+                known = [(r, g) for r, g in given if r.requires_grad]
                 leaves = [args[i] for i in needed]
                 outputs, known_grads = zip(*known, strict=True) if known else ((), ())
                 values = torch.autograd.grad(outputs, leaves, known_grads, create_graph=again, allow_unused=True)

@@ -1,1 +1,188 @@
 """The predicted clean sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...arguments import one_of
+from .. import _arguments, _native
+from .._arguments import PREDICTIONS, Scalar
+from .._operation import Operation
+from . import reference
+
+
+def predict_x0(
+    x: Tensor,
+    model_output: Tensor,
+    levels: tuple[Scalar, Scalar],
+    *,
+    prediction: str,
+    unconditional: Tensor | None = None,
+    guidance_scale: Scalar | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``x0_hat = E[x_0 | x_t]`` from a network's output (Tweedie's formula), with classifier-free guidance (Ho &
+    Salimans 2021), where ``x_t = alpha x_0 + sigma eps``::
+
+        guided = unconditional + guidance_scale (model_output - unconditional)
+        x0_hat = p x + q guided        p and q of the prediction and the levels
+
+    - ``x`` ``[N, *event]``; ``model_output`` and ``unconditional`` of the same shape, any of the four dtypes.
+    - ``levels = (alpha, sigma)``, each a float or a tensor ``[N]``, at least 0. Values on a GPU are not checked.
+    - ``prediction``: ``"epsilon"`` eps; ``"sample"`` x_0; ``"score"`` ``-eps / sigma``; ``"v"``
+      ``alpha eps - sigma x_0``; ``"flow"`` ``eps - x_0``. ``"epsilon"`` and ``"score"`` need ``alpha > 0``.
+    - ``unconditional``: the output of a second network, or of the same one without its condition; and
+      ``guidance_scale``, a float or a floating tensor ``[N]`` or ``[]``. Both or neither.
+
+    Returns ``x0_hat`` in the dtype of ``x``: new memory, in one pass. The backward pass is one, too. Differentiable in
+    all tensors.
+    """
+    x = _arguments.state("x", x)
+    model_output = _arguments.state("model_output", model_output, x)
+    one_of("prediction", prediction, PREDICTIONS)
+    if (unconditional is None) != (guidance_scale is None):
+        given, missing = ("unconditional", "guidance_scale")[:: 1 if guidance_scale is None else -1]
+        raise ValueError(f"{missing}: expected a value together with {given}, got None")
+    if unconditional is not None:
+        unconditional = _arguments.state("unconditional", unconditional, x)
+    scale = (1.0, None) if guidance_scale is None else _arguments.per_sample("guidance_scale", guidance_scale, x)
+    values = _arguments.levels(levels, x, prediction, "levels", 2)
+    return _predict_x0(backend, x, model_output, *values, prediction, unconditional, *scale)
+
+
+def _unpacked(levels, table, guidance_scale, guidance_scale_tensor):
+    """Levels and scale as the references take them."""
+    scale = guidance_scale if guidance_scale_tensor is None else guidance_scale_tensor
+    return tuple(levels if table is None else table.unbind()), scale
+
+
+def _reference(
+    x, model_output, levels, table, prediction, unconditional, guidance_scale, guidance_scale_tensor
+):  # fmt: skip
+    _arguments.expect_levels(table, prediction, "levels")
+    levels, scale = _unpacked(levels, table, guidance_scale, guidance_scale_tensor)
+    return reference.predict_x0(
+        x,
+        model_output,
+        levels,
+        prediction=prediction,
+        unconditional=unconditional,
+        guidance_scale=None if unconditional is None else scale,
+    )
+
+
+# The codes of csrc/common/step.h.
+_PREDICTIONS = {name: code for code, name in enumerate(PREDICTIONS)}
+
+
+def _conversion(x, levels, table, prediction, guidance_scale, guidance_scale_tensor):
+    """What both kernels take of the numbers of a call, and the tensors that must live until they return."""
+    scale = None if guidance_scale_tensor is None else guidance_scale_tensor.contiguous()
+    numbers = (
+        _PREDICTIONS[prediction],
+        tuple(levels) if table is None else table.data_ptr(),
+        guidance_scale if scale is None else scale.data_ptr(),
+        x.shape[0],
+        x.numel() // max(1, x.shape[0]),
+        torch.get_num_threads(),
+    )
+    return numbers, (table, scale)
+
+
+def _tensor(tensor, like):
+    """A pointer and a dtype; of None the dtype says nothing."""
+    if tensor is None:
+        return None, _native.CPU_DTYPES[like.dtype]
+    return tensor.data_ptr(), _native.CPU_DTYPES[tensor.dtype]
+
+
+def _cpu(x, model_output, levels, table, prediction, unconditional, guidance_scale, guidance_scale_tensor):
+    _arguments.expect_levels(table, prediction, "levels")
+    x, model_output = x.contiguous(), model_output.contiguous()
+    unconditional = None if unconditional is None else unconditional.contiguous()
+    x0 = torch.empty_like(x)
+    numbers, _alive = _conversion(x, levels, table, prediction, guidance_scale, guidance_scale_tensor)
+    tensors = (part for tensor in (x, model_output, unconditional, x0) for part in _tensor(tensor, x))
+    _native.module("cpu").predict_x0(*tensors, *numbers)
+    return x0
+
+
+def _fake(x, *_):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _vjp(args, results, grads, needed):
+    """In one pass, but for the derivatives in levels and scale."""
+    x, model_output, levels, table, prediction, unconditional, *scale = args
+    if grads[0] is None:
+        return {}
+    if "table" in needed or "guidance_scale_tensor" in needed:
+        return None
+    dtypes = (
+        x.dtype if "x" in needed and prediction != "sample" else None,
+        model_output.dtype if "model_output" in needed else None,
+        unconditional.dtype if "unconditional" in needed else None,
+    )
+    found = _predict_x0_backward("auto", grads[0], levels, table, prediction, *scale, *dtypes)
+    names = ("x", "model_output", "unconditional")
+    return {name: grad for name, grad, dtype in zip(names, found, dtypes, strict=True) if dtype is not None}
+
+
+_predict_x0 = Operation(
+    "predict_x0(Tensor x, Tensor model_output, float[] levels, Tensor? table, str prediction, Tensor? unconditional, "
+    "float guidance_scale, Tensor? guidance_scale_tensor) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    kernels={"cpu": _cpu, "triton": "fastguide.ops.predict_x0.triton:call"},
+    differentiable=True,
+    vjp=_vjp,
+)
+
+
+# --- the backward pass ----------------------------------------------------------------------------------------
+# Gradients in x, model_output and unconditional, each of the dtype given; none where that is None.
+
+
+def _backward_reference(
+    grad, levels, table, prediction, guidance_scale, guidance_scale_tensor, x_dtype, output_dtype, unconditional_dtype
+):
+    levels, scale = _unpacked(levels, table, guidance_scale, guidance_scale_tensor)
+    found = reference.predict_x0_vjp(grad, levels, prediction, scale)
+    dtypes = (x_dtype, output_dtype, unconditional_dtype)
+    return tuple(
+        None if dtype is None else value.to(dtype).contiguous() for value, dtype in zip(found, dtypes, strict=True)
+    )
+
+
+def _empty_gradients(grad, *dtypes):
+    return [None if d is None else torch.empty(grad.shape, dtype=d, device=grad.device) for d in dtypes]
+
+
+def _backward_cpu(
+    grad, levels, table, prediction, guidance_scale, guidance_scale_tensor, x_dtype, output_dtype, unconditional_dtype
+):
+    grad = grad.contiguous()
+    found = _empty_gradients(grad, x_dtype, output_dtype, unconditional_dtype)
+    numbers, _alive = _conversion(grad, levels, table, prediction, guidance_scale, guidance_scale_tensor)
+    tensors = (part for tensor in (grad, *found) for part in _tensor(tensor, grad))
+    _native.module("cpu").predict_x0_backward(*tensors, *numbers)
+    return tuple(found)
+
+
+def _backward_fake(
+    grad, levels, table, prediction, guidance_scale, guidance_scale_tensor, x_dtype, output_dtype, unconditional_dtype
+):
+    found = _empty_gradients(grad, x_dtype, output_dtype, unconditional_dtype)
+    return tuple(grad.new_empty(0) if value is None else value for value in found)
+
+
+_predict_x0_backward = Operation(
+    "predict_x0_backward(Tensor grad, float[] levels, Tensor? table, str prediction, float guidance_scale, "
+    "Tensor? guidance_scale_tensor, ScalarType? x_dtype, ScalarType? output_dtype, ScalarType? unconditional_dtype) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference=_backward_reference,
+    fake=_backward_fake,
+    kernels={"cpu": _backward_cpu, "triton": "fastguide.ops.predict_x0.triton:backward"},
+    differentiable=True,
+)

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from .._arguments import PREDICTIONS, Scalar
 
-__all__ = ["columns", "compute_dtype", "output_from_x0", "x0_coefficients", "x0_from_output"]
+__all__ = [
+    "columns",
+    "compute_dtype",
+    "output_from_x0",
+    "predict_x0",
+    "predict_x0_vjp",
+    "x0_coefficients",
+    "x0_from_output",
+]
 
 
 def x0_coefficients(prediction: str, alpha: Scalar, sigma: Scalar) -> tuple[Scalar, Scalar]:
@@ -34,6 +42,49 @@ def x0_from_output(x: Tensor, output: Tensor, alpha: Scalar, sigma: Scalar, pred
     """``x0_hat`` from a network's output of any prediction type; all ``[N, *event]``."""
     p, q = columns(x0_coefficients(prediction, alpha, sigma), x, x.dtype)
     return output if prediction == "sample" else p * x + q * output
+
+
+def predict_x0(
+    x: Tensor,
+    model_output: Tensor,
+    levels: tuple[Scalar, Scalar],
+    *,
+    prediction: str,
+    unconditional: Tensor | None = None,
+    guidance_scale: Scalar | None = None,
+) -> Tensor:
+    """``x0_hat = p x + q guided`` with ``guided = unconditional + guidance_scale (model_output - unconditional)``. See
+    `fastguide.ops.predict_x0`."""
+    dtype = compute_dtype(x)
+    p, q = _multipliers(x, levels, prediction)
+    guided = model_output.to(dtype)
+    if unconditional is not None and guidance_scale is not None:
+        (scale,) = columns((guidance_scale,), x, dtype)
+        base = unconditional.to(dtype)
+        guided = base + scale * (guided - base)
+    if prediction == "sample":  # the result shares no memory with what was given
+        return guided.to(x.dtype).clone(memory_format=torch.contiguous_format)
+    return (p * x.to(dtype) + q * guided).to(x.dtype).contiguous()
+
+
+def predict_x0_vjp(
+    grad: Tensor, levels: tuple[Scalar, Scalar], prediction: str, guidance_scale: Scalar
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in ``x``, ``model_output`` and ``unconditional`` from that in the result of `predict_x0`, in the type
+    of its arithmetic. ``guidance_scale`` is 1 where there is no guidance."""
+    dtype = compute_dtype(grad)
+    p, q = x0_coefficients(prediction, *_doubles(levels))
+    factors = columns((p, q * guidance_scale, q * (1.0 - guidance_scale)), grad, dtype)
+    grad = grad.to(dtype)
+    return factors[0] * grad, factors[1] * grad, factors[2] * grad
+
+
+def _doubles(levels: Sequence[Scalar]) -> list[Scalar]:
+    return [level.double() if isinstance(level, Tensor) else level for level in levels]
+
+
+def _multipliers(x: Tensor, levels: Sequence[Scalar], prediction: str) -> list[Scalar]:
+    return columns(x0_coefficients(prediction, *_doubles(levels)), x, compute_dtype(x))
 
 
 def output_from_x0(x: Tensor, x0: Tensor, alpha: Scalar, sigma: Scalar, prediction: str) -> Tensor:

@@ -1,0 +1,239 @@
+// Classifier-free guidance and the predicted clean sample, and the gradients of both, in one pass each:
+//
+//   guided = unconditional + scale (output - unconditional)        where there is one, else the output
+//   x0_hat = p x + q guided
+//
+// The gradients are multiples of the one that comes in: p, q scale and q (1 - scale) times it.
+#include "../../common/binding.h"
+#include "../../cpu/memory.h"
+#include "../../cpu/step.h"
+
+namespace fastguide::cpu {
+namespace {
+
+// A number for all samples, or one for each.
+struct Numbers {
+    double common;
+    const double* each;
+
+    double of(uint64_t row) const { return each ? each[row] : common; }
+};
+
+// What both directions know, of tensors [samples, elements].
+struct Conversion {
+    Prediction prediction;
+    Numbers alpha, sigma, scale;
+    uint64_t samples, elements;
+    int threads;
+
+    bool per_sample() const { return alpha.each || scale.each; }
+};
+
+struct Result {
+    void* data;  // may be null: not asked for
+    Dtype dtype;
+};
+
+template <class R>
+FG_INLINE void convert_back(R* to, const R* from, uint64_t count) {
+    __builtin_memcpy(to, from, count * sizeof(R));
+}
+FG_INLINE void convert_back(double* to, const float* from, uint64_t count) {
+    for (uint64_t i = 0; i < count; ++i) to[i] = static_cast<double>(from[i]);
+}
+FG_INLINE void convert_back(float* to, const double* from, uint64_t count) {
+    for (uint64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+template <class T>
+FG_INLINE void convert_back(T* to, const float* from, uint64_t count) {
+    narrow(to, from, count);
+}
+template <class T>
+FG_INLINE void convert_back(T* to, const double* from, uint64_t count) {  // by way of float, as torch does
+    constexpr uint64_t kMiddle = 256;
+    float middle[kMiddle];
+    for (uint64_t at = 0; at < count; at += kMiddle) {
+        const uint64_t some = count - at < kMiddle ? count - at : kMiddle;
+        convert_back(middle, from + at, some);
+        narrow(to + at, middle, some);
+    }
+}
+
+// value(i, read) of `count` elements to `to`, a vector at a time; past the caches if asked to.
+template <class R, class Value>
+FG_INLINE void fill(R* to, uint64_t count, bool past_caches, const Value& value) {
+    using V = Vector<R>;
+    constexpr uint64_t kLanes = kLanesOf<R>;
+    const auto whole = [](const R* from) __attribute__((always_inline)) { return load<V>(from); };
+    const auto some = [&](uint64_t i, uint64_t n) __attribute__((always_inline)) {
+        const int lanes = static_cast<int>(n);
+        store_some(to + i, value(i, [lanes](const R* from) { return load_some<V>(from, lanes); }), lanes);
+    };
+    uint64_t i = 0;
+    if constexpr (std::is_same_v<R, float>) {
+        if (past_caches) {
+            const uint64_t ahead = -(reinterpret_cast<uintptr_t>(to) / sizeof(R)) % kLanes;
+            i = ahead < count ? ahead : count;
+            if (i > 0) some(0, i);
+            for (; i + kLanes <= count; i += kLanes) stream(to + i, value(i, whole));
+        }
+    }
+    for (; i + kLanes <= count; i += kLanes) store(to + i, value(i, whole));
+    if (i < count) some(i, count - i);
+}
+
+// The same into a result of any type, by way of `buffer` where it is another.
+template <class R, class Value>
+FG_INLINE void write(const Result& result, uint64_t begin, uint64_t count, bool past_caches, R* buffer, const Value& value) {
+    with_type(result.dtype, [&](auto type) __attribute__((always_inline)) {
+        using T = decltype(type);
+        T* const to = static_cast<T*>(result.data) + begin;
+        if constexpr (std::is_same_v<T, R>) {
+            fill(to, count, past_caches, value);
+        } else {
+            fill(buffer, count, false, value);
+            convert_back(to, buffer, count);
+        }
+    });
+}
+
+// f(row, begin, count, memory) for the elements from `begin` on, all of them with the numbers of sample `row`.
+template <class R, class F>
+void over_samples(const Conversion& c, int buffers, const F& f) {
+    // Where all have the same numbers it does not matter where a sample ends.
+    const Tiling tiling = c.per_sample() ? Tiling{c.samples, c.elements} : Tiling{1, c.samples * c.elements};
+    Memory counted;
+    for (int i = 0; i < buffers; ++i) counted.take<R>(kTile);
+    share_out(tiling.tiles(), kTileGrain, c.threads, counted, [&](uint64_t index, const Memory& memory) {
+        const Tile tile = tiling.at(index);
+        const uint64_t in_row = tile.count / tile.rows;
+        for (uint64_t i = 0; i < tile.rows; ++i)
+            f(tile.row + i, (tile.row + i) * tiling.elements + tile.begin, in_row, memory);
+    });
+}
+
+bool past_caches(const Conversion& c) { return c.samples * c.elements * sizeof(float) >= kPastCaches; }
+
+template <class R>
+void predict(const Conversion& c, const Input& x, const Input& output, const Input& unconditional, const Result& x0) {
+    const bool sample = c.prediction == Prediction::sample, streams = past_caches(c);
+    over_samples<R>(c, 4, [&](uint64_t row, uint64_t begin, uint64_t count, Memory memory) {
+        const auto stage = [&](const Input& input) __attribute__((always_inline)) {
+            return staged(memory.take<R>(kTile), input, begin, count);
+        };
+        const auto [p, q] = x0_multipliers(c.alpha.of(row), c.sigma.of(row), c.prediction);
+        const Vector<R> ps = splat(static_cast<R>(p)), qs = splat(static_cast<R>(q));
+        const Vector<R> scale = splat(static_cast<R>(c.scale.of(row)));
+        const R *const given = stage(output), *const state = sample ? given : stage(x);
+        R* const buffer = memory.take<R>(kTile);
+        const auto converted = [=](uint64_t i, Vector<R> v, const auto& read) __attribute__((always_inline)) {
+            return fused(qs, v, ps * read(state + i));
+        };
+        const auto guide = [&](const auto& convert_guided) __attribute__((always_inline)) {
+            if (!unconditional.data)
+                return write(x0, begin, count, streams, buffer, [=](uint64_t i, const auto& read) __attribute__((always_inline)) {
+                    return convert_guided(i, read(given + i), read);
+                });
+            const R* const base = stage(unconditional);
+            write(x0, begin, count, streams, buffer, [=](uint64_t i, const auto& read) __attribute__((always_inline)) {
+                const Vector<R> b = read(base + i);
+                return convert_guided(i, fused(scale, read(given + i) - b, b), read);
+            });
+        };
+        if (sample) guide([](uint64_t, Vector<R> v, const auto&) __attribute__((always_inline)) { return v; });
+        else guide(converted);
+    });
+}
+
+template <class R>
+void pull_back(const Conversion& c, const Input& grad, const Result (&results)[3]) {
+    const bool streams = past_caches(c);
+    over_samples<R>(c, 2, [&](uint64_t row, uint64_t begin, uint64_t count, Memory memory) {
+        const R* const from = staged(memory.take<R>(kTile), grad, begin, count);
+        R* const buffer = memory.take<R>(kTile);
+        const auto [p, q] = x0_multipliers(c.alpha.of(row), c.sigma.of(row), c.prediction);
+        const double scale = c.scale.of(row), factors[] = {p, q * scale, q * (1.0 - scale)};
+        for (int k = 0; k < 3; ++k) {
+            if (!results[k].data) continue;
+            const Vector<R> factor = splat(static_cast<R>(factors[k]));
+            write(results[k], begin, count, streams, buffer, [=](uint64_t i, const auto& read) __attribute__((always_inline)) {
+                return factor * read(from + i);
+            });
+        }
+    });
+}
+
+// --- what Python passes -------------------------------------------------------------------------------------
+
+Result read_result(Arguments& in, const char* name) {
+    void* data = in.pointer_or_none(name);
+    return {data, in.dtype()};
+}
+
+// prediction, levels (a tuple of two floats, or the address of two columns), scale (a float, or the address of a
+// column), samples, elements, threads
+Conversion read_conversion(Arguments& in) {
+    Conversion c{};
+    c.prediction = in.code("prediction", Prediction::flow);
+    const double* columns = nullptr;
+    if (in.is_tuple()) {
+        Arguments each = in.items();
+        each.expect(2);
+        c.alpha.common = each.number(), c.sigma.common = each.number();
+    } else {
+        columns = in.pointer<const double>("levels");
+    }
+    if (in.is_float()) c.scale.common = in.number();
+    else c.scale.each = in.pointer<const double>("guidance_scale");
+    c.samples = in.integer(), c.elements = in.integer();
+    in.expect_memory(c.samples * (c.elements > 0));
+    c.alpha.each = columns, c.sigma.each = columns ? columns + c.samples : nullptr;
+    c.threads = in.threads();
+    return c;
+}
+
+void expect_large_pages(const Conversion& c, const Result& result) {
+    if (result.data) large_pages(result.data, c.samples * c.elements * size_of(result.dtype));
+}
+
+// x, x's dtype, model_output, its dtype, unconditional (or None), its dtype, x0_hat, its dtype, a conversion
+PyObject* predict_x0(Arguments& in) {
+    Input inputs[3];
+    const char* const names[] = {"x", "model_output", "unconditional"};
+    for (int k = 0; k < 3; ++k) {
+        const void* data = in.pointer_or_none(names[k]);
+        inputs[k] = {data, in.dtype()};
+    }
+    const Result x0 = read_result(in, "x0_hat");
+    const Conversion c = read_conversion(in);
+    without_gil([&] {
+        if (c.samples == 0 || c.elements == 0) return;
+        expect_large_pages(c, x0);
+        if (inputs[0].dtype == Dtype::float64) predict<double>(c, inputs[0], inputs[1], inputs[2], x0);
+        else predict<float>(c, inputs[0], inputs[1], inputs[2], x0);
+    });
+    return none();
+}
+
+// grad of x0_hat, its dtype, the gradients in x, model_output and unconditional (each or None), each with its dtype, a
+// conversion
+PyObject* predict_x0_backward(Arguments& in) {
+    const void* data = in.pointer("grad");
+    const Input grad{data, in.dtype()};
+    const Result x = read_result(in, "x"), output = read_result(in, "model_output");
+    const Result results[] = {x, output, read_result(in, "unconditional")};
+    const Conversion c = read_conversion(in);
+    without_gil([&] {
+        if (c.samples == 0 || c.elements == 0) return;
+        for (const Result& result : results) expect_large_pages(c, result);
+        if (grad.dtype == Dtype::float64) pull_back<double>(c, grad, results);
+        else pull_back<float>(c, grad, results);
+    });
+    return none();
+}
+
+Binding binding{"predict_x0", fastcall<predict_x0, 14>, "The predicted clean sample."};
+Binding backward{"predict_x0_backward", fastcall<predict_x0_backward, 14>, "The gradients of predict_x0."};
+
+}  // namespace
+}  // namespace fastguide::cpu
