@@ -35,7 +35,7 @@ log_prob_and_gradient, predict_x0, propose_and_weigh, randn, reverse_step = (
 ARCHITECTURES = (80, 90, 100)
 TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTEGERS = dict(particles="i32", elements="i64", seed="u64", step="u32", stream="u32", first_particle="i64")
-INTEGERS |= dict.fromkeys(("samples", "y_rows", "extra_rows"), "i32")
+INTEGERS |= dict.fromkeys(("samples", "y_rows", "extra_rows", "splits"), "i32")
 FLOATS = dict.fromkeys(("p", "q", "a", "b", "tau", "c", "low", "high", "variance", "df"), "fp32")
 FLOATS |= dict.fromkeys(("guidance_scale", "of_x", "of_output", "of_unconditional"), "fp32")
 FLOATS |= dict.fromkeys(("scale", "background", "constant"), "fp64")
@@ -80,6 +80,10 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
         weigh | dict(sums="*fp64"),
         count | split,
     )
+
+    sums = dict(BLOCK=tiles.SUM_BLOCK)
+    yield "weigh", propose_and_weigh.weigh_kernel, dict(sums="*fp64", before="*fp64", after="*fp64"), sums
+    yield "total", log_prob_and_gradient.total_kernel, dict(sums="*fp64", total="*fp64"), sums
 
     density, alike = dict(z=pointer, y="*fp32", gradient=pointer, sums="*fp64"), dict(ALIGN=16)
     for code, family in enumerate(FAMILIES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 
@@ -274,6 +275,33 @@ def test_bad_measurements_are_nan_and_keep_to_themselves(family, elements):
     assert log_prob[1:3].isnan().all() and gradient[1].isnan().all() and gradient[2].isnan().sum() == 1
     for a, b in zip((log_prob, gradient), expected, strict=True):
         assert torch.equal(a[[0, 3]], b[[0, 3]])
+
+
+@pytest.mark.parametrize("splits", (2, 64, 71, 200))  # below, at and above the parts that are added at a time
+def test_sums_of_parts_do_not_depend_on_the_batch(splits):
+    """torch adds 64 parts and more in an order that depends on the number of rows."""
+    density = importlib.import_module("fastguide.ops.log_prob_and_gradient.triton")
+    proposal = importlib.import_module("fastguide.ops.propose_and_weigh.triton")
+    sums = torch.randn(37, splits, dtype=torch.float64, device=DEVICE)
+    table = torch.rand(6, 37, device=DEVICE)
+    table[4, ::3] = 0.0  # no noise: the weight stays
+
+    def weighed(rows: slice) -> torch.Tensor:
+        part, columns = sums[rows], table[:, rows].contiguous()
+        before, after = torch.ones(2, len(part), device=DEVICE)
+        proposal.weigh_kernel[(len(part),)](
+            part.contiguous(), before, after, len(part), splits, 0.0, columns, BLOCK=tiles.SUM_BLOCK
+        )
+        return after
+
+    total, after = density.totals(sums, tiles.SUM_BLOCK), weighed(slice(37))
+    torch.testing.assert_close(total, sums.sum(1), rtol=1e-13, atol=1e-13)
+    tau = table[4].double()
+    expected = torch.where(tau > 0, 1.0 - total / tau, 1.0).float()
+    torch.testing.assert_close(after, expected, rtol=1e-6, atol=1e-6)
+    for rows in (slice(1), slice(3, 5), slice(20, 37)):
+        assert torch.equal(density.totals(sums[rows].contiguous(), tiles.SUM_BLOCK), total[rows])
+        assert torch.equal(weighed(rows), after[rows])
 
 
 # --- tiles --------------------------------------------------------------------------------------------------

@@ -145,6 +145,23 @@ def rounded(value, dtype: tl.constexpr):
     return value.to(dtype)
 
 
+# --- sums ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sum_of_splits(sums, row, splits, BLOCK: tl.constexpr):
+    """The sums ``[1]`` of the float64 parts of ``row``, from ``sums`` ``[rows, splits]``. Their order depends on the
+    number of parts alone; that of torch's sums depends on the number of rows too."""
+    total = tl.zeros([1, BLOCK], tl.float64)
+    for first in range(0, splits, BLOCK):
+        place = first + tl.arange(0, BLOCK)[None, :]
+        total += tl.load(sums + row[:, None] * splits + place, mask=place < splits, other=0.0)
+    return tl.sum(total, axis=1)
+
+
+SUM_BLOCK = 64  # parts that are added at a time; not tuned, as BLOCK of the kernels that sum
+
+
 # --- normals ------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import OPTIONS, aligned, alignment, ceil_div, device_of, rounded, shape_of_tile
+from .._triton import (
+    OPTIONS,
+    SUM_BLOCK,
+    aligned,
+    alignment,
+    ceil_div,
+    device_of,
+    rounded,
+    shape_of_tile,
+    sum_of_splits,
+)
 from .reference import FAMILIES, POISSON_LEAST, POISSON_SHARE, density_constant
 
 BLOCK = 1024  # measurements of a tile; not tuned, for the order of a sum must not depend on what was measured
@@ -103,6 +113,22 @@ def log_prob_and_gradient_kernel(
     tl.store(sums + row * splits + split, total, mask=live)
 
 
+@triton.jit(do_not_specialize=["splits"])
+def total_kernel(sums, total, splits, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    tl.store(total + row, sum_of_splits(sums, row, splits, BLOCK))
+
+
+def totals(sums: torch.Tensor, block: int) -> torch.Tensor:
+    """``sums.sum(1)``, of ``sums`` ``[rows, splits]`` in float64: the same bits for any number of rows."""
+    if sums.shape[1] == 1:
+        return sums.reshape(-1)
+    total = torch.empty(sums.shape[0], dtype=torch.float64, device=sums.device)
+    with device_of(sums):
+        total_kernel[(len(sums),)](sums, total, sums.shape[1], BLOCK=block, num_warps=max(1, block // 256))
+    return total
+
+
 def warps_of(family: str) -> int:
     """Poisson's float64 takes twice the registers of the others, so its threads have half the measurements."""
     return 8 if family == "poisson" else 4
@@ -119,7 +145,7 @@ def call(z, y, family, scale, df, background, extra_variance, rows, return_gradi
         return torch.full((samples,), constant, dtype=torch.float64, device=z.device), gradient
     constants = None
     if family == "poisson":  # log c! of every row of y, once
-        constants = torch.lgamma(y.double() / scale + 1.0).reshape(y.shape[0], elements).sum(1)
+        constants = totals(torch.lgamma(y.double() / scale + 1.0).reshape(y.shape[0], elements), 1024)
     splits = ceil_div(elements, SPLIT)
     tile_rows, groups = shape_of_tile(elements, BLOCK, 1)
     sums = torch.empty((samples, splits), dtype=torch.float64, device=z.device)
@@ -131,4 +157,4 @@ def call(z, y, family, scale, df, background, extra_variance, rows, return_gradi
             FAMILY=FAMILIES.index(family), SPLIT=SPLIT, ALIGN=alignment(elements),
             ROWS=tile_rows, GROUPS=groups, num_warps=warps_of(family), **OPTIONS,
         )  # fmt: skip
-    return sums.reshape(samples) if splits == 1 else sums.sum(1), gradient
+    return totals(sums, SUM_BLOCK), gradient

@@ -9,6 +9,7 @@ import triton.language as tl
 from .. import _arguments
 from .._triton import (
     OPTIONS,
+    SUM_BLOCK,
     VARYING,
     abreast,
     aligned,
@@ -19,6 +20,7 @@ from .._triton import (
     read_counter,
     rounded,
     shape_of_tile,
+    sum_of_splits,
 )
 from ..reverse_step.triton import multiplier, multipliers
 
@@ -66,11 +68,27 @@ def propose_and_weigh_kernel(
     if sums is not None:
         tl.store(sums + row * splits + split, total, mask=live)
     else:
-        weight = tl.load(before + row, mask=live, other=0.0)
-        scale = tl.zeros([ROWS], tl.float64) + tl.reshape(tau + tl.zeros([ROWS, 1], tl.float32), [ROWS]).to(tl.float64)
-        noisy = scale != 0.0
-        change = weight.to(tl.float64) - total / tl.where(noisy, scale, 1.0)
-        tl.store(after + row, tl.where(noisy, change.to(after.dtype.element_ty), weight), mask=live)
+        scale = tl.reshape(tau + tl.zeros([ROWS, 1], tl.float32), [ROWS])
+        weigh(before, after, row, live, total, scale)
+
+
+@triton.jit
+def weigh(before, after, row, live, total, tau):
+    """The log-weights with the log-density ratio added, which is ``-total / tau``."""
+    weight = tl.load(before + row, mask=live, other=0.0)
+    scale = tl.zeros(total.shape, tl.float64) + tau.to(tl.float64)
+    noisy = scale != 0.0
+    change = weight.to(tl.float64) - total / tl.where(noisy, scale, 1.0)
+    tl.store(after + row, tl.where(noisy, change.to(after.dtype.element_ty), weight), mask=live)
+
+
+@triton.jit(do_not_specialize=["particles", "splits"])
+def weigh_kernel(sums, before, after, particles, splits, tau: tl.float32, table, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    total = sum_of_splits(sums, row, splits, BLOCK)
+    if table is not None:
+        tau = tl.load(table + 4 * particles + row)
+    weigh(before, after, row, row < particles, total, tau + tl.zeros([1], tl.float32))
 
 
 def call(
@@ -95,9 +113,8 @@ def call(
             SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=abreast(x.dtype),
             ROWS=rows, GROUPS=groups, num_warps=4, **OPTIONS,
         )  # fmt: skip
-    if sums is not None:
-        scale = torch.full_like(sums[:, 0], tau) if multiplied is None else multiplied[4].double()
-        changed = log_weights.double() - (sums.sum(1) / scale).reshape(log_weights.shape)
-        noisy = (scale != 0.0).reshape(log_weights.shape)
-        torch.where(noisy, changed.to(log_weights.dtype), log_weights, out=after)
+        if sums is not None:
+            weigh_kernel[(particles,)](
+                sums, log_weights, after, particles, splits, tau, multiplied, BLOCK=SUM_BLOCK, num_warps=1, **OPTIONS
+            )
     return x_s, after

@@ -16,6 +16,7 @@ __all__ = [
     "dynamic_bound",
     "has_noise",
     "multipliers",
+    "ranks",
     "reverse_step",
     "reverse_step_vjp",
     "scaled",
@@ -59,11 +60,11 @@ def clip_x0(x0: Tensor, clip: Clip) -> Tensor:
 def dynamic_bound(x0: Tensor, clip: DynamicThreshold) -> Tensor:
     """The threshold ``[N]`` of each ``x0`` ``[N, *event]``, none of which is empty."""
     ordered = x0.reshape(x0.shape[0], -1).abs().sort(dim=1).values
-    below, above, between = _ranks(clip.ratio, ordered.shape[1])
+    below, above, between = ranks(clip.ratio, ordered.shape[1])
     return torch.lerp(ordered[:, below], ordered[:, above], between).clamp(1.0, clip.max_value)
 
 
-def _ranks(ratio: float, number: int) -> tuple[int, int, float]:
+def ranks(ratio: float, number: int) -> tuple[int, int, float]:
     """The two order statistics that the ``ratio`` quantile of ``number`` values lies between, and how far."""
     rank = ratio * (number - 1)
     return int(rank), min(int(rank) + 1, number - 1), rank - int(rank)
@@ -153,7 +154,7 @@ def _clip_x0_vjp(grad: Tensor, x0: Tensor, clip: Clip) -> Tensor:
     if isinstance(clip, DynamicThreshold):  # y = x0 / bound inside; outside +-1, whatever x0 and the bound
         flat, grad = (v.reshape(v.shape[0], -1) for v in (x0, grad))
         ordered, order = flat.abs().sort(dim=1)
-        below, above, between = _ranks(clip.ratio, flat.shape[1])
+        below, above, between = ranks(clip.ratio, flat.shape[1])
         quantile = torch.lerp(ordered[:, below], ordered[:, above], between)[:, None]
         bound = quantile.clamp(1.0, clip.max_value)
         grad = torch.where(flat.abs() < bound, grad / bound, 0.0)
