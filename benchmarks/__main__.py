@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import pkgutil
 import sys
 from pathlib import Path
 
 import torch
 
-from . import (  # noqa: F401  each registers its cases
-    gather_particles,
-    integrations,
-    integrations_deepinv,
-    integrations_diffusers,
-    log_prob_and_gradient,
-    predict_x0,
-    propose_and_weigh,
-    randn,
-    resample,
-    reverse_step,
-    samplers,
-)
+from . import integrations, ops, samplers  # noqa: F401  each module registers its cases
 from .cases import CASES, Setting, chosen, run
 from .report import markdown, summary, text, write_json
 from .timing import keep_memory, machine
+
+for _package in (ops, integrations):
+    for _module in pkgutil.iter_modules(_package.__path__, _package.__name__ + "."):
+        importlib.import_module(_module.name)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -30,14 +30,14 @@ part doctor 30 python3 -c 'from fastguide.cli import main; main(["doctor"])'
 # Each test compiles its own kernels, which is work for one core: in turn to a dozen processes.
 export out pytest="python3 -m pytest -q -p no:cacheprovider"
 part tests 180 bash -c '
-    { $pytest --collect-only tests/test_kernels.py tests/test_{randn,resample,gather_particles}_cuda.py -k "not emulated" &&
+    { $pytest --collect-only tests/ops/test_triton.py tests/ops/test_{randn,resample,gather_particles}_cuda.py -k "not emulated" &&
       $pytest --collect-only tests/test_capture.py -k cuda; } | grep :: > "$out/tests.txt" || exit 1
     split -n r/12 "$out/tests.txt" "$out/tests.txt."
     printf "%s\n" "$out"/tests.txt.* | xargs -P 12 -I {} $pytest @{}'
 rm -f "$out"/tests.txt.*
 part sanitizer 80 bash -c '
     some="not emulated and (known or bits or sizes or aligned or smaller or workspace or slots or dead)"
-    printf "%s\n" tests/test_{randn,resample,gather_particles}_cuda.py | xargs -P 3 -n 1 compute-sanitizer --error-exitcode 1 $pytest -k "$some"'
+    printf "%s\n" tests/ops/test_{randn,resample,gather_particles}_cuda.py | xargs -P 3 -n 1 compute-sanitizer --error-exitcode 1 $pytest -k "$some"'
 part benchmarks $((530 - SECONDS)) python3 -m benchmarks randn/float32 reverse_step/stochastic reverse_step/bfloat16 propose_and_weigh \
     log_prob_and_gradient resample/systematic-1e8 resample/batched gather samplers/graph --device cuda --seconds 3 --json "$out/benchmarks.json" --markdown "$out/benchmarks.md"
 

@@ -22,8 +22,8 @@ address | emulated)
     export UBSAN_OPTIONS=print_stacktrace=1:log_path=$work/report
     # The CUDA kernels are emulated by coroutines, whose frames the sanitizer must leave on their stacks.
     emulated="-fsanitize=address --param asan-use-after-return=0 -g1"
-    selected=(tests/test_*_kernel.py)
-    [ "$kind" = address ] || selected=(tests/test_*_cuda.py)  # ten minutes: by hand, after a change of CUDA kernels
+    selected=(tests/*/test_*_kernel.py)
+    [ "$kind" = address ] || selected=(tests/ops/test_*_cuda.py)  # ten minutes: by hand, after a change of CUDA kernels
     ;;
 thread)
     # Threads of the standard library, as the sanitizer sees no order in what OpenMP's wait for. Not the tests of races,
@@ -32,7 +32,7 @@ thread)
     libraries=$(g++ -print-file-name=libtsan.so)
     export TSAN_OPTIONS=halt_on_error=1:log_path=$work/report
     emulated=
-    selected=(tests/test_*_kernel.py -k thread)
+    selected=(tests/*/test_*_kernel.py -k thread)
     ;;
 *) echo "expected address, emulated or thread, got $kind" >&2; exit 2 ;;
 esac

@@ -5,13 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
 from benchmarks import __main__ as command
 from benchmarks import cases, memory, profile, report, samplers, timing

@@ -748,7 +748,7 @@ def test_within_deepinv():
 
 
 def test_the_readme_example_runs():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "integrations.deepinv" in b)
     physics = dinv.physics.Inpainting((1, 4, 5), mask=0.5, noise_model=dinv.physics.GaussianNoise(0.1))
     names = dict(denoiser=Small(), physics=physics, y=physics(X), fidelity=dinv.optim.data_fidelity.L2(), fastguide=fg)

@@ -1,5 +1,5 @@
 """The cpu kernels of `fastguide.integrations.particles` against numpy, which adds one weight after the other as well;
-against `particles` itself: test_integrations_particles.py."""
+against `particles` itself: test_particles.py."""
 
 from __future__ import annotations
 

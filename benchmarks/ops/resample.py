@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastguide import ops, reference
 
-from . import memory
-from .cases import Absent, Call, Case, Figure, Rival, Setting, case, cpu_only, rival
+from .. import memory
+from ..cases import Absent, Call, Case, Figure, Rival, Setting, case, cpu_only, rival
 
 SEED, STEP = 7, 3
 

@@ -16,7 +16,7 @@ from fastguide import ops, reference
 from fastguide.ops._arguments import Coefficients
 from fastguide.sampling import noise
 
-from .cases import Absent, Call, Case, Figure, Setting, case, close, compiled, ends, rival
+from ..cases import Absent, Call, Case, Figure, Setting, case, close, compiled, ends, rival
 
 SEED, STEP = 7, 3
 SHAPES = (64, 3, 256, 256), (4, 3, 8, 8), (1024, 4, 256, 256)  # on the CPU, quick, on a GPU

@@ -9,8 +9,8 @@ import torch
 
 from fastguide import ops
 
-from . import memory
-from .cases import Case, Figure, Setting, case, rival
+from .. import memory
+from ..cases import Case, Figure, Setting, case, rival
 
 
 def _case(setting: Setting, particles: int, elements: int, **target: float) -> Case:

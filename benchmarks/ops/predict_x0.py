@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastguide import ops, reference
 
-from .cases import Case, Setting, case, close, compiled, rival
+from ..cases import Case, Setting, case, close, compiled, rival
 
 LEVEL, SCALE = (0.6, 0.8), 7.5
 SHAPES = (64, 3, 256, 256), (4, 3, 8, 8), (1024, 4, 256, 256)  # on the CPU, quick, on a GPU

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from maps import MAPS, bytes_of, indexed, survivors, uniform
+from ancestor_maps import MAPS, bytes_of, indexed, survivors, uniform
 
 from fastguide import ops
 from fastguide.ops import _native

@@ -7,7 +7,7 @@ import torch
 
 from fastguide import ops, reference
 
-from .cases import Call, Case, Setting, case, close, compiled, cpu_only, ends, rival
+from ..cases import Call, Case, Setting, case, close, compiled, cpu_only, ends, rival
 
 
 def _numpy(setting: Setting, shape: tuple[int, ...], bits: type[np.random.BitGenerator]) -> Call:

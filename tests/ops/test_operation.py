@@ -1,4 +1,5 @@
-"""The operators that ``torch.compile`` sees: torch's own checks, and a compiled loop's bits against the eager ones."""
+"""What the operations share: the choice of a backend; the operators that ``torch.compile`` sees, by torch's own checks,
+and compiled loops, which make the eager bits."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import math
 import re
 import shutil
 import sys
+import types
 import warnings
 
 import pytest
@@ -17,10 +19,22 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastguide import ops, reference
-from fastguide.ops import DynamicThreshold, _arguments, _native
+from fastguide.ops import DynamicThreshold, _arguments, _native, _operation
+from fastguide.ops._operation import (
+    OPERATIONS,
+    ORDER,
+    Backend,
+    _gpu_reason,
+    _warn_passed_over,
+    backends,
+    explain,
+    select,
+    why_not,
+)
 
 OPERATORS = torch.ops.fastguide
 VP = (0.6, 0.8, 0.8, 0.6, 0.3)
+CPU = torch.device("cpu")
 CLIPS = (None, 0.7, (-1, 2), DynamicThreshold(0.9, 3.0))
 
 
@@ -39,6 +53,125 @@ def normal(*shape: int, seed: int = 0, dtype=torch.float32, grad: bool = False) 
 def turned(tensor: torch.Tensor) -> torch.Tensor:
     """The same values, last axis first in memory."""
     return tensor.detach().movedim(-1, 0).contiguous().movedim(0, -1).requires_grad_(tensor.requires_grad)
+
+
+# --- backends -----------------------------------------------------------------------------------------------
+
+
+def test_cpu_module_is_built_and_loaded():
+    assert backends()["cpu"] == Backend("cpu", True, "", tuple(OPERATIONS), backends()["cpu"].details)
+    assert backends()["cpu"].details["instruction_set"]
+    flags = _native.build_record()["cxxflags"]
+    assert "-ffp-contract=off" in flags and "fast-math" not in flags
+
+
+def test_every_backend_says_why_it_cannot():
+    found = backends()
+    assert tuple(found) == ORDER
+    assert found["reference"].operations == tuple(OPERATIONS)
+    cuda = found["cuda"]
+    if not torch.cuda.is_available():
+        assert cuda.reason
+    if not cuda.loaded:
+        assert "was not built" in cuda.reason or "did not load" in cuda.reason
+
+
+def test_select():
+    assert select("randn", device=CPU, dtype=torch.float64) == "cpu"
+    assert select("randn", device=CPU, dtype=torch.int32) == "reference"
+    assert select("resample", device=CPU, dtype=torch.float32) == "cpu"
+    assert select("reverse_step", device=CPU, dtype=torch.bfloat16) == "cpu"
+    assert select("reverse_step", device=CPU, dtype=torch.bfloat16, obstacle="has no such thing") == "reference"
+    assert select("randn", "reference", device=CPU, dtype=torch.float32) == "reference"
+    assert select("randn", device=torch.device("meta"), dtype=torch.float32) == "reference"
+
+
+def test_select_refuses_with_the_reason():
+    with pytest.raises(ValueError, match=r"backend: expected one of \('auto', .*\), got 'cudnn'"):
+        select("randn", "cudnn", device=CPU, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="cuda has no kernel for reverse_step"):
+        select("reverse_step", "cuda", device=CPU, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="cuda serves tensors on cuda, and"):
+        select("randn", "cuda", device=CPU, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"this is torch\.int64"):
+        select("randn", "cpu", device=CPU, dtype=torch.int64)
+    assert "float64" in why_not("cuda", "randn", device=torch.device("cuda"), dtype=torch.float64)
+
+
+def test_explain_tells_what_was_passed_over():
+    text = explain("reverse_step", "cpu", torch.float32)
+    reason = "  not cuda: cuda has no kernel for reverse_step"
+    assert text.splitlines() == ["reverse_step on cpu, torch.float32: cpu", reason]
+    text = explain("reverse_step", "cpu", torch.float32, obstacle="has no such thing")
+    assert text.splitlines()[0] == "reverse_step on cpu, torch.float32: reference"
+    assert "  not cpu: cpu has no such thing" in text.splitlines()
+
+
+def test_a_missing_module_warns_once_and_only_once(monkeypatch, recwarn):
+    monkeypatch.setitem(_native._modules, "cpu", (None, "fastguide._cpu did not load: broken on purpose"))
+    _warn_passed_over.cache_clear()
+    for _ in range(3):
+        assert select("randn", device=CPU, dtype=torch.float32) == "reference"
+    assert [str(w.message) for w in recwarn if "broken on purpose" in str(w.message)] == [
+        "fastguide runs on cpu tensors without its compiled kernels, slowly, in plain PyTorch: fastguide._cpu did not "
+        "load: broken on purpose. `fastguide doctor` tells more."
+    ]
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        select("randn", "cpu", device=CPU, dtype=torch.float32)
+    assert not backends()["cpu"].loaded and backends()["cpu"].reason.endswith("broken on purpose")
+    _warn_passed_over.cache_clear()
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """``a_gpu(capability, driver, archs)``: as if torch saw such a GPU, and the cuda module had been built for them."""
+
+    def pretend(capability: tuple[int, int], driver: int, archs: list[str]) -> None:
+        record = {"cuda": {"status": "built", "reason": "", "nvcc": "13.0", "archs": archs, "error": []}}
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+        monkeypatch.setattr(_native, "build_record", lambda: record)
+        monkeypatch.setitem(_native._modules, "cuda", (types.SimpleNamespace(), ""))
+        monkeypatch.setattr(_operation, "_INTERPRETED", False)
+        _gpu_reason.cache_clear()
+        _warn_passed_over.cache_clear()
+
+    yield pretend
+    _gpu_reason.cache_clear()
+    _warn_passed_over.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "archs", "reason"),
+    [
+        ((8, 0), 13000, ["80", "90"], ""),
+        ((8, 9), 13020, ["80", "90"], ""),  # code of the same major version
+        ((12, 0), 13000, ["80", "90"], ""),  # PTX of the last
+        ((9, 0), 13000, ["80", "100"], "cuda was compiled for sm_80, sm_100, and this GPU is sm_90: build with"),
+        ((8, 0), 13000, ["86", "90"], "this GPU is sm_80: build with FASTGUIDE_CUDA_ARCHS=80"),
+        ((9, 0), 12080, ["90"], "cuda was compiled by nvcc 13.0, and this driver serves CUDA 12"),
+    ],
+)
+def test_a_gpu_or_a_driver_that_cannot_run_the_build_is_named(capability, driver, archs, reason, a_gpu):
+    a_gpu(capability, driver, archs)
+    said = why_not("cuda", "randn", device=GPU, dtype=torch.float32)
+    assert (reason in said) if reason else said == ""
+
+
+def test_a_gpu_without_our_kernels_takes_the_next_backend_and_warns_once(a_gpu, recwarn):
+    a_gpu((9, 0), 13000, ["80", "100"])
+    for _ in range(3):
+        assert select("randn", device=GPU, dtype=torch.float32) == "triton"
+        assert select("resample", device=GPU, dtype=torch.float32) == "reference"
+    said = [str(w.message) for w in recwarn if "fastguide runs" in str(w.message)]
+    assert len(said) == 2 and all("sm_80, sm_100, and this GPU is sm_90" in words for words in said)
+    assert "with those of triton" in said[0] and "slowly, in plain PyTorch" in said[1]
+    a_gpu((7, 5), 13000, ["80"])
+    assert "triton serves compute capability 8.0" in why_not("triton", "randn", device=GPU, dtype=torch.float32)
 
 
 # --- torch's own checks -------------------------------------------------------------------------------------

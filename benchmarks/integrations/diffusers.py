@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .cases import Absent, Case, Figure, Setting, case, rival
+from ..cases import Absent, Case, Figure, Setting, case, rival
 
 NAMES = {
     "ddpm": "DDPMScheduler",

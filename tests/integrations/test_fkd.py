@@ -4,17 +4,13 @@ import enum
 import inspect
 import itertools
 import math
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
-
-from benchmarks.integrations import PlainFKD
+from benchmarks.integrations.fkd import PlainFKD
 from fastguide.integrations.fkd import FKD
 
 POTENTIALS = ("diff", "max", "add", "rt")

@@ -1,5 +1,5 @@
 """DPS and DiffPIR against deepinv's own: inpainting, with the digits network and with a denoiser that costs nothing.
-That both give the same samples of the same noise is tested (tests/test_integrations_deepinv.py)."""
+That both give the same samples of the same noise is tested (tests/integrations/test_deepinv.py)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastguide import digits
 from fastguide.integrations import deepinv as ours
 
-from .cases import Case, Figure, Setting, case, cpu_only, rival
-from .samplers import _import_deepinv
+from ..cases import Case, Figure, Setting, case, cpu_only, rival
+from ..samplers import _import_deepinv
 
 
 class DigitsDenoiser(nn.Module):

@@ -15,10 +15,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from watched import watched
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
-
 from benchmarks.cases import Absent
-from benchmarks.integrations import original_k_diffusion
+from benchmarks.integrations.k_diffusion import original_k_diffusion
 from fastguide import ops
 from fastguide.integrations import k_diffusion as ours
 

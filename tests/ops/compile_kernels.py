@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for GPUs that need not be there, and prints what came of each as one line of JSON.
 
-``python tests/compile_kernels.py`` (without TRITON_INTERPRET), on every core. Registers and spills are those that ptxas
-reports.
+``python tests/ops/compile_kernels.py`` (without TRITON_INTERPRET), on every core. Registers and spills are those that
+ptxas reports.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from fastguide.ops import _triton as tiles
 from fastguide.reference import FAMILIES
 

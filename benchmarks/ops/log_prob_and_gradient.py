@@ -8,7 +8,7 @@ import torch
 
 from fastguide import ops, reference
 
-from .cases import Case, Setting, case, close, compiled, rival
+from ..cases import Case, Setting, case, close, compiled, rival
 
 OBSERVATIONS = 4
 

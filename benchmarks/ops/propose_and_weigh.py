@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastguide import ops, reference
 
-from .cases import Case, Setting, case, close, compiled, ends, rival
+from ..cases import Case, Setting, case, close, compiled, ends, rival
 from .reverse_step import SEED, STEP, coefficients
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # x, x0_hat, displacement, log_weights

@@ -1,0 +1,1 @@
+"""The drop-ins, beside the projects whose calls they take over."""
