@@ -14,15 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["as_tensor", "call", "package_modes", "without_autocast"]
+from .memory import Memory
+
+__all__ = ["as_tensor", "call", "memory", "package_modes", "without_autocast"]
 
 # The autocast of the caller of `fastguide.sample`: arguments of torch.autocast, of each device type where it is on.
 _autocast: ContextVar[tuple[dict[str, Any], ...]] = ContextVar("fastguide_autocast", default=())
+# What the loop of the present `fastguide.sample` makes large tensors of.
+_memory: ContextVar[Memory | None] = ContextVar("fastguide_memory", default=None)
 
 
 @contextlib.contextmanager
 def package_modes(device: torch.device) -> Iterator[None]:
-    """Inside, arithmetic is the package's own: no autocast, no inference mode, no gradients."""
+    """Inside, arithmetic is the package's own: no autocast, no inference mode, no gradients; and `memory` is one for
+    all."""
     found = []
     with contextlib.ExitStack() as modes:
         for kind in {"cpu", device.type}:
@@ -34,7 +39,14 @@ def package_modes(device: torch.device) -> Iterator[None]:
         modes.enter_context(torch.no_grad())
         token = _autocast.set(tuple(found))
         modes.callback(_autocast.reset, token)
+        kept = _memory.set(Memory())
+        modes.callback(_memory.reset, kept)
         yield
+
+
+def memory() -> Memory:
+    """Of the present run."""
+    return _memory.get() or Memory()
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -44,7 +56,8 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 def call(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``f(*args, **kwargs)`` with copies of the tensors among ``args``, under the caller's autocast."""
-    copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
+    own = memory()
+    copies = [own.copy(a) if isinstance(a, Tensor) else a for a in args]
     modes = _autocast.get()
     if not modes:
         return f(*copies, **kwargs)

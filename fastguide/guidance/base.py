@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import foreign, ops
 from ..arguments import one_of
 from ..denoiser import Denoiser
 from ..likelihoods import Callable as CallableLikelihood
@@ -149,6 +149,11 @@ class Run:
 
         return self.with_counters(i, draw, self.rows)
 
+    def memory(self, x: Tensor, twice: bool = False) -> Any:
+        """``out`` for a result like ``x``, or for two, or None; see `fastguide.memory`."""
+        out = None if self.differentiable else foreign.memory().like(x)
+        return (out, foreign.memory().like(x)) if twice and out is not None else out
+
     def reverse_step(
         self,
         x: Tensor,
@@ -172,6 +177,7 @@ class Run:
                 clip=self.clip,
                 displacement=displacement,
                 return_x0=return_x0,
+                out=self.memory(x, return_x0),
                 **counter,
             )
 

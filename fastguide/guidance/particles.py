@@ -58,7 +58,9 @@ def propose_guided(run: Run, state: State, log_weights: Tensor, i: int) -> tuple
     def draw(
         counter: dict[str, Any], x: Tensor, x0_hat: Tensor, displacement: Tensor, log_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return ops.propose_and_weigh(x, x0_hat, displacement, log_weights, coefficients, **counter)
+        x_s = run.memory(x)
+        out = None if x_s is None else (x_s, torch.empty_like(log_weights))
+        return ops.propose_and_weigh(x, x0_hat, displacement, log_weights, coefficients, out=out, **counter)
 
     x0_hat = clip_x0(state.particles["x0_hat"], run.clip)
     shift = scaled(state.particles["shift"], run.x0_weight(i))

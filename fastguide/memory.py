@@ -1,0 +1,74 @@
+"""Memory of large results that nobody holds any more, for the next ones.
+
+A C library maps a large block afresh and gives it back when it is freed. The page faults of the next block then cost
+more than most passes over it. A loop avoids them with a `Memory` of its own. A GPU needs none: torch keeps its memory.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import traced, transformed
+
+__all__ = ["Memory"]
+
+_LEAST = 1 << 20  # bytes: smaller blocks mostly come from memory that the C library has kept
+_BLOCKS = 4  # kept at most: the state, the next, the network's copy and one more
+
+
+def _holders(block: torch.UntypedStorage) -> tuple[int, int]:
+    """How many hold it: Python's references, then those of tensors, graphs, arrays and capsules."""
+    return sys.getrefcount(block), torch._C._storage_Use_Count(block._cdata)
+
+
+class Memory:
+    """The last large blocks that it gave out. It gives one again only when nobody else holds it.
+
+    A block is a storage, and whatever can read it later holds it: a tensor and its views, a graph, an array of numpy, a
+    DLPack capsule, the storage's own Python object. What was handed to a user's function and kept there therefore stays
+    what it was. A block in shared memory, which another process may hold, is not given again. An address alone holds
+    nothing, as everywhere in torch.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: deque[torch.UntypedStorage] = deque(maxlen=_BLOCKS)
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return Memory, ()  # a copy has blocks of its own
+
+    def like(self, x: Tensor) -> Tensor | None:
+        """Memory for a result like ``x``; None where torch's own is as good, or the result has a derivative."""
+        if not x.is_cpu or type(x) is not Tensor or x.nbytes < _LEAST or not x.is_contiguous():
+            return None
+        if (x.requires_grad and torch.is_grad_enabled()) or traced() or transformed():
+            return None
+        with self._lock:
+            for block in self._blocks:
+                if _holders(block) == _ALONE and block.nbytes() == x.nbytes and not block.is_shared():
+                    return torch.empty(0, dtype=x.dtype, device="cpu").set_(block, 0, x.shape, x.stride())
+            result = torch.empty_like(x)
+            self._blocks.append(result.untyped_storage())
+        return result
+
+    def copy(self, x: Tensor) -> Tensor:
+        """``x.clone()``."""
+        result = self.like(x)
+        return x.clone() if result is None else result.copy_(x)
+
+
+def _alone() -> tuple[int, int]:
+    """What `_holders` says in `Memory.like` of a block that nobody else holds; Python's versions count differently."""
+    blocks = deque([torch.UntypedStorage(1)])
+    for block in blocks:
+        return _holders(block)
+    raise AssertionError
+
+
+_ALONE = _alone()
