@@ -43,11 +43,14 @@ class Memory:
     def __reduce__(self) -> Any:
         return Memory, ()  # a copy has blocks of its own
 
-    def like(self, x: Tensor) -> Tensor | None:
-        """Memory for a result like ``x``; None where torch's own is as good, or the result has a derivative."""
+    def like(self, x: Tensor, *others: Tensor | None) -> Tensor | None:
+        """Memory for a result like ``x`` that is made of it and of ``others``; None where torch's own is as good, or
+        the result has a derivative."""
         if not x.is_cpu or type(x) is not Tensor or x.nbytes < _LEAST or not x.is_contiguous():
             return None
-        if (x.requires_grad and torch.is_grad_enabled()) or traced() or transformed():
+        if traced() or transformed():
+            return None
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
             return None
         with self._lock:
             for block in self._blocks:
@@ -56,6 +59,12 @@ class Memory:
             result = torch.empty_like(x)
             self._blocks.append(result.untyped_storage())
         return result
+
+    def pair(self, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The same for two results."""
+        first = self.like(x, *others)
+        second = None if first is None else self.like(x, *others)
+        return None if first is None or second is None else (first, second)
 
     def copy(self, x: Tensor) -> Tensor:
         """``x.clone()``."""

@@ -13,6 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before fastguide is imported
 
+from fastguide import memory
 from fastguide.ops import _native, _operation
 
 # Relative and absolute, for one pass over states of order one: the arithmetic is in float32 and rounded once
@@ -46,6 +47,19 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.set_deterministic_debug_mode(before)
+
+
+@pytest.fixture(autouse=True)
+def reused_memory(monkeypatch):
+    """Loops use small blocks again as well, and find NaN in them."""
+    like = memory.Memory.like
+
+    def poisoned(self: memory.Memory, x: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor | None:
+        result = like(self, x, *others)
+        return None if result is None else result.fill_(torch.nan if result.is_floating_point() else -1)
+
+    monkeypatch.setattr(memory, "_LEAST", 1)
+    monkeypatch.setattr(memory.Memory, "like", poisoned)
 
 
 @pytest.fixture(autouse=True)

@@ -151,8 +151,10 @@ class Run:
 
     def memory(self, x: Tensor, twice: bool = False) -> Any:
         """``out`` for a result like ``x``, or for two, or None; see `fastguide.memory`."""
-        out = None if self.differentiable else foreign.memory().like(x)
-        return (out, foreign.memory().like(x)) if twice and out is not None else out
+        if self.differentiable:
+            return None
+        memory = foreign.memory()
+        return memory.pair(x) if twice else memory.like(x)
 
     def reverse_step(
         self,

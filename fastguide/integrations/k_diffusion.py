@@ -49,6 +49,7 @@ from torch import Tensor
 from .. import arguments, ops
 from ..arguments import flag, function, got, integer, number, one_of, real, torch_device
 from ..foreign import as_tensor
+from ..memory import Memory
 from ..ops._arguments import STATE_DTYPES
 
 __all__ = [
@@ -258,7 +259,7 @@ class PhiloxNoiseSampler:
         _check_state(x)
         self.seed = int(torch.randint(1 << 62, (), device="cpu")) if seed is None else integer("seed", seed, 0, 1 << 64)
         first_particle = integer("first_particle", first_particle, 0, 1 << 48)
-        self._x, self._first_particle, self._draws = x, first_particle, 0
+        self._x, self._first_particle, self._draws, self._memory = x, first_particle, 0, Memory()
 
     def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
         x = self._x
@@ -274,8 +275,9 @@ class PhiloxNoiseSampler:
 
     def step(self, x: Tensor, denoised: Tensor, ratio: float, std: float) -> Tensor:
         """``ratio x + (1 - ratio) denoised + std z`` with the next ``z``."""
+        x = x.to(torch.promote_types(x.dtype, denoised.dtype))
         x_s = ops.reverse_step(
-            x.to(torch.promote_types(x.dtype, denoised.dtype)),
+            x,
             denoised,
             (1.0, 1.0, 1.0, math.hypot(ratio, std), std),
             prediction="sample",
@@ -283,6 +285,7 @@ class PhiloxNoiseSampler:
             step=self._next_draw(),
             stream=_STREAM,
             first_particle=self._first_particle,
+            out=self._memory.like(x, denoised),
         )
         assert isinstance(x_s, Tensor)  # without return_x0
         return x_s

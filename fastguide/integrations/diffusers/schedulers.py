@@ -57,6 +57,7 @@ from torch import Tensor
 from ... import ops
 from ...arguments import flag, got, real
 from ...foreign import as_tensor
+from ...memory import Memory
 from ...ops._arguments import STATE_DTYPES, Clip, Coefficients, DynamicThreshold
 
 __all__ = [
@@ -197,6 +198,7 @@ class _Fused:
     _known: tuple[Tensor, int, list[float]] | None = None  # timesteps on a device, and their values
     _planned: tuple[tuple[Any, ...], Any, Any] | None = None  # what a plan depends on, the objects of that, the plan
     _noise_runs: _NoiseRuns | None = None
+    _memory: Memory | None = None  # of the run's results that nobody holds any more, until `set_timesteps`
     _step: Callable[..., tuple[Tensor, ...]]  # of the parent's arguments, but the last
     _make_plan: Callable[..., Any]  # of the numbers given to `_cached`
 
@@ -249,7 +251,7 @@ class _Fused:
         if device is not None:
             self.timesteps = self.timesteps.to(device, non_blocking=True)
         self._known = self.timesteps, _version(self.timesteps), values
-        self._noise_runs = None
+        self._noise_runs = self._memory = None
 
     def _values(self) -> list[float]:
         """Those of `timesteps`; of ones that the caller has put there on a device, after a wait."""
@@ -327,9 +329,11 @@ class _Fused:
             scale = tau if std is None else std
             noise = self._draw(output, generator, place, noise_dtype).mul_(scale) if noise is None else noise * scale
             displacement = noise if displacement is None else displacement.add_(noise)
+        if self._memory is None:
+            self._memory = Memory()
         x_s, x0 = ops.reverse_step(
             x, output, levels, prediction=plan.prediction, clip=plan.clip, clip_noise=plan.clip_noise,
-            displacement=displacement, return_x0=True, **counter,
+            displacement=displacement, return_x0=True, out=self._memory.pair(x, output, displacement), **counter,
         )  # fmt: skip
         return x_s, _in(output.dtype, x0) if plan.prediction == "sample" else x0
 
