@@ -5,22 +5,19 @@
 
 namespace fastguide::cpu {
 
-FG_INLINE auto load_lanes(const float* from) { return load<F32>(from); }
-FG_INLINE auto load_lanes(const double* from) { return load<F64>(from); }
-
 // NaN if there is one.
 template <class T>
 FG_INLINE double largest(const T* values, int64_t count) {
-    constexpr int kLanes = kBytes / static_cast<int>(sizeof(T));
+    constexpr int kLanes = kLanesOf<T>;
     T top = values[0];
     bool nan = false;
     int64_t i = 0;
     if (count >= 4 * kLanes) {
-        auto tops = load_lanes(values);
+        auto tops = load<Vector<T>>(values);
         auto nans = tops != tops;
         for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-            const auto a = load_lanes(values + i), b = load_lanes(values + i + kLanes);
-            const auto c = load_lanes(values + i + 2 * kLanes), d = load_lanes(values + i + 3 * kLanes);
+            const auto a = load<Vector<T>>(values + i), b = load<Vector<T>>(values + i + kLanes);
+            const auto c = load<Vector<T>>(values + i + 2 * kLanes), d = load<Vector<T>>(values + i + 3 * kLanes);
             nans |= (a != a) | (b != b) | (c != c) | (d != d);
             tops = larger(tops, larger(larger(a, b), larger(c, d)));
         }

@@ -70,24 +70,11 @@ struct Nothing {
     FG_INLINE void operator()(uint64_t, uint64_t) const {}
 };
 
-// Where normals go: kNormals of them at element i, those of the turn-th call of kAbreast; or the first `count` of them.
-template <bool kStreamed>
-struct ToMemory {
-    float* out;  // aligned to kBytes where it is streamed to
-
-    FG_INLINE void whole(uint64_t i, int, const Two& z) const {
-        if constexpr (kStreamed) stream(out + i, z);
-        else store(out + i, z);
-    }
-    FG_INLINE void some(uint64_t i, const Two& z, uint64_t count) const {
-        __builtin_memcpy(out + i, &z, count * sizeof(float));
-    }
-};
-
 // Elements [4 * group, 4 * group + count) of one particle. The first two rounds are those of a counter whose last
 // three words are the particle's: each has one product for all lanes.
-template <class Sink, class Meanwhile>
-FG_INLINE void normals_of_particle(const Sink& sink, const RandnShape& shape, uint64_t row, uint64_t group, uint64_t count,
+// `kStreamed`: past the caches, to an `out` aligned to kBytes.
+template <bool kStreamed, class Meanwhile>
+FG_INLINE void normals_of_particle(float* out, const RandnShape& shape, uint64_t row, uint64_t group, uint64_t count,
                                    const Meanwhile& meanwhile) {
     const Words4 c = philox_counter(shape.first_particle + row, 0, shape.stream, shape.step);
     const uint32_t key0 = static_cast<uint32_t>(shape.seed), key1 = static_cast<uint32_t>(shape.seed >> 32);
@@ -117,13 +104,15 @@ FG_INLINE void normals_of_particle(const Sink& sink, const RandnShape& shape, ui
         for (int i = 0; i < kAbreast; ++i) {
             const WordPairs now = words[i];
             words[i] = next();
-            sink.whole(done + i * kNormals, i, normals_of(now));
+            const Two z = normals_of(now);
+            if constexpr (kStreamed) stream(out + done + i * kNormals, z);
+            else store(out + done + i * kNormals, z);
         }
     }
     if (done < count) meanwhile(done, count - done);
     for (int i = 0; done < count; ++i, done += kNormals) {
-        const uint64_t left = count - done;
-        sink.some(done, normals_of(words[i]), left < kNormals ? left : kNormals);
+        const Two z = normals_of(words[i]);
+        __builtin_memcpy(out + done, &z, (count - done < kNormals ? count - done : kNormals) * sizeof(float));
     }
 }
 
@@ -216,13 +205,14 @@ constexpr uint64_t kLeastAlone = 4 * kNormals;  // elements from which particles
 template <bool kStreamed = false, class Meanwhile = Nothing>
 void noise_tile(float* out, const RandnShape& shape, const Tile& tile, const Meanwhile& meanwhile = {}) {
     const uint64_t elements = shape.elements;
-    if (tile.rows == 1) return normals_of_particle(ToMemory<kStreamed>{out}, shape, tile.row, tile.begin / 4, tile.count, meanwhile);
+    if (tile.rows == 1)
+        return normals_of_particle<kStreamed>(out, shape, tile.row, tile.begin / 4, tile.count, meanwhile);
     if (elements == 1) return normals_of_points<1>(out, shape, tile.row, tile.rows, meanwhile);
     if (elements == 2) return normals_of_points<2>(out, shape, tile.row, tile.rows, meanwhile);
     if (elements < kLeastAlone) return normals_of_short_particles(out, shape, tile.row, tile.rows, meanwhile);
     for (uint64_t i = 0; i < tile.rows; ++i) {
         const auto there = [&](uint64_t at, uint64_t n) __attribute__((always_inline)) { meanwhile(i * elements + at, n); };
-        normals_of_particle(ToMemory<false>{out + i * elements}, shape, tile.row + i, 0, elements, there);
+        normals_of_particle<false>(out + i * elements, shape, tile.row + i, 0, elements, there);
     }
 }
 

@@ -48,6 +48,11 @@ typedef int32_t HalfI32 __attribute__((vector_size(kBytes / 2)));  // and as I64
 typedef uint32_t HalfU32 __attribute__((vector_size(kBytes / 2)));
 typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));  // as many lanes as F32
 
+template <class T>
+using Vector = std::conditional_t<std::is_same_v<T, float>, F32, F64>;
+template <class T>
+constexpr int kLanesOf = kBytes / static_cast<int>(sizeof(T));
+
 template <class V, class T>
 FG_INLINE V load(const T* from) {
     V v;
@@ -71,6 +76,14 @@ FG_INLINE V load_some(const T* from, int n) {
 template <class V, class T>
 FG_INLINE void store_some(T* to, V v, int n) {
     __builtin_memcpy(to, &v, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+// The first n lanes of v, and zeros.
+template <class V>
+FG_INLINE V first_lanes(V v, int n) {
+    decltype(v < v) left{};
+    for (int lane = 0; lane < static_cast<int>(sizeof v / sizeof v[0]); ++lane) left[lane] = n - lane;
+    return left > 0 ? v : V{};
 }
 
 FG_INLINE F32 splat(float x) { return x - F32{}; }
@@ -271,16 +284,12 @@ FG_INLINE F64 widen(HalfF32 v) { return __builtin_convertvector(v, F64); }
 FG_INLINE I64 widen(HalfU32 v) { return __builtin_convertvector(v, I64); }
 FG_INLINE HalfI32 narrow(I64 v) { return __builtin_convertvector(v, HalfI32); }
 #endif
-FG_INLINE F64 low_half(F32 v) {
-    HalfF32 half;
-    __builtin_memcpy(&half, &v, sizeof half);
-    return widen(half);
-}
-FG_INLINE F64 high_half(F32 v) {
-    HalfF32 half;
-    __builtin_memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof half, sizeof half);
-    return widen(half);
-}
+
+// As doubles.
+FG_INLINE F64 load_wide(const float* from) { return widen(load<HalfF32>(from)); }
+FG_INLINE F64 load_wide(const double* from) { return load<F64>(from); }
+FG_INLINE F64 load_wide_some(const float* from, int n) { return widen(load_some<HalfF32>(from, n)); }
+FG_INLINE F64 load_wide_some(const double* from, int n) { return load_some<F64>(from, n); }
 
 // The smaller and the larger of each lane; b where one is NaN.
 #if defined(__AVX512F__)

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "../common/step.h"
-#include "sums.h"
 #include "threshold.h"
 #include "tiles.h"
 #include "types.h"
@@ -25,21 +24,6 @@ struct Step {
     RandnShape shape;
     int threads;
 };
-
-template <class R>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-    using type = F32;
-};
-template <>
-struct VectorOf<double> {
-    using type = F64;
-};
-template <class R>
-using Vector = typename VectorOf<R>::type;
-template <class R>
-constexpr int kLanesOf = kBytes / static_cast<int>(sizeof(R));
 
 // --- staging ------------------------------------------------------------------------------------------------
 
@@ -84,215 +68,154 @@ FG_INLINE const R* staged(R* buffer, const Input& from, uint64_t begin, uint64_t
 
 // --- a particle's multipliers -------------------------------------------------------------------------------
 
-template <class R>
-struct Rounded {
-    R p, q, a, b, tau, c, half_inverse;  // 1 / (2 tau); 0 where tau is
+// Those of common/step.h, and 1 / (2 tau), or 0 where tau is.
+enum Factor : int { kP, kQ, kA, kB, kTau, kC, kHalfInverse, kFactors };
 
-    explicit FG_INLINE Rounded(const Multipliers& m)
-        : p(static_cast<R>(m.p)), q(static_cast<R>(m.q)), a(static_cast<R>(m.a)), b(static_cast<R>(m.b)),
-          tau(static_cast<R>(m.tau)), c(static_cast<R>(m.c)) {
-        constexpr R kMost = sizeof(R) == 4 ? static_cast<R>(0x1.fffffep127) : static_cast<R>(0x1.fffffffffffffp1023);
-        const R half_over = R{0.5} / tau;
-        half_inverse = tau == R{0} ? R{0} : half_over > kMost ? kMost : half_over;
-    }
-};
-
-// Where a span's multipliers come from: one particle's, the same for all elements,
+// One particle's, the same for all elements,
 template <class R>
 struct OneParticle {
-    using V = Vector<R>;
     static constexpr bool kMixed = false;
-    Rounded<R> m;
+    R value[kFactors];
 
-    template <class Read> FG_INLINE V p(uint64_t, const Read&) const { return splat(m.p); }
-    template <class Read> FG_INLINE V q(uint64_t, const Read&) const { return splat(m.q); }
-    template <class Read> FG_INLINE V a(uint64_t, const Read&) const { return splat(m.a); }
-    template <class Read> FG_INLINE V b(uint64_t, const Read&) const { return splat(m.b); }
-    template <class Read> FG_INLINE V tau(uint64_t, const Read&) const { return splat(m.tau); }
-    template <class Read> FG_INLINE V c(uint64_t, const Read&) const { return splat(m.c); }
-    template <class Read> FG_INLINE V half_inverse(uint64_t, const Read&) const { return splat(m.half_inverse); }
+    explicit FG_INLINE OneParticle(const Multipliers& m)
+        : value{static_cast<R>(m.p),   static_cast<R>(m.q), static_cast<R>(m.a), static_cast<R>(m.b),
+                static_cast<R>(m.tau), static_cast<R>(m.c), R{0}} {
+        const R half_over = R{0.5} / value[kTau], most = std::numeric_limits<R>::max();
+        value[kHalfInverse] = value[kTau] == R{0} ? R{0} : half_over > most ? most : half_over;
+    }
+    template <class Lanes>
+    FG_INLINE Vector<R> get(Factor factor, uint64_t, const Lanes&) const {
+        return splat(value[factor]);
+    }
 };
 
 // or, for short particles, each element's.
 template <class R>
 struct EachElement {
-    using V = Vector<R>;
     static constexpr bool kMixed = true;
-    const R *p_, *q_, *a_, *b_, *tau_, *c_, *half_inverse_;
+    R* values[kFactors];
 
-    template <class Read> FG_INLINE V p(uint64_t i, const Read& read) const { return read(p_ + i); }
-    template <class Read> FG_INLINE V q(uint64_t i, const Read& read) const { return read(q_ + i); }
-    template <class Read> FG_INLINE V a(uint64_t i, const Read& read) const { return read(a_ + i); }
-    template <class Read> FG_INLINE V b(uint64_t i, const Read& read) const { return read(b_ + i); }
-    template <class Read> FG_INLINE V tau(uint64_t i, const Read& read) const { return read(tau_ + i); }
-    template <class Read> FG_INLINE V c(uint64_t i, const Read& read) const { return read(c_ + i); }
-    template <class Read> FG_INLINE V half_inverse(uint64_t i, const Read& read) const { return read(half_inverse_ + i); }
+    template <class Lanes>
+    FG_INLINE Vector<R> get(Factor factor, uint64_t i, const Lanes& lanes) const {
+        return lanes.read(values[factor] + i);
+    }
 };
 
 // --- the arithmetic -----------------------------------------------------------------------------------------
 
-enum Flags : int { kSample = 1, kNoise = 2, kMoved = 4, kX0 = 8, kWeigh = 16 };
-
+// Some elements of a call. What may be null is not there. The compiler takes what a loop decides by these out of it.
 template <class R>
 struct Span {
-    const R *x, *output, *displacement, *z;
-    R *x_s, *x0, *terms;
-    R low, high;       // x0 is clipped to
-    bool past_caches;  // x_s and x0, which are equally aligned
-    bool keeps_noise;  // that of x0 before it is clipped
+    const R *x, *output, *displacement, *z;  // the last two may be null
+    R *x_s, *x0, *terms;                     // the last two may be null
+    R low, high;                             // x0 is clipped to
+    bool sample;                             // whether the output is x0
+    bool keeps_noise;                        // that of x0 before it is clipped
+    bool past_caches;                        // x_s and x0, which are equally aligned
 
-    FG_INLINE Span from(uint64_t i) const {
-        return {x + i, output + i, displacement + (displacement ? i : 0), z + (z ? i : 0), x_s + i, x0 + (x0 ? i : 0),
-                terms + (terms ? i : 0), low, high, past_caches, keeps_noise};
+    // Weighted particles are not displaced either where there is no noise.
+    FG_INLINE Span without_noise() const {
+        Span s = *this;
+        s.z = nullptr;
+        if (terms) s.displacement = s.terms = nullptr;
+        return s;
     }
 };
 
-// One vector of elements, at i; `keep` writes what is read again soon.
-template <class R, int kFlags, class Source, class Read, class Write, class Keep>
-FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const Vector<R>& z, const Read& read,
-                          const Write& write, const Keep& keep) {
-    using V = Vector<R>;
-    const V x = read(s.x + i);
-    V x0 = read(s.output + i);
-    if constexpr (!(kFlags & kSample)) x0 = fused(m.q(i, read), x0, m.p(i, read) * x);
-    const V unclipped = x0;
-    if constexpr (!(kFlags & kWeigh)) x0 = smaller(splat(s.high), larger(splat(s.low), x0));  // a NaN stays
-    V x_s = fused(m.b(i, read), x0, m.a(i, read) * x);
-    if constexpr (!(kFlags & kWeigh)) {
-        if (s.keeps_noise) x_s = fused(m.c(i, read), unclipped, x_s);
+// How lanes are read and written: all of them,
+template <class R, bool kStreamed = false>
+struct AllLanes {
+    static FG_INLINE Vector<R> read(const R* from) { return load<Vector<R>>(from); }
+    static FG_INLINE void write(R* to, Vector<R> v) { store(to, v); }
+    static FG_INLINE void write_result(R* to, Vector<R> v) {
+        if constexpr (kStreamed) stream(to, v);
+        else store(to, v);
     }
-    V displacement{};
-    if constexpr (kFlags & kMoved) {
-        displacement = read(s.displacement + i);
-        if constexpr ((kFlags & kWeigh) && Source::kMixed)  // none where tau = 0, not even a NaN
-            displacement = m.tau(i, read) != R{0} ? displacement : V{};
-        x_s = x_s + displacement;
-    }
-    if constexpr (kFlags & kNoise) x_s = fused(m.tau(i, read), z, x_s);
-    write(s.x_s + i, x_s);
-    if constexpr (kFlags & kX0) write(s.x0 + i, x0);
-    if constexpr (kFlags & kWeigh)  // of tau times the ratio: delta (z + delta / 2) with delta = displacement / tau
-        keep(s.terms + i, displacement * fused(m.half_inverse(i, read), displacement, z));
+};
+
+// or the first of them.
+template <class R>
+struct SomeLanes {
+    int count;
+
+    FG_INLINE Vector<R> read(const R* from) const { return load_some<Vector<R>>(from, count); }
+    FG_INLINE void write(R* to, Vector<R> v) const { store_some(to, v, count); }
+    FG_INLINE void write_result(R* to, Vector<R> v) const { store_some(to, v, count); }
+};
+
+// x0_hat before it is clipped.
+template <class R, class Source, class Lanes>
+FG_INLINE Vector<R> x0_lanes(bool sample, const Source& m, const R* x, const R* output, uint64_t i, const Lanes& lanes) {
+    const Vector<R> out = lanes.read(output + i);
+    return sample ? out : fused(m.get(kQ, i, lanes), out, m.get(kP, i, lanes) * lanes.read(x + i));
 }
 
-template <class R>
-struct Whole {
+// With `kPlain` none of what may be absent but noise: not to ask saves 5 % of a step in the caches.
+template <bool kPlain, class R, class Source, class Lanes>
+FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const Lanes& lanes) {
     using V = Vector<R>;
-    static FG_INLINE V read(const R* from) { return load<V>(from); }
-    static FG_INLINE void write(R* to, V v) { store(to, v); }
-};
+    const auto get = [&](Factor factor) __attribute__((always_inline)) { return m.get(factor, i, lanes); };
+    const V unclipped = x0_lanes(s.sample, m, s.x, s.output, i, lanes);
+    const V x0 = smaller(splat(s.high), larger(splat(s.low), unclipped));  // a NaN stays
+    V x_s = fused(get(kB), x0, get(kA) * lanes.read(s.x + i));
+    if (!kPlain && s.keeps_noise) x_s = fused(get(kC), unclipped, x_s);
+    V displacement{}, z{};
+    if (!kPlain && s.displacement) {
+        displacement = lanes.read(s.displacement + i);
+        if constexpr (Source::kMixed)  // of weighted particles none where tau = 0, not even a NaN
+            if (s.terms) displacement = get(kTau) != R{0} ? displacement : V{};
+        x_s = x_s + displacement;
+    }
+    if (s.z) {
+        z = lanes.read(s.z + i);
+        x_s = fused(get(kTau), z, x_s);
+    }
+    lanes.write_result(s.x_s + i, x_s);
+    if (!kPlain && s.x0) lanes.write_result(s.x0 + i, x0);
+    if (!kPlain && s.terms)  // of tau times the ratio: delta (z + delta / 2) with delta = displacement / tau
+        lanes.write(s.terms + i, displacement * fused(get(kHalfInverse), displacement, z));
+}
 
-template <class R, int kFlags, class Source>
-void step_span(const Span<R>& span, const Source& source, uint64_t count) {
-    using V = Vector<R>;
+template <bool kPlain, class R, class Source>
+void step_span_as(const Span<R>& span, const Source& source, uint64_t begin, uint64_t end) {
     constexpr uint64_t kLanes = kLanesOf<R>;
     const Span<R> s = span;  // no store can change copies
     const Source m = source;
-    const auto whole = [&](uint64_t i, const auto& write) __attribute__((always_inline)) {
-        V z{};
-        if constexpr (kFlags & kNoise) z = load<V>(s.z + i);
-        step_lanes<R, kFlags>(s, m, i, z, Whole<R>::read, write, Whole<R>::write);
-    };
-    const auto some = [&](uint64_t i, uint64_t n) __attribute__((always_inline)) {
-        const int lanes = static_cast<int>(n);
-        const auto read = [lanes](const R* from) __attribute__((always_inline)) { return load_some<V>(from, lanes); };
-        const auto write = [lanes](R* to, V v) __attribute__((always_inline)) { store_some(to, v, lanes); };
-        V z{};
-        if constexpr (kFlags & kNoise) z = read(s.z + i);
-        step_lanes<R, kFlags>(s, m, i, z, read, write, write);
-    };
-    uint64_t i = 0;
+    uint64_t i = begin;
     if constexpr (std::is_same_v<R, float>) {
         if (s.past_caches) {
-            const uint64_t ahead = -(reinterpret_cast<uintptr_t>(s.x_s) / sizeof(R)) % kLanes;
-            i = ahead < count ? ahead : count;
-            if (i > 0) some(0, i);
-            const auto write = [](R* to, V v) __attribute__((always_inline)) { stream(to, v); };
-            for (; i + kLanes <= count; i += kLanes) whole(i, write);
+            const uint64_t ahead = -(reinterpret_cast<uintptr_t>(s.x_s + i) / sizeof(R)) % kLanes;
+            const uint64_t some = ahead < end - i ? ahead : end - i;
+            if (some > 0) step_lanes<kPlain>(s, m, i, SomeLanes<R>{static_cast<int>(some)});
+            for (i += some; i + kLanes <= end; i += kLanes) step_lanes<kPlain>(s, m, i, AllLanes<R, true>{});
         }
     }
-    for (; i + kLanes <= count; i += kLanes) whole(i, Whole<R>::write);
-    if (i < count) some(i, count - i);
+    for (; i + kLanes <= end; i += kLanes) step_lanes<kPlain>(s, m, i, AllLanes<R>{});
+    if (i < end) step_lanes<kPlain>(s, m, i, SomeLanes<R>{static_cast<int>(end - i)});
 }
 
-// Takes the normals of a particle as they are made, and writes past the caches. Where four terms of a sum are made at
-// a time, they are added at once, and nowhere else.
-template <int kFlags>
-struct Stepping {
-    static constexpr bool kAdds = (kFlags & kWeigh) && kAbreast * kNormals == Sum<float>::kAtOnce;
-    Span<float> s;
-    OneParticle<float> m;
-    F32* pair;  // the terms of those made last
-    Sum<float>* sum;
-
-    FG_INLINE F32 lanes(uint64_t i, F32 z) const {
-        F32 term{};
-        const auto write = [](float* to, F32 v) __attribute__((always_inline)) { stream(to, v); };
-        const auto keep = [&](float* to, F32 v) __attribute__((always_inline)) {
-            if constexpr (kAdds) term = v;
-            else store(to, v);
-        };
-        step_lanes<float, kFlags>(s, m, i, z, Whole<float>::read, write, keep);
-        return term;
-    }
-    FG_INLINE void whole(uint64_t i, int turn, const Two& z) const {
-        const F32 first = lanes(i, z.first), second = lanes(i + kLanes32, z.second);
-        if constexpr (kAdds) {
-            if (turn == 0) {
-                *pair = first + second;
-            } else {
-                const F32 four = *pair + (first + second);
-                sum->add(0, low_half(four));
-                sum->add(1, high_half(four));
-            }
-        }
-    }
-    FG_INLINE void some(uint64_t i, const Two& z, uint64_t count) const {
-        alignas(64) float last[kNormals];
-        store(last, z);
-        Span<float> span = s.from(i);
-        span.z = last;
-        step_span<float, kFlags>(span, OneParticle<float>{m.m}, count);
-    }
-};
-
-// f(flags) with the flags as a constant, of those that a call can have.
-template <int kBit, int kFlags, class F>
-FG_INLINE void with_flags_from(int flags, const F& f) {
-    if constexpr (kBit > kX0) f(std::integral_constant<int, kFlags>{});
-    else if (flags & kBit) with_flags_from<2 * kBit, kFlags | kBit>(flags, f);
-    else with_flags_from<2 * kBit, kFlags>(flags, f);
-}
-
-// With `kWeighed`, `flags` have noise, displacement and weights, or none of them.
-template <bool kWeighed, class F>
-FG_INLINE void with_flags(int flags, const F& f) {
-    if constexpr (!kWeighed) with_flags_from<kSample, 0>(flags, f);
-    else if (flags & kNoise) f(std::integral_constant<int, kSample | kNoise | kMoved | kWeigh>{});
-    else f(std::integral_constant<int, kSample>{});
-}
-
-template <bool kWeighed, class R, class Source>
-FG_INLINE void step_span_of(int flags, const Span<R>& span, const Source& source, uint64_t count) {
-    with_flags<kWeighed>(flags, [&](auto constant) __attribute__((always_inline)) {
-        step_span<R, decltype(constant)::value>(span, source, count);
-    });
+// Elements [begin, end).
+template <class R, class Source>
+FG_INLINE void step_span(const Span<R>& s, const Source& source, uint64_t begin, uint64_t end) {
+    if (s.displacement || s.x0 || s.keeps_noise || s.terms) step_span_as<false>(s, source, begin, end);
+    else step_span_as<true>(s, source, begin, end);
 }
 
 // --- tiles --------------------------------------------------------------------------------------------------
 
-constexpr uint64_t kLongParticle = 64;  // elements from which a particle has its own loop
+constexpr uint64_t kLongParticle = 16;  // elements from which a particle has its own loop
 
+// A call, with what all its tiles share.
 template <class R>
-struct Run {
+struct Prepared {
     const Step& step;
-    Rounded<R> common;  // where all particles have the same
+    OneParticle<R> common;  // where all particles have the same
     R low, high;
     bool past_caches;
     Scratch<R> bounds;  // each particle's dynamic threshold
 
-    explicit Run(const Step& s)
-        : step(s), common(s.per_particle ? Multipliers{} : multipliers(levels_of(s, 0), s.prediction, s.clip_noise)) {
+    explicit Prepared(const Step& s)
+        : step(s), common(s.per_particle ? Multipliers{} : multipliers(levels_of(0), s.prediction, s.clip_noise)) {
         const bool range = s.clip.kind == ClipKind::range;
         low = range ? static_cast<R>(s.clip.low) : -static_cast<R>(__builtin_inf());
         high = range ? static_cast<R>(s.clip.high) : static_cast<R>(__builtin_inf());
@@ -302,17 +225,17 @@ struct Run {
         if (s.clip.kind == ClipKind::dynamic) find_bounds();
     }
 
-    static FG_INLINE Levels levels_of(const Step& s, uint64_t row) {
-        const uint64_t stride = s.per_particle ? s.shape.particles : 1;
-        const double* l = s.levels + (s.per_particle ? row : 0);
+    FG_INLINE Levels levels_of(uint64_t row) const {
+        const uint64_t stride = step.per_particle ? step.shape.particles : 1;
+        const double* l = step.levels + (step.per_particle ? row : 0);
         return {l[0], l[stride], l[2 * stride], l[3 * stride], l[4 * stride]};
     }
-
     FG_INLINE R tau_of(uint64_t row) const {
-        return step.per_particle ? static_cast<R>(levels_of(step, row).tau) : common.tau;
+        return step.per_particle ? static_cast<R>(levels_of(row).tau) : common.value[kTau];
     }
-    FG_INLINE Rounded<R> of(uint64_t row) const {
-        return step.per_particle ? Rounded<R>(multipliers(levels_of(step, row), step.prediction, step.clip_noise)) : common;
+    FG_INLINE OneParticle<R> of(uint64_t row) const {
+        if (!step.per_particle) return common;
+        return OneParticle<R>(multipliers(levels_of(row), step.prediction, step.clip_noise));
     }
 
 private:
@@ -321,13 +244,11 @@ private:
 
 // x0_hat before it is clipped, of one particle's elements.
 template <class R>
-FG_INLINE void x0_of(R* x0, const R* x, const R* output, const Run<R>& run, uint64_t row, uint64_t count) {
-    const Rounded<R> m = run.of(row);
-    const bool sample = run.step.prediction == Prediction::sample;
+FG_INLINE void x0_of(R* x0, const R* x, const R* output, const Prepared<R>& call, uint64_t row, uint64_t count) {
+    const OneParticle<R> m = call.of(row);
     for (uint64_t i = 0; i < count; i += kLanesOf<R>) {
-        const int lanes = count - i < kLanesOf<R> ? static_cast<int>(count - i) : kLanesOf<R>;
-        const auto read = [=](const R* from) __attribute__((always_inline)) { return load_some<Vector<R>>(from + i, lanes); };
-        store_some(x0 + i, sample ? read(output) : fused(splat(m.q), read(output), splat(m.p) * read(x)), lanes);
+        const SomeLanes<R> lanes{count - i < kLanesOf<R> ? static_cast<int>(count - i) : kLanesOf<R>};
+        lanes.write(x0 + i, x0_lanes(call.step.prediction == Prediction::sample, m, x, output, i, lanes));
     }
 }
 
@@ -336,7 +257,7 @@ constexpr Dtype kDtype = sizeof(R) == 4 ? Dtype::float32 : Dtype::float64;
 
 // x0_hat is made anew for each look at it, and kept nowhere.
 template <class R>
-void Run<R>::find_bounds() {
+void Prepared<R>::find_bounds() {
     const uint64_t particles = step.shape.particles, elements = step.shape.elements;
     const uint64_t most = elements < kTile ? elements : kTile;
     struct Buffers {
@@ -368,106 +289,95 @@ void Run<R>::find_bounds() {
 // What the tiles of a call need beside its arrays; null where there is no need.
 template <class R>
 struct TileBuffers {
-    R *x, *output, *displacement, *z, *x_s, *x0, *multipliers[7];
+    R *x, *output, *displacement, *z, *x_s, *x0;
+    EachElement<R> multipliers;
 
-    TileBuffers(const Run<R>& run, Memory& memory) {
-        const Step& s = run.step;
+    TileBuffers(const Prepared<R>& call, Memory& memory) {
+        const Step& s = call.step;
         const uint64_t most = Tiling{s.shape.particles, s.shape.elements}.largest();
         const auto if_needed = [&](bool needed) { return needed ? memory.take<R>(most) : nullptr; };
-        const bool direct = s.x.dtype == kDtype<R>, clips = run.bounds.data;
+        const bool direct = s.x.dtype == kDtype<R>, clips = call.bounds.data;
         x = if_needed(!direct);
         output = if_needed(clips || s.output.dtype != kDtype<R>);
         displacement = if_needed((clips && !s.clip_noise) || (s.displacement.data && s.displacement.dtype != kDtype<R>));
-        z = if_needed(s.per_particle || run.common.tau != R{0});
+        z = if_needed(s.per_particle || call.common.value[kTau] != R{0});
         x_s = if_needed(!direct);
         x0 = if_needed(!direct && s.x0);
-        for (R*& each : multipliers) each = if_needed(s.per_particle && s.shape.elements < kLongParticle);
+        for (R*& each : multipliers.values) each = if_needed(s.per_particle && s.shape.elements < kLongParticle);
     }
-    static Memory counted(const Run<R>& run) {
+    static Memory counted(const Prepared<R>& call) {
         Memory memory;
-        TileBuffers(run, memory);
+        TileBuffers(call, memory);
         return memory;
     }
 };
 
-// x_s, and x0 if it is asked for, of one tile; with `kWeighed` the terms of tau times the log-density ratio.
-template <bool kWeighed, class R>
-void step_tile(const Run<R>& run, const Tile& tile, Terms<R>* terms, Memory memory) {
-    const Step& s = run.step;
+// The output of a tile to x0_hat as the dynamic threshold has it. Where the noise keeps that of x0_hat before, the
+// displacement takes it, known before the threshold.
+template <class R>
+void clip_tile(const Prepared<R>& call, const Tile& tile, const TileBuffers<R>& buffers, Span<R>& span) {
+    const uint64_t in_row = tile.rows == 1 ? tile.count : call.step.shape.elements;
+    for (uint64_t i = 0; i < tile.rows; ++i) {
+        const uint64_t at = i * in_row;
+        const R bound = call.bounds.data[tile.row + i];
+        R* const row = buffers.output + at;
+        x0_of(row, span.x + at, span.output + at, call, tile.row + i, in_row);
+        if (span.keeps_noise) {
+            const R c = call.of(tile.row + i).value[kC];
+            for (uint64_t k = 0; k < in_row; ++k)
+                buffers.displacement[at + k] = (span.displacement ? span.displacement[at + k] : R{0}) + c * row[k];
+        }
+        for (uint64_t k = 0; k < in_row; ++k) {
+            const R v = row[k] < -bound ? -bound : row[k];
+            row[k] = (v > bound ? bound : v) / bound;
+        }
+    }
+    span.output = buffers.output, span.sample = true;
+    if (span.keeps_noise) span.displacement = buffers.displacement, span.keeps_noise = false;
+}
+
+// x_s, and x0 if it is asked for, of one tile; and unless null the terms of tau times the log-density ratio, for which
+// nothing is displaced where tau is 0.
+template <class R>
+void step_tile(const Prepared<R>& call, const Tile& tile, R* terms, Memory memory) {
+    const Step& s = call.step;
     const uint64_t elements = s.shape.elements, begin = tile.row * elements + tile.begin, count = tile.count;
-    const uint64_t in_row = tile.rows == 1 ? count : elements;
     const bool direct = s.x.dtype == kDtype<R>;
-    const TileBuffers<R> buffers(run, memory);
-    R *const output = buffers.output, *const displacement = buffers.displacement, *const z = buffers.z;
-    bool noisy = run.common.tau != R{0};
-    for (uint64_t i = 0; s.per_particle && !noisy && i < tile.rows; ++i) noisy = run.tau_of(tile.row + i) != R{0};
-    // Large float32 states: each normal is used where it is made, while the memory brings the inputs of the next.
-    const bool flows = noisy && run.past_caches && tile.rows == 1 && !run.bounds.data &&
-                       s.output.dtype == Dtype::float32 &&
-                       (!s.displacement.data || s.displacement.dtype == Dtype::float32) &&
-                       reinterpret_cast<uintptr_t>(static_cast<R*>(s.x_s) + begin) % kBytes == 0;
-    if (noisy && !flows) {
-        noise_tile(z, s.shape, tile, [&](uint64_t at, uint64_t n) __attribute__((always_inline)) {
+    const TileBuffers<R> buffers(call, memory);
+    bool noisy = call.common.value[kTau] != R{0};
+    for (uint64_t i = 0; s.per_particle && !noisy && i < tile.rows; ++i) noisy = call.tau_of(tile.row + i) != R{0};
+    if (noisy) {  // which leaves the memory idle: without these fetches a large step takes a fifth longer
+        noise_tile(buffers.z, s.shape, tile, [&](uint64_t at, uint64_t n) __attribute__((always_inline)) {
             prefetch(s.x, begin + at, n), prefetch(s.output, begin + at, n), prefetch(s.displacement, begin + at, n);
         });
     }
-    Span<R> span{staged(buffers.x, s.x, begin, count), staged(output, s.output, begin, count), nullptr, z, buffers.x_s,
-                 buffers.x0, terms ? terms->at : nullptr, run.low, run.high, run.past_caches, !s.clip_noise};
-    int flags = (s.prediction == Prediction::sample ? kSample : 0) | (s.x0 ? kX0 : 0);
-    if (direct) span.x_s = static_cast<R*>(s.x_s) + begin, span.x0 = static_cast<R*>(s.x0) + (s.x0 ? begin : 0);
-    if (s.displacement.data) span.displacement = staged(displacement, s.displacement, begin, count), flags |= kMoved;
-    if (run.bounds.data) {
-        for (uint64_t i = 0; i < tile.rows; ++i) {
-            const R bound = run.bounds.data[tile.row + i];
-            R* row = output + i * elements;
-            x0_of(row, span.x + i * elements, span.output + i * elements, run, tile.row + i, in_row);
-            if (!s.clip_noise) {  // what it adds is known before the threshold
-                const R c = run.of(tile.row + i).c;
-                const R* given = span.displacement ? span.displacement + i * elements : nullptr;
-                for (uint64_t k = 0; k < in_row; ++k) displacement[i * elements + k] = (given ? given[k] : R{0}) + c * row[k];
-            }
-            for (uint64_t k = 0; k < in_row; ++k) {
-                const R v = row[k] < -bound ? -bound : row[k];
-                row[k] = (v > bound ? bound : v) / bound;
-            }
-        }
-        span.output = output;
-        flags |= kSample;
-        if (!s.clip_noise) span.displacement = displacement, span.keeps_noise = false, flags |= kMoved;
-    }
-    if constexpr (std::is_same_v<R, float>) {
-        if (flows) {
-            with_flags<kWeighed>(flags | kNoise, [&](auto constant) __attribute__((always_inline)) {
-                using Sink = Stepping<decltype(constant)::value>;
-                F32 pair;
-                Sum<float> sum;
-                normals_of_particle(Sink{span, {run.of(tile.row)}, &pair, &sum}, s.shape, tile.row, tile.begin / 4, count,
-                                    Nothing{});
-                if constexpr (Sink::kAdds) terms->summed = count / sum.kAtOnce * sum.kAtOnce, terms->sum = sum;
-            });
-            return;
-        }
-    }
+    Span<R> span{};
+    span.x = staged(buffers.x, s.x, begin, count), span.output = staged(buffers.output, s.output, begin, count);
+    if (s.displacement.data) span.displacement = staged(buffers.displacement, s.displacement, begin, count);
+    span.x_s = direct ? static_cast<R*>(s.x_s) + begin : buffers.x_s;
+    span.x0 = !s.x0 || !direct ? buffers.x0 : static_cast<R*>(s.x0) + begin;
+    span.z = buffers.z, span.terms = terms;
+    span.low = call.low, span.high = call.high;
+    span.sample = s.prediction == Prediction::sample, span.keeps_noise = !s.clip_noise;
+    span.past_caches = call.past_caches;
+    if (call.bounds.data) clip_tile(call, tile, buffers, span);
+    const Span<R> still = span.without_noise();
     if (!s.per_particle) {
-        if (noisy) flags |= kNoise;
-        step_span_of<kWeighed>(flags, span, OneParticle<R>{run.common}, count);
-    } else if (elements < kLongParticle) {
-        const auto [p, q, a, b, tau, c, half_inverse] = buffers.multipliers;
+        step_span(noisy ? span : still, call.common, 0, count);
+    } else if (elements >= kLongParticle) {
+        const uint64_t in_row = tile.rows == 1 ? count : elements;
         for (uint64_t i = 0; i < tile.rows; ++i) {
-            const Rounded<R> m = run.of(tile.row + i);
-            for (uint64_t at = i * elements; at < (i + 1) * elements; ++at) {
-                p[at] = m.p, q[at] = m.q, a[at] = m.a, b[at] = m.b;
-                tau[at] = m.tau, c[at] = m.c, half_inverse[at] = m.half_inverse;
-            }
+            const OneParticle<R> m = call.of(tile.row + i);
+            step_span(m.value[kTau] != R{0} ? span : still, m, i * in_row, (i + 1) * in_row);
         }
-        if (noisy) flags |= kNoise;
-        step_span_of<kWeighed>(flags, span, EachElement<R>{p, q, a, b, tau, c, half_inverse}, count);
     } else {
+        const EachElement<R> each = buffers.multipliers;
         for (uint64_t i = 0; i < tile.rows; ++i) {
-            const Rounded<R> m = run.of(tile.row + i);
-            step_span_of<kWeighed>(m.tau != R{0} ? flags | kNoise : flags, span.from(i * elements), OneParticle<R>{m},
-                                   in_row);
+            const OneParticle<R> m = call.of(tile.row + i);
+            for (uint64_t at = i * elements; at < (i + 1) * elements; ++at)
+                for (int factor = 0; factor < kFactors; ++factor) each.values[factor][at] = m.value[factor];
         }
+        step_span(noisy ? span : still, each, 0, count);
     }
     if constexpr (std::is_same_v<R, float>) {
         if (direct) return;

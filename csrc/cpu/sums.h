@@ -1,68 +1,87 @@
-// Sums of a particle's terms, in an order that nothing but their number decides: four terms, kPlaces apart, in their own
-// type; each such sum in double in the lane of its place; and the lanes to each other in halves.
+// Sums in an order that nothing but the number of terms decides, whatever the width of vectors: term i in place i modulo
+// kPlaces, and the places to each other in halves.
 #pragma once
 
-#include <type_traits>
-
-#include "tiles.h"
+#include "simd.h"
 
 namespace fastguide::cpu {
 
+constexpr int kPlaces = 16;
+constexpr int kPlaceVectors = kPlaces / kLanes64;
+
+constexpr auto added_up = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
+constexpr auto multiplied = [](auto a, auto b) __attribute__((always_inline)) { return a * b; };
+
+// op over all places, in halves.
+template <class T, class V, class Op>
+FG_INLINE T over_places(const V (&places)[kPlaceVectors], const Op& op) {
+    V all[kPlaceVectors];
+    for (int v = 0; v < kPlaceVectors; ++v) all[v] = places[v];
+    for (int half = kPlaceVectors / 2; half > 0; half /= 2)
+        for (int v = 0; v < half; ++v) all[v] = op(all[v], all[v + half]);
+    T lane[kLanes64];
+    store(lane, all[0]);
+    for (int half = kLanes64 / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lane[i] = op(lane[i], lane[i + half]);
+    return lane[0];
+}
+
+// The sum of a few terms, fewer than there are places.
+template <int kCount, class R>
+FG_INLINE double sum_of_few(const R* terms) {
+    double place[kCount];
+    for (int k = 0; k < kCount; ++k) place[k] = terms[k];
+#pragma GCC unroll 4
+    for (int half = kPlaces / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int k = 0; k < half; ++k)
+            if (k + half < kCount) place[k] += place[k + half];
+    return place[0];
+}
+
+// sums[rows] of terms[rows, elements] with few elements. Both may begin at one place.
 template <class R>
-struct Sum {
-    static constexpr bool kFloat = std::is_same_v<R, float>;
+__attribute__((noinline)) void sum_short_rows(double* sums, const R* terms, uint64_t rows, uint64_t elements) {
+    switch (elements) {
+#define FG_CASE(n)                                                                           \
+    case n:                                                                                  \
+        for (uint64_t row = 0; row < rows; ++row) sums[row] = sum_of_few<n>(terms + row * n); \
+        return;
+        FG_CASE(1) FG_CASE(2) FG_CASE(3) FG_CASE(4) FG_CASE(5) FG_CASE(6) FG_CASE(7) FG_CASE(8)
+        FG_CASE(9) FG_CASE(10) FG_CASE(11) FG_CASE(12) FG_CASE(13) FG_CASE(14) FG_CASE(15)
+#undef FG_CASE
+        default: __builtin_unreachable();
+    }
+}
+
+// The sum of terms[count], four of a place in their own type, and all such fours in double. Reads a vector at a time, past
+// the end too.
+template <class R>
+FG_INLINE double sum_in_fours(const R* terms, uint64_t count) {
+    constexpr bool kFloat = std::is_same_v<R, float>;
+    constexpr uint64_t kAtOnce = 4 * kPlaces;
     using V = std::conditional_t<kFloat, HalfF32, F64>;
-    static constexpr uint64_t kPlaces = 16;
-    static constexpr uint64_t kAtOnce = 4 * kPlaces;
-    static constexpr int kVectors = static_cast<int>(kPlaces) / kLanes64;
-    F64 lanes[kVectors] = {};
-
-    static FG_INLINE V first_lanes(V v, int count) {
-        std::conditional_t<kFloat, HalfI32, I64> left{};
-        for (int lane = 0; lane < kLanes64; ++lane) left[lane] = count - lane;
-        return left > 0 ? v : V{};
-    }
-    // What four terms of each place come to, kLanes64 places from k * kLanes64 on.
-    FG_INLINE void add(int k, F64 four) { lanes[k] += four; }
-    // `at(k)`: the terms from k * kLanes64 on.
-    template <class At>
-    FG_INLINE void add_four(const At& at) {
-        for (int k = 0; k < kVectors; ++k) {
-            const V four = (at(k) + at(k + kVectors)) + (at(k + 2 * kVectors) + at(k + 3 * kVectors));
-            if constexpr (kFloat) add(k, widen(four));
-            else add(k, four);
+    F64 places[kPlaceVectors] = {};
+    // at(k): the terms from k * kLanes64 on
+    const auto add_four = [&](const auto& at) __attribute__((always_inline)) {
+        for (int k = 0; k < kPlaceVectors; ++k) {
+            const V four = (at(k) + at(k + kPlaceVectors)) + (at(k + 2 * kPlaceVectors) + at(k + 3 * kPlaceVectors));
+            if constexpr (kFloat) places[k] += widen(four);
+            else places[k] += four;
         }
+    };
+    uint64_t i = 0;
+    for (; i + kAtOnce <= count; i += kAtOnce)
+        add_four([&](int k) __attribute__((always_inline)) { return load<V>(terms + i + k * kLanes64); });
+    if (i < count) {
+        add_four([&](int k) __attribute__((always_inline)) {
+            const int left = static_cast<int>(count - i) - k * kLanes64;
+            if (left <= 0) return V{};
+            const V v = load<V>(terms + i + k * kLanes64);
+            return left < kLanes64 ? first_lanes(v, left) : v;
+        });
     }
-    // With these, before which whole kAtOnce came. Reads a vector at a time, past the end too.
-    FG_INLINE double with(const R* terms, uint64_t count) {
-        uint64_t i = 0;
-        for (; i + kAtOnce <= count; i += kAtOnce)
-            add_four([&](int k) __attribute__((always_inline)) { return load<V>(terms + i + k * kLanes64); });
-        if (i < count) {
-            add_four([&](int k) __attribute__((always_inline)) {
-                const int left = static_cast<int>(count - i) - k * kLanes64;
-                if (left <= 0) return V{};
-                const V v = load<V>(terms + i + k * kLanes64);
-                return left < kLanes64 ? first_lanes(v, left) : v;
-            });
-        }
-        for (int half = kVectors / 2; half > 0; half /= 2)
-            for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-        double each[kLanes64];
-        store(each, lanes[0]);
-        for (int half = kLanes64 / 2; half > 0; half /= 2)
-            for (int k = 0; k < half; ++k) each[k] += each[k + half];
-        return each[0];
-    }
-};
-
-// The terms of a tile that has one particle's, or of all of its particles one after the other, with room for a vector
-// more. Of one particle's some may have been added where they were made.
-template <class R>
-struct Terms {
-    R* at;
-    uint64_t summed = 0;
-    Sum<R> sum{};
-};
+    return over_places<double>(places, added_up);
+}
 
 }  // namespace fastguide::cpu

@@ -4,6 +4,7 @@
 #include "../../cpu/max.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/sums.h"
+#include "../../cpu/tiles.h"
 
 namespace fastguide::cpu {
 namespace {
@@ -47,8 +48,7 @@ BlockSums exponentiate_block(const double* log_weights, const double* weights, d
         put(i, load_some<F64>(log_weights + i, left), weights ? load_some<F64>(weights + i, left) : F64{});
     }
     if (out) __builtin_memcpy(out, w, count * sizeof(double));
-    Sum<double> sum, other_sum;
-    return {sum.with(w, count), other_sum.with(others, count)};
+    return {sum_in_fours(w, count), sum_in_fours(others, count)};
 }
 
 void exponentiate(Exponentials& call) {

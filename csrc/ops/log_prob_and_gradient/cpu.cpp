@@ -6,6 +6,7 @@
 #include "../../common/binding.h"
 #include "../../common/log.h"
 #include "../../cpu/scratch.h"
+#include "../../cpu/sums.h"
 #include "../../cpu/tiles.h"
 #include "../../cpu/types.h"
 
@@ -36,90 +37,33 @@ struct DensityArrays {
     uint64_t samples, elements, y_rows, added_rows;
 };
 
-constexpr int kSumLanes = 16;
-constexpr int kVectors = kSumLanes / kLanes64;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr uint64_t kRowGrain = 4096;  // sums of a few numbers that are worth a thread
 
 using Lanes = VectorLanes64;
 
-FG_INLINE F64 load_double(const float* from) { return widen(load<HalfF32>(from)); }
-FG_INLINE F64 load_double(const double* from) { return load<F64>(from); }
-FG_INLINE F64 load_double_some(const float* from, int n) { return widen(load_some<HalfF32>(from, n)); }
-FG_INLINE F64 load_double_some(const double* from, int n) { return load_some<F64>(from, n); }
 FG_INLINE HalfF32 narrowed(float, F64 v) { return __builtin_convertvector(v, HalfF32); }
 FG_INLINE F64 narrowed(double, F64 v) { return v; }
 
-// The first n lanes, and zeros.
-FG_INLINE F64 first_lanes(F64 v, int n) {
-    I64 lane{};
-    for (int i = 0; i < kLanes64; ++i) lane[i] = i;
-    return lane < int64_t{n} ? v : F64{};
-}
-
 // --- sums ---------------------------------------------------------------------------------------------------
 
-// op over all lanes, in the tree.
-template <class T, class V, class Op>
-FG_INLINE T over_lanes(const V* lanes, const Op& op) {
-    V all[kVectors];
-    for (int v = 0; v < kVectors; ++v) all[v] = lanes[v];
-    for (int half = kVectors / 2; half > 0; half /= 2)
-        for (int v = 0; v < half; ++v) all[v] = op(all[v], all[v + half]);
-    T lane[kLanes64];
-    store(lane, all[0]);
-    for (int half = kLanes64 / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] = op(lane[i], lane[i + half]);
-    return lane[0];
-}
-
-constexpr auto added_up = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
-constexpr auto multiplied = [](auto a, auto b) __attribute__((always_inline)) { return a * b; };
-
-// The sum of the first of the lanes, where the rest is 0.
-template <int kCount>
-FG_INLINE double sum_of_few(const double* terms) {
-    double lane[kCount];
-    for (int i = 0; i < kCount; ++i) lane[i] = terms[i];
-#pragma GCC unroll 4
-    for (int half = kSumLanes / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; ++i)
-            if (i + half < kCount) lane[i] += lane[i + half];
-    return lane[0];
-}
-
-// Of terms[rows, elements] with few elements the sums of the rows, at the front of the terms.
-__attribute__((noinline)) void sum_short_rows(double* terms, uint64_t rows, uint64_t elements) {
-    switch (elements) {
-#define FG_CASE(n)                                                                             \
-    case n:                                                                                    \
-        for (uint64_t row = 0; row < rows; ++row) terms[row] = sum_of_few<n>(terms + row * n); \
-        return;
-        FG_CASE(1) FG_CASE(2) FG_CASE(3) FG_CASE(4) FG_CASE(5) FG_CASE(6) FG_CASE(7) FG_CASE(8)
-        FG_CASE(9) FG_CASE(10) FG_CASE(11) FG_CASE(12) FG_CASE(13) FG_CASE(14) FG_CASE(15)
-#undef FG_CASE
-        default: __builtin_unreachable();
-    }
-}
-
-// What takes the terms of a part of a row, at most kTile of them, a vector at a time: vector v of every kVectors.
+// What takes the terms of a part of a row, at most kTile of them, a vector at a time: vector v of every kPlaceVectors.
 struct Sum {
-    F64 lanes[kVectors] = {};
+    F64 lanes[kPlaceVectors] = {};
 
     FG_INLINE void add(int v, F64 term) { lanes[v] += term; }
-    FG_INLINE double total(uint64_t) const { return over_lanes<double>(lanes, added_up); }
+    FG_INLINE double total(uint64_t) const { return over_places<double>(lanes, added_up); }
 };
 
 // The sum of ln(1 + term), as the logarithm of a product: a term costs a multiplication. Good to 2^-53 of each
 // factor. Mantissas and exponents go apart, so that nothing overflows: 128 mantissas below 2 in each lane.
 struct LogProduct {
-    F64 mantissas[kVectors];
-    U64 exponents[kVectors] = {};
-    I64 finite[kVectors];
+    F64 mantissas[kPlaceVectors];
+    U64 exponents[kPlaceVectors] = {};
+    I64 finite[kPlaceVectors];
 
     FG_INLINE LogProduct() {
-        for (int v = 0; v < kVectors; ++v) mantissas[v] = splat(1.0), finite[v] = splat(int64_t{-1});
+        for (int v = 0; v < kPlaceVectors; ++v) mantissas[v] = splat(1.0), finite[v] = splat(int64_t{-1});
     }
     FG_INLINE void add(int v, F64 term) {
         const F64 factor = term + 1.0;
@@ -129,7 +73,7 @@ struct LogProduct {
         finite[v] &= factor < kInfinity;
     }
     FG_INLINE bool all_finite() const {
-        return over_lanes<int64_t>(finite, [](auto a, auto b) { return a & b; }) != 0;
+        return over_places<int64_t>(finite, [](auto a, auto b) { return a & b; }) != 0;
     }
     FG_INLINE double total(uint64_t count) const {
         const auto log_of = [](F64 mantissa, U64 exponent) __attribute__((always_inline)) {
@@ -137,12 +81,12 @@ struct LogProduct {
             return log_of_normal<Lanes>(mantissa) + k * 0x1.62e42fefa39efp-1;
         };
         if (count <= 512) {  // all mantissas together stay below 2^512
-            const double mantissa = over_lanes<double>(mantissas, multiplied);
-            return log_of(splat(mantissa), splat(over_lanes<uint64_t>(exponents, added_up)))[0];
+            const double mantissa = over_places<double>(mantissas, multiplied);
+            return log_of(splat(mantissa), splat(over_places<uint64_t>(exponents, added_up)))[0];
         }
-        F64 lanes[kVectors];
-        for (int v = 0; v < kVectors; ++v) lanes[v] = log_of(mantissas[v], exponents[v]);
-        return over_lanes<double>(lanes, added_up);
+        F64 lanes[kPlaceVectors];
+        for (int v = 0; v < kPlaceVectors; ++v) lanes[v] = log_of(mantissas[v], exponents[v]);
+        return over_places<double>(lanes, added_up);
     }
 };
 
@@ -158,14 +102,14 @@ FG_INLINE void sum_terms(uint64_t rows, uint64_t elements, int threads, Memory c
     }
     const Tiling tiling{rows, elements};
     const uint64_t tiles_per_row = tiling.tiles_per_row();
-    if (elements < kSumLanes) {
+    if (elements < kPlaces) {
         const uint64_t most = tiling.largest() + kLanes64;
         counted.take<double>(most);
         share_out(tiling.tiles(), kTileGrain, threads, counted, [&](uint64_t index, Memory memory) {
             const Tile tile = tiling.at(index);
             double* const terms = memory.take<double>(most);
             fill(tile, terms, memory);
-            sum_short_rows(terms, tile.rows, elements);
+            sum_short_rows(terms, terms, tile.rows, elements);
             for (uint64_t i = 0; i < tile.rows; ++i) finish(tile.row + i, terms[i]);
         });
         return;
@@ -220,7 +164,7 @@ struct Laid {
     Scratch<Real> common;
 
     Laid(const Values<Real>& v, uint64_t samples) : values(v) {
-        if (!values.data || values.rows > 1 || values.elements == 0 || values.elements >= kSumLanes) return;
+        if (!values.data || values.rows > 1 || values.elements == 0 || values.elements >= kPlaces) return;
         const uint64_t most = Tiling{samples, values.elements}.largest();
         common.allocate(most);
         if (most > 0) repeat(common.data, values.data, values.elements, most / values.elements);
@@ -354,20 +298,20 @@ struct Poisson {
 template <class Density, class Real, class Take>
 FG_INLINE void each(const Density& density, const Real* z, const Real* y, const Real* added, Real* gradient,
                     uint64_t count, const Take& take) {
-    const uint64_t whole = count - count % kSumLanes;
-    for (uint64_t i = 0; i < whole; i += kSumLanes)
-        for (int v = 0; v < kVectors; ++v) {
+    const uint64_t whole = count - count % kPlaces;
+    for (uint64_t i = 0; i < whole; i += kPlaces)
+        for (int v = 0; v < kPlaceVectors; ++v) {
             const uint64_t at = i + static_cast<uint64_t>(v) * kLanes64;
-            const F64 more = Density::added ? load_double(added + at) : F64{};
-            const Point p = density.at(load_double(z + at), load_double(y + at), more);
+            const F64 more = Density::added ? load_wide(added + at) : F64{};
+            const Point p = density.at(load_wide(z + at), load_wide(y + at), more);
             take(v, at, p.term);
             if (gradient) store(gradient + at, narrowed(Real{}, p.gradient));
         }
     int v = 0;
     for (uint64_t at = whole; at < count; at += kLanes64) {
         const int n = count - at < kLanes64 ? static_cast<int>(count - at) : kLanes64;
-        const F64 more = Density::added ? load_double_some(added + at, n) : F64{};
-        const Point p = density.at(load_double_some(z + at, n), load_double_some(y + at, n), more);
+        const F64 more = Density::added ? load_wide_some(added + at, n) : F64{};
+        const Point p = density.at(load_wide_some(z + at, n), load_wide_some(y + at, n), more);
         take(v++, at, first_lanes(p.term, n));
         if (gradient) store_some(gradient + at, narrowed(Real{}, p.gradient), n);
     }
@@ -485,7 +429,7 @@ void evaluate(const Density& density, const DensityArrays& a, const Values<Real>
     const uint64_t most = Tiling{a.samples, a.elements > 0 ? a.elements : 1}.largest();
     Memory counted;
     if (narrow_z) counted.take<Real>(most);
-    if (y.index && a.elements < kSumLanes) counted.take<Real>(most);
+    if (y.index && a.elements < kPlaces) counted.take<Real>(most);
     // use(z, gradient) with `count` elements of them from `at`.
     const auto in_reals = [&](uint64_t at, uint64_t count, Memory memory, const auto& use)
                               __attribute__((always_inline)) {
@@ -557,7 +501,7 @@ void log_prob_and_gradient_in(const LogDensity& d, const DensityArrays& a, int t
     const auto with = [&](const auto& density) {
         evaluate(density, a, y, added, d.constant * static_cast<double>(a.elements), known, threads);
     };
-    const bool product = d.df < kManyDegrees && a.elements >= kSumLanes;
+    const bool product = d.df < kManyDegrees && a.elements >= kPlaces;
     switch (d.family) {
         case Family::gaussian: return a.added ? with(Gaussian<true>(d)) : with(Gaussian<false>(d));
         case Family::student_t:

@@ -42,9 +42,8 @@ constexpr uint64_t padded_to_vectors(int64_t count) {
 
 // --- log-weights to integer weights -------------------------------------------------------------------------
 
-FG_INLINE F64 load_wide(const float* from) { return widen(load<HalfF32>(from)); }
-FG_INLINE F64 load_wide(const double* from) { return load<F64>(from); }
 FG_INLINE I64 load_wide(const int64_t* from) { return load<I64>(from); }
+using cpu::load_wide;
 
 template <class T>
 FG_INLINE auto load_two(const T* from) {

@@ -6,11 +6,11 @@ namespace {
 
 template <class R>
 void reverse_step_as(const Step& step) {
-    const Run<R> run(step);
+    const Prepared<R> call(step);
     const Tiling tiling{step.shape.particles, step.shape.elements};
-    const Memory counted = TileBuffers<R>::counted(run);
+    const Memory counted = TileBuffers<R>::counted(call);
     share_out(tiling.tiles(), kTileGrain, step.threads, counted, [&](uint64_t index, const Memory& memory) {
-        step_tile<false, R>(run, tiling.at(index), nullptr, memory);
+        step_tile<R>(call, tiling.at(index), nullptr, memory);
     });
 }
 
