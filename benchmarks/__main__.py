@@ -13,7 +13,7 @@ import torch
 from . import integrations, ops, samplers  # noqa: F401  each module registers its cases
 from .cases import CASES, Setting, chosen, run
 from .report import markdown, summary, text, write_json
-from .timing import keep_memory, machine
+from .timing import AS_USERS_HAVE_IT, keep_memory, machine
 
 for _package in (ops, integrations):
     for _module in pkgutil.iter_modules(_package.__path__, _package.__name__ + "."):
@@ -31,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to a file")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each case (default 20)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: tests the code, times nothing")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="an allocator that keeps freed memory, for all alike"
+    )
     options = parser.parse_args(arguments)
     try:
         names = chosen(options.names)
@@ -40,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device: torch sees no CUDA device")
 
     setting = Setting(torch.device(options.device), options.quick, options.seconds)
-    about = machine(setting.device, keep_memory())
+    about = machine(setting.device, keep_memory() if options.keep_memory else AS_USERS_HAVE_IT)
     print("\n".join(f"{key}: {value}" for key, value in about.items()), "", sep="\n", flush=True)
     results = []
     for name in names:

@@ -131,6 +131,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 # --- running one --------------------------------------------------------------------------------------------
 
 OURS, COPY, TRIAD = "fastguide", "copy", "triad"
+NEW = "fastguide, into a new tensor"  # a rival of what writes where it did before
 
 
 @dataclass(frozen=True)

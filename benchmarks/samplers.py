@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import fastguide as fg
-from fastguide import digits, sampling
+from fastguide import digits, ops, sampling
 from fastguide.reference import step_coefficients
 
 from . import timing
@@ -399,6 +399,40 @@ class Points:
         found, exact = self.run(meter.wrap).log_evidence.item(), self.model.evidence()
         allowed = max(0.05, 20.0 * self.samples**-0.5)  # some four standard deviations, and the steps' share
         assert abs(found - exact) < allowed, f"log p(y) = {found}, expected {exact}"
+
+
+@case("samplers/memory")
+def memory(setting: Setting) -> Case:
+    """The loop around a network that costs nothing, beside its kernel alone: copies, checks and page faults."""
+    shape, steps = setting.pick((64, 3, 256, 256), (2, 3, 8, 8), (1024, 4, 256, 256)), 20
+    eps = setting.randn(*shape)
+    prior = fg.Denoiser(lambda x, t: eps, fg.schedules.vp_linear(1000))
+    start = setting.randn(*shape, seed=1)
+    levels = prior.schedule.levels(steps)
+    coefficients = [
+        (t.alpha, t.sigma, s.alpha, s.sigma, sampling.noise(t, s, 1.0)) for t, s in pairwise(levels)
+    ]  # fmt: skip
+    ours = partial(fg.sample, prior, shape, steps=steps, seed=7, x_T=start, device=setting.device)
+    kept = torch.empty_like(eps), torch.empty_like(eps)
+
+    def kernels() -> Tensor:
+        x = start
+        for i, values in enumerate(coefficients):
+            x = ops.reverse_step(x, eps, values, seed=7, step=i, out=kept[i % 2])
+        return x
+
+    def check() -> None:
+        assert torch.equal(ours().x, kernels())
+
+    return Case(
+        f"{steps} plain steps of {list(shape)}, float32",
+        elements=steps * eps.numel(),
+        bytes=None,
+        ours=ours,
+        check=check,
+        rivals=[rival("the kernel alone, into kept memory", lambda: kernels, at_most=1.2)],
+        backend=setting.backend("reverse_step"),
+    )
 
 
 @case("samplers/mixture-tds")

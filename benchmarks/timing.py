@@ -103,15 +103,16 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
 
 # --- the allocator ------------------------------------------------------------------------------------------
 
+AS_USERS_HAVE_IT = "the process's own, as users have it"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # <malloc.h>
 
 
 def keep_memory() -> str:
     """Make glibc keep freed memory, for all alike, and say so.
 
-    By default it maps every block above some size (128 KiB to 32 MiB, it adapts) afresh and returns it when freed, so
-    that whoever returns a new tensor pays for its page faults, which can double its time. Nothing of that is what is
-    compared here. Blocks beyond the largest threshold that glibc takes count as well, hence no mapping at all.
+    By default it maps every block above some size (128 KiB to 32 MiB, it adapts) afresh and returns it when freed. A
+    large new tensor then costs page faults, which can double or triple a call's time. Blocks beyond the largest
+    threshold that glibc takes count as well, hence no mapping at all.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

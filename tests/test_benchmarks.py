@@ -127,6 +127,13 @@ def test_names_select_by_their_beginning():
     assert cases.chosen([]) == sorted(CASES, key=lambda name: cases.ORDER.index(name.split("/")[0]))
 
 
+@pytest.mark.parametrize("flags", [[], ["--keep-memory"]])
+def test_the_allocator_is_the_users_unless_asked(flags, capsys):
+    assert command.main(["randn/float32", "--quick", *flags]) == 0
+    said = "as it was" if flags else "the process's own, as users have it"
+    assert f"allocator: {said}\n" in capsys.readouterr().out
+
+
 def test_json_holds_what_is_promised(tmp_path):
     path, table = tmp_path / "out.json", tmp_path / "out.md"
     assert command.main(["randn/float32", "--quick", "--json", str(path), "--markdown", str(table)]) == 0

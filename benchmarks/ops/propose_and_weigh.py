@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastguide import ops, reference
 
-from ..cases import Case, Setting, case, close, compiled, ends, rival
+from ..cases import NEW, Case, Setting, case, close, compiled, ends, rival
 from .reverse_step import SEED, STEP, coefficients
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # x, x0_hat, displacement, log_weights
@@ -52,12 +52,12 @@ def float32(setting: Setting) -> Case:
     displacement, log_weights = 0.01 * setting.randn(*shape, seed=2), setting.randn(shape[0], seed=3)
     inputs, numbers = (x, x0, displacement, log_weights), reference.step_coefficients(values)
     eager = Eager(inputs, numbers)
-    ours = partial(ops.propose_and_weigh, *inputs, values, seed=SEED, step=STEP)
-
-    def alone() -> Tensor:
-        return ops.reverse_step(
-            x, x0, values, prediction="sample", displacement=displacement, seed=SEED, step=STEP
-        )  # fmt: skip
+    new = partial(ops.propose_and_weigh, *inputs, values, seed=SEED, step=STEP)
+    ours = partial(new, out=(torch.empty_like(x), torch.empty_like(log_weights)))
+    alone = partial(
+        ops.reverse_step, x, x0, values, prediction="sample", displacement=displacement, seed=SEED, step=STEP,
+        out=torch.empty_like(x),
+    )  # fmt: skip
 
     def check() -> None:
         x_s, weights = ours()
@@ -81,6 +81,7 @@ def float32(setting: Setting) -> Case:
         rivals=[
             rival("reverse_step, same noise", lambda: alone, at_most=1.15),
             rival("eager, out=", lambda: eager),
+            rival(NEW, lambda: new),
             rival("torch.compile", lambda: compiled(setting, fused, inputs, numbers, eager.out)),
             rival(
                 "torch.compile, fallback_random",

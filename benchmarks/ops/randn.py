@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
 from fastguide import ops, reference
 
-from ..cases import Call, Case, Setting, case, close, compiled, cpu_only, ends, rival
+from ..cases import NEW, Call, Case, Setting, case, close, compiled, cpu_only, ends, rival
 
 
 def _numpy(setting: Setting, shape: tuple[int, ...], bits: type[np.random.BitGenerator]) -> Call:
@@ -18,10 +20,8 @@ def _numpy(setting: Setting, shape: tuple[int, ...], bits: type[np.random.BitGen
 
 def _case(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
     device, buffer = setting.device, torch.empty(shape, dtype=dtype, device=setting.device)
-
-    def ours(first: int = 0, particles: int = shape[0]) -> torch.Tensor:
-        sizes = (particles, *shape[1:])
-        return ops.randn(sizes, seed=7, step=3, first_particle=first, dtype=dtype, device=device)
+    new = partial(ops.randn, shape, seed=7, step=3, dtype=dtype, device=device)
+    ours = partial(new, out=torch.empty_like(buffer))
 
     def check() -> None:
         z = ours()
@@ -34,7 +34,7 @@ def _case(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
         assert abs(z.double().mean().item()) < 6 / z.numel() ** 0.5
 
     target = {"at_least": 10.0} if dtype == torch.float32 and device.type == "cpu" else {}
-    rivals = [rival("torch normal_", lambda: buffer.normal_, **target)]
+    rivals = [rival("torch normal_", lambda: buffer.normal_, **target), rival(NEW, lambda: new)]
     if dtype == torch.float32:
         rivals += [
             rival("numpy Philox Generator", lambda: _numpy(setting, shape, np.random.Philox), at_least=15.0),

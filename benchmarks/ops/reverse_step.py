@@ -1,7 +1,7 @@
 """The reverse step.
 
 Every rival computes ``x_s = a x + b clip(p x + q eps) + tau z`` from the same five numbers, with the fewest passes that
-plain PyTorch can do it in, and writes where it did before (``out=``); ours returns a new tensor each time.
+plain PyTorch can do it in, and writes where it did before (``out=``), as ours does but for the small step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastguide import ops, reference
 from fastguide.ops._arguments import Coefficients
 from fastguide.sampling import noise
 
-from ..cases import Absent, Call, Case, Figure, Setting, case, close, compiled, ends, rival
+from ..cases import NEW, Absent, Call, Case, Figure, Setting, case, close, compiled, ends, rival
 
 SEED, STEP = 7, 3
 SHAPES = (64, 3, 256, 256), (4, 3, 8, 8), (1024, 4, 256, 256)  # on the CPU, quick, on a GPU
@@ -88,13 +88,15 @@ def _case(
     clip: float | None = 1.0,
     dtype: torch.dtype = torch.float32,
     targets: dict[str, dict[str, float]] | None = None,
+    keep: bool = True,
     **options,
 ) -> Case:
     x, eps = setting.randn(*shape, dtype=dtype), setting.randn(*shape, dtype=dtype, seed=1)
     columns = (-1,) + (1,) * (len(shape) - 1)
     numbers = tuple(v.to(dtype).reshape(columns) if isinstance(v, Tensor) else v for v in multipliers(values))
     eager = Eager(x, eps, numbers, clip)
-    ours = partial(ops.reverse_step, x, eps, values, clip=clip, seed=SEED, step=STEP)
+    new = partial(ops.reverse_step, x, eps, values, clip=clip, seed=SEED, step=STEP)
+    ours = partial(new, out=torch.empty_like(x)) if keep else new
     step = partial(fused, numbers, clip, eager.out)
     noisy = isinstance(numbers[4], Tensor) or numbers[4] > 0.0
 
@@ -115,6 +117,8 @@ def _case(
 
     targets = targets or {}
     rivals = [rival("eager, out=", lambda: eager, **targets.get("eager", {}))]
+    if keep:
+        rivals.append(rival(NEW, lambda: new))
     if noisy:
         rivals += [
             rival("torch.compile", lambda: compiled(setting, step, x, eps), **targets.get("compile", {})),
@@ -206,6 +210,7 @@ def small(setting: Setting) -> Case:
         values,
         shape=shape,
         clip=None,
+        keep=False,
         figures=lambda seconds: [Figure("ours, one step", seconds * 1e6, "us", at_most=5.0)],
     )
     x, eps = setting.randn(*shape), setting.randn(*shape, seed=1)

@@ -137,7 +137,7 @@ class Run:
     def prior_noise(self) -> Tensor:
         """``x_T`` of the prior, of the variance that data of unit variance has at the first level."""
         top = self.levels[0]
-        return self.randn(0, STREAM_INITIAL) * (top.alpha**2 + top.sigma**2) ** 0.5
+        return self.randn(0, STREAM_INITIAL).mul_((top.alpha**2 + top.sigma**2) ** 0.5)
 
     def randn(self, i: int, stream: int) -> Tensor:
         """Standard normals ``[B * K, *event]`` of step ``i``."""
