@@ -412,14 +412,7 @@ class Gaussian(_Density):
         gram = 0.5 * (gram + gram.mT).double()
         finite = torch.isfinite(gram)
         gram = torch.where(finite, gram, 0.0)  # eigh would raise
-        if gram.is_cpu:
-            eigenvalues, basis = torch.linalg.eigh(gram)
-            eigenvalues = eigenvalues.clamp(min=0) + scale**2
-            c = (basis.mT @ residual[..., None])[..., 0]
-            gradient = (basis @ (c / eigenvalues)[..., None])[..., 0]
-            log_det = torch.log(eigenvalues).sum(1)
-        else:  # on a GPU eigh waits for it, in every step
-            gradient, log_det = _solve_held(gram, scale**2, residual)
+        gradient, log_det = ops.solve_positive_part(gram, residual, variance=scale**2)
         log_prob = -0.5 * ((residual * gradient).sum(1) + log_det + residual.shape[1] * math.log(2 * math.pi))
         log_prob = torch.where(finite.flatten(1).all(1), log_prob, math.nan)
         return log_prob, gradient.to(z.dtype).reshape(z.shape)
@@ -434,36 +427,6 @@ class Gaussian(_Density):
     def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
         self._check_noise(scale)
         return torch.ones_like(z) * scale**-2
-
-
-def _solve_held(gram: Tensor, variance: float, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """``S^-1 residual`` and ``log det S`` of ``S = variance I + (gram)_+``, the negative eigenvalues of ``gram``
-    ``[n, m, m]`` taken as 0, by a fixed number of matrix products.
-
-    ``(gram)_+ = gram (I + sign(gram)) / 2``, and the sign is the limit of odd polynomials (Higham 2008, chapter 5):
-    quintics that bring eigenvalues down to 1e-10 of the largest near 1, then Newton-Schulz steps. An eigenvalue that is
-    smaller still comes in as something between half and all of itself."""
-    sign = gram / torch.linalg.matrix_norm(gram, keepdim=True).clamp(min=torch.finfo(gram.dtype).tiny)
-    for _ in range(19):  # 3.44^19 = 1.6e10; [1e-10, 1] goes into [0.68, 1.21]
-        square = sign @ sign
-        sign = sign @ (3.4445 * _identity(gram) - 4.7750 * square + 2.0315 * (square @ square))
-    for _ in range(6):
-        sign = sign @ (1.5 * _identity(gram) - 0.5 * (sign @ sign))
-    held = 0.5 * (gram + gram @ sign)
-    # Gauss-Jordan, without pivoting since S is positive definite. Which calls of the solver libraries a graph may hold
-    # is nowhere promised, and before torch 2.12 `torch.cholesky_solve` of a batch is MAGMA's, with queues of its own.
-    rows = torch.cat([0.5 * (held + held.mT) + variance * _identity(gram), residual[..., None]], 2)
-    pivots = []
-    for j in range(gram.shape[1]):
-        pivots.append(rows[:, j : j + 1, j])
-        row = rows[:, j : j + 1] / pivots[j][..., None]
-        rows = torch.addcmul(rows, rows[:, :, j : j + 1], row, value=-1.0)
-        rows[:, j : j + 1] = row
-    return rows[:, :, -1], torch.log(torch.cat(pivots, 1)).sum(1)
-
-
-def _identity(like: Tensor) -> Tensor:
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 class _Elementwise(_Density):

@@ -25,6 +25,7 @@ from .ops.reverse_step.reference import (
     scaled,
     step_coefficients,
 )
+from .ops.solve_positive_part.reference import solve_positive_part
 
 __all__ = [
     "FAMILIES",
@@ -47,6 +48,7 @@ __all__ = [
     "reverse_step",
     "reverse_step_vjp",
     "scaled",
+    "solve_positive_part",
     "step_coefficients",
     "x0_from_output",
 ]

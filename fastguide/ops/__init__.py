@@ -12,6 +12,7 @@ from .propose_and_weigh import propose_and_weigh
 from .randn import randn
 from .resample import resample
 from .reverse_step import reverse_step
+from .solve_positive_part import solve_positive_part
 
 __all__ = [
     "DynamicThreshold",
@@ -22,4 +23,5 @@ __all__ = [
     "randn",
     "resample",
     "reverse_step",
+    "solve_positive_part",
 ]

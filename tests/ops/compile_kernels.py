@@ -27,15 +27,22 @@ from fastguide.ops import _triton as tiles
 from fastguide.reference import FAMILIES
 
 # Not by an import statement: in fastguide.ops the name of an operation is its function.
-log_prob_and_gradient, predict_x0, propose_and_weigh, randn, reverse_step = (
+log_prob_and_gradient, predict_x0, propose_and_weigh, randn, reverse_step, solve_positive_part = (
     importlib.import_module(f"fastguide.ops.{name}.triton")
-    for name in ("log_prob_and_gradient", "predict_x0", "propose_and_weigh", "randn", "reverse_step")
+    for name in [
+        "log_prob_and_gradient",
+        "predict_x0",
+        "propose_and_weigh",
+        "randn",
+        "reverse_step",
+        "solve_positive_part",
+    ]
 )
 
 ARCHITECTURES = (80, 90, 100)
 TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTEGERS = dict(particles="i32", elements="i64", seed="u64", step="u32", stream="u32", first_particle="i64")
-INTEGERS |= dict.fromkeys(("samples", "y_rows", "extra_rows", "splits"), "i32")
+INTEGERS |= dict.fromkeys(("samples", "y_rows", "extra_rows", "splits", "number", "size"), "i32")
 FLOATS = dict.fromkeys(("p", "q", "a", "b", "tau", "c", "low", "high", "variance", "df"), "fp32")
 FLOATS |= dict.fromkeys(("guidance_scale", "of_x", "of_output", "of_unconditional"), "fp32")
 FLOATS |= dict.fromkeys(("scale", "background", "constant"), "fp64")
@@ -83,6 +90,11 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
 
     sums = dict(BLOCK=tiles.SUM_BLOCK)
     yield "weigh", propose_and_weigh.weigh_kernel, dict(sums="*fp64", before="*fp64", after="*fp64"), sums
+    matrices = dict(gram="*fp64", residual="*fp64", solution="*fp64", log_det="*fp64")
+    for m in (2, 4, 16):
+        several = min(solve_positive_part.PRODUCTS // m**3, solve_positive_part.MOST)
+        kernel = solve_positive_part.solve_positive_part_kernel
+        yield f"solve_positive_part, {m}", kernel, matrices, dict(BLOCK=several, MATRICES=several, M=m)
     yield "total", log_prob_and_gradient.total_kernel, dict(sums="*fp64", total="*fp64"), sums
 
     density, alike = dict(z=pointer, y="*fp32", gradient=pointer, sums="*fp64"), dict(ALIGN=16)

@@ -1,0 +1,46 @@
+"""Solves with the positive part of small symmetric matrices: by eigenvalues, or by matrix products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["solve_by_products", "solve_positive_part"]
+
+
+def solve_positive_part(gram: Tensor, residual: Tensor, variance: float) -> tuple[Tensor, Tensor]:
+    """See `fastguide.ops.solve_positive_part`."""
+    if not gram.is_cpu:  # there eigh waits for the device
+        return solve_by_products(gram, residual, variance)
+    eigenvalues, basis = torch.linalg.eigh(gram)
+    eigenvalues = eigenvalues.clamp(min=0) + variance
+    c = (basis.mT @ residual[..., None])[..., 0]
+    return (basis @ (c / eigenvalues)[..., None])[..., 0], torch.log(eigenvalues).sum(1)
+
+
+# Odd polynomials whose limit is the sign (Higham 2008, chapter 5): quintics that bring eigenvalues down to 1e-10 of the
+# largest near 1 (3.44^19 = 1.6e10; [1e-10, 1] goes into [0.68, 1.21]), then Newton-Schulz steps.
+QUINTICS, NEWTON_STEPS = 19, 6
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def solve_by_products(gram: Tensor, residual: Tensor, variance: float) -> tuple[Tensor, Tensor]:
+    """The same by a fixed number of matrix products: ``(gram)_+ = gram (I + sign(gram)) / 2``."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    sign = gram / torch.linalg.matrix_norm(gram, keepdim=True).clamp(min=torch.finfo(gram.dtype).tiny)
+    for _ in range(QUINTICS):
+        square = sign @ sign
+        sign = sign @ (QUINTIC[0] * identity + QUINTIC[1] * square + QUINTIC[2] * (square @ square))
+    for _ in range(NEWTON_STEPS):
+        sign = sign @ (1.5 * identity - 0.5 * (sign @ sign))
+    held = 0.5 * (gram + gram @ sign)
+    # Gauss-Jordan, without pivoting since S is positive definite. Which calls of the solver libraries a graph may hold
+    # is nowhere promised, and before torch 2.12 `torch.cholesky_solve` of a batch is MAGMA's, with queues of its own.
+    rows = torch.cat([0.5 * (held + held.mT) + variance * identity, residual[..., None]], 2)
+    pivots = []
+    for j in range(gram.shape[1]):
+        pivots.append(rows[:, j : j + 1, j])
+        row = rows[:, j : j + 1] / pivots[j][..., None]
+        rows = torch.addcmul(rows, rows[:, :, j : j + 1], row, value=-1.0)
+        rows[:, j : j + 1] = row
+    return rows[:, :, -1], torch.log(torch.cat(pivots, 1)).sum(1)
