@@ -27,16 +27,9 @@ from fastguide.ops import _triton as tiles
 from fastguide.reference import FAMILIES
 
 # Not by an import statement: in fastguide.ops the name of an operation is its function.
+NAMES = ("log_prob_and_gradient", "predict_x0", "propose_and_weigh", "randn", "reverse_step", "solve_positive_part")
 log_prob_and_gradient, predict_x0, propose_and_weigh, randn, reverse_step, solve_positive_part = (
-    importlib.import_module(f"fastguide.ops.{name}.triton")
-    for name in [
-        "log_prob_and_gradient",
-        "predict_x0",
-        "propose_and_weigh",
-        "randn",
-        "reverse_step",
-        "solve_positive_part",
-    ]
+    importlib.import_module(f"fastguide.ops.{name}.triton") for name in NAMES
 )
 
 ARCHITECTURES = (80, 90, 100)
