@@ -36,24 +36,37 @@ def folder_of(operation: str) -> str:
     return OPERATIONS[operation].reference.__module__.split(".")[2]
 
 
+def has(operation: str, *backends: str) -> bool:
+    return not set(backends).isdisjoint(OPERATIONS[operation].kernels)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_operation_has_its_folders_its_test_and_its_benchmark(operation):
     name = folder_of(operation)
     assert operation.removesuffix("_").startswith(name)
-    for file in (
+    files = [
         f"fastguide/ops/{name}/__init__.py",
         f"fastguide/ops/{name}/reference.py",
-        f"csrc/ops/{name}/cpu.cpp",
         f"tests/ops/test_{name}*.py",
         f"benchmarks/ops/{name}.py",
-    ):
+    ]
+    if has(operation, "cpu"):
+        files.append(f"csrc/ops/{name}/cpu.cpp")
+    if has(operation, "cuda"):
+        files.append(f"csrc/ops/{name}/cuda.cu")
+    if has(operation, "triton"):
+        files.append(f"fastguide/ops/{name}/triton.py")
+    for file in files:
         assert list(ROOT.glob(file)), f"{operation} has no {file}"
 
 
-@pytest.mark.parametrize("parent", ("fastguide/ops", "csrc/ops"))
-def test_every_folder_is_an_operation(parent):
-    names = {path.name for path in (ROOT / parent).iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert names == {folder_of(operation) for operation in OPERATIONS}
+def test_every_folder_is_an_operation():
+    for parent, operations in (
+        ("fastguide/ops", OPERATIONS),
+        ("csrc/ops", [operation for operation in OPERATIONS if has(operation, "cpu", "cuda")]),
+    ):
+        names = {path.name for path in (ROOT / parent).iterdir() if path.is_dir() and path.name != "__pycache__"}
+        assert names == {folder_of(operation) for operation in operations}
 
 
 # --- imports ------------------------------------------------------------------------------------------------
