@@ -209,8 +209,8 @@ class _StandIn(Denoiser):
     def __init__(self, denoiser: Denoiser):
         super().__init__(_nothing, denoiser.schedule, "sample")
 
-    def __call__(self, x: Tensor, level: Level, rows: Tensor | None = None) -> Tensor:
-        return x / math.hypot(level.alpha, level.sigma)
+    def outputs(self, x: Tensor, level: Level, rows: Tensor | None = None) -> tuple[Tensor, None, None]:
+        return x / math.hypot(level.alpha, level.sigma), None, None
 
 
 def _nothing(x: Tensor, t: Tensor) -> Tensor:

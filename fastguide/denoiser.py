@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import arguments, foreign, reference
+from . import arguments, foreign, ops, reference
 from .arguments import as_float, function, got, number, one_of
 from .ops._arguments import STATE_DTYPES
 from .schedules import Level, Schedule, per_step
@@ -117,21 +117,30 @@ class Denoiser:
     def __call__(self, x: Tensor, level: Level, rows: Tensor | None = None) -> Tensor:
         """The network's prediction at one level for ``x`` ``[N, *event]``; shape and dtype of ``x``. ``rows`` ``[N]``:
         the observation of each sample, for a `Conditional`."""
+        output, base, scale = self.outputs(x, level, rows)
+        if base is None:
+            return output
+        levels = (level.alpha, level.sigma)
+        return ops.predict_x0(x, output, levels, prediction="sample", unconditional=base, guidance_scale=scale)
+
+    def outputs(self, x: Tensor, level: Level, rows: Tensor | None) -> tuple[Tensor, Tensor | None, Any]:
+        """What the network and the unconditional one say, and the guidance scale, a float or a tensor ``[N]``; None and
+        None without guidance. A call and `x0_hat` are made of this."""
         _check_call(x, level, rows)
         self.check_level(level)
         # Not in a half of x: bfloat16 would leave eight bits of a time.
         dtype = torch.int64 if self.schedule.discrete else torch.promote_types(x.dtype, torch.float32)
         t = torch.full((x.shape[0],), level.t, dtype=dtype, device=x.device)
         output = self._evaluate("net", self.net, x, t, rows)
-        if self.unconditional is not None and self.guidance_scale is not None:
-            if not output.requires_grad:
-                output = output.clone()  # both networks may return the same memory
-            base = self._evaluate("unconditional", self.unconditional, x, t, rows)
-            output = base + reference.scaled(output - base, self._scale_at(level, x, rows))
-        return output
+        if self.unconditional is None or self.guidance_scale is None:
+            return output, None, None
+        if not output.requires_grad:
+            output = output.clone()  # both networks may return the same memory
+        base = self._evaluate("unconditional", self.unconditional, x, t, rows)
+        return output, base, self._scale_at(level, x, rows)
 
     def _scale_at(self, level: Level, x: Tensor, rows: Tensor | None) -> Any:
-        """The guidance scale of each sample at one level: a float or a tensor that multiplies ``x``."""
+        """The guidance scale of each sample at one level: a float or a tensor."""
         scale = self.guidance_scale
         if isinstance(scale, dict):
             return scale[level.t]
@@ -144,8 +153,7 @@ class Denoiser:
         if isinstance(scale, Tensor) and scale.ndim == 1:
             if rows is None and len(scale) != len(x):
                 raise ValueError(f"guidance_scale: expected a number or {len(x)} of them, got {len(scale)}")
-            each = scale.to(x.device) if rows is None else scale.to(x.device)[rows]
-            return each.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+            return scale.to(x.device, torch.float64)[slice(None) if rows is None else rows]
         return scale
 
     def prepared(self, levels: Sequence[Level], observations: int, device: torch.device) -> Denoiser:
@@ -163,13 +171,9 @@ class Denoiser:
 
     def x0_hat(self, x: Tensor, level: Level, rows: Tensor | None = None) -> Tensor:
         """``E[x_0 | x_t]`` (Tweedie's formula) for ``x`` ``[N, *event]`` at one level; ``rows`` as in a call."""
-        output = self(x, level, rows)
-        # In float32 also for halves: x / alpha alone leaves float16 where alpha is small.
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x0 = reference.x0_from_output(x.to(dtype), output.to(dtype), level.alpha, level.sigma, self.prediction)
-        x0 = x0.to(x.dtype)
-        # The caller keeps x0 and writes into it; a network may keep its output's memory.
-        return x0.clone() if self.prediction == "sample" and not x0.requires_grad else x0
+        output, base, scale = self.outputs(x, level, rows)
+        levels = (level.alpha, level.sigma)
+        return ops.predict_x0(x, output, levels, prediction=self.prediction, unconditional=base, guidance_scale=scale)
 
     def check_level(self, level: Level) -> None:
         """Raise if ``x0_hat`` cannot be had from this prediction type at a level."""

@@ -19,6 +19,9 @@ WEIGHTS = torch.tensor([0.0, -1.0, 0.5])
 
 CALLS = {
     "randn": partial(ops.randn, (3, 5, 7), seed=1),
+    "predict_x0": partial(
+        ops.predict_x0, X, OUTPUT, LEVELS[:2], prediction="v", unconditional=MOVED, guidance_scale=torch.ones(3)
+    ),
     "reverse_step": partial(ops.reverse_step, X, OUTPUT, LEVELS, displacement=MOVED, seed=1),
     "reverse_step of a table": partial(ops.reverse_step, X, OUTPUT, TABLE, clip=1.0, seed=1),
     "reverse_step with x0": partial(ops.reverse_step, X, OUTPUT, LEVELS, return_x0=True),

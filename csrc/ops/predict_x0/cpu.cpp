@@ -4,6 +4,8 @@
 //   x0_hat = p x + q guided
 //
 // The gradients are multiples of the one that comes in: p, q scale and q (1 - scale) times it.
+#include <cmath>
+
 #include "../../common/binding.h"
 #include "../../cpu/memory.h"
 #include "../../cpu/step.h"
@@ -179,12 +181,18 @@ Conversion read_conversion(Arguments& in) {
     if (in.is_tuple()) {
         Arguments each = in.items();
         each.expect(2);
-        c.alpha.common = each.number(), c.sigma.common = each.number();
+        const double alpha = each.number(), sigma = each.number();
+        const bool divides = c.prediction == Prediction::epsilon || c.prediction == Prediction::score;
+        const double divisor = divides ? alpha : c.prediction == Prediction::sample ? 1.0 : alpha + sigma;
+        if (!(alpha >= 0.0 && sigma >= 0.0 && std::isfinite(alpha + sigma) && divisor > 0.0))
+            throw std::invalid_argument("levels: expected finite ones that determine x0");
+        c.alpha.common = alpha, c.sigma.common = sigma;
     } else {
         columns = in.pointer<const double>("levels");
     }
     if (in.is_float()) c.scale.common = in.number();
     else c.scale.each = in.pointer<const double>("guidance_scale");
+    if (!std::isfinite(c.scale.common)) throw std::invalid_argument("guidance_scale: expected a finite one");
     c.samples = in.integer(), c.elements = in.integer();
     in.expect_memory(c.samples * (c.elements > 0));
     c.alpha.each = columns, c.sigma.each = columns ? columns + c.samples : nullptr;

@@ -8,8 +8,10 @@ from torch import Tensor
 from ...arguments import one_of
 from .. import _arguments, _native
 from .._arguments import PREDICTIONS, Scalar
-from .._operation import Operation
+from .._operation import UNUSUAL, Operation, plain
 from . import reference
+
+_NONE = type(None)
 
 
 def predict_x0(
@@ -20,6 +22,7 @@ def predict_x0(
     prediction: str,
     unconditional: Tensor | None = None,
     guidance_scale: Scalar | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """``x0_hat = E[x_0 | x_t]`` from a network's output (Tweedie's formula), with classifier-free guidance (Ho &
@@ -35,9 +38,19 @@ def predict_x0(
     - ``unconditional``: the output of a second network, or of the same one without its condition; and
       ``guidance_scale``, a float or a floating tensor ``[N]`` or ``[]``. Both or neither.
 
-    Returns ``x0_hat`` in the dtype of ``x``: new memory, in one pass. The backward pass is one, too. Differentiable in
-    all tensors.
+    - ``out``: for what is returned, see `randn`.
+
+    Returns ``x0_hat`` in the dtype of ``x``, which shares no memory with the arguments, in one pass. The backward pass
+    is one, too. Differentiable in all tensors.
     """
+    tensors = (x, model_output) if unconditional is None else (x, model_output, unconditional)
+    ordinary = out is None and type(backend) is str and backend == "auto" and type(levels) is tuple
+    if ordinary and type(guidance_scale) is (_NONE if unconditional is None else float) and plain(*tensors):
+        try:
+            number = 1.0 if guidance_scale is None else guidance_scale
+            return _cpu(x, model_output, levels, None, prediction, unconditional, number, None)
+        except UNUSUAL:
+            pass
     x = _arguments.state("x", x)
     model_output = _arguments.state("model_output", model_output, x)
     one_of("prediction", prediction, PREDICTIONS)
@@ -48,7 +61,10 @@ def predict_x0(
         unconditional = _arguments.state("unconditional", unconditional, x)
     scale = (1.0, None) if guidance_scale is None else _arguments.per_sample("guidance_scale", guidance_scale, x)
     values = _arguments.levels(levels, x, prediction, "levels", 2)
-    return _predict_x0(backend, x, model_output, *values, prediction, unconditional, *scale)
+    inputs = x, model_output, values[1], unconditional, scale[1]
+    into = _arguments.out(out, ((x.shape, x.dtype),), x.device, inputs)
+    x0 = _predict_x0(backend, x, model_output, *values, prediction, unconditional, *scale, out=into)
+    return x0 if out is None else out
 
 
 def _unpacked(levels, table, guidance_scale, guidance_scale_tensor):
@@ -97,11 +113,11 @@ def _tensor(tensor, like):
     return tensor.data_ptr(), _native.CPU_DTYPES[tensor.dtype]
 
 
-def _cpu(x, model_output, levels, table, prediction, unconditional, guidance_scale, guidance_scale_tensor):
+def _cpu(x, model_output, levels, table, prediction, unconditional, guidance_scale, guidance_scale_tensor, out=None):
     _arguments.expect_levels(table, prediction, "levels")
     x, model_output = x.contiguous(), model_output.contiguous()
     unconditional = None if unconditional is None else unconditional.contiguous()
-    x0 = torch.empty_like(x)
+    x0 = torch.empty_like(x) if out is None else out[0]
     numbers, _alive = _conversion(x, levels, table, prediction, guidance_scale, guidance_scale_tensor)
     tensors = (part for tensor in (x, model_output, unconditional, x0) for part in _tensor(tensor, x))
     _native.module("cpu").predict_x0(*tensors, *numbers)

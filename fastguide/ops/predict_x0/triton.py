@@ -74,10 +74,10 @@ _launch = Tuned(predict_x0_kernel, key=["SAMPLE", "ALIGN"])
 _launch_backward = Tuned(predict_x0_backward_kernel, key=["ALIGN"])
 
 
-def call(x, model_output, levels, table, prediction, unconditional, guidance_scale, guidance_scale_tensor):
+def call(x, model_output, levels, table, prediction, unconditional, guidance_scale, guidance_scale_tensor, out=None):
     x, model_output = x.contiguous(), model_output.contiguous()
     unconditional = None if unconditional is None else unconditional.contiguous()
-    x0 = torch.empty_like(x)
+    x0 = torch.empty_like(x) if out is None else out[0]
     if x.numel():
         levels, scale = _unpacked(levels, table, guidance_scale, guidance_scale_tensor)
         numbers, multiplied = _columns(x, *x0_coefficients(prediction, *levels), scale)
