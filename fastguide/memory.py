@@ -27,6 +27,13 @@ def _holders(block: torch.UntypedStorage) -> tuple[int, int]:
     return sys.getrefcount(block), torch._C._storage_Use_Count(block._cdata)
 
 
+def _large(x: Tensor) -> bool:
+    """Whether it is worth a thought: a large block on the CPU, seen by neither autograd nor a tracer."""
+    if not x.is_cpu or type(x) is not Tensor or x.nbytes < _LEAST or not x.is_contiguous():
+        return False
+    return not (traced() or transformed() or (x.requires_grad and torch.is_grad_enabled()))
+
+
 class Memory:
     """The last large blocks that it gave out. It gives one again only when nobody else holds it.
 
@@ -46,11 +53,7 @@ class Memory:
     def like(self, x: Tensor, *others: Tensor | None) -> Tensor | None:
         """Memory for a result like ``x`` that is made of it and of ``others``; None where torch's own is as good, or
         the result has a derivative."""
-        if not x.is_cpu or type(x) is not Tensor or x.nbytes < _LEAST or not x.is_contiguous():
-            return None
-        if traced() or transformed():
-            return None
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+        if not _large(x) or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others)):
             return None
         with self._lock:
             for block in self._blocks:
@@ -60,6 +63,12 @@ class Memory:
             self._blocks.append(result.untyped_storage())
         return result
 
+    def keep(self, x: Tensor) -> Tensor:
+        """``x``, new memory of the loop's own, as if it were given out."""
+        if _large(x) and x.untyped_storage().nbytes() == x.nbytes:
+            self._blocks.append(x.untyped_storage())
+        return x
+
     def pair(self, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The same for two results."""
         first = self.like(x, *others)
@@ -67,7 +76,12 @@ class Memory:
         return None if first is None or second is None else (first, second)
 
     def copy(self, x: Tensor) -> Tensor:
-        """``x.clone()``."""
+        """``x.clone()``. The copy of a whole block has the block's memory until one of the two is written to, or asked
+        for an address to write to, as by numpy: most networks only read."""
+        if _large(x):
+            storage = x.untyped_storage()
+            if storage.nbytes() == x.nbytes and any(storage._cdata == block._cdata for block in self._blocks):
+                return torch._lazy_clone(x)
         result = self.like(x)
         return x.clone() if result is None else result.copy_(x)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import pickle
 
 import pytest
 import torch
 
 import fastguide as fg
+from fastguide import ops
 from fastguide.memory import Memory
 
 X = torch.arange(1024.0)
@@ -18,9 +20,13 @@ def address(x: torch.Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
+def given_out(memory: Memory) -> torch.Tensor:
+    return memory.like(X).copy_(X)
+
+
 def test_what_nobody_holds_is_used_again():
     memory = Memory()
-    first = memory.copy(X)
+    first = given_out(memory)
     place = address(first)
     del first
     again = memory.like(X.view(64, -1).double()[:32])
@@ -53,21 +59,20 @@ HOLDERS = {
 @pytest.mark.parametrize("name", HOLDERS)
 def test_what_somebody_holds_is_not(name):
     memory = Memory()
-    given = memory.copy(X)
+    given = given_out(memory)
     place = address(given)
     held = HOLDERS[name](given)
     del given
     others = [memory.like(X) for _ in range(8)]
     assert place not in map(address, others)
     del held, others
-    assert address(memory.copy(X)) is not None
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage")
 @pytest.mark.parametrize("name", HOLDERS)
 def test_what_was_held_is_used_once_it_is_let_go(name):
     memory = Memory()
-    given = memory.copy(X)
+    given = given_out(memory)
     place = address(given)
     held = HOLDERS[name](given)
     del given, held
@@ -76,7 +81,7 @@ def test_what_was_held_is_used_once_it_is_let_go(name):
 
 def test_a_block_in_shared_memory_is_not_used_again():
     memory = Memory()
-    given = memory.copy(X).share_memory_()
+    given = given_out(memory).share_memory_()
     place = address(given)
     del given
     assert address(memory.like(X)) != place
@@ -84,7 +89,7 @@ def test_a_block_in_shared_memory_is_not_used_again():
 
 def test_a_block_of_another_size_is_not_used():
     memory = Memory()
-    given = memory.copy(X)
+    given = given_out(memory)
     given.resize_(2 * len(X))
     del given
     assert memory.like(X).untyped_storage().nbytes() == X.nbytes
@@ -92,7 +97,7 @@ def test_a_block_of_another_size_is_not_used():
 
 def test_few_blocks_are_kept():
     memory = Memory()
-    held = [memory.copy(X) for _ in range(9)]
+    held = [given_out(memory) for _ in range(9)]
     places = [address(x) for x in held]
     del held
     assert {address(x) for x in [memory.like(X) for _ in range(4)]} == set(places[-4:])
@@ -101,7 +106,7 @@ def test_few_blocks_are_kept():
 
 def test_a_new_tensor_has_no_history():
     memory = Memory()
-    first = memory.copy(X)
+    first = given_out(memory)
     first.requires_grad_()
     first.note = "the user's"
     del first
@@ -124,9 +129,70 @@ def test_torch_makes_the_others(x, monkeypatch):
 
 def test_a_copy_has_blocks_of_its_own():
     memory = Memory()
-    memory.copy(X)
+    given_out(memory)
+    assert memory._blocks
     for other in (copy.deepcopy(memory), copy.copy(memory), pickle.loads(pickle.dumps(memory))):
         assert not other._blocks
+
+
+WRITERS = {
+    "in place": lambda x: x.mul_(0),
+    "a part": lambda x: x.view(32, 32)[3].zero_(),
+    "out=": lambda x: torch.zeros(1024, out=x),
+    "foreach": lambda x: torch._foreach_zero_([x]),
+    "array": lambda x: x.numpy().fill(3),
+    "array of an alias": lambda x: x.detach().numpy().fill(3),
+    "buffer": lambda x: memoryview(x.numpy()).cast("B").__setitem__(0, 9),
+    "dlpack": lambda x: torch.from_dlpack(x).zero_(),
+    "address": lambda x: ctypes.memset(x.data_ptr(), 1, 64),
+    "address of the storage": lambda x: ctypes.memset(x.untyped_storage().data_ptr(), 1, 64),
+    "storage": lambda x: x.untyped_storage().fill_(1),
+    "shared": lambda x: x.share_memory_().zero_(),
+    "inference mode": torch.inference_mode()(lambda x: x.zero_()),
+    "data": lambda x: x.data.zero_(),
+    "another dtype": lambda x: x.view(torch.int32).zero_(),
+    "kernel": lambda x: ops.randn((1024,), seed=1, out=x),
+    "compiled": lambda x: torch.compile(lambda x: x.mul_(0) + 1, backend="aot_eager")(x),
+}
+
+
+@pytest.mark.parametrize("order", ["the copy", "the original"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_copy_is_one_once_somebody_writes(name, order):
+    memory = Memory()
+    original = given_out(memory)
+    pair = [original, memory.copy(original)]
+    assert all(map(torch._C._is_cow_tensor, pair))  # until then it costs nothing
+    written, other = pair[::-1] if order == "the copy" else pair
+    WRITERS[name](written)
+    assert torch.equal(other, X) and not torch.equal(written, X)
+
+
+def test_memory_of_others_is_copied_at_once():
+    """Who has an address of it may write there."""
+    memory, others = Memory(), X.clone()
+    array = others.numpy()
+    copied = memory.copy(others)
+    array.fill(0)
+    assert torch.equal(copied, X) and not torch._C._is_cow_tensor(others)
+    assert torch._C._is_cow_tensor(memory.copy(memory.keep(X.clone())))
+
+
+def test_a_part_is_copied_alone():
+    memory = Memory()
+    part = given_out(memory)[:100]
+    copied = memory.copy(part)
+    assert torch.equal(copied, part) and copied.untyped_storage().nbytes() == part.nbytes
+
+
+def test_a_block_whose_copy_is_held_is_not_written():
+    memory = Memory()
+    first = given_out(memory)
+    held = memory.copy(first)
+    del first
+    for _ in range(5):
+        ops.randn((1024,), seed=1, out=memory.like(X))
+    assert torch.equal(held, X)
 
 
 # --- loops ----------------------------------------------------------------------------------------------------

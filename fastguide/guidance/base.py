@@ -132,12 +132,13 @@ class Run:
         if self.x_T is None:
             return self.prior_noise()
         with torch.set_grad_enabled(self.differentiable):
-            return self.x_T.to(self.device, self.dtype, copy=True)
+            return foreign.memory().keep(self.x_T.to(self.device, self.dtype, copy=True))
 
     def prior_noise(self) -> Tensor:
         """``x_T`` of the prior, of the variance that data of unit variance has at the first level."""
         top = self.levels[0]
-        return self.randn(0, STREAM_INITIAL).mul_((top.alpha**2 + top.sigma**2) ** 0.5)
+        z = foreign.memory().keep(self.randn(0, STREAM_INITIAL))
+        return z.mul_((top.alpha**2 + top.sigma**2) ** 0.5)
 
     def randn(self, i: int, stream: int) -> Tensor:
         """Standard normals ``[B * K, *event]`` of step ``i``."""
