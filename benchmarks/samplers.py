@@ -22,6 +22,7 @@ from torch import Tensor
 
 import fastguide as fg
 from fastguide import digits, ops, sampling
+from fastguide.guidance.base import STREAM_INITIAL
 from fastguide.reference import step_coefficients
 
 from . import timing
@@ -407,12 +408,12 @@ def memory(setting: Setting) -> Case:
     shape, steps = setting.pick((64, 3, 256, 256), (2, 3, 8, 8), (1024, 4, 256, 256)), 20
     eps = setting.randn(*shape)
     prior = fg.Denoiser(lambda x, t: eps, fg.schedules.vp_linear(1000))
-    start = setting.randn(*shape, seed=1)
+    start = ops.randn(shape, seed=7, stream=STREAM_INITIAL, device=setting.device)
     levels = prior.schedule.levels(steps)
     coefficients = [
         (t.alpha, t.sigma, s.alpha, s.sigma, sampling.noise(t, s, 1.0)) for t, s in pairwise(levels)
     ]  # fmt: skip
-    ours = partial(fg.sample, prior, shape, steps=steps, seed=7, x_T=start, device=setting.device)
+    ours = partial(fg.sample, prior, shape, steps=steps, seed=7, device=setting.device)
     kept = torch.empty_like(eps), torch.empty_like(eps)
 
     def kernels() -> Tensor:
@@ -422,7 +423,7 @@ def memory(setting: Setting) -> Case:
         return x
 
     def check() -> None:
-        assert torch.equal(ours().x, kernels())
+        torch.testing.assert_close(ours().x, kernels())  # the start is scaled by 1 to rounding
 
     return Case(
         f"{steps} plain steps of {list(shape)}, float32",

@@ -272,7 +272,7 @@ def checked_x_T(x_T: Any, expected: tuple[int, ...]) -> Tensor:
         raise TypeError(f"x_T: expected floating values, got {got(x_T)}")
     if tuple(x_T.shape) != expected:
         raise ValueError(f"x_T: expected shape {list(expected)}, got {list(x_T.shape)}")
-    if not torch.isfinite(x_T).all():
+    if not (torch.isfinite(x_T.detach().sum()) or torch.isfinite(x_T).all()):  # the sum takes a hundredth of the time
         raise ValueError("x_T: expected finite values, got NaN or infinity")
     return x_T
 
