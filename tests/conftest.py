@@ -26,6 +26,17 @@ TOLERANCES = {
 }
 
 
+BUILDS = ("cuda_device", "emulated_module", "cuda_objects", "cpu_objects", "described_here", "kernels")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
+def pytest_collection_modifyitems(items):
+    """Of several processes, one runs all the tests of what takes seconds to build."""
+    for item in items:
+        if built := [name for name in BUILDS if name in item.fixturenames]:
+            item.add_marker(pytest.mark.xdist_group(built[0].replace("emulated_module", "cuda_device")))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """The tensors here are small: threads that wait for each other on a busy machine cost far more than they gain.

@@ -136,7 +136,7 @@ def test_doctor_of_the_installed_copy_names_the_clone_it_runs_in(tmp_path):
 def test_the_readme_installs_in_place():
     text = (ROOT / "README.md").read_text()
     commands = re.findall(r"^    (pip install .*) && (\S.*)$", text, re.M)
-    assert [end for _, end in commands] == ["fastguide demo", "pytest"]
+    assert [end for _, end in commands] == ["fastguide demo", "pytest -n 2 --dist loadgroup"]
     assert all(' -e ".[' in command for command, _ in commands)
 
 
@@ -227,7 +227,7 @@ def test_a_module_shares_none_of_its_functions(module):
 def test_the_module_that_is_loaded():
     isas = _native.instruction_sets()
     code = "import sys, fastguide; print(fastguide.backends()['cpu'].details['instruction_set'], *sys.modules)"
-    for wish, expected in ((None, isas[0]), ("", isas[0]), *zip(isas, isas, strict=True)):
+    for wish, expected in ((None, isas[0]), ("", isas[0]), *zip(isas[1:], isas[1:], strict=True)):
         environment = {name: value for name, value in os.environ.items() if name != "FASTGUIDE_ISA"}
         environment |= {} if wish is None else {"FASTGUIDE_ISA": wish}
         command = [sys.executable, "-c", code]

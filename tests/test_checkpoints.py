@@ -416,7 +416,9 @@ def test_a_refusal_names_the_fields_of_a_latent_method(tmp_path):
     assert is_refused(path, "of another rho, zeta$", guidance=latent(1.0, rho=3.0, zeta=0.1))
 
 
-@pytest.mark.parametrize("guidance", [None, fg.FK(reward, 16), fg.TDS(gaussian_likelihood(), 16)], ids=str)
+@pytest.mark.parametrize(
+    "guidance", [None, fg.FK(reward, 16), fg.TDS(gaussian_likelihood(), 16)], ids=("none", "FK", "TDS")
+)
 def test_a_run_goes_on_with_smaller_chunks(guidance, tmp_path):
     """As after a run that was out of memory."""
     path = tmp_path / "run.pt"
