@@ -242,10 +242,15 @@ def test_a_reward_of_nan_is_a_particle_of_weight_0(potential, proposal):
 # --- potentials at some steps alone -------------------------------------------------------------------------
 
 
+# Each potential by each proposal with steps given in either way; without a threshold, and without steps, some of them.
 @pytest.mark.parametrize("proposal", ["base", "guided"])
-@pytest.mark.parametrize("potential", ["difference", "max", "sum", partial_difference])
 @pytest.mark.parametrize(
-    "resample_steps, ess_threshold, levels", [(10, 0.5, 5), (10, None, 5), ([0, 30], None, 3), ([], 0.5, 1)]
+    "potential, resample_steps, ess_threshold, levels",
+    [
+        *((potential, 10, 0.5, 5) for potential in ("difference", "max", "sum", partial_difference)),
+        *((potential, [0, 30], None, 3) for potential in ("difference", "max", "sum", partial_difference)),
+        *(("difference", 10, None, 5), ("difference", [], 0.5, 1), ("sum", [], 0.5, 1)),
+    ],
 )
 def test_a_potential_stands_at_the_resampling_steps_and_at_the_end(
     resample_steps, ess_threshold, levels, potential, proposal
