@@ -137,7 +137,9 @@ class Operation:
             kernel = self._kernel(name)
             if not obstacle and name != "reference":
                 self._chosen[backend, device, dtype] = kernel
-        if out is None or kernel is self.reference:
+        if out is None:
+            return kernel(*args)
+        if kernel is self.reference:
             return _into(out, kernel(*args))
         results = kernel(*args, out=out)
         torch.autograd.graph.increment_version([tensor for tensor in out if not tensor.is_inference()])

@@ -48,9 +48,10 @@ def randn(
         arguments.torch_dtype("dtype", dtype, STATE_DTYPES)
     device = arguments.torch_device("device", device)
     counter = _arguments.counter(seed, step, stream, first_particle, sizes, device)
-    into = _arguments.out(out, ((sizes, dtype),), device, counter[-2:])
-    z = _randn(backend, sizes, *counter, dtype, device, out=into)
-    return z if out is None else out
+    if out is None:
+        return _randn(backend, sizes, *counter, dtype, device)
+    _randn(backend, sizes, *counter, dtype, device, out=_arguments.out(out, ((sizes, dtype),), device, counter[-2:]))
+    return out
 
 
 def _reference(shape, seed, step, stream, first_particle, seed_tensor, step_tensor, dtype, device):
