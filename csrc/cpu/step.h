@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../common/step.h"
+#include "lanes.h"
 #include "threshold.h"
 #include "tiles.h"
 #include "types.h"
@@ -24,47 +25,6 @@ struct Step {
     RandnShape shape;
     int threads;
 };
-
-// --- staging ------------------------------------------------------------------------------------------------
-
-template <class R, class T>
-FG_INLINE void convert(R* to, const T* from, uint64_t count) {
-    if constexpr (sizeof(T) == 2) {
-        if constexpr (std::is_same_v<R, float>) {
-            widen(to, from, count);
-        } else {
-            constexpr uint64_t kMiddle = 256;
-            float middle[kMiddle];
-            for (uint64_t at = 0; at < count; at += kMiddle) {
-                const uint64_t some = count - at < kMiddle ? count - at : kMiddle;
-                widen(middle, from + at, some);
-                for (uint64_t i = 0; i < some; ++i) to[at + i] = middle[i];
-            }
-        }
-    } else {
-        for (uint64_t i = 0; i < count; ++i) to[i] = static_cast<R>(from[i]);
-    }
-}
-
-// Into the first-level cache, while somebody computes something else.
-FG_INLINE void prefetch(const Input& from, uint64_t begin, uint64_t count) {
-    const uint64_t size = size_of(from.dtype);
-    const char* data = static_cast<const char*>(from.data) + begin * size;
-    for (uint64_t at = 0; from.data && at < count * size; at += 64) __builtin_prefetch(data + at);
-}
-
-// Elements [begin, begin + count) as R: where they are, or converted into `buffer`.
-template <class R>
-FG_INLINE const R* staged(R* buffer, const Input& from, uint64_t begin, uint64_t count) {
-    const R* at = buffer;
-    with_type(from.dtype, [&](auto type) __attribute__((always_inline)) {
-        using T = decltype(type);
-        const T* data = static_cast<const T*>(from.data) + begin;
-        if constexpr (std::is_same_v<T, R>) at = data;
-        else convert(buffer, data, count);
-    });
-    return at;
-}
 
 // --- a particle's multipliers -------------------------------------------------------------------------------
 
@@ -122,27 +82,6 @@ struct Span {
     }
 };
 
-// How lanes are read and written: all of them,
-template <class R, bool kStreamed = false>
-struct AllLanes {
-    static FG_INLINE Vector<R> read(const R* from) { return load<Vector<R>>(from); }
-    static FG_INLINE void write(R* to, Vector<R> v) { store(to, v); }
-    static FG_INLINE void write_result(R* to, Vector<R> v) {
-        if constexpr (kStreamed) stream(to, v);
-        else store(to, v);
-    }
-};
-
-// or the first of them.
-template <class R>
-struct SomeLanes {
-    int count;
-
-    FG_INLINE Vector<R> read(const R* from) const { return load_some<Vector<R>>(from, count); }
-    FG_INLINE void write(R* to, Vector<R> v) const { store_some(to, v, count); }
-    FG_INLINE void write_result(R* to, Vector<R> v) const { store_some(to, v, count); }
-};
-
 // x0_hat before it is clipped.
 template <class R, class Source, class Lanes>
 FG_INLINE Vector<R> x0_lanes(bool sample, const Source& m, const R* x, const R* output, uint64_t i, const Lanes& lanes) {
@@ -178,20 +117,11 @@ FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const L
 
 template <bool kPlain, class R, class Source>
 void step_span_as(const Span<R>& span, const Source& source, uint64_t begin, uint64_t end) {
-    constexpr uint64_t kLanes = kLanesOf<R>;
     const Span<R> s = span;  // no store can change copies
     const Source m = source;
-    uint64_t i = begin;
-    if constexpr (std::is_same_v<R, float>) {
-        if (s.past_caches) {
-            const uint64_t ahead = -(reinterpret_cast<uintptr_t>(s.x_s + i) / sizeof(R)) % kLanes;
-            const uint64_t some = ahead < end - i ? ahead : end - i;
-            if (some > 0) step_lanes<kPlain>(s, m, i, SomeLanes<R>{static_cast<int>(some)});
-            for (i += some; i + kLanes <= end; i += kLanes) step_lanes<kPlain>(s, m, i, AllLanes<R, true>{});
-        }
-    }
-    for (; i + kLanes <= end; i += kLanes) step_lanes<kPlain>(s, m, i, AllLanes<R>{});
-    if (i < end) step_lanes<kPlain>(s, m, i, SomeLanes<R>{static_cast<int>(end - i)});
+    each_vector(s.x_s, s.past_caches, begin, end, [&](uint64_t i, const auto& lanes) __attribute__((always_inline)) {
+        step_lanes<kPlain>(s, m, i, lanes);
+    });
 }
 
 // Elements [begin, end).
@@ -379,16 +309,9 @@ void step_tile(const Prepared<R>& call, const Tile& tile, R* terms, Memory memor
         }
         step_span(noisy ? span : still, each, 0, count);
     }
-    if constexpr (std::is_same_v<R, float>) {
-        if (direct) return;
-        with_type(s.x.dtype, [&](auto type) __attribute__((always_inline)) {
-            using T = decltype(type);
-            if constexpr (sizeof(T) == 2) {
-                narrow(static_cast<T*>(s.x_s) + begin, buffers.x_s, count);
-                if (s.x0) narrow(static_cast<T*>(s.x0) + begin, buffers.x0, count);
-            }
-        });
-    }
+    if (direct) return;
+    put({s.x_s, s.x.dtype}, begin, buffers.x_s, count);
+    if (s.x0) put({s.x0, s.x.dtype}, begin, buffers.x0, count);
 }
 
 }  // namespace fastguide::cpu

@@ -9,9 +9,15 @@
 
 namespace fastguide::cpu {
 
-// A contiguous tensor that a kernel reads.
+// A contiguous tensor that a kernel reads,
 struct Input {
     const void* data;
+    Dtype dtype;
+};
+
+// or writes.
+struct Result {
+    void* data;
     Dtype dtype;
 };
 
@@ -53,6 +59,54 @@ FG_INLINE void with_type(Dtype dtype, const F& f) {
         case Dtype::bfloat16: return f(BFloat16{});
         case Dtype::float64: return f(double{});
     }
+}
+
+// Between any two types; between float64 and a narrow one by way of float, as torch does.
+template <class To, class From>
+FG_INLINE void convert(To* to, const From* from, uint64_t count) {
+    if constexpr (sizeof(To) > 2 && sizeof(From) > 2) {
+        for (uint64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+    } else if constexpr (std::is_same_v<To, float>) {
+        widen(to, from, count);
+    } else if constexpr (std::is_same_v<From, float>) {
+        narrow(to, from, count);
+    } else {
+        constexpr uint64_t kMiddle = 256;
+        float middle[kMiddle];
+        for (uint64_t at = 0; at < count; at += kMiddle) {
+            const uint64_t some = count - at < kMiddle ? count - at : kMiddle;
+            convert(middle, from + at, some);
+            convert(to + at, middle, some);
+        }
+    }
+}
+
+// Elements [begin, begin + count) as R: where they are, or converted into `buffer`.
+template <class R>
+FG_INLINE const R* staged(R* buffer, const Input& from, uint64_t begin, uint64_t count) {
+    const R* at = buffer;
+    with_type(from.dtype, [&](auto type) __attribute__((always_inline)) {
+        using T = decltype(type);
+        const T* data = static_cast<const T*>(from.data) + begin;
+        if constexpr (std::is_same_v<T, R>) at = data;
+        else convert(buffer, data, count);
+    });
+    return at;
+}
+
+// buffer[count] to where elements [begin, begin + count) belong.
+template <class R>
+FG_INLINE void put(const Result& to, uint64_t begin, const R* buffer, uint64_t count) {
+    with_type(to.dtype, [&](auto type) __attribute__((always_inline)) {
+        convert(static_cast<decltype(type)*>(to.data) + begin, buffer, count);
+    });
+}
+
+// Into the first-level cache, while somebody computes something else.
+FG_INLINE void prefetch(const Input& from, uint64_t begin, uint64_t count) {
+    const uint64_t size = size_of(from.dtype);
+    const char* data = static_cast<const char*>(from.data) + begin * size;
+    for (uint64_t at = 0; from.data && at < count * size; at += 64) __builtin_prefetch(data + at);
 }
 
 }  // namespace fastguide::cpu

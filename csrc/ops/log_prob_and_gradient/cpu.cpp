@@ -395,20 +395,6 @@ void sum_factorials(double* to, const LogDensity& d, const Values<Real>& y, uint
 
 // --- the whole ----------------------------------------------------------------------------------------------
 
-// z in `Real`s: where it is, or widened into `buffer`.
-FG_INLINE const double* widened(const void* z, Dtype, uint64_t at, uint64_t, double*) {
-    return static_cast<const double*>(z) + at;
-}
-
-FG_INLINE const float* widened(const void* z, Dtype dtype, uint64_t at, uint64_t count, float* buffer) {
-    if (dtype == Dtype::float32) return static_cast<const float*>(z) + at;
-    if (dtype == Dtype::float16)
-        widen(buffer, static_cast<const Half*>(z) + at, count);
-    else
-        widen(buffer, static_cast<const BFloat16*>(z) + at, count);
-    return buffer;
-}
-
 // What rows of y or of `added` say of a sample's log-density on their own.
 struct Known {
     const double* of_row;  // or null
@@ -434,15 +420,10 @@ void evaluate(const Density& density, const DensityArrays& a, const Values<Real>
     const auto in_reals = [&](uint64_t at, uint64_t count, Memory memory, const auto& use)
                               __attribute__((always_inline)) {
         Real* const buffer = narrow_z ? memory.take<Real>(count) : nullptr;
-        const Real* z = widened(a.z, a.dtype, at, count, buffer);
+        const Real* z = staged(buffer, {a.z, a.dtype}, at, count);
         Real* gradient = !a.gradient ? nullptr : narrow_z ? buffer : static_cast<Real*>(a.gradient) + at;
         use(z, gradient);
-        if constexpr (std::is_same_v<Real, float>) {
-            if (gradient && a.dtype == Dtype::float16)
-                narrow(static_cast<Half*>(a.gradient) + at, buffer, count);
-            else if (gradient && a.dtype == Dtype::bfloat16)
-                narrow(static_cast<BFloat16*>(a.gradient) + at, buffer, count);
-        }
+        if (gradient && narrow_z) put({a.gradient, a.dtype}, at, buffer, count);
     };
     sum_terms(
         a.samples, a.elements, threads, counted,
@@ -464,7 +445,7 @@ void evaluate(const Density& density, const DensityArrays& a, const Values<Real>
             if (finite) return total;
             // Again, as a sum. z is read anew: the gradient may stand where it was widened.
             Real* const buffer = narrow_z ? memory.take<Real>(count) : nullptr;
-            return total_of(plain(density), widened(a.z, a.dtype, at, count, buffer), beside, more,
+            return total_of(plain(density), staged(buffer, {a.z, a.dtype}, at, count), beside, more,
                             static_cast<Real*>(nullptr), count, finite);
         },
         [&](uint64_t sample, double total) {

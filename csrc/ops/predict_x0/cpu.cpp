@@ -7,8 +7,11 @@
 #include <cmath>
 
 #include "../../common/binding.h"
+#include "../../common/step.h"
+#include "../../cpu/lanes.h"
 #include "../../cpu/memory.h"
-#include "../../cpu/step.h"
+#include "../../cpu/tiles.h"
+#include "../../cpu/types.h"
 
 namespace fastguide::cpu {
 namespace {
@@ -31,57 +34,12 @@ struct Conversion {
     bool per_sample() const { return alpha.each || scale.each; }
 };
 
-struct Result {
-    void* data;  // may be null: not asked for
-    Dtype dtype;
-};
-
-template <class R>
-FG_INLINE void convert_back(R* to, const R* from, uint64_t count) {
-    __builtin_memcpy(to, from, count * sizeof(R));
-}
-FG_INLINE void convert_back(double* to, const float* from, uint64_t count) {
-    for (uint64_t i = 0; i < count; ++i) to[i] = static_cast<double>(from[i]);
-}
-FG_INLINE void convert_back(float* to, const double* from, uint64_t count) {
-    for (uint64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
-}
-template <class T>
-FG_INLINE void convert_back(T* to, const float* from, uint64_t count) {
-    narrow(to, from, count);
-}
-template <class T>
-FG_INLINE void convert_back(T* to, const double* from, uint64_t count) {  // by way of float, as torch does
-    constexpr uint64_t kMiddle = 256;
-    float middle[kMiddle];
-    for (uint64_t at = 0; at < count; at += kMiddle) {
-        const uint64_t some = count - at < kMiddle ? count - at : kMiddle;
-        convert_back(middle, from + at, some);
-        narrow(to + at, middle, some);
-    }
-}
-
-// value(i, read) of `count` elements to `to`, a vector at a time; past the caches if asked to.
+// value(i, lanes) of `count` elements to `to`, a vector at a time; past the caches if asked to.
 template <class R, class Value>
 FG_INLINE void fill(R* to, uint64_t count, bool past_caches, const Value& value) {
-    using V = Vector<R>;
-    constexpr uint64_t kLanes = kLanesOf<R>;
-    const auto whole = [](const R* from) __attribute__((always_inline)) { return load<V>(from); };
-    const auto some = [&](uint64_t i, uint64_t n) __attribute__((always_inline)) {
-        const int lanes = static_cast<int>(n);
-        store_some(to + i, value(i, [lanes](const R* from) { return load_some<V>(from, lanes); }), lanes);
-    };
-    uint64_t i = 0;
-    if constexpr (std::is_same_v<R, float>) {
-        if (past_caches) {
-            const uint64_t ahead = -(reinterpret_cast<uintptr_t>(to) / sizeof(R)) % kLanes;
-            i = ahead < count ? ahead : count;
-            if (i > 0) some(0, i);
-            for (; i + kLanes <= count; i += kLanes) stream(to + i, value(i, whole));
-        }
-    }
-    for (; i + kLanes <= count; i += kLanes) store(to + i, value(i, whole));
-    if (i < count) some(i, count - i);
+    each_vector(to, past_caches, 0, count, [&](uint64_t i, const auto& lanes) __attribute__((always_inline)) {
+        lanes.write_result(to + i, value(i, lanes));
+    });
 }
 
 // The same into a result of any type, by way of `buffer` where it is another.
@@ -94,7 +52,7 @@ FG_INLINE void write(const Result& result, uint64_t begin, uint64_t count, bool 
             fill(to, count, past_caches, value);
         } else {
             fill(buffer, count, false, value);
-            convert_back(to, buffer, count);
+            convert(to, buffer, count);
         }
     });
 }
@@ -128,18 +86,18 @@ void predict(const Conversion& c, const Input& x, const Input& output, const Inp
         const Vector<R> scale = splat(static_cast<R>(c.scale.of(row)));
         const R *const given = stage(output), *const state = sample ? given : stage(x);
         R* const buffer = memory.take<R>(kTile);
-        const auto converted = [=](uint64_t i, Vector<R> v, const auto& read) __attribute__((always_inline)) {
-            return fused(qs, v, ps * read(state + i));
+        const auto converted = [=](uint64_t i, Vector<R> v, const auto& lanes) __attribute__((always_inline)) {
+            return fused(qs, v, ps * lanes.read(state + i));
         };
         const auto guide = [&](const auto& convert_guided) __attribute__((always_inline)) {
             if (!unconditional.data)
-                return write(x0, begin, count, streams, buffer, [=](uint64_t i, const auto& read) __attribute__((always_inline)) {
-                    return convert_guided(i, read(given + i), read);
+                return write(x0, begin, count, streams, buffer, [=](uint64_t i, const auto& lanes) __attribute__((always_inline)) {
+                    return convert_guided(i, lanes.read(given + i), lanes);
                 });
             const R* const base = stage(unconditional);
-            write(x0, begin, count, streams, buffer, [=](uint64_t i, const auto& read) __attribute__((always_inline)) {
-                const Vector<R> b = read(base + i);
-                return convert_guided(i, fused(scale, read(given + i) - b, b), read);
+            write(x0, begin, count, streams, buffer, [=](uint64_t i, const auto& lanes) __attribute__((always_inline)) {
+                const Vector<R> b = lanes.read(base + i);
+                return convert_guided(i, fused(scale, lanes.read(given + i) - b, b), lanes);
             });
         };
         if (sample) guide([](uint64_t, Vector<R> v, const auto&) __attribute__((always_inline)) { return v; });
@@ -158,8 +116,8 @@ void pull_back(const Conversion& c, const Input& grad, const Result (&results)[3
         for (int k = 0; k < 3; ++k) {
             if (!results[k].data) continue;
             const Vector<R> factor = splat(static_cast<R>(factors[k]));
-            write(results[k], begin, count, streams, buffer, [=](uint64_t i, const auto& read) __attribute__((always_inline)) {
-                return factor * read(from + i);
+            write(results[k], begin, count, streams, buffer, [=](uint64_t i, const auto& lanes) __attribute__((always_inline)) {
+                return factor * lanes.read(from + i);
             });
         }
     });
