@@ -135,7 +135,7 @@ class Denoiser:
         if self.unconditional is None or self.guidance_scale is None:
             return output, None, None
         if not output.requires_grad:
-            output = output.clone()  # both networks may return the same memory
+            output = foreign.memory().copy(output)  # both networks may return the same memory
         base = self._evaluate("unconditional", self.unconditional, x, t, rows)
         return output, base, self._scale_at(level, x, rows)
 
@@ -172,8 +172,15 @@ class Denoiser:
     def x0_hat(self, x: Tensor, level: Level, rows: Tensor | None = None) -> Tensor:
         """``E[x_0 | x_t]`` (Tweedie's formula) for ``x`` ``[N, *event]`` at one level; ``rows`` as in a call."""
         output, base, scale = self.outputs(x, level, rows)
-        levels = (level.alpha, level.sigma)
-        return ops.predict_x0(x, output, levels, prediction=self.prediction, unconditional=base, guidance_scale=scale)
+        return ops.predict_x0(
+            x,
+            output,
+            (level.alpha, level.sigma),
+            prediction=self.prediction,
+            unconditional=base,
+            guidance_scale=scale,
+            out=foreign.memory().like(x, output, base, scale),
+        )
 
     def check_level(self, level: Level) -> None:
         """Raise if ``x0_hat`` cannot be had from this prediction type at a level."""

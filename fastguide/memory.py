@@ -50,10 +50,12 @@ class Memory:
     def __reduce__(self) -> Any:
         return Memory, ()  # a copy has blocks of its own
 
-    def like(self, x: Tensor, *others: Tensor | None) -> Tensor | None:
-        """Memory for a result like ``x`` that is made of it and of ``others``; None where torch's own is as good, or
-        the result has a derivative."""
-        if not _large(x) or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others)):
+    def like(self, x: Tensor, *others: Any) -> Tensor | None:
+        """Memory for a result like ``x`` that is made of it and of ``others``, tensors or not; None where torch's own
+        is as good, or the result has a derivative."""
+        if not _large(x):
+            return None
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in others):
             return None
         with self._lock:
             for block in self._blocks:
