@@ -6,6 +6,9 @@
 //
 //   PyObject* twice(Arguments& in) { return PyLong_FromUnsignedLongLong(2 * in.integer()); }
 //   Binding binding{"twice", fastcall<twice, 1>, "Two times a number."};
+//
+// The 1 is the number of arguments: the function reads as many, in their order. Read them in declarations or in braces:
+// C++ evaluates the arguments of a call in any order.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -30,7 +33,7 @@ struct TypeError : std::invalid_argument {
 
 class Arguments {
 public:
-    Arguments(PyObject* const* values, Py_ssize_t count) : next_(values), count_(count) {}
+    Arguments(PyObject* const* values, Py_ssize_t count) : first_(values), next_(values), count_(count) {}
 
     Py_ssize_t count() const { return count_; }
     void expect(Py_ssize_t count) const {
@@ -40,7 +43,7 @@ public:
 
     uint64_t integer() {
         PyObject* value = *next_++;
-        if (!PyLong_CheckExact(value)) throw TypeError("expected an integer");
+        if (!PyLong_CheckExact(value)) expected("an integer");
         const unsigned long long got = PyLong_AsUnsignedLongLong(value);
         if (got == ~0ull && PyErr_Occurred()) throw ErrorIsSet();
         return got;
@@ -48,12 +51,12 @@ public:
     int threads() { return static_cast<int>(integer()); }
     bool flag() {
         PyObject* value = *next_++;
-        if (value != Py_True && value != Py_False) throw TypeError("expected a bool");
+        if (value != Py_True && value != Py_False) expected("a bool");
         return value == Py_True;
     }
     double number() {
         PyObject* value = *next_++;
-        if (!PyFloat_Check(value)) throw TypeError("expected a float");
+        if (!PyFloat_Check(value)) expected("a float");
         return PyFloat_AS_DOUBLE(value);
     }
     // A value of an enumeration that ends with `last`, by its code.
@@ -91,7 +94,7 @@ public:
     // Those in a list or a tuple.
     Arguments items() {
         PyObject* value = *next_++;
-        if (!PyTuple_Check(value) && !PyList_Check(value)) throw TypeError("expected a list or a tuple");
+        if (!PyTuple_Check(value) && !PyList_Check(value)) expected("a list or a tuple");
         return {PySequence_Fast_ITEMS(value), PySequence_Fast_GET_SIZE(value)};
     }
 
@@ -108,6 +111,12 @@ public:
     }
 
 private:
+    // Of the argument that was read last: its place, counted from 1, and what it should have been.
+    [[noreturn]] void expected(const char* kind) const {
+        throw TypeError("argument " + std::to_string(next_ - first_) + ": expected " + kind);
+    }
+
+    PyObject* const* first_;
     PyObject* const* next_;
     Py_ssize_t count_;
     const char* null_ = nullptr;  // the last pointer that is null

@@ -18,6 +18,7 @@ namespace fastguide::cpu {
 constexpr uint64_t kTile = 2048;  // elements
 constexpr uint64_t kPastCaches = uint64_t{8} << 20;  // bytes from which results are written past the caches
 
+// The tiles (noise.h has what one is) of such an array that has elements.
 struct Tiling {
     uint64_t rows, elements;
 
@@ -91,7 +92,8 @@ FG_INLINE void share_ranges(uint64_t count, uint64_t grain, int threads, const F
     share_ranges(Sharing(count, grain, threads), none, forget);
 }
 
-// f(index, memory) for each of [0, count): each thread has as much memory as `counted` counted.
+// f(index, memory) for each of [0, count): each thread has as much memory as `counted` counted. What f takes of it,
+// take from `counted` before, at the most that any index needs.
 template <class F>
 FG_INLINE void share_out(uint64_t count, uint64_t grain, int threads, const Memory& counted, const F& f) {
     const Sharing sharing(count, grain, threads);

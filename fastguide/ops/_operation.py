@@ -46,17 +46,20 @@ class Operation:
     the reference or the dispatcher returns is copied.
 
     Args:
-        schema: as ``torch.library`` writes it; ``str backend`` is added as the last argument.
-        reference: the operation in plain PyTorch.
-        fake: results of the right shapes and dtypes, without values.
+        schema: ``"name(arguments) -> results"`` as ``torch.library`` writes it; ``str backend`` is added as the last
+            argument.
+        reference: the operation in plain PyTorch. What it returns is new memory, as the dispatcher demands.
+        fake: results of the shapes, dtypes and strides of the others, without values.
         kernels: what computes it, by backend: a function, or ``"module:function"``, imported when it is first chosen.
+            The reference is not named.
         dtypes: what the kernels serve where that is not the floating states; None: anything.
         place: the device and the dtype of a call, by which a backend is chosen; default: those of the first argument.
         obstacle: why no kernel can serve these arguments, or ``""``.
-        differentiable: whether results have derivatives: the reference's, by autograd.
-        vjp: ``vjp(arguments, results, grads, needed)``, a shorter way to them: gradients by the name of the argument,
-            or None where it has no answer. ``needed``: the names that want one.
-        keep_results: whether ``vjp`` reads the results; else they are not kept for it.
+        differentiable: whether results have derivatives: the reference's, by autograd, where ``vjp`` has none.
+        vjp: ``vjp(arguments, results, grads, needed)``, a shorter way to them. ``grads`` has a gradient or None for
+            each result, ``needed`` the names of the arguments that want one. Returns gradients by name, or None for
+            the reference's. Whether gradients are enabled says whether the derivative is to be differentiated too.
+        keep_results: whether ``vjp`` reads the results; else they are not kept, and it is given none.
     """
 
     def __init__(
@@ -73,6 +76,10 @@ class Operation:
         vjp: Callable[..., dict[str, Tensor | None] | None] | None = None,
         keep_results: bool = False,
     ):
+        if "(" not in schema or ") -> " not in schema:
+            raise ValueError(f"schema: expected 'name(arguments) -> results', got {schema!r}")
+        if unknown := kernels.keys() - _DTYPES.keys():
+            raise ValueError(f"kernels: expected some of {tuple(_DTYPES)}, got {sorted(unknown)} for {schema!r}")
         self.name, _, rest = schema.partition("(")
         self.kernels = {**kernels, "reference": reference}
         self.reference, self.dtypes, self.place, self.obstacle = reference, dtypes, place, obstacle
@@ -209,6 +216,8 @@ class Operation:
                 outputs, known_grads = zip(*known, strict=True) if known else ((), ())
                 values = torch.autograd.grad(outputs, leaves, known_grads, create_graph=again, allow_unused=True)
             found = dict(zip(names, values, strict=True))
+        if unknown := found.keys() - set(self.names):
+            raise ValueError(f"vjp: expected gradients of arguments of {self.name}, got one of {sorted(unknown)}")
         return *(found.get(name) for name in self.names), None
 
 

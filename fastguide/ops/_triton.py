@@ -20,7 +20,7 @@ import triton.language as tl
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Arguments for whose values (1, multiples of 16) no kernel is compiled anew.
+# Arguments for whose values (1, multiples of 16) no kernel is compiled anew: ``do_not_specialize`` of every kernel.
 VARYING = ["particles", "seed", "step", "stream", "first_particle"]
 
 OPTIONS = {} if INTERPRETED.value else {"enable_fp_fusion": False}  # of every launch
@@ -86,7 +86,10 @@ _WORTH_TUNING = 1 << 22  # elements: below, every configuration takes as long as
 
 class Tuned:
     """An element-wise kernel in two forms: for large states the fastest of `CONFIGS`, measured once for each set of
-    the constants ``key``, and before a capture; for others the first of them."""
+    the constants ``key``, and before a capture; for others the first of them.
+
+    The kernel has arguments ``particles, elements``, and constants ``ALIGN`` and ``ABREAST``, which the call gives by
+    `alignment` and `abreast`, and ``BLOCK, ROWS, GROUPS``, which are added here: `tile_of_program` is the tile."""
 
     def __init__(self, kernel: Any, key: list[str]):
         self.plain = kernel
