@@ -21,10 +21,6 @@ T = TypeVar("T")
 Call = Callable[[], Any]
 
 CASES: dict[str, Callable[[Setting], Case]] = {}
-ORDER = (
-    "randn", "predict_x0", "predict_x0_backward", "reverse_step", "propose_and_weigh", "resample", "gather_particles_",
-    "log_prob_and_gradient", "samplers", "integrations",
-)  # fmt: skip
 
 
 class Absent(Exception):
@@ -119,13 +115,13 @@ def case(name: str):
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """The cases that ``names`` select: an operation, a case, or the beginning of one; none selects all. Raises
-    ``ValueError`` for a name that selects nothing."""
+    """The cases that ``names`` select: an operation, a case, or the beginning of one; none selects all. By
+    operation, and within one as they are registered. Raises ``ValueError`` for a name that selects nothing."""
     for name in names:
         if not any(known.startswith(name) for known in CASES):
             raise ValueError(f"expected the beginning of one of {', '.join(CASES)}; got {name!r}")
     found = [known for known in CASES if not names or known.startswith(tuple(names))]
-    return sorted(found, key=lambda known: ORDER.index(known.split("/")[0]))
+    return sorted(found, key=lambda known: known.split("/")[0])
 
 
 # --- running one --------------------------------------------------------------------------------------------

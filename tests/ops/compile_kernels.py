@@ -55,8 +55,9 @@ ABSENT = dict.fromkeys(
 )
 
 
-def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
-    """Name, kernel, types of its pointers, constants."""
+def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, object], tuple[int, int] | None]]:
+    """Name, which begins with that of the operation; kernel; types of its pointers; constants; and how many states it
+    reads and writes, or None where it moves other things in bulk, too."""
     pointer, count = f"*{state}", dict(ALIGN=16, ABREAST=4 // TYPES[state] if state == "fp32" else 2)
     step = dict(x=pointer, output=pointer, x_s=pointer)
     weigher = propose_and_weigh.propose_and_weigh_kernel
@@ -65,37 +66,33 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
     weigh = dict(x=pointer, x0_hat=pointer, displacement=pointer, x_s=pointer, before="*fp64", after="*fp64")
     kernel = reverse_step.reverse_step_kernel
     split = dict(SPLIT=propose_and_weigh.SPLIT, BLOCK=propose_and_weigh.BLOCK)
-    yield "randn", randn.randn_kernel, dict(out=pointer), count
+    yield "randn", randn.randn_kernel, dict(out=pointer), count, (0, 1)
     outputs = dict(x=pointer, output=pointer, unconditional=pointer, x0=pointer)
     gradients = dict(grad=pointer, grad_x=pointer, grad_output=pointer, grad_unconditional=pointer)
-    yield "predict_x0", predict_x0.predict_x0_kernel, outputs, count | dict(SAMPLE=False)
-    yield "predict_x0_backward", predict_x0.predict_x0_backward_kernel, gradients, count
-    yield "reverse_step", kernel, step, count | flags
-    yield "reverse_step, per sample", kernel, step | table, count | flags | dict(X0=True, CLIP=False, CLIP_NOISE=False)
-    yield "reverse_step, deterministic", kernel, step, count | flags | dict(NOISE=False)
-    yield "propose_and_weigh", weigher, weigh, count | split
-    yield (
-        "propose_and_weigh, split",
-        propose_and_weigh.propose_and_weigh_kernel,
-        weigh | dict(sums="*fp64"),
-        count | split,
-    )
+    yield "predict_x0", predict_x0.predict_x0_kernel, outputs, count | dict(SAMPLE=False), (3, 1)
+    yield "predict_x0_backward", predict_x0.predict_x0_backward_kernel, gradients, count, (1, 3)
+    yield "reverse_step", kernel, step, count | flags, (2, 1)
+    each = flags | dict(X0=True, CLIP=False, CLIP_NOISE=False)
+    yield "reverse_step, per sample", kernel, step | table, count | each, (3, 2)
+    yield "reverse_step, deterministic", kernel, step, count | flags | dict(NOISE=False), (2, 1)
+    yield "propose_and_weigh", weigher, weigh, count | split, (3, 1)
+    yield "propose_and_weigh, split", weigher, weigh | dict(sums="*fp64"), count | split, (3, 1)
 
     sums = dict(BLOCK=tiles.SUM_BLOCK)
-    yield "weigh", propose_and_weigh.weigh_kernel, dict(sums="*fp64", before="*fp64", after="*fp64"), sums
+    yield "weigh", propose_and_weigh.weigh_kernel, dict(sums="*fp64", before="*fp64", after="*fp64"), sums, (0, 0)
     matrices = dict(gram="*fp64", residual="*fp64", solution="*fp64", log_det="*fp64")
     for m in (2, 4, 16):
         several = min(solve_positive_part.PRODUCTS // m**3, solve_positive_part.MOST)
         kernel = solve_positive_part.solve_positive_part_kernel
-        yield f"solve_positive_part, {m}", kernel, matrices, dict(BLOCK=several, MATRICES=several, M=m)
-    yield "total", log_prob_and_gradient.total_kernel, dict(sums="*fp64", total="*fp64"), sums
+        yield f"solve_positive_part, {m}", kernel, matrices, dict(BLOCK=several, MATRICES=several, M=m), (0, 0)
+    yield "total", log_prob_and_gradient.total_kernel, dict(sums="*fp64", total="*fp64"), sums, (0, 0)
 
     density, alike = dict(z=pointer, y="*fp32", gradient=pointer, sums="*fp64"), dict(ALIGN=16)
     for code, family in enumerate(FAMILIES):
         more = dict(rows="*i64", constants="*fp64") if family == "poisson" else dict(extra_variance="*fp32")
         number = dict(FAMILY=code, SPLIT=log_prob_and_gradient.SPLIT, BLOCK=log_prob_and_gradient.BLOCK)
         kernel = log_prob_and_gradient.log_prob_and_gradient_kernel
-        yield f"log_prob_and_gradient, {family}", kernel, density | more, alike | number
+        yield f"log_prob_and_gradient, {family}", kernel, density | more, alike | number, None
 
 
 def compiled(kernel, pointers: dict[str, str], constants: dict[str, object], architecture: int, warps: int) -> dict:
@@ -133,14 +130,14 @@ def compile_all(architecture: int, state: str) -> list[str]:
     """A line of JSON for each kernel on states of a dtype."""
     lines = []
     configs = tiles.CONFIGS if architecture == 90 else tiles.CONFIGS[1:2]
-    for name, kernel, pointers, constants in cases(state):
+    for name, kernel, pointers, constants, moved in cases(state):
         for config in tiles.CONFIGS[1:2] if "BLOCK" in constants else configs:
             block = constants.get("BLOCK", config.kwargs["BLOCK"])
             tile = dict(BLOCK=block, ROWS=1, GROUPS=block // 4)
             family = name.removeprefix("log_prob_and_gradient, ")
             warps = log_prob_and_gradient.warps_of(family) if family != name else config.num_warps
             found = compiled(kernel, pointers, constants | tile, architecture, warps)
-            about = dict(name=name, state=state, architecture=architecture, block=block)
+            about = dict(name=name, state=state, architecture=architecture, block=block, moved=moved)
             lines.append(json.dumps(about | found))
     return lines
 

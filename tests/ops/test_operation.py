@@ -174,6 +174,39 @@ def test_a_gpu_without_our_kernels_takes_the_next_backend_and_warns_once(a_gpu, 
     assert "triton serves compute capability 8.0" in why_not("triton", "randn", device=GPU, dtype=torch.float32)
 
 
+# --- what an operation is made of ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schema", "kernels", "message"),
+    [
+        ("twice(Tensor x)", {}, r"schema: expected 'name\(arguments\) -> results', got 'twice\(Tensor x\)'"),
+        ("twice(Tensor x)-> Tensor", {}, "schema: expected"),
+        ("twice(Tensor x) -> Tensor", {"gpu": torch.clone}, r"kernels: expected some of \(.*'cuda'.*\), got \['gpu'\]"),
+    ],
+)
+def test_an_operation_that_would_be_misread_is_refused(schema, kernels, message):
+    before = set(OPERATIONS)
+    with pytest.raises(ValueError, match=message):
+        _operation.Operation(schema, reference=torch.clone, fake=torch.empty_like, kernels=kernels)
+    assert set(OPERATIONS) == before
+
+
+def test_a_gradient_of_an_unknown_argument_is_refused(monkeypatch):
+    monkeypatch.setattr(OPERATIONS["reverse_step"], "vjp", lambda *args: {"model_ouput": args[2][0]})
+    x = normal(2, 3, grad=True)
+    with pytest.raises(ValueError, match=r"vjp: expected .* arguments of reverse_step, got one of \['model_ouput'\]"):
+        ops.reverse_step(x, x, VP).sum().backward()
+
+
+def test_a_binding_says_which_argument_it_did_not_expect():
+    module = _native.module("cpu")
+    for kind, arguments in (("an integer", (0, 0.0)), ("a float", (0, 1))):
+        function, count = (module.randn, 9) if kind == "an integer" else (module.log_prob_and_gradient, 17)
+        with pytest.raises(TypeError, match=f"^argument 2: expected {kind}$"):
+            function(*arguments, *(0,) * (count - 2))
+
+
 # --- torch's own checks -------------------------------------------------------------------------------------
 
 
