@@ -83,7 +83,7 @@ CALLS = {
     "reverse_step": (
         ops.reverse_step,
         dict(x=X, model_output=X, coefficients=LEVELS, prediction="epsilon", clip=None, clip_noise=True,
-             displacement=None, return_x0=False, backend="auto", **COUNTER),
+             displacement=X, displacement_scale=2.0, return_x0=False, backend="auto", **COUNTER),
     ),
     "predict_x0": (
         ops.predict_x0,
@@ -92,7 +92,8 @@ CALLS = {
     ),
     "propose_and_weigh": (
         ops.propose_and_weigh,
-        dict(x=X, x0_hat=X, displacement=X, log_weights=torch.zeros(2), coefficients=LEVELS, backend="auto", **COUNTER),
+        dict(x=X, x0_hat=X, displacement=X, log_weights=torch.zeros(2), coefficients=LEVELS, clip=None,
+             displacement_scale=2.0, backend="auto", **COUNTER),
     ),
     "resample": (
         ops.resample,

@@ -18,7 +18,10 @@ struct Step {
     Input x, output, displacement;  // displacement.data may be null
     void *x_s, *x0;                 // in x's dtype; x0 may be null
     const double* levels;           // five numbers, or for each of the five a column [particles]
-    bool per_particle;
+    bool level_columns;
+    double displacement_scale;
+    const double* displacement_scales;  // [particles]; null where all have that scale
+    bool per_particle;                  // levels or scales
     Prediction prediction;
     Clip clip;
     bool clip_noise;  // whether the noise, too, is that of the clipped x0
@@ -28,8 +31,8 @@ struct Step {
 
 // --- a particle's multipliers -------------------------------------------------------------------------------
 
-// Those of common/step.h, and 1 / (2 tau), or 0 where tau is.
-enum Factor : int { kP, kQ, kA, kB, kTau, kC, kHalfInverse, kFactors };
+// Those of common/step.h, the displacement's scale, and 1 / (2 tau), or 0 where tau is.
+enum Factor : int { kP, kQ, kA, kB, kTau, kC, kScale, kHalfInverse, kFactors };
 
 // One particle's, the same for all elements,
 template <class R>
@@ -37,9 +40,9 @@ struct OneParticle {
     static constexpr bool kMixed = false;
     R value[kFactors];
 
-    explicit FG_INLINE OneParticle(const Multipliers& m)
-        : value{static_cast<R>(m.p),   static_cast<R>(m.q), static_cast<R>(m.a), static_cast<R>(m.b),
-                static_cast<R>(m.tau), static_cast<R>(m.c), R{0}} {
+    FG_INLINE OneParticle(const Multipliers& m, double scale)
+        : value{static_cast<R>(m.p),   static_cast<R>(m.q), static_cast<R>(m.a),   static_cast<R>(m.b),
+                static_cast<R>(m.tau), static_cast<R>(m.c), static_cast<R>(scale), R{0}} {
         const R half_over = R{0.5} / value[kTau], most = std::numeric_limits<R>::max();
         value[kHalfInverse] = value[kTau] == R{0} ? R{0} : half_over > most ? most : half_over;
     }
@@ -71,6 +74,7 @@ struct Span {
     R low, high;                             // x0 is clipped to
     bool sample;                             // whether the output is x0
     bool keeps_noise;                        // that of x0 before it is clipped
+    bool scaled;                             // whether the displacement is
     bool past_caches;                        // x_s and x0, which are equally aligned
 
     // Weighted particles are not displaced either where there is no noise.
@@ -101,6 +105,7 @@ FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const L
     V displacement{}, z{};
     if (!kPlain && s.displacement) {
         displacement = lanes.read(s.displacement + i);
+        if (!s.scaled) displacement = get(kScale) * displacement;
         if constexpr (Source::kMixed)  // of weighted particles none where tau = 0, not even a NaN
             if (s.terms) displacement = get(kTau) != R{0} ? displacement : V{};
         x_s = x_s + displacement;
@@ -145,7 +150,9 @@ struct Prepared {
     Scratch<R> bounds;  // each particle's dynamic threshold
 
     explicit Prepared(const Step& s)
-        : step(s), common(s.per_particle ? Multipliers{} : multipliers(levels_of(0), s.prediction, s.clip_noise)) {
+        : step(s),
+          common(s.per_particle ? Multipliers{} : multipliers(levels_of(0), s.prediction, s.clip_noise),
+                 s.displacement_scale) {
         const bool range = s.clip.kind == ClipKind::range;
         low = range ? static_cast<R>(s.clip.low) : -static_cast<R>(__builtin_inf());
         high = range ? static_cast<R>(s.clip.high) : static_cast<R>(__builtin_inf());
@@ -156,8 +163,8 @@ struct Prepared {
     }
 
     FG_INLINE Levels levels_of(uint64_t row) const {
-        const uint64_t stride = step.per_particle ? step.shape.particles : 1;
-        const double* l = step.levels + (step.per_particle ? row : 0);
+        const uint64_t stride = step.level_columns ? step.shape.particles : 1;
+        const double* l = step.levels + (step.level_columns ? row : 0);
         return {l[0], l[stride], l[2 * stride], l[3 * stride], l[4 * stride]};
     }
     FG_INLINE R tau_of(uint64_t row) const {
@@ -165,7 +172,8 @@ struct Prepared {
     }
     FG_INLINE OneParticle<R> of(uint64_t row) const {
         if (!step.per_particle) return common;
-        return OneParticle<R>(multipliers(levels_of(row), step.prediction, step.clip_noise));
+        const double scale = step.displacement_scales ? step.displacement_scales[row] : step.displacement_scale;
+        return {multipliers(levels_of(row), step.prediction, step.clip_noise), scale};
     }
 
 private:
@@ -253,9 +261,11 @@ void clip_tile(const Prepared<R>& call, const Tile& tile, const TileBuffers<R>& 
         R* const row = buffers.output + at;
         x0_of(row, span.x + at, span.output + at, call, tile.row + i, in_row);
         if (span.keeps_noise) {
-            const R c = call.of(tile.row + i).value[kC];
-            for (uint64_t k = 0; k < in_row; ++k)
-                buffers.displacement[at + k] = (span.displacement ? span.displacement[at + k] : R{0}) + c * row[k];
+            const OneParticle<R> m = call.of(tile.row + i);
+            for (uint64_t k = 0; k < in_row; ++k) {
+                const R moved = span.displacement ? m.value[kScale] * span.displacement[at + k] : R{0};
+                buffers.displacement[at + k] = moved + m.value[kC] * row[k];
+            }
         }
         for (uint64_t k = 0; k < in_row; ++k) {
             const R v = row[k] < -bound ? -bound : row[k];
@@ -263,7 +273,7 @@ void clip_tile(const Prepared<R>& call, const Tile& tile, const TileBuffers<R>& 
         }
     }
     span.output = buffers.output, span.sample = true;
-    if (span.keeps_noise) span.displacement = buffers.displacement, span.keeps_noise = false;
+    if (span.keeps_noise) span.displacement = buffers.displacement, span.scaled = true, span.keeps_noise = false;
 }
 
 // x_s, and x0 if it is asked for, of one tile; and unless null the terms of tau times the log-density ratio, for which

@@ -17,8 +17,8 @@ inline void read_inputs(Arguments& in, Step& step, const char* output) {
 
 // A tuple of five floats, kept in `five`, or the address of five columns.
 inline void read_levels(Arguments& in, Step& step, double (&five)[5]) {
-    step.per_particle = !in.is_tuple();
-    if (step.per_particle) {
+    step.level_columns = !in.is_tuple();
+    if (step.level_columns) {
         step.levels = in.pointer<const double>("levels");
         return;
     }
@@ -32,6 +32,22 @@ inline void read_levels(Arguments& in, Step& step, double (&five)[5]) {
     if (five[1] == 0.0 || five[4] > five[3] * (1 + 1e-6) || (divides && five[0] == 0.0))
         throw std::invalid_argument("levels: expected sigma_t > 0, tau <= sigma_s, and alpha_t > 0 to divide by");
     step.levels = five;
+}
+
+// The displacement's scale, a float or the address of a column; after the levels.
+inline void read_scale(Arguments& in, Step& step) {
+    step.displacement_scale = 1.0;
+    if (in.is_float()) step.displacement_scale = in.number();
+    else step.displacement_scales = in.pointer<const double>("displacement_scale");
+    if (!std::isfinite(step.displacement_scale)) throw std::invalid_argument("displacement_scale: expected a finite one");
+    step.per_particle = step.level_columns || step.displacement_scales;
+}
+
+// none, a range or a dynamic threshold, by its code and two numbers.
+inline void read_clip(Arguments& in, Step& step) {
+    const ClipKind kind = in.code("clip", ClipKind::dynamic);
+    const double low = in.number();
+    step.clip = {kind, low, in.number()};
 }
 
 // The shape of a state, [N, *event], a counter, and the number of threads. All that came before must be in memory.

@@ -165,13 +165,20 @@ class Run:
         *,
         tau: float | None = None,
         displacement: Tensor | None = None,
+        displacement_scale: Scalar = 1.0,
         prediction: str = "sample",
         return_x0: bool = False,
     ) -> Any:
         """Step ``i`` from a predicted clean sample, or another ``prediction``, clipped as the run says."""
         coefficients = self.coefficients(i, tau)
 
-        def draw(counter: dict[str, Any], x: Tensor, x0_hat: Tensor, displacement: Tensor | None = None) -> Any:
+        def draw(
+            counter: dict[str, Any],
+            x: Tensor,
+            x0_hat: Tensor,
+            displacement: Tensor | None = None,
+            scale: Scalar = displacement_scale,
+        ) -> Any:
             return ops.reverse_step(
                 x,
                 x0_hat,
@@ -179,12 +186,15 @@ class Run:
                 prediction=prediction,
                 clip=self.clip,
                 displacement=displacement,
+                displacement_scale=scale,
                 return_x0=return_x0,
                 out=self.memory(x, return_x0),
                 **counter,
             )
 
         tensors = (x, x0_hat) if displacement is None else (x, x0_hat, displacement)
+        if isinstance(displacement_scale, Tensor) and displacement_scale.ndim:  # a number for each sample
+            tensors = (*tensors, displacement_scale)
         return self.with_counters(i, draw, *tensors)
 
     def in_chunks(self, f: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:

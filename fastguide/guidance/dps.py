@@ -10,7 +10,6 @@ from ..arguments import flag
 from ..likelihoods import Likelihood
 from ..ops._arguments import Scalar
 from ..profiling import phase
-from ..reference import scaled
 from .base import (
     Run,
     Schedulable,
@@ -18,7 +17,6 @@ from .base import (
     check_covariance,
     default_covariance,
     entry,
-    per_sample,
     per_step,
     prepare_likelihood,
 )
@@ -71,10 +69,11 @@ class DPS:
         assert self.covariance is not None
         x0_hat, shift, _, norm = run.likelihood_score(self.likelihood, self.covariance, state.x, i)
         with phase("step"):
-            displacement = scaled(shift, self._weight(run, i))
+            scale = self._weight(run, i)
             if self.normalize:
-                displacement *= per_sample(torch.where(norm > 0, 2.0 / norm, 0.0), displacement)
-            return State(run.reverse_step(state.x, x0_hat, i, displacement=displacement), x0_hat=x0_hat)
+                scale = scale * torch.where(norm > 0, 2.0 / norm, 0.0)
+            x = run.reverse_step(state.x, x0_hat, i, displacement=shift, displacement_scale=scale)
+            return State(x, x0_hat=x0_hat)
 
     def _weight(self, run: Run, i: int) -> Scalar:
         """Of the shift, which is ``sigma_t^2 / alpha_t`` times the gradient."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..arguments import number, one_of
 from ..profiling import phase
-from ..reference import SCHEMES, clip_x0, scaled
+from ..reference import SCHEMES
 from .base import STREAM_RESAMPLE, Run, State
 
 
@@ -60,11 +60,12 @@ def propose_guided(run: Run, state: State, log_weights: Tensor, i: int) -> tuple
     ) -> tuple[Tensor, Tensor]:
         x_s = run.memory(x)
         out = None if x_s is None else (x_s, torch.empty_like(log_weights))
-        return ops.propose_and_weigh(x, x0_hat, displacement, log_weights, coefficients, out=out, **counter)
+        return ops.propose_and_weigh(
+            x, x0_hat, displacement, log_weights, coefficients, clip=run.clip, displacement_scale=run.x0_weight(i),
+            out=out, **counter,
+        )  # fmt: skip
 
-    x0_hat = clip_x0(state.particles["x0_hat"], run.clip)
-    shift = scaled(state.particles["shift"], run.x0_weight(i))
-    return run.with_counters(i, draw, state.x, x0_hat, shift, log_weights)
+    return run.with_counters(i, draw, state.x, state.particles["x0_hat"], state.particles["shift"], log_weights)
 
 
 def on_the_way(run: Run, log_prob: Tensor) -> Tensor:

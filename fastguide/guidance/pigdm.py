@@ -12,7 +12,6 @@ from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator, solve_with_noise
 from ..ops._arguments import Scalar
 from ..profiling import phase
-from ..reference import scaled
 from .base import PullBack, Run, Schedulable, State, entry, isotropic_variance, per_step, prepare_likelihood
 
 
@@ -62,8 +61,9 @@ class PiGDM:
         run.watch.finite(i, "net", x0_hat)
         run.watch.finite(i, self.likelihood.blamed, shift)
         with phase("step"):
-            displacement = scaled(shift, entry(self.zeta, i) * run.x0_weight(i))
-            return State(run.reverse_step(state.x, x0_hat, i, displacement=displacement), x0_hat=x0_hat)
+            scale = entry(self.zeta, i) * run.x0_weight(i)
+            x = run.reverse_step(state.x, x0_hat, i, displacement=shift, displacement_scale=scale)
+            return State(x, x0_hat=x0_hat)
 
     @staticmethod
     def vector(x0_hat: Tensor, likelihood: Likelihood, t: float, spread: Scalar) -> Tensor:

@@ -39,6 +39,7 @@ Clip = float | tuple[float, float] | DynamicThreshold | None
 
 Counter = tuple[int, int, int, int, Tensor | None, Tensor | None]
 COUNTER = "SymInt seed, SymInt step, SymInt stream, SymInt first_particle, Tensor? seed_tensor, Tensor? step_tensor"
+SCALE = "float displacement_scale, Tensor? displacement_scale_tensor"
 Levels = tuple[Sequence[float], Tensor | None]  # five floats, or none and a float64 table [5, N]
 LEVELS = "float[] coefficients, Tensor? table"
 
@@ -273,6 +274,16 @@ def per_sample(name: str, value: Any, x: Tensor) -> tuple[float, Tensor | None]:
     return 1.0, value.double().expand(x.shape[0])
 
 
+def unpacked(number: float, tensor: Tensor | None) -> Scalar:
+    """What `per_sample` made two of."""
+    return number if tensor is None else tensor
+
+
+def address(number: float, tensor: Tensor | None) -> float | int:
+    """The same as the cpu kernels take it; ``tensor`` must be contiguous."""
+    return number if tensor is None else tensor.data_ptr()
+
+
 # --- clips --------------------------------------------------------------------------------------------------
 
 
@@ -300,3 +311,8 @@ def unpacked_clip(value: Sequence[float]) -> Clip:
     if not value:
         return None
     return DynamicThreshold(*value[:2]) if len(value) == 3 else (value[0], value[1])
+
+
+def codes(value: Sequence[float]) -> tuple[int, float, float]:
+    """As the cpu kernels take it."""
+    return len(value) and len(value) - 1, value[0] if value else 0.0, value[1] if value else 0.0

@@ -37,7 +37,7 @@ TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTEGERS = dict(particles="i32", elements="i64", seed="u64", step="u32", stream="u32", first_particle="i64")
 INTEGERS |= dict.fromkeys(("samples", "y_rows", "extra_rows", "splits", "number", "size"), "i32")
 FLOATS = dict.fromkeys(("p", "q", "a", "b", "tau", "c", "low", "high", "variance", "df"), "fp32")
-FLOATS |= dict.fromkeys(("guidance_scale", "of_x", "of_output", "of_unconditional"), "fp32")
+FLOATS |= dict.fromkeys(("guidance_scale", "displacement_scale", "of_x", "of_output", "of_unconditional"), "fp32")
 FLOATS |= dict.fromkeys(("scale", "background", "constant"), "fp64")
 ABSENT = dict.fromkeys(
     (
@@ -75,6 +75,7 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
     each = flags | dict(X0=True, CLIP=False, CLIP_NOISE=False)
     yield "reverse_step, per sample", kernel, step | table, count | each, (3, 2)
     yield "reverse_step, deterministic", kernel, step, count | flags | dict(NOISE=False), (2, 1)
+    split = split | dict(CLIP=True)
     yield "propose_and_weigh", weigher, weigh, count | split, (3, 1)
     yield "propose_and_weigh, split", weigher, weigh | dict(sums="*fp64"), count | split, (3, 1)
 

@@ -232,8 +232,9 @@ def test_opcheck_randn(shape, dtype, backend):
 
 
 def reverse_step_arguments(
-    x, *, output=None, coefficients=VP, prediction="epsilon", clip=None, clip_noise=True, moved=False, return_x0=False
-) -> tuple:
+    x, *, output=None, coefficients=VP, prediction="epsilon", clip=None, clip_noise=True, moved=False, return_x0=False,
+    displacement_scale=1.0,
+) -> tuple:  # fmt: skip
     values, table = _arguments.levels(coefficients, x, prediction)
     output = normal(*x.shape, seed=1, dtype=x.dtype, grad=x.requires_grad) if output is None else output
     displacement = normal(*x.shape, seed=2, dtype=x.dtype, grad=x.requires_grad) if moved else None
@@ -247,6 +248,7 @@ def reverse_step_arguments(
         clip,
         clip_noise,
         displacement,
+        *_arguments.per_sample("displacement_scale", displacement_scale, x),
         5,
         1,
         0,
@@ -258,6 +260,7 @@ def reverse_step_arguments(
     )
 
 
+SCALES = torch.tensor([0.5, -2.0, 1.0])
 PER_SAMPLE = (torch.tensor([0.6, 0.0, 1.0]), 0.8, torch.ones(3), 0.6, torch.tensor([0.0, 0.3, 0.6]))
 
 
@@ -270,7 +273,8 @@ PER_SAMPLE = (torch.tensor([0.6, 0.0, 1.0]), 0.8, torch.ones(3), 0.6, torch.tens
         dict(clip=(-1, 2), moved=True),
         dict(prediction="sample", coefficients=(0.6, 0.8, 1.0, 0.0, 0.0)),
         dict(prediction="v", coefficients=PER_SAMPLE, clip=DynamicThreshold(0.9, 3.0), moved=True),
-        dict(clip=0.5, clip_noise=False, moved=True),
+        dict(clip=0.5, clip_noise=False, moved=True, displacement_scale=-0.5),
+        dict(moved=True, displacement_scale=SCALES),
     ],
 )
 def test_opcheck_reverse_step(options, grad, return_x0):
@@ -302,7 +306,10 @@ def test_opcheck_propose_and_weigh(weights_shape, dtype, coefficients, layout):
         states = [turned(state) for state in states]
     values, table = _arguments.levels(coefficients, states[0], "sample")
     weights = normal(*weights_shape, dtype=torch.float64)
-    check(OPERATORS.propose_and_weigh, *states, weights, values, table, -1, 0, 0, 3, torch.tensor([9]), None, "auto")
+    scale = _arguments.per_sample("displacement_scale", SCALES if layout == "turned" else 0.5, states[0])
+    bounds = (-1.0, 2.0) if layout == "turned" else ()
+    counter = (-1, 0, 0, 3, torch.tensor([9]), None)
+    check(OPERATORS.propose_and_weigh, *states, weights, values, table, bounds, *scale, *counter, "auto")
 
 
 @pytest.mark.parametrize("scheme", reference.SCHEMES)

@@ -258,3 +258,90 @@ def test_no_gradients_eager_as_compiled():
         x, 2 * x, x, torch.zeros(4, requires_grad=True), (0.5, 0.8, 0.9, 0.4, 0.3), seed=0
     )
     assert not x_s.requires_grad and not log_weights.requires_grad
+
+
+# --- the clip and the displacement's scale ------------------------------------------------------------------
+
+
+SCALED = {
+    "reverse_step": lambda x, x0, d, w, levels, **options: (
+        ops.reverse_step(x, x0, levels, prediction="sample", displacement=d, seed=3, **options),
+    ),
+    "propose_and_weigh": lambda x, x0, d, w, levels, **options: ops.propose_and_weigh(
+        x, x0, d, w, levels, seed=3, **options
+    ),
+}
+CLIPS = (None, 0.7, (-0.4, 0.9), ops.DynamicThreshold(0.9, 3.0))
+
+
+# 5: below a vector. 40: rows of their own. 2500: two tiles.
+@pytest.mark.parametrize("elements", (5, 40, 2500))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("backend", ("cpu", "triton", "reference"))
+@pytest.mark.parametrize("name", SCALED)
+def test_clip_and_scale_are_those_made_before(name, backend, dtype, elements, assert_close):
+    """Against the same step of what was clipped and scaled in float64 before."""
+    if reason := ops._operation.why_not(backend, name, device=torch.device("cpu"), dtype=dtype):
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(0)
+    x, x0, d = torch.randn(3, 4, elements, generator=generator, dtype=torch.float64).to(dtype).unbind()
+    d, w = 0.1 * d, torch.randn(4, generator=generator, dtype=torch.float64)
+    call, scales = SCALED[name], torch.tensor([0.5, -2.0, 0.0, 3.0], dtype=torch.float64)
+    noise = torch.tensor([0.35, 0.0, 0.2, 0.35], dtype=torch.float64)
+    one, each = (0.6, 0.8, 0.8, 0.6, 0.35), (0.6, 0.8, 0.8, 0.6, noise)
+    for clip, scale, levels in zip(CLIPS, (-1.5, scales, scales, -1.5), (one, each, one, each), strict=True):
+        got = call(x, x0, d, w, levels, clip=clip, displacement_scale=scale, backend=backend)
+        moved = d.double() * torch.as_tensor(scale, dtype=torch.float64).reshape(-1, 1)
+        clipped = reference.clip_x0(x0.double(), clip)
+        expected = call(x.double(), clipped, moved, w, levels, backend="reference")
+        assert got[0].dtype == dtype
+        assert_close(got[0], expected[0], 8.0)
+        if len(got) == 2:
+            torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-5 * elements**0.5)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_a_scale_of_a_displacement_that_the_noise_of_a_dynamic_threshold_shares(backend, assert_close):
+    """``clip_noise=False``: the kernel adds the displacement to what the threshold does not see."""
+    generator = torch.Generator().manual_seed(0)
+    x, x0, d = torch.randn(3, 4, 33, generator=generator).unbind()
+    levels, clip = (0.6, 0.8, 0.8, 0.6, 0.35), ops.DynamicThreshold(0.8, 3.0)
+    options = dict(clip=clip, clip_noise=False, prediction="v", seed=1)
+    got = ops.reverse_step(x, x0, levels, displacement=d, displacement_scale=-1.5, backend=backend, **options)
+    wide = dict(displacement=-1.5 * d.double(), backend="reference")
+    assert_close(got, ops.reverse_step(x.double(), x0.double(), levels, **wide, **options), 8.0)
+
+
+@pytest.mark.parametrize("per_sample", (False, True))
+def test_gradcheck_with_a_scale(per_sample):
+    generator = torch.Generator().manual_seed(0)
+    x, x0, d = (v.requires_grad_() for v in torch.randn(3, 2, 3, generator=generator, dtype=torch.float64).unbind())
+    scale = torch.tensor([0.5, -2.0], dtype=torch.float64, requires_grad=True)
+    levels = (0.6, 0.8, 0.8, 0.6, 0.35)
+
+    def f(x, x0, d, *scales):
+        scale = scales[0] if scales else -1.5
+        return ops.reverse_step(x, x0, levels, displacement=d, displacement_scale=scale, clip=0.9)
+
+    assert torch.autograd.gradcheck(f, (x, x0, d, scale) if per_sample else (x, x0, d))
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (dict(displacement_scale=math.nan), ValueError, "displacement_scale: expected a finite number, got nan"),
+        (dict(displacement_scale=torch.ones(3)), ValueError, "displacement_scale: expected a number or a floating"),
+        (dict(clip=-1.0), ValueError, "clip: expected a number > 0"),
+    ],
+)
+def test_errors_of_clip_and_scale(name, options, error, words):
+    x = torch.zeros(2, 3)
+    with pytest.raises(error, match=words):
+        SCALED[name](x, x, x, torch.zeros(2), (0.6, 0.8, 0.8, 0.6, 0.35), **options)
+
+
+def test_a_scale_without_a_displacement_is_refused():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"displacement_scale: expected 1 without a displacement, got 2\.0"):
+        ops.reverse_step(x, x, (0.6, 0.8, 0.8, 0.6, 0.35), displacement_scale=2.0)

@@ -53,6 +53,7 @@ def kernel(x, output, coefficients, *, prediction="epsilon", clip=None, clip_noi
         results[0].data_ptr(), results[1].data_ptr(), True, reference.PREDICTIONS.index(prediction),
         len(bounds) and len(bounds) - 1, *(bounds[:2] or (0.0, 0.0)), clip_noise,
         table.data_ptr() if levels == () else levels,
+        1.0,
         (particles, elements), seed, step, stream, first_particle, threads,
     )  # fmt: skip
     for buffer, result in zip(buffers, results, strict=True):
@@ -384,7 +385,9 @@ def test_numbers_of_any_kind_are_coefficients():
 @pytest.mark.parametrize(
     ("change", "error"),
     (
-        (dict(count=20), TypeError),
+        (dict(count=21), TypeError),
+        (dict(displacement_scale=math.nan), ValueError),
+        (dict(displacement_scale="1"), TypeError),
         (dict(dtype=4), ValueError),
         (dict(dtype=1.0), TypeError),
         (dict(return_x0=0), TypeError),
@@ -410,11 +413,11 @@ def test_numbers_of_any_kind_are_coefficients():
 def test_the_module_takes_no_wrong_call(change, error):
     arguments = dict(x=0, dtype=0, output=0, output_dtype=0, displacement=None, displacement_dtype=0, x_s=0,
                      x0=None, return_x0=False, prediction=0, clip=0, low=0.0, high=0.0, clip_noise=True,
-                     levels=VP, shape=(0, 4), seed=0, step=0,
+                     levels=VP, displacement_scale=1.0, shape=(0, 4), seed=0, step=0,
                      stream=0, first_particle=0, threads=1)  # fmt: skip
     _native.module("cpu").reverse_step(*arguments.values())  # of no particles: reads nothing
     with pytest.raises(error):
-        _native.module("cpu").reverse_step(*list((arguments | change).values())[: change.get("count", 21)])
+        _native.module("cpu").reverse_step(*list((arguments | change).values())[: change.get("count", 22)])
 
 
 # --- derivatives that the operator does not know ------------------------------------------------------------

@@ -54,7 +54,7 @@ void propose_and_weigh_as(const Step& step, const Weights& weights) {
 }
 
 // x, x's dtype, x0_hat, its dtype, displacement, its dtype, x_s, log-weights before, after, whether they are doubles,
-// levels, shape of x, seed, step, stream, first_particle, threads
+// clip (kind, low, high), levels, displacement_scale, shape of x, seed, step, stream, first_particle, threads
 PyObject* propose_and_weigh(Arguments& in) {
     Step step{};
     Weights weights;
@@ -63,7 +63,9 @@ PyObject* propose_and_weigh(Arguments& in) {
     step.x_s = in.pointer("x_s"), step.prediction = Prediction::sample, step.clip_noise = true;
     weights.before = in.pointer("log_weights"), weights.after = in.pointer("log_weights");
     weights.doubles = in.flag();
+    read_clip(in, step);
     read_levels(in, step, five);
+    read_scale(in, step);
     read_shape(in, step);
     expect_memory("log_weights", weights.before, step.shape.particles);  // which may have no other elements
     without_gil([&] {
@@ -85,7 +87,7 @@ PyObject* propose_and_weigh(Arguments& in) {
     return none();
 }
 
-Binding binding{"propose_and_weigh", fastcall<propose_and_weigh, 17>, "The guided step, and the log-weights after it."};
+Binding binding{"propose_and_weigh", fastcall<propose_and_weigh, 21>, "The guided step, and the log-weights after it."};
 
 }  // namespace
 }  // namespace fastguide::cpu

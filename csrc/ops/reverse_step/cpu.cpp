@@ -15,7 +15,7 @@ void reverse_step_as(const Step& step) {
 }
 
 // x, x's dtype, model_output, its dtype, displacement (or None), its dtype, x_s, x0 (or None), return_x0,
-// prediction, clip (kind, low, high), clip_noise, levels, shape of x, seed, step, stream, first_particle, threads
+// prediction, clip (kind, low, high), clip_noise, levels, displacement_scale, shape of x, seed, step, stream, first_particle, threads
 PyObject* reverse_step(Arguments& in) {
     Step step{};
     double five[5];
@@ -23,11 +23,10 @@ PyObject* reverse_step(Arguments& in) {
     step.x_s = in.pointer("x_s"), step.x0 = in.pointer_or_none("x0");
     in.flag();
     step.prediction = in.code("prediction", Prediction::flow);
-    const ClipKind kind = in.code("clip", ClipKind::dynamic);
-    const double low = in.number();
-    step.clip = {kind, low, in.number()};
+    read_clip(in, step);
     step.clip_noise = in.flag();
     read_levels(in, step, five);
+    read_scale(in, step);
     read_shape(in, step);
     without_gil([&] {
         prepare_results(step);
@@ -38,7 +37,7 @@ PyObject* reverse_step(Arguments& in) {
     return none();
 }
 
-Binding binding{"reverse_step", fastcall<reverse_step, 21>, "One reverse step."};
+Binding binding{"reverse_step", fastcall<reverse_step, 22>, "One reverse step."};
 
 }  // namespace
 }  // namespace fastguide::cpu

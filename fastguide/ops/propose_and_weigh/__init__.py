@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _arguments, _native
-from .._arguments import COUNTER, LEVELS, WEIGHT_DTYPES, Coefficients, IntOrTensor
+from .._arguments import COUNTER, LEVELS, SCALE, WEIGHT_DTYPES, Clip, Coefficients, IntOrTensor, Scalar
 from .._operation import UNUSUAL, Operation, plain
 from . import reference
 
@@ -18,6 +18,8 @@ def propose_and_weigh(
     log_weights: Tensor,
     coefficients: Coefficients,
     *,
+    clip: Clip = None,
+    displacement_scale: Scalar = 1.0,
     seed: IntOrTensor,
     step: IntOrTensor = 0,
     stream: int = 0,
@@ -27,21 +29,23 @@ def propose_and_weigh(
 ) -> tuple[Tensor, Tensor]:
     """The guided step of twisted diffusion sampling and its part of the weight (Wu et al. 2023, algorithm 1)::
 
-        m           = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat
-        x_s         = m + displacement + tau z
-        log_weights + log N(x_s; m, tau^2) - log N(x_s; m + displacement, tau^2)
+        m           = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat      of the clipped x0_hat
+        d           = displacement_scale displacement
+        x_s         = m + d + tau z
+        log_weights + log N(x_s; m, tau^2) - log N(x_s; m + d, tau^2)
 
     ``x``, ``x0_hat``, ``displacement``: ``[N, *event]``; ``log_weights``: ``N`` values of any shape, float32 or
-    float64; ``coefficients`` and counters as in `reverse_step`. Where ``tau = 0`` the step is the base kernel's,
-    without the displacement, and the ratio is 1. Returns ``x_s`` and the log-weights without gradients: new tensors, or
-    ``out``, see `randn`.
+    float64; ``coefficients``, ``clip``, ``displacement_scale`` and counters as in `reverse_step`. Where ``tau = 0``
+    the step is the base kernel's, without the displacement, and the ratio is 1. Returns ``x_s`` and the log-weights
+    without gradients: new tensors, or ``out``, see `randn`.
     """
+    bounds = _arguments.clip(clip)
     ordinary = out is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple
     weighted = ordinary and plain(x, x0_hat, displacement) and plain(log_weights) and log_weights.dtype in WEIGHT_DTYPES
-    if weighted and log_weights.numel() == x.shape[0]:
+    if weighted and type(displacement_scale) is float and log_weights.numel() == x.shape[0]:
         try:
             return _cpu(
-                x, x0_hat, displacement, log_weights, coefficients, None,
+                x, x0_hat, displacement, log_weights, coefficients, None, bounds, displacement_scale, None,
                 seed, step, stream, first_particle, None, None,
             )  # fmt: skip
         except UNUSUAL:
@@ -56,16 +60,19 @@ def propose_and_weigh(
         )
     if log_weights.device != x.device:
         raise ValueError(f"log_weights: expected a tensor on {x.device}, where x is, got {log_weights.device}")
+    scale = _arguments.per_sample("displacement_scale", displacement_scale, x)
     levels = _arguments.levels(coefficients, x, "sample")
     counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
     expected = (x.shape, x.dtype), (log_weights.shape, log_weights.dtype)
-    into = _arguments.out(out, expected, x.device, (x, x0_hat, displacement, log_weights, *counter[-2:]))
-    results = _propose_and_weigh(backend, x, x0_hat, displacement, log_weights, *levels, *counter, out=into)
+    into = _arguments.out(out, expected, x.device, (x, x0_hat, displacement, log_weights, scale[1], *counter[-2:]))
+    results = _propose_and_weigh(
+        backend, x, x0_hat, displacement, log_weights, *levels, bounds, *scale, *counter, out=into
+    )
     return results if out is None else out
 
 
 def _reference(
-    x, x0_hat, displacement, log_weights, coefficients, table,
+    x, x0_hat, displacement, log_weights, coefficients, table, clip, displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor,
 ):  # fmt: skip
     _arguments.expect_levels(table, "sample")
@@ -75,6 +82,8 @@ def _reference(
         displacement,
         log_weights,
         _arguments.unpacked_levels(coefficients, table),
+        clip=_arguments.unpacked_clip(clip),
+        displacement_scale=_arguments.unpacked(displacement_scale, displacement_scale_tensor),
         seed=seed if seed_tensor is None else seed_tensor,
         step=step if step_tensor is None else step_tensor,
         stream=stream,
@@ -83,12 +92,14 @@ def _reference(
 
 
 def _cpu(
-    x, x0_hat, displacement, log_weights, coefficients, table,
+    x, x0_hat, displacement, log_weights, coefficients, table, clip, displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, out=None,
 ):  # fmt: skip
     seed, step = _arguments.read(seed, step, seed_tensor, step_tensor)
     x, x0_hat, displacement = x.contiguous(), x0_hat.contiguous(), displacement.contiguous()
     log_weights = log_weights.contiguous()
+    if displacement_scale_tensor is not None:
+        displacement_scale_tensor = displacement_scale_tensor.contiguous()
     if table is not None:
         _arguments.expect_levels(table, "sample")
         coefficients = table.data_ptr()
@@ -104,7 +115,9 @@ def _cpu(
         log_weights.data_ptr(),
         after.data_ptr(),
         log_weights.dtype == torch.float64,
+        *_arguments.codes(clip),
         coefficients,
+        _arguments.address(displacement_scale, displacement_scale_tensor),
         x.shape,
         seed,
         step,
@@ -121,8 +134,8 @@ def _fake(x, x0_hat, displacement, log_weights, *_):
 
 
 _propose_and_weigh = Operation(
-    f"propose_and_weigh(Tensor x, Tensor x0_hat, Tensor displacement, Tensor log_weights, {LEVELS}, {COUNTER}) "
-    "-> (Tensor, Tensor)",
+    f"propose_and_weigh(Tensor x, Tensor x0_hat, Tensor displacement, Tensor log_weights, {LEVELS}, "
+    f"float[] clip, {SCALE}, {COUNTER}) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     kernels={"cpu": _cpu, "triton": "fastguide.ops.propose_and_weigh.triton:call"},

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .. import _arguments
+from .._arguments import DynamicThreshold
 from .._triton import (
     OPTIONS,
     SUM_BLOCK,
@@ -22,7 +23,7 @@ from .._triton import (
     shape_of_tile,
     sum_of_splits,
 )
-from ..reverse_step.triton import multiplier, multipliers
+from ..reverse_step.triton import clipped, dynamic_bounds, multiplier, multipliers
 
 BLOCK = 2048  # elements of a tile; not tuned, for the order of a sum must not depend on what was measured
 SPLIT = 8192  # elements of a particle from which several programs share it
@@ -33,9 +34,11 @@ _MOST = tl.constexpr(3.4028234663852886e38)
 @triton.jit(do_not_specialize=VARYING)
 def propose_and_weigh_kernel(
     x, x0_hat, displacement, x_s, before, after, sums, particles, elements: tl.int64,
-    a: tl.float32, b: tl.float32, tau: tl.float32, table,
+    a: tl.float32, b: tl.float32, tau: tl.float32, displacement_scale: tl.float32, table,
+    low: tl.float32, high: tl.float32, bounds,
     seed: tl.uint64, step: tl.uint32, stream: tl.uint32, first_particle: tl.int64, seed_on_device, step_on_device,
-    SPLIT: tl.constexpr, ALIGN: tl.constexpr, ABREAST: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    CLIP: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, ABREAST: tl.constexpr, ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
     seed, step = read_counter(seed, step, seed_on_device, step_on_device)
     elements = elements // ALIGN * ALIGN  # says that it is a multiple
@@ -47,6 +50,9 @@ def propose_and_weigh_kernel(
     a = multiplier(a, table, 2, row, live, particles)
     b = multiplier(b, table, 3, row, live, particles)
     tau = multiplier(tau, table, 4, row, live, particles)
+    displacement_scale = multiplier(displacement_scale, table, 6, row, live, particles)
+    if bounds is not None:  # each particle's dynamic threshold
+        bound = tl.load(bounds + row, mask=live, other=1.0)[:, None]
     half_inverse = tl.where(tau != 0.0, tl.minimum(tl.div_rn(0.5, tl.where(tau != 0.0, tau, 1.0)), _MOST), 0.0)
 
     # Of tau times the log-density ratio: delta (z + delta / 2) with delta = displacement / tau.
@@ -57,8 +63,13 @@ def propose_and_weigh_kernel(
         mask = live[:, None] & (columns < end)[None, :]
         place = row[:, None] * elements + columns[None, :]
         state = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.fma(b, tl.load(x0_hat + place, mask=mask, other=0.0).to(tl.float32), a * state)
-        moved = tl.load(displacement + place, mask=mask, other=0.0).to(tl.float32)
+        x0 = tl.load(x0_hat + place, mask=mask, other=0.0).to(tl.float32)
+        if bounds is not None:
+            x0 = tl.div_rn(clipped(x0, -bound, bound), bound)
+        if CLIP:
+            x0 = clipped(x0, low, high)
+        mean = tl.fma(b, x0, a * state)
+        moved = displacement_scale * tl.load(displacement + place, mask=mask, other=0.0).to(tl.float32)
         moved = tl.where(tau != 0.0, moved, 0.0)
         z = normals(seed, step, stream, first_particle + row, column // 4, GROUPS, ABREAST)
         result = tl.fma(tau, z, mean + moved)
@@ -92,7 +103,7 @@ def weigh_kernel(sums, before, after, particles, splits, tau: tl.float32, table,
 
 
 def call(
-    x, x0_hat, displacement, log_weights, coefficients, table,
+    x, x0_hat, displacement, log_weights, coefficients, table, clip, displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, out=None,
 ):  # fmt: skip
     x, x0_hat, displacement = aligned(x), aligned(x0_hat), aligned(displacement)
@@ -102,15 +113,20 @@ def call(
         return x_s, after.copy_(log_weights)
     particles, elements = x.shape[0], x.numel() // x.shape[0]
     levels = _arguments.unpacked_levels(coefficients, table)
-    (_, _, a, b, tau, _), multiplied = multipliers(x, levels, "sample")
+    scale = _arguments.unpacked(displacement_scale, displacement_scale_tensor)
+    (_, _, a, b, tau, _, scale), multiplied = multipliers(x, levels, "sample", scale=scale)
+    threshold = _arguments.unpacked_clip(clip)
+    dynamic = isinstance(threshold, DynamicThreshold)
+    bounds = dynamic_bounds(x, x0_hat, levels, "sample", threshold) if dynamic else None
+    low, high = clip if len(clip) == 2 else (0.0, 0.0)
     splits = ceil_div(elements, SPLIT)
     rows, groups = shape_of_tile(elements, BLOCK, abreast(x.dtype))
     sums = torch.empty((particles, splits), dtype=torch.float64, device=x.device) if splits > 1 else None
     with device_of(x):
         propose_and_weigh_kernel[(ceil_div(particles, rows) * splits,)](
-            x, x0_hat, displacement, x_s, log_weights, after, sums, particles, elements, a, b, tau,
-            multiplied, seed, step, stream, first_particle, seed_tensor, step_tensor,
-            SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=abreast(x.dtype),
+            x, x0_hat, displacement, x_s, log_weights, after, sums, particles, elements, a, b, tau, scale,
+            multiplied, low, high, bounds, seed, step, stream, first_particle, seed_tensor, step_tensor,
+            CLIP=len(clip) == 2, SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=abreast(x.dtype),
             ROWS=rows, GROUPS=groups, num_warps=4, **OPTIONS,
         )  # fmt: skip
         if sums is not None:

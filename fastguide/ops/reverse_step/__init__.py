@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...arguments import flag, one_of
+from ...arguments import flag, got, one_of
 from .. import _arguments, _native
-from .._arguments import COUNTER, LEVELS, PREDICTIONS, Clip, Coefficients, IntOrTensor
+from .._arguments import COUNTER, LEVELS, PREDICTIONS, SCALE, Clip, Coefficients, IntOrTensor, Scalar
 from .._operation import UNUSUAL, Operation, plain
 from . import reference
 
@@ -21,6 +21,7 @@ def reverse_step(
     clip: Clip = None,
     clip_noise: bool = True,
     displacement: Tensor | None = None,
+    displacement_scale: Scalar = 1.0,
     seed: IntOrTensor = 0,
     step: IntOrTensor = 0,
     stream: int = 0,
@@ -34,7 +35,7 @@ def reverse_step(
 
         x0_hat  from model_output and prediction, then clipped
         eps_hat = (x - alpha_t x0_hat) / sigma_t
-        x_s     = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat + displacement + tau z
+        x_s     = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat + displacement_scale displacement + tau z
 
     - ``x`` ``[N, *event]``; ``model_output`` and ``displacement`` of the same shape, any of the four dtypes.
     - ``coefficients = (alpha_t, sigma_t, alpha_s, sigma_s, tau)``, each a float or a tensor ``[N]``, with
@@ -42,11 +43,12 @@ def reverse_step(
       ``alpha_t > 0``.
     - ``clip``: None, a number ``c`` for ``[-c, c]``, ``(low, high)``, or a `DynamicThreshold`. ``clip_noise=False``
       leaves ``eps_hat`` what it is of the unclipped ``x0_hat`` (diffusers' DDIM).
+    - ``displacement_scale``: a float, or a floating tensor ``[N]`` or ``[]``.
     - ``z``: `randn` of ``seed, step, stream, first_particle``; none is drawn where ``tau = 0``.
 
     - ``out``: for what is returned, see `randn`.
 
-    Returns ``x_s`` in the dtype of ``x``, and the clipped ``x0_hat`` if ``return_x0``. Differentiable in the three
+    Returns ``x_s`` in the dtype of ``x``, and the clipped ``x0_hat`` if ``return_x0``. Differentiable in all
     tensors.
     """
     bounds = _arguments.clip(clip)
@@ -54,10 +56,13 @@ def reverse_step(
         clip_noise = True  # without a clip they are the same
     tensors = (x, model_output) if displacement is None else (x, model_output, displacement)
     ordinary = out is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple
-    if ordinary and plain(*tensors):
+    if ordinary and type(displacement_scale) is float and plain(*tensors):
         try:
+            if displacement is None and displacement_scale != 1.0:
+                raise ValueError("displacement_scale: expected 1 without a displacement")
             x_s, x0 = _cpu(
                 x, model_output, coefficients, None, prediction, bounds, clip_noise, displacement,
+                displacement_scale, None,
                 seed, step, stream, first_particle, None, None, return_x0,
             )  # fmt: skip
             return (x_s, x0) if return_x0 else x_s
@@ -66,15 +71,19 @@ def reverse_step(
     x = _arguments.state("x", x)
     model_output = _arguments.state("model_output", model_output, x)
     displacement = None if displacement is None else _arguments.state("displacement", displacement, x)
+    scale = _arguments.per_sample("displacement_scale", displacement_scale, x)
+    if displacement is None and scale != (1.0, None):
+        raise ValueError(f"displacement_scale: expected 1 without a displacement, got {got(displacement_scale)}")
     one_of("prediction", prediction, PREDICTIONS)
     clip_noise, return_x0 = flag("clip_noise", clip_noise), flag("return_x0", return_x0)
     levels = _arguments.levels(coefficients, x, prediction)
     counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
-    inputs = x, model_output, displacement, *counter[-2:]
+    inputs = x, model_output, displacement, scale[1], *counter[-2:]
     into = _arguments.out(out, ((x.shape, x.dtype),) * (1 + return_x0), x.device, inputs)
     x_s, x0 = _reverse_step(
-        backend, x, model_output, *levels, prediction, bounds, clip_noise, displacement, *counter, return_x0, out=into
-    )
+        backend, x, model_output, *levels, prediction, bounds, clip_noise, displacement, *scale, *counter, return_x0,
+        out=into,
+    )  # fmt: skip
     if out is not None:
         return out
     return (x_s, x0) if return_x0 else x_s
@@ -82,6 +91,7 @@ def reverse_step(
 
 def _reference(
     x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
+    displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0,
 ):  # fmt: skip
     _arguments.expect_levels(table, prediction)
@@ -93,6 +103,7 @@ def _reference(
         clip=_arguments.unpacked_clip(clip),
         clip_noise=clip_noise,
         displacement=displacement,
+        displacement_scale=_arguments.unpacked(displacement_scale, displacement_scale_tensor),
         seed=seed if seed_tensor is None else seed_tensor,
         step=step if step_tensor is None else step_tensor,
         stream=stream,
@@ -108,12 +119,15 @@ _PREDICTIONS = {name: code for code, name in enumerate(PREDICTIONS)}
 
 def _cpu(
     x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
+    displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, out=None,
 ):  # fmt: skip
     seed, step = _arguments.read(seed, step, seed_tensor, step_tensor)
     x, model_output = x.contiguous(), model_output.contiguous()
     if displacement is not None:
         displacement = displacement.contiguous()
+    if displacement_scale_tensor is not None:
+        displacement_scale_tensor = displacement_scale_tensor.contiguous()
     if table is not None:
         _arguments.expect_levels(table, prediction)
         coefficients = table.data_ptr()
@@ -130,11 +144,10 @@ def _cpu(
         None if x0 is None else x0.data_ptr(),
         return_x0,
         _PREDICTIONS[prediction],
-        len(clip) and len(clip) - 1,
-        clip[0] if clip else 0.0,
-        clip[1] if clip else 0.0,
+        *_arguments.codes(clip),
         clip_noise,
         coefficients,
+        _arguments.address(displacement_scale, displacement_scale_tensor),
         x.shape,
         seed,
         step,
@@ -147,6 +160,7 @@ def _cpu(
 
 def _fake(
     x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
+    displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0,
 ):  # fmt: skip
     x_s = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -155,9 +169,9 @@ def _fake(
 
 def _vjp(args, results, grads, needed):
     """The formula's own, which draws no noise."""
-    if "table" in needed:
+    if "table" in needed or "displacement_scale_tensor" in needed:
         return None
-    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement = args[:8]
+    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement, *scale = args[:10]
     grad_x_s, grad_x0 = grads
     if grad_x_s is None:
         grad_x_s = torch.zeros_like(x)
@@ -173,13 +187,13 @@ def _vjp(args, results, grads, needed):
     )
     found = {"x": grad_x, "model_output": grad_output}
     if "displacement" in needed:
-        found["displacement"] = grad_x_s.to(displacement.dtype)
+        found["displacement"] = reference.displaced(grad_x_s, _arguments.unpacked(*scale)).to(displacement.dtype)
     return found
 
 
 _reverse_step = Operation(
     f"reverse_step(Tensor x, Tensor model_output, {LEVELS}, str prediction, float[] clip, bool clip_noise, "
-    f"Tensor? displacement, {COUNTER}, bool return_x0) -> (Tensor, Tensor)",
+    f"Tensor? displacement, {SCALE}, {COUNTER}, bool return_x0) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     kernels={"cpu": _cpu, "triton": "fastguide.ops.reverse_step.triton:call"},

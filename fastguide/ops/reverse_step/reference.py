@@ -13,6 +13,7 @@ from ..randn.reference import randn
 
 __all__ = [
     "clip_x0",
+    "displaced",
     "dynamic_bound",
     "has_noise",
     "multipliers",
@@ -83,6 +84,13 @@ def multipliers(x: Tensor, coefficients: Coefficients, prediction: str, clip_noi
     return columns(values, x, compute_dtype(x))
 
 
+def displaced(displacement: Tensor, scale: Scalar) -> Tensor:
+    """A displacement ``[N, *event]`` times its scale, a number or ``[N]``, in the type of the arithmetic."""
+    dtype = compute_dtype(displacement)
+    (scale,) = columns((scale,), displacement, dtype)
+    return scale * displacement.to(dtype)
+
+
 def reverse_step(
     x: Tensor,
     model_output: Tensor,
@@ -92,13 +100,15 @@ def reverse_step(
     clip: Clip = None,
     clip_noise: bool = True,
     displacement: Tensor | None = None,
+    displacement_scale: Scalar = 1.0,
     seed: IntOrTensor = 0,
     step: IntOrTensor = 0,
     stream: int = 0,
     first_particle: int = 0,
     return_x0: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``x_s = a x_t + b clip(x0_hat) + c x0_hat + displacement + tau z``. See `fastguide.ops.reverse_step`."""
+    """``x_s = a x_t + b clip(x0_hat) + c x0_hat + displacement_scale displacement + tau z``. See
+    `fastguide.ops.reverse_step`."""
     dtype = compute_dtype(x)
     p, q, a, b, tau, c = multipliers(x, coefficients, prediction, clip_noise)
     state, output = x.to(dtype), model_output.to(dtype)
@@ -108,7 +118,7 @@ def reverse_step(
     if not clip_noise:
         x_s = x_s + c * unclipped
     if displacement is not None:
-        x_s = x_s + displacement.to(dtype)
+        x_s = x_s + displaced(displacement.to(dtype), displacement_scale)
     if has_noise(tau):
         x_s = x_s + tau * randn(
             x.shape,
@@ -135,7 +145,7 @@ def reverse_step_vjp(
     clip_noise: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Gradients in ``x`` and ``model_output`` from those in the results of `reverse_step`. The noise is additive and
-    takes no part; the gradient in ``displacement`` is ``grad_x_s`` itself."""
+    takes no part; the gradient in ``displacement`` is ``displaced(grad_x_s, displacement_scale)``."""
     dtype = compute_dtype(x)
     p, q, a, b, _, c = multipliers(x, coefficients, prediction, clip_noise)
     grad_x_s, state, output = grad_x_s.to(dtype), x.to(dtype), model_output.to(dtype)

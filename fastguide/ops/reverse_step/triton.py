@@ -8,14 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _arguments
-from .._arguments import Coefficients, DynamicThreshold
+from .._arguments import Coefficients, DynamicThreshold, Scalar
 from .._triton import VARYING, Tuned, abreast, alignment, normals, read_counter, rounded, tile_of_program
 from . import reference
 
 
 @triton.jit
 def multiplier(value, table, index: tl.constexpr, row, mask, particles):
-    """One number for all particles, or row ``index`` of the float32 table ``[6, N]``, as a column."""
+    """One number for all particles, or row ``index`` of the float32 table ``[7, N]``, as a column."""
     if table is not None:
         value = tl.load(table + index * particles + row, mask=mask, other=0.0)[:, None]
     return value
@@ -24,7 +24,8 @@ def multiplier(value, table, index: tl.constexpr, row, mask, particles):
 @triton.jit(do_not_specialize=VARYING)
 def reverse_step_kernel(
     x, output, displacement, x_s, x0, particles, elements: tl.int64,
-    p: tl.float32, q: tl.float32, a: tl.float32, b: tl.float32, tau: tl.float32, c: tl.float32, table,
+    p: tl.float32, q: tl.float32, a: tl.float32, b: tl.float32, tau: tl.float32, c: tl.float32,
+    displacement_scale: tl.float32, table,
     low: tl.float32, high: tl.float32, bounds,
     seed: tl.uint64, step: tl.uint32, stream: tl.uint32, first_particle: tl.int64, seed_on_device, step_on_device,
     SAMPLE: tl.constexpr, CLIP: tl.constexpr, CLIP_NOISE: tl.constexpr, NOISE: tl.constexpr, X0: tl.constexpr,
@@ -57,7 +58,8 @@ def reverse_step_kernel(
         c = multiplier(c, table, 5, row, live, particles)
         result = tl.fma(c, unclipped, result)
     if displacement is not None:
-        result += tl.load(displacement + place, mask=mask, other=0.0).to(tl.float32)
+        displacement_scale = multiplier(displacement_scale, table, 6, row, live, particles)
+        result += displacement_scale * tl.load(displacement + place, mask=mask, other=0.0).to(tl.float32)
     if NOISE:
         tau = multiplier(tau, table, 4, row, live, particles)
         z = normals(seed, step, stream, first_particle + row, column // 4, GROUPS, ABREAST)
@@ -79,6 +81,7 @@ _launch = Tuned(reverse_step_kernel, key=["ALIGN", "NOISE", "X0"])
 
 def call(
     x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
+    displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, out=None,
 ):  # fmt: skip
     """One pass but for a dynamic threshold's quantile."""
@@ -89,7 +92,8 @@ def call(
     if x.numel():
         particles, elements = x.shape[0], x.numel() // x.shape[0]
         levels = _arguments.unpacked_levels(coefficients, table)
-        numbers, multiplied = multipliers(x, levels, prediction, clip_noise)
+        scale = _arguments.unpacked(displacement_scale, displacement_scale_tensor)
+        numbers, multiplied = multipliers(x, levels, prediction, clip_noise, scale)
         threshold = _arguments.unpacked_clip(clip)
         dynamic = isinstance(threshold, DynamicThreshold)
         bounds = dynamic_bounds(x, model_output, levels, prediction, threshold) if dynamic else None
@@ -106,17 +110,20 @@ def call(
 
 
 def multipliers(
-    x: Tensor, coefficients: Coefficients, prediction: str, clip_noise: bool = True
+    x: Tensor, coefficients: Coefficients, prediction: str, clip_noise: bool = True, scale: Scalar = 1.0
 ) -> tuple[tuple[float, ...], Tensor | None]:
-    """``p, q, a, b, tau, c`` as floats, or, where any is per sample, a float32 table ``[6, N]``."""
-    values = reference.multipliers(x, coefficients, prediction, clip_noise)
+    """``p, q, a, b, tau, c`` and the displacement's scale as floats, or, where any is per sample, a float32 table
+    ``[7, N]``."""
+    values = [*reference.multipliers(x, coefficients, prediction, clip_noise), scale]
     if not any(isinstance(v, Tensor) for v in values):
         return tuple(float(v) for v in values), None
     columns = [
-        v.reshape(-1) if isinstance(v, Tensor) else torch.full((x.shape[0],), v, dtype=torch.float32, device=x.device)
+        v.reshape(-1).float()
+        if isinstance(v, Tensor)
+        else torch.full((x.shape[0],), v, dtype=torch.float32, device=x.device)
         for v in values
     ]
-    return (0.0,) * 6, torch.stack(columns).contiguous()
+    return (0.0,) * 7, torch.stack(columns).contiguous()
 
 
 def dynamic_bounds(
