@@ -59,7 +59,8 @@ def turned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_cpu_module_is_built_and_loaded():
-    assert backends()["cpu"] == Backend("cpu", True, "", tuple(OPERATIONS), backends()["cpu"].details)
+    served = tuple(name for name in OPERATIONS if name != "solve_positive_part")  # torch's eigenvalues do that
+    assert backends()["cpu"] == Backend("cpu", True, "", served, backends()["cpu"].details)
     assert backends()["cpu"].details["instruction_set"]
     flags = _native.build_record()["cxxflags"]
     assert "-ffp-contract=off" in flags and "fast-math" not in flags
