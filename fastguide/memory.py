@@ -27,6 +27,9 @@ def _holders(block: torch.UntypedStorage) -> tuple[int, int]:
     return sys.getrefcount(block), torch._C._storage_Use_Count(block._cdata)
 
 
+_NOBODYS = deque([torch.UntypedStorage(1)])  # in a row as a `Memory`'s blocks, and held by nobody else
+
+
 def _large(x: Tensor) -> bool:
     """Whether it is worth a thought: a large block on the CPU, seen by neither autograd nor a tracer."""
     if not x.is_cpu or type(x) is not Tensor or x.nbytes < _LEAST or not x.is_contiguous():
@@ -58,8 +61,12 @@ class Memory:
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in others):
             return None
         with self._lock:
-            for block in self._blocks:
-                if _holders(block) == _ALONE and block.nbytes() == x.nbytes and not block.is_shared():
+            alone = None
+            for block in (*_NOBODYS, *self._blocks):
+                holders = _holders(block)
+                if alone is None:
+                    alone = holders  # counted here and now: Python's versions and torch's compiler add some
+                elif holders == alone and block.nbytes() == x.nbytes and not block.is_shared():
                     return torch.empty(0, dtype=x.dtype, device="cpu").set_(block, 0, x.shape, x.stride())
             result = torch.empty_like(x)
             self._blocks.append(result.untyped_storage())
@@ -86,14 +93,3 @@ class Memory:
                 return torch._lazy_clone(x)
         result = self.like(x)
         return x.clone() if result is None else result.copy_(x)
-
-
-def _alone() -> tuple[int, int]:
-    """What `_holders` says in `Memory.like` of a block that nobody else holds; Python's versions count differently."""
-    blocks = deque([torch.UntypedStorage(1)])
-    for block in blocks:
-        return _holders(block)
-    raise AssertionError
-
-
-_ALONE = _alone()
