@@ -39,8 +39,8 @@ def by_triton(gram, residual, variance):
 @pytest.mark.parametrize("m", (2, 7, 16))  # a power of two, padded, and the most
 @pytest.mark.parametrize("condition", (1.0, 1e4, 1e9))
 def test_negative_eigenvalues_count_as_zero(solve, m, condition):
-    gram, basis, spectrum = grams(20, m, condition)
-    residual = normal(20, m, seed=2)
+    gram, basis, spectrum = grams(5, m, condition)
+    residual = normal(5, m, seed=2)
     for variance in (1e-2, 1e-5):
         held = spectrum.clamp(min=0.0) + variance
         expected = (basis @ ((basis.mT @ residual[..., None])[..., 0] / held)[..., None])[..., 0]
