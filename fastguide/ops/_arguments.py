@@ -198,7 +198,7 @@ def levels(coefficients: Any, x: Tensor, prediction: str, argument: str = "coeff
     """``(alpha_t, sigma_t, alpha_s, sigma_s, tau)``, or ``(alpha, sigma)``, each a float or a tensor ``[N]``. Values of
     tensors are not looked at here: `expect_levels` does it when the operation runs."""
     names = _NAMES[count]
-    if not isinstance(coefficients, Sequence | np.ndarray):
+    if not isinstance(coefficients, Sequence | np.ndarray) or isinstance(coefficients, str | bytes):
         raise ValueError(f"{argument}: expected {', '.join(names)}, got {got(coefficients)}")
     if len(coefficients) != count:
         raise ValueError(f"{argument}: expected {', '.join(names)}, got {len(coefficients)} values")

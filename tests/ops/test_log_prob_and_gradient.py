@@ -374,6 +374,19 @@ def test_other_derivatives_are_the_references(name):
         assert (values[0] != 0).all()
 
 
+@pytest.mark.parametrize("backend", ("cpu", "triton", "reference"))
+def test_student_t_of_residuals_whose_square_is_no_float32(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    z = torch.tensor([[1e17], [3e18], [2e19], [-1e30], [3e38]])
+    log_prob, gradient = ops.log_prob_and_gradient(
+        z, torch.zeros(1, 1), family="student_t", scale=0.5, df=4.0, backend=backend
+    )
+    expected = stats.t.logpdf(z[:, 0].double().numpy(), 4.0, scale=0.5)
+    torch.testing.assert_close(log_prob, torch.as_tensor(expected), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(gradient, -5.0 / z, rtol=1e-5, atol=0.0)  # of log |z|^-(df + 1)
+
+
 def test_transforms_of_torch_func():
     z, y = normal(4, 3), normal(4, 3, seed=1)
 

@@ -563,6 +563,7 @@ def bad(**changes) -> dict:
             ValueError,
             "coefficients: expected alpha_t, .* got 4 values",
         ),
+        (dict(coefficients=b"abcde"), ValueError, "coefficients: expected alpha_t, .* got b'abcde'"),
         (bad(alpha_t=math.nan), ValueError, "coefficients: expected a finite alpha_t"),
         (bad(sigma_s=math.inf), ValueError, "coefficients: expected a finite sigma_s"),
         (bad(sigma_t=-0.8), ValueError, "coefficients: expected a finite sigma_t >= 0"),

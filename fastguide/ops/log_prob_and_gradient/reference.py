@@ -61,8 +61,9 @@ def log_prob_and_gradient(
     likelihood's mass is at rates that low (of one count; 4 % of five, 1 % of ten).
     See `fastguide.ops.log_prob_and_gradient`.
     """
-    # Poisson in float64: counts of 1e4 have terms of 1e5, which cancel to a few units.
-    wide = family == "poisson" or torch.float64 in (z.dtype, y.dtype)
+    # In float64: Poisson's counts of 1e4 have terms of 1e5, which cancel to a few units, and a residual of 1e20 has a
+    # square for Student's t.
+    wide = family in ("poisson", "student_t") or torch.float64 in (z.dtype, y.dtype)
     dtype = torch.float64 if wide else torch.float32
     location, y = z.to(dtype), (y if rows is None else y.index_select(0, rows)).to(dtype)
     variance: Scalar = scale**2 if extra_variance is None else scale**2 + extra_variance.to(dtype)
