@@ -40,8 +40,8 @@ Clip = float | tuple[float, float] | DynamicThreshold | None
 Counter = tuple[int, int, int, int, Tensor | None, Tensor | None]
 COUNTER = "SymInt seed, SymInt step, SymInt stream, SymInt first_particle, Tensor? seed_tensor, Tensor? step_tensor"
 SCALE = "float displacement_scale, Tensor? displacement_scale_tensor"
-Levels = tuple[Sequence[float], Tensor | None]  # five floats, or none and a float64 table [5, N]
-LEVELS = "float[] coefficients, Tensor? table"
+Scalars = tuple[Sequence[float], Tensor | None]  # five floats, or none and a float64 table [5, N]
+SCALARS = "float[] coefficients, Tensor? table"
 
 
 # --- tensors ------------------------------------------------------------------------------------------------
@@ -194,9 +194,9 @@ def read(seed: int, step: int, seed_tensor: Tensor | None, step_tensor: Tensor |
 _NAMES = {5: ("alpha_t", "sigma_t", "alpha_s", "sigma_s", "tau"), 2: ("alpha", "sigma")}
 
 
-def levels(coefficients: Any, x: Tensor, prediction: str, argument: str = "coefficients", count: int = 5) -> Levels:
+def scalars(coefficients: Any, x: Tensor, prediction: str, argument: str = "coefficients", count: int = 5) -> Scalars:
     """``(alpha_t, sigma_t, alpha_s, sigma_s, tau)``, or ``(alpha, sigma)``, each a float or a tensor ``[N]``. Values of
-    tensors are not looked at here: `expect_levels` does it when the operation runs."""
+    tensors are not looked at here: `expect_scalars` does it when the operation runs."""
     names = _NAMES[count]
     if not isinstance(coefficients, Sequence | np.ndarray) or isinstance(coefficients, str | bytes):
         raise ValueError(f"{argument}: expected {', '.join(names)}, got {got(coefficients)}")
@@ -215,7 +215,7 @@ def levels(coefficients: Any, x: Tensor, prediction: str, argument: str = "coeff
                 f"got {value.dtype} {list(value.shape)} on {value.device}"
             )
     if not any(isinstance(value, Tensor) for value in checked):
-        _expect_levels(checked, prediction, argument)
+        _expect_scalars(checked, prediction, argument)
         return tuple(checked), None
     arguments.expect_alike({"x": x} | {f"{argument}[{i}]": c for i, c in enumerate(checked)})
     columns = [
@@ -225,17 +225,17 @@ def levels(coefficients: Any, x: Tensor, prediction: str, argument: str = "coeff
     return (), torch.stack(columns)
 
 
-def expect_levels(table: Tensor | None, prediction: str, argument: str = "coefficients") -> None:
-    """Raise where the values of a table on the CPU are no levels. On a GPU that would wait for the device."""
+def expect_scalars(table: Tensor | None, prediction: str, argument: str = "coefficients") -> None:
+    """Raise where the values of a table on the CPU are no coefficients. On a GPU that would wait for the device."""
     if table is None or not readable(table):
         return
     for name, row in zip(_NAMES[len(table)], table, strict=True):
         if not ((row >= 0.0) & (row < math.inf)).all():
             raise ValueError(f"{argument}: expected a finite {name} >= 0, got {row}")
-    _expect_levels(table.unbind(), prediction, argument)
+    _expect_scalars(table.unbind(), prediction, argument)
 
 
-def _expect_levels(values: Sequence[Scalar], prediction: str, argument: str) -> None:
+def _expect_scalars(values: Sequence[Scalar], prediction: str, argument: str) -> None:
     if len(values) == 5:
         alpha, sigma, _, sigma_s, tau = values
         if _any(sigma <= 0.0):
@@ -254,7 +254,7 @@ def _any(condition: bool | Tensor) -> bool:
     return bool(condition.any()) if isinstance(condition, Tensor) else condition
 
 
-def unpacked_levels(coefficients: Sequence[float], table: Tensor | None) -> Coefficients:
+def unpacked_scalars(coefficients: Sequence[float], table: Tensor | None) -> Coefficients:
     """As the references take them."""
     alpha_t, sigma_t, alpha_s, sigma_s, tau = coefficients if table is None else table.unbind()
     return alpha_t, sigma_t, alpha_s, sigma_s, tau

@@ -236,7 +236,7 @@ def reverse_step_arguments(
     x, *, output=None, coefficients=VP, prediction="epsilon", clip=None, clip_noise=True, moved=False, return_x0=False,
     displacement_scale=1.0,
 ) -> tuple:  # fmt: skip
-    values, table = _arguments.levels(coefficients, x, prediction)
+    values, table = _arguments.scalars(coefficients, x, prediction)
     output = normal(*x.shape, seed=1, dtype=x.dtype, grad=x.requires_grad) if output is None else output
     displacement = normal(*x.shape, seed=2, dtype=x.dtype, grad=x.requires_grad) if moved else None
     clip = _arguments.clip(clip)
@@ -305,7 +305,7 @@ def test_opcheck_propose_and_weigh(weights_shape, dtype, coefficients, layout):
     states = [normal(3, 2, 4, seed=i, dtype=dtype) for i in range(3)]
     if layout == "turned":
         states = [turned(state) for state in states]
-    values, table = _arguments.levels(coefficients, states[0], "sample")
+    values, table = _arguments.scalars(coefficients, states[0], "sample")
     weights = normal(*weights_shape, dtype=torch.float64)
     scale = _arguments.per_sample("displacement_scale", SCALES if layout == "turned" else 0.5, states[0])
     bounds = (-1.0, 2.0) if layout == "turned" else ()
@@ -738,8 +738,8 @@ def test_clips_and_coefficients_pass_through_the_schema():
         unpacked = _arguments.unpacked_clip(_arguments.clip(clip))
         assert unpacked == ((-0.7, 0.7) if clip == 0.7 else clip) and type(unpacked) is not list
     x = torch.zeros(3, 2)
-    assert _arguments.unpacked_levels(*_arguments.levels(VP, x, "v")) == VP
-    unpacked = _arguments.unpacked_levels(*_arguments.levels(PER_SAMPLE, x, "v"))
+    assert _arguments.unpacked_scalars(*_arguments.scalars(VP, x, "v")) == VP
+    unpacked = _arguments.unpacked_scalars(*_arguments.scalars(PER_SAMPLE, x, "v"))
     for a, b in zip(unpacked, PER_SAMPLE, strict=True):
         assert torch.equal(a, torch.as_tensor(b, dtype=torch.float32).double().expand(3)) or math.isclose(a[0], b)
 

@@ -217,7 +217,7 @@ def test_gradients_are_multiples_of_the_one_that_comes_in(backend, dtype, predic
         "flow": (1 / (alpha + sigma), -sigma / (alpha + sigma)),
     }[prediction]
     for levels, scale in itertools.product((LEVEL, tables), (6.0, scales)):
-        values, table = ops._arguments.levels(levels, grad, prediction, "levels", 2)
+        values, table = ops._arguments.scalars(levels, grad, prediction, "levels", 2)
         number, tensor = ops._arguments.per_sample("guidance_scale", scale, grad)
         dtypes = (dtype, torch.float32, torch.float16)
         found = OPERATORS.predict_x0_backward(grad, values, table, prediction, number, tensor, *dtypes, backend)
@@ -242,7 +242,7 @@ def test_no_gradient_is_computed_that_nobody_asked_for():
 def test_opcheck(grad, per_sample):
     x, output, base = (v.float().requires_grad_(grad) for v in inputs((3, 4)))
     levels = (torch.tensor([0.6, 0.3, 1.0]), 0.8) if per_sample else LEVEL
-    values, table = ops._arguments.levels(levels, x, "v", "levels", 2)
+    values, table = ops._arguments.scalars(levels, x, "v", "levels", 2)
     scale = (1.0, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)) if per_sample else (2.0, None)
     check = torch.library.opcheck
     check(OPERATORS.predict_x0.default, (x, output, values, table, "v", base, *scale, "auto"))

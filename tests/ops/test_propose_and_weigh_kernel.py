@@ -38,7 +38,7 @@ def levels_of(coefficients, x):
     """As the kernel takes them, checked by nobody."""
     if isinstance(coefficients[0], float):
         return tuple(coefficients), None
-    return _arguments.levels(coefficients, x, "sample")
+    return _arguments.scalars(coefficients, x, "sample")
 
 
 def kernel(

@@ -38,7 +38,7 @@ def kernel(x, output, coefficients, *, prediction="epsilon", clip=None, clip_noi
            offset=64, seed=0, step=0, stream=0, first_particle=0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """x_s and x0 into the middle of poisoned buffers, whose margins must stay as they were."""
     particles, elements = x.shape
-    levels, table = _arguments.levels(coefficients, x, "sample")
+    levels, table = _arguments.scalars(coefficients, x, "sample")
     bounds = _arguments.clip(clip)
     buffers, results = [], []
     for shift in (0, offset - 64):

@@ -60,7 +60,7 @@ def predict_x0(
     if unconditional is not None:
         unconditional = _arguments.state("unconditional", unconditional, x)
     scale = (1.0, None) if guidance_scale is None else _arguments.per_sample("guidance_scale", guidance_scale, x)
-    values = _arguments.levels(levels, x, prediction, "levels", 2)
+    values = _arguments.scalars(levels, x, prediction, "levels", 2)
     inputs = x, model_output, values[1], unconditional, scale[1]
     into = _arguments.out(out, ((x.shape, x.dtype),), x.device, inputs)
     x0 = _predict_x0(backend, x, model_output, *values, prediction, unconditional, *scale, out=into)
@@ -76,7 +76,7 @@ def _unpacked(levels, table, guidance_scale, guidance_scale_tensor):
 def _reference(
     x, model_output, levels, table, prediction, unconditional, guidance_scale, guidance_scale_tensor
 ):  # fmt: skip
-    _arguments.expect_levels(table, prediction, "levels")
+    _arguments.expect_scalars(table, prediction, "levels")
     levels, scale = _unpacked(levels, table, guidance_scale, guidance_scale_tensor)
     return reference.predict_x0(
         x,
@@ -114,7 +114,7 @@ def _tensor(tensor, like):
 
 
 def _cpu(x, model_output, levels, table, prediction, unconditional, guidance_scale, guidance_scale_tensor, out=None):
-    _arguments.expect_levels(table, prediction, "levels")
+    _arguments.expect_scalars(table, prediction, "levels")
     x, model_output = x.contiguous(), model_output.contiguous()
     unconditional = None if unconditional is None else unconditional.contiguous()
     x0 = torch.empty_like(x) if out is None else out[0]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _arguments, _native
-from .._arguments import COUNTER, LEVELS, SCALE, WEIGHT_DTYPES, Clip, Coefficients, IntOrTensor, Scalar
+from .._arguments import COUNTER, SCALARS, SCALE, WEIGHT_DTYPES, Clip, Coefficients, IntOrTensor, Scalar
 from .._operation import UNUSUAL, Operation, plain
 from . import reference
 
@@ -61,12 +61,12 @@ def propose_and_weigh(
     if log_weights.device != x.device:
         raise ValueError(f"log_weights: expected a tensor on {x.device}, where x is, got {log_weights.device}")
     scale = _arguments.per_sample("displacement_scale", displacement_scale, x)
-    levels = _arguments.levels(coefficients, x, "sample")
+    scalars = _arguments.scalars(coefficients, x, "sample")
     counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
     expected = (x.shape, x.dtype), (log_weights.shape, log_weights.dtype)
     into = _arguments.out(out, expected, x.device, (x, x0_hat, displacement, log_weights, scale[1], *counter[-2:]))
     results = _propose_and_weigh(
-        backend, x, x0_hat, displacement, log_weights, *levels, bounds, *scale, *counter, out=into
+        backend, x, x0_hat, displacement, log_weights, *scalars, bounds, *scale, *counter, out=into
     )
     return results if out is None else out
 
@@ -75,13 +75,13 @@ def _reference(
     x, x0_hat, displacement, log_weights, coefficients, table, clip, displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor,
 ):  # fmt: skip
-    _arguments.expect_levels(table, "sample")
+    _arguments.expect_scalars(table, "sample")
     return reference.propose_and_weigh(
         x,
         x0_hat,
         displacement,
         log_weights,
-        _arguments.unpacked_levels(coefficients, table),
+        _arguments.unpacked_scalars(coefficients, table),
         clip=_arguments.unpacked_clip(clip),
         displacement_scale=_arguments.unpacked(displacement_scale, displacement_scale_tensor),
         seed=seed if seed_tensor is None else seed_tensor,
@@ -101,7 +101,7 @@ def _cpu(
     if displacement_scale_tensor is not None:
         displacement_scale_tensor = displacement_scale_tensor.contiguous()
     if table is not None:
-        _arguments.expect_levels(table, "sample")
+        _arguments.expect_scalars(table, "sample")
         coefficients = table.data_ptr()
     x_s, after = out or (torch.empty_like(x), torch.empty_like(log_weights))
     _native.module("cpu").propose_and_weigh(
@@ -134,7 +134,7 @@ def _fake(x, x0_hat, displacement, log_weights, *_):
 
 
 _propose_and_weigh = Operation(
-    f"propose_and_weigh(Tensor x, Tensor x0_hat, Tensor displacement, Tensor log_weights, {LEVELS}, "
+    f"propose_and_weigh(Tensor x, Tensor x0_hat, Tensor displacement, Tensor log_weights, {SCALARS}, "
     f"float[] clip, {SCALE}, {COUNTER}) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,

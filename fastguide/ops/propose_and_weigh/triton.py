@@ -112,12 +112,12 @@ def call(
     if x.numel() == 0:
         return x_s, after.copy_(log_weights)
     particles, elements = x.shape[0], x.numel() // x.shape[0]
-    levels = _arguments.unpacked_levels(coefficients, table)
+    scalars = _arguments.unpacked_scalars(coefficients, table)
     scale = _arguments.unpacked(displacement_scale, displacement_scale_tensor)
-    (_, _, a, b, tau, _, scale), multiplied = multipliers(x, levels, "sample", scale=scale)
+    (_, _, a, b, tau, _, scale), multiplied = multipliers(x, scalars, "sample", scale=scale)
     threshold = _arguments.unpacked_clip(clip)
     dynamic = isinstance(threshold, DynamicThreshold)
-    bounds = dynamic_bounds(x, x0_hat, levels, "sample", threshold) if dynamic else None
+    bounds = dynamic_bounds(x, x0_hat, scalars, "sample", threshold) if dynamic else None
     low, high = clip if len(clip) == 2 else (0.0, 0.0)
     splits = ceil_div(elements, SPLIT)
     rows, groups = shape_of_tile(elements, BLOCK, abreast(x.dtype))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...arguments import flag, got, one_of
 from .. import _arguments, _native
-from .._arguments import COUNTER, LEVELS, PREDICTIONS, SCALE, Clip, Coefficients, IntOrTensor, Scalar
+from .._arguments import COUNTER, PREDICTIONS, SCALARS, SCALE, Clip, Coefficients, IntOrTensor, Scalar
 from .._operation import UNUSUAL, Operation, plain
 from . import reference
 
@@ -76,12 +76,12 @@ def reverse_step(
         raise ValueError(f"displacement_scale: expected 1 without a displacement, got {got(displacement_scale)}")
     one_of("prediction", prediction, PREDICTIONS)
     clip_noise, return_x0 = flag("clip_noise", clip_noise), flag("return_x0", return_x0)
-    levels = _arguments.levels(coefficients, x, prediction)
+    scalars = _arguments.scalars(coefficients, x, prediction)
     counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
     inputs = x, model_output, displacement, scale[1], *counter[-2:]
     into = _arguments.out(out, ((x.shape, x.dtype),) * (1 + return_x0), x.device, inputs)
     x_s, x0 = _reverse_step(
-        backend, x, model_output, *levels, prediction, bounds, clip_noise, displacement, *scale, *counter, return_x0,
+        backend, x, model_output, *scalars, prediction, bounds, clip_noise, displacement, *scale, *counter, return_x0,
         out=into,
     )  # fmt: skip
     if out is not None:
@@ -94,11 +94,11 @@ def _reference(
     displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0,
 ):  # fmt: skip
-    _arguments.expect_levels(table, prediction)
+    _arguments.expect_scalars(table, prediction)
     results = reference.reverse_step(
         x,
         model_output,
-        _arguments.unpacked_levels(coefficients, table),
+        _arguments.unpacked_scalars(coefficients, table),
         prediction=prediction,
         clip=_arguments.unpacked_clip(clip),
         clip_noise=clip_noise,
@@ -129,7 +129,7 @@ def _cpu(
     if displacement_scale_tensor is not None:
         displacement_scale_tensor = displacement_scale_tensor.contiguous()
     if table is not None:
-        _arguments.expect_levels(table, prediction)
+        _arguments.expect_scalars(table, prediction)
         coefficients = table.data_ptr()
     x_s = torch.empty_like(x) if out is None else out[0]
     x0 = (torch.empty_like(x) if out is None else out[1]) if return_x0 else None
@@ -180,7 +180,7 @@ def _vjp(args, results, grads, needed):
         grad_x0 if args[-1] else None,
         x,
         model_output,
-        _arguments.unpacked_levels(coefficients, table),
+        _arguments.unpacked_scalars(coefficients, table),
         prediction,
         _arguments.unpacked_clip(clip),
         clip_noise,
@@ -192,7 +192,7 @@ def _vjp(args, results, grads, needed):
 
 
 _reverse_step = Operation(
-    f"reverse_step(Tensor x, Tensor model_output, {LEVELS}, str prediction, float[] clip, bool clip_noise, "
+    f"reverse_step(Tensor x, Tensor model_output, {SCALARS}, str prediction, float[] clip, bool clip_noise, "
     f"Tensor? displacement, {SCALE}, {COUNTER}, bool return_x0) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,

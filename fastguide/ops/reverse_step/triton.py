@@ -91,12 +91,12 @@ def call(
     x0 = (torch.empty_like(x) if out is None else out[1]) if return_x0 else None
     if x.numel():
         particles, elements = x.shape[0], x.numel() // x.shape[0]
-        levels = _arguments.unpacked_levels(coefficients, table)
+        scalars = _arguments.unpacked_scalars(coefficients, table)
         scale = _arguments.unpacked(displacement_scale, displacement_scale_tensor)
-        numbers, multiplied = multipliers(x, levels, prediction, clip_noise, scale)
+        numbers, multiplied = multipliers(x, scalars, prediction, clip_noise, scale)
         threshold = _arguments.unpacked_clip(clip)
         dynamic = isinstance(threshold, DynamicThreshold)
-        bounds = dynamic_bounds(x, model_output, levels, prediction, threshold) if dynamic else None
+        bounds = dynamic_bounds(x, model_output, scalars, prediction, threshold) if dynamic else None
         low, high = clip if len(clip) == 2 else (0.0, 0.0)
         _launch(
             particles, elements,
