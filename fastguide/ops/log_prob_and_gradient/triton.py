@@ -62,15 +62,7 @@ def _density(z, y, extra_variance, scale, background, variance, df, FAMILY: tl.c
         elif FAMILY == _STUDENT_T:
             square, spread = residual * residual, df * v
             slope = tl.div_rn((df + 1.0) * residual, spread + square)
-            ratio = _log1p(tl.div_rn(square, spread))
-            # A square of 1e38 or more is none of float32. An infinite residual has no gradient, as in the reference.
-            far = tl.abs(residual) > 1e18
-            root = tl.abs(tl.div_rn(residual, tl.sqrt_rn(spread)))
-            steep = root > 1e9  # 1 + root^2 is root^2
-            far_ratio = tl.where(steep, 2.0 * tl.log(root), _log1p(tl.where(steep, 0.0, root * root)))
-            far_slope = tl.div_rn(df + 1.0, residual + tl.div_rn(spread, residual)) + (residual - residual)
-            slope, ratio = tl.where(far, far_slope, slope), tl.where(far, far_ratio, ratio)
-            term = -0.5 * (df + 1.0) * ratio
+            term = -0.5 * (df + 1.0) * _log1p(tl.div_rn(square, spread))
         else:
             inverse = tl.div_rn(1.0, tl.sqrt_rn(v))
             slope = tl.where(residual > 0.0, inverse, tl.where(residual < 0.0, -inverse, residual))  # a NaN stays
