@@ -127,7 +127,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 # --- running one --------------------------------------------------------------------------------------------
 
 OURS, COPY, TRIAD = "fastguide", "copy", "triad"
-NEW = "fastguide, into a new tensor"  # a rival of what writes where it did before
+NEW = "fastguide, into a new tensor"  # the rival of a call that writes into kept memory
 
 
 @dataclass(frozen=True)

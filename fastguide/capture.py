@@ -27,7 +27,7 @@ __all__ = ["Capture", "capture"]
 
 _BETWEEN = "no Python runs between the steps of a CUDA graph; fastguide.sample takes it"
 _REFUSED = dict.fromkeys(("progress", "callback", "checkpoint", "checkpoint_every", "run_id"), _BETWEEN)
-_REFUSED |= dict.fromkeys(("seed", "x_T"), "each call of what capture returns takes its own")
+_REFUSED |= dict.fromkeys(("seed", "x_T"), "it is an argument of each replay")
 _SCALES = {float: "a number", dict: "a number, a table or a function of the time", Tensor: "a number or a tensor [B]"}
 
 _recording = threading.Lock()  # torch records one graph at a time

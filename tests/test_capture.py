@@ -344,7 +344,7 @@ def test_what_cannot_be_in_a_capture_is_refused_by_name():
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}': no Python runs between"):
             fg.capture(*given, **options, **{name: None})
     for name in ("seed", "x_T"):
-        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}': each call of what capture"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}': it is an argument of each replay"):
             fg.capture(*given, **options, **{name: None})
     for call in (fg.capture, fg.sample):
         with pytest.raises(TypeError, match="unexpected keyword argument 'graph'"):

@@ -361,7 +361,7 @@ def moment_score(
     linear, x0 = likelihood.operator, pull_back.x0
     assert isinstance(linear, LinearOperator)  # as `supports` has made sure of
     with torch.no_grad():
-        z = linear(x0.detach()).clone()  # the operator's next call may return the same memory, as of what follows
+        z = linear(x0.detach()).clone()  # the operator's next call may return the same memory; so may the calls below
         m = z[0].numel()
         units = torch.eye(m, dtype=z.dtype, device=z.device).reshape(m, *z.shape[1:])
         # Of A, or where samples have their own A the rows of each.

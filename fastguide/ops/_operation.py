@@ -350,7 +350,7 @@ def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.
 
 def _why_not_auto(backend: str, operation: str, **call: Any) -> str:
     if backend == "triton" and _INTERPRETED:
-        return "triton's interpreter serves calls that name it, and no others"
+        return "triton's interpreter serves only calls that name it"
     return why_not(backend, operation, **call)
 
 

@@ -96,7 +96,7 @@ class Tuned:
         self.large = triton.autotune(CONFIGS, key)(triton.heuristics(_HEURISTICS)(kernel))
 
     def __call__(self, particles: int, elements: int, *args: Any, **constants: Any) -> None:
-        """``args``: of the kernel, of which the first is a state of ``particles`` of ``elements``."""
+        """``args``: the kernel's. The first is a state of ``particles``, each of ``elements``."""
 
         def grid(meta: Mapping[str, Any]) -> tuple[int]:
             return (ceil_div(particles, meta["ROWS"]) * ceil_div(elements, 4 * meta["GROUPS"]),)

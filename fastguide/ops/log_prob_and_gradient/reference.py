@@ -14,7 +14,7 @@ __all__ = ["FAMILIES", "POISSON_LEAST", "POISSON_SHARE", "density_constant", "lo
 
 FAMILIES = ("gaussian", "student_t", "laplace", "poisson")
 
-# Of c counts the Poisson density goes on as a parabola below the rate POISSON_SHARE * max(c, POISSON_LEAST).
+# For c counts, the Poisson log-density is a parabola below the rate POISSON_SHARE * max(c, POISSON_LEAST).
 POISSON_SHARE, POISSON_LEAST = 0.5, 0.2
 
 

@@ -55,7 +55,7 @@ def propose_and_weigh_kernel(
         bound = tl.load(bounds + row, mask=live, other=1.0)[:, None]
     half_inverse = tl.where(tau != 0.0, tl.minimum(tl.div_rn(0.5, tl.where(tau != 0.0, tau, 1.0)), _MOST), 0.0)
 
-    # Of tau times the log-density ratio: delta (z + delta / 2) with delta = displacement / tau.
+    # The terms of -tau times the log-density ratio: tau delta (z + delta / 2), with delta = displacement / tau.
     terms = tl.zeros([ROWS, 4 * GROUPS], tl.float32)
     end = tl.minimum(elements, (split + 1) * SPLIT)
     for column in range(split * SPLIT, end, 4 * GROUPS):
