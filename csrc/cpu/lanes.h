@@ -44,4 +44,22 @@ FG_INLINE void each_vector(const R* result, bool past_caches, uint64_t begin, ui
     if (i < end) f(i, SomeLanes<R>{static_cast<int>(end - i)});
 }
 
+// Whether none of from[count] is NaN or infinite.
+template <class R>
+FG_INLINE bool all_finite(const R* from, uint64_t count) {
+    constexpr uint64_t kLanes = kLanesOf<R>;
+    Vector<R> zeros[4] = {};  // 0 times a finite value is 0, and times any other NaN; independent chains
+    uint64_t i = 0;
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes)
+        for (int k = 0; k < 4; ++k) zeros[k] += load<Vector<R>>(from + i + k * kLanes) * R{0};
+    const Vector<R> zero = (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]);
+    R rest = 0;
+    for (uint64_t lane = 0; lane < kLanes; ++lane) rest += zero[lane];
+    for (; i < count; ++i) rest += from[i] * R{0};
+    return rest == R{0};
+}
+
+// A flag that many threads may set at once.
+FG_INLINE void set(int32_t* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
+
 }  // namespace fastguide::cpu

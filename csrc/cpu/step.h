@@ -17,6 +17,7 @@ namespace fastguide::cpu {
 struct Step {
     Input x, output, displacement;  // displacement.data may be null
     void *x_s, *x0;                 // in x's dtype; x0 may be null
+    int32_t* not_finite;            // set where the output has a NaN or an infinite value; may be null
     const double* levels;           // five numbers, or for each of the five a column [particles]
     bool level_columns;
     double displacement_scale;
@@ -293,6 +294,7 @@ void step_tile(const Prepared<R>& call, const Tile& tile, R* terms, Memory memor
     }
     Span<R> span{};
     span.x = staged(buffers.x, s.x, begin, count), span.output = staged(buffers.output, s.output, begin, count);
+    if (s.not_finite && !all_finite(span.output, count)) set(s.not_finite);
     if (s.displacement.data) span.displacement = staged(buffers.displacement, s.displacement, begin, count);
     span.x_s = direct ? static_cast<R*>(s.x_s) + begin : buffers.x_s;
     span.x0 = !s.x0 || !direct ? buffers.x0 : static_cast<R*>(s.x0) + begin;

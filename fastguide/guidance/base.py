@@ -168,6 +168,7 @@ class Run:
         displacement_scale: Scalar = 1.0,
         prediction: str = "sample",
         return_x0: bool = False,
+        not_finite: Tensor | None = None,
     ) -> Any:
         """Step ``i`` from a predicted clean sample, or another ``prediction``, clipped as the run says."""
         coefficients = self.coefficients(i, tau)
@@ -189,6 +190,7 @@ class Run:
                 displacement_scale=scale,
                 return_x0=return_x0,
                 out=self.memory(x, return_x0),
+                not_finite=not_finite,
                 **counter,
             )
 

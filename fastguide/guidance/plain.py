@@ -24,7 +24,14 @@ class Plain:
         denoiser, level = run.denoiser, run.levels[i]
         with torch.set_grad_enabled(run.differentiable), phase("network"):
             (output,) = run.in_chunks(lambda rows, x: (denoiser(x, level, rows),), state.x)
-        run.watch.finite(i, "net", output)
+        flag = run.watch.flag(i, "net", run.device)
         with torch.set_grad_enabled(run.differentiable), phase("step"):
-            result = run.reverse_step(state.x, output, i, prediction=denoiser.prediction, return_x0=run.keep_x0_hat)
+            result = run.reverse_step(
+                state.x,
+                output,
+                i,
+                prediction=denoiser.prediction,
+                return_x0=run.keep_x0_hat,
+                not_finite=flag,
+            )
         return State(result[0], x0_hat=result[1]) if run.keep_x0_hat else State(result)

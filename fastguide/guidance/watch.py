@@ -28,13 +28,20 @@ class Watch:
 
     def __init__(self) -> None:
         self._labels: list[tuple[int, str, str]] = []  # step, function, kind of note
-        self._pairs: list[tuple[Tensor, Tensor]] = []  # lowest and highest value; of dropped particles their number
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # lowest and highest value; twice a flag, or the number dropped
         self._order: list[int] = []  # of `numbers`, which are sorted by dtype
 
     def finite(self, i: int, function: str, value: Tensor) -> None:
         """Note that ``value`` came from ``function`` in step ``i`` and must be finite."""
         self._labels.append((i, function, "finite"))
         self._pairs.append(_extremes(value.detach()))
+
+    def flag(self, i: int, function: str, device: torch.device) -> Tensor:
+        """The same without a pass over the value, for the operation that reads it: its ``not_finite``."""
+        flag = torch.zeros((), dtype=torch.int32, device=device)
+        self._labels.append((i, function, "flag"))
+        self._pairs.append((flag, flag))
+        return flag
 
     def log_prob(self, i: int, function: str, value: Tensor) -> None:
         """The same for log-densities, where ``-inf`` (a dead particle) is allowed."""
@@ -70,6 +77,10 @@ class Watch:
         for (i, function, kind), pair in zip(self._labels, zip(values[::2], values[1::2], strict=True), strict=True):
             if kind == "dropped":
                 dropped.append((i, function, int(pair[0])))
+                continue
+            if kind == "flag":
+                if pair[0]:
+                    raise FloatingPointError(f"{function}: expected finite values, got NaN or infinity at step {i}")
                 continue
             bad = [v for v in pair if not math.isfinite(v) and not (kind == "log_prob" and v == -math.inf)]
             if bad:

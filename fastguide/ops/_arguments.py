@@ -128,6 +128,17 @@ def out(
     return tuple(checked)
 
 
+def not_finite(value: Any, device: torch.device) -> Tensor | None:
+    """The argument ``not_finite`` of an operation: a flag that it sets where an input is not finite."""
+    if value is None:
+        return None
+    arguments.tensor("not_finite", value)
+    elsewhere = value.device.type != device.type or device.index not in (None, value.device.index)
+    if value.dtype != torch.int32 or value.numel() != 1 or elsewhere:
+        raise ValueError(f"not_finite: expected an int32 tensor of one element on {device}, got {got(value)}")
+    return unwrapped(value)
+
+
 def readable(value: Tensor) -> bool:
     """Whether values can be looked at without waiting for a device, or for a tracer."""
     return value.device.type == "cpu" and not (traced() or is_wrapper(value) or is_batched(value))

@@ -43,7 +43,8 @@ class Operation:
     Its functions take the arguments of the schema, one by one, which the public function has checked and parsed. A
     result that was not asked for is None, or empty where the dispatcher took part. Eager, compiled and fake calls take
     the same way. ``out``: tensors for the results, which `_arguments.out` has checked. A kernel writes into them; what
-    the reference or the dispatcher returns is copied.
+    the reference or the dispatcher returns is copied. ``not_finite``: a flag, which is set where an argument among
+    ``watched`` has a NaN or an infinite value. A kernel looks at what it reads anyway.
 
     Args:
         schema: ``"name(arguments) -> results"`` as ``torch.library`` writes it; ``str backend`` is added as the last
@@ -60,6 +61,7 @@ class Operation:
             each result, ``needed`` the names of the arguments that want one. Returns gradients by name, or None for
             the reference's. Whether gradients are enabled says whether the derivative is to be differentiated too.
         keep_results: whether ``vjp`` reads the results; else they are not kept, and it is given none.
+        watched: the arguments of which ``not_finite`` speaks.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Operation:
         differentiable: bool = False,
         vjp: Callable[..., dict[str, Tensor | None] | None] | None = None,
         keep_results: bool = False,
+        watched: Sequence[str] = (),
     ):
         if "(" not in schema or ") -> " not in schema:
             raise ValueError(f"schema: expected 'name(arguments) -> results', got {schema!r}")
@@ -95,6 +98,7 @@ class Operation:
         self.overload = getattr(torch.ops.fastguide, self.name).default
         arguments = self.overload._schema.arguments[:-1]
         self.names = [argument.name for argument in arguments]
+        self.watched = [self.names.index(name) for name in watched]
         self.seed = self.names.index("seed") if "seed" in self.names else None
         self.tensors = [i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
         self.changed = [i for i in self.tensors if arguments[i].alias_info and arguments[i].alias_info.is_write]
@@ -103,7 +107,9 @@ class Operation:
 
     # --- choose and call ---
 
-    def __call__(self, backend: str, *args: Any, out: Sequence[Tensor] | None = None) -> Any:
+    def __call__(
+        self, backend: str, *args: Any, out: Sequence[Tensor] | None = None, not_finite: Tensor | None = None
+    ) -> Any:
         """The results. The dispatcher takes part only where something must see the call: tracing, a tensor without
         memory of its own, autograd."""
         if type(backend) is not str:
@@ -124,16 +130,20 @@ class Operation:
                 )
         if seen:
             expect_alike(self._named(args, self.tensors), changed=self._named(args, self.changed))
+            self._watch(not_finite, args)
             return _into(out, self._dispatch(backend, args))
         if differentiable and torch.is_grad_enabled():
             if not self.differentiable:
                 with torch.no_grad():
                     return self._run(backend, *args, out=out)
             if backend != "reference" and not transformed():
+                self._watch(not_finite, args)
                 return self._dispatch(backend, args)
-        return self._run(backend, *args, out=out)
+        return self._run(backend, *args, out=out, not_finite=not_finite)
 
-    def _run(self, backend: str, *args: Any, out: Sequence[Tensor] | None = None) -> Any:
+    def _run(
+        self, backend: str, *args: Any, out: Sequence[Tensor] | None = None, not_finite: Tensor | None = None
+    ) -> Any:
         obstacle = self.obstacle(*args) if self.obstacle else ""
         if transformed() and any(args[i] is not None for i in self.tensors):
             obstacle = _NO_TRANSFORMS
@@ -144,13 +154,24 @@ class Operation:
             kernel = self._kernel(name)
             if not obstacle and name != "reference":
                 self._chosen[backend, device, dtype] = kernel
-        if out is None:
+        if out is None and not_finite is None:
             return kernel(*args)
         if kernel is self.reference:
+            self._watch(not_finite, args)
             return _into(out, kernel(*args))
-        results = kernel(*args, out=out)
-        torch.autograd.graph.increment_version([tensor for tensor in out if not tensor.is_inference()])
+        flags = {} if not_finite is None else {"not_finite": not_finite}
+        results = kernel(*args, out=out, **flags)
+        written = [tensor for tensor in (*(out or ()), *flags.values()) if not tensor.is_inference()]
+        torch.autograd.graph.increment_version(written)
         return results
+
+    def _watch(self, not_finite: Tensor | None, args: Sequence[Any]) -> None:
+        """What a kernel does with the flag, in a pass of its own."""
+        if not_finite is not None:
+            for i in self.watched:
+                if args[i].numel():
+                    low, high = torch.aminmax(args[i].detach())
+                    not_finite.masked_fill_(~(low.isfinite() & high.isfinite()), 1)
 
     def _kernel(self, backend: str) -> Callable[..., Any]:
         kernel = self.kernels[backend]

@@ -42,6 +42,7 @@ FLOATS |= dict.fromkeys(("scale", "background", "constant"), "fp64")
 ABSENT = dict.fromkeys(
     (
         "displacement",
+        "not_finite",
         "x0",
         "table",
         "bounds",
@@ -62,7 +63,9 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
     step = dict(x=pointer, output=pointer, x_s=pointer)
     weigher = propose_and_weigh.propose_and_weigh_kernel
     flags = dict(SAMPLE=False, CLIP=True, CLIP_NOISE=True, NOISE=True, X0=False)
-    table = dict(displacement=pointer, x0=pointer, table="*fp32", bounds="*fp32", seed_on_device="*i64")
+    table = dict(
+        displacement=pointer, x0=pointer, not_finite="*i32", table="*fp32", bounds="*fp32", seed_on_device="*i64"
+    )
     weigh = dict(x=pointer, x0_hat=pointer, displacement=pointer, x_s=pointer, before="*fp64", after="*fp64")
     kernel = reverse_step.reverse_step_kernel
     split = dict(SPLIT=propose_and_weigh.SPLIT, BLOCK=propose_and_weigh.BLOCK)

@@ -14,7 +14,7 @@ void reverse_step_as(const Step& step) {
     });
 }
 
-// x, x's dtype, model_output, its dtype, displacement (or None), its dtype, x_s, x0 (or None), return_x0,
+// x, x's dtype, model_output, its dtype, displacement (or None), its dtype, x_s, x0 (or None), return_x0, not_finite (or None),
 // prediction, clip (kind, low, high), clip_noise, levels, displacement_scale, shape of x, seed, step, stream, first_particle, threads
 PyObject* reverse_step(Arguments& in) {
     Step step{};
@@ -22,6 +22,7 @@ PyObject* reverse_step(Arguments& in) {
     read_inputs(in, step, "model_output");
     step.x_s = in.pointer("x_s"), step.x0 = in.pointer_or_none("x0");
     in.flag();
+    step.not_finite = in.pointer_or_none<int32_t>("not_finite");
     step.prediction = in.code("prediction", Prediction::flow);
     read_clip(in, step);
     step.clip_noise = in.flag();
@@ -37,7 +38,7 @@ PyObject* reverse_step(Arguments& in) {
     return none();
 }
 
-Binding binding{"reverse_step", fastcall<reverse_step, 22>, "One reverse step."};
+Binding binding{"reverse_step", fastcall<reverse_step, 23>, "One reverse step."};
 
 }  // namespace
 }  // namespace fastguide::cpu

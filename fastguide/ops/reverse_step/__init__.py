@@ -28,6 +28,7 @@ def reverse_step(
     first_particle: int = 0,
     return_x0: bool = False,
     out: Tensor | tuple[Tensor, Tensor] | None = None,
+    not_finite: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One step from level ``t`` to the lower level ``s``; DDIM, DDPM, Euler and Euler-ancestral are this formula with
@@ -47,6 +48,8 @@ def reverse_step(
     - ``z``: `randn` of ``seed, step, stream, first_particle``; none is drawn where ``tau = 0``.
 
     - ``out``: for what is returned, see `randn`.
+    - ``not_finite``: an int32 tensor of one element, which is set to 1 if ``model_output`` has a NaN or an infinite
+      value, and stays as it is otherwise. A kernel looks at what it reads anyway; nothing waits for the device.
 
     Returns ``x_s`` in the dtype of ``x``, and the clipped ``x0_hat`` if ``return_x0``. Differentiable in all
     tensors.
@@ -55,7 +58,7 @@ def reverse_step(
     if not bounds and clip_noise is False:
         clip_noise = True  # without a clip they are the same
     tensors = (x, model_output) if displacement is None else (x, model_output, displacement)
-    ordinary = out is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple
+    ordinary = out is not_finite is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple
     if ordinary and type(displacement_scale) is float and plain(*tensors):
         try:
             if displacement is None and displacement_scale != 1.0:
@@ -82,7 +85,7 @@ def reverse_step(
     into = _arguments.out(out, ((x.shape, x.dtype),) * (1 + return_x0), x.device, inputs)
     x_s, x0 = _reverse_step(
         backend, x, model_output, *scalars, prediction, bounds, clip_noise, displacement, *scale, *counter, return_x0,
-        out=into,
+        out=into, not_finite=_arguments.not_finite(not_finite, x.device),
     )  # fmt: skip
     if out is not None:
         return out
@@ -120,7 +123,7 @@ _PREDICTIONS = {name: code for code, name in enumerate(PREDICTIONS)}
 def _cpu(
     x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
     displacement_scale, displacement_scale_tensor,
-    seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, out=None,
+    seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, out=None, not_finite=None,
 ):  # fmt: skip
     seed, step = _arguments.read(seed, step, seed_tensor, step_tensor)
     x, model_output = x.contiguous(), model_output.contiguous()
@@ -143,6 +146,7 @@ def _cpu(
         x_s.data_ptr(),
         None if x0 is None else x0.data_ptr(),
         return_x0,
+        None if not_finite is None else not_finite.data_ptr(),
         _PREDICTIONS[prediction],
         *_arguments.codes(clip),
         clip_noise,
@@ -199,4 +203,5 @@ _reverse_step = Operation(
     kernels={"cpu": _cpu, "triton": "fastguide.ops.reverse_step.triton:call"},
     differentiable=True,
     vjp=_vjp,
+    watched=("model_output",),
 )

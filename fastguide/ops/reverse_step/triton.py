@@ -23,7 +23,7 @@ def multiplier(value, table, index: tl.constexpr, row, mask, particles):
 
 @triton.jit(do_not_specialize=VARYING)
 def reverse_step_kernel(
-    x, output, displacement, x_s, x0, particles, elements: tl.int64,
+    x, output, displacement, x_s, x0, not_finite, particles, elements: tl.int64,
     p: tl.float32, q: tl.float32, a: tl.float32, b: tl.float32, tau: tl.float32, c: tl.float32,
     displacement_scale: tl.float32, table,
     low: tl.float32, high: tl.float32, bounds,
@@ -41,6 +41,9 @@ def reverse_step_kernel(
 
     state = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     x0_hat = tl.load(output + place, mask=mask, other=0.0).to(tl.float32)
+    if not_finite is not None:  # no thread waits for another, as all that store store the same
+        bad = (tl.abs(x0_hat) < float("inf")) == 0  # of a NaN too
+        tl.store(not_finite + tl.zeros(bad.shape, tl.int32), tl.full(bad.shape, 1, tl.int32), mask=bad)
     if not SAMPLE:
         p = multiplier(p, table, 0, row, live, particles)
         q = multiplier(q, table, 1, row, live, particles)
@@ -82,7 +85,7 @@ _launch = Tuned(reverse_step_kernel, key=["ALIGN", "NOISE", "X0"])
 def call(
     x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
     displacement_scale, displacement_scale_tensor,
-    seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, out=None,
+    seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, out=None, not_finite=None,
 ):  # fmt: skip
     """One pass but for a dynamic threshold's quantile."""
     x, model_output = x.contiguous(), model_output.contiguous()
@@ -100,9 +103,9 @@ def call(
         low, high = clip if len(clip) == 2 else (0.0, 0.0)
         _launch(
             particles, elements,
-            x, model_output, displacement, x_s, x0, particles, elements, *numbers, multiplied, low, high, bounds,
-            seed, step, stream, first_particle, seed_tensor, step_tensor, SAMPLE=prediction == "sample",
-            CLIP=len(clip) == 2, CLIP_NOISE=clip_noise,
+            x, model_output, displacement, x_s, x0, not_finite, particles, elements, *numbers, multiplied,
+            low, high, bounds, seed, step, stream, first_particle, seed_tensor, step_tensor,
+            SAMPLE=prediction == "sample", CLIP=len(clip) == 2, CLIP_NOISE=clip_noise,
             NOISE=multiplied is not None or numbers[4] > 0.0, X0=return_x0,
             ALIGN=alignment(elements), ABREAST=abreast(x.dtype),
         )  # fmt: skip
