@@ -41,9 +41,9 @@ def reverse_step_kernel(
 
     state = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     x0_hat = tl.load(output + place, mask=mask, other=0.0).to(tl.float32)
-    if not_finite is not None:  # no thread waits for another, as all that store store the same
-        bad = (tl.abs(x0_hat) < float("inf")) == 0  # of a NaN too
-        tl.store(not_finite + tl.zeros(bad.shape, tl.int32), tl.full(bad.shape, 1, tl.int32), mask=bad)
+    if not_finite is not None:
+        finite = tl.abs(x0_hat) < float("inf")  # a NaN is not
+        tl.store(not_finite, 1, mask=tl.min(tl.min(finite.to(tl.int32), axis=1), axis=0) == 0)
     if not SAMPLE:
         p = multiplier(p, table, 0, row, live, particles)
         q = multiplier(q, table, 1, row, live, particles)
