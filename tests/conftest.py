@@ -26,15 +26,16 @@ TOLERANCES = {
 }
 
 
-BUILDS = ("cuda_device", "emulated_module", "cuda_objects", "cpu_objects", "described_here", "kernels")
+ONCE = ("cuda_device", "emulated_module", "cuda_objects", "described_here", "kernels", "trained", "samples")
+ONCE += ("errors", "launch")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
 def pytest_collection_modifyitems(items):
-    """Of several processes, one runs all the tests of what takes seconds to build."""
+    """Of several processes, one runs all the tests of what takes seconds to make."""
     for item in items:
-        if built := [name for name in BUILDS if name in item.fixturenames]:
-            item.add_marker(pytest.mark.xdist_group(built[0].replace("emulated_module", "cuda_device")))
+        if made := [name for name in ONCE if name in item.fixturenames]:
+            item.add_marker(pytest.mark.xdist_group(made[0].replace("emulated_module", "cuda_device")))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -90,9 +90,10 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
 def main() -> None:
     torch.set_num_threads(2)
     threading.stack_size(int(sys.argv[1]))
+    made = list(calls())
     for isa in _native.instruction_sets():
         with _native.instruction_set(isa):
-            for name, call in calls():
+            for name, call in made:
                 print(isa, name, flush=True)
                 if isa == _native.instruction_sets()[0]:
                     call()  # whatever Python imports at the first call needs a larger stack

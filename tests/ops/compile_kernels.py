@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -32,7 +31,9 @@ log_prob_and_gradient, predict_x0, propose_and_weigh, randn, reverse_step, solve
     importlib.import_module(f"fastguide.ops.{name}.triton") for name in NAMES
 )
 
-ARCHITECTURES = (80, 90, 100)
+# What is compiled for which architecture. Registers hardly differ between them, nor between dtypes: one gets both, and
+# the one that has fewest instructions for bfloat16 gets that.
+PARTS = ((90, "fp32"), (90, "bf16"), (80, "bf16"), (100, "fp32"), (80, None), (90, None), (100, None))
 TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTEGERS = dict(particles="i32", elements="i64", seed="u64", step="u32", stream="u32", first_particle="i64")
 INTEGERS |= dict.fromkeys(("samples", "y_rows", "extra_rows", "splits", "number", "size"), "i32")
@@ -82,21 +83,24 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
     yield "propose_and_weigh", weigher, weigh, count | split, (3, 1)
     yield "propose_and_weigh, split", weigher, weigh | dict(sums="*fp64"), count | split, (3, 1)
 
-    sums = dict(BLOCK=tiles.SUM_BLOCK)
-    yield "weigh", propose_and_weigh.weigh_kernel, dict(sums="*fp64", before="*fp64", after="*fp64"), sums, (0, 0)
-    matrices = dict(gram="*fp64", residual="*fp64", solution="*fp64", log_det="*fp64")
-    for m in (2, 4, 16):
-        several = min(solve_positive_part.PRODUCTS // m**3, solve_positive_part.MOST)
-        kernel = solve_positive_part.solve_positive_part_kernel
-        yield f"solve_positive_part, {m}", kernel, matrices, dict(BLOCK=several, MATRICES=several, M=m), (0, 0)
-    yield "total", log_prob_and_gradient.total_kernel, dict(sums="*fp64", total="*fp64"), sums, (0, 0)
-
     density, alike = dict(z=pointer, y="*fp32", gradient=pointer, sums="*fp64"), dict(ALIGN=16)
     for code, family in enumerate(FAMILIES):
         more = dict(rows="*i64", constants="*fp64") if family == "poisson" else dict(extra_variance="*fp32")
         number = dict(FAMILY=code, SPLIT=log_prob_and_gradient.SPLIT, BLOCK=log_prob_and_gradient.BLOCK)
         kernel = log_prob_and_gradient.log_prob_and_gradient_kernel
         yield f"log_prob_and_gradient, {family}", kernel, density | more, alike | number, None
+
+
+def cases_without_states() -> Iterator[tuple[str, object, dict[str, str], dict[str, object], tuple[int, int]]]:
+    """As `cases`."""
+    sums = dict(BLOCK=tiles.SUM_BLOCK)
+    yield "weigh", propose_and_weigh.weigh_kernel, dict(sums="*fp64", before="*fp64", after="*fp64"), sums, (0, 0)
+    yield "total", log_prob_and_gradient.total_kernel, dict(sums="*fp64", total="*fp64"), sums, (0, 0)
+    matrices = dict(gram="*fp64", residual="*fp64", solution="*fp64", log_det="*fp64")
+    for m in (4, 16):  # several matrices a program, and one
+        several = min(solve_positive_part.PRODUCTS // m**3, solve_positive_part.MOST)
+        kernel = solve_positive_part.solve_positive_part_kernel
+        yield f"solve_positive_part, {m}", kernel, matrices, dict(BLOCK=several, MATRICES=several, M=m), (0, 0)
 
 
 def compiled(kernel, pointers: dict[str, str], constants: dict[str, object], architecture: int, warps: int) -> dict:
@@ -130,11 +134,12 @@ def compiled(kernel, pointers: dict[str, str], constants: dict[str, object], arc
     )
 
 
-def compile_all(architecture: int, state: str) -> list[str]:
-    """A line of JSON for each kernel on states of a dtype."""
+def compile_all(architecture: int, state: str | None) -> list[str]:
+    """A line of JSON for each kernel on states of a dtype, or for those that have none."""
     lines = []
-    configs = tiles.CONFIGS if architecture == 90 else tiles.CONFIGS[1:2]
-    for name, kernel, pointers, constants, moved in cases(state):
+    # Of the same elements a thread, the last needs the most registers.
+    configs = (tiles.CONFIGS[0], tiles.CONFIGS[-1]) if architecture == 90 else tiles.CONFIGS[1:2]
+    for name, kernel, pointers, constants, moved in cases(state) if state else cases_without_states():
         for config in tiles.CONFIGS[1:2] if "BLOCK" in constants else configs:
             block = constants.get("BLOCK", config.kwargs["BLOCK"])
             tile = dict(BLOCK=block, ROWS=1, GROUPS=block // 4)
@@ -148,9 +153,8 @@ def compile_all(architecture: int, state: str) -> list[str]:
 
 def main() -> None:
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-    parts = list(itertools.product(ARCHITECTURES, ("fp32", "bf16")))
-    with multiprocessing.get_context("fork").Pool(min(os.cpu_count() or 1, len(parts))) as pool:
-        for lines in pool.starmap(compile_all, parts, chunksize=1):
+    with multiprocessing.get_context("fork").Pool(min(os.cpu_count() or 1, len(PARTS))) as pool:
+        for lines in pool.starmap(compile_all, PARTS, chunksize=1):
             print(*lines, sep="\n")
 
 

@@ -541,7 +541,9 @@ def test_log_densities_in_a_compiled_function(family, backend):
         total, *values = function(x)
         return [*torch.autograd.grad(total, x), *values]
 
-    for a, b in zip(results(torch.compile(loss, fullgraph=True, backend=backend)), results(loss), strict=True):
+    options = {"cpp.vec_isa_ok": False} if backend == "inductor" else None  # looking for AVX takes g++ 10 s
+    compiled = torch.compile(loss, fullgraph=True, backend=backend, options=options)
+    for a, b in zip(results(compiled), results(loss), strict=True):
         assert torch.equal(a, b)
 
 
