@@ -82,6 +82,26 @@ def state(name: str, value: Any, like: Tensor | None = None, like_name: str = "x
     return value
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """What the results of an element-wise operation have: that of ``x`` where the channels come last in memory, else
+    contiguous."""
+    if x.ndim not in _CHANNELS_LAST or x.is_contiguous() or transformed():  # inside a transform torch does not say
+        return torch.contiguous_format
+    form = _CHANNELS_LAST[x.ndim]
+    return form if x.is_contiguous(memory_format=form) else torch.contiguous_format
+
+
+def channels_moved(form: torch.memory_format, *tensors: Tensor | None, back: bool = False) -> tuple[Any, ...]:
+    """The tensors with their channels last, a contiguous view of such a layout; or back again."""
+    if form is torch.contiguous_format:
+        return tensors
+    where, to = (-1, 1) if back else (1, -1)
+    return tuple(None if t is None else t.movedim(where, to) for t in tensors)
+
+
 def span(x: Tensor) -> tuple[int, int]:
     """The addresses of the first byte and of that after the last."""
     if x.numel() == 0:

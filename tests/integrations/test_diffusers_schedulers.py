@@ -161,6 +161,20 @@ def test_a_variance_that_the_network_predicts():
     assert not mine.parent_calls
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_channels_that_come_last_stay_there(name):
+    results = []
+    for scheduler in both(name):
+        scheduler.set_timesteps(10)
+        x, output = (normal(*SHAPE, seed=k).contiguous(memory_format=torch.channels_last) for k in (0, 1))
+        if hasattr(scheduler, "scale_model_input"):
+            x = scheduler.scale_model_input(x, scheduler.timesteps[0])
+        generator = torch.Generator().manual_seed(7)
+        results.append(scheduler.step(output, scheduler.timesteps[0], x, generator=generator).prev_sample)
+    torch.testing.assert_close(*results[::-1])
+    assert all(result.is_contiguous(memory_format=torch.channels_last) for result in results)
+
+
 @pytest.mark.parametrize("dtypes", [(F16, F16), (BF16, BF16), (F32, F16), (F16, F32), (F64, F64)])
 @pytest.mark.parametrize(
     ("name", "prediction"), [*itertools.product(NAMES[:2], PREDICTIONS), *((n, "") for n in NAMES)]

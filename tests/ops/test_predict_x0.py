@@ -93,6 +93,23 @@ def test_a_sample_is_copied_and_the_state_not_read(backend):
     assert torch.equal(got, output) and got.data_ptr() != output.data_ptr()
 
 
+@pytest.mark.parametrize("form", [torch.channels_last, torch.channels_last_3d])
+def test_channels_that_come_last_stay_there(form):
+    shape = (2, 3, 4, 5) if form is torch.channels_last else (2, 3, 4, 5, 2)
+    options, found = dict(prediction="v", guidance_scale=3.0), []
+    for layout in (torch.contiguous_format, form):
+        x, output, base = (
+            v.contiguous(memory_format=layout).requires_grad_() for v in inputs(shape, torch.float32)
+        )  # fmt: skip
+        x0_hat = ops.predict_x0(x, output, LEVEL, unconditional=base, **options)
+        with torch.no_grad():  # the other way into the kernel
+            assert torch.equal(ops.predict_x0(x, output, LEVEL, unconditional=base, **options), x0_hat)
+        assert x0_hat.is_contiguous(memory_format=layout)
+        x0_hat.square().sum().backward()
+        found.append((x0_hat, x.grad, output.grad, base.grad))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_layouts_and_dtypes(backend, assert_close):
     needs(backend)

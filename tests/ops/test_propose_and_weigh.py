@@ -182,6 +182,15 @@ def test_non_contiguous_inputs_that_stay_as_they_are(dtype):
     assert all(torch.equal(a, b) for a, b in zip(turned, before, strict=True))
 
 
+def test_channels_that_come_last_stay_there():
+    *states, log_weights = inputs((6, 4, 5, 3), torch.float32)
+    expected = ops.propose_and_weigh(*states, log_weights, LEVELS["ve"], **COUNTER)
+    last = [v.contiguous(memory_format=torch.channels_last) for v in states]
+    x_s, weights = ops.propose_and_weigh(*last, log_weights, LEVELS["ve"], **COUNTER)
+    assert torch.equal(x_s, expected[0]) and torch.equal(weights, expected[1])
+    assert x_s.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_bits_do_not_depend_on_threads_or_chunks(threads):
     x, x0_hat, displacement, log_weights = inputs((5, 10_001), torch.float32)
     results = []

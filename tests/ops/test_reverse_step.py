@@ -290,11 +290,11 @@ def strided(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", ("channels last", "transposed", "every other"))
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("clip", (None, DynamicThreshold(0.9, 3.0)))
-def test_non_contiguous_inputs(layout, dtype, clip):
+@pytest.mark.parametrize("eta, clip", ((1.0, None), (0.0, None), (0.0, DynamicThreshold(0.9, 3.0))))
+def test_non_contiguous_inputs(layout, dtype, eta, clip):
     x, output, displacement = inputs((3, 4, 5, 6), dtype)
     options = dict(prediction="v", clip=clip, seed=1, return_x0=True)
-    coefficients = coefficients_of(*LEVELS["vp"], 1.0)
+    coefficients = coefficients_of(*LEVELS["vp"], eta)
     expected = ops.reverse_step(x, output, coefficients, displacement=displacement, **options)
     got = ops.reverse_step(
         strided(layout, x),
@@ -304,7 +304,10 @@ def test_non_contiguous_inputs(layout, dtype, clip):
         **options,
     )
     for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b) and a.is_contiguous()
+        assert torch.equal(a, b)
+        assert a.is_contiguous(
+            memory_format=torch.channels_last if layout == "channels last" else torch.contiguous_format
+        )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

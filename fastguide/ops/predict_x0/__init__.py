@@ -40,8 +40,8 @@ def predict_x0(
 
     - ``out``: for what is returned, see `randn`.
 
-    Returns ``x0_hat`` in the dtype of ``x``, which shares no memory with the arguments, in one pass. The backward pass
-    is one, too. Differentiable in all tensors.
+    Returns ``x0_hat`` in the dtype and the layout (contiguous or channels_last) of ``x``, which shares no memory with
+    the arguments, in one pass. The backward pass is one, too. Differentiable in all tensors.
     """
     tensors = (x, model_output) if unconditional is None else (x, model_output, unconditional)
     ordinary = out is None and type(backend) is str and backend == "auto" and type(levels) is tuple
@@ -61,10 +61,12 @@ def predict_x0(
         unconditional = _arguments.state("unconditional", unconditional, x)
     scale = (1.0, None) if guidance_scale is None else _arguments.per_sample("guidance_scale", guidance_scale, x)
     values = _arguments.scalars(levels, x, prediction, "levels", 2)
+    form = _arguments.layout(x) if out is None else torch.contiguous_format
+    x, model_output, unconditional = _arguments.channels_moved(form, x, model_output, unconditional)
     inputs = x, model_output, values[1], unconditional, scale[1]
     into = _arguments.out(out, ((x.shape, x.dtype),), x.device, inputs)
     x0 = _predict_x0(backend, x, model_output, *values, prediction, unconditional, *scale, out=into)
-    return x0 if out is None else out
+    return _arguments.channels_moved(form, x0, back=True)[0] if out is None else out
 
 
 def _unpacked(levels, table, guidance_scale, guidance_scale_tensor):

@@ -36,8 +36,8 @@ def propose_and_weigh(
 
     ``x``, ``x0_hat``, ``displacement``: ``[N, *event]``; ``log_weights``: ``N`` values of any shape, float32 or
     float64; ``coefficients``, ``clip``, ``displacement_scale`` and counters as in `reverse_step`. Where ``tau = 0``
-    the step is the base kernel's, without the displacement, and the ratio is 1. Returns ``x_s`` and the log-weights
-    without gradients: new tensors, or ``out``, see `randn`.
+    the step is the base kernel's, without the displacement, and the ratio is 1. Returns ``x_s``, in the layout of ``x``
+    (contiguous or channels_last), and the log-weights, without gradients: new tensors, or ``out``, see `randn`.
     """
     bounds = _arguments.clip(clip)
     ordinary = out is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple
@@ -68,7 +68,9 @@ def propose_and_weigh(
     results = _propose_and_weigh(
         backend, x, x0_hat, displacement, log_weights, *scalars, bounds, *scale, *counter, out=into
     )
-    return results if out is None else out
+    if out is not None:
+        return out
+    return results[0].contiguous(memory_format=_arguments.layout(x)), results[1]
 
 
 def _reference(

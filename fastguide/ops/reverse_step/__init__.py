@@ -51,8 +51,8 @@ def reverse_step(
     - ``not_finite``: an int32 tensor of one element, which is set to 1 if ``model_output`` has a NaN or an infinite
       value, and stays as it is otherwise. A kernel looks at what it reads anyway; nothing waits for the device.
 
-    Returns ``x_s`` in the dtype of ``x``, and the clipped ``x0_hat`` if ``return_x0``. Differentiable in all
-    tensors.
+    Returns ``x_s`` in the dtype and the layout (contiguous or channels_last) of ``x``, and the clipped ``x0_hat`` if
+    ``return_x0``. Differentiable in all tensors.
     """
     bounds = _arguments.clip(clip)
     if not bounds and clip_noise is False:
@@ -81,6 +81,11 @@ def reverse_step(
     clip_noise, return_x0 = flag("clip_noise", clip_noise), flag("return_x0", return_x0)
     scalars = _arguments.scalars(coefficients, x, prediction)
     counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
+    # Channels that come last stay there, in one pass where no noise is counted by the element's index.
+    form = _arguments.layout(x) if out is None else torch.contiguous_format
+    noisy = scalars[1] is not None or scalars[0][-1] > 0.0
+    moved = torch.contiguous_format if noisy else form
+    x, model_output, displacement = _arguments.channels_moved(moved, x, model_output, displacement)
     inputs = x, model_output, displacement, scale[1], *counter[-2:]
     into = _arguments.out(out, ((x.shape, x.dtype),) * (1 + return_x0), x.device, inputs)
     x_s, x0 = _reverse_step(
@@ -89,7 +94,9 @@ def reverse_step(
     )  # fmt: skip
     if out is not None:
         return out
-    return (x_s, x0) if return_x0 else x_s
+    x_s, x0 = _arguments.channels_moved(moved, x_s, x0 if return_x0 else None, back=True)
+    x_s = x_s.contiguous(memory_format=form)
+    return (x_s, x0.contiguous(memory_format=form)) if return_x0 else x_s
 
 
 def _reference(
