@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--keep-memory", action="store_true", help="an allocator that keeps freed memory, for all alike"
     )
+    parser.add_argument(
+        "--against", type=Path, metavar="DIR", help="another checkout, built in place, that samplers/bytes run as well"
+    )
     options = parser.parse_args(arguments)
     try:
         names = chosen(options.names)
@@ -41,8 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"NAME: {error}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: torch sees no CUDA device")
+    if options.against and not (options.against / "fastguide" / "__init__.py").is_file():
+        parser.error(f"--against: expected the folder of a checkout of fastguide, got {options.against}")
+    if options.against and options.keep_memory:
+        parser.error("--against: expected no --keep-memory, which the other checkout's process would not have")
 
-    setting = Setting(torch.device(options.device), options.quick, options.seconds)
+    setting = Setting(torch.device(options.device), options.quick, options.seconds, options.against)
     about = machine(setting.device, keep_memory() if options.keep_memory else AS_USERS_HAVE_IT)
     print("\n".join(f"{key}: {value}" for key, value in about.items()), "", sep="\n", flush=True)
     results = []

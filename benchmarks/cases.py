@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,11 +30,13 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """Where to run. ``quick`` asks for sizes that take milliseconds: they test the code and time nothing of worth."""
+    """Where to run. ``quick`` asks for sizes that take milliseconds: they test the code and time nothing of worth.
+    ``against``: the folder of another checkout, built in place, for the cases that compare with one."""
 
     device: torch.device
     quick: bool = False
     seconds: float = 20.0  # of timing for each case
+    against: Path | None = None
 
     def pick(self, full: T, quick: T, gpu: T | None = None) -> T:
         """``gpu``: a size in place of ``full`` where that is too small to fill a GPU."""

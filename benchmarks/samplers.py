@@ -11,6 +11,7 @@ import math
 import statistics
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import pairwise
@@ -25,7 +26,7 @@ from fastguide import digits, ops, sampling
 from fastguide.guidance.base import STREAM_INITIAL
 from fastguide.reference import step_coefficients
 
-from . import timing
+from . import timing, traffic
 from .cases import Absent, Call, Case, Figure, Setting, case, cpu_only, rival
 
 Net = Callable[..., Tensor]
@@ -434,6 +435,56 @@ def memory(setting: Setting) -> Case:
         rivals=[rival("the kernel alone, into kept memory", lambda: kernels, at_most=1.2)],
         backend=setting.backend("reverse_step"),
     )
+
+
+def _bytes(setting: Setting, method: str) -> Case:
+    """Bytes and time around a network that costs nothing, beside those of another checkout."""
+    cpu_only(setting)
+    shape, steps = setting.pick((64, 3, 256, 256), (4, 3, 8, 8)), setting.pick(20, 4)
+    ours, elements = traffic.sampler(method, shape, steps), steps * math.prod(shape)
+    label = "--against" if setting.against is None else f"{timing.commit(setting.against)}, in a process of its own"
+    counts: list[Counter[str]] = []  # ours, and the other checkout's
+    other: list[traffic.Elsewhere] = []
+
+    def elsewhere() -> Call:
+        if setting.against is None:
+            raise Absent("expected --against DIR, another checkout that is built in place")
+        other.append(traffic.Elsewhere(setting.against, method, shape, steps))
+        return partial(other[0].ask, "run")
+
+    def check() -> None:
+        samples, moved = traffic.count(ours)
+        assert torch.equal(ours().x, samples.x), "counted, the sampler gives other samples"
+        assert torch.isfinite(samples.x).all()
+        counts[:] = [moved]
+        for process in other:
+            answer = process.ask("count")
+            counts.append(Counter(answer["moved"]))
+            torch.testing.assert_close(answer["moments"], traffic.moments(samples), rtol=1e-2, atol=1e-3)
+
+    def figures(_: float) -> list[Figure]:
+        here, *there = (c.total() / elements for c in counts)
+        found = [Figure("bytes per element and step", here, "")]
+        for total in there:
+            found += [Figure("there", total, ""), Figure("ours of theirs", here / total, "", at_most=1 / 3)]
+        for name, c in zip(("here", "there"), counts, strict=False):
+            parts = ((operation, moved / elements) for operation, moved in c.most_common())
+            found += [Figure(f"{name}: {operation}", moved, "") for operation, moved in parts if moved >= 0.1]
+        return found
+
+    return Case(
+        f"{method}, network that costs nothing, {list(shape)}, float32, {steps} steps",
+        elements=elements,
+        bytes=None,
+        ours=ours,
+        check=check,
+        rivals=[rival(label, elsewhere, at_least=2.0)],
+        figures=figures,
+    )
+
+
+for _name in traffic.METHODS:
+    case(f"samplers/bytes-{_name}")(partial(_bytes, method=_name))
 
 
 @case("samplers/mixture-tds")

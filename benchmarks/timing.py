@@ -145,9 +145,9 @@ def machine(device: torch.device, allocator: str) -> dict[str, Any]:
     return found
 
 
-def commit() -> str:
+def commit(folder: Path = Path(__file__).parent) -> str:
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

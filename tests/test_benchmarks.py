@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import cases, memory, profile, report, samplers, timing
+from benchmarks import cases, memory, profile, report, samplers, timing, traffic
 from benchmarks.cases import CASES, Case, Figure, Rival, Setting
 from fastguide import ops, reference
 
@@ -220,6 +221,74 @@ def test_wrong_offspring_are_counted(monkeypatch):
 def test_peak_memory_is_what_is_allocated():
     peak, kept = memory.peak_of(lambda: torch.ones(1 << 24), QUICK.device)
     assert kept.nbytes <= peak < 1.2 * kept.nbytes
+
+
+_A, _B = torch.ones(8, 16), torch.ones(8, 16)  # 128 floats
+_STATE = torch.ones(1, 8, 16)
+_ROW = torch.ones(1, 16).expand(8, 16)
+_SWAPPED = torch.tensor([[1, 0, 2, 3, 4, 5, 6, 7]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "moved"),
+    [
+        (lambda: _A + _B, {"add": 12 * 128}),
+        (lambda: _A + _ROW, {"add": 8 * 128 + 4 * 16}),  # what an expanded tensor repeats is read once
+        (lambda: _A.clone(), {"clone": 8 * 128}),
+        (lambda: torch.empty(8, 16).copy_(_A), {"copy_": 8 * 128}),
+        (lambda: torch.empty(8, 16).zero_(), {"zero_": 4 * 128}),
+        (lambda: _A.clone().mul_(2), {"clone": 8 * 128, "mul_": 8 * 128}),
+        (lambda: torch.add(_A, _B, out=torch.empty(8, 16)), {"add": 12 * 128}),
+        (lambda: _A.view(16, 8)[2:].T.detach(), {}),
+        (lambda: (torch.empty_like(_A), torch._lazy_clone(_A)), {}),
+        (lambda: _A.new_zeros(8, 16), {"new_zeros": 4 * 128}),
+        (lambda: _A.sum(1), {"sum": 4 * 128 + 4 * 8}),
+        (lambda: _A.index_select(0, torch.tensor([1, 3])), {"index_select": 2 * 4 * 32 + 8 * 2}),
+        (lambda: ops.randn((8, 16), seed=0), {"randn": 4 * 128}),
+        (lambda: ops.reverse_step(_A, _B, (0.5, 0.8, 0.7, 0.6, 0.0)), {"reverse_step": 12 * 128}),
+        (
+            lambda: ops.reverse_step(_A, _B, (0.5, 0.8, 0.7, 0.6, 0.3), out=torch.empty(8, 16)),
+            {"reverse_step": 12 * 128},
+        ),
+        (lambda: ops.reverse_step(_A, _B, (0.5, 0.8, 0.7, 0.6, 0.0), return_x0=True), {"reverse_step": 16 * 128}),
+        (lambda: ops.gather_particles_(_SWAPPED, _STATE), {"gather_particles_": 2 * 2 * 64 + 4 * 8}),
+    ],
+)
+def test_bytes_are_those_read_and_written(call, moved):
+    """One of each kind: read and written, in place, overwritten, picked, neither; and our own operations."""
+    assert traffic.count(call)[1] == moved
+
+
+def test_bytes_of_gradients_are_counted():
+    x, output = (torch.ones(8, 16, requires_grad=True) for _ in range(2))
+
+    def call():
+        torch.autograd.grad(ops.predict_x0(x, output, (0.6, 0.8), prediction="v"), (x, output), torch.ones(8, 16))
+
+    assert traffic.count(call)[1] == {"predict_x0": 12 * 128, "predict_x0_backward": 12 * 128, "ones": 4 * 128}
+
+
+def test_another_checkout_is_counted_and_timed_in_its_own_process(capsys, tmp_path):
+    """The other checkout is this one."""
+    path, here = tmp_path / "out.json", Path(samplers.__file__).parents[1]
+    assert command.main(["samplers/bytes-tds", "--quick", "--against", str(here), "--json", str(path)]) == 0
+    (entry,) = json.loads(path.read_text())["cases"]
+    _, theirs = entry["rows"]
+    assert theirs["rounds"] == 1 and theirs["target"] == ">= 2x" and not theirs["absent"]
+    found = {figure["name"]: figure["value"] for figure in entry["figures"]}
+    assert found["ours of theirs"] == found["bytes per element and step"] / found["there"]
+    for operation in ("propose_and_weigh", "predict_x0_backward", "gather_particles_", "add"):
+        assert found[f"here: {operation}"] == found[f"there: {operation}"] > 0
+
+
+def test_another_checkout_must_be_one(capsys, tmp_path):
+    with pytest.raises(RuntimeError, match="ended with status 1"):  # what is imported is not what was asked for
+        traffic.Elsewhere(tmp_path, "plain", (4, 3, 8, 8), 4).ask("run")
+    for flags, said in (([], "expected the folder of a checkout"), (["--keep-memory"], "expected no --keep-memory")):
+        folder = Path(samplers.__file__).parents[1] if flags else tmp_path
+        with pytest.raises(SystemExit):
+            command.main(["samplers/bytes-tds", "--against", str(folder), *flags])
+        assert f"--against: {said}" in capsys.readouterr().err
 
 
 def test_a_profile_is_of_one_run_after_another(monkeypatch, capsys):
