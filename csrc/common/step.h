@@ -1,4 +1,5 @@
-// The reverse step x_s = a x + b clip(x0_hat) + c x0_hat + displacement + tau z, x0_hat = p x + q output, by its levels.
+// The reverse step x_s = a x + b clip(x0_hat) + c x0_hat + displacement + tau z, x0_hat = p x + q output, by its
+// coefficients.
 #pragma once
 
 #include <cmath>
@@ -10,7 +11,7 @@ namespace fastguide {
 // By the code that Python passes: the order of fastguide.reference.PREDICTIONS.
 enum class Prediction : int { epsilon = 0, sample = 1, score = 2, v = 3, flow = 4 };
 
-struct Levels {
+struct Coefficients {
     double alpha_t, sigma_t, alpha_s, sigma_s, tau;
 };
 
@@ -35,7 +36,7 @@ FG_HD X0Multipliers x0_multipliers(double alpha, double sigma, Prediction predic
 }
 
 // fastguide.ops.reverse_step.reference.multipliers, operation by operation.
-FG_HD Multipliers multipliers(const Levels& l, Prediction prediction, bool clip_noise) {
+FG_HD Multipliers multipliers(const Coefficients& l, Prediction prediction, bool clip_noise) {
     const double square = l.sigma_s * l.sigma_s - l.tau * l.tau;
     const double a = std::sqrt(square < 0.0 ? 0.0 : square) / l.sigma_t;
     const double share = l.alpha_t * a;  // of x0_hat in the noise

@@ -14,15 +14,15 @@
 namespace fastguide::cpu {
 
 // One call, all tensors [particles, elements]. The arithmetic is in float, or in double where x is.
-struct Step {
+struct ReverseStep {
     Input x, output, displacement;  // displacement.data may be null
     void *x_s, *x0;                 // in x's dtype; x0 may be null
     int32_t* not_finite;            // set where the output has a NaN or an infinite value; may be null
-    const double* levels;           // five numbers, or for each of the five a column [particles]
-    bool level_columns;
+    const double* coefficients;     // five numbers, or for each of the five a column [particles]
+    bool in_columns;                // whether the latter
     double displacement_scale;
     const double* displacement_scales;  // [particles]; null where all have that scale
-    bool per_particle;                  // levels or scales
+    bool per_particle;                  // whether coefficients or scales are
     Prediction prediction;
     Clip clip;
     bool clip_noise;  // whether the noise, too, is that of the clipped x0
@@ -144,15 +144,15 @@ constexpr uint64_t kLongParticle = 16;  // elements from which a particle has it
 // A call, with what all its tiles share.
 template <class R>
 struct Prepared {
-    const Step& step;
+    const ReverseStep& step;
     OneParticle<R> common;  // where all particles have the same
     R low, high;
     bool past_caches;
     Scratch<R> bounds;  // each particle's dynamic threshold
 
-    explicit Prepared(const Step& s)
+    explicit Prepared(const ReverseStep& s)
         : step(s),
-          common(s.per_particle ? Multipliers{} : multipliers(levels_of(0), s.prediction, s.clip_noise),
+          common(s.per_particle ? Multipliers{} : multipliers(coefficients_of(0), s.prediction, s.clip_noise),
                  s.displacement_scale) {
         const bool range = s.clip.kind == ClipKind::range;
         low = range ? static_cast<R>(s.clip.low) : -static_cast<R>(__builtin_inf());
@@ -163,18 +163,18 @@ struct Prepared {
         if (s.clip.kind == ClipKind::dynamic) find_bounds();
     }
 
-    FG_INLINE Levels levels_of(uint64_t row) const {
-        const uint64_t stride = step.level_columns ? step.shape.particles : 1;
-        const double* l = step.levels + (step.level_columns ? row : 0);
+    FG_INLINE Coefficients coefficients_of(uint64_t row) const {
+        const uint64_t stride = step.in_columns ? step.shape.particles : 1;
+        const double* l = step.coefficients + (step.in_columns ? row : 0);
         return {l[0], l[stride], l[2 * stride], l[3 * stride], l[4 * stride]};
     }
     FG_INLINE R tau_of(uint64_t row) const {
-        return step.per_particle ? static_cast<R>(levels_of(row).tau) : common.value[kTau];
+        return step.per_particle ? static_cast<R>(coefficients_of(row).tau) : common.value[kTau];
     }
     FG_INLINE OneParticle<R> of(uint64_t row) const {
         if (!step.per_particle) return common;
         const double scale = step.displacement_scales ? step.displacement_scales[row] : step.displacement_scale;
-        return {multipliers(levels_of(row), step.prediction, step.clip_noise), scale};
+        return {multipliers(coefficients_of(row), step.prediction, step.clip_noise), scale};
     }
 
 private:
@@ -232,7 +232,7 @@ struct TileBuffers {
     EachElement<R> multipliers;
 
     TileBuffers(const Prepared<R>& call, Memory& memory) {
-        const Step& s = call.step;
+        const ReverseStep& s = call.step;
         const uint64_t most = Tiling{s.shape.particles, s.shape.elements}.largest();
         const auto if_needed = [&](bool needed) { return needed ? memory.take<R>(most) : nullptr; };
         const bool direct = s.x.dtype == kDtype<R>, clips = call.bounds.data;
@@ -281,7 +281,7 @@ void clip_tile(const Prepared<R>& call, const Tile& tile, const TileBuffers<R>& 
 // nothing is displaced where tau is 0.
 template <class R>
 void step_tile(const Prepared<R>& call, const Tile& tile, R* terms, Memory memory) {
-    const Step& s = call.step;
+    const ReverseStep& s = call.step;
     const uint64_t elements = s.shape.elements, begin = tile.row * elements + tile.begin, count = tile.count;
     const bool direct = s.x.dtype == kDtype<R>;
     const TileBuffers<R> buffers(call, memory);

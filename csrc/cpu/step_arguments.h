@@ -9,49 +9,49 @@
 
 namespace fastguide::cpu {
 
-inline void read_inputs(Arguments& in, Step& step, const char* output) {
+inline void read_inputs(Arguments& in, ReverseStep& step, const char* output) {
     step.x = {in.pointer_or_none("x"), in.dtype()};
     step.output = {in.pointer_or_none(output), in.dtype()};
     step.displacement = {in.pointer_or_none("displacement"), in.dtype()};
 }
 
 // A tuple of five floats, kept in `five`, or the address of five columns.
-inline void read_levels(Arguments& in, Step& step, double (&five)[5]) {
-    step.level_columns = !in.is_tuple();
-    if (step.level_columns) {
-        step.levels = in.pointer<const double>("levels");
+inline void read_coefficients(Arguments& in, ReverseStep& step, double (&five)[5]) {
+    step.in_columns = !in.is_tuple();
+    if (step.in_columns) {
+        step.coefficients = in.pointer<const double>("coefficients");
         return;
     }
     Arguments each = in.items();
-    if (each.count() != 5) throw std::invalid_argument("levels: expected five");
-    for (double& level : five) {
-        level = each.number();
-        if (!(level >= 0.0 && std::isfinite(level))) throw std::invalid_argument("levels: expected finite");
+    if (each.count() != 5) throw std::invalid_argument("coefficients: expected five");
+    for (double& value : five) {
+        value = each.number();
+        if (!(value >= 0.0 && std::isfinite(value))) throw std::invalid_argument("coefficients: expected finite");
     }
     const bool divides = step.prediction == Prediction::epsilon || step.prediction == Prediction::score;
     if (five[1] == 0.0 || five[4] > five[3] * (1 + 1e-6) || (divides && five[0] == 0.0))
-        throw std::invalid_argument("levels: expected sigma_t > 0, tau <= sigma_s, and alpha_t > 0 to divide by");
-    step.levels = five;
+        throw std::invalid_argument("coefficients: expected sigma_t > 0, tau <= sigma_s, and alpha_t > 0 to divide by");
+    step.coefficients = five;
 }
 
-// The displacement's scale, a float or the address of a column; after the levels.
-inline void read_scale(Arguments& in, Step& step) {
+// The displacement's scale, a float or the address of a column; after the coefficients.
+inline void read_scale(Arguments& in, ReverseStep& step) {
     step.displacement_scale = 1.0;
     if (in.is_float()) step.displacement_scale = in.number();
     else step.displacement_scales = in.pointer<const double>("displacement_scale");
     if (!std::isfinite(step.displacement_scale)) throw std::invalid_argument("displacement_scale: expected a finite one");
-    step.per_particle = step.level_columns || step.displacement_scales;
+    step.per_particle = step.in_columns || step.displacement_scales;
 }
 
 // none, a range or a dynamic threshold, by its code and two numbers.
-inline void read_clip(Arguments& in, Step& step) {
+inline void read_clip(Arguments& in, ReverseStep& step) {
     const ClipKind kind = in.code("clip", ClipKind::dynamic);
     const double low = in.number();
     step.clip = {kind, low, in.number()};
 }
 
 // The shape of a state, [N, *event], a counter, and the number of threads. All that came before must be in memory.
-inline void read_shape(Arguments& in, Step& step) {
+inline void read_shape(Arguments& in, ReverseStep& step) {
     if (!in.is_tuple()) throw TypeError("expected [N, *event]");
     Arguments sizes = in.items();
     if (sizes.count() == 0) throw TypeError("expected [N, *event]");
@@ -67,7 +67,7 @@ inline void read_shape(Arguments& in, Step& step) {
     step.threads = in.threads();
 }
 
-inline void prepare_results(const Step& step) {
+inline void prepare_results(const ReverseStep& step) {
     const uint64_t bytes = step.shape.particles * step.shape.elements * size_of(step.x.dtype);
     large_pages(step.x_s, bytes);
     if (step.x0) large_pages(step.x0, bytes);

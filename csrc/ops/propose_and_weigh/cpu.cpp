@@ -13,7 +13,7 @@ struct Weights {
 };
 
 template <class R, class W>
-void propose_and_weigh_as(const Step& step, const Weights& weights) {
+void propose_and_weigh_as(const ReverseStep& step, const Weights& weights) {
     const Prepared<R> call(step);
     const uint64_t particles = step.shape.particles, elements = step.shape.elements;
     const Tiling tiling{particles, elements};
@@ -54,9 +54,9 @@ void propose_and_weigh_as(const Step& step, const Weights& weights) {
 }
 
 // x, x's dtype, x0_hat, its dtype, displacement, its dtype, x_s, log-weights before, after, whether they are doubles,
-// clip (kind, low, high), levels, displacement_scale, shape of x, seed, step, stream, first_particle, threads
+// clip (kind, low, high), coefficients, displacement_scale, shape of x, seed, step, stream, first_particle, threads
 PyObject* propose_and_weigh(Arguments& in) {
-    Step step{};
+    ReverseStep step{};
     Weights weights;
     double five[5];
     read_inputs(in, step, "x0_hat");
@@ -64,7 +64,7 @@ PyObject* propose_and_weigh(Arguments& in) {
     weights.before = in.pointer("log_weights"), weights.after = in.pointer("log_weights");
     weights.doubles = in.flag();
     read_clip(in, step);
-    read_levels(in, step, five);
+    read_coefficients(in, step, five);
     read_scale(in, step);
     read_shape(in, step);
     expect_memory("log_weights", weights.before, step.shape.particles);  // which may have no other elements

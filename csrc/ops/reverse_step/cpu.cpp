@@ -5,7 +5,7 @@ namespace fastguide::cpu {
 namespace {
 
 template <class R>
-void reverse_step_as(const Step& step) {
+void reverse_step_as(const ReverseStep& step) {
     const Prepared<R> call(step);
     const Tiling tiling{step.shape.particles, step.shape.elements};
     const Memory counted = TileBuffers<R>::counted(call);
@@ -15,9 +15,10 @@ void reverse_step_as(const Step& step) {
 }
 
 // x, x's dtype, model_output, its dtype, displacement (or None), its dtype, x_s, x0 (or None), return_x0, not_finite (or None),
-// prediction, clip (kind, low, high), clip_noise, levels, displacement_scale, shape of x, seed, step, stream, first_particle, threads
+// prediction, clip (kind, low, high), clip_noise, coefficients, displacement_scale, shape of x, seed, step, stream,
+// first_particle, threads
 PyObject* reverse_step(Arguments& in) {
-    Step step{};
+    ReverseStep step{};
     double five[5];
     read_inputs(in, step, "model_output");
     step.x_s = in.pointer("x_s"), step.x0 = in.pointer_or_none("x0");
@@ -26,7 +27,7 @@ PyObject* reverse_step(Arguments& in) {
     step.prediction = in.code("prediction", Prediction::flow);
     read_clip(in, step);
     step.clip_noise = in.flag();
-    read_levels(in, step, five);
+    read_coefficients(in, step, five);
     read_scale(in, step);
     read_shape(in, step);
     without_gil([&] {
