@@ -105,8 +105,9 @@ DETERMINED = [
 ]
 
 
+# In the dtypes that the arithmetic has; what narrower states add, a rounding, is in test_reverse_step_kernel.py.
 @pytest.mark.parametrize(("prediction", "levels"), DETERMINED)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
 def test_against_bayes_rule(prediction, levels, dtype, assert_close):
     t, s = LEVELS[levels]
     x, output, displacement = inputs((3, 2, 5), dtype)
@@ -140,7 +141,7 @@ def test_against_bayes_rule(prediction, levels, dtype, assert_close):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("clip", (None, (-0.4, 0.9), DynamicThreshold(0.9, 3.0)))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
 def test_per_sample_levels_equal_the_loop_over_samples(prediction, clip, dtype, assert_close):
     x, output, displacement = inputs((4, 3, 7), dtype)
@@ -254,7 +255,7 @@ def test_rows_with_tau_zero_get_no_noise():
 # --- shapes and memory --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("clip", (None, DynamicThreshold(0.9, 3.0)))  # which is made of a particle as a whole
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0,), (5,), (1, 1), (3, 1009), (2, 3, 5, 7)])
 @pytest.mark.parametrize("per_sample", (False, True))
 def test_odd_shapes(shape, clip, per_sample, assert_close):
@@ -289,7 +290,7 @@ def strided(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", ("channels last", "transposed", "every other"))
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))  # read where they are, and converted
 @pytest.mark.parametrize("eta, clip", ((1.0, None), (0.0, None), (0.0, DynamicThreshold(0.9, 3.0))))
 def test_non_contiguous_inputs(layout, dtype, eta, clip):
     x, output, displacement = inputs((3, 4, 5, 6), dtype)
@@ -337,7 +338,7 @@ def test_other_dtypes_beside_x(assert_close):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(
     ("clip", "clip_noise"),
-    [(None, True), *itertools.product((0.7, (-0.4, 0.9), DynamicThreshold(0.8, 3.0)), (True, False))],
+    [(None, True), *itertools.product(((-0.4, 0.9), DynamicThreshold(0.8, 3.0)), (True, False))],
 )
 @pytest.mark.parametrize("per_sample", (False, True))
 def test_gradients(prediction, clip, clip_noise, per_sample):
@@ -413,10 +414,6 @@ DDIM_SETTINGS = {
         dict(clip_sample=False, thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=3.0),
         DynamicThreshold(0.9, 3.0),
     ),
-    "scaled": (
-        dict(clip_sample=False, beta_schedule="scaled_linear", beta_end=0.012, beta_start=0.00085),
-        None,
-    ),
     "zero terminal snr": (
         dict(clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"),
         None,
@@ -424,27 +421,24 @@ DDIM_SETTINGS = {
 }
 
 
-# Not with zero terminal SNR: "epsilon" does not determine x_0 at its first level, and with eta = 1 diffusers'
-# own 1 - abar_s - std^2, zero there, rounds below zero, and its sample is NaN.
+# clip_noise means nothing without a clip, and "epsilon" does not determine x_0 at the first level of zero terminal SNR.
 DDIM_CASES = [
-    (setting, kind, eta)
-    for setting, kind, eta in itertools.product(DDIM_SETTINGS, KINDS, (0.0, 0.9, 1.0))
-    if setting != "zero terminal snr" or (kind != "epsilon" and eta != 1.0)
+    (setting, kind, eta, clip_noise)
+    for setting, kind, eta, clip_noise in itertools.product(DDIM_SETTINGS, KINDS, (0.0, 0.9), (True, False))
+    if (clip_noise or DDIM_SETTINGS[setting][1]) and (setting != "zero terminal snr" or kind != "epsilon")
 ]
 
 
-@pytest.mark.parametrize(("setting", "kind", "eta"), DDIM_CASES)
-@pytest.mark.parametrize("dtype", TO_ROUNDING)
-@pytest.mark.parametrize("clip_noise", (True, False))
-def test_diffusers_ddim(setting, kind, eta, dtype, clip_noise):
+# float32 is compared with DDPM's, below.
+@pytest.mark.parametrize(("setting", "kind", "eta", "clip_noise"), DDIM_CASES)
+def test_diffusers_ddim(setting, kind, eta, clip_noise):
     diffusers = pytest.importorskip("diffusers")
     options, clip = DDIM_SETTINGS[setting]
     scheduler = diffusers.DDIMScheduler(prediction_type=kind, **options)
-    if dtype == torch.float64:
-        scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.set_timesteps(STEPS)
     timesteps = scheduler.timesteps.tolist()
-    x, outputs = supplied(dtype)
+    x, outputs = supplied(torch.float64)
     levels = table_levels(scheduler, timesteps, lambda t: t - 1000 // STEPS)
     options = dict(prediction=KINDS[kind], clip=clip, clip_noise=clip_noise)
     ours = ours_over(levels, x, outputs, etas=[eta] * STEPS, **options)

@@ -13,10 +13,7 @@ from fastguide import ops, reference
 from fastguide.ops import DynamicThreshold, _arguments, _native
 from fastguide.ops.reverse_step.reference import multipliers as multipliers_of
 
-ELEMENTS = (1, 2, 3, 4, 5, 7, 16, 17, 1000, 2047, 2048, 2049, 5000)
-PARTICLES = (0, 1, 3, 257)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-CLIPS = (None, 0.7, (-0.4, 0.9))
 VP = (0.6, 0.8, 0.8, 0.6, 0.35)
 STILL = (0.6, 0.8, 0.8, 0.6, 0.0)
 COUNTER = dict(seed=2**64 - 3, step=2**32 - 2, stream=7, first_particle=2**32 - 2)
@@ -50,7 +47,7 @@ def kernel(x, output, coefficients, *, prediction="epsilon", clip=None, clip_noi
         x.data_ptr(), code[x.dtype], output.data_ptr(), code[output.dtype],
         None if displacement is None else displacement.data_ptr(),
         0 if displacement is None else code[displacement.dtype],
-        results[0].data_ptr(), results[1].data_ptr(), True, reference.PREDICTIONS.index(prediction),
+        results[0].data_ptr(), results[1].data_ptr(), True, None, reference.PREDICTIONS.index(prediction),
         len(bounds) and len(bounds) - 1, *(bounds[:2] or (0.0, 0.0)), clip_noise,
         table.data_ptr() if levels == () else levels,
         1.0,
@@ -98,30 +95,35 @@ def expected_of(
 # --- the formula's bits -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("particles", PARTICLES)
-@pytest.mark.parametrize("elements", ELEMENTS)
-def test_every_size(particles, elements):
-    x, output, displacement = inputs(particles, elements)
-    for coefficients in (VP, STILL, per_sample(particles)):
-        options = dict(displacement=displacement, clip=1.5, **COUNTER)
-        assert_same(kernel(x, output, coefficients, **options), expected_of(x, output, coefficients, **options))
+# One and two have loops of their own; part of a group of four normals, a group, two, four (from which on each particle
+# has its own loop), five; long particles: several to a tile, one element less than a tile, a tile, one more.
+@pytest.mark.parametrize("elements", (1, 2, 3, 4, 5, 16, 17, 1000, 2047, 2048, 2049))
+def test_every_size(elements):
+    for particles in (0, 1, 3, 257):  # the last are several tiles from 16 elements on
+        x, output, displacement = inputs(particles, elements)
+        for coefficients in (VP, STILL, per_sample(particles)):
+            options = dict(displacement=displacement, clip=1.5, **COUNTER)
+            assert_same(kernel(x, output, coefficients, **options), expected_of(x, output, coefficients, **options))
 
 
 @pytest.mark.parametrize("prediction", reference.PREDICTIONS)
-@pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_every_option(prediction, clip, dtype):
+def test_every_option(prediction, dtype):
+    # multipliers of each element, of each particle, of a particle of several vectors, and of one of two tiles
     for particles, elements in ((3, 5), (70, 33), (5, 100), (2, 2500)):
         x, output, displacement = inputs(particles, elements, (dtype,) * 3)
-        for coefficients, moved, clip_noise in itertools.product(
-            (VP, STILL, per_sample(particles)), (False, True), (False, True)
+        for coefficients, moved, clip, clip_noise in itertools.product(
+            (VP, STILL, per_sample(particles)), (False, True), (None, (-0.4, 0.9)), (False, True)
         ):
             options = dict(prediction=prediction, clip=clip, displacement=displacement if moved else None, **COUNTER)
             options["clip_noise"] = clip_noise
             assert_same(kernel(x, output, coefficients, **options), expected_of(x, output, coefficients, **options))
 
 
-@pytest.mark.parametrize("dtypes", list(itertools.product(FLOATS, FLOATS, FLOATS)))
+# Each is converted by itself: every dtype with every one of each other tensor.
+@pytest.mark.parametrize(
+    "dtypes", [(a, FLOATS[k], FLOATS[(i + k) % 4]) for i, a in enumerate(FLOATS) for k in range(4)]
+)
 def test_every_mix_of_dtypes(dtypes):
     for particles, elements in ((300, 9), (1, 2500)):
         x, output, displacement = inputs(particles, elements, dtypes)
@@ -130,29 +132,30 @@ def test_every_mix_of_dtypes(dtypes):
 
 
 @pytest.mark.parametrize("prediction", ("epsilon", "sample"))
-@pytest.mark.parametrize("clip", (*CLIPS, DynamicThreshold(0.9, 3.0), DynamicThreshold(0.2, math.inf)))
+@pytest.mark.parametrize("clip", (None, (-0.4, 0.9), DynamicThreshold(0.9, 3.0), DynamicThreshold(0.2, math.inf)))
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("elements", (1, 3, 70, 3000))
-def test_not_finite_inputs(prediction, clip, dtype, elements):
+def test_not_finite_inputs(prediction, clip, dtype):
     """A NaN stays one through every clip; a threshold treats NaN as the largest, as a sort does."""
-    x, output, displacement = inputs(40, elements, (dtype,) * 3)
-    specials = torch.tensor([math.nan, math.inf, -math.inf, -0.0], dtype=dtype)
-    generator = torch.Generator().manual_seed(1)
-    for tensor in (x[8:], output[16:], displacement[24:]):
-        where = torch.rand(tensor.shape, generator=generator) < 0.2
-        chosen = torch.randint(4, tensor.shape, generator=generator)
-        tensor[where] = specials[chosen[where]]
-    options = dict(prediction=prediction, clip=clip, displacement=displacement)
-    got, expected = kernel(x, output, VP, **options), expected_of(x, output, VP, **options)
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a.isnan(), b.isnan())
-        torch.testing.assert_close(a, b, equal_nan=True)
+    for elements in (1, 70, 3000):  # part of a vector, several and a part, two tiles
+        x, output, displacement = inputs(40, elements, (dtype,) * 3)
+        specials = torch.tensor([math.nan, math.inf, -math.inf, -0.0], dtype=dtype)
+        generator = torch.Generator().manual_seed(1)
+        for tensor in (x[8:], output[16:], displacement[24:]):
+            where = torch.rand(tensor.shape, generator=generator) < 0.2
+            chosen = torch.randint(4, tensor.shape, generator=generator)
+            tensor[where] = specials[chosen[where]]
+        options = dict(prediction=prediction, clip=clip, displacement=displacement)
+        got, expected = kernel(x, output, VP, **options), expected_of(x, output, VP, **options)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a.isnan(), b.isnan())
+            torch.testing.assert_close(a, b, equal_nan=True)
 
 
 # --- dynamic threshold --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("elements", (1, 2, 5, 101, 1001, 1025, 2049, 5001))
+# The least numbers, the last that is counted in digits of 5 bits, the first of 11, and two tiles.
+@pytest.mark.parametrize("elements", (1, 2, 101, 1023, 1024, 2049))
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_threshold_is_an_exact_order_statistic(elements, dtype):
     """At a ratio whose rank is whole there is nothing to interpolate, and the bits are the reference's."""
@@ -168,6 +171,7 @@ def test_a_threshold_is_an_exact_order_statistic(elements, dtype):
             assert_same(got, expected)
 
 
+# Both ends, and what lies nearer to the lower of the two, in the middle, and nearer to the upper.
 @pytest.mark.parametrize("ratio", (0.0, 0.003, 0.5, 0.7, 0.995, 1.0))
 @pytest.mark.parametrize("elements", (2, 7, 3000))
 def test_a_threshold_between_two_order_statistics(ratio, elements):
@@ -385,7 +389,7 @@ def test_numbers_of_any_kind_are_coefficients():
 @pytest.mark.parametrize(
     ("change", "error"),
     (
-        (dict(count=21), TypeError),
+        (dict(count=22), TypeError),
         (dict(displacement_scale=math.nan), ValueError),
         (dict(displacement_scale="1"), TypeError),
         (dict(dtype=4), ValueError),
@@ -412,12 +416,12 @@ def test_numbers_of_any_kind_are_coefficients():
 )
 def test_the_module_takes_no_wrong_call(change, error):
     arguments = dict(x=0, dtype=0, output=0, output_dtype=0, displacement=None, displacement_dtype=0, x_s=0,
-                     x0=None, return_x0=False, prediction=0, clip=0, low=0.0, high=0.0, clip_noise=True,
-                     levels=VP, displacement_scale=1.0, shape=(0, 4), seed=0, step=0,
+                     x0=None, return_x0=False, not_finite=None, prediction=0, clip=0, low=0.0, high=0.0,
+                     clip_noise=True, levels=VP, displacement_scale=1.0, shape=(0, 4), seed=0, step=0,
                      stream=0, first_particle=0, threads=1)  # fmt: skip
     _native.module("cpu").reverse_step(*arguments.values())  # of no particles: reads nothing
     with pytest.raises(error):
-        _native.module("cpu").reverse_step(*list((arguments | change).values())[: change.get("count", 22)])
+        _native.module("cpu").reverse_step(*list((arguments | change).values())[: change.get("count", 23)])
 
 
 # --- derivatives that the operator does not know ------------------------------------------------------------
