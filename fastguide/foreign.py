@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import got
 from .memory import Memory
 
-__all__ = ["as_tensor", "call", "memory", "package_modes", "without_autocast"]
+__all__ = ["as_tensor", "call", "memory", "package_modes", "returned", "without_autocast"]
 
 # The autocast of the caller of `fastguide.sample`: arguments of torch.autocast, of each device type where it is on.
 _autocast: ContextVar[tuple[dict[str, Any], ...]] = ContextVar("fastguide_autocast", default=())
@@ -65,6 +66,19 @@ def call(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for mode in modes:
             stack.enter_context(torch.autocast(**mode))
         return f(*copies, **kwargs)
+
+
+def returned(
+    name: str, value: Any, expected: str = "a tensor or an object with a tensor sample", *, real: bool = True
+) -> Tensor:
+    """The tensor that a user's function means by what it returned: an output object, such as a decoder's, has it as
+    ``sample``. ``real``: whether a complex one is refused, of which the package would drop the imaginary part."""
+    found = value if isinstance(value, Tensor) else getattr(value, "sample", None)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{name}: expected it to return {expected}, got {type(value).__name__}")
+    if real and found.is_complex():
+        raise TypeError(f"{name}: expected it to return real numbers, got {got(found)}")
+    return found
 
 
 def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import arguments, ops
 from .arguments import as_float, function, got, number
-from .foreign import without_autocast
+from .foreign import returned, without_autocast
 from .operators import Identity, LinearOperator, Operator, Pairs, gram_over_diagonal, mean_gram_diagonal, moved
 from .ops._arguments import STATE_DTYPES, Scalar
 
@@ -197,6 +197,8 @@ class Likelihood:
         """``A x0``, the row of ``y`` of each sample (None: one for all, or row ``i`` of sample ``i``) and its scale.
         The operator is already that of the samples."""
         z, y = self.operator(x0), self.y
+        if z.is_complex():
+            raise TypeError(f"operator: expected real measurements, as y is, got {z.dtype} from {self.operator}")
         scale = _of_rows(scale, rows)
         if y.shape[0] == 1:
             rows = None
@@ -523,7 +525,7 @@ class Poisson(_Density):
 
 
 class Callable(Likelihood):
-    """Any ``f(x0 [n, *event]) -> log p(y | x_0) [n]``, of each sample alone.
+    """Any ``f(x0 [n, *event]) -> log p(y | x_0) [n]``, real, of each sample alone.
 
     It gets copies, into which it may write. With ``y`` ``[B, *any]`` it is called as ``f(x0, y=rows of y)``, complex
     ones of a complex ``y``; with ``scale`` as ``f(x0, scale=scale(t))``; with both, so. Where gradients are needed they
@@ -561,7 +563,7 @@ class Callable(Likelihood):
         if not isinstance(value, Tensor) or value.shape != x0.shape[:1]:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"f: expected it to return log-densities of shape [{x0.shape[0]}], got {got}")
-        return value
+        return returned("f", value)
 
     def log_prob_and_gradient(
         self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar = 0.0, rows: Tensor | None = None

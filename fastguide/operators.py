@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import arguments, ops
 from .arguments import flag, function, got, integer, number, one_of
-from .foreign import as_tensor
+from .foreign import as_tensor, returned
 from .ops._arguments import STATE_DTYPES, Scalar
 
 __all__ = [
@@ -783,7 +783,8 @@ class Function(Operator):
 
     ``pseudo_inverse``: ``h^+``, which serves PiGDM also where ``f`` has no derivative. With ``linear=True`` it is
     solved by conjugate gradients, through ``adjoint`` or, given the shape ``event``, through autograd. The functions
-    get copies, into which they may write. Of an output object, such as a decoder's, its tensor ``sample`` counts.
+    get copies, into which they may write. Of an output object, such as a decoder's, its tensor ``sample`` counts. ``f``
+    may be complex, for complex ``y``; ``adjoint`` and ``pseudo_inverse`` of real measurements are real.
     """
 
     def __init__(
@@ -825,18 +826,13 @@ class Function(Operator):
 
     def __call__(self, x: Tensor) -> Tensor:
         arguments.tensor("x", x)
-        z = self.f(x.clone())
-        if not isinstance(z, Tensor):
-            z, got = getattr(z, "sample", z), type(z).__name__
-            if not isinstance(z, Tensor):
-                raise TypeError(f"f: expected it to return a tensor or an object with a tensor sample, got {got}")
-        return z
+        return returned("f", self.f(x.clone()), real=False)
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         if self._pseudo_inverse is None:
             raise ValueError("pseudo_inverse: expected Function(f, pseudo_inverse=...), got none")
         arguments.tensor("y", y)
-        return self._pseudo_inverse(y.clone())
+        return returned("pseudo_inverse", self._pseudo_inverse(y.clone()), real=not y.is_complex())
 
 
 class _LinearFunction(Function, LinearOperator):
@@ -845,7 +841,7 @@ class _LinearFunction(Function, LinearOperator):
     def adjoint(self, y: Tensor) -> Tensor:
         arguments.tensor("y", y)
         if self._adjoint is not None:
-            return self._adjoint(y.clone())
+            return returned("adjoint", self._adjoint(y.clone()), real=not y.is_complex())
         assert self.event is not None
         _samples("y", y)
         with torch.enable_grad():

@@ -13,6 +13,7 @@ from test_sampling import ALL, assert_same, guidances, run
 from torch.autograd import forward_ad
 
 import fastguide as fg
+from fastguide.operators import Function, LinearOperator, Matrix, Operator
 
 SCHEDULE = fg.schedules.vp_linear(100)
 SIGMA = torch.as_tensor(SCHEDULE.sigma(torch.arange(100))).float()
@@ -98,6 +99,115 @@ class Timeless(torch.nn.Module):
 
     def forward(self, x, t):
         return self.net(x)
+
+
+# --- what functions return ------------------------------------------------------------------------------------
+
+L = fg.likelihoods
+ROWS = torch.tensor([[0.7, -0.4], [-0.6, 0.9]])
+
+
+class ComplexAdjoint(LinearOperator):
+    def __call__(self, x):
+        return x[:, :2]
+
+    def adjoint(self, y):
+        return complex_adjoint(y)
+
+
+class ComplexInverse(Operator):
+    def __call__(self, x):
+        return x[:, :2]
+
+    def pseudo_inverse(self, y):
+        return complex_adjoint(y)
+
+
+def complex_adjoint(y):
+    return torch.cat([y, torch.zeros_like(y[:, :1])], 1) * (1 + 1j)
+
+
+def linear(adjoint):
+    return Function(lambda x: x[:, :2], linear=True, adjoint=adjoint)
+
+
+COMPLEX = {
+    "decoder": ("decoder", fg.LatentPnP(L.Gaussian(ROWS, ComplexInverse(), 0.3), lambda z: z * (1 + 5j))),
+    "decoder of pixels": (
+        "decoder",
+        fg.LatentPnP(L.Gaussian(ROWS, ComplexInverse(), 0.3), lambda z: z + 0j, lambda x: x, "pixel"),
+    ),
+    "decoder before a callable": (
+        "decoder",
+        fg.LatentPnP(L.Callable(lambda x: -x.abs().square().sum(1)), lambda z: z + 0j),
+    ),
+    "encoder": (
+        "encoder",
+        fg.LatentPnP(L.Gaussian(ROWS, ComplexInverse(), 0.3), lambda z: z, lambda x: x * (1 + 5j), "pixel"),
+    ),
+    "callable of DPS": ("f", fg.DPS(L.Callable(lambda x: x[:, 0] * 1j))),
+    "callable of PnP": ("f", fg.PnP(L.Callable(lambda x: x[:, 0] * 1j))),
+    "callable of FK": ("f", fg.FK(L.Callable(lambda x: x[:, 0] * 1j), 2)),
+    "adjoint of DPS": ("adjoint", fg.DPS(L.Gaussian(ROWS, linear(complex_adjoint), 0.3))),
+    "adjoint of PnP": ("adjoint", fg.PnP(L.Gaussian(ROWS, linear(complex_adjoint), 0.3))),
+    "adjoint of a class": ("adjoint", fg.PnP(L.Gaussian(ROWS, ComplexAdjoint(), 0.3))),
+    "pseudo-inverse": (
+        "pseudo_inverse",
+        fg.PiGDM(L.Gaussian(ROWS, Function(lambda x: x[:, :2], pseudo_inverse=complex_adjoint), 0.0)),
+    ),
+    "pseudo-inverse of a class": ("pseudo_inverse", fg.PiGDM(L.Gaussian(ROWS, ComplexInverse(), 0.0))),
+    "proposal": (
+        "proposal",
+        fg.FK(lambda x: x[:, 0], 2, proposal=lambda x, x0, c, *, seed, step: (x * (1 + 1j), x[:, 0] * 0)),
+    ),
+    "ratio of a proposal": (
+        "proposal",
+        fg.FK(lambda x: x[:, 0], 2, proposal=lambda x, x0, c, *, seed, step: (x, x[:, 0] * 0j)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPLEX)
+@pytest.mark.filterwarnings("error")
+def test_complex_results_are_refused_by_name(case):
+    name, guidance = COMPLEX[case]
+    with pytest.raises(TypeError, match=rf"^{name}: expected it to return real numbers, got torch\.complex64"):
+        draw(clean, guidance, steps=3)
+
+
+def test_a_complex_operator_of_real_measurements_is_refused():
+    for kind, y in ((L.Gaussian, ROWS), (L.Poisson, ROWS.abs())):
+        likelihood = kind(y, Function(lambda x: x[:, :2] + 0j), 0.3)
+        with pytest.raises(TypeError, match=r"^operator: expected real measurements, as y is, got torch\.complex64"):
+            likelihood.log_prob(torch.zeros(2, 3))
+
+
+def test_complex_functions_of_complex_measurements():
+    """Of complex measurements the adjoint may be complex, and its real part counts."""
+    y = torch.complex(ROWS, ROWS.flip(1))
+    matrix = torch.complex(MATRIX, MATRIX.flip(1)).to(torch.complex64)
+    function = Function(
+        lambda x: x.to(matrix.dtype) @ matrix.T,
+        linear=True,
+        adjoint=lambda y: y @ matrix.conj(),
+        pseudo_inverse=lambda y: y @ torch.linalg.pinv(matrix).T,
+    )
+    for method in (fg.DPS, fg.PnP):
+        expected = draw(clean, method(L.Gaussian(y, Matrix(matrix), 0.3)))
+        torch.testing.assert_close(draw(clean, method(L.Gaussian(y, function, 0.3))), expected, rtol=1e-4, atol=1e-5)
+    assert draw(clean, fg.PiGDM(L.Gaussian(y, function, 0.0))).isfinite().all()
+
+
+@pytest.mark.parametrize("space", ["latent", "pixel"])
+def test_decoders_return_what_functions_do(space):
+    """A tensor, or an output object with one, as those of diffusers' autoencoders have it."""
+
+    def outcome(wrap):
+        likelihood = L.Gaussian(ROWS, Function(lambda x: wrap(x[:, :2])), 0.3)
+        encoder = (lambda x: wrap(x / 2)) if space == "pixel" else None
+        return draw(clean, fg.LatentPnP(likelihood, lambda z: wrap(2 * z), encoder, space, iterations=2))
+
+    assert torch.equal(outcome(lambda out: types.SimpleNamespace(sample=out)), outcome(lambda out: out))
 
 
 # --- ambient modes --------------------------------------------------------------------------------------------

@@ -497,7 +497,7 @@ def _try_operator(operator: Operator, like: Tensor) -> None:
     z = call("__call__", x)
     if not isinstance(operator, LinearOperator):
         return
-    back = call("adjoint", z)
+    back = foreign.returned("adjoint", call("adjoint", z), real=not z.is_complex())
     if back.shape != x.shape:
         raise ValueError(
             f"operator: expected an adjoint that returns {list(x.shape)}, got {list(back.shape)} from {operator}"

@@ -349,10 +349,7 @@ def _as_tensor(name: str, value: object, x: Tensor) -> Tensor:
             value = torch.as_tensor(value, dtype=dtype, device=x.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name}: expected it to return {len(x)} numbers, got {value!r}") from error
-    value = _returned(name, value, x.shape[:1])
-    if value.is_complex():
-        raise TypeError(f"{name}: expected it to return real numbers, got {value.dtype}")
-    return value.to(x.device, torch.float64)
+    return _returned(name, value, x.shape[:1]).to(x.device, torch.float64)
 
 
 def _returned(name: str, value: object, shape: torch.Size) -> Tensor:
@@ -360,4 +357,4 @@ def _returned(name: str, value: object, shape: torch.Size) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != shape:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name}: expected it to return a tensor of shape {list(shape)}, got {got}")
-    return value
+    return foreign.returned(name, value)

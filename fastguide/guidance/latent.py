@@ -33,8 +33,8 @@ class LatentPnP:
       prop. 1): from the product of ``N(alpha_s z0*, sigma_s^2)`` and a Gaussian about the unconditional step, of
       variance ``gamma (sigma_s / alpha_t)^2 Var(x_t | x_s)``; the paper's value is 40.
 
-    ``decoder`` and ``encoder``: ``[n, *latent] -> [n, *image]`` and back, each sample alone. `fastguide.sample` returns
-    the latents.
+    ``decoder`` and ``encoder``: ``[n, *latent] -> [n, *image]`` and back, each sample alone, of real numbers. Of an
+    output object its tensor ``sample`` counts. `fastguide.sample` returns the latents.
     """
 
     likelihood: Likelihood
@@ -120,14 +120,14 @@ class LatentPnP:
 
 
 def called(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)`` if it is a tensor of as many samples."""
-    y = foreign.call(function, x)
-    if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
-        got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(
-            f"{name}: expected it to return a tensor [{len(x)}, ...], got {got} "
-            "(that of a diffusers VAE: fastguide.integrations.diffusers.codec)"
-        )
+    """``function(x)`` if it is a real tensor of as many samples."""
+    expected = (
+        f"a tensor [{len(x)}, ...] or an object with such a sample (of a diffusers VAE: "
+        "fastguide.integrations.diffusers.codec)"
+    )
+    y = foreign.returned(name, foreign.call(function, x), expected)
+    if y.shape[:1] != x.shape[:1]:
+        raise ValueError(f"{name}: expected it to return {expected}, got shape {list(y.shape)}")
     return y
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import got
+from ..foreign import returned
 from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator, solve_with_noise
 from ..ops._arguments import Scalar
@@ -70,6 +71,7 @@ class PiGDM:
         """``v`` above, ``[n, *event]``, for the likelihood of these samples."""
         operator, y, scale = likelihood.operator, likelihood.y, likelihood.scale_at(t)
         if not isinstance(scale, Tensor) and scale == 0.0:
-            return operator.pseudo_inverse(y) - operator.pseudo_inverse(operator(x0_hat))
+            known = returned("pseudo_inverse", operator.pseudo_inverse(y))
+            return known - operator.pseudo_inverse(operator(x0_hat))
         assert isinstance(operator, LinearOperator)
         return operator.adjoint(solve_with_noise(operator, y - operator(x0_hat), spread, scale**2)) * spread

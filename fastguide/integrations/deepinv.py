@@ -98,7 +98,8 @@ class _Physics(operators.Operator):
         return f"deepinv's {type(self.physics).__name__}"
 
     def _call(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return f(x.to(dtype=self.compute_dtype)).to(x.dtype)
+        value = f(x.to(dtype=self.compute_dtype))
+        return value.to(x.dtype.to_complex() if value.is_complex() else x.dtype)
 
     def _check_rows(self, x: Tensor) -> None:
         """Broadcast to other rows, what belongs to one sample would be taken for another's."""

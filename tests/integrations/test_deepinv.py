@@ -143,6 +143,29 @@ def test_nonlinear_physics():
     torch.testing.assert_close(operator.pseudo_inverse(operator(x)), x.abs())
 
 
+@pytest.mark.filterwarnings("error")
+def test_complex_physics():
+    """Real and imaginary parts are measurements alike; ``A_dagger`` of real measurements must be real."""
+    matrix, x = torch.complex(randn(3, 5), randn(3, 5, seed=1)), randn(2, 5, seed=2)
+    physics = dinv.physics.LinearPhysics(
+        A=lambda x: x.to(matrix.dtype) @ matrix.T,
+        A_adjoint=lambda y: y @ matrix.conj(),
+        noise_model=dinv.physics.GaussianNoise(0.1),
+    )
+    y = x.to(matrix.dtype) @ matrix.T + 0.1
+    expected = fg.likelihoods.Gaussian(y, fg.operators.Matrix(matrix), 0.1)
+    likelihood = ours.likelihood(y, physics)
+    torch.testing.assert_close(likelihood.log_prob(x), expected.log_prob(x))
+    prior, options = ours.prior(lambda x, sigma: 0.5 * x), dict(steps=3, seed=0)
+    out, same = (fg.sample(prior, (2, 5), guidance=fg.PnP(v), **options) for v in (likelihood, expected))
+    torch.testing.assert_close(out.x, same.x, rtol=1e-4, atol=1e-4)
+    inverse = Square()
+    inverse.A_dagger = lambda y, **kwargs: y * 1j
+    with pytest.raises(TypeError, match=r"^pseudo_inverse: expected it to return real numbers, got torch\.complex64"):
+        guidance = fg.PiGDM(fg.likelihoods.Gaussian(x, ours.operator(inverse), 0.0))
+        fg.sample(prior, (2, 5), guidance=guidance, **options)
+
+
 def test_operator_errors():
     with pytest.raises(TypeError, match=r"^physics: expected a deepinv\.physics object, got Identity"):
         ours.operator(fg.operators.Identity())
