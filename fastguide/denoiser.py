@@ -111,6 +111,11 @@ class Denoiser:
         self.guidance_scale: Any = checked_scale(guidance_scale)
         self._dtypes: dict[str, torch.dtype | None] = {}  # of the networks, looked up once for a run
 
+    @property
+    def blamed(self) -> str:
+        """Whose value the prediction is, for an error."""
+        return "net" if self.unconditional is None else "net or unconditional"
+
     def __repr__(self) -> str:
         return f"Denoiser({type(self.net).__name__}, {self.schedule}, {self.prediction!r})"
 

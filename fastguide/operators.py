@@ -151,12 +151,20 @@ class _Cache:
 
     def __init__(self, source: Tensor):
         self.source, self.version = source, source._version
+        self.copy: Tensor | None = None  # of what the values were computed from
         self.values: dict[Any, Any] = {}
 
-    def serves(self, source: Tensor) -> bool:
-        return self.source is source and self.version == source._version
+    def serves(self, source: Tensor, by_value: bool = False) -> bool:
+        """``by_value``: look at the elements, since a write through numpy or ``.data`` leaves the version. That may
+        wait for a device: once for a run."""
+        same = self.source is source and self.version == source._version
+        if not (same and by_value) or self.copy is None or arguments.traced():
+            return same
+        return torch.equal(self.copy, source)
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        if self.copy is None:
+            self.copy = self.source.detach().clone()
         if key not in self.values:
             with torch.inference_mode(False), torch.no_grad():
                 self.values[key] = make()
@@ -540,8 +548,8 @@ class Blur(LinearOperator):
 
         return self._current().get("factors", make) if self.padding == "zeros" else None
 
-    def _current(self) -> _Cache:
-        if not self._cache.serves(self.kernel):
+    def _current(self, by_value: bool = False) -> _Cache:
+        if not self._cache.serves(self.kernel, by_value):
             self._cache = _Cache(self.kernel)
         return self._cache
 
@@ -551,6 +559,7 @@ class Blur(LinearOperator):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Operator:
         there = super().to(device, dtype)
         assert isinstance(there, Blur)
+        self._current(by_value=True)
         factors = self._factors()  # from here: the copy's would have to come from its device
         there._cache = _Cache(there.kernel)
         there._cache.get("factors", lambda: factors)
@@ -712,6 +721,8 @@ class Matrix(LinearOperator):
             there._cache = _Cache(there.weight)
             return there
         # From the elements as they came: to their rounding a singular value is 0 or not.
+        if not self._cache.serves(self.weight, by_value=True):
+            self._cache = _Cache(self.weight)
         with torch.no_grad():
             pair = tuple(_normal(t.to(device, dtype)) for t in self._decomposition())
         there._cache = _Cache(there.weight)

@@ -135,6 +135,11 @@ def sample(
     if run_id is not None and (checkpoint is None or not isinstance(run_id, str | int)):
         expected = "a string, an integer or None" if checkpoint is not None else "None without a checkpoint"
         raise ValueError(f"run_id: expected {expected}, got {got(run_id)}")
+    if checkpoint is not None and run.differentiable:
+        raise ValueError(
+            "checkpoint: expected None with an x_T that requires a gradient, since a file holds no graph; "
+            "x_T.detach() or torch.no_grad() draws samples"
+        )
     loop = Loop(
         hasattr(guidance, "particles"), keep_ancestors, progress, callback, checkpoint, checkpoint_every, run_id
     )

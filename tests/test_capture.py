@@ -126,7 +126,10 @@ GUIDANCES = {
     "TDS multinomial": ("masked", lambda p: fg.TDS(p, 8, covariance="point", resampler="multinomial")),
     "TDS Poisson": ("Poisson", lambda p: fg.TDS(p, 8, covariance="point")),
     "FK": (None, lambda _: fg.FK(brightness, 8, potential="max", strength=2.0)),
-    "FK guided": (None, lambda _: fg.FK(brightness, 8, potential="sum", proposal="guided", strength=1.5)),
+    "FK guided": (
+        None,
+        lambda _: fg.FK(brightness, 8, potential="sum", proposal="guided", covariance="point", strength=1.5),
+    ),
     "FK of y": ("callable", lambda p: fg.FK(p, 8, resample_steps=2)),
 }
 

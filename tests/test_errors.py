@@ -170,7 +170,7 @@ def test_a_network_that_returns_something_else(guidance, network, error, message
 @pytest.mark.parametrize("prediction", ["v", "epsilon", "sample"])
 @pytest.mark.parametrize(
     "guidance",
-    [DPS(LIKELIHOOD), PiGDM(LIKELIHOOD), TDS(LIKELIHOOD, 2), FK(reward, 2, proposal="guided")],
+    [DPS(LIKELIHOOD), PiGDM(LIKELIHOOD), TDS(LIKELIHOOD, 2), FK(reward, 2, proposal="guided", covariance="point")],
     ids=lambda guidance: type(guidance).__name__,
 )
 def test_a_network_without_a_graph_under_guidance(guidance, prediction):
@@ -351,7 +351,7 @@ def test_heavy_tails_around_a_nonlinear_operator_are_served():
         (r"reward: expected pairs \(weight, callable\), got \(<function", FK([(reward, 1.0)], 2)),
         ("reward: expected weights that are finite numbers other than 0, got nan", FK([(math.nan, reward)], 2)),
         ("reward: expected weights that are finite numbers other than 0, got 0.0", FK([(0.0, reward)], 2)),
-        ("covariance: expected None with a reward that is no likelihood", FK(reward, 2, covariance="point")),
+        ("covariance: expected 'point' with a reward that is no likelihood", FK(reward, 2, covariance="moment")),
     ],
 )
 def test_guidance_objects(message, guidance):
@@ -369,7 +369,7 @@ def test_eta_where_zeta_splits_the_noise(make):
     )
 
 
-@pytest.mark.parametrize("guidance", [TDS(LIKELIHOOD, 2), FK(reward, 2, proposal="guided")])
+@pytest.mark.parametrize("guidance", [TDS(LIKELIHOOD, 2), FK(reward, 2, proposal="guided", covariance="point")])
 @pytest.mark.parametrize("eta", [0.0, [0.0] * STEPS, lambda t: 0.0])
 def test_the_guided_proposal_needs_noise(guidance, eta):
     check(
@@ -393,11 +393,11 @@ def test_the_guided_proposal_needs_noise(guidance, eta):
     ],
 )
 def test_a_reward_of_another_shape(bad, message, proposal):
-    check(ValueError, message, guidance=FK(bad, 2, proposal=proposal))
+    check(ValueError, message, guidance=FK(bad, 2, proposal=proposal, covariance="point"))
 
 
 def test_a_reward_without_a_graph():
-    guidance = FK(lambda x0: x0.detach().sum(1), 2, proposal="guided")
+    guidance = FK(lambda x0: x0.detach().sum(1), 2, proposal="guided", covariance="point")
     check(
         ValueError,
         "reward: expected one that autograd can differentiate for the guided proposal",
@@ -462,7 +462,7 @@ def test_nan_and_minus_infinity_are_the_same_reward_of_x_0(proposal, threshold):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore" if value != value else "error")
-            outs.append(sample(guidance=FK(f, 40, proposal=proposal)))
+            outs.append(sample(guidance=FK(f, 40, proposal=proposal, covariance="point")))
     assert torch.equal(outs[0].x, outs[1].x) and torch.equal(outs[0].log_weights, outs[1].log_weights)
     dead = outs[0].log_weights == -math.inf
     assert torch.equal(dead, outs[0].x[..., 0] > threshold) and dead.any() and not dead.all()
@@ -470,7 +470,9 @@ def test_nan_and_minus_infinity_are_the_same_reward_of_x_0(proposal, threshold):
 
 @pytest.mark.parametrize("proposal", ["base", "guided"])
 def test_a_reward_of_infinity_is_an_error(proposal):
-    guidance = FK(lambda x0: torch.where(x0[:, 0] > 0.0, math.inf, x0.sum(1)), 40, proposal=proposal)
+    guidance = FK(
+        lambda x0: torch.where(x0[:, 0] > 0.0, math.inf, x0.sum(1)), 40, proposal=proposal, covariance="point"
+    )
     message = "reward: expected finite values, got an infinite value at step 0"
     check(FloatingPointError, message, guidance=guidance)
 
@@ -590,3 +592,21 @@ def test_wrong_types_name_the_argument(name, options):
 )
 def test_numbers_and_tables_of_numpy(options):
     assert torch.isfinite(sample(**options).x).all()
+
+
+def test_a_sharp_reward_guides_only_where_that_is_asked_for():
+    """Its gradient at ``x0_hat`` may be of any size."""
+    sharp = FK(lambda x0: -1e4 * x0.square().sum(1), 4, proposal="guided")
+    check(ValueError, "covariance: expected 'point' with a reward that is no likelihood, got None", guidance=sharp)
+    sample(guidance=FK(reward, 4, covariance="point"))
+
+
+def test_a_checkpoint_of_a_start_that_requires_a_gradient_is_refused(tmp_path):
+    x_T = torch.zeros(2, 3, requires_grad=True)
+    check(ValueError, "checkpoint: expected None with an x_T that requires", x_T=x_T, checkpoint=tmp_path / "run")
+
+
+def test_an_unconditional_network_that_is_not_finite_is_named():
+    denoiser = Denoiser(lambda x, t: x, SCHEDULE, unconditional=lambda x, t: x * math.nan, guidance_scale=2.0)
+    with pytest.raises(FloatingPointError, match=r"^net or unconditional: expected finite values"):
+        sample(denoiser)

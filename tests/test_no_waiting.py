@@ -82,7 +82,7 @@ def guidances(device: str) -> dict[str, object]:
     found |= {f"TDS {c}": fg.TDS(Gaussian(few, pool, 0.1), 4, covariance=c) for c in ("point", "moment")}
     for potential in ("difference", "max", "sum"):
         for proposal in ("base", "guided"):
-            steering = fg.FK(brightness, particles=4, potential=potential, proposal=proposal)
+            steering = fg.FK(brightness, particles=4, potential=potential, proposal=proposal, covariance="point")
             found[f"FK {potential}, {proposal}"] = steering
     found["FK of a likelihood"] = fg.FK(
         Gaussian(few, pool, 0.1), particles=4, covariance="isotropic", resample_steps=2, ess_threshold=None

@@ -1178,3 +1178,32 @@ def test_latents_of_observations_with_masks_of_their_own(solver):
             alone = guidance(y[b : b + 1], Inpainting(MASKS[b]))
             one = fg.sample(prior, (1, 6), guidance=alone, x_T=x_T[b : b + 1], **options).x
             close(out[b : b + 1], one, 1e-7)
+
+
+@pytest.mark.parametrize("write", ["in place", "numpy", "data"])
+def test_what_was_computed_of_a_matrix_or_a_kernel_follows_every_write(write):
+    """numpy and ``.data`` leave no trace in the tensor's version."""
+
+    def triple(tensor):
+        if write == "in place":
+            tensor.mul_(3.0)
+        elif write == "numpy":
+            tensor.numpy()[:] *= 3.0
+        else:
+            tensor.data.mul_(3.0)
+
+    generator = torch.Generator().manual_seed(0)
+    y, image = torch.ones(1, 4), torch.ones(1, 1, 6, 6)
+    kernel = torch.outer(torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.25, 0.5, 0.25]))
+    for make, tensor, measured in (
+        (Matrix, torch.randn(4, 6, generator=generator), y),
+        (Blur, kernel.clone(), image),
+        (lambda k: Blur(k, "zeros"), kernel.clone(), image),
+    ):
+        operator = make(tensor)
+        operator.to("cpu", torch.float32).eigenvalues(measured)
+        triple(tensor)
+        found = operator.to("cpu", torch.float32)  # as each run does it
+        torch.testing.assert_close(
+            found.eigenvalues(measured), make(tensor.clone()).eigenvalues(measured), rtol=1e-4, atol=1e-5
+        )

@@ -88,7 +88,7 @@ PHASES = {
         [*MOVED, "weights", "weights"],
     ),
     "FK of a reward, guided": (
-        fg.FK(reward, 4, proposal="guided"),
+        fg.FK(reward, 4, proposal="guided", covariance="point"),
         ["network", "gradient", "weights"],
         [*MOVED, "network", "gradient", "weights"],
         [*MOVED, "weights", "weights"],

@@ -25,7 +25,9 @@ def guidances():
         "latent": lambda rows: fg.LatentPnP(likelihood(rows), lambda z: z, iterations=2),
         "tds": lambda rows: fg.TDS(likelihood(rows), 24),
         "fk": lambda rows: fg.FK(likelihood(rows), 24, potential="max", covariance="isotropic"),
-        "fk guided": lambda rows: fg.FK(lambda x: -x.square().sum(1), 24, potential="sum", proposal="guided"),
+        "fk guided": lambda rows: fg.FK(
+            lambda x: -x.square().sum(1), 24, potential="sum", proposal="guided", covariance="point"
+        ),
     }
 
 
@@ -68,7 +70,9 @@ def test_nothing_of_the_users_sees_more_than_a_chunk(proposal):
         return prior(x, t)
 
     denoiser = fg.Denoiser(net, prior.schedule, "sample")
-    fg.sample(denoiser, (2, 3), guidance=fg.FK(reward, 10, proposal=proposal), steps=3, chunk_size=7)
+    fg.sample(
+        denoiser, (2, 3), guidance=fg.FK(reward, 10, proposal=proposal, covariance="point"), steps=3, chunk_size=7
+    )
     assert set(sizes) == {7, 6}  # of 20
 
 

@@ -218,7 +218,7 @@ class Run:
         """``E[x_0 | x_t]`` at level ``i``, without a graph."""
         with torch.no_grad(), phase("network"):
             x0_hat = self.in_chunks(lambda rows, chunk: (self.denoiser.x0_hat(chunk, self.levels[i], rows),), x)[0]
-        self.watch.finite(i, "net", x0_hat)
+        self.watch.finite(i, self.denoiser.blamed, x0_hat)
         return x0_hat
 
     def likelihood_score(
@@ -249,7 +249,7 @@ class Run:
         x0_hat, shift, log_prob, norm = self.in_chunks(chunk, x)
         if isinstance(likelihood, CallableLikelihood):  # -inf has no gradient
             shift = torch.where(per_sample(log_prob, shift) == -math.inf, 0.0, shift)
-        self.watch.finite(i, "net", x0_hat)
+        self.watch.finite(i, self.denoiser.blamed, x0_hat)
         self._watch_log_prob(i, likelihood, log_prob)
         self.watch.finite(i, f"gradient of the net or the {likelihood.blamed}", shift)
         return x0_hat, shift, log_prob, norm
@@ -269,7 +269,7 @@ class Run:
 
         with torch.no_grad():
             x0_hat, log_prob = self.in_chunks(chunk, x)
-        self.watch.finite(i, "net", x0_hat)
+        self.watch.finite(i, self.denoiser.blamed, x0_hat)
         self._watch_log_prob(i, likelihood, log_prob)
         return x0_hat, log_prob
 

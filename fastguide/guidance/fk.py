@@ -61,7 +61,9 @@ class FK:
       potential of a level takes the entry of the step that starts there. ``x_0``, where no step starts, takes the last
       entry, ``> 0``: it is the strength of the target.
     - ``proposal``: ``"base"`` the reverse step; ``"guided"`` that of TDS, with the gradient of the reward (of several,
-      those that have one); or ``f(x, x0_hat, coefficients, *, seed, step) -> (x_s, log_ratio [n])``, ``log_ratio`` the
+      those that have one), which needs ``covariance="point"`` where the reward is no likelihood: the gradient is taken
+      at ``x0_hat`` as if that were certain, and a sharp reward makes the particles diverge. Or
+      ``f(x, x0_hat, coefficients, *, seed, step) -> (x_s, log_ratio [n])``, ``log_ratio`` the
       base kernel's log-density minus its own. The function gets all ``B * K`` particles in one call, whatever the
       ``chunk_size``, and cannot be used with a list of seeds or ``first_sample > 0``. ``coefficients``, ``seed`` and
       ``step`` can be passed on to `fastguide.ops.reverse_step`; in `fastguide.capture` ``seed`` is a tensor.
@@ -101,9 +103,10 @@ class FK:
             reward = check_covariance(run, reward, covariance, measurements, guided=self.proposal == "guided")
         else:
             reward = _terms(self.reward)
-            if covariance is not None:
+            if covariance != "point" and (covariance is not None or self.proposal == "guided"):
                 raise ValueError(
-                    f"covariance: expected None with a reward that is no likelihood, got {got(covariance)}"
+                    f"covariance: expected 'point' with a reward that is no likelihood, got {got(covariance)}. With "
+                    "proposal='guided' pass it explicitly; it can diverge where the reward is sharp"
                 )
         if callable(self.proposal) and (isinstance(run.seed, tuple) or run.first_sample):
             raise ValueError(
@@ -209,7 +212,7 @@ class FK:
                 x0_hat, reward = run.likelihood_value(self.reward, self.covariance, x, i)
         elif guided:
             x0_hat, shift, reward = run.in_chunks(lambda rows, x: self._reward_score(run, x, i, rows), x)
-            run.watch.finite(i, "net", x0_hat)
+            run.watch.finite(i, run.denoiser.blamed, x0_hat)
             run.watch.finite(i, "gradient of the net or the reward", shift)
         else:
             x0_hat = run.x0_hat(x, i)

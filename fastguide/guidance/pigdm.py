@@ -59,7 +59,7 @@ class PiGDM:
                 return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype)
 
         x0_hat, shift = run.in_chunks(chunk, state.x)
-        run.watch.finite(i, "net", x0_hat)
+        run.watch.finite(i, run.denoiser.blamed, x0_hat)
         run.watch.finite(i, self.likelihood.blamed, shift)
         with phase("step"):
             scale = entry(self.zeta, i) * run.x0_weight(i)

@@ -24,7 +24,7 @@ class Plain:
         denoiser, level = run.denoiser, run.levels[i]
         with torch.set_grad_enabled(run.differentiable), phase("network"):
             (output,) = run.in_chunks(lambda rows, x: (denoiser(x, level, rows),), state.x)
-        flag = run.watch.flag(i, "net", run.device)
+        flag = run.watch.flag(i, denoiser.blamed, run.device)
         with torch.set_grad_enabled(run.differentiable), phase("step"):
             result = run.reverse_step(
                 state.x,

@@ -292,7 +292,7 @@ def unpacked_scalars(coefficients: Sequence[float], table: Tensor | None) -> Coe
 
 
 def per_sample(name: str, value: Any, x: Tensor) -> tuple[float, Tensor | None]:
-    """A finite number, or 1 and a float64 tensor ``[N]``, whose values are not looked at."""
+    """A finite number, or 1 and a float64 tensor ``[N]``, whose values are looked at on the CPU only."""
     if not isinstance(value, Tensor):
         return number(name, value, others=f" or a tensor [{x.shape[0]}]"), None
     value = own(name, value)
@@ -302,6 +302,8 @@ def per_sample(name: str, value: Any, x: Tensor) -> tuple[float, Tensor | None]:
             f"got {value.dtype} {list(value.shape)} on {value.device}"
         )
     arguments.expect_alike({"x": x, name: value})
+    if readable(value) and not transformed() and not torch.isfinite(value).all():
+        raise ValueError(f"{name}: expected finite values, got {value}")
     return 1.0, value.double().expand(x.shape[0])
 
 

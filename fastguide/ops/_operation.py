@@ -128,17 +128,20 @@ class Operation:
                     f"out: expected None where a result has a gradient, got {', '.join(map(got, out))}; pass detached "
                     "tensors, or call inside torch.no_grad()"
                 )
+        if differentiable and not self.differentiable and torch.is_grad_enabled():
+            given = self._named(args, self.tensors).items()
+            needy = [name for name, value in given if value is not None and value.requires_grad]
+            raise ValueError(
+                f"{', '.join(needy)}: expected tensors that need no gradient, since {self.name} has no derivative; "
+                "pass detached tensors, or call inside torch.no_grad()"
+            )
         if seen:
             expect_alike(self._named(args, self.tensors), changed=self._named(args, self.changed))
             self._watch(not_finite, args)
             return _into(out, self._dispatch(backend, args))
-        if differentiable and torch.is_grad_enabled():
-            if not self.differentiable:
-                with torch.no_grad():
-                    return self._run(backend, *args, out=out)
-            if backend != "reference" and not transformed():
-                self._watch(not_finite, args)
-                return self._dispatch(backend, args)
+        if differentiable and torch.is_grad_enabled() and backend != "reference" and not transformed():
+            self._watch(not_finite, args)
+            return self._dispatch(backend, args)
         return self._run(backend, *args, out=out, not_finite=not_finite)
 
     def _run(

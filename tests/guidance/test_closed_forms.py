@@ -530,7 +530,9 @@ GUIDANCES = {
     "TDS": lambda likelihood: fg.TDS(likelihood, particles=3),
     "TDS point": lambda likelihood: fg.TDS(likelihood, particles=3, covariance="point"),
     "FK": lambda likelihood: fg.FK(lambda x: x.flatten(1).sum(1), particles=3),
-    "FK guided": lambda likelihood: fg.FK(lambda x: x.flatten(1).sum(1), particles=3, proposal="guided"),
+    "FK guided": lambda likelihood: fg.FK(
+        lambda x: x.flatten(1).sum(1), particles=3, proposal="guided", covariance="point"
+    ),
     "FK of y": lambda likelihood: fg.FK(likelihood, particles=3, covariance="isotropic"),
 }
 

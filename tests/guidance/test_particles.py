@@ -116,7 +116,10 @@ def test_every_potential_and_proposal_reaches_the_same_target(potential, proposa
         return -0.5 * curvature * (x0 - centre.to(x0)).square().sum(1) / 2.0  # strength doubles it
 
     f = partial_difference if potential == "callable" else potential
-    outs = [run(fg.FK(reward, 8000, potential=f, proposal=proposal, strength=2.0), seed) for seed in range(2)]
+    outs = [
+        run(fg.FK(reward, 8000, potential=f, proposal=proposal, covariance="point", strength=2.0), seed)
+        for seed in range(2)
+    ]
     tolerance = 0.05
     got = torch.cat([out.mean() for out in outs]).mean(0)
     assert torch.allclose(got, mean, atol=tolerance), (got, mean)
@@ -233,7 +236,7 @@ def test_a_reward_of_nan_is_a_particle_of_weight_0(potential, proposal):
         return 0.1 * torch.sqrt(2.0 - x0[:, 0])  # its gradient is NaN as well
 
     with pytest.warns(RuntimeWarning, match=r"reward: returned NaN for \d+ particles, first at step \d"):
-        out = run(fg.FK(reward, 200, potential=potential, proposal=proposal))
+        out = run(fg.FK(reward, 200, potential=potential, proposal=proposal, covariance="point"))
     dead = out.x[..., 0] > 2.0
     assert (out.weights[dead] == 0).all() and (out.weights[~dead] > 0).any()
     assert torch.isfinite(out.log_evidence).all() and torch.isfinite(out.x).all()
@@ -273,6 +276,7 @@ def test_a_potential_stands_at_the_resampling_steps_and_at_the_end(
         particles=8192,
         potential=potential,
         proposal=proposal,
+        covariance="point",
         ess_threshold=ess_threshold,
         resample_steps=resample_steps,
     )
@@ -293,7 +297,7 @@ def test_strength_may_follow_the_time(potential):
 
     def run_with(strength):
         guidance = fg.FK(
-            lambda x0: -0.5 * (x0[:, 0] - 1.0).square(), 8192, potential, strength, "guided", resample_steps=5
+            lambda x0: -0.5 * (x0[:, 0] - 1.0).square(), 8192, potential, strength, "guided", "point", resample_steps=5
         )
         return fg.sample(prior.denoiser(), (4, 1), guidance=guidance, steps=20, seed=0, dtype=torch.float64)
 
@@ -367,7 +371,13 @@ def test_the_guided_proposal_follows_those_of_a_sum_that_have_a_gradient():
 
     means, _, evidence = posterior(*example().chain(STEPS), MATRIX, Y[:1], SCALE)
     for reward in ([(1.0, likelihood.log_prob)], [(0.5, likelihood.log_prob), (0.5, hard)]):
-        guidance = fg.FK(reward, 20000, proposal="guided", strength=[0.05] * (STEPS - 5) + [0.2, 0.4, 0.6, 0.8, 1.0])
+        guidance = fg.FK(
+            reward,
+            20000,
+            proposal="guided",
+            covariance="point",
+            strength=[0.05] * (STEPS - 5) + [0.2, 0.4, 0.6, 0.8, 1.0],
+        )
         out = fg.sample(example().denoiser(), (1, 3), guidance=guidance, steps=STEPS, seed=0, dtype=torch.float64)
         assert torch.allclose(out.mean(), means, atol=0.06)
         assert torch.allclose(out.log_evidence, evidence, atol=0.1)
@@ -420,6 +430,7 @@ def test_functions_may_write_into_what_they_get(potential, proposal):
                 50,
                 potential=wrap(potential) if callable(potential) else potential,
                 proposal=wrap(own) if proposal == "own" else proposal,
+                covariance="point",
             )
         )
 
@@ -436,7 +447,7 @@ def test_a_reward_keeps_what_it_returned(proposal):
         kept.append((value, value.detach().clone()))
         return value
 
-    run(fg.FK(reward, 50, ess_threshold=None, proposal=proposal))
+    run(fg.FK(reward, 50, ess_threshold=None, proposal=proposal, covariance="point"))
     assert all(torch.equal(value, copy) for value, copy in kept)
 
 
@@ -597,7 +608,7 @@ def test_measurements_that_see_the_same_do_not_explode(kind, method):
         lambda r: fg.FK(r, 4000),
         lambda r: fg.FK(r, 4000, potential="sum", resample_steps=[10, 40]),
         lambda r: fg.FK(r, 4000, potential="max", resample_steps=[10, 40]),
-        lambda r: fg.FK(r, 4000, proposal="guided"),
+        lambda r: fg.FK(r, 4000, proposal="guided", covariance="point"),
         lambda r: fg.TDS(fg.likelihoods.Callable(r), 4000, covariance="point"),
     ],
 )

@@ -4,6 +4,7 @@ against ``math.fsum``, and the identity that makes it a weight: its mean under t
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -261,12 +262,16 @@ def test_errors(changes, error, message):
         ops.propose_and_weigh(**{**arguments, **changes})
 
 
-def test_no_gradients_eager_as_compiled():
-    x = torch.ones(4, 3, requires_grad=True)
-    x_s, log_weights = ops.propose_and_weigh(
-        x, 2 * x, x, torch.zeros(4, requires_grad=True), (0.5, 0.8, 0.9, 0.4, 0.3), seed=0
-    )
-    assert not x_s.requires_grad and not log_weights.requires_grad
+def test_there_is_no_derivative():
+    x, needy = torch.ones(4, 3), torch.ones(4, 3, requires_grad=True)
+    weights = torch.zeros(4, requires_grad=True)
+    call = partial(ops.propose_and_weigh, coefficients=(0.5, 0.8, 0.9, 0.4, 0.3), seed=0)
+    for backend in ("auto", "reference"):
+        with pytest.raises(ValueError, match="x0_hat, log_weights: expected tensors that need no gradient"):
+            call(x, needy, x, weights, backend=backend)
+    with torch.no_grad():
+        x_s, after = call(x, needy, x, weights)
+    assert not x_s.requires_grad and not after.requires_grad
 
 
 # --- the clip and the displacement's scale ------------------------------------------------------------------
@@ -340,6 +345,11 @@ def test_gradcheck_with_a_scale(per_sample):
     ("options", "error", "words"),
     [
         (dict(displacement_scale=math.nan), ValueError, "displacement_scale: expected a finite number, got nan"),
+        (
+            dict(displacement_scale=torch.tensor([1.0, math.inf])),
+            ValueError,
+            "displacement_scale: expected finite values",
+        ),
         (dict(displacement_scale=torch.ones(3)), ValueError, "displacement_scale: expected a number or a floating"),
         (dict(clip=-1.0), ValueError, "clip: expected a number > 0"),
     ],

@@ -748,7 +748,7 @@ ROWS = torch.zeros(2, 3)
         (ROWS, dict(seed=-1), ValueError, "seed: expected an integer"),
         (ROWS, dict(step=2**32), ValueError, "step: expected an integer"),
         (ROWS, dict(stream=2**16), ValueError, "stream: expected an integer"),
-        (ROWS.clone().requires_grad_(), {}, ValueError, "log_weights: expected a tensor that needs no gradient"),
+        (ROWS.clone().requires_grad_(), {}, ValueError, "log_weights: expected tensors that need no gradient"),
         (ROWS.clone().requires_grad_(), dict(backend="reference"), ValueError, "log_weights: .* no gradient"),
         (ROWS, dict(backend="metal"), ValueError, "backend: expected one of"),
         (ROWS, dict(backend="triton"), RuntimeError, "triton has no kernel for resample"),

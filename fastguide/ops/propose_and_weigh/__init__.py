@@ -37,7 +37,8 @@ def propose_and_weigh(
     ``x``, ``x0_hat``, ``displacement``: ``[N, *event]``; ``log_weights``: ``N`` values of any shape, float32 or
     float64; ``coefficients``, ``clip``, ``displacement_scale`` and counters as in `reverse_step`. Where ``tau = 0``
     the step is the base kernel's, without the displacement, and the ratio is 1. Returns ``x_s``, in the layout of ``x``
-    (contiguous or channels_last), and the log-weights, without gradients: new tensors, or ``out``, see `randn`.
+    (contiguous or channels_last), and the log-weights: new tensors, or ``out``, see `randn`.
+    There are no derivatives: a tensor that requires a gradient is an error while gradients are enabled.
     """
     bounds = _arguments.clip(clip)
     ordinary = out is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple

@@ -76,11 +76,6 @@ def resample(
             )  # fmt: skip
         except UNUSUAL:
             log_weights = _arguments.own("log_weights", log_weights, "a float32 or float64 tensor")
-    if log_weights.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "log_weights: expected a tensor that needs no gradient, since draws have none, got one that requires it; "
-            "pass log_weights.detach(), or call inside torch.no_grad()"
-        )
     rows = shape[0] if len(shape) == 2 else 1
     counter = _arguments.counter(seed, step, stream, first_row, (rows, 4 * count), log_weights.device, "first_row")
     if check and torch.compiler.is_compiling():
