@@ -118,12 +118,12 @@ def check(
 
 @every_family
 @every_backend
-# Less than a vector, one, more, several tiles. 16 bits are only read and written otherwise: a tail, and tiles.
+# A scalar, short of 16 elements, 17, two tiles and a tail. 16 bits are only read and written otherwise.
 @pytest.mark.parametrize(
     ("measurement", "dtype"),
     [
-        *itertools.product(((), (1,), (3,), (2, 3), (16,), (1, 17), (50, 41), (3, 1000)), WIDE),
-        *itertools.product(((1, 17), (3, 1000)), NARROW),
+        *itertools.product(((), (3,), (1, 17), (3, 1000)), WIDE),
+        *itertools.product(((3, 1000),), NARROW),
     ],
 )
 def test_log_densities_and_gradients(family, backend, dtype, measurement):
@@ -138,7 +138,7 @@ def test_log_densities_and_gradients(family, backend, dtype, measurement):
 
 @every_family
 @every_backend
-@pytest.mark.parametrize("elements", (1, 2, 15, 16, 33, 2500))
+@pytest.mark.parametrize("elements", (3, 16, 2500))  # short rows are gathered, of others a part at a time is read
 def test_rows_of_y(family, backend, elements):
     """One for all, and any row of many: the numbers of ``y[rows]``."""
     z, y = located(family, 9, elements), measured(family, 4, elements)
@@ -157,17 +157,17 @@ def test_rows_of_y(family, backend, elements):
 
 @pytest.mark.parametrize("family", ("gaussian", "student_t", "laplace"))
 @every_backend
-# As above: 16 bits need a tail and tiles.
+# As above.
 @pytest.mark.parametrize(
     ("measurement", "dtype"),
-    [*itertools.product(((1,), (2, 3), (16,), (2500,)), WIDE), *itertools.product(((2, 3), (2500,)), NARROW)],
+    [*itertools.product(((2, 3), (2500,)), WIDE), *itertools.product(((2500,),), NARROW)],
 )
-@pytest.mark.parametrize("rows", (1, 5))
-def test_extra_variance(family, backend, dtype, measurement, rows):
+def test_extra_variance(family, backend, dtype, measurement):
     z, y = located(family, 5, *measurement, dtype=dtype), measured(family, 5, *measurement, dtype=dtype)
-    extra_variance = normal(rows, *measurement, seed=2, dtype=dtype) ** 2
-    options = dict(family=family, scale=0.6, extra_variance=extra_variance, backend=backend, **OPTIONS[family])
-    check(ops.log_prob_and_gradient(z, y, **options), family, z, y, 0.6, extra_variance)
+    for rows in (1, 5):
+        extra_variance = normal(rows, *measurement, seed=2, dtype=dtype) ** 2
+        options = dict(family=family, scale=0.6, extra_variance=extra_variance, backend=backend, **OPTIONS[family])
+        check(ops.log_prob_and_gradient(z, y, **options), family, z, y, 0.6, extra_variance)
 
 
 @every_family
@@ -221,7 +221,7 @@ def test_the_backends_agree(family):
 
 @every_family
 @every_backend
-@pytest.mark.parametrize("elements", (1, 5, 16, 40, 2500))
+@pytest.mark.parametrize("elements", (5, 40, 2500))  # a short row, one with a tail, two tiles
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_nan_stays_in_its_sample(family, backend, elements, dtype):
     z, y = located(family, 4, elements, dtype=dtype), measured(family, 4, elements, dtype=dtype)
@@ -246,7 +246,7 @@ def test_infinitely_far_is_infinitely_unlikely(family, backend, elements):
     assert torch.isfinite(log_prob[0]) and log_prob[1] == -math.inf
 
 
-@pytest.mark.parametrize("elements", [1, 16, 40, 5000])
+@pytest.mark.parametrize("elements", [1, 40, 5000])  # a short row, one with a tail, three tiles
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_family
 def test_infinite_and_nan_locations_in_every_dtype(family, dtype, elements):

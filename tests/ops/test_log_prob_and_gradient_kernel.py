@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import mpmath
@@ -14,7 +15,9 @@ from torch import Tensor
 from fastguide.ops import _native
 from fastguide.reference import FAMILIES, density_constant
 
-ELEMENTS = (1, 2, 3, 7, 15, 16, 17, 63, 511, 513, 2047, 2048, 2049, 5000)
+# Rows short of 16 are summed by themselves; then 16 places and a tail; 512, up to which a product is one logarithm; one
+# tile, two, three.
+ELEMENTS = (1, 3, 15, 16, 17, 512, 513, 2048, 2049, 5000)
 SOURCES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of z
 DF, BACKGROUND, MARGIN = 4.5, 0.25, 64
 
@@ -265,10 +268,9 @@ def same_bits(got: tuple, want: tuple) -> bool:
 
 
 @pytest.mark.parametrize("name", _native.instruction_sets()[1:])
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("elements", ELEMENTS)
-def test_every_instruction_set_gives_the_same_bits(name, family, elements, instruction_set):
-    for source in SOURCES:
+def test_every_instruction_set_gives_the_same_bits(name, elements, instruction_set):
+    for family, source in itertools.product(FAMILIES, SOURCES):
         z, _ = arguments(family, 9, elements, source)
         for case in variants(family, elements, source):
             best = kernel(family, z, **case)
@@ -294,7 +296,7 @@ def test_threads_give_the_same_bits(family, n, elements):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("elements", ELEMENTS)
+@pytest.mark.parametrize("elements", (3, 17, 513, 5000))
 def test_a_sample_alone_has_the_bits_it_has_among_others(family, elements):
     z, _ = arguments(family, 9, elements, torch.float32)
     for case in variants(family, elements, torch.float32):

@@ -277,13 +277,12 @@ def test_residual_keeps_small_remainders():
 # --- the laws of the schemes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [1, 7, 16, 100, 1000])
-@pytest.mark.parametrize("spread", [0.1, 2.0, 20.0])
-@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-def test_offspring_bounds(number, spread, dtype):
+@pytest.mark.parametrize("number", [1, 7, 16, 100])  # one, fewer than there are particles, as many, more
+@pytest.mark.parametrize("spread", [0.1, 2.0, 20.0])  # nearly equal weights, unequal ones, nearly all on one
+def test_offspring_bounds(number, spread):
     """Of N w_k in exact integers: systematic floor or ceil; stratified less than 2 off; residual at least floor."""
     particles = 16
-    rows = random_weights(10, particles, spread=spread, seed=number, dtype=dtype)
+    rows = random_weights(10, particles, spread=spread, seed=number)
     q, *_ = reference.integer_weights(rows)
     for scheme in SCHEMES:
         ancestors = ops.resample(rows, scheme=scheme, num=number, seed=3)[0]
@@ -378,9 +377,9 @@ def test_first_rows_that_are_refused():
 # --- the numbers beside the ancestors -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 10_000), (50,), (1, 300_000)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (50,), (1, 300_000)])
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])  # whose exponentials overflow, and are 0
 def test_ess_and_mean_weight(shape, dtype, offset):
     rows = (random_weights(*shape, dtype=torch.float64) + offset).to(dtype)
     _, after, log_mean_weight, ess = ops.resample(rows)
@@ -396,13 +395,13 @@ def test_ess_and_mean_weight(shape, dtype, offset):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-@pytest.mark.parametrize("options", [{}, dict(ess_threshold=0.4), dict(num=5), dict(sorted=False)])
-def test_the_mean_weight_is_kept(scheme, dtype, options):
+def test_the_mean_weight_is_kept(scheme, dtype):
     rows = random_weights(20, 30, spread=1.2, dtype=dtype)
-    _, after, log_mean_weight, _ = ops.resample(rows, scheme=scheme, seed=2, **options)
-    mean = torch.logsumexp(after.double(), 1) - math.log(after.shape[1])
-    resolution = 1e-13 if dtype == torch.float64 else 2e-7
-    torch.testing.assert_close(mean, log_mean_weight, rtol=resolution, atol=resolution)
+    for options in ({}, dict(ess_threshold=0.4), dict(num=5), dict(sorted=False)):
+        _, after, log_mean_weight, _ = ops.resample(rows, scheme=scheme, seed=2, **options)
+        mean = torch.logsumexp(after.double(), 1) - math.log(after.shape[1])
+        resolution = 1e-13 if dtype == torch.float64 else 2e-7
+        torch.testing.assert_close(mean, log_mean_weight, rtol=resolution, atol=resolution)
 
 
 # --- the threshold ------------------------------------------------------------------------------------------
@@ -439,8 +438,8 @@ def test_the_edge_of_the_threshold():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("particles", [1, 2, 33, 1000])
-@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
+@pytest.mark.parametrize("particles", [1, 33, 1000])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])  # all survive, some, few
 def test_unsorted_ancestors_keep_survivors_in_place(scheme, particles, spread):
     rows = random_weights(6, particles, spread=spread)
     ordered = ops.resample(rows, scheme=scheme, seed=4)
@@ -463,11 +462,10 @@ class TestDegenerate:
         assert ancestors.tolist() == [[0]] and after.tolist() == [[-3.0]]
         assert float(log_mean_weight) == -3.0 and float(ess) == 1.0
 
-    @pytest.mark.parametrize("place", [0, 3, 9])
-    def test_one_live_particle(self, scheme, dtype, place):
-        row = torch.full((10,), -math.inf, dtype=dtype)
-        row[place] = -2.0
-        for number in (None, 1, 25):
+    def test_one_live_particle(self, scheme, dtype):
+        for place, number in itertools.product((0, 3, 9), (None, 1, 25)):
+            row = torch.full((10,), -math.inf, dtype=dtype)
+            row[place] = -2.0
             ancestors, after, log_mean_weight, ess = ops.resample(row, scheme=scheme, num=number, seed=1)
             assert (ancestors == place).all()
             assert float(ess) == 1.0 and float(log_mean_weight) == -2.0 + math.log(0.1)
@@ -492,6 +490,7 @@ class TestDegenerate:
         placed = ops.resample(rows, scheme=scheme, seed=5, sorted=False)[0]
         assert not dead.gather(1, placed.long()).any()
 
+    # Of 1e4 exponentials overflow or are 0; beside 3e38 float32 has no place for the differences.
     @pytest.mark.parametrize("offset", [1e4, -1e4, 3e38, -3e38])
     def test_offsets(self, scheme, dtype, offset):
         row = torch.tensor([0.0, 1024.0, -1024.0, 1024.0], dtype=dtype)  # exact beside 1e4; all equal beside 3e38
@@ -667,11 +666,10 @@ STATE_DTYPES = (
 )
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("keep_sorted", (True, False))
 @pytest.mark.parametrize("event", [(), (1,), (3, 5), (1009,), (2, 0)])
-def test_gather_is_index_select(scheme, keep_sorted, event):
-    ancestors = ops.resample(random_weights(3, 20, spread=3.0), scheme=scheme, seed=1, sorted=keep_sorted)[0]
+def test_gather_is_index_select(keep_sorted, event):
+    ancestors = ops.resample(random_weights(3, 20, spread=3.0), seed=1, sorted=keep_sorted)[0]
     states = [(100 * random_weights(3, 20, *event, seed=i)).to(dtype) for i, dtype in enumerate(STATE_DTYPES)]
     expected = [
         torch.stack([torch.index_select(row, 0, chosen) for row, chosen in zip(state, ancestors, strict=True)])
