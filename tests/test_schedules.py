@@ -145,7 +145,7 @@ def test_the_table_is_read_only_and_not_the_callers():
 
 @every_schedule
 @every_spacing
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, np.int64(20)])
+@pytest.mark.parametrize("steps", [1, 2, np.int64(20)])  # the top alone, the least that are spaced, many
 def test_levels_descend_from_the_top_to_the_clean_one(schedule, spacing, steps):
     levels = schedule.levels(steps, spacing)
     assert len(levels) == steps + 1

@@ -97,23 +97,31 @@ CHURN = dict(s_churn=3.0, s_tmin=0.1, s_tmax=10.0, s_noise=1.1)
 
 
 def cases():
-    for prediction, config in itertools.product(PREDICTIONS, (*CLIPS, *SPACINGS, *BETAS)):
+    """Each option of a scheduler with those that it meets in the arithmetic. Of tables of levels, which are read alike
+    whatever the prediction, each is there once."""
+    for prediction, config in itertools.product(PREDICTIONS, CLIPS):
         config = dict(prediction_type=prediction, **config)
         yield "DDPMScheduler", config, {}
         for options in ({}, dict(eta=1.0), dict(eta=0.6, use_clipped_model_output=True)):
             yield "DDIMScheduler", config, options
+    for config in (*SPACINGS, *BETAS):
+        yield "DDPMScheduler", config, {}
+        yield "DDIMScheduler", config, dict(eta=0.6)
     for kind in ("fixed_small_log", "fixed_large"):
         yield "DDPMScheduler", dict(variance_type=kind), {}
     yield "DDIMScheduler", dict(set_alpha_to_one=False), dict(eta=0.5)
     for prediction in PREDICTIONS[1:]:
         yield "DDPMScheduler", dict(prediction_type=prediction, **ZERO_SNR), {}
         yield "DDIMScheduler", dict(prediction_type=prediction, **ZERO_SNR), dict(eta=0.5)
-    for prediction, config, options in itertools.product(PREDICTIONS, (*SIGMAS, *SPACINGS, ZERO_SNR), ({}, CHURN)):
-        yield "EulerDiscreteScheduler", dict(prediction_type=prediction, **config), options
+    for prediction, options in itertools.product(PREDICTIONS, ({}, CHURN)):
+        yield "EulerDiscreteScheduler", dict(prediction_type=prediction), options
+    for config, options in itertools.product((*SIGMAS[1:], *SPACINGS, ZERO_SNR), ({}, CHURN)):
+        yield "EulerDiscreteScheduler", dict(prediction_type="v_prediction", **config), options
     yield "EulerDiscreteScheduler", dict(prediction_type="v_prediction", timestep_type="continuous"), {}
     yield "EulerDiscreteScheduler", dict(interpolation_type="log_linear"), CHURN
-    for prediction, config in itertools.product(("epsilon", "v_prediction"), ({}, *SPACINGS, ZERO_SNR)):
-        yield "EulerAncestralDiscreteScheduler", dict(prediction_type=prediction, **config), {}
+    yield "EulerAncestralDiscreteScheduler", {}, {}
+    for config in ({}, *SPACINGS, ZERO_SNR):
+        yield "EulerAncestralDiscreteScheduler", dict(prediction_type="v_prediction", **config), {}
     for algorithm, order, solver in itertools.product(
         ("dpmsolver++", "sde-dpmsolver++"), (1, 2, 3), ("midpoint", "heun")
     ):

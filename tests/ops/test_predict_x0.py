@@ -48,8 +48,8 @@ def guided(output, base, scale) -> torch.Tensor:
     return (1.0 - scale) * base.double() + scale * output.double()
 
 
-# 1 and 7: within a vector. 33: a vector and a rest. 2049: two tiles.
-@pytest.mark.parametrize("shape", [(3, 1), (5, 7), (4, 3, 11), (2, 2049)])
+# 7: within a vector. 33: a vector and a rest. 2049: two tiles.
+@pytest.mark.parametrize("shape", [(5, 7), (4, 3, 11), (2, 2049)])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_against_the_definitions(backend, dtype, shape, assert_close):
@@ -217,9 +217,11 @@ def test_gradcheck_in_levels_and_scale():
     assert torch.autograd.gradcheck(lambda s: f(x, output, base, alpha, sigma, s), (one,))
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+# The prediction is two factors, the same for every backend and dtype: one backend has them all.
+@pytest.mark.parametrize(
+    ("backend", "prediction"), [*(("cpu", p) for p in PREDICTIONS), *((b, "v") for b in BACKENDS if b != "cpu")]
+)
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_are_multiples_of_the_one_that_comes_in(backend, dtype, prediction, assert_close):
     needs(backend, dtype)
     grad, *_ = inputs((3, 70), dtype, seed=1)

@@ -43,9 +43,10 @@ def expectation(x, x0_hat, displacement, log_weights, coefficients) -> tuple[tor
 # --- the formula --------------------------------------------------------------------------------------------
 
 
+# In the dtypes that the arithmetic has; test_propose_and_weigh_kernel.py has all of them.
 @pytest.mark.parametrize("levels", LEVELS)
-@pytest.mark.parametrize("shape", [(5, 1), (4, 3, 2, 7), (2, 1009), (7,)])
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(7,), (4, 3, 2, 7), (2, 1009)])
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
 def test_against_normal_densities(levels, shape, dtype, assert_close):
     coefficients = LEVELS[levels]
     tau = coefficients[4]
@@ -288,7 +289,7 @@ SCALED = {
 CLIPS = (None, 0.7, (-0.4, 0.9), ops.DynamicThreshold(0.9, 3.0))
 
 
-# 5: below a vector. 40: rows of their own. 2500: two tiles.
+# 5: multipliers of each element. 40: of each row. 2500: two tiles. bfloat16 is converted as every dtype but x's own.
 @pytest.mark.parametrize("elements", (5, 40, 2500))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("backend", ("cpu", "triton", "reference"))

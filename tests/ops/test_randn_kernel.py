@@ -1,5 +1,6 @@
 """The randn kernels against float64 arithmetic written here, from the contract in csrc/common/philox.h."""
 
+import itertools
 import math
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 from fastguide.doctor import KNOWN_ANSWERS
 from fastguide.ops import _native
 
-ELEMENTS = (1, 2, 3, 4, 5, 7, 16, 17, 1000)
-PARTICLES = (0, 1, 3, 257)
+# One and two have loops of their own; part of a group of four, a group, two, four, five; particles made one by one.
+ELEMENTS = (1, 2, 3, 4, 5, 16, 17, 1000)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -91,11 +92,11 @@ def test_philox_known_answers(counter, key, expected):
 COUNTERS = dict(seed=0xFEDCBA9876543210, step=0xFFFFFFFE, stream=0xABCD, first_particle=2**32 - 2)
 
 
-@pytest.mark.parametrize("particles", PARTICLES)
 @pytest.mark.parametrize("elements", ELEMENTS)
-def test_float32_within_4_ulp(particles, elements):
-    z = cpu(particles, elements, **COUNTERS).double().numpy()
-    assert ulps(z, exact(particles, elements, **COUNTERS)).max(initial=0.0) <= 4.0
+def test_float32_within_4_ulp(elements):
+    for particles in (0, 1, 3, 257):
+        z = cpu(particles, elements, **COUNTERS).double().numpy()
+        assert ulps(z, exact(particles, elements, **COUNTERS)).max(initial=0.0) <= 4.0
 
 
 @pytest.mark.parametrize("elements", ELEMENTS)
@@ -160,11 +161,10 @@ def test_extreme_words():
 # --- layout -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("elements", ELEMENTS)
-def test_a_slice_of_the_particles_is_that_slice(dtype, elements):
-    whole = cpu(257, elements, dtype, seed=3, step=1, stream=2, first_particle=100)
-    for first, count in ((0, 1), (1, 3), (100, 157), (256, 1)):
+def test_a_slice_of_the_particles_is_that_slice(elements):
+    for dtype, (first, count) in itertools.product(DTYPES, ((0, 1), (1, 3), (100, 157), (256, 1))):
+        whole = cpu(257, elements, dtype, seed=3, step=1, stream=2, first_particle=100)
         part = cpu(count, elements, dtype, seed=3, step=1, stream=2, first_particle=100 + first)
         assert torch.equal(part, whole[first : first + count])
 
@@ -226,7 +226,7 @@ def test_a_million_normals_are_normal(layout):
 
 
 @pytest.mark.parametrize("name", _native.instruction_sets()[1:])
-@pytest.mark.parametrize("elements", (*ELEMENTS, 31, 2048, 5000))
+@pytest.mark.parametrize("elements", (*ELEMENTS, 2048, 5000))  # and a tile, and more than two
 def test_every_instruction_set_gives_the_same_bits(name, elements, instruction_set):
     best = {dtype: cpu(67, elements, dtype, **COUNTERS) for dtype in DTYPES}
     with instruction_set(name):

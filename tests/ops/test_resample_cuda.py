@@ -98,6 +98,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 # --- the bits of the CPU ------------------------------------------------------------------------------------
 
 
+# Each scheme with each kind of weights on which one may fail; what is above a size's limits takes another kernel.
 @every_scheme
 @every_kind
 def test_rows_of_one_launch(scheme, kind, cuda_device):

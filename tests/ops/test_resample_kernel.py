@@ -119,6 +119,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 # --- the reference's bits -----------------------------------------------------------------------------------
 
 
+# Every kind of weights that a scheme may fail on: nearly equal, unequal, all on one, equal, many dead, half on one.
 @every_scheme
 @both_dtypes
 @every_kind
