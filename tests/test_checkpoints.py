@@ -341,6 +341,7 @@ def test_y_of_another_observation_is_refused(tmp_path):
     assert is_refused(path, "of another likelihood$", guidance=fg.DPS(gaussian_likelihood(Y + 1e-3)))
 
 
+# Every method, and of FK each kind of potential and proposal, as each keeps another state.
 @pytest.mark.parametrize(
     "guidance",
     [

@@ -77,6 +77,7 @@ PRIOR, PLACES = example().denoiser(), torch.tensor([[0, 0, 2, 3, 2]])
 # --- operations -----------------------------------------------------------------------------------------------
 
 
+# Each operation, and each scheme and family, which are code of their own.
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
     "operation",

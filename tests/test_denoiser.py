@@ -20,6 +20,7 @@ LEVELS = {
     "flow": (schedules.flow(), 0.4),
     "flow, nearly noise": (schedules.flow(), 0.999),
 }
+# Each prediction at each kind of level: amid the schedule and where alpha or sigma is nearly 0.
 every_level = pytest.mark.parametrize("schedule, t", LEVELS.values(), ids=LEVELS.keys())
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
 

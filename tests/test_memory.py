@@ -168,6 +168,7 @@ WRITERS = {
 }
 
 
+# Every way to write that there is into one of two that may share their memory.
 @pytest.mark.parametrize("order", ["the copy", "the original"])
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_copy_is_one_once_somebody_writes(name, order):

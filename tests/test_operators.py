@@ -48,7 +48,8 @@ ROWS = torch.tensor([0.2, 0.7, -0.3], dtype=torch.float64)
 COLUMNS = torch.tensor([0.1, 0.5, 0.9, -0.2, 0.3], dtype=torch.float64)
 RANK_TWO = normal(5, 2, seed=1) @ normal(2, 7, seed=2)
 
-# name: (operator, event, measurement, rank)
+# name: (operator, event, measurement, rank). Of each class: one and several channels or none, more measurements than
+# elements and fewer, full rank and less, and each way to its spectrum.
 OPERATORS = {
     "identity": (Identity(), (2, 3), (2, 3), 6),
     "inpainting": (Inpainting(torch.arange(40).reshape(2, 4, 5) % 3 == 1), (2, 4, 5), (13,), 13),

@@ -166,6 +166,7 @@ def image_operators():
     }
 
 
+# Every solver of every kind of operator, with little said by the prior and with much.
 CASES = [
     (name, solver)
     for name, operator in image_operators().items()

@@ -183,6 +183,7 @@ def test_channels_that_come_last_stay_there(name):
     assert all(result.is_contiguous(memory_format=torch.channels_last) for result in results)
 
 
+# Of the state and of the output: narrow, mixed either way, wide.
 @pytest.mark.parametrize("dtypes", [(F16, F16), (BF16, BF16), (F32, F16), (F16, F32), (F64, F64)])
 @pytest.mark.parametrize(
     ("name", "prediction"), [*itertools.product(NAMES[:2], PREDICTIONS), *((n, "") for n in NAMES)]

@@ -67,8 +67,9 @@ def test_sizes(size, cuda_device):
     check(ancestors, bytes_of(len(ancestors), 70, size), device=cuda_device)
 
 
-@pytest.mark.parametrize("offset", (1, 2, 4, 8, 12))
-@pytest.mark.parametrize("size", (4, 16, 48, 1024))
+# A unit is what divides the address as well: each of 1, 2, 4 and 8 bytes, in particles of one, few and many.
+@pytest.mark.parametrize("offset", (1, 2, 4, 8))
+@pytest.mark.parametrize("size", (16, 48, 1024))
 def test_addresses_that_are_not_aligned(offset, size, cuda_device):
     ancestors = torch.stack([make(50) for make in MAPS.values()]).int()
     check(ancestors, bytes_of(len(ancestors), 50, size), offset=offset, device=cuda_device)
@@ -180,8 +181,9 @@ def test_bounds(cuda_device):
 DTYPES = (torch.bool, torch.uint8, torch.int16, torch.int64, torch.bfloat16, torch.float32, torch.complex128)
 
 
+# Of 1 to 480 bytes, and of none. More than 8 are moved in several launches.
 @pytest.mark.parametrize("event", ((), (3,), (2, 3, 5), (7, 0)))
-@pytest.mark.parametrize("number", (0, 1, 3, 20))  # more than 8 are moved in several launches
+@pytest.mark.parametrize("number", (0, 1, 20))
 def test_many_states_of_any_dtype(event, number, cuda_device):
     ancestors = torch.stack([survivors(40), uniform(40), torch.arange(40)]).int()
     states = [(100 * torch.randn(3, 40, *event)).to(DTYPES[i % len(DTYPES)]) for i in range(number)]

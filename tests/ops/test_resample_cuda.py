@@ -103,8 +103,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @every_kind
 def test_rows_of_one_launch(scheme, kind, cuda_device):
     longest = 2048 if scheme == "residual" else 4096
-    for particles in (1, 2, 3, 31, 1000, 1024, 1025, longest):
-        for rows in (1, 3) if particles > 100 else (1, 33):
+    for particles in (1, 2, 3, 31, 1024, 1025, longest):  # around what the smaller block holds, and the most
+        for rows in (2,) if particles > 100 else (1, 33):
             weights = KINDS[kind](rows, particles)
             for num in (None, 1, particles // 3 + 1, min(2 * particles + 5, longest)):
                 check(weights, cuda_device, scheme, num=num, **COUNTER)

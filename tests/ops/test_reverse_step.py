@@ -140,6 +140,7 @@ def test_against_bayes_rule(prediction, levels, dtype, assert_close):
         assert_close(x_s, torch.from_numpy(expected), scale)
 
 
+# The prediction makes a sample's multipliers, the clip another kernel; the two dtypes that the arithmetic has.
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("clip", (None, (-0.4, 0.9), DynamicThreshold(0.9, 3.0)))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
@@ -335,6 +336,7 @@ def test_other_dtypes_beside_x(assert_close):
 # --- gradients ----------------------------------------------------------------------------------------------
 
 
+# Each prediction's two factors, with every way that a gradient takes through a clip: of all samples, and of each its own.
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(
     ("clip", "clip_noise"),

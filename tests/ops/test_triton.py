@@ -233,6 +233,7 @@ def density(family: str, shape: tuple[int, ...], dtype: torch.dtype, y_of: str, 
     return z.to(dtype), y, options
 
 
+# Less than a vector of a thread, rows that begin at any address, many elements, and more than one program has.
 @pytest.mark.parametrize("shape", ((5, 1), (33, 7), (3, 1000), (2, 8193)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("family", reference.FAMILIES)
