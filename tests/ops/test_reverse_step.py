@@ -336,7 +336,7 @@ def test_other_dtypes_beside_x(assert_close):
 # --- gradients ----------------------------------------------------------------------------------------------
 
 
-# Each prediction's two factors, with every way that a gradient takes through a clip: of all samples, and of each its own.
+# Each prediction has two factors, each kind of clip a derivative, with the noise that it keeps or without.
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(
     ("clip", "clip_noise"),
