@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_iter
 
 from . import arguments, foreign, sampling
 from .arguments import flag, got
-from .denoiser import Conditional, Denoiser, checked_scale, scale_of_run
+from .denoiser import Denoiser, checked_scale, scale_of_run
 from .guidance.base import Run, Schedulable
 from .guidance.plain import Plain
 from .likelihoods import Likelihood
+from .modules import modules_of
 from .ops._arguments import Clip
 from .samples import Samples
 
@@ -85,7 +86,7 @@ def capture(
         raise TypeError(f"capture() got an unexpected keyword argument {name!r}{reason}")
     guidance = Plain() if guidance is None else guidance
     if device is None:
-        found = (p.device for module in _modules(prior, guidance) for p in module.parameters())
+        found = (p.device for _, module in modules_of(prior, guidance) for p in module.parameters())
         device = next(found, torch.device("cuda"))
     device = _cuda_device(arguments.torch_device("device", device))
     run = sampling.prepare_run(
@@ -105,12 +106,6 @@ def _cuda_device(device: torch.device) -> torch.device:
             "fastguide.sample runs on any"
         )
     return device
-
-
-def _modules(prior: Any, guidance: Any) -> list[torch.nn.Module]:
-    nets = [getattr(prior, name, None) for name in ("net", "unconditional")]
-    nets = [net.net if isinstance(net, Conditional) else net for net in nets]
-    return [v for v in (*nets, *getattr(guidance, "__dict__", {}).values()) if isinstance(v, torch.nn.Module)]
 
 
 class Capture:
@@ -143,8 +138,8 @@ class Capture:
                 return (*loop(run, guidance), run.watch.numbers())
 
             self._recorded = _record(whole, run.device)
-        modules = _modules(denoiser, guidance)  # compiled, they are read by kernels that no dispatch mode sees
-        self._read = [t.untyped_storage() for m in modules for t in (*m.parameters(), *m.buffers())]
+        modules = modules_of(denoiser, guidance)  # compiled, they are read by kernels that no dispatch mode sees
+        self._read = [t.untyped_storage() for _, m in modules for t in (*m.parameters(), *m.buffers())]
 
     def __call__(
         self, *, seed: int | None = None, y: Tensor | None = None, x_T: Tensor | None = None, guidance_scale: Any = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -168,9 +167,7 @@ class Denoiser:
         prepared = copy.copy(self)
         prepared._dtypes = {}
         for name, net in (("net", self.net), ("unconditional", self.unconditional)):
-            net = net.net if isinstance(net, Conditional) else net
-            _warn_of_training(name, net)
-            prepared._dtypes[name] = _dtype_of(net)
+            prepared._dtypes[name] = _dtype_of(net.net if isinstance(net, Conditional) else net)
         prepared.guidance_scale = scale_of_run(self.guidance_scale, levels, observations, device)
         return prepared
 
@@ -320,20 +317,6 @@ def _dtype_of(net: Any) -> torch.dtype | None:
         return None
     found = {p.dtype for p in net.parameters() if p.is_floating_point()}
     return found.pop() if len(found) == 1 else None
-
-
-def _warn_of_training(name: str, net: Any) -> None:
-    """Warn of a network whose dropout or batch statistics are on: its samples depend on more than the seed."""
-    modules = net.modules() if isinstance(net, torch.nn.Module) else ()
-    kinds = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
-    for module in modules:
-        if module.training and isinstance(module, kinds) and getattr(module, "p", 1.0) > 0:
-            warnings.warn(
-                f"{name}: its {type(module).__name__} is in training mode; {name}.eval() turns that off",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-            return
 
 
 def _grad_words(x: Tensor) -> str:

@@ -20,6 +20,7 @@ from .denoiser import Denoiser
 from .guidance.base import Run, Schedulable, State, per_step
 from .guidance.plain import Plain
 from .likelihoods import Likelihood
+from .modules import warn_of_training
 from .ops._arguments import STATE_DTYPES, Clip, unpacked_clip
 from .ops._arguments import clip as checked_clip
 from .samples import Samples
@@ -116,7 +117,8 @@ def sample(
     - ``run_id``: any string, for what these calls cannot tell apart. A file of another ``run_id`` is an error.
 
     The network, decoders and rewards run under the caller's autocast; all other arithmetic runs without. Raises
-    FloatingPointError where a value stops being finite; the message names the function and the step.
+    FloatingPointError where a value stops being finite; the message names the function and the step. Dropout or batch
+    statistics in training mode are a RuntimeWarning that names the argument.
     """
     guidance = Plain() if guidance is None else guidance
     keep_ancestors, progress = flag("keep_ancestors", keep_ancestors), flag("progress", progress)
@@ -259,6 +261,7 @@ def prepare_run(
     for level in levels[:-1]:
         prior.check_level(level)
     prior = prior.prepared(levels, shape[0], device)
+    warn_of_training(prior, guidance, stacklevel=4)
     if eta is not None and not getattr(guidance, "takes_eta", True):
         raise ValueError(
             f"eta: expected None with {type(guidance).__name__}, whose zeta splits the noise, got {got(eta)}"

@@ -650,8 +650,10 @@ def test_no_memory_of_the_loops_own_is_kept(cuda):
     assert sum(kept.values()) < network + 4 * state
 
 
-def test_a_compiled_network_is_recorded_as_compiled(cuda):
+@pytest.mark.parametrize("wrap", [lambda net: net, functools.partial], ids=["itself", "partial"])
+def test_a_compiled_network_is_recorded_as_compiled(wrap, cuda):
     """A recording notes what is read, and leaves what was compiled as it is."""
+    torch.compiler.reset()  # of what other networks were compiled
     ran = []
 
     def backend(graph, inputs):
@@ -665,7 +667,7 @@ def test_a_compiled_network_is_recorded_as_compiled(cuda):
     network = Network().requires_grad_(False)
     compiled = torch.compile(network, backend=backend)
     parameters = [weakref.ref(p.untyped_storage()) for p in network.parameters()]
-    prior = fg.Denoiser(compiled, fg.schedules.vp_cosine(100), prediction="v")
+    prior = fg.Denoiser(wrap(compiled), fg.schedules.vp_cosine(100), prediction="v")
     run = fg.capture(prior, (2, 1, 8, 8), steps=3)
     assert ran == ["side"] * 3 + ["capture on side"] * 3
     for p in network.parameters():

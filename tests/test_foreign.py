@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import re
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from test_sampling import ALL, assert_same, guidances, run
 from torch.autograd import forward_ad
 
 import fastguide as fg
+from fastguide.modules import modules_of, warn_of_training
 from fastguide.operators import Function, LinearOperator, Matrix, Operator
 
 SCHEDULE = fg.schedules.vp_linear(100)
@@ -85,7 +89,7 @@ def test_a_networks_error_says_what_it_was_called_with():
 )
 def test_a_network_in_training_mode_warns(make, recwarn):
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), make())
-    with pytest.warns(RuntimeWarning, match=r"net: its \w+ is in training mode; net.eval\(\)"):
+    with pytest.warns(RuntimeWarning, match=r"net: its \w+ is in training mode; the module's eval\(\)"):
         fg.sample(prior(Timeless(net)), (2, 3), steps=2)
     recwarn.clear()
     fg.sample(prior(Timeless(net).eval()), (2, 3), steps=2)
@@ -208,6 +212,101 @@ def test_decoders_return_what_functions_do(space):
         return draw(clean, fg.LatentPnP(likelihood, lambda z: wrap(2 * z), encoder, space, iterations=2))
 
     assert torch.equal(outcome(lambda out: types.SimpleNamespace(sample=out)), outcome(lambda out: out))
+
+
+# --- modules in training mode ---------------------------------------------------------------------------------
+
+
+class Code(torch.nn.Module):
+    def __init__(self, p=0.5):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(p))
+
+    def forward(self, x, t=None):
+        return self.layers(x)
+
+    def reward(self, x):
+        return self.layers(x).sum(1)
+
+
+class CodeOperator(LinearOperator, Code):
+    pass
+
+
+class Holding(LinearOperator):
+    """And is held by itself."""
+
+    def __init__(self, module):
+        self.module, self.operator = module, self
+
+
+def of(operator, y=ROWS):
+    return L.Gaussian(y, operator, 0.3)
+
+
+def functions(m):
+    return Function(lambda x: x, linear=True, adjoint=m.forward, pseudo_inverse=m)
+
+
+IDENTITY = fg.operators.Identity()
+# What has a module with dropout, a network or a guidance, and the arguments that are named.
+TRAINING = [
+    ("net", lambda m: m),
+    ("net unconditional", lambda m: fg.Denoiser(m, SCHEDULE, unconditional=m, guidance_scale=2.0)),
+    ("net", lambda m: fg.Conditional(m)),
+    ("net", lambda m: functools.partial(m)),
+    ("net", lambda m: functools.partial(lambda f, x, t: f(x), m)),
+    ("net", lambda m: m.forward),
+    ("net", lambda m: torch.no_grad()(m.forward)),
+    ("net", lambda m: torch.compile(m, backend="eager")),
+    ("net", lambda m: torch.compile(m.forward, backend="eager")),
+    ("decoder", lambda m: fg.LatentPnP(of(IDENTITY), m)),
+    ("decoder encoder", lambda m: fg.LatentPnP(of(IDENTITY), m.forward, functools.partial(m), "pixel")),
+    ("operator.f decoder", lambda m: fg.LatentPnP(of(Function(m)), m)),
+    ("operator.f", lambda m: fg.PnP(of(Function(m), torch.complex(ROWS, ROWS)))),
+    ("operator.adjoint operator.pseudo_inverse", lambda m: fg.PiGDM(of(functions(m)))),
+    ("operator", lambda m: fg.DPS(of(CodeOperator(m.layers[1].p)))),
+    ("operator.module", lambda m: fg.DPS(of(Holding(m)))),
+    ("likelihood.f", lambda m: fg.DPS(L.Callable(m.reward))),
+    ("reward", lambda m: fg.FK(m.reward, 2)),
+    ("reward", lambda m: fg.FK([(1.0, len), (2.0, m), (3.0, m)], 2)),
+    ("reward.f", lambda m: fg.FK(L.Callable(m.reward), 2)),
+    ("reward.f", lambda m: fg.FK(L.Callable(m.reward).log_prob, 2)),
+    ("potential", lambda m: fg.FK(len, 2, potential=m)),
+    ("proposal", lambda m: fg.FK(len, 2, proposal=functools.partial(len, model=m))),
+]
+
+
+@pytest.mark.parametrize("names, make", TRAINING)
+def test_modules_in_training_mode_are_named(names, make):
+    """Once for each argument."""
+
+    def named(training, p=0.5):
+        module = Code(p)
+        given = make(module)
+        for part in (module, *(m for _, m in modules_of(None, given))):
+            part.train(training)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            guided = hasattr(given, "prepare")
+            own = given if isinstance(given, fg.Denoiser) else prior(clean if guided else given)
+            warn_of_training(own, given if guided else None, stacklevel=2)
+        pattern = r"(\S+): its Dropout is in training mode; the module's eval"
+        return [re.match(pattern, str(w.message))[1] for w in caught]
+
+    assert named(True) == names.split()
+    assert named(False) == named(True, p=0.0) == []
+
+
+def test_a_run_warns_once_of_training_where_it_is_called():
+    module = Code()
+    guidance = fg.LatentPnP(of(IDENTITY, torch.zeros(1, 3)), module.forward, iterations=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        draw(clean, guidance, steps=3)
+        fg.sample(prior(module), (2, 3), steps=2)
+    assert [str(w.message).split(":")[0] for w in caught] == ["decoder", "net"]
+    assert {w.filename for w in caught} == {__file__}
 
 
 # --- ambient modes --------------------------------------------------------------------------------------------

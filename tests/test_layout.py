@@ -20,7 +20,7 @@ LAYERS = (
     ("ops",),
     ("reference", "schedules", "denoiser", "operators", "likelihoods", "samples", "profiling", "foreign"),
     ("guidance",),
-    ("checkpoints",),
+    ("checkpoints", "modules"),
     ("sampling", "capture"),
     ("integrations",),
     ("fastguide",),  # its __init__.py: the names that users have
