@@ -5,7 +5,8 @@ Shapes: ``y`` ``[B, *measurement]``, or one row for all; ``x0`` ``[n, *event]``;
 which observation each sample belongs to; None where there is one row or sample ``i`` has row ``i``.
 
 Complex ``y`` are taken as pairs of reals ``[B, *measurement, 2]``, and so is what the operator returns; the scale is
-that of the real and of the imaginary part, a tensor ``[*measurement, 1]`` for each detector.
+that of the real and of the imaginary part. A tensor may have the shape of the pairs, or that of the measurement,
+``[*measurement]`` or ``[B or 1, *measurement]`` (no dimension 1 in the place of another), for both parts alike.
 
 ``scale`` is a positive number (`Gaussian` also takes 0); a tensor ``[*measurement]``, one for each detector, or
 ``[B or 1, *measurement]``, some of its dimensions 1 (not for Poisson and Callable); or a function of the schedule's own
@@ -44,13 +45,15 @@ class Likelihood:
     _least_dimensions = 2  # of y
     _takes_tensors = True  # as scale
     _takes_zero = False  # as scale
+    _complex = False  # whether y came as complex numbers, and stands as pairs
     has_y = True  # False of a `Callable` without one
     _rows: Tensor | None = None  # of a scale for each observation: see `at`
     _mean_diagonal: float | None = None  # of A A^T, estimated where nothing else is known of it: see `measure_spread`
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale):
-        if isinstance(y, Tensor) and y.is_complex() and isinstance(operator, Operator):
-            operator = Pairs(operator)
+        if isinstance(y, Tensor) and y.is_complex():
+            self._complex = True
+            operator = Pairs(operator) if isinstance(operator, Operator) else operator
         y = self.checked_y(y)
         if not isinstance(operator, Operator):
             raise TypeError(f"operator: expected a fastguide.operators operator, got {type(operator).__name__}")
@@ -93,19 +96,34 @@ class Likelihood:
             raise TypeError(f"{name}: expected real numbers, got {got(scale)}")
         if not self._takes_tensors:
             raise ValueError(f"{name}: expected one number for {self}, got a tensor {list(scale.shape)}")
-        scale = scale.to(self.y)
+        given, scale = list(scale.shape), scale.to(self.y)
+        if self._complex:
+            scale = self._for_both_parts(name, scale)
         rows = scale[None] if scale.ndim == self.y.ndim - 1 else scale
         full = (self._observations, *self.y.shape[1:])
         fits = rows.ndim == len(full) and all(a in (1, b) for a, b in zip(rows.shape, full, strict=True))
         if not fits:
             measurement = list(self.y.shape[1:])
+            own = f"; {measurement[:-1]} or {[self._observations, *measurement[:-1]]}, in full" if self._complex else ""
             raise ValueError(
                 f"{name}: expected a number, or a tensor {measurement} or {[self._observations, *measurement]}, whose "
-                f"dimensions may be 1, got {list(scale.shape)}"
+                f"dimensions may be 1{own}, got {given}"
             )
         if rows.is_cpu and not ((rows > 0) & (rows < math.inf)).all():  # a look at another device would wait for it
             raise ValueError(f"{name}: expected finite numbers > 0 for each measurement, got others")
         return rows
+
+    def _for_both_parts(self, name: str, scale: Tensor) -> Tensor:
+        """A scale of the shape of complex measurements as one of their pairs; another as it is."""
+        pairs, shape = self.y.shape[1:], scale.shape
+        if scale.ndim == len(pairs) and shape[0] in (1, self._observations) and shape[1:] == pairs[:-1]:
+            if all(a in (1, b) for a, b in zip(shape, pairs, strict=True)):
+                raise ValueError(
+                    f"{name}: expected a shape of one meaning, got {list(shape)}, which can be that of the complex "
+                    f"measurements or that of the pairs of one; {[1, *pairs]} is that of the pairs"
+                )
+            return scale[..., None]
+        return scale[..., None] if scale.ndim == len(pairs) - 1 else scale
 
     def scale_at(self, t: float) -> float | Tensor:
         """The scale at time ``t``: a number, or a tensor ``[B or 1, *measurement]``, some of its dimensions 1."""

@@ -558,6 +558,15 @@ def test_moment_with_a_scale_for_each_detector(m):
         (lambda: Gaussian(Y, Identity(), lambda t: torch.ones(2)).scale_at(0.5), r"scale\(0.5\): .*got \[2\]"),
         (lambda: Poisson(Y, Identity(), torch.ones(3)), r"scale: expected one number for Poisson.*got a tensor \[3\]"),
         (lambda: Callable(abs, scale=torch.ones(3)), "scale: expected one number for Callable"),
+        (
+            lambda: Gaussian(torch.complex(Y, Y), Identity(), torch.ones(2)),
+            r"scale: .* tensor \[3, 2\] or \[2, 3, 2\], .*; \[3\] or \[2, 3\], in full, got \[2\]",
+        ),
+        (lambda: Gaussian(torch.complex(Y, Y), Identity(), torch.ones(2, 1)), r"in full, got \[2, 1\]"),
+        (
+            lambda: Gaussian(torch.ones(2, 2) * 1j, Identity(), torch.ones(2, 2)),
+            r"scale: expected a shape of one meaning, got \[2, 2\], .*; \[1, 2, 2\] is that of the pairs",
+        ),
     ],
 )
 def test_scales_of_another_shape(make, message):
@@ -620,6 +629,48 @@ def test_a_complex_matrix():
         operator.eigenvalues(y)
     with pytest.raises(TypeError, match=r"y: expected complex values, as Matrix.* returns torch\.complex128"):
         fg.sample(prior, (2, 2, 4), guidance=fg.PnP(Gaussian(y.real, operator, SCALE)), steps=2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("m", [(3,), (3, 2), (1, 3, 2)], ids=str)
+@pytest.mark.parametrize("name", ["gaussian", "student 4.5", "laplace"])
+def test_scales_of_complex_measurements(name, m):
+    """Of the shape of the measurement for both parts alike, of that of the pairs for each."""
+    make, density = MODELS[name]
+    x, y = (torch.complex(normal(4, *m, seed=i), normal(4, *m, seed=i + 1)) for i in (0, 2))
+    operator = Function(lambda x: torch.complex(x[..., 0], x[..., 1]))
+    x, pairs = torch.view_as_real(x), torch.view_as_real(y)
+    s = normal(4, *m, 2, seed=5).abs() + 0.1
+    given = (  # and the same for each number
+        (s[0, ..., 0], s[:1, ..., :1]),
+        (s[:1, ..., 0], s[:1, ..., :1]),
+        (s[..., 0], s[..., :1]),
+        (s[0], s[:1]),
+        (s, s),
+        (s[0, ..., :1], s[:1, ..., :1]),
+    )
+    for scale, full in given:
+        expected = per_row(density(pairs.numpy(), x.numpy(), full.numpy()))
+        check(make(y, operator, scale).log_prob(x), expected)
+        rows = torch.tensor([2, 0])
+        likelihood = make(y, operator, lambda t, scale=scale: scale * (1 + t))
+        picked = full[rows] if len(full) > 1 else full
+        expected = per_row(density(pairs[rows].numpy(), x[:2].numpy(), 1.5 * picked.numpy()))
+        check(likelihood.log_prob(x[:2], rows, t=0.5), expected)
+
+
+def test_a_scale_of_complex_measurements_behind_a_decoder():
+    y, s = torch.complex(normal(1, 6, 6, seed=1), normal(1, 6, 6, seed=2)), normal(6, 6, seed=3).abs() + 0.5
+    operator = Function(lambda x: torch.complex(x, 2 * x), linear=True, event=(6, 6))
+    prior = fg.Denoiser(lambda x, t: 0.5 * x, fg.schedules.flow(), "sample")
+
+    def samples(y, operator, scale):
+        guidance = fg.LatentPnP(Gaussian(y, operator, scale), lambda z: 2 * z, iterations=2)
+        return fg.sample(prior, (2, 6, 6), guidance=guidance, steps=3, seed=0, dtype=torch.float64).x
+
+    real = Function(lambda x: torch.stack([x, 2 * x], -1))
+    expected = samples(torch.view_as_real(y), real, s[..., None])
+    for scale in (s, s[None], lambda t: s, lambda t: s[None]):
+        torch.testing.assert_close(samples(y, operator, scale), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_callable_of_complex_measurements():
