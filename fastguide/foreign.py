@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import got
 from .memory import Memory
 
 __all__ = ["as_tensor", "call", "memory", "package_modes", "returned", "without_autocast"]
@@ -77,7 +76,7 @@ def returned(
     if not isinstance(found, Tensor):
         raise TypeError(f"{name}: expected it to return {expected}, got {type(value).__name__}")
     if real and found.is_complex():
-        raise TypeError(f"{name}: expected it to return real numbers, got {got(found)}")
+        raise TypeError(f"{name}: expected it to return real numbers, got {found.dtype} {list(found.shape)}")
     return found
 
 
