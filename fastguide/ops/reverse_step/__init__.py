@@ -41,7 +41,7 @@ def reverse_step(
     - ``x`` ``[N, *event]``; ``model_output`` and ``displacement`` of the same shape, any of the four dtypes.
     - ``coefficients = (alpha_t, sigma_t, alpha_s, sigma_s, tau)``, each a float or a tensor ``[N]``, with
       ``sigma_t > 0`` and ``0 <= tau <= sigma_s``. Values on a GPU are not checked. ``"epsilon"`` and ``"score"`` need
-      ``alpha_t > 0``.
+      ``alpha_t > 0``. ``torch.compile`` compiles anew for each other float, and once for tensors.
     - ``clip``: None, a number ``c`` for ``[-c, c]``, ``(low, high)``, or a `DynamicThreshold`. ``clip_noise=False``
       leaves ``eps_hat`` what it is of the unclipped ``x0_hat`` (diffusers' DDIM).
     - ``displacement_scale``: a float, or a floating tensor ``[N]`` or ``[]``.
