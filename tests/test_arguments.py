@@ -261,7 +261,7 @@ def test_a_clip_of_large_integers_is_that_of_floats():
 @pytest.mark.parametrize(
     "value", [2.0, 2, np.float32(2.0), np.int64(2), np.array(2.0), torch.tensor(2), torch.ones(1, 1) * 2]
 )
-def test_numbers(value):
+def test_what_is_taken_for_a_number(value):
     found = arguments.number("n", value, low=0.0)
     assert found == 2.0 and type(found) is float
 
@@ -283,7 +283,7 @@ def test_the_bounds_of_a_number_are_told(bounds, expected):
         arguments.number("n", "2", **bounds)
 
 
-def test_integers():
+def test_what_is_taken_for_an_integer():
     for value in (3, np.int32(3), np.array(3), torch.tensor(3), torch.tensor([3])):
         found = arguments.integer("n", value, 0, 4)
         assert found == 3 and type(found) is int

@@ -145,7 +145,7 @@ def test_x0_hat_denoises():
 # --------------------------------------------------------------------------------------------- calls
 
 
-def test_labels():
+def test_a_label_changes_its_own_sample_alone():
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     net, level = digits.prior().net, digits.prior().schedule.level(500)
     t = torch.full((4,), 500)

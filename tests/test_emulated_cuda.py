@@ -191,7 +191,7 @@ def test_votes(launch):
     assert list(out) == [1] * BLOCKS
 
 
-def test_cub(launch):
+def test_sums_and_scans_over_a_block(launch):
     out = ints(*[0] * BLOCKS * THREADS)
     assert launch("sums", out) == "cudaSuccess"
     assert list(out) == [1] * (BLOCKS * THREADS)

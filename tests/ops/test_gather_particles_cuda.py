@@ -62,7 +62,7 @@ def test_every_map_of_five(index_dtype, cuda_device):
 
 # A unit is what divides the size, of 1 to 16 bytes: each with one, few, and more than the 32 threads of a particle.
 @pytest.mark.parametrize("size", (1, 3, 513, 2, 6, 514, 4, 12, 516, 8, 24, 520, 16, 48, 528, 4096))
-def test_sizes(size, cuda_device):
+def test_particles_of_every_size(size, cuda_device):
     ancestors = torch.stack([make(70) for make in MAPS.values()]).int()
     check(ancestors, bytes_of(len(ancestors), 70, size), device=cuda_device)
 
@@ -203,7 +203,7 @@ def test_one_row_without_observations_and_strided_ancestors(cuda_device):
 
 
 @pytest.mark.parametrize("shape", ((0, 3), (3, 0), (0, 0)))
-def test_nothing(shape, cuda_device):
+def test_no_rows_or_no_particles(shape, cuda_device):
     ancestors, state = (torch.zeros(shape, dtype=d, device=cuda_device) for d in (torch.int32, torch.float32))
     ops.gather_particles_(ancestors, state, backend="cuda")
 

@@ -52,7 +52,7 @@ def test_every_map_of_five(index_dtype):
 # The nine sizes that have code of their own, then two that share the general code. A row for each map.
 @both_indices
 @pytest.mark.parametrize("size", (1, 2, 4, 8, 12, 16, 24, 32, 64, 3, 100))
-def test_sizes(index_dtype, size):
+def test_particles_of_every_size(index_dtype, size):
     ancestors = torch.stack([make(300) for make in MAPS.values()]).to(index_dtype)
     state = bytes_of(len(ancestors), 300, size)
     (moved,), _, _ = gather(ancestors, state)
@@ -85,7 +85,7 @@ def test_rows_of_every_kind_beside_each_other():
 
 
 @pytest.mark.parametrize("shape", ((0, 3), (3, 0), (0, 0)))
-def test_nothing(shape):
+def test_no_rows_or_no_particles(shape):
     assert gather(torch.zeros(shape, dtype=torch.int32), bytes_of(*shape, 4))[1:] == (-1, 0)
     assert gather(torch.zeros(2, 3, dtype=torch.int32))[1] == -1
     (moved,), _, _ = gather(torch.zeros(2, 3, dtype=torch.int32), bytes_of(2, 3, 0))

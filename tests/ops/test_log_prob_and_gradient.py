@@ -195,7 +195,7 @@ def test_strides(family, backend):
 
 @every_family
 @every_backend
-def test_nothing(family, backend):
+def test_no_samples_or_no_elements(family, backend):
     options = dict(family=family, scale=0.7, backend=backend, **OPTIONS[family])
     for shape in ((0, 3), (0, 40), (3, 0), (2, 4, 0), (0,)):
         z = torch.zeros(shape)

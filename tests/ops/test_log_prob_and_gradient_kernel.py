@@ -242,7 +242,7 @@ def tree(terms: np.ndarray) -> float:
 
 @pytest.mark.parametrize("elements", ELEMENTS)
 @pytest.mark.parametrize("source", (torch.float32, torch.float64))
-def test_sums_are_that_tree(elements, source):
+def test_terms_are_added_in_that_order(elements, source):
     z, y = arguments("gaussian", 6, elements, source)
     residual = y.double().numpy() - z.double().numpy()
     constant = density_constant("gaussian", 1.0, None, False) * elements

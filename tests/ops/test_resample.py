@@ -304,7 +304,7 @@ def test_offspring_bounds(number, spread):
 
 @pytest.mark.parametrize("number", [5, 8, 13])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_unbiased(scheme, number):
+def test_counts_have_the_weights_as_their_mean(scheme, number):
     """One slot of each draw, chosen independently of it, has the weights as its law: 20,000 of them, chi-squared.
     And the mean counts against N w, with the covariance that the draws show (Hotelling)."""
     weights = np.array([0.02, 0.3, 0.0, 0.11, 0.05, 0.27, 0.15, 0.1])
@@ -492,7 +492,7 @@ class TestDegenerate:
 
     # Of 1e4 exponentials overflow or are 0; beside 3e38 float32 has no place for the differences.
     @pytest.mark.parametrize("offset", [1e4, -1e4, 3e38, -3e38])
-    def test_offsets(self, scheme, dtype, offset):
+    def test_weights_far_from_zero(self, scheme, dtype, offset):
         row = torch.tensor([0.0, 1024.0, -1024.0, 1024.0], dtype=dtype)  # exact beside 1e4; all equal beside 3e38
         ancestors, _, log_mean_weight, ess = ops.resample(row + offset, scheme=scheme, num=1000, seed=2)
         if abs(offset) == 1e4:

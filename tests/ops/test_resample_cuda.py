@@ -103,8 +103,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @every_kind
 def test_rows_of_one_launch(scheme, kind, cuda_device):
     longest = 2048 if scheme == "residual" else 4096
-    for particles in (1, 2, 3, 31, 1024, 1025, longest):  # around what the smaller block holds, and the most
-        for rows in (2,) if particles > 100 else (1, 33):
+    for particles in (1, 3, 31, 1024, 1025, longest):  # around what the smaller block holds, and the most
+        for rows in (2,) if particles > 100 else (1, 5):
             weights = KINDS[kind](rows, particles)
             for num in (None, 1, particles // 3 + 1, min(2 * particles + 5, longest)):
                 check(weights, cuda_device, scheme, num=num, **COUNTER)
@@ -140,10 +140,9 @@ def test_more_slots_than_a_block_fills(scheme, sorted, cuda_device):
             check(normal_weights(rows, other), cuda_device, scheme, num=number, seed=6)
 
 
-@pytest.mark.parametrize(("scheme", "sorted"), (("systematic", False), ("multinomial", True)))
-def test_more_tiles_than_the_scan_takes_at_once(scheme, sorted, cuda_device):
+def test_more_tiles_than_the_scan_takes_at_once(cuda_device):
     weights = normal_weights(1, 4100 * TILE + 5, 1.0, torch.float32)
-    check(weights, cuda_device, scheme, sorted=sorted, seed=7)
+    check(weights, cuda_device, "residual", sorted=False, seed=7)  # which scans all four tables
 
 
 @every_scheme
@@ -201,7 +200,7 @@ def test_a_seed_and_a_step_on_the_device(scheme, particles, cuda_device):
             assert_same(got, expected)
 
 
-def test_randn_takes_them_too(cuda_device):
+def test_randn_takes_a_seed_and_a_step_on_the_device(cuda_device):
     seed, step = torch.tensor([-1], device=cuda_device), torch.tensor([7], device=cuda_device)
     z = ops.randn((50, 9), seed=seed, step=step, device=cuda_device, backend="cuda")
     assert torch.equal(z.cpu(), ops.randn((50, 9), seed=2**64 - 1, step=7, backend="cpu"))
@@ -211,7 +210,7 @@ def test_randn_takes_them_too(cuda_device):
 @every_scheme
 @both_orders
 @pytest.mark.parametrize("particles", (1000, 100_000))
-def test_in_a_graph(scheme, sorted, particles):
+def test_a_replayed_graph_decides_anew_and_draws_from_the_seed_that_stands_there(scheme, sorted, particles):
     """A replay decides anew, and draws from the seed that stands there."""
     spreads = torch.tensor([0.1, 2.0])[:, None].double()
     weights, seed = torch.empty(2, particles, dtype=torch.float64, device="cuda"), torch.tensor([0], device="cuda")
