@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, ops
+from . import arguments, foreign, ops
 from .arguments import as_float, function, got, number
 from .foreign import returned, without_autocast
 from .operators import Identity, LinearOperator, Operator, Pairs, gram_over_diagonal, mean_gram_diagonal, moved
 from .ops._arguments import STATE_DTYPES, Scalar
+from .ops.log_prob_and_gradient.reference import log_factorials
 
 __all__ = ["Callable", "Gaussian", "Laplace", "Likelihood", "Poisson", "StudentT"]
 
@@ -162,6 +163,10 @@ class Likelihood:
         if isinstance(self.scale, Tensor):
             there.scale = self.scale.to(there.y)
         return there
+
+    def for_run(self) -> Likelihood:
+        """A likelihood that has worked out what stays the same while its ``y`` is not written to."""
+        return self
 
     def at(self, rows: Tensor) -> Likelihood:
         """The likelihood of samples that belong to the observations ``rows`` ``[n]``: ``y``, the operator and the scale
@@ -298,24 +303,27 @@ def _of_rows(scale: float | Tensor, rows: Tensor | None) -> float | Tensor:
 class _Density(Likelihood):
     """An error model that is one of the families of `fastguide.ops.log_prob_and_gradient`."""
 
-    def _density(self, z: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
+    def _density(self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
         """Which one: arguments of that operation."""
         raise NotImplementedError
 
     def log_prob_and_gradient(
         self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar = 0.0, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        log_prob, gradient = ops.log_prob_and_gradient(z, y, rows=rows, **self._density(z, scale, spread))
+        density = self._density(z, y, scale, spread)
+        out = foreign.memory().like(z, y, *density.values())
+        into = None if out is None else (torch.empty(len(z), dtype=torch.float64, device=z.device), out)
+        log_prob, gradient = ops.log_prob_and_gradient(z, y, rows=rows, out=into, **density)
         assert gradient is not None
         return log_prob, gradient
 
     def _log_prob(self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar, rows: Tensor | None) -> Tensor:
-        density = self._density(z, scale, spread)
+        density = self._density(z, y, scale, spread)
         return ops.log_prob_and_gradient(z, y, rows=rows, return_gradient=False, **density)[0]
 
 
 def _widened(z: Tensor, scale: float | Tensor, spread: Scalar, diagonal: Scalar) -> dict[str, Any]:
-    """The ``scale`` and ``added`` of that operation for the variances ``scale^2 + spread * diagonal``."""
+    """The ``scale`` and ``extra_variance`` of that operation for the variances ``scale^2 + spread * diagonal``."""
     _check_scales(scale, z)
     variance = 0.0 if _is_none(spread) else spread * diagonal
     if isinstance(scale, Tensor):
@@ -357,7 +365,7 @@ class Gaussian(_Density):
     _takes_zero = True
     _times_diagonal = 1.0  # of A A^T, where the diagonal stands for all of it: see `measure_spread`
 
-    def _density(self, z: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
+    def _density(self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
         self._check_noise(scale)
         diagonal = self._diagonal(z, scale) if not _is_none(spread) else 0.0
         assert diagonal is not None
@@ -458,7 +466,7 @@ class _Elementwise(_Density):
     def _family(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _density(self, z: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
+    def _density(self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
         diagonal = self._diagonal_of_gram(z) if not _is_none(spread) else 0.0
         return dict(**_widened(z, scale, self._share * spread, diagonal), **self._family())
 
@@ -509,6 +517,7 @@ class Poisson(_Density):
 
     _takes_tensors = False
     _least_rate = 1e-3  # counts
+    _log_factorials: Tensor | None = None  # of `y` at the fixed scale: see `for_run`
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale = 1.0, background: float = 0.0):
         super().__init__(y, operator, scale)
@@ -526,8 +535,23 @@ class Poisson(_Density):
     def supports(self, covariance: str, measurements: int | None = None) -> str:
         return "" if covariance == "point" else f"covariance={covariance!r} is not defined for Poisson counts"
 
-    def _density(self, z: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
-        return dict(family="poisson", scale=scale, background=self.background)
+    def for_run(self) -> Poisson:
+        if not isinstance(self.scale, float):
+            return self
+        own = copy.copy(self)
+        own._log_factorials = log_factorials(self.y, self.scale)
+        return own
+
+    def at(self, rows: Tensor) -> Likelihood:
+        chosen = super().at(rows)
+        assert isinstance(chosen, Poisson)
+        if self._log_factorials is not None and chosen.y is not self.y:
+            chosen._log_factorials = self._log_factorials[rows]
+        return chosen
+
+    def _density(self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
+        known = self._log_factorials if y is self.y and scale == self.scale else None
+        return dict(family="poisson", scale=scale, background=self.background, log_factorials=known)
 
     def exact_value(self, x0: Tensor, rows: Tensor | None, scale: float | Tensor) -> Tensor:
         z, rows, scale = self._with_operator_of(rows)._measure(x0, rows, scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -190,6 +191,7 @@ class Loop:
         file = None
         if self.checkpoint is not None:
             file = Checkpoint(self.checkpoint, run, guidance, self.keep_ancestors, self.run_id)
+        guidance = _for_run(guidance)  # here, as each replay of a capture has another y
         saved = None if file is None else file.load()
         state, first, ess, ancestors = (guidance.start(run), 0, [], []) if saved is None else saved
         for i in _progress_bar(range(first, run.steps), run.steps, first, self.progress):
@@ -317,6 +319,17 @@ def differentiable(run: Run, guidance: Any) -> bool:
 def likelihood_field(guidance: Any) -> str:
     """The field in which a guidance object may have a likelihood."""
     return "likelihood" if hasattr(guidance, "likelihood") else "reward"
+
+
+def _for_run(guidance: Any) -> Any:
+    """The guidance with `Likelihood.for_run` of its likelihood."""
+    name = likelihood_field(guidance)
+    likelihood = getattr(guidance, name, None)
+    own = likelihood.for_run() if isinstance(likelihood, Likelihood) else likelihood
+    if own is not likelihood:
+        guidance = copy.copy(guidance)
+        object.__setattr__(guidance, name, own)
+    return guidance
 
 
 def needs_gradient(name: str, value: Any) -> bool:

@@ -8,6 +8,7 @@ import torch
 from scipy import special, stats
 
 import fastguide as fg
+from fastguide import likelihoods, ops, reference
 from fastguide.likelihoods import (
     MOMENT_LIMIT,
     Callable,
@@ -126,6 +127,51 @@ def test_poisson(scale, background):
     exact = (rate > counts.clamp(min=0.2) / 2).flatten(1).all(1)  # what guidance follows is the same there
     assert 0 < exact.sum() < 5
     check(likelihood.log_prob_and_gradient(z, y, scale)[0][exact], expected[exact])
+
+
+@pytest.mark.parametrize("observations", [1, 3])
+@pytest.mark.parametrize(("method", "particles"), [("DPS", 1), ("TDS", 1), ("TDS", 4), ("FK", 4)])
+def test_log_factorials_are_worked_out_once_in_a_run(method, particles, observations, monkeypatch):
+    """Of a scale that follows the time the operation does it, with the same result."""
+    made, given = [], []
+    worked_out, operation = reference.log_factorials, ops.log_prob_and_gradient
+    monkeypatch.setattr(likelihoods, "log_factorials", lambda y, scale: made.append(len(y)) or worked_out(y, scale))
+
+    def noted(z, y, **options):
+        given.append(options["log_factorials"])
+        if given[-1] is not None:
+            torch.testing.assert_close(given[-1], worked_out(y, 0.7))
+        return operation(z, y, **options)
+
+    monkeypatch.setattr(ops, "log_prob_and_gradient", noted)
+    y = 0.7 * torch.as_tensor(RANDOM.poisson(5.0, (observations, 6))).double()
+    prior = fg.Denoiser(lambda x, t: 0.5 * x, fg.schedules.vp_linear(100), "sample")
+
+    def run(scale) -> torch.Tensor:
+        likelihood = Poisson(y, Identity(), scale, 0.5)
+        guidance = {
+            "DPS": lambda: fg.DPS(likelihood, 1e-3),
+            "TDS": lambda: fg.TDS(likelihood, particles, covariance="point"),
+            "FK": lambda: fg.FK(likelihood, particles, proposal="guided", covariance="point"),
+        }[method]()
+        samples = fg.sample(prior, (observations, 6), guidance=guidance, steps=3, seed=1, chunk_size=2)
+        return samples.x if method == "DPS" else samples.log_weights
+
+    fixed = run(0.7)
+    assert made == [observations] and len(given) >= 3 and all(known is not None for known in given)
+    given.clear()
+    torch.testing.assert_close(run(lambda t: 0.7), fixed, rtol=1e-5, atol=1e-5)
+    assert made == [observations] and len(given) >= 3 and not any(known is not None for known in given)
+
+
+def test_log_factorials_are_those_of_the_y_and_the_scale_that_are_asked_for():
+    y, z = normal(3, 4).abs().round() * 9, normal(3, 4, seed=1).abs()
+    likelihood = Poisson(y, Identity(), 1.0, 0.5).for_run()
+    for other, scale in ((y, 1.0), (y + 1, 1.0), (y, 2.0), (y[:1], 1.0)):
+        expected = Poisson(other, Identity(), scale, 0.5).log_prob_and_gradient(z, other, scale)
+        for a, b in zip(likelihood.log_prob_and_gradient(z, other, scale), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert Poisson(y, Identity(), 1.0)._log_factorials is None  # the caller may write to y between two calls
 
 
 def test_poisson_adds_to_one_over_the_counts_at_any_rate():

@@ -281,3 +281,22 @@ def test_a_loop_goes_back_and_forth(name, blocks, monkeypatch):
     monkeypatch.setattr(fg.memory.Memory, "like", noted)
     steps(name, lambda x: 0.9 * x + 0.1)
     assert sum(made) <= blocks < len(made)
+
+
+@pytest.mark.parametrize("name", ["DPS", "TDS"])
+def test_a_loop_uses_the_gradients_memory_again(name, monkeypatch):
+    places, density = [], ops.log_prob_and_gradient
+
+    def noted(z, y, **options):
+        results = density(z, y, **options)
+        if results[1] is not None:  # the last weights need no gradient
+            places.append(address(results[1]))
+            assert options["out"][1] is results[1]
+        return results
+
+    monkeypatch.setattr(ops, "log_prob_and_gradient", noted)
+    likelihood = fg.likelihoods.StudentT(torch.ones(1, 8), fg.operators.Matrix(torch.eye(8, 12), (3, 4)), 0.5, 3.0)
+    guidance = fg.DPS(likelihood) if name == "DPS" else fg.TDS(likelihood, 3, covariance="point")
+    prior = fg.Denoiser(lambda x, t: 0.9 * x + 0.1, SCHEDULE, "sample")
+    fg.sample(prior, (2, 3, 4), guidance=guidance, steps=5, seed=1)
+    assert len(places) == 5 and len(set(places)) == 1

@@ -10,7 +10,6 @@ constexpr int kPlaces = 16;
 constexpr int kPlaceVectors = kPlaces / kLanes64;
 
 constexpr auto added_up = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
-constexpr auto multiplied = [](auto a, auto b) __attribute__((always_inline)) { return a * b; };
 
 // op over all places, in halves.
 template <class T, class V, class Op>

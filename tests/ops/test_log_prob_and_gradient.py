@@ -293,6 +293,58 @@ def test_one_count_in_a_dark_pixel_pulls_as_a_gaussian_would():
     assert gradient.item() == pytest.approx(1.5 * 0.02 / (0.02 * 0.02))
 
 
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+# None, some, and so many that torch shares out the sum of one row.
+@pytest.mark.parametrize("elements", (0, 1, 2, 7, 33, 100_001))
+def test_log_factorials(elements, two_threads):
+    y = 0.7 * measured("poisson", 5, elements)
+    got = reference.log_factorials(y.reshape(5, 1, elements), 0.7)
+    expected = special.gammaln(y.numpy() / 0.7 + 1).sum(1)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, torch.as_tensor(expected), rtol=1e-13, atol=1e-13)
+    for row in range(5):  # of a row alone they are the same bits
+        assert torch.equal(reference.log_factorials(y[row : row + 1], 0.7), got[row : row + 1])
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference", "triton"))
+@pytest.mark.parametrize("elements", (7, 40, 2500))  # a short row, a long one and one of two tiles
+@pytest.mark.parametrize("with_rows", (False, True))
+def test_given_log_factorials_are_taken(backend, elements, with_rows):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    z, y = located("poisson", 3, elements, dtype=dtype), 0.7 * measured("poisson", 3, elements, dtype=dtype)
+    rows = torch.tensor([2, 0, 2]) if with_rows else None
+    options = dict(family="poisson", scale=0.7, rows=rows, backend=backend)
+    known = reference.log_factorials(y, 0.7)
+    made, gradient = ops.log_prob_and_gradient(z, y, **options)
+    taken, same_gradient = ops.log_prob_and_gradient(z, y, log_factorials=known, **options)
+    torch.testing.assert_close(taken, made, rtol=1e-12, atol=1e-12)
+    assert torch.equal(same_gradient, gradient)
+    shift = torch.tensor([0.0, 1e3, -1e6], dtype=torch.float64)
+    moved = ops.log_prob_and_gradient(z, y, log_factorials=known + shift, **options)[0]
+    torch.testing.assert_close(moved, taken - (shift if rows is None else shift[rows]))
+    one = ops.log_prob_and_gradient(z, y[:1], log_factorials=known[:1], family="poisson", scale=0.7, backend=backend)
+    torch.testing.assert_close(one[0], ops.log_prob_and_gradient(z, y[:1], **options | dict(rows=None))[0])
+
+
+@every_backend
+def test_derivatives_go_through_given_log_factorials(backend):
+    z, y = located("poisson", 3, 4), (measured("poisson", 3, 4) + 0.5).requires_grad_()
+    made = ops.log_prob_and_gradient(z, y, family="poisson", scale=1.0, backend=backend)[0]
+    known = reference.log_factorials(y, 1.0)
+    taken = ops.log_prob_and_gradient(z, y, family="poisson", scale=1.0, log_factorials=known, backend=backend)[0]
+    want, got = (torch.autograd.grad(each.sum(), y)[0] for each in (made, taken))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 @every_backend
 def test_laplace_at_its_peak(backend):
     y = torch.tensor([[1.0, 2.0]])
@@ -445,7 +497,7 @@ def test_isotropic_gaussian_is_one_pass_where_the_gram_is_diagonal(operator, eve
     operation = OPERATIONS["log_prob_and_gradient"]
     fast = operation.kernels["cpu"]
     monkeypatch.setattr(operation, "_chosen", {})
-    monkeypatch.setitem(operation.kernels, "cpu", lambda *a: seen.append(1) or fast(*a))
+    monkeypatch.setitem(operation.kernels, "cpu", lambda *a, **k: seen.append(1) or fast(*a, **k))
     log_prob, gradient = likelihood.log_prob_and_gradient(z, likelihood.y, 0.7, 0.4)
     assert bool(seen) == fused and (operator.diagonal_gram(z) is not None) == fused
     torch.testing.assert_close(log_prob, want, rtol=1e-13, atol=1e-13)
@@ -538,6 +590,22 @@ Z = torch.zeros(3, 2)
         (Z, Z, dict(df=3.0), ValueError, "df: expected .* None for the others, got 3.0 for 'gaussian'"),
         (Z, Z, dict(background=1.0), ValueError, "background: expected 0 but for 'poisson', got 1.0"),
         (Z, Z, dict(family="poisson", background=-1.0), ValueError, "background: .*>= 0, got -1.0"),
+        (
+            Z,
+            Z,
+            dict(log_factorials=Z[:, 0]),
+            ValueError,
+            "log_factorials: expected None .*, got a tensor",
+        ),
+        (Z, Z, dict(family="poisson", log_factorials=1.0), TypeError, r"log_factorials: .*\[3\] on cpu, .* got float"),
+        (Z, Z, dict(family="poisson", log_factorials=Z[:, 0]), ValueError, "log_factorials: .* got torch.float32"),
+        (
+            Z,
+            Z[:1],
+            dict(family="poisson", log_factorials=Z[:, 0].double()),
+            ValueError,
+            r"log_factorials: expected a float64 tensor \[1\] on cpu, one number for each row of y, got .*\[3\]",
+        ),
         (Z, Z, dict(backend="cuda"), RuntimeError, "backend='cuda' cannot serve log_prob_and_gradient: cuda has no"),
     ),
 )

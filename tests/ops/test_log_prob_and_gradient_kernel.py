@@ -32,6 +32,7 @@ def kernel(
     background: float = 0.0,
     extra_variance: Tensor | None = None,
     rows: Tensor | None = None,
+    log_factorials: Tensor | None = None,
     gradient: bool = True,
     threads: int = 1,
 ) -> tuple[Tensor, Tensor, int]:
@@ -45,7 +46,8 @@ def kernel(
         FAMILIES.index(family), scale, df, background, density_constant(family, scale, df, extra_variance is not None),
         _native.CPU_DTYPES[z.dtype], n, elements, z.data_ptr(), y.data_ptr(), y.shape[0],
         None if rows is None else rows.data_ptr(), None if extra_variance is None else extra_variance.data_ptr(),
-        0 if extra_variance is None else extra_variance.shape[0], log_prob[MARGIN:].data_ptr(),
+        0 if extra_variance is None else extra_variance.shape[0],
+        None if log_factorials is None else log_factorials.data_ptr(), log_prob[MARGIN:].data_ptr(),
         inner.data_ptr() if gradient else None, threads,
     )  # fmt: skip
     for buffer, size in ((log_prob, n), (out, n * elements)):
@@ -343,7 +345,7 @@ def test_nothing_is_written_where_a_row_is_out_of_range(bad):
 
 def test_codes_are_checked():
     z, y = arguments("gaussian", 1, 3, torch.float32)
-    rest = (z.data_ptr(), y.data_ptr(), 1, None, None, 0, z.data_ptr(), None, 1)
+    rest = (z.data_ptr(), y.data_ptr(), 1, None, None, 0, None, z.data_ptr(), None, 1)
     for family, dtype, message in ((4, 0, "family must be below 4"), (0, 4, "dtype must be below 4")):
         with pytest.raises(ValueError, match=message):
             _native.module("cpu").log_prob_and_gradient(family, 1.0, 1.0, 0.0, 0.0, dtype, 1, 3, *rest)

@@ -203,7 +203,7 @@ def test_a_gradient_of_an_unknown_argument_is_refused(monkeypatch):
 def test_a_binding_says_which_argument_it_did_not_expect():
     module = _native.module("cpu")
     for kind, arguments in (("an integer", (0, 0.0)), ("a float", (0, 1))):
-        function, count = (module.randn, 9) if kind == "an integer" else (module.log_prob_and_gradient, 17)
+        function, count = (module.randn, 9) if kind == "an integer" else (module.log_prob_and_gradient, 18)
         with pytest.raises(TypeError, match=f"^argument 2: expected {kind}$"):
             function(*arguments, *(0,) * (count - 2))
 
@@ -351,7 +351,8 @@ def density_arguments(family, dtype=torch.float32, grad=False, extra_variance=No
     rows = None if rows is None else torch.tensor(rows)
     z = normal(3, 2, 4, dtype=dtype).abs() + 0.5
     df, background = (4.5 if family == "student_t" else None), (0.25 if family == "poisson" else 0.0)
-    return z.requires_grad_(grad), y, family, 0.7, df, background, extra_variance, rows, True, "auto"
+    known = None if rows is None or family != "poisson" else reference.log_factorials(y, 0.7)
+    return z.requires_grad_(grad), y, family, 0.7, df, background, extra_variance, rows, known, True, "auto"
 
 
 @pytest.mark.parametrize("family", reference.FAMILIES)

@@ -27,6 +27,7 @@ CALLS = {
     "reverse_step with x0": partial(ops.reverse_step, X, OUTPUT, LEVELS, return_x0=True),
     "propose_and_weigh": partial(ops.propose_and_weigh, X, OUTPUT, MOVED, WEIGHTS, LEVELS, seed=1),
     "resample": partial(ops.resample, WEIGHTS, num=5, seed=1),
+    "log_prob_and_gradient": partial(ops.log_prob_and_gradient, X, OUTPUT, family="student_t", scale=0.5, df=3.0),
 }
 
 
@@ -60,12 +61,36 @@ def test_the_same_bits_in_the_callers_memory(name, backend):
     assert all(t._version > before for t, before in zip(several(out), versions, strict=True))
 
 
-def test_propose_and_weigh_in_triton_sums_a_long_particle_into_the_callers_memory():
+@pytest.mark.parametrize("name", ["propose_and_weigh", "log_prob_and_gradient"])
+def test_triton_sums_a_long_particle_into_the_callers_memory(name):
     pytest.importorskip("triton")
     x, x0, d = torch.randn(3, 2, 9000, generator=torch.Generator().manual_seed(1)).unbind()
-    call = partial(ops.propose_and_weigh, x, x0, d, WEIGHTS[:2], LEVELS, seed=1, backend="triton")
+    call = {
+        "propose_and_weigh": partial(ops.propose_and_weigh, x, x0, d, WEIGHTS[:2], LEVELS, seed=1, backend="triton"),
+        "log_prob_and_gradient": partial(
+            ops.log_prob_and_gradient, x, d, family="gaussian", scale=0.5, backend="triton"
+        ),
+    }[name]
     expected = call()
-    assert same(call(out=empty(expected)), expected)
+    out = empty(expected)
+    assert call(out=out) is out and same(out, expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("elements", [0, 7])
+def test_log_densities_alone(backend, elements):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    z = X.flatten(1)[:, :elements]
+    call = partial(
+        ops.log_prob_and_gradient, z, -z, family="gaussian", scale=0.5, return_gradient=False, backend=backend
+    )
+    out = torch.full((3,), math.nan, dtype=torch.float64)
+    assert call(out=out) == (out, None) and torch.equal(out, call()[0])
+    both = (torch.full((3,), math.nan, dtype=torch.float64), torch.empty_like(z))
+    assert call(return_gradient=True, out=both) is both and torch.equal(both[0], out)
+    with pytest.raises(TypeError, match="out: expected a tensor, got"):
+        call(out=both)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -75,6 +100,9 @@ def test_other_dtypes(dtype):
     x = X.to(dtype)
     out = torch.empty_like(x)
     assert torch.equal(ops.reverse_step(x, OUTPUT, LEVELS, out=out), ops.reverse_step(x, OUTPUT, LEVELS))
+    for y in (OUTPUT, OUTPUT.double()):  # of a float64 y the gradient is made in float64
+        call = partial(ops.log_prob_and_gradient, x, y, family="laplace", scale=0.5)
+        assert same(call(out=empty(call())), call())
 
 
 @pytest.mark.parametrize(
@@ -113,6 +141,17 @@ def test_memory_of_an_input_is_refused(place):
     assert torch.equal(ops.reverse_step(**given, out=shared[:3]), ops.reverse_step(**given))
 
 
+@pytest.mark.parametrize("place", ["z", "y", "log_factorials"])
+def test_memory_of_what_a_density_reads_is_refused(place):
+    given = {"z": X.double().exp(), "y": X.double().abs(), "log_factorials": torch.zeros(3, dtype=torch.float64)}
+    if place == "log_factorials":
+        results = (given[place], torch.empty_like(given["z"]))
+    else:
+        results = (torch.empty(3, dtype=torch.float64), given[place])
+    with pytest.raises(ValueError, match="expected memory of its own"):
+        ops.log_prob_and_gradient(**given, family="poisson", scale=1.0, out=results)
+
+
 def test_results_share_no_memory():
     out = torch.empty(3, 5, 7)
     with pytest.raises(ValueError, match=r"out\[1\]: expected memory of its own"):
@@ -136,7 +175,7 @@ def test_autograd_sees_the_write():
         y.backward()
 
 
-@pytest.mark.parametrize("name", ["randn", "reverse_step", "propose_and_weigh"])
+@pytest.mark.parametrize("name", ["randn", "reverse_step", "propose_and_weigh", "log_prob_and_gradient"])
 def test_compiled_and_fake_calls(name):
     expected = CALLS[name]()
     out = empty(expected)

@@ -1,10 +1,10 @@
 // Log-densities of the error models and their gradients, in one pass over z and y.
 //
-// Each term is computed in double whatever the type of the arrays. The terms of a tile of 2,048 elements are put
-// together in one tree, whatever the instruction set: 16 lanes, element i of the tile in lane i mod 16, then lanes i
-// and i + 8, i + 4, i + 2, i + 1; the tiles of a sample in their order.
+// Terms are doubles, whatever the type of the arrays. Their sum has one order on every machine: within a tile of 2,048
+// elements that of cpu/sums.h, and the tiles of a sample one after the other.
 #include "../../common/binding.h"
 #include "../../common/log.h"
+#include "../../cpu/memory.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/sums.h"
 #include "../../cpu/tiles.h"
@@ -16,29 +16,28 @@ namespace {
 // By the code that Python passes: the order of fastguide.reference.FAMILIES.
 enum class Family : int { gaussian = 0, student_t = 1, laplace = 2, poisson = 3 };
 
-// log p(y | z) of each measurement; of Poisson the scale is the gain. `constant` is the part of it that depends on
-// neither z, y nor variances that are added.
+// log p(y | z) of one measurement. Poisson's scale is the gain. `constant`: the part of log p that depends on neither z,
+// y nor an extra variance.
 struct LogDensity {
     Family family;
     double scale, df, background, constant;
 };
 
-// z[samples, elements] of any type, and a gradient like it unless null; y[y_rows, elements], of which sample i has
-// row rows[i], or where `rows` is null row i or the only one; variances added[added_rows, elements] with a row for
-// each sample or one for all, null if there are none. y and added are float64 where z is, else float32.
+// The arrays of a call. z has any dtype; y and extra are float64 where z is, else float32.
 struct DensityArrays {
-    const void* z;
-    const void* y;
-    const int64_t* rows;
-    const void* added;
-    double* log_prob;
-    void* gradient;
-    Dtype dtype;
-    uint64_t samples, elements, y_rows, added_rows;
+    const void* z;                 // [samples, elements]
+    const void* y;                 // [y_rows, elements]
+    const int64_t* rows;           // [samples]: the row of y of each; null where y has one row, or one for each sample
+    const void* extra;             // variances [extra_rows, elements], one row or one for each sample; or null
+    const double* log_factorials;  // [y_rows]: the sum of ln(counts!) of each row of y, where known; or null
+    double* log_prob;              // [samples]
+    void* gradient;                // like z, or null
+    Dtype dtype;                   // of z
+    uint64_t samples, elements, y_rows, extra_rows;
 };
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr uint64_t kRowGrain = 4096;  // sums of a few numbers that are worth a thread
+constexpr uint64_t kRowGrain = 4096;  // partial sums worth a thread
 
 using Lanes = VectorLanes64;
 
@@ -47,16 +46,25 @@ FG_INLINE F64 narrowed(double, F64 v) { return v; }
 
 // --- sums ---------------------------------------------------------------------------------------------------
 
-// What takes the terms of a part of a row, at most kTile of them, a vector at a time: vector v of every kPlaceVectors.
-struct Sum {
-    F64 lanes[kPlaceVectors] = {};
+// Totals take the terms of a part of a row, at most kTile of them, a vector at a time: vector v of every kPlaceVectors.
 
-    FG_INLINE void add(int v, F64 term) { lanes[v] += term; }
-    FG_INLINE double total(uint64_t) const { return over_places<double>(lanes, added_up); }
+// The sum of the terms, or with kLog of ln(1 + term).
+template <bool kLog>
+struct PlainTotal {
+    F64 places[kPlaceVectors] = {};
+
+    static FG_INLINE F64 summand(F64 term) {
+        if constexpr (kLog) return log1p_double<Lanes>(term);
+        else return term;
+    }
+    FG_INLINE void add(int v, F64 term) { places[v] += summand(term); }
+    FG_INLINE bool valid() const { return true; }
+    FG_INLINE double total() const { return over_places<double>(places, added_up); }
 };
 
-// The sum of ln(1 + term), as the logarithm of a product: a term costs a multiplication. Good to 2^-53 of each
-// factor. Mantissas and exponents go apart, so that nothing overflows: 128 mantissas below 2 in each lane.
+// The sum of ln(1 + term), term >= 0, as the logarithm of a product, good to 2^-53 of each factor. Mantissas and exponents
+// are kept apart, so that nothing overflows: a place takes at most 128 mantissas below 2. Student's t is up to 4 times as
+// fast as with a logarithm for each term.
 struct LogProduct {
     F64 mantissas[kPlaceVectors];
     U64 exponents[kPlaceVectors] = {};
@@ -72,30 +80,27 @@ struct LogProduct {
         exponents[v] += (bits >> 52) - 1023u;
         finite[v] &= factor < kInfinity;
     }
-    FG_INLINE bool all_finite() const {
+    // Infinity and NaN have no mantissa.
+    FG_INLINE bool valid() const {
         return over_places<int64_t>(finite, [](auto a, auto b) { return a & b; }) != 0;
     }
-    FG_INLINE double total(uint64_t count) const {
-        const auto log_of = [](F64 mantissa, U64 exponent) __attribute__((always_inline)) {
-            const F64 k = as<F64>(exponent | 0x4330000000000000u) - 0x1p52;
-            return log_of_normal<Lanes>(mantissa) + k * 0x1.62e42fefa39efp-1;
-        };
-        if (count <= 512) {  // all mantissas together stay below 2^512
-            const double mantissa = over_places<double>(mantissas, multiplied);
-            return log_of(splat(mantissa), splat(over_places<uint64_t>(exponents, added_up)))[0];
+    FG_INLINE double total() const {
+        F64 logs[kPlaceVectors];
+        for (int v = 0; v < kPlaceVectors; ++v) {
+            const F64 exponent = as<F64>(exponents[v] | 0x4330000000000000u) - 0x1p52;
+            logs[v] = log_of_normal<Lanes>(mantissas[v]) + exponent * 0x1.62e42fefa39efp-1;
         }
-        F64 lanes[kPlaceVectors];
-        for (int v = 0; v < kPlaceVectors; ++v) lanes[v] = log_of(mantissas[v], exponents[v]);
-        return over_places<double>(lanes, added_up);
+        return over_places<double>(logs, added_up);
     }
 };
 
-// finish(row, sum) for each row of [rows, elements]. Rows of few elements are summed up from the terms that
-// fill(tile, terms, memory) writes, row after row; of others run(row, begin, count, memory) returns the sum of a part.
-// `counted`: the memory that these take.
-template <class Fill, class Run, class Finish>
-FG_INLINE void sum_terms(uint64_t rows, uint64_t elements, int threads, Memory counted, const Fill& fill,
-                         const Run& run, const Finish& finish) {
+// Calls finish(row, sum) for each row of [rows, elements]. In short rows, of fewer than kPlaces elements,
+// fill(tile, terms, memory) writes a tile's terms, row after row; in others sum_part(row, begin, count, memory) returns
+// the sum of a part: short rows in that way would take 4 times as long with 7 elements, and 100 times with one.
+// `counted`: the memory that the two functions take.
+template <class Fill, class SumPart, class Finish>
+FG_INLINE void sum_rows(uint64_t rows, uint64_t elements, int threads, Memory counted, const Fill& fill,
+                        const SumPart& sum_part, const Finish& finish) {
     if (elements == 0) {
         for (uint64_t row = 0; row < rows; ++row) finish(row, 0.0);
         return;
@@ -118,9 +123,10 @@ FG_INLINE void sum_terms(uint64_t rows, uint64_t elements, int threads, Memory c
     share_out(tiling.tiles(), kTileGrain, threads, counted, [&](uint64_t index, const Memory& memory) {
         const Tile tile = tiling.at(index);
         if (tiles_per_row > 1)
-            parts.data[index] = run(tile.row, tile.begin, tile.count, memory);
+            parts.data[index] = sum_part(tile.row, tile.begin, tile.count, memory);
         else
-            for (uint64_t row = tile.row; row < tile.row + tile.rows; ++row) finish(row, run(row, 0, elements, memory));
+            for (uint64_t row = tile.row; row < tile.row + tile.rows; ++row)
+                finish(row, sum_part(row, 0, elements, memory));
     });
     if (tiles_per_row == 1) return;
     share_out(rows, kRowGrain / tiles_per_row + 1, threads, [&](uint64_t row) {
@@ -131,9 +137,9 @@ FG_INLINE void sum_terms(uint64_t rows, uint64_t elements, int threads, Memory c
     });
 }
 
-// --- rows of y and of what is added -------------------------------------------------------------------------
+// --- rows of y and of extra variances -----------------------------------------------------------------------
 
-// The values of each sample: one row for all, a row each, or the row that `index` says.
+// What each sample has of `rows` rows: the only one, that of its own number, or that which `index` says.
 template <class Real>
 struct Values {
     const Real* data;
@@ -146,7 +152,7 @@ struct Values {
     const Real* of(uint64_t sample) const { return data + row_of(sample) * elements; }
 };
 
-// `row` again and again, `times` times.
+// Writes `row` `times` times.
 template <class Real>
 FG_INLINE void repeat(Real* to, const Real* row, uint64_t elements, uint64_t times) {
     const uint64_t whole = elements * times;
@@ -157,13 +163,14 @@ FG_INLINE void repeat(Real* to, const Real* row, uint64_t elements, uint64_t tim
     }
 }
 
-// The values beside the z of a tile of short rows, row after row. What all tiles share is laid out once.
+// The values beside the z of a tile of short rows, row after row. What all tiles share is laid out once, which gains up to
+// a sixth.
 template <class Real>
-struct Laid {
+struct ShortRows {
     Values<Real> values;
     Scratch<Real> common;
 
-    Laid(const Values<Real>& v, uint64_t samples) : values(v) {
+    ShortRows(const Values<Real>& v, uint64_t samples) : values(v) {
         if (!values.data || values.rows > 1 || values.elements == 0 || values.elements >= kPlaces) return;
         const uint64_t most = Tiling{samples, values.elements}.largest();
         common.allocate(most);
@@ -175,7 +182,7 @@ struct Laid {
         if (!values.index) return values.of(tile.row);
         Real* const buffer = memory.take<Real>(tile.count);
         const int64_t* index = values.index + tile.row;
-        for (uint64_t i = 0, end; i < tile.rows; i = end) {  // samples of one observation follow each other
+        for (uint64_t i = 0, end; i < tile.rows; i = end) {  // neighbours mostly have the same row
             const int64_t row = index[i];
             for (end = i + 1; end < tile.rows && index[end] == row;) ++end;
             repeat(buffer + i * values.elements, values.of(tile.row + i), values.elements, end - i);
@@ -186,38 +193,38 @@ struct Laid {
 
 // --- densities ----------------------------------------------------------------------------------------------
 
-// A density has at(z, y, added) -> {term, gradient} and a Total of terms, and the log-density is factor * total of
-// terms + constants.
+// A density has at(z, y, extra), the term of a measurement and its derivative in z. The log-density of a sample is
+// factor * total + constants. Total is PlainTotal, or what is faster and may turn out not to be valid.
 struct Point {
     F64 term, gradient;
 };
 
-template <bool kAdded>
+template <bool kExtra>
 struct Gaussian {
-    using Total = Sum;
-    static constexpr bool added = kAdded;
+    using Plain = PlainTotal<false>;
+    using Total = Plain;
+    static constexpr bool has_extra = kExtra;
     F64 variance, precision;
     double factor;
 
     explicit Gaussian(const LogDensity& d)
         : variance(splat(d.scale * d.scale)),
           precision(1.0 / variance),
-          factor(kAdded ? -0.5 : -0.5 / (d.scale * d.scale)) {}
-    FG_INLINE Point at(F64 z, F64 y, F64 more) const {
+          factor(kExtra ? -0.5 : -0.5 / (d.scale * d.scale)) {}
+    FG_INLINE Point at(F64 z, F64 y, F64 extra) const {
         const F64 residual = y - z;
-        if constexpr (!kAdded) return {residual * residual, residual * precision};
-        const F64 gradient = residual / (variance + more);
+        if constexpr (!kExtra) return {residual * residual, residual * precision};
+        const F64 gradient = residual / (variance + extra);
         return {residual * gradient, gradient};
     }
 };
 
-template <bool kAdded, bool kProduct>
-struct StudentT;
-
-template <bool kAdded>
-struct StudentT<kAdded, false> {
-    using Total = Sum;
-    static constexpr bool added = kAdded;
+// The term is r^2 / (df v), and the sum is that of ln(1 + term).
+template <bool kExtra>
+struct StudentT {
+    using Plain = PlainTotal<true>;
+    using Total = LogProduct;
+    static constexpr bool has_extra = kExtra;
     F64 variance, df, inverse_width, slope;
     double factor;
 
@@ -227,58 +234,44 @@ struct StudentT<kAdded, false> {
           inverse_width(splat(1.0 / (d.df * (d.scale * d.scale)))),
           slope(splat((d.df + 1.0) / (d.df * (d.scale * d.scale)))),
           factor(-0.5 * (d.df + 1.0)) {}
-    FG_INLINE Point ratio_at(F64 z, F64 y, F64 more) const {
+    FG_INLINE Point at(F64 z, F64 y, F64 extra) const {
         const F64 residual = y - z, square = residual * residual;
-        if constexpr (!kAdded) {
+        if constexpr (!kExtra) {
             const F64 ratio = square * inverse_width;
             return {ratio, slope * residual / (1.0 + ratio)};
         }
-        const F64 width = df * (variance + more);
+        const F64 width = df * (variance + extra);
         return {square / width, (df + 1.0) * residual / (width + square)};
     }
-    FG_INLINE Point at(F64 z, F64 y, F64 more) const {
-        const Point p = ratio_at(z, y, more);
-        return {log1p_double<Lanes>(p.term), p.gradient};
-    }
 };
 
-// Its logarithms as that of a product.
-template <bool kAdded>
-struct StudentT<kAdded, true> {
-    using Total = LogProduct;
-    static constexpr bool added = kAdded;
-    StudentT<kAdded, false> plain;
-    double factor;
-
-    explicit StudentT(const LogDensity& d) : plain(d), factor(plain.factor) {}
-    FG_INLINE Point at(F64 z, F64 y, F64 more) const { return plain.ratio_at(z, y, more); }
-};
-
-template <bool kAdded>
+template <bool kExtra>
 struct Laplace {
-    using Total = Sum;
-    static constexpr bool added = kAdded;
+    using Plain = PlainTotal<false>;
+    using Total = Plain;
+    static constexpr bool has_extra = kExtra;
     F64 variance, inverse;
     double factor;
 
     explicit Laplace(const LogDensity& d)
         : variance(splat(d.scale * d.scale)),
           inverse(splat(1.0 / d.scale)),
-          factor(kAdded ? -1.0 : -1.0 / d.scale) {}
-    FG_INLINE Point at(F64 z, F64 y, F64 more) const {
+          factor(kExtra ? -1.0 : -1.0 / d.scale) {}
+    FG_INLINE Point at(F64 z, F64 y, F64 extra) const {
         const F64 residual = y - z, size = residual < 0.0 ? -residual : residual;
-        const F64 slope = kAdded ? 1.0 / square_root(variance + more) : inverse;
+        const F64 slope = kExtra ? 1.0 / square_root(variance + extra) : inverse;
         const F64 gradient = residual > 0.0 ? slope : residual < 0.0 ? -slope : residual;  // 0 or NaN
-        return {kAdded ? size * slope : size, gradient};
+        return {kExtra ? size * slope : size, gradient};
     }
 };
 
-// Below the rate kShare max(counts, kLeast) the log-density is a parabola: see the reference.
+// Below the rate kShare max(counts, kLeast) the log-density is a parabola; the reference says why.
 constexpr double kShare = 0.5, kLeast = 0.2;
 
 struct Poisson {
-    using Total = Sum;
-    static constexpr bool added = false;
+    using Plain = PlainTotal<false>;
+    using Total = Plain;
+    static constexpr bool has_extra = false;
     F64 per_gain, background;
     double factor = 1.0;
 
@@ -294,15 +287,16 @@ struct Poisson {
     }
 };
 
-// take(index of the vector, its term) for each vector of `count` elements, and the gradient unless null.
+// take(v, at, terms) for the vectors of `count` elements, v of every kPlaceVectors, the terms of those from `at` on and
+// zeros beyond the end; and writes the gradient unless null.
 template <class Density, class Real, class Take>
-FG_INLINE void each(const Density& density, const Real* z, const Real* y, const Real* added, Real* gradient,
+FG_INLINE void each(const Density& density, const Real* z, const Real* y, const Real* extra, Real* gradient,
                     uint64_t count, const Take& take) {
     const uint64_t whole = count - count % kPlaces;
     for (uint64_t i = 0; i < whole; i += kPlaces)
         for (int v = 0; v < kPlaceVectors; ++v) {
             const uint64_t at = i + static_cast<uint64_t>(v) * kLanes64;
-            const F64 more = Density::added ? load_wide(added + at) : F64{};
+            const F64 more = Density::has_extra ? load_wide(extra + at) : F64{};
             const Point p = density.at(load_wide(z + at), load_wide(y + at), more);
             take(v, at, p.term);
             if (gradient) store(gradient + at, narrowed(Real{}, p.gradient));
@@ -310,47 +304,35 @@ FG_INLINE void each(const Density& density, const Real* z, const Real* y, const 
     int v = 0;
     for (uint64_t at = whole; at < count; at += kLanes64) {
         const int n = count - at < kLanes64 ? static_cast<int>(count - at) : kLanes64;
-        const F64 more = Density::added ? load_wide_some(added + at, n) : F64{};
+        const F64 more = Density::has_extra ? load_wide_some(extra + at, n) : F64{};
         const Point p = density.at(load_wide_some(z + at, n), load_wide_some(y + at, n), more);
         take(v++, at, first_lanes(p.term, n));
         if (gradient) store_some(gradient + at, narrowed(Real{}, p.gradient), n);
     }
 }
 
-// The same density with a Total that takes any number.
-template <class Density>
-FG_INLINE const Density& plain(const Density& density) {
-    return density;
-}
-template <bool kAdded>
-FG_INLINE const StudentT<kAdded, false>& plain(const StudentT<kAdded, true>& density) {
-    return density.plain;
-}
-
-// `finite` becomes false where a product holds a factor that is not, and the total then means nothing.
-template <class Density, class Real>
-FG_INLINE double total_of(const Density& density, const Real* z, const Real* y, const Real* added, Real* gradient,
-                          uint64_t count, bool& finite) {
-    typename Density::Total total;
-    each(density, z, y, added, gradient, count, [&](int v, uint64_t, F64 term) { total.add(v, term); });
-    if constexpr (std::is_same_v<typename Density::Total, LogProduct>) finite = total.all_finite();
-    return total.total(count);
+// Makes `valid` false where the total is not.
+template <class Total, class Density, class Real>
+FG_INLINE double total_of(const Density& density, const Real* z, const Real* y, const Real* extra, Real* gradient,
+                          uint64_t count, bool& valid) {
+    Total total;
+    each(density, z, y, extra, gradient, count, [&](int v, uint64_t, F64 term) { total.add(v, term); });
+    valid = total.valid();
+    return total.total();
 }
 
 // --- parts that do not depend on z --------------------------------------------------------------------------
 
 struct LogVariance {
-    using Total = Sum;
-    static constexpr bool added = false;
+    static constexpr bool has_extra = false;
     F64 variance;
 
     explicit LogVariance(const LogDensity& d) : variance(splat(d.scale * d.scale)) {}
-    FG_INLINE Point at(F64 more, F64, F64) const { return {log_double<Lanes>(variance + more), F64{}}; }
+    FG_INLINE Point at(F64 extra, F64, F64) const { return {log_double<Lanes>(variance + extra), F64{}}; }
 };
 
 struct LogFactorial {
-    using Total = Sum;
-    static constexpr bool added = false;
+    static constexpr bool has_extra = false;
     F64 per_gain;
 
     explicit LogFactorial(const LogDensity& d) : per_gain(splat(1.0 / d.scale)) {}
@@ -358,65 +340,55 @@ struct LogFactorial {
 };
 
 // to[row] = factor * the sum of the row's terms, for the rows of `values`, or the `number` that its index names.
-template <class Part, class Real>
-void sum_part(double* to, double factor, const Part& part, const Values<Real>& values, uint64_t number,
-              int threads) {
+template <class Term, class Real>
+void sum_of_rows(double* to, double factor, const Term& term_of, const Values<Real>& values, uint64_t number,
+                 int threads) {
     const auto store_terms = [&](const Real* from, double* terms, uint64_t count) {
-        each(part, from, from, from, static_cast<Real*>(nullptr), count,
+        each(term_of, from, from, from, static_cast<Real*>(nullptr), count,
              [&](int, uint64_t at, F64 term) { store(terms + at, term); });
     };
-    sum_terms(
+    sum_rows(
         number, values.elements, threads, Memory{},
         [&](const Tile& tile, double* terms, const Memory&) {
             if (!values.index) return store_terms(values.of(tile.row), terms, tile.count);
-            for (uint64_t i = 0; i < tile.rows; ++i)  // what one writes past its end the next one mends
+            for (uint64_t i = 0; i < tile.rows; ++i)  // the next row overwrites what one writes past its end
                 store_terms(values.of(tile.row + i), terms + i * values.elements, values.elements);
         },
         [&](uint64_t row, uint64_t begin, uint64_t count, const Memory&) {
             const Real* from = values.of(row) + begin;
-            bool finite = true;
-            return total_of(part, from, from, from, static_cast<Real*>(nullptr), count, finite);
+            bool valid = true;
+            return total_of<PlainTotal<false>>(term_of, from, from, from, static_cast<Real*>(nullptr), count, valid);
         },
         [&](uint64_t row, double sum) { to[values.row_of(row)] = factor * sum; });
 }
 
-// ln(counts!) of each row of y that a sample has.
+// The sum of ln(counts!) of each row of y that a sample has.
 template <class Real>
-void sum_factorials(double* to, const LogDensity& d, const Values<Real>& y, uint64_t samples, int threads) {
-    if (!y.index) return sum_part(to, -1.0, LogFactorial(d), y, y.rows, threads);
+void sum_log_factorials(double* to, const LogDensity& d, const Values<Real>& y, uint64_t samples, int threads) {
+    if (!y.index) return sum_of_rows(to, 1.0, LogFactorial(d), y, y.rows, threads);
     Scratch<int64_t> used(y.rows);
     uint64_t number = 0;
     for (uint64_t row = 0; row < y.rows; ++row) to[row] = 0.0;
     for (uint64_t i = 0; i < samples; ++i) to[y.index[i]] = 1.0;
     for (uint64_t row = 0; row < y.rows; ++row)
         if (to[row] > 0.0) used.data[number++] = static_cast<int64_t>(row);
-    sum_part(to, -1.0, LogFactorial(d), Values<Real>{y.data, y.rows, y.elements, used.data}, number, threads);
+    sum_of_rows(to, 1.0, LogFactorial(d), Values<Real>{y.data, y.rows, y.elements, used.data}, number, threads);
 }
 
 // --- the whole ----------------------------------------------------------------------------------------------
 
-// What rows of y or of `added` say of a sample's log-density on their own.
-struct Known {
-    const double* of_row;  // or null
-    uint64_t rows;
-    const int64_t* index;
-
-    double of(uint64_t sample) const {
-        if (!of_row) return 0.0;
-        return of_row[rows == 1 ? 0 : index ? static_cast<uint64_t>(index[sample]) : sample];
-    }
-};
-
-template <class Real, class Density>
-void evaluate(const Density& density, const DensityArrays& a, const Values<Real>& y, const Values<Real>& added,
-              double constant, const Known& known, int threads) {
-    const Laid<Real> laid_y(y, a.samples), laid_added(added, a.samples);
+// `subtracted`: for each row of y, or of extra variances, what is subtracted whatever z is; or no data.
+template <class Total, class Real, class Density>
+void evaluate_with(const Density& density, const DensityArrays& a, const Values<Real>& y, const Values<Real>& extra,
+                   double constant, const Values<double>& subtracted, int threads) {
+    using Plain = typename Density::Plain;
+    const ShortRows<Real> short_y(y, a.samples), short_extra(extra, a.samples);
     const bool narrow_z = a.dtype == Dtype::float16 || a.dtype == Dtype::bfloat16;
     const uint64_t most = Tiling{a.samples, a.elements > 0 ? a.elements : 1}.largest();
     Memory counted;
     if (narrow_z) counted.take<Real>(most);
     if (y.index && a.elements < kPlaces) counted.take<Real>(most);
-    // use(z, gradient) with `count` elements of them from `at`.
+    // use(z, gradient) with the `count` elements from `at` on, as Real.
     const auto in_reals = [&](uint64_t at, uint64_t count, Memory memory, const auto& use)
                               __attribute__((always_inline)) {
         Real* const buffer = narrow_z ? memory.take<Real>(count) : nullptr;
@@ -425,35 +397,36 @@ void evaluate(const Density& density, const DensityArrays& a, const Values<Real>
         use(z, gradient);
         if (gradient && narrow_z) put({a.gradient, a.dtype}, at, buffer, count);
     };
-    sum_terms(
+    sum_rows(
         a.samples, a.elements, threads, counted,
         [&](const Tile& tile, double* terms, Memory memory) {
-            const Real *beside = laid_y.of(tile, memory), *more = laid_added.of(tile, memory);
+            const Real *of_y = short_y.of(tile, memory), *of_extra = short_extra.of(tile, memory);
             in_reals(tile.row * a.elements, tile.count, memory, [&](const Real* z, Real* gradient) {
-                each(plain(density), z, beside, more, gradient, tile.count,
-                     [&](int, uint64_t at, F64 term) { store(terms + at, term); });
+                each(density, z, of_y, of_extra, gradient, tile.count,
+                     [&](int, uint64_t at, F64 term) { store(terms + at, Plain::summand(term)); });
             });
         },
         [&](uint64_t row, uint64_t begin, uint64_t count, Memory memory) {
-            const Real *beside = y.of(row) + begin, *more = Density::added ? added.of(row) + begin : nullptr;
+            const Real *of_y = y.of(row) + begin, *of_extra = Density::has_extra ? extra.of(row) + begin : nullptr;
             const uint64_t at = row * a.elements + begin;
             double total = 0.0;
-            bool finite = true;
+            bool valid = true;
             in_reals(at, count, memory, [&](const Real* z, Real* gradient) {
-                total = total_of(density, z, beside, more, gradient, count, finite);
+                total = total_of<Total>(density, z, of_y, of_extra, gradient, count, valid);
             });
-            if (finite) return total;
-            // Again, as a sum. z is read anew: the gradient may stand where it was widened.
+            if (valid) return total;
+            // z is converted anew: the gradient may stand where it was.
             Real* const buffer = narrow_z ? memory.take<Real>(count) : nullptr;
-            return total_of(plain(density), staged(buffer, {a.z, a.dtype}, at, count), beside, more,
-                            static_cast<Real*>(nullptr), count, finite);
+            return total_of<Plain>(density, staged(buffer, {a.z, a.dtype}, at, count), of_y, of_extra,
+                                   static_cast<Real*>(nullptr), count, valid);
         },
         [&](uint64_t sample, double total) {
-            a.log_prob[sample] = density.factor * total + (constant + known.of(sample));
+            const double of_rows = subtracted.data ? subtracted.data[subtracted.row_of(sample)] : 0.0;
+            a.log_prob[sample] = density.factor * total + (constant - of_rows);
         });
 }
 
-// Copies `count` rows; the largest, where one below 0 is larger than any.
+// Copies `count` rows, and returns the largest; a negative one counts as larger than any other.
 uint64_t largest_of_copy(int64_t* __restrict__ to, const int64_t* __restrict__ from, uint64_t count) {
     uint64_t largest = 0;
     for (uint64_t i = 0; i < count; ++i) {
@@ -464,39 +437,43 @@ uint64_t largest_of_copy(int64_t* __restrict__ to, const int64_t* __restrict__ f
     return largest;
 }
 
-constexpr double kManyDegrees = 1e4;  // from which on ln(1 + ratio) is multiplied by too much for a product
+constexpr double kManyDegrees = 1e4;  // of freedom: from here on a product's rounding errors are multiplied by too much
 
 template <class Real>
 void log_prob_and_gradient_in(const LogDensity& d, const DensityArrays& a, int threads) {
     const Values<Real> y{static_cast<const Real*>(a.y), a.y_rows, a.elements, a.y_rows > 1 ? a.rows : nullptr};
-    const Values<Real> added{static_cast<const Real*>(a.added), a.added_rows, a.elements, nullptr};
-    Scratch<double> of_row(d.family == Family::poisson ? y.rows : added.rows);
-    Known known{nullptr, 0, nullptr};
-    if (d.family == Family::poisson) {
-        known = {of_row.data, y.rows, y.index};
-        sum_factorials(of_row.data, d, y, a.samples, threads);
-    } else if (a.added) {
-        known = {of_row.data, added.rows, nullptr};
-        sum_part(of_row.data, -0.5, LogVariance(d), added, added.rows, threads);
+    const Values<Real> extra{static_cast<const Real*>(a.extra), a.extra_rows, a.elements, nullptr};
+    const bool counts = d.family == Family::poisson, sums_factorials = counts && !a.log_factorials;
+    Scratch<double> sums(sums_factorials ? y.rows : extra.rows);
+    Values<double> subtracted{};
+    if (counts) {
+        if (sums_factorials) sum_log_factorials(sums.data, d, y, a.samples, threads);
+        subtracted = {sums_factorials ? sums.data : a.log_factorials, y.rows, 1, y.index};
+    } else if (a.extra) {
+        sum_of_rows(sums.data, 0.5, LogVariance(d), extra, extra.rows, threads);
+        subtracted = {sums.data, extra.rows, 1, nullptr};
     }
-    const auto with = [&](const auto& density) {
-        evaluate(density, a, y, added, d.constant * static_cast<double>(a.elements), known, threads);
+    const auto evaluate = [&](const auto& density, auto total) {
+        const double constant = d.constant * static_cast<double>(a.elements);
+        evaluate_with<decltype(total)>(density, a, y, extra, constant, subtracted, threads);
     };
-    const bool product = d.df < kManyDegrees && a.elements >= kPlaces;
+    const auto with = [&](const auto& density) {
+        using Density = std::decay_t<decltype(density)>;
+        if (d.df < kManyDegrees) evaluate(density, typename Density::Total{});
+        else evaluate(density, typename Density::Plain{});
+    };
     switch (d.family) {
-        case Family::gaussian: return a.added ? with(Gaussian<true>(d)) : with(Gaussian<false>(d));
-        case Family::student_t:
-            if (product) return a.added ? with(StudentT<true, true>(d)) : with(StudentT<false, true>(d));
-            return a.added ? with(StudentT<true, false>(d)) : with(StudentT<false, false>(d));
-        case Family::laplace: return a.added ? with(Laplace<true>(d)) : with(Laplace<false>(d));
+        case Family::gaussian: return a.extra ? with(Gaussian<true>(d)) : with(Gaussian<false>(d));
+        case Family::student_t: return a.extra ? with(StudentT<true>(d)) : with(StudentT<false>(d));
+        case Family::laplace: return a.extra ? with(Laplace<true>(d)) : with(Laplace<false>(d));
         case Family::poisson: return with(Poisson(d));
     }
 }
 
-// The place of the first row out of range, and then nothing is written, or -1.
+// Returns the place of the first row out of range, and then nothing is written, or -1.
 int64_t log_prob_and_gradient(const LogDensity& density, const DensityArrays& arrays, int threads) {
     DensityArrays own = arrays;
-    Scratch<int64_t> rows;  // checked and used, as another thread may write to those of the call meanwhile
+    Scratch<int64_t> rows;  // a copy is checked and used, as another thread may write to those of the call meanwhile
     if (arrays.rows) {
         rows.allocate(arrays.samples);
         own.rows = rows.data;
@@ -504,6 +481,7 @@ int64_t log_prob_and_gradient(const LogDensity& density, const DensityArrays& ar
             for (uint64_t i = 0; i < arrays.samples; ++i)
                 if (static_cast<uint64_t>(rows.data[i]) >= arrays.y_rows) return static_cast<int64_t>(i);
     }
+    if (own.gradient) large_pages(own.gradient, own.samples * own.elements * size_of(own.dtype));
     if (own.dtype == Dtype::float64) log_prob_and_gradient_in<double>(density, own, threads);
     else log_prob_and_gradient_in<float>(density, own, threads);
     return -1;
@@ -520,8 +498,8 @@ void log_functions(const double* x, double* log, double* log1p, double* log_gamm
     }
 }
 
-// family, scale, df, background, constant, dtype of z, samples, elements, z, y, y_rows, rows (or None), added (or None),
-// added_rows, log_prob, gradient (or None), threads
+// family, scale, df, background, constant, dtype of z, samples, elements, z, y, y_rows, rows (or None), extra (or None),
+// extra_rows, log_factorials (or None), log_prob, gradient (or None), threads
 PyObject* call_log_prob_and_gradient(Arguments& in) {
     const Family family = in.code("family", Family::poisson);
     const double scale = in.number(), df = in.number(), background = in.number(), constant = in.number();
@@ -532,8 +510,9 @@ PyObject* call_log_prob_and_gradient(Arguments& in) {
     arrays.z = in.pointer("z"), in.expect_memory(arrays.samples * some);
     arrays.y = in.pointer("y"), arrays.y_rows = in.integer(), in.expect_memory(arrays.y_rows * some);
     arrays.rows = in.pointer_or_none<const int64_t>("rows"), in.expect_memory(arrays.samples);
-    arrays.added = in.pointer_or_none("added"), arrays.added_rows = in.integer();
-    in.expect_memory(arrays.added_rows * some);
+    arrays.extra = in.pointer_or_none("extra_variance"), arrays.extra_rows = in.integer();
+    in.expect_memory(arrays.extra_rows * some);
+    arrays.log_factorials = in.pointer_or_none<const double>("log_factorials"), in.expect_memory(arrays.y_rows);
     arrays.log_prob = in.pointer<double>("log_prob"), in.expect_memory(arrays.samples);
     arrays.gradient = in.pointer_or_none("gradient"), in.expect_memory(arrays.samples * some);
     const int threads = in.threads();
@@ -551,7 +530,7 @@ PyObject* call_log_functions(Arguments& in) {
 }
 
 Binding bindings[] = {
-    {"log_prob_and_gradient", fastcall<call_log_prob_and_gradient, 17>,
+    {"log_prob_and_gradient", fastcall<call_log_prob_and_gradient, 18>,
      "Log-densities and their gradients in z. Returns the place of the first row out of range, or -1."},
     {"log_functions", fastcall<call_log_functions, 5>,
      "ln x, ln(1 + x) and ln Gamma(x), as log_prob_and_gradient has them."},

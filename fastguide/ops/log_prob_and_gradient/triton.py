@@ -119,11 +119,12 @@ def total_kernel(sums, total, splits, BLOCK: tl.constexpr):
     tl.store(total + row, sum_of_splits(sums, row, splits, BLOCK))
 
 
-def totals(sums: torch.Tensor, block: int) -> torch.Tensor:
-    """``sums.sum(1)``, of ``sums`` ``[rows, splits]`` in float64: the same bits for any number of rows."""
+def totals(sums: torch.Tensor, block: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``sums.sum(1)``, of ``sums`` ``[rows, splits]`` in float64: the same bits for any number of rows. One split is
+    its own total."""
     if sums.shape[1] == 1:
         return sums.reshape(-1)
-    total = torch.empty(sums.shape[0], dtype=torch.float64, device=sums.device)
+    total = torch.empty(sums.shape[0], dtype=torch.float64, device=sums.device) if out is None else out
     with device_of(sums):
         total_kernel[(len(sums),)](sums, total, sums.shape[1], BLOCK=block, num_warps=max(1, block // 256))
     return total
@@ -134,21 +135,28 @@ def warps_of(family: str) -> int:
     return 8 if family == "poisson" else 4
 
 
-def call(z, y, family, scale, df, background, extra_variance, rows, return_gradient):
+def call(z, y, family, scale, df, background, extra_variance, rows, log_factorials, return_gradient, out=None):
     """A row of ``y`` that is not there gives NaN."""
     z, y = aligned(z), aligned(y)
     extra_variance = None if extra_variance is None else aligned(extra_variance)
     samples, elements = z.shape[0], math.prod(z.shape[1:])
     constant = elements * density_constant(family, scale, df, extra_variance is not None)
-    gradient = torch.empty_like(z) if return_gradient else None
+    gradient = None
+    if return_gradient:
+        gradient = torch.empty_like(z) if out is None else out[1]
+    log_prob = None if out is None else out[0]
     if z.numel() == 0:
-        return torch.full((samples,), constant, dtype=torch.float64, device=z.device), gradient
-    constants = None
-    if family == "poisson":  # log c! of every row of y, once
+        log_prob = torch.empty(samples, dtype=torch.float64, device=z.device) if log_prob is None else log_prob
+        return log_prob.fill_(constant), gradient
+    constants = None if log_factorials is None else aligned(log_factorials)
+    if family == "poisson" and constants is None:
         constants = totals(torch.lgamma(y.double() / scale + 1.0).reshape(y.shape[0], elements), 1024)
     splits = ceil_div(elements, SPLIT)
     tile_rows, groups = shape_of_tile(elements, BLOCK, 1)
-    sums = torch.empty((samples, splits), dtype=torch.float64, device=z.device)
+    if splits == 1 and log_prob is not None:
+        sums = log_prob.reshape(samples, 1)
+    else:
+        sums = torch.empty((samples, splits), dtype=torch.float64, device=z.device)
     with device_of(z):
         log_prob_and_gradient_kernel[(ceil_div(samples, tile_rows) * splits,)](
             z, y, extra_variance, rows, constants, gradient, sums, samples, y.shape[0],
@@ -157,4 +165,4 @@ def call(z, y, family, scale, df, background, extra_variance, rows, return_gradi
             FAMILY=FAMILIES.index(family), SPLIT=SPLIT, ALIGN=alignment(elements),
             ROWS=tile_rows, GROUPS=groups, num_warps=warps_of(family), **OPTIONS,
         )  # fmt: skip
-    return totals(sums, SUM_BLOCK), gradient
+    return totals(sums, SUM_BLOCK, log_prob), gradient
