@@ -128,7 +128,8 @@ FG_INLINE Sums weigh(int64_t* q, const T* log_weights, int64_t count, double top
 
 // --- sorted uniforms ----------------------------------------------------------------------------------------
 
-struct Counter {
+// The Philox words that a row draws.
+struct RandomWords {
     uint64_t row, seed;
     uint32_t step, stream;
 
@@ -141,14 +142,14 @@ struct Counter {
 };
 
 // Exponentials of one block of [0, uniforms], all but the very last of which are stored; returns their sum.
-FG_INLINE int64_t draw_exponentials(uint32_t* out, const Counter& counter, int64_t block, int64_t uniforms) {
+FG_INLINE int64_t draw_exponentials(uint32_t* out, const RandomWords& random, int64_t block, int64_t uniforms) {
     constexpr int kHalf = 4 * kLanes64, kDrawn = 2 * kHalf;
     const int64_t end = smaller(uniforms, (block + 1) * kBlock);
     const int64_t summed = smaller(uniforms + 1, (block + 1) * kBlock);
     const U64 lanes = group_lanes() + static_cast<uint64_t>(block * kBlock / 4);
     Twin<U64> groups = {lanes, lanes + uint64_t{kLanes64}};
     const auto draw = [&](uint32_t* to) __attribute__((always_inline)) {
-        const auto words = counter.words(groups);
+        const auto words = random.words(groups);
         groups = groups + uint64_t{2 * kLanes64};
         I64 sum{};
         const auto finish = [&](uint32_t* half, U64 w0, U64 w1, U64 w2, U64 w3) __attribute__((always_inline)) {
@@ -450,7 +451,7 @@ public:
           tables_(tables),
           workspace_(workspace),
           index_(index),
-          counter_{call.first_row + index, call.seed, call.step, call.stream},
+          random_{call.first_row + index, call.seed, call.step, call.stream},
           particles_(static_cast<int64_t>(call.particles)),
           number_(static_cast<int64_t>(call.number)),
           blocks_(blocks_of(particles_)),
@@ -563,7 +564,7 @@ private:
     template <Scheme kScheme>
     void draw_as() {
         if constexpr (kScheme == Scheme::systematic) {
-            const Words words = counter_.words(U64{});
+            const Words words = random_.words(U64{});
             first_ = uniform_below<OneWideLane>(slots_.total, words.w0[0], words.w1[0]);
         }
         int64_t uniforms = 0;
@@ -601,7 +602,7 @@ private:
 
     void draw_uniforms(int64_t uniforms, double total) {
         for_each_block(uniforms + 1, [&](int64_t block, int64_t, const BlockBuffers&) {
-            tables_.exponentials[block] = draw_exponentials(exponentials(), counter_, block, uniforms);
+            tables_.exponentials[block] = draw_exponentials(exponentials(), random_, block, uniforms);
         });
         spacing_ = spacing_of(total, sum_before(tables_.exponentials, blocks_of(uniforms + 1)));
     }
@@ -621,7 +622,7 @@ private:
         using U64 = typename Lanes::U64;
         const Share<Lanes> share = floor_share<Lanes>(q, slots_);
         const U64 j = Lanes::to_unsigned(share.whole);
-        const auto words = counter_.words(j >> 1);
+        const auto words = random_.words(j >> 1);
         const U64 odd = -(j & 1);
         const U64 w0 = words.w0 ^ ((words.w0 ^ words.w2) & odd), w1 = words.w1 ^ ((words.w1 ^ words.w3) & odd);
         return share.whole + Lanes::one_if(share.rest > uniform_below<Lanes>(slots_.total, w0, w1));
@@ -751,7 +752,7 @@ private:
     const Tables tables_;
     const Workspace& workspace_;  // of BlockBuffers
     const uint64_t index_;
-    const Counter counter_;
+    const RandomWords random_;
     const int64_t particles_, number_, blocks_;
     const int threads_;
     const T* const log_weights_;

@@ -197,16 +197,16 @@ __device__ __forceinline__ void keep_items(const Job& job, int64_t row, int64_t 
 // --- what the threads of a block find together --------------------------------------------------------------
 
 template <int kBlock>
-using Sum = cub::BlockScan<uint64_t, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
+using SumScan = cub::BlockScan<uint64_t, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
 template <int kBlock>
-using Latest = cub::BlockScan<int32_t, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
+using MaxScan = cub::BlockScan<int32_t, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
 template <int kBlock>
 using Reduce = cub::BlockReduce<uint64_t, kBlock>;
 
 template <int kBlock>
 union Storage {
-    typename Sum<kBlock>::TempStorage sum;
-    typename Latest<kBlock>::TempStorage latest;
+    typename SumScan<kBlock>::TempStorage sum;
+    typename MaxScan<kBlock>::TempStorage max;
     typename Reduce<kBlock>::TempStorage reduce;
     int32_t last[kBlock];
 };
@@ -216,7 +216,7 @@ template <int kBlock>
 __device__ __forceinline__ uint64_t sum_before(Storage<kBlock>& storage, uint64_t value, uint64_t& total) {
     uint64_t before;
     __syncthreads();  // of the storage's last use
-    Sum<kBlock>(storage.sum).ExclusiveSum(value, before, total);
+    SumScan<kBlock>(storage.sum).ExclusiveSum(value, before, total);
     return before;
 }
 
@@ -224,7 +224,7 @@ __device__ __forceinline__ uint64_t sum_before(Storage<kBlock>& storage, uint64_
 template <int kBlock>
 __device__ __forceinline__ int32_t largest_before(Storage<kBlock>& storage, int32_t value) {
     int32_t before;
-    Latest<kBlock>(storage.latest).ExclusiveScan(value, before, 1, [](int32_t a, int32_t b) { return a > b ? a : b; });
+    MaxScan<kBlock>(storage.max).ExclusiveScan(value, before, 1, [](int32_t a, int32_t b) { return a > b ? a : b; });
     return before;
 }
 
@@ -310,18 +310,19 @@ __device__ __forceinline__ uint64_t copy_whole(uint32_t (&copies)[kItems], const
 
 // --- random numbers -----------------------------------------------------------------------------------------
 
-struct Counter {
+// The Philox words that a row draws.
+struct RandomWords {
     uint64_t row, seed;
     uint32_t step, stream;
 
-    __device__ Counter(const Resampling& call, int64_t of)
+    __device__ RandomWords(const Resampling& call, int64_t of)
         : row(call.first_row + static_cast<uint64_t>(of)), stream(call.stream) {
         const Resampling now = with_counter(call, call.counter);
         seed = now.seed;
         step = now.step;
     }
     // As it was when the row was judged.
-    __device__ Counter(const Resampling& call, int64_t of, const Row& known)
+    __device__ RandomWords(const Resampling& call, int64_t of, const Row& known)
         : row(call.first_row + static_cast<uint64_t>(of)), seed(known.seed), step(known.step), stream(call.stream) {}
 
     __device__ __forceinline__ Words4 words(int64_t group) const {
@@ -331,12 +332,12 @@ struct Counter {
 };
 
 // The exponentials `first`.. of a row that has one more than `uniforms`, and 0 beyond them; their sum.
-__device__ __forceinline__ uint64_t draw_exponentials(uint32_t (&to)[kItems], const Counter& counter, int64_t first,
+__device__ __forceinline__ uint64_t draw_exponentials(uint32_t (&to)[kItems], const RandomWords& random, int64_t first,
                                                       int64_t uniforms) {
     uint64_t sum = 0;
 #pragma unroll
     for (int i = 0; i < kItems; i += 4) {
-        const Words4 w = counter.words((first + i) / 4);
+        const Words4 w = random.words((first + i) / 4);
         const uint32_t words[4] = {w.w0, w.w1, w.w2, w.w3};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -370,17 +371,17 @@ __device__ __forceinline__ Row judge(const Job& job, int64_t index, double top, 
     call.log_mean_weight[index] = log_mean_weight;
     call.ess[index] = ess;
 
-    const Counter counter(call, index);
+    const RandomWords random(call, index);
     Row row{};
-    row.seed = counter.seed;
-    row.step = counter.step;
+    row.seed = random.seed;
+    row.step = random.step;
     row.top = top;
     row.log_mean_weight = log_mean_weight;
     row.verdict = usable ? Verdict::draw : Verdict::zero;
     if (call.number == call.particles && !(ess < call.keep_from)) row.verdict = Verdict::keep;
     row.reciprocal = 1.0 / static_cast<double>(total);
     row.slots = slots_of(call.number, total);
-    const Words4 words = counter.words(0);
+    const Words4 words = random.words(0);
     row.first = uniform_below<OneWideLane>(total, words.w0, words.w1);
     row.uniforms = job.number;
     return row;
@@ -394,13 +395,13 @@ struct Uniforms {
 
 // The slots of all particles up to one, from the weights and, of residual resampling, the copies of all up to it.
 template <Scheme kScheme>
-__device__ __forceinline__ uint32_t slots_up_to(const Row& row, const Counter& counter, int64_t q, uint32_t copies,
+__device__ __forceinline__ uint32_t slots_up_to(const Row& row, const RandomWords& random, int64_t q, uint32_t copies,
                                                 Uniforms& uniforms) {
     if constexpr (kScheme == Scheme::systematic)
         return static_cast<uint32_t>(systematic_slots<OneWideLane>(q, row.slots, row.first));
     const Share<OneWideLane> share = floor_share<OneWideLane>(q, row.slots);
     if constexpr (kScheme == Scheme::stratified) {  // stratum j's position is floor((j Q + r_j) / N)
-        const Words4 w = counter.words(share.whole / 2);
+        const Words4 w = random.words(share.whole / 2);
         const bool odd = share.whole % 2 != 0;
         const uint64_t low = odd ? w.w2 : w.w0, high = odd ? w.w3 : w.w1;
         const bool more = share.rest > uniform_below<OneWideLane>(row.slots.total, low, high);
@@ -422,7 +423,7 @@ struct Ends {
 
 // From weights and whole copies, and the sums of both before this thread. `from`: the slots before the block.
 template <Scheme kScheme, int kBlock>
-__device__ __forceinline__ Ends count_slots(Storage<kBlock>& storage, const Row& row, const Counter& counter,
+__device__ __forceinline__ Ends count_slots(Storage<kBlock>& storage, const Row& row, const RandomWords& random,
                                             const int64_t (&q)[kItems], uint64_t weight,
                                             const uint32_t (&copies)[kItems], uint32_t copied, Uniforms& uniforms,
                                             uint32_t from) {
@@ -432,7 +433,7 @@ __device__ __forceinline__ Ends count_slots(Storage<kBlock>& storage, const Row&
         weight += static_cast<uint64_t>(q[i]);
         copied += copies[i];
         const auto up_to = static_cast<int64_t>(weight);
-        found.ends[i] = static_cast<int32_t>(slots_up_to<kScheme>(row, counter, up_to, copied, uniforms));
+        found.ends[i] = static_cast<int32_t>(slots_up_to<kScheme>(row, random, up_to, copied, uniforms));
     }
     __syncthreads();
     storage.last[threadIdx.x] = found.ends[kItems - 1];
@@ -519,7 +520,7 @@ __global__ void __launch_bounds__(kBlock, 1) resample_short(const Job job) {
     if (row.verdict == Verdict::zero)
         return store_slots(job, index, 0, job.number, row.log_mean_weight, [](uint32_t) { return 0; });
 
-    const Counter counter(job.call, index);
+    const RandomWords random(job.call, index);
     uint32_t copies[kItems] = {};
     uint32_t copied = 0;
     Uniforms uniforms{slots.uniforms, 0, static_cast<uint32_t>(job.number)};
@@ -530,9 +531,9 @@ __global__ void __launch_bounds__(kBlock, 1) resample_short(const Job job) {
     }
     if constexpr (kDraws) {
         uint32_t exponentials[kItems];
-        const uint64_t own = draw_exponentials(exponentials, counter, first, uniforms.end);
+        const uint64_t own = draw_exponentials(exponentials, random, first, uniforms.end);
         uint64_t sum = sum_before<kBlock>(storage, own, total);
-        if (uniforms.end == kSlots) total += integer_exponential<OneWideLane>(counter.words(kSlots / 4).w0);
+        if (uniforms.end == kSlots) total += integer_exponential<OneWideLane>(random.words(kSlots / 4).w0);
         const Spacing spacing = spacing_of(row, kScheme, uniforms.end, total);
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
@@ -541,7 +542,7 @@ __global__ void __launch_bounds__(kBlock, 1) resample_short(const Job job) {
         }
         __syncthreads();
     }
-    Ends ends = count_slots<kScheme, kBlock>(storage, row, counter, q, weight, copies, copied, uniforms, 0);
+    Ends ends = count_slots<kScheme, kBlock>(storage, row, random, q, weight, copies, copied, uniforms, 0);
     uint16_t* const owners = slots.owners->items;
     if (job.call.sorted) {
         fill_owners<kBlock>(storage, owners, ends, 0);
@@ -637,7 +638,7 @@ __global__ void __launch_bounds__(kThreads) sum_exponentials(const Job job) {
     const Row& row = job.rows[at.row];
     if (row.verdict != Verdict::draw) return;
     uint32_t drawn[kItems];
-    const uint64_t own = draw_exponentials(drawn, Counter(job.call, at.row, row), at.first, row.uniforms);
+    const uint64_t own = draw_exponentials(drawn, RandomWords(job.call, at.row, row), at.first, row.uniforms);
     const uint64_t sum = sum_of_all<kThreads>(storage, own);
     if (threadIdx.x == 0) job.exponentials[at.row * (job.slot_tiles + 1) + at.tile] = sum;
 }
@@ -690,7 +691,7 @@ __global__ void __launch_bounds__(kThreads) draw_uniforms(const Job job) {
     if (row.verdict != Verdict::draw || at.tile * kTile >= row.uniforms) return;
     uint32_t drawn[kItems];
     uint64_t total;
-    const uint64_t own = draw_exponentials(drawn, Counter(job.call, at.row, row), at.first, row.uniforms);
+    const uint64_t own = draw_exponentials(drawn, RandomWords(job.call, at.row, row), at.first, row.uniforms);
     uint64_t sum = sum_before<kThreads>(storage, own, total);
     sum += job.exponentials[at.row * (job.slot_tiles + 1) + at.tile];
     double uniforms[kItems];
@@ -710,11 +711,11 @@ __global__ void __launch_bounds__(kSearchThreads) find_slots(const Job job) {
     if (index >= static_cast<int64_t>(job.call.rows)) return;
     const Row& row = job.rows[index];
     if (row.verdict != Verdict::draw) return;
-    const Counter counter(job.call, index, row);
+    const RandomWords random(job.call, index, row);
     const uint32_t copies = kScheme == Scheme::residual ? static_cast<uint32_t>(job.copies[entry]) : 0;
     Uniforms uniforms{job.uniforms + index * job.number, 0, static_cast<uint32_t>(row.uniforms)};
     const int64_t weight = static_cast<int64_t>(job.weights[entry]);
-    job.slots[entry] = slots_up_to<kScheme>(row, counter, weight, copies, uniforms);
+    job.slots[entry] = slots_up_to<kScheme>(row, random, weight, copies, uniforms);
 }
 
 // Ancestors, or the list of spares where they are not sorted. A block takes a tile of particles and the first kMany of
@@ -778,10 +779,10 @@ __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 
         uniforms.next -= static_cast<uint32_t>(job.copies[entry]);
         uniforms.end -= static_cast<uint32_t>(job.copies[entry + 1]);
     }
-    const Counter counter(job.call, at.row, row);
+    const RandomWords random(job.call, at.row, row);
     Ends ends;
     if (same) {
-        ends = count_slots<kScheme, kThreads>(storage, row, counter, q, weight, copies, copied, uniforms, all_from);
+        ends = count_slots<kScheme, kThreads>(storage, row, random, q, weight, copies, copied, uniforms, all_from);
     } else {
         ends.start = static_cast<int32_t>(threadIdx.x == 0 ? all_from : all_to);
 #pragma unroll
@@ -846,33 +847,33 @@ __global__ void __launch_bounds__(kThreads) settle(const Job job) {
 template <Scheme kScheme>
 void resample_as(const Job& job, cudaStream_t queue) {
     const int64_t rows = static_cast<int64_t>(job.call.rows);
-    const auto run = [&](auto kernel, int64_t blocks, int threads, auto... more) {
+    const auto start = [&](auto kernel, int64_t blocks, int threads, auto... more) {
         launch("resample", kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), queue, job, more...);
     };
     if (job.is_short()) {
-        if (job.most() <= kFewThreads * kItems) run(resample_short<kFewThreads, kScheme>, rows, kFewThreads);
-        else run(resample_short<short_threads(kScheme), kScheme>, rows, short_threads(kScheme));
+        if (job.most() <= kFewThreads * kItems) start(resample_short<kFewThreads, kScheme>, rows, kFewThreads);
+        else start(resample_short<short_threads(kScheme), kScheme>, rows, short_threads(kScheme));
         return;
     }
     check(cudaMemsetAsync(job.tops, 0, (job.call.rows + 1) * sizeof *job.tops, queue), "resample");
-    run(find_tops, rows * ((job.tiles + kAbreast - 1) / kAbreast), kThreads);
-    run(sum_weights, rows * job.tiles, kThreads);
-    run(scan_tiles, rows, kScanThreads, Table::weights);
+    start(find_tops, rows * ((job.tiles + kAbreast - 1) / kAbreast), kThreads);
+    start(sum_weights, rows * job.tiles, kThreads);
+    start(scan_tiles, rows, kScanThreads, Table::weights);
     if constexpr (kScheme == Scheme::residual) {
-        run(sum_copies, rows * job.tiles, kThreads);
-        run(scan_tiles, rows, kScanThreads, Table::copies);
+        start(sum_copies, rows * job.tiles, kThreads);
+        start(scan_tiles, rows, kScanThreads, Table::copies);
     }
     if (job.draws_uniforms()) {
-        run(sum_exponentials, rows * job.slot_tiles, kThreads);
-        run(scan_tiles, rows, kScanThreads, Table::exponentials);
-        run(draw_uniforms, rows * job.slot_tiles, kThreads);
+        start(sum_exponentials, rows * job.slot_tiles, kThreads);
+        start(scan_tiles, rows, kScanThreads, Table::exponentials);
+        start(draw_uniforms, rows * job.slot_tiles, kThreads);
     }
-    run(find_slots<kScheme>, (rows * (job.tiles + 1) + kSearchThreads - 1) / kSearchThreads, kSearchThreads);
-    run(fill_slots<kScheme>, rows * job.tiles, kThreads, false);
-    if (job.number > kMany) run(fill_slots<kScheme>, rows * ((job.number + kMany - 1) / kMany), kThreads, true);
+    start(find_slots<kScheme>, (rows * (job.tiles + 1) + kSearchThreads - 1) / kSearchThreads, kSearchThreads);
+    start(fill_slots<kScheme>, rows * job.tiles, kThreads, false);
+    if (job.number > kMany) start(fill_slots<kScheme>, rows * ((job.number + kMany - 1) / kMany), kThreads, true);
     if (!job.call.sorted) {
-        run(scan_tiles, rows, kScanThreads, Table::spares);
-        run(settle, rows * job.tiles, kThreads);
+        start(scan_tiles, rows, kScanThreads, Table::spares);
+        start(settle, rows * job.tiles, kThreads);
     }
 }
 
