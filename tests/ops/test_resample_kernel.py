@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float64)
 MARGIN = 64
 # One more and one less than a vector, a group of 16, a block of 1024, the 4096 whose weights are kept, and the 32768
 # from which a row is shared out.
-SIZES = (1, 2, 3, 7, 16, 17, 64, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 4096, 4097, 5000)
+SIZES = (1, 2, 3, 7, 16, 17, 1023, 1024, 1025, 2048, 2049, 4096, 4097)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 others = pytest.mark.parametrize("name", _native.instruction_sets()[1:])
@@ -366,7 +366,7 @@ def test_multinomial_slots_are_order_statistics(number):
 @both_dtypes
 @pytest.mark.parametrize("spread", (0.1, 1.0, 5.0, 50.0, 1e4))
 def test_ess_and_mean_weight_are_the_exact_ones(dtype, spread):
-    for particles in (1, 7, 1000, 4000):
+    for particles in (1, 7, 1500):  # the last are two blocks
         weights = normal_weights(2, particles, spread, dtype)
         _, _, means, sizes = kernel(weights)
         rounding = particles * 2.0 ** -(62 - max(particles - 1, 0).bit_length())
