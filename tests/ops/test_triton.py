@@ -233,13 +233,19 @@ def density(family: str, shape: tuple[int, ...], dtype: torch.dtype, y_of: str, 
     return z.to(dtype), y, options
 
 
-# Less than a vector of a thread, rows that begin at any address, many elements, and more than one program has.
-@pytest.mark.parametrize("shape", ((5, 1), (33, 7), (3, 1000), (2, 8193)))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+# One element, rows that begin at any address, many elements, and more than one program has; of 16 bits, which are only
+# read and written otherwise, the second and the last.
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *((shape, torch.float32) for shape in ((5, 1), (33, 7), (3, 1000), (2, 8193))),
+        *((shape, torch.bfloat16) for shape in ((33, 7), (2, 8193))),
+    ],
+)
 @pytest.mark.parametrize("family", reference.FAMILIES)
 def test_log_prob_and_gradient(shape, dtype, family):
-    few = ("rows",) if shape[1] > 8192 else ("one", "each", "rows")
-    for y_of, spread in itertools.product(few, (False, True)):
+    few = () if shape[1] > 8192 else (("one", False), ("each", False), ("each", True))
+    for y_of, spread in (*few, ("rows", False), ("rows", True)):
         if spread and family == "poisson":
             continue
         z, y, options = density(family, shape, dtype, y_of, spread)
@@ -253,8 +259,9 @@ def test_log_prob_and_gradient(shape, dtype, family):
         rounding = 2**-24 if family != "poisson" else 2**-52
         assert ((log_prob - exact).abs() <= 2 * rounding * size).all()
         assert error(gradient, exact_gradient) <= (4.0 if dtype == torch.float32 else 1.01)
-        again, nothing = ops.log_prob_and_gradient(z, y, backend="triton", return_gradient=False, **options)
-        assert torch.equal(again, log_prob) and nothing is None
+        if y_of == "rows":
+            again, nothing = ops.log_prob_and_gradient(z, y, backend="triton", return_gradient=False, **options)
+            assert torch.equal(again, log_prob) and nothing is None
 
 
 def test_student_t_of_small_residuals():
