@@ -620,3 +620,12 @@ def test_rows_out_of_range(backend, bad):
     rows = torch.tensor([0, bad, 5])
     with pytest.raises(ValueError, match=rf"rows: expected values in \[0, 2\), got {bad} at 1"):
         ops.log_prob_and_gradient(Z, Z[:2], family="gaussian", scale=1.0, rows=rows, backend=backend)
+
+
+def test_no_gradient_of_the_results_is_a_gradient_of_zero():
+    """As torch's own functions, which `torch.autograd.gradcheck` asks for it."""
+    y = torch.tensor([[0.5, -1.0]], dtype=torch.float64)
+    z = torch.tensor([[0.3, 0.2]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda z: ops.log_prob_and_gradient(z, y, family="gaussian", scale=0.5, return_gradient=False)[0], z
+    )

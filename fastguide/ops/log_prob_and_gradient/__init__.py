@@ -188,6 +188,8 @@ def _fake(z, y, family, scale, df, background, extra_variance, rows, log_factori
 def _vjp(args, results, grads, needed):
     """The gradient that the kernel has computed. Derivatives of the gradient, and in y, are the reference's."""
     grad_log_prob, grad_gradient = grads
+    if grad_log_prob is grad_gradient is None:
+        return {}
     if needed != ["z"] or grad_gradient is not None or torch.is_grad_enabled():
         return None
     z, gradient = args[0], results[1]
