@@ -465,8 +465,11 @@ def _bytes(setting: Setting, method: str) -> Case:
     def figures(_: float) -> list[Figure]:
         here, *there = (c.total() / elements for c in counts)
         found = [Figure("bytes per element and step", here, "")]
-        for total in there:
+        for total, process in zip(there, other, strict=True):
             found += [Figure("there", total, ""), Figure("ours of theirs", here / total, "", at_most=1 / 3)]
+            spent = [(process.ask("run"), traffic.processor_seconds(ours)) for _ in range(setting.pick(3, 1))]
+            theirs, own = map(statistics.median, zip(*spent, strict=True))
+            found.append(Figure("time of the processor, theirs over ours", theirs / own, "x"))
         for name, c in zip(("here", "there"), counts, strict=False):
             parts = ((operation, moved / elements) for operation, moved in c.most_common())
             found += [Figure(f"{name}: {operation}", moved, "") for operation, moved in parts if moved >= 0.1]
