@@ -460,9 +460,9 @@ class Inpainting(LinearOperator):
         y = self._measured("y", y)
         flat = y.new_zeros(y.shape[0], int(torch.Size(self.event).numel()))
         if self.per_observation and y.shape[0] == len(self.index):
-            return flat.scatter(1, self.index, y).reshape(-1, *self.event)
+            return flat.scatter_(1, self.index, y).reshape(-1, *self.event)
         self._check(y.shape[0])
-        return flat.index_copy(1, self.index, y).reshape(-1, *self.event)
+        return flat.index_copy_(1, self.index, y).reshape(-1, *self.event)
 
     def eigenvalues(self, y: Tensor) -> float:
         return 1.0
