@@ -103,7 +103,8 @@ class FK:
             reward = check_covariance(run, reward, covariance, measurements, guided=self.proposal == "guided")
         else:
             reward = _terms(self.reward)
-            if covariance != "point" and (covariance is not None or self.proposal == "guided"):
+            point = isinstance(covariance, str) and covariance == "point"
+            if not point and (covariance is not None or self.proposal == "guided"):
                 raise ValueError(
                     f"covariance: expected 'point' with a reward that is no likelihood, got {got(covariance)}. With "
                     "proposal='guided' pass it explicitly; it can diverge where the reward is sharp"
