@@ -181,8 +181,8 @@ class Likelihood:
         return self.y if rows is None or self.y.shape[0] == 1 else self.y[rows]
 
     def log_prob(self, x0: Tensor, rows: Tensor | None = None, *, t: float | None = None) -> Tensor:
-        """``log p(y | x0)`` ``[n]``, at the clean time's scale or that of ``t`` where the scale follows one. The
-        caller's autocast does not reach it, nor the operator."""
+        """``log p(y | x0)`` ``[n]``. ``t``: the time whose scale to use, required where the scale is a function of it.
+        The caller's autocast does not reach it, nor the operator."""
         if t is None and callable(self.scale):
             raise ValueError("t: expected the time whose scale to use, since scale is a function; got None")
         arguments.tensor("x0", x0)

@@ -132,23 +132,31 @@ def out(
         tensor = unwrapped(tensor)
         right = tensor.shape == tuple(shape) and tensor.dtype == dtype and tensor.is_contiguous()
         elsewhere = tensor.device.type != device.type or device.index not in (None, tensor.device.index)
-        if not right or elsewhere or tensor.requires_grad or tensor.is_neg():
+        if not right or elsewhere or tensor.requires_grad or (not is_compiling() and tensor.is_neg()):
             raise ValueError(
                 f"{name}: expected a contiguous {dtype} tensor {list(shape)} on {device} that requires no gradient, "
                 f"got {got(tensor)}{'' if tensor.is_contiguous() else ', not contiguous'}"
             )
-        if not (traced() or is_wrapper(tensor) or transformed()):  # where there are addresses
-            start, end = span(tensor)
-            for other in (*inputs, *checked):
-                if other is not None and not is_wrapper(other):
-                    other_start, other_end = span(other)
-                    if start < other_end and other_start < end:
-                        raise ValueError(f"{name}: expected memory of its own, got that of another argument or result")
+        _expect_writable(name, tensor, (*inputs, *checked))
         checked.append(tensor)
     return tuple(checked)
 
 
-def not_finite(value: Any, device: torch.device) -> Tensor | None:
+def _expect_writable(name: str, tensor: Tensor, others: Sequence[Tensor | None]) -> None:
+    """Raise where a kernel must not write into ``tensor``, or where it would write into one of ``others``."""
+    if not is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{name}: expected a tensor made outside of torch.inference_mode, or a call inside of it")
+    if traced() or is_wrapper(tensor) or transformed():  # there are no addresses
+        return
+    start, end = span(tensor)
+    for other in others:
+        if other is not None and not is_wrapper(other):
+            other_start, other_end = span(other)
+            if start < other_end and other_start < end:
+                raise ValueError(f"{name}: expected memory of its own, got that of another argument or result")
+
+
+def not_finite(value: Any, device: torch.device, others: Sequence[Tensor | None]) -> Tensor | None:
     """The argument ``not_finite`` of an operation: a flag that it sets where an input is not finite."""
     if value is None:
         return None
@@ -156,7 +164,9 @@ def not_finite(value: Any, device: torch.device) -> Tensor | None:
     elsewhere = value.device.type != device.type or device.index not in (None, value.device.index)
     if value.dtype != torch.int32 or value.numel() != 1 or elsewhere:
         raise ValueError(f"not_finite: expected an int32 tensor of one element on {device}, got {got(value)}")
-    return unwrapped(value)
+    value = unwrapped(value)
+    _expect_writable("not_finite", value, others)
+    return value
 
 
 def readable(value: Tensor) -> bool:

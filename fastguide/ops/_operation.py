@@ -173,7 +173,7 @@ class Operation:
         if not_finite is not None:
             for i in self.watched:
                 if args[i].numel():
-                    low, high = torch.aminmax(args[i].detach())
+                    low, high = torch.aminmax(args[i].detach().to(torch.promote_types(args[0].dtype, torch.float32)))
                     not_finite.masked_fill_(~(low.isfinite() & high.isfinite()), 1)
 
     def _kernel(self, backend: str) -> Callable[..., Any]:
@@ -207,7 +207,8 @@ class Operation:
             if isinstance(args[i], list):
                 named |= {f"{self.names[i]}[{j}]": value for j, value in enumerate(args[i])}
             else:
-                named[self.names[i].removesuffix("_tensor")] = args[i]
+                name = "coefficients" if "coefficients" in self.names else "levels"  # what a table has
+                named[name if self.names[i] == "table" else self.names[i].removesuffix("_tensor")] = args[i]
         return named
 
     # --- derivatives ---

@@ -629,3 +629,11 @@ def test_no_gradient_of_the_results_is_a_gradient_of_zero():
     assert torch.autograd.gradcheck(
         lambda z: ops.log_prob_and_gradient(z, y, family="gaussian", scale=0.5, return_gradient=False)[0], z
     )
+
+
+def test_what_must_not_be_negative_is_refused():
+    z, bad = torch.ones(1, 2), torch.tensor([[0.5, -0.2]])
+    with pytest.raises(ValueError, match=r"y: expected values >= 0, got -0\.2"):
+        ops.log_prob_and_gradient(z, bad, family="poisson", scale=0.5)
+    with pytest.raises(ValueError, match=r"extra_variance: expected values >= 0, got -0\.2"):
+        ops.log_prob_and_gradient(z, z, family="laplace", scale=0.5, extra_variance=bad)

@@ -192,3 +192,21 @@ def test_a_row_that_is_refused_is_refused_with_out():
     out = (torch.empty(2, dtype=torch.int32), torch.empty(2), *torch.empty(2, dtype=torch.float64).unbind())
     with pytest.raises(ValueError, match="got NaN in row 0"):
         call(out=out)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_inference_tensor_is_written_to_in_inference_mode_alone(backend):
+    """As torch does."""
+    call = partial(CALLS["reverse_step"], backend=backend)
+    with torch.inference_mode():
+        out = torch.empty_like(X)
+    with pytest.raises(ValueError, match=r"out: expected a tensor made outside of torch\.inference_mode"):
+        call(out=out)
+    with torch.inference_mode():
+        assert same(call(out=out), call())
+
+
+@pytest.mark.parametrize("name", ["randn", "predict_x0", "reverse_step"])
+def test_in_a_function_that_is_compiled_whole(name):
+    compiled = torch.compile(lambda out: CALLS[name](out=out) * 1, backend="aot_eager", fullgraph=True)
+    assert same(compiled(torch.empty_like(X)), CALLS[name]())

@@ -270,6 +270,8 @@ def test_there_is_no_derivative():
     for backend in ("auto", "reference"):
         with pytest.raises(ValueError, match="x0_hat, log_weights: expected tensors that need no gradient"):
             call(x, needy, x, weights, backend=backend)
+    with pytest.raises(ValueError, match="coefficients: expected tensors that need no gradient"):
+        call(x, x, x, weights.detach(), coefficients=(torch.full((4,), 0.5, requires_grad=True), 0.8, 0.9, 0.4, 0.3))
     with torch.no_grad():
         x_s, after = call(x, needy, x, weights)
     assert not x_s.requires_grad and not after.requires_grad

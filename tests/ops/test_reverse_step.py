@@ -644,6 +644,22 @@ def test_a_flag_with_a_derivative_and_in_a_compiled_function():
     assert flag == 1
 
 
+def test_a_flag_has_memory_of_its_own():
+    x, out = torch.zeros(1, 3), torch.zeros(1, 3)
+    for other in (x, out):
+        flag = other.view(-1)[:1].view(torch.int32)
+        with pytest.raises(ValueError, match="not_finite: expected memory of its own"):
+            ops.reverse_step(x, torch.zeros(1, 3), STEP, not_finite=flag, out=out)
+
+
+def test_a_flag_is_of_the_values_in_the_type_of_the_arithmetic():
+    x, output = torch.zeros(1, 2), torch.tensor([[1e300, 0.0]], dtype=torch.float64)
+    for backend in ("cpu", "reference"):
+        flag = torch.zeros(1, dtype=torch.int32)
+        ops.reverse_step(x, output, STEP, clip=1.0, not_finite=flag, backend=backend)
+        assert flag == 1
+
+
 @pytest.mark.parametrize("flag", [True, torch.zeros(1), torch.zeros(2, dtype=torch.int32)])
 def test_a_flag_of_another_kind_is_refused(flag):
     with pytest.raises((TypeError, ValueError), match="not_finite: expected"):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...arguments import flag, got, number, one_of
+from ...arguments import flag, got, number, one_of, transformed
 from .. import _arguments, _native
 from .._operation import Operation
 from . import reference
@@ -48,6 +48,7 @@ def log_prob_and_gradient(
     z, y, extra_variance, rows = _measurements(z, y, extra_variance, rows)
     scale, df, background = _density(family, scale, df, background, extra_variance)
     log_factorials = _factorials(log_factorials, y, family)
+    _expect_positive(y if family == "poisson" and log_factorials is None else None, extra_variance)
     return_gradient = flag("return_gradient", return_gradient)
     both = return_gradient or (z.requires_grad and torch.is_grad_enabled())  # the derivative needs it
     expected = ((z.shape[:1], torch.float64), (z.shape, z.dtype))[: 1 + return_gradient]
@@ -102,6 +103,15 @@ def _density(
     if extra is not None and family == "poisson":
         raise ValueError("extra_variance: expected None for 'poisson', got a tensor")
     return scale, df, background
+
+
+def _expect_positive(counts: Tensor | None, extra: Tensor | None) -> None:
+    """On the CPU: a look at a GPU's values would wait for it."""
+    for name, value in (("y", counts), ("extra_variance", extra)):
+        if value is not None and value.numel() and _arguments.readable(value) and not transformed():
+            least = value.detach().min()
+            if least < 0.0:
+                raise ValueError(f"{name}: expected values >= 0, got {least.item():g}")
 
 
 def _factorials(log_factorials: Any, y: Tensor, family: str) -> Tensor | None:

@@ -49,7 +49,8 @@ def reverse_step(
 
     - ``out``: for what is returned, see `randn`.
     - ``not_finite``: an int32 tensor of one element, which is set to 1 if ``model_output`` has a NaN or an infinite
-      value, and stays as it is otherwise. A kernel looks at what it reads anyway; nothing waits for the device.
+      value in the type of the arithmetic (float32, or float64 where ``x`` is), and stays as it is otherwise. A kernel
+      looks at what it reads anyway; nothing waits for the device.
 
     Returns ``x_s`` in the dtype and the layout (contiguous or channels_last) of ``x``, and the clipped ``x0_hat`` if
     ``return_x0``. Differentiable in all tensors.
@@ -90,7 +91,7 @@ def reverse_step(
     into = _arguments.out(out, ((x.shape, x.dtype),) * (1 + return_x0), x.device, inputs)
     x_s, x0 = _reverse_step(
         backend, x, model_output, *scalars, prediction, bounds, clip_noise, displacement, *scale, *counter, return_x0,
-        out=into, not_finite=_arguments.not_finite(not_finite, x.device),
+        out=into, not_finite=_arguments.not_finite(not_finite, x.device, (*inputs, *(into or ()))),
     )  # fmt: skip
     if out is not None:
         return out
