@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import resource
 import statistics
@@ -41,7 +40,6 @@ def measure(what: str, device: torch.device, *sizes: int) -> dict[str, float]:
 
 def peak_of(call: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
     """Most bytes held during ``call`` beyond those held before, and what it returned."""
-    gc.collect()  # garbage freed during the call would hide what the call takes
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -219,8 +221,16 @@ def test_wrong_offspring_are_counted(monkeypatch):
 
 
 def test_peak_memory_is_what_is_allocated():
-    peak, kept = memory.peak_of(lambda: torch.ones(1 << 24), QUICK.device)
-    assert kept.nbytes <= peak < 1.2 * kept.nbytes
+    """In a process of its own, as it is measured: in this one the C library may have kept as much from other tests."""
+    program = (
+        "import torch; from benchmarks import memory\n"
+        "peak, kept = memory.peak_of(lambda: torch.ones(1 << 24), torch.device('cpu'))\n"
+        "print(peak / kept.nbytes)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert 1.0 <= float(done.stdout) < 1.2, done.stderr
 
 
 _A, _B = torch.ones(8, 16), torch.ones(8, 16)  # 128 floats
