@@ -137,8 +137,8 @@ class Run:
     def prior_noise(self) -> Tensor:
         """``x_T`` of the prior, of the variance that data of unit variance has at the first level."""
         top = self.levels[0]
-        z = foreign.memory().keep(self.randn(0, STREAM_INITIAL))
-        return z.mul_((top.alpha**2 + top.sigma**2) ** 0.5)
+        z, scale = foreign.memory().keep(self.randn(0, STREAM_INITIAL)), math.hypot(top.alpha, top.sigma)
+        return z if math.isclose(scale, 1.0, rel_tol=1e-12) else z.mul_(scale)  # 1 but for rounding where it is VP
 
     def randn(self, i: int, stream: int) -> Tensor:
         """Standard normals ``[B * K, *event]`` of step ``i``."""
