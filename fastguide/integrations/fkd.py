@@ -35,8 +35,8 @@ class FKD:
       resamples, and so does the last, ``time_steps - 1``. With ``adaptive_resampling`` those before the last resample
       only where the effective sample size is below half of the particles; weights are kept until then.
     - ``latent_to_decode_fn(x0_preds) -> images``, a tensor or a sequence, and ``reward_fn(images) -> [num_particles]``
-      rewards, a tensor, a numpy array or a sequence of numbers. Both get copies, into which they may write. A NaN is a
-      particle of weight 0. Where all have weight 0, or one has infinity, the step does not count: all are kept, with
+      rewards, a tensor, a numpy array or a sequence of numbers. One that writes into ``x0_preds`` is an error. A NaN is
+      a particle of weight 0. Where all have weight 0, or one has infinity, the step does not count: all are kept, with
       what they had (``strict`` apart). Both are a RuntimeWarning that names the step: at once for rewards on the CPU,
       after the last step for those on a GPU.
     - ``device``: where rewards and weights are kept, in float64. None takes CUDA, as the original does, or the CPU on a
@@ -128,8 +128,14 @@ class FKD:
         for name, value in (("latents", latents), ("x0_preds", x0_preds)):
             if value.shape[:1] != self.log_weights.shape:
                 raise ValueError(f"{name}: expected {self.num_particles} particles, got shape {list(value.shape)}")
-        images = self.latent_to_decode_fn(x0_preds.clone())
-        rewards = self._as_tensor(self.reward_fn(_copied(images)))
+        version = None if x0_preds.is_inference() else x0_preds._version
+        images = self.latent_to_decode_fn(x0_preds)
+        rewards = self._as_tensor(self.reward_fn(images))
+        if version is not None and x0_preds._version != version:  # copies would cost as much as the resampling
+            raise ValueError(
+                "latent_to_decode_fn, reward_fn: expected functions that leave x0_preds as they are, got one that "
+                "writes into them; it can write into a clone"
+            )
         if rewards.is_complex():
             raise TypeError(f"reward_fn: expected real rewards, got {rewards.dtype}")
         if rewards.shape != self.log_weights.shape:
@@ -236,12 +242,3 @@ class FKD:
         chosen = torch.multinomial(weights, self.num_particles, replacement=True)
         self._product = self._product[chosen] * weights[chosen]
         return chosen, usable
-
-
-def _copied(images: Any) -> Any:
-    """A copy for a function that may write into it, of tensors, arrays and PIL images, alone or in a sequence."""
-    if isinstance(images, Tensor):
-        return images.clone()
-    if type(images) in (list, tuple):
-        return type(images)(map(_copied, images))
-    return images.copy() if hasattr(images, "copy") else images
