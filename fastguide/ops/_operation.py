@@ -250,7 +250,7 @@ def plain(x: Tensor, *others: Tensor) -> bool:
     """Fast check of the common case: torch's own contiguous CPU tensors, of one shape and of floating dtypes, seen by
     neither autograd, a mode nor a transform, which the cpu kernels serve. It saves 3 us, most of a small
     step. Those kernels check numbers themselves; `UNUSUAL` errors of theirs lead to the full checks."""
-    if type(x) is not Tensor or not x.is_cpu or traced() or transformed() or not _native.loaded("cpu"):
+    if type(x) is not Tensor or not x.is_cpu or traced() or transformed():
         return False
     try:
         if x.dtype not in STATE_DTYPES or not x.is_contiguous() or x.requires_grad or x.is_neg() or x.storage_offset():
