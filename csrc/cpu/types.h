@@ -104,9 +104,10 @@ FG_INLINE void put(const Result& to, uint64_t begin, const R* buffer, uint64_t c
 
 // Into the first-level cache, while somebody computes something else.
 FG_INLINE void prefetch(const Input& from, uint64_t begin, uint64_t count) {
+    if (!from.data) return;
     const uint64_t size = size_of(from.dtype);
     const char* data = static_cast<const char*>(from.data) + begin * size;
-    for (uint64_t at = 0; from.data && at < count * size; at += 64) __builtin_prefetch(data + at);
+    for (uint64_t at = 0; at < count * size; at += 64) __builtin_prefetch(data + at);
 }
 
 }  // namespace fastguide::cpu
