@@ -71,7 +71,7 @@ def returned(
     name: str, value: Any, expected: str = "a tensor or an object with a tensor sample", *, real: bool = True
 ) -> Tensor:
     """The tensor that a user's function means by what it returned: an output object, such as a decoder's, has it as
-    ``sample``. ``real``: whether a complex one is refused, of which the package would drop the imaginary part."""
+    ``sample``. ``real``: refuse a complex tensor; the package would drop its imaginary part."""
     found = value if isinstance(value, Tensor) else getattr(value, "sample", None)
     if not isinstance(found, Tensor):
         raise TypeError(f"{name}: expected it to return {expected}, got {type(value).__name__}")

@@ -151,7 +151,7 @@ class _Cache:
 
     def __init__(self, source: Tensor):
         self.source, self.version = source, source._version
-        self.copy: Tensor | None = None  # of what the values were computed from
+        self.copy: Tensor | None = None  # the source as it was when the first value was computed
         self.values: dict[Any, Any] = {}
 
     def serves(self, source: Tensor, by_value: bool = False) -> bool:

@@ -32,7 +32,7 @@ ONCE += ("errors", "launch")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
 def pytest_collection_modifyitems(items):
-    """Of several processes, one runs all the tests of what takes seconds to make."""
+    """Tests that share something slow to make all run in one worker process."""
     for item in items:
         if made := [name for name in ONCE if name in item.fixturenames]:
             item.add_marker(pytest.mark.xdist_group(made[0].replace("emulated_module", "cuda_device")))

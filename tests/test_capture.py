@@ -653,7 +653,7 @@ def test_no_memory_of_the_loops_own_is_kept(cuda):
 @pytest.mark.parametrize("wrap", [lambda net: net, functools.partial], ids=["itself", "partial"])
 def test_a_compiled_network_is_recorded_as_compiled(wrap, cuda):
     """A recording notes what is read, and leaves what was compiled as it is."""
-    torch.compiler.reset()  # of what other networks were compiled
+    torch.compiler.reset()  # forget what earlier tests compiled
     ran = []
 
     def backend(graph, inputs):

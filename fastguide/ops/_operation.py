@@ -61,7 +61,7 @@ class Operation:
             each result, ``needed`` the names of the arguments that want one. Returns gradients by name, or None for
             the reference's. Whether gradients are enabled says whether the derivative is to be differentiated too.
         keep_results: whether ``vjp`` reads the results; else they are not kept, and it is given none.
-        watched: the arguments of which ``not_finite`` speaks.
+        watched: the names of the arguments that ``not_finite`` is about.
     """
 
     def __init__(

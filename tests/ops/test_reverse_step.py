@@ -609,7 +609,7 @@ def test_coefficients_of_each_sample_are_checked_as_numbers_are(name, value):
         ops.propose_and_weigh(X, X, X, torch.zeros(2), coefficients, seed=0)
 
 
-# --- the flag of what is not finite ---------------------------------------------------------------------------
+# --- not_finite -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])

@@ -82,7 +82,8 @@ def reverse_step(
     clip_noise, return_x0 = flag("clip_noise", clip_noise), flag("return_x0", return_x0)
     scalars = _arguments.scalars(coefficients, x, prediction)
     counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
-    # Channels that come last stay there, in one pass where no noise is counted by the element's index.
+    # Results keep a channels_last layout. Noise depends on the index of an element, so a noisy step needs contiguous
+    # states and a copy back; a step without noise reads the layout as it is, in one pass.
     form = _arguments.layout(x) if out is None else torch.contiguous_format
     noisy = scalars[1] is not None or scalars[0][-1] > 0.0
     moved = torch.contiguous_format if noisy else form
@@ -133,7 +134,7 @@ def _cpu(
     displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, out=None, not_finite=None,
 ):  # fmt: skip
-    # The tests spare a small step calls of functions that would do nothing.
+    # Each test below saves a call that would do nothing: they are a noticeable part of a small step.
     if seed_tensor is not None or step_tensor is not None:
         seed, step = _arguments.read(seed, step, seed_tensor, step_tensor)
     if not (x.is_contiguous() and model_output.is_contiguous()):
