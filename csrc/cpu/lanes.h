@@ -44,22 +44,30 @@ FG_INLINE void each_vector(const R* result, bool past_caches, uint64_t begin, ui
     if (i < end) f(i, SomeLanes<R>{static_cast<int>(end - i)});
 }
 
-// Whether none of from[count] is NaN or infinite.
+// Whether a value that a loop has read is NaN or infinite. The loop itself looks: a pass over each tile before it takes a
+// fifth of a large step without noise.
 template <class R>
-FG_INLINE bool all_finite(const R* from, uint64_t count) {
-    constexpr uint64_t kLanes = kLanesOf<R>;
-    Vector<R> zeros[4] = {};  // 0 times a finite value is 0, and times any other NaN; independent chains
-    uint64_t i = 0;
-    for (; i + 4 * kLanes <= count; i += 4 * kLanes)
-        for (int k = 0; k < 4; ++k) zeros[k] += load<Vector<R>>(from + i + k * kLanes) * R{0};
-    const Vector<R> zero = (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]);
-    R rest = 0;
-    for (uint64_t lane = 0; lane < kLanes; ++lane) rest += zero[lane];
-    for (; i < count; ++i) rest += from[i] * R{0};
-    return rest == R{0};
-}
+struct Watch {
+    Vector<R> zeros{};  // 0 times a finite value is 0, and times any other NaN
 
-// A flag that many threads may set at once.
-FG_INLINE void set(int32_t* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
+    FG_INLINE void see(Vector<R> v) { zeros += v * R{0}; }
+    // Sets the flag, as many threads may at once.
+    FG_INLINE void report(int32_t* not_finite) const {
+        const Vector<R> each = zeros;  // a vector whose lanes are indexed stays in memory: not the one of the loop
+        R sum = 0;
+        for (int lane = 0; lane < kLanesOf<R>; ++lane) sum += each[lane];
+        if (sum != R{0}) __atomic_store_n(not_finite, 1, __ATOMIC_RELAXED);
+    }
+};
+
+// from[count], in a pass of its own.
+template <class R>
+void watch(const R* from, uint64_t count, int32_t* not_finite) {
+    Watch<R> watched;
+    each_vector(from, false, 0, count, [&](uint64_t i, const auto& lanes) __attribute__((always_inline)) {
+        watched.see(lanes.read(from + i));
+    });
+    watched.report(not_finite);
+}
 
 }  // namespace fastguide::cpu

@@ -17,7 +17,7 @@ namespace fastguide::cpu {
 struct ReverseStep {
     Input x, output, displacement;  // displacement.data may be null
     void *x_s, *x0;                 // in x's dtype; x0 may be null
-    int32_t* not_finite;            // set where the output has a NaN or an infinite value; may be null
+    int32_t* not_finite;            // flags of x, the output and the displacement; may be null
     const double* coefficients;     // five numbers, or for each of the five a column [particles]
     bool in_columns;                // whether the latter
     double displacement_scale;
@@ -77,6 +77,7 @@ struct Span {
     bool keeps_noise;                        // that of x0 before it is clipped
     bool scaled;                             // whether the displacement is
     bool past_caches;                        // x_s and x0, which are equally aligned
+    int32_t* not_finite;                     // flags of x, output and displacement; may be null
 
     // Weighted particles are not displaced either where there is no noise.
     FG_INLINE Span without_noise() const {
@@ -87,6 +88,12 @@ struct Span {
     }
 };
 
+// What a loop has read.
+template <class R>
+struct Seen {
+    Watch<R> x, output, displacement;
+};
+
 // x0_hat before it is clipped.
 template <class R, class Source, class Lanes>
 FG_INLINE Vector<R> x0_lanes(bool sample, const Source& m, const R* x, const R* output, uint64_t i, const Lanes& lanes) {
@@ -95,10 +102,12 @@ FG_INLINE Vector<R> x0_lanes(bool sample, const Source& m, const R* x, const R* 
 }
 
 // `kPlain`: no optional part but the noise. The tests that this leaves out take 5 % of a step in the caches.
-template <bool kPlain, class R, class Source, class Lanes>
-FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const Lanes& lanes) {
+// `kWatched`: the inputs that are read are `seen`.
+template <bool kPlain, bool kWatched, class R, class Source, class Lanes>
+FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const Lanes& lanes, Seen<R>& seen) {
     using V = Vector<R>;
     const auto get = [&](Factor factor) __attribute__((always_inline)) { return m.get(factor, i, lanes); };
+    if (kWatched) seen.x.see(lanes.read(s.x + i)), seen.output.see(lanes.read(s.output + i));
     const V unclipped = x0_lanes(s.sample, m, s.x, s.output, i, lanes);
     const V x0 = smaller(splat(s.high), larger(splat(s.low), unclipped));  // a NaN stays
     V x_s = fused(get(kB), x0, get(kA) * lanes.read(s.x + i));
@@ -106,9 +115,10 @@ FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const L
     V displacement{}, z{};
     if (!kPlain && s.displacement) {
         displacement = lanes.read(s.displacement + i);
-        if (!s.scaled) displacement = get(kScale) * displacement;
         if constexpr (Source::kMixed)  // of weighted particles none where tau = 0, not even a NaN
             if (s.terms) displacement = get(kTau) != R{0} ? displacement : V{};
+        if (kWatched) seen.displacement.see(displacement);
+        if (!s.scaled) displacement = get(kScale) * displacement;
         x_s = x_s + displacement;
     }
     if (s.z) {
@@ -121,20 +131,28 @@ FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const L
         lanes.write(s.terms + i, displacement * fused(get(kHalfInverse), displacement, z));
 }
 
-template <bool kPlain, class R, class Source>
+template <bool kPlain, bool kWatched, class R, class Source>
 void step_span_as(const Span<R>& span, const Source& source, uint64_t begin, uint64_t end) {
     const Span<R> s = span;  // no store can change copies
     const Source m = source;
+    Seen<R> seen;
     each_vector(s.x_s, s.past_caches, begin, end, [&](uint64_t i, const auto& lanes) __attribute__((always_inline)) {
-        step_lanes<kPlain>(s, m, i, lanes);
+        step_lanes<kPlain, kWatched>(s, m, i, lanes, seen);
     });
+    if (!kWatched) return;
+    seen.x.report(s.not_finite), seen.output.report(s.not_finite + 1), seen.displacement.report(s.not_finite + 2);
 }
 
 // Elements [begin, end).
 template <class R, class Source>
 FG_INLINE void step_span(const Span<R>& s, const Source& source, uint64_t begin, uint64_t end) {
-    if (s.displacement || s.x0 || s.keeps_noise || s.terms) step_span_as<false>(s, source, begin, end);
-    else step_span_as<true>(s, source, begin, end);
+    const bool plain = !s.displacement && !s.x0 && !s.keeps_noise && !s.terms;
+    const auto as = [&](auto is_plain) __attribute__((always_inline)) {
+        if (s.not_finite) step_span_as<decltype(is_plain)::value, true>(s, source, begin, end);
+        else step_span_as<decltype(is_plain)::value, false>(s, source, begin, end);
+    };
+    if (plain) as(std::true_type{});
+    else as(std::false_type{});
 }
 
 // --- tiles --------------------------------------------------------------------------------------------------
@@ -252,7 +270,7 @@ struct TileBuffers {
 };
 
 // The output of a tile to x0_hat as the dynamic threshold has it. Where the noise keeps that of x0_hat before, the
-// displacement takes it, known before the threshold.
+// displacement takes it, known before the threshold. The inputs are watched here, where they are still to be seen.
 template <class R>
 void clip_tile(const Prepared<R>& call, const Tile& tile, const TileBuffers<R>& buffers, Span<R>& span) {
     const uint64_t in_row = tile.rows == 1 ? tile.count : call.step.shape.elements;
@@ -260,6 +278,11 @@ void clip_tile(const Prepared<R>& call, const Tile& tile, const TileBuffers<R>& 
         const uint64_t at = i * in_row;
         const R bound = call.bounds.data[tile.row + i];
         R* const row = buffers.output + at;
+        if (span.not_finite) {
+            watch(span.x + at, in_row, span.not_finite), watch(span.output + at, in_row, span.not_finite + 1);
+            const bool used = span.displacement && (!span.terms || call.tau_of(tile.row + i) != R{0});
+            if (used) watch(span.displacement + at, in_row, span.not_finite + 2);
+        }
         x0_of(row, span.x + at, span.output + at, call, tile.row + i, in_row);
         if (span.keeps_noise) {
             const OneParticle<R> m = call.of(tile.row + i);
@@ -273,7 +296,7 @@ void clip_tile(const Prepared<R>& call, const Tile& tile, const TileBuffers<R>& 
             row[k] = (v > bound ? bound : v) / bound;
         }
     }
-    span.output = buffers.output, span.sample = true;
+    span.output = buffers.output, span.sample = true, span.not_finite = nullptr;
     if (span.keeps_noise) span.displacement = buffers.displacement, span.scaled = true, span.keeps_noise = false;
 }
 
@@ -294,14 +317,13 @@ void step_tile(const Prepared<R>& call, const Tile& tile, R* terms, Memory memor
     }
     Span<R> span{};
     span.x = staged(buffers.x, s.x, begin, count), span.output = staged(buffers.output, s.output, begin, count);
-    if (s.not_finite && !all_finite(span.output, count)) set(s.not_finite);
     if (s.displacement.data) span.displacement = staged(buffers.displacement, s.displacement, begin, count);
     span.x_s = direct ? static_cast<R*>(s.x_s) + begin : buffers.x_s;
     span.x0 = !s.x0 || !direct ? buffers.x0 : static_cast<R*>(s.x0) + begin;
     span.z = buffers.z, span.terms = terms;
     span.low = call.low, span.high = call.high;
     span.sample = s.prediction == Prediction::sample, span.keeps_noise = !s.clip_noise;
-    span.past_caches = call.past_caches;
+    span.past_caches = call.past_caches, span.not_finite = s.not_finite;
     if (call.bounds.data) clip_tile(call, tile, buffers, span);
     const Span<R> still = span.without_noise();
     if (!s.per_particle) {

@@ -37,11 +37,11 @@ class Watch:
         self._pairs.append(_extremes(value.detach()))
 
     def flag(self, i: int, function: str, device: torch.device) -> Tensor:
-        """The same without a pass over the value, for the operation that reads it: its ``not_finite``."""
-        flag = torch.zeros((), dtype=torch.int32, device=device)
+        """The same of the ``model_output`` of `reverse_step`, whose ``not_finite`` this is: no pass over the value."""
+        flags = torch.zeros(3, dtype=torch.int32, device=device)
         self._labels.append((i, function, "flag"))
-        self._pairs.append((flag, flag))
-        return flag
+        self._pairs.append((flags[1],) * 2)
+        return flags
 
     def log_prob(self, i: int, function: str, value: Tensor) -> None:
         """The same for log-densities, where ``-inf`` (a dead particle) is allowed."""

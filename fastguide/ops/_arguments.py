@@ -156,15 +156,19 @@ def _expect_writable(name: str, tensor: Tensor, others: Sequence[Tensor | None])
                 raise ValueError(f"{name}: expected memory of its own, got that of another argument or result")
 
 
-def not_finite(value: Any, device: torch.device, others: Sequence[Tensor | None]) -> Tensor | None:
-    """The argument ``not_finite`` of an operation: a flag that it sets where an input is not finite."""
+def not_finite(value: Any, number: int, device: torch.device, others: Sequence[Tensor | None]) -> Tensor | None:
+    """The argument ``not_finite`` of an operation: ``number`` flags, one for each input that it watches."""
     if value is None:
         return None
     arguments.tensor("not_finite", value)
-    elsewhere = value.device.type != device.type or device.index not in (None, value.device.index)
-    if value.dtype != torch.int32 or value.numel() != 1 or elsewhere:
-        raise ValueError(f"not_finite: expected an int32 tensor of one element on {device}, got {got(value)}")
     value = unwrapped(value)
+    right = value.dtype == torch.int32 and value.shape == (number,) and value.is_contiguous()
+    elsewhere = value.device.type != device.type or device.index not in (None, value.device.index)
+    if not right or elsewhere or (not is_compiling() and value.is_neg()):
+        raise ValueError(
+            f"not_finite: expected a contiguous int32 tensor [{number}] on {device}, "
+            f"got {got(value)}{'' if value.is_contiguous() else ', not contiguous'}"
+        )
     _expect_writable("not_finite", value, others)
     return value
 

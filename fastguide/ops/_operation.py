@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,8 +44,9 @@ class Operation:
     Its functions take the arguments of the schema, one by one, which the public function has checked and parsed. A
     result that was not asked for is None, or empty where the dispatcher took part. Eager, compiled and fake calls take
     the same way. ``out``: tensors for the results, which `_arguments.out` has checked. A kernel writes into them; what
-    the reference or the dispatcher returns is copied. ``not_finite``: a flag, which is set where an argument among
-    ``watched`` has a NaN or an infinite value. A kernel looks at what it reads anyway.
+    the reference or the dispatcher returns is copied. ``not_finite``: a flag for each tensor that is ``watched``,
+    which is set to 1 where that has a NaN or an infinite value in the type of the arithmetic, and stays as it is
+    otherwise. A kernel looks at what it reads anyway.
 
     Args:
         schema: ``"name(arguments) -> results"`` as ``torch.library`` writes it; ``str backend`` is added as the last
@@ -61,7 +63,8 @@ class Operation:
             each result, ``needed`` the names of the arguments that want one. Returns gradients by name, or None for
             the reference's. Whether gradients are enabled says whether the derivative is to be differentiated too.
         keep_results: whether ``vjp`` reads the results; else they are not kept, and it is given none.
-        watched: the names of the arguments that ``not_finite`` is about.
+        watched: what ``not_finite`` is about: names of arguments, or a function of all of them that returns tensors,
+            the last of which may be None.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class Operation:
         differentiable: bool = False,
         vjp: Callable[..., dict[str, Tensor | None] | None] | None = None,
         keep_results: bool = False,
-        watched: Sequence[str] = (),
+        watched: Sequence[str] | Callable[..., Sequence[Tensor | None]] = (),
     ):
         if "(" not in schema or ") -> " not in schema:
             raise ValueError(f"schema: expected 'name(arguments) -> results', got {schema!r}")
@@ -98,10 +101,12 @@ class Operation:
         self.overload = getattr(torch.ops.fastguide, self.name).default
         arguments = self.overload._schema.arguments[:-1]
         self.names = [argument.name for argument in arguments]
-        self.watched = [self.names.index(name) for name in watched]
+        places = () if callable(watched) else tuple(map(self.names.index, watched))
+        self.watched = watched if callable(watched) else lambda *args: [args[i] for i in places]
         self.seed = self.names.index("seed") if "seed" in self.names else None
         self.tensors = [i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
         self.changed = [i for i in self.tensors if arguments[i].alias_info and arguments[i].alias_info.is_write]
+        self._beside = threading.local()  # what a call takes past the dispatcher, whose schemas know no flags
         self._chosen: dict[Any, Callable[..., Any]] = {}  # kernels of earlier calls: what is loaded stays loaded
         OPERATIONS[self.name] = self
 
@@ -121,6 +126,8 @@ class Operation:
                 if tensor is not None:
                     differentiable = differentiable or tensor.requires_grad
                     seen = seen or (type(tensor) is not Tensor and is_wrapper(tensor))
+        if not_finite is not None:
+            seen = seen or is_wrapper(not_finite)
         if out is not None:
             seen = seen or any(map(is_wrapper, out))
             if differentiable and self.differentiable and torch.is_grad_enabled():
@@ -136,12 +143,16 @@ class Operation:
                 "pass detached tensors, or call inside torch.no_grad()"
             )
         if seen:
-            expect_alike(self._named(args, self.tensors), changed=self._named(args, self.changed))
+            named = self._named(args, self.tensors) | {"not_finite": not_finite}
+            expect_alike(named, changed=(*self._named(args, self.changed), "not_finite"))
             self._watch(not_finite, args)
             return _into(out, self._dispatch(backend, args))
         if differentiable and torch.is_grad_enabled() and backend != "reference" and not transformed():
-            self._watch(not_finite, args)
-            return self._dispatch(backend, args)
+            self._beside.not_finite = not_finite
+            try:
+                return self._dispatch(backend, args)
+            finally:
+                self._beside.not_finite = None
         return self._run(backend, *args, out=out, not_finite=not_finite)
 
     def _run(
@@ -169,12 +180,13 @@ class Operation:
         return results
 
     def _watch(self, not_finite: Tensor | None, args: Sequence[Any]) -> None:
-        """What a kernel does with the flag, in a pass of its own."""
-        if not_finite is not None:
-            for i in self.watched:
-                if args[i].numel():
-                    low, high = torch.aminmax(args[i].detach().to(torch.promote_types(args[0].dtype, torch.float32)))
-                    not_finite.masked_fill_(~(low.isfinite() & high.isfinite()), 1)
+        """What a kernel does with the flags, in passes of its own."""
+        if not_finite is None or args[0].numel() == 0:
+            return
+        dtype = torch.promote_types(args[0].dtype, torch.float32)
+        tensors = [value.detach().to(dtype) for value in self.watched(*args) if value is not None]
+        low, high = map(torch.stack, zip(*map(torch.aminmax, tensors), strict=True))
+        not_finite[: len(tensors)].masked_fill_(~(low.isfinite() & high.isfinite()), 1)
 
     def _kernel(self, backend: str) -> Callable[..., Any]:
         kernel = self.kernels[backend]
@@ -195,7 +207,7 @@ class Operation:
         ]
         if self.seed is not None:
             given[self.seed] &= (1 << 64) - 1
-        results = self._run(args[-1], *given)
+        results = self._run(args[-1], *given, not_finite=getattr(self._beside, "not_finite", None))
         if isinstance(results, tuple):
             return tuple(args[0].new_empty(0) if result is None else result for result in results)
         return results

@@ -139,6 +139,13 @@ def read_counter(seed, step, seed_on_device, step_on_device):
 
 
 @triton.jit
+def flag_not_finite(flag, tile):
+    """Sets the flag where a value of the ``tile`` ``[ROWS, COLUMNS]`` is NaN or infinite."""
+    finite = tl.abs(tile) < float("inf")  # a NaN is not
+    tl.store(flag, 1, mask=tl.min(tl.min(finite.to(tl.int32), axis=1), axis=0) == 0)
+
+
+@triton.jit
 def rounded(value, dtype: tl.constexpr):
     """float32 as a state of ``dtype``, to the nearest."""
     if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts off

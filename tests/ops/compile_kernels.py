@@ -73,7 +73,8 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
     yield "randn", randn.randn_kernel, dict(out=pointer), count, (0, 1)
     outputs = dict(x=pointer, output=pointer, unconditional=pointer, x0=pointer)
     gradients = dict(grad=pointer, grad_x=pointer, grad_output=pointer, grad_unconditional=pointer)
-    yield "predict_x0", predict_x0.predict_x0_kernel, outputs, count | dict(SAMPLE=False), (3, 1)
+    for name, flags_of in (("predict_x0", {}), ("predict_x0, watched", dict(not_finite="*i32"))):
+        yield name, predict_x0.predict_x0_kernel, outputs | flags_of, count | dict(SAMPLE=False), (3, 1)
     yield "predict_x0_backward", predict_x0.predict_x0_backward_kernel, gradients, count, (1, 3)
     yield "reverse_step", kernel, step, count | flags, (2, 1)
     each = flags | dict(X0=True, CLIP=False, CLIP_NOISE=False)
@@ -81,7 +82,8 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
     yield "reverse_step, deterministic", kernel, step, count | flags | dict(NOISE=False), (2, 1)
     split = split | dict(CLIP=True)
     yield "propose_and_weigh", weigher, weigh, count | split, (3, 1)
-    yield "propose_and_weigh, split", weigher, weigh | dict(sums="*fp64"), count | split, (3, 1)
+    more = dict(sums="*fp64", not_finite="*i32")
+    yield "propose_and_weigh, split and watched", weigher, weigh | more, count | split, (3, 1)
 
     density, alike = dict(z=pointer, y="*fp32", gradient=pointer, sums="*fp64"), dict(ALIGN=16)
     for code, family in enumerate(FAMILIES):

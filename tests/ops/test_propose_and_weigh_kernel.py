@@ -54,7 +54,7 @@ def kernel(
     _native.module("cpu").propose_and_weigh(
         x.data_ptr(), code[x.dtype], x0_hat.data_ptr(), code[x0_hat.dtype], displacement.data_ptr(),
         code[displacement.dtype], results[0].data_ptr(), log_weights.data_ptr(), results[1].data_ptr(),
-        log_weights.dtype == torch.float64, 0, 0.0, 0.0, table.data_ptr() if levels == () else levels, 1.0,
+        log_weights.dtype == torch.float64, None, 0, 0.0, 0.0, table.data_ptr() if levels == () else levels, 1.0,
         (particles, elements), seed, step, stream, first_particle, threads,
     )  # fmt: skip
     for buffer, result in zip(buffers, results, strict=True):
@@ -272,7 +272,7 @@ def test_function_transforms_go_through_the_reference():
 
 def test_the_module_takes_no_wrong_call():
     x = torch.zeros(2, 3)
-    with pytest.raises(TypeError, match="expected 21 arguments, got 1"):
+    with pytest.raises(TypeError, match="expected 22 arguments, got 1"):
         _native.module("cpu").propose_and_weigh(x.data_ptr())
     with pytest.raises(ValueError, match="coefficients"):
         kernel(x, x, x, torch.zeros(2), (*VP[:4], 0.7))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
@@ -607,60 +606,3 @@ def test_coefficients_of_each_sample_are_checked_as_numbers_are(name, value):
         ops.reverse_step(X, X, coefficients)
     with pytest.raises(ValueError, match=message):
         ops.propose_and_weigh(X, X, X, torch.zeros(2), coefficients, seed=0)
-
-
-# --- not_finite -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_a_flag_says_that_the_output_is_not_finite(dtype, backend):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("no float64 in Triton")
-    x, output = torch.randn(2, 2, 2100, generator=torch.Generator().manual_seed(0)).to(dtype)
-    flag = torch.zeros((), dtype=torch.int32)
-    call = partial(ops.reverse_step, x, coefficients=STEP, clip=1.0, backend=backend)
-    assert torch.equal(call(model_output=output, not_finite=flag), call(model_output=output)) and flag == 0
-    # The ends of vectors and of tiles, and what fills neither.
-    places = (0, 63, 64, 2047, 2048, 2099, 2100, 4199) if backend == "cpu" else (2099,)
-    for value, place in itertools.product((math.nan, math.inf, -math.inf), places):
-        bad, before = output.clone(), flag.zero_()._version
-        bad.view(-1)[place] = value
-        call(model_output=bad, not_finite=flag)
-        assert flag == 1 and flag._version > before
-    call(model_output=output, not_finite=flag)
-    assert flag == 1  # it stays
-
-
-def test_a_flag_with_a_derivative_and_in_a_compiled_function():
-    x, flag = torch.zeros(1, 3, requires_grad=True), torch.zeros((), dtype=torch.int32)
-    bad = torch.tensor([[0.0, math.inf, 0.0]])
-    ops.reverse_step(x, torch.zeros(1, 3), STEP, not_finite=flag).sum().backward()
-    assert flag == 0
-    ops.reverse_step(x, bad, STEP, not_finite=flag)
-    assert flag == 1
-    flag.zero_()
-    torch.compile(lambda: ops.reverse_step(bad, bad, STEP, not_finite=flag), backend="eager", fullgraph=True)()
-    assert flag == 1
-
-
-def test_a_flag_has_memory_of_its_own():
-    x, out = torch.zeros(1, 3), torch.zeros(1, 3)
-    for other in (x, out):
-        flag = other.view(-1)[:1].view(torch.int32)
-        with pytest.raises(ValueError, match="not_finite: expected memory of its own"):
-            ops.reverse_step(x, torch.zeros(1, 3), STEP, not_finite=flag, out=out)
-
-
-def test_a_flag_is_of_the_values_in_the_type_of_the_arithmetic():
-    x, output = torch.zeros(1, 2), torch.tensor([[1e300, 0.0]], dtype=torch.float64)
-    for backend in ("cpu", "reference"):
-        flag = torch.zeros(1, dtype=torch.int32)
-        ops.reverse_step(x, output, STEP, clip=1.0, not_finite=flag, backend=backend)
-        assert flag == 1
-
-
-@pytest.mark.parametrize("flag", [True, torch.zeros(1), torch.zeros(2, dtype=torch.int32)])
-def test_a_flag_of_another_kind_is_refused(flag):
-    with pytest.raises((TypeError, ValueError), match="not_finite: expected"):
-        ops.reverse_step(torch.zeros(1, 3), torch.zeros(1, 3), STEP, not_finite=flag)

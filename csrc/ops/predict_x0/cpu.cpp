@@ -74,8 +74,10 @@ void over_samples(const Conversion& c, int buffers, const F& f) {
 
 bool past_caches(const Conversion& c) { return c.samples * c.elements * sizeof(float) >= kPastCaches; }
 
-template <class R>
-void predict(const Conversion& c, const Input& x, const Input& output, const Input& unconditional, const Result& x0) {
+// `not_finite`: flags of output and unconditional; read where `kWatched`.
+template <class R, bool kWatched>
+void predict(const Conversion& c, const Input& x, const Input& output, const Input& unconditional, const Result& x0,
+             int32_t* not_finite) {
     const bool sample = c.prediction == Prediction::sample, streams = past_caches(c);
     over_samples<R>(c, 4, [&](uint64_t row, uint64_t begin, uint64_t count, Memory memory) {
         const auto stage = [&](const Input& input) __attribute__((always_inline)) {
@@ -86,22 +88,31 @@ void predict(const Conversion& c, const Input& x, const Input& output, const Inp
         const Vector<R> scale = splat(static_cast<R>(c.scale.of(row)));
         const R *const given = stage(output), *const state = sample ? given : stage(x);
         R* const buffer = memory.take<R>(kTile);
+        struct {
+            Watch<R> output, unconditional;
+        } seen;
+        const auto read = [](const R* from, Watch<R>& watch, const auto& lanes) __attribute__((always_inline)) {
+            const Vector<R> v = lanes.read(from);
+            if (kWatched) watch.see(v);
+            return v;
+        };
         const auto converted = [=](uint64_t i, Vector<R> v, const auto& lanes) __attribute__((always_inline)) {
             return fused(qs, v, ps * lanes.read(state + i));
         };
         const auto guide = [&](const auto& convert_guided) __attribute__((always_inline)) {
             if (!unconditional.data)
-                return write(x0, begin, count, streams, buffer, [=](uint64_t i, const auto& lanes) __attribute__((always_inline)) {
-                    return convert_guided(i, lanes.read(given + i), lanes);
+                return write(x0, begin, count, streams, buffer, [=, &seen](uint64_t i, const auto& lanes) __attribute__((always_inline)) {
+                    return convert_guided(i, read(given + i, seen.output, lanes), lanes);
                 });
             const R* const base = stage(unconditional);
-            write(x0, begin, count, streams, buffer, [=](uint64_t i, const auto& lanes) __attribute__((always_inline)) {
-                const Vector<R> b = lanes.read(base + i);
-                return convert_guided(i, fused(scale, lanes.read(given + i) - b, b), lanes);
+            write(x0, begin, count, streams, buffer, [=, &seen](uint64_t i, const auto& lanes) __attribute__((always_inline)) {
+                const Vector<R> b = read(base + i, seen.unconditional, lanes);
+                return convert_guided(i, fused(scale, read(given + i, seen.output, lanes) - b, b), lanes);
             });
         };
         if (sample) guide([](uint64_t, Vector<R> v, const auto&) __attribute__((always_inline)) { return v; });
         else guide(converted);
+        if (kWatched) seen.output.report(not_finite), seen.unconditional.report(not_finite + 1);
     });
 }
 
@@ -162,7 +173,8 @@ void expect_large_pages(const Conversion& c, const Result& result) {
     if (result.data) large_pages(result.data, c.samples * c.elements * size_of(result.dtype));
 }
 
-// x, x's dtype, model_output, its dtype, unconditional (or None), its dtype, x0_hat, its dtype, a conversion
+// x, x's dtype, model_output, its dtype, unconditional (or None), its dtype, x0_hat, its dtype, not_finite (or None),
+// a conversion
 PyObject* predict_x0(Arguments& in) {
     Input inputs[3];
     const char* const names[] = {"x", "model_output", "unconditional"};
@@ -171,12 +183,18 @@ PyObject* predict_x0(Arguments& in) {
         inputs[k] = {data, in.dtype()};
     }
     const Result x0 = read_result(in, "x0_hat");
+    int32_t* const not_finite = in.pointer_or_none<int32_t>("not_finite");
     const Conversion c = read_conversion(in);
     without_gil([&] {
         if (c.samples == 0 || c.elements == 0) return;
         expect_large_pages(c, x0);
-        if (inputs[0].dtype == Dtype::float64) predict<double>(c, inputs[0], inputs[1], inputs[2], x0);
-        else predict<float>(c, inputs[0], inputs[1], inputs[2], x0);
+        const auto as = [&](auto type) __attribute__((always_inline)) {
+            using R = decltype(type);
+            if (not_finite) predict<R, true>(c, inputs[0], inputs[1], inputs[2], x0, not_finite);
+            else predict<R, false>(c, inputs[0], inputs[1], inputs[2], x0, nullptr);
+        };
+        if (inputs[0].dtype == Dtype::float64) as(double{});
+        else as(float{});
     });
     return none();
 }
@@ -198,7 +216,7 @@ PyObject* predict_x0_backward(Arguments& in) {
     return none();
 }
 
-Binding binding{"predict_x0", fastcall<predict_x0, 14>, "The predicted clean sample."};
+Binding binding{"predict_x0", fastcall<predict_x0, 15>, "The predicted clean sample."};
 Binding backward{"predict_x0_backward", fastcall<predict_x0_backward, 14>, "The gradients of predict_x0."};
 
 }  // namespace

@@ -54,7 +54,8 @@ void propose_and_weigh_as(const ReverseStep& step, const Weights& weights) {
 }
 
 // x, x's dtype, x0_hat, its dtype, displacement, its dtype, x_s, log-weights before, after, whether they are doubles,
-// clip (kind, low, high), coefficients, displacement_scale, shape of x, seed, step, stream, first_particle, threads
+// not_finite (or None), clip (kind, low, high), coefficients, displacement_scale, shape of x, seed, step, stream,
+// first_particle, threads
 PyObject* propose_and_weigh(Arguments& in) {
     ReverseStep step{};
     Weights weights;
@@ -63,6 +64,7 @@ PyObject* propose_and_weigh(Arguments& in) {
     step.x_s = in.pointer("x_s"), step.prediction = Prediction::sample, step.clip_noise = true;
     weights.before = in.pointer("log_weights"), weights.after = in.pointer("log_weights");
     weights.doubles = in.flag();
+    step.not_finite = in.pointer_or_none<int32_t>("not_finite");
     read_clip(in, step);
     read_coefficients(in, step, five);
     read_scale(in, step);
@@ -87,7 +89,7 @@ PyObject* propose_and_weigh(Arguments& in) {
     return none();
 }
 
-Binding binding{"propose_and_weigh", fastcall<propose_and_weigh, 21>, "The guided step, and the log-weights after it."};
+Binding binding{"propose_and_weigh", fastcall<propose_and_weigh, 22>, "The guided step, and the log-weights after it."};
 
 }  // namespace
 }  // namespace fastguide::cpu

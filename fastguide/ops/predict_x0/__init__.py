@@ -23,6 +23,7 @@ def predict_x0(
     unconditional: Tensor | None = None,
     guidance_scale: Scalar | None = None,
     out: Tensor | None = None,
+    not_finite: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """``x0_hat = E[x_0 | x_t]`` from a network's output (Tweedie's formula), with classifier-free guidance (Ho &
@@ -39,12 +40,13 @@ def predict_x0(
       ``guidance_scale``, a float or a floating tensor ``[N]`` or ``[]``. Both or neither.
 
     - ``out``: for what is returned, see `randn`.
+    - ``not_finite``: as in `reverse_step`, but of ``[2]``: for ``model_output`` and ``unconditional``.
 
     Returns ``x0_hat`` in the dtype and the layout (contiguous or channels_last) of ``x``, which shares no memory with
     the arguments, in one pass. The backward pass is one, too. Differentiable in all tensors.
     """
     tensors = (x, model_output) if unconditional is None else (x, model_output, unconditional)
-    ordinary = out is None and type(backend) is str and backend == "auto" and type(levels) is tuple
+    ordinary = out is not_finite is None and type(backend) is str and backend == "auto" and type(levels) is tuple
     if ordinary and type(guidance_scale) is (_NONE if unconditional is None else float) and plain(*tensors):
         try:
             number = 1.0 if guidance_scale is None else guidance_scale
@@ -65,7 +67,10 @@ def predict_x0(
     x, model_output, unconditional = _arguments.channels_moved(form, x, model_output, unconditional)
     inputs = x, model_output, values[1], unconditional, scale[1]
     into = _arguments.out(out, ((x.shape, x.dtype),), x.device, inputs)
-    x0 = _predict_x0(backend, x, model_output, *values, prediction, unconditional, *scale, out=into)
+    x0 = _predict_x0(
+        backend, x, model_output, *values, prediction, unconditional, *scale,
+        out=into, not_finite=_arguments.not_finite(not_finite, 2, x.device, (*inputs, *(into or ()))),
+    )  # fmt: skip
     return _arguments.channels_moved(form, x0, back=True)[0] if out is None else out
 
 
@@ -115,14 +120,18 @@ def _tensor(tensor, like):
     return tensor.data_ptr(), _native.CPU_DTYPES[tensor.dtype]
 
 
-def _cpu(x, model_output, levels, table, prediction, unconditional, guidance_scale, guidance_scale_tensor, out=None):
+def _cpu(
+    x, model_output, levels, table, prediction, unconditional, guidance_scale, guidance_scale_tensor,
+    out=None, not_finite=None,
+):  # fmt: skip
     _arguments.expect_scalars(table, prediction, "levels")
     x, model_output = x.contiguous(), model_output.contiguous()
     unconditional = None if unconditional is None else unconditional.contiguous()
     x0 = torch.empty_like(x) if out is None else out[0]
     numbers, _alive = _conversion(x, levels, table, prediction, guidance_scale, guidance_scale_tensor)
     tensors = (part for tensor in (x, model_output, unconditional, x0) for part in _tensor(tensor, x))
-    _native.module("cpu").predict_x0(*tensors, *numbers)
+    flags = None if not_finite is None else not_finite.data_ptr()
+    _native.module("cpu").predict_x0(*tensors, flags, *numbers)
     return x0
 
 
@@ -155,6 +164,7 @@ _predict_x0 = Operation(
     kernels={"cpu": _cpu, "triton": "fastguide.ops.predict_x0.triton:call"},
     differentiable=True,
     vjp=_vjp,
+    watched=("model_output", "unconditional"),
 )
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import Tuned, abreast, alignment, rounded, tile_of_program
+from .._triton import Tuned, abreast, alignment, flag_not_finite, rounded, tile_of_program
 from . import _empty_gradients, _unpacked
 from .reference import x0_coefficients
 
@@ -22,7 +22,7 @@ def multiplier(value, table, index: tl.constexpr, row, mask, particles):
 
 @triton.jit(do_not_specialize=["particles"])
 def predict_x0_kernel(
-    x, output, unconditional, x0, particles, elements: tl.int64,
+    x, output, unconditional, x0, not_finite, particles, elements: tl.int64,
     p: tl.float32, q: tl.float32, guidance_scale: tl.float32, table,
     SAMPLE: tl.constexpr, ALIGN: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -35,8 +35,12 @@ def predict_x0_kernel(
     place = row[:, None] * elements + columns[None, :]
 
     x0_hat = tl.load(output + place, mask=mask, other=0.0).to(tl.float32)
+    if not_finite is not None:
+        flag_not_finite(not_finite, x0_hat)
     if unconditional is not None:
         base = tl.load(unconditional + place, mask=mask, other=0.0).to(tl.float32)
+        if not_finite is not None:
+            flag_not_finite(not_finite + 1, base)
         x0_hat = tl.fma(multiplier(guidance_scale, table, 2, row, live, particles), x0_hat - base, base)
     if not SAMPLE:
         p = multiplier(p, table, 0, row, live, particles)
@@ -74,7 +78,10 @@ _launch = Tuned(predict_x0_kernel, key=["SAMPLE", "ALIGN"])
 _launch_backward = Tuned(predict_x0_backward_kernel, key=["ALIGN"])
 
 
-def call(x, model_output, levels, table, prediction, unconditional, guidance_scale, guidance_scale_tensor, out=None):
+def call(
+    x, model_output, levels, table, prediction, unconditional, guidance_scale, guidance_scale_tensor,
+    out=None, not_finite=None,
+):  # fmt: skip
     x, model_output = x.contiguous(), model_output.contiguous()
     unconditional = None if unconditional is None else unconditional.contiguous()
     x0 = torch.empty_like(x) if out is None else out[0]
@@ -83,7 +90,8 @@ def call(x, model_output, levels, table, prediction, unconditional, guidance_sca
         numbers, multiplied = _columns(x, *x0_coefficients(prediction, *levels), scale)
         particles, elements = x.shape[0], x.numel() // x.shape[0]
         _launch(
-            particles, elements, x, model_output, unconditional, x0, particles, elements, *numbers, multiplied,
+            particles, elements,
+            x, model_output, unconditional, x0, not_finite, particles, elements, *numbers, multiplied,
             SAMPLE=prediction == "sample", ALIGN=alignment(elements), ABREAST=abreast(x.dtype),
         )  # fmt: skip
     return x0

@@ -8,6 +8,8 @@ from torch import Tensor
 from .. import _arguments, _native
 from .._arguments import COUNTER, SCALARS, SCALE, WEIGHT_DTYPES, Clip, Coefficients, IntOrTensor, Scalar
 from .._operation import UNUSUAL, Operation, plain
+from ..predict_x0.reference import columns, compute_dtype
+from ..reverse_step.reference import has_noise
 from . import reference
 
 
@@ -25,6 +27,7 @@ def propose_and_weigh(
     stream: int = 0,
     first_particle: int = 0,
     out: tuple[Tensor, Tensor] | None = None,
+    not_finite: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The guided step of twisted diffusion sampling and its part of the weight (Wu et al. 2023, algorithm 1)::
@@ -38,10 +41,14 @@ def propose_and_weigh(
     float64; ``coefficients``, ``clip``, ``displacement_scale`` and counters as in `reverse_step`. Where ``tau = 0``
     the step is the base kernel's, without the displacement, and the ratio is 1. Returns ``x_s``, in the layout of ``x``
     (contiguous or channels_last), and the log-weights: new tensors, or ``out``, see `randn`.
+
+    ``not_finite``: as in `reverse_step`, of ``x``, ``x0_hat`` and ``displacement``. The displacement of a particle
+    counts only where it is used: where ``tau``, in the type of the arithmetic, is not 0.
+
     There are no derivatives: a tensor that requires a gradient is an error while gradients are enabled.
     """
     bounds = _arguments.clip(clip)
-    ordinary = out is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple
+    ordinary = out is not_finite is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple
     weighted = ordinary and plain(x, x0_hat, displacement) and plain(log_weights) and log_weights.dtype in WEIGHT_DTYPES
     if weighted and type(displacement_scale) is float and log_weights.numel() == x.shape[0]:
         try:
@@ -65,10 +72,12 @@ def propose_and_weigh(
     scalars = _arguments.scalars(coefficients, x, "sample")
     counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
     expected = (x.shape, x.dtype), (log_weights.shape, log_weights.dtype)
-    into = _arguments.out(out, expected, x.device, (x, x0_hat, displacement, log_weights, scale[1], *counter[-2:]))
+    inputs = x, x0_hat, displacement, log_weights, scale[1], *counter[-2:]
+    into = _arguments.out(out, expected, x.device, inputs)
     results = _propose_and_weigh(
-        backend, x, x0_hat, displacement, log_weights, *scalars, bounds, *scale, *counter, out=into
-    )
+        backend, x, x0_hat, displacement, log_weights, *scalars, bounds, *scale, *counter,
+        out=into, not_finite=_arguments.not_finite(not_finite, 3, x.device, (*inputs, *(into or ()))),
+    )  # fmt: skip
     if out is not None:
         return out
     return results[0].contiguous(memory_format=_arguments.layout(x)), results[1]
@@ -96,7 +105,7 @@ def _reference(
 
 def _cpu(
     x, x0_hat, displacement, log_weights, coefficients, table, clip, displacement_scale, displacement_scale_tensor,
-    seed, step, stream, first_particle, seed_tensor, step_tensor, out=None,
+    seed, step, stream, first_particle, seed_tensor, step_tensor, out=None, not_finite=None,
 ):  # fmt: skip
     seed, step = _arguments.read(seed, step, seed_tensor, step_tensor)
     x, x0_hat, displacement = x.contiguous(), x0_hat.contiguous(), displacement.contiguous()
@@ -118,6 +127,7 @@ def _cpu(
         log_weights.data_ptr(),
         after.data_ptr(),
         log_weights.dtype == torch.float64,
+        None if not_finite is None else not_finite.data_ptr(),
         *_arguments.codes(clip),
         coefficients,
         _arguments.address(displacement_scale, displacement_scale_tensor),
@@ -136,10 +146,18 @@ def _fake(x, x0_hat, displacement, log_weights, *_):
     return torch.empty_like(x, memory_format=contiguous), torch.empty_like(log_weights, memory_format=contiguous)
 
 
+def _watched(x, x0_hat, displacement, log_weights, coefficients, table, *_):
+    *_, tau = columns(_arguments.unpacked_scalars(coefficients, table), x, compute_dtype(x))
+    if not has_noise(tau):
+        return x, x0_hat, None
+    return x, x0_hat, torch.where(tau != 0, displacement, 0) if isinstance(tau, Tensor) else displacement
+
+
 _propose_and_weigh = Operation(
     f"propose_and_weigh(Tensor x, Tensor x0_hat, Tensor displacement, Tensor log_weights, {SCALARS}, "
     f"float[] clip, {SCALE}, {COUNTER}) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     kernels={"cpu": _cpu, "triton": "fastguide.ops.propose_and_weigh.triton:call"},
+    watched=_watched,
 )

@@ -17,6 +17,7 @@ from .._triton import (
     alignment,
     ceil_div,
     device_of,
+    flag_not_finite,
     normals,
     read_counter,
     rounded,
@@ -33,7 +34,7 @@ _MOST = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit(do_not_specialize=VARYING)
 def propose_and_weigh_kernel(
-    x, x0_hat, displacement, x_s, before, after, sums, particles, elements: tl.int64,
+    x, x0_hat, displacement, x_s, before, after, not_finite, sums, particles, elements: tl.int64,
     a: tl.float32, b: tl.float32, tau: tl.float32, displacement_scale: tl.float32, table,
     low: tl.float32, high: tl.float32, bounds,
     seed: tl.uint64, step: tl.uint32, stream: tl.uint32, first_particle: tl.int64, seed_on_device, step_on_device,
@@ -64,13 +65,18 @@ def propose_and_weigh_kernel(
         place = row[:, None] * elements + columns[None, :]
         state = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
         x0 = tl.load(x0_hat + place, mask=mask, other=0.0).to(tl.float32)
+        moved = tl.load(displacement + place, mask=mask, other=0.0).to(tl.float32)
+        moved = tl.where(tau != 0.0, moved, 0.0)
+        if not_finite is not None:
+            flag_not_finite(not_finite, state)
+            flag_not_finite(not_finite + 1, x0)
+            flag_not_finite(not_finite + 2, moved)
         if bounds is not None:
             x0 = tl.div_rn(clipped(x0, -bound, bound), bound)
         if CLIP:
             x0 = clipped(x0, low, high)
         mean = tl.fma(b, x0, a * state)
-        moved = displacement_scale * tl.load(displacement + place, mask=mask, other=0.0).to(tl.float32)
-        moved = tl.where(tau != 0.0, moved, 0.0)
+        moved = displacement_scale * moved
         z = normals(seed, step, stream, first_particle + row, column // 4, GROUPS, ABREAST)
         result = tl.fma(tau, z, mean + moved)
         tl.store(x_s + place, rounded(result, x_s.dtype.element_ty), mask=mask)
@@ -104,7 +110,7 @@ def weigh_kernel(sums, before, after, particles, splits, tau: tl.float32, table,
 
 def call(
     x, x0_hat, displacement, log_weights, coefficients, table, clip, displacement_scale, displacement_scale_tensor,
-    seed, step, stream, first_particle, seed_tensor, step_tensor, out=None,
+    seed, step, stream, first_particle, seed_tensor, step_tensor, out=None, not_finite=None,
 ):  # fmt: skip
     x, x0_hat, displacement = aligned(x), aligned(x0_hat), aligned(displacement)
     log_weights = log_weights.contiguous()
@@ -124,7 +130,7 @@ def call(
     sums = torch.empty((particles, splits), dtype=torch.float64, device=x.device) if splits > 1 else None
     with device_of(x):
         propose_and_weigh_kernel[(ceil_div(particles, rows) * splits,)](
-            x, x0_hat, displacement, x_s, log_weights, after, sums, particles, elements, a, b, tau, scale,
+            x, x0_hat, displacement, x_s, log_weights, after, not_finite, sums, particles, elements, a, b, tau, scale,
             multiplied, low, high, bounds, seed, step, stream, first_particle, seed_tensor, step_tensor,
             CLIP=len(clip) == 2, SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=abreast(x.dtype),
             ROWS=rows, GROUPS=groups, num_warps=4, **OPTIONS,

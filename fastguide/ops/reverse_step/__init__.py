@@ -48,9 +48,10 @@ def reverse_step(
     - ``z``: `randn` of ``seed, step, stream, first_particle``; none is drawn where ``tau = 0``.
 
     - ``out``: for what is returned, see `randn`.
-    - ``not_finite``: an int32 tensor of one element, which is set to 1 if ``model_output`` has a NaN or an infinite
-      value in the type of the arithmetic (float32, or float64 where ``x`` is), and stays as it is otherwise. A kernel
-      looks at what it reads anyway; nothing waits for the device.
+    - ``not_finite``: a contiguous int32 tensor ``[3]``. Elements 0, 1 and 2 are set to 1 if ``x``, ``model_output`` and
+      ``displacement``, in this order, have a NaN or an infinite value in the type of the arithmetic (float32, or
+      float64 where ``x`` is); they stay as they are otherwise. A kernel looks at what it reads anyway; nothing waits
+      for the device. It must share no memory with another argument or a result.
 
     Returns ``x_s`` in the dtype and the layout (contiguous or channels_last) of ``x``, and the clipped ``x0_hat`` if
     ``return_x0``. Differentiable in all tensors.
@@ -92,7 +93,7 @@ def reverse_step(
     into = _arguments.out(out, ((x.shape, x.dtype),) * (1 + return_x0), x.device, inputs)
     x_s, x0 = _reverse_step(
         backend, x, model_output, *scalars, prediction, bounds, clip_noise, displacement, *scale, *counter, return_x0,
-        out=into, not_finite=_arguments.not_finite(not_finite, x.device, (*inputs, *(into or ()))),
+        out=into, not_finite=_arguments.not_finite(not_finite, 3, x.device, (*inputs, *(into or ()))),
     )  # fmt: skip
     if out is not None:
         return out
@@ -216,5 +217,5 @@ _reverse_step = Operation(
     kernels={"cpu": _cpu, "triton": "fastguide.ops.reverse_step.triton:call"},
     differentiable=True,
     vjp=_vjp,
-    watched=("model_output",),
+    watched=("x", "model_output", "displacement"),
 )

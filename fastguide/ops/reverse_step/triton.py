@@ -9,7 +9,17 @@ from torch import Tensor
 
 from .. import _arguments
 from .._arguments import Coefficients, DynamicThreshold, Scalar
-from .._triton import VARYING, Tuned, abreast, alignment, normals, read_counter, rounded, tile_of_program
+from .._triton import (
+    VARYING,
+    Tuned,
+    abreast,
+    alignment,
+    flag_not_finite,
+    normals,
+    read_counter,
+    rounded,
+    tile_of_program,
+)
 from . import reference
 
 
@@ -42,8 +52,8 @@ def reverse_step_kernel(
     state = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     x0_hat = tl.load(output + place, mask=mask, other=0.0).to(tl.float32)
     if not_finite is not None:
-        finite = tl.abs(x0_hat) < float("inf")  # a NaN is not
-        tl.store(not_finite, 1, mask=tl.min(tl.min(finite.to(tl.int32), axis=1), axis=0) == 0)
+        flag_not_finite(not_finite, state)
+        flag_not_finite(not_finite + 1, x0_hat)
     if not SAMPLE:
         p = multiplier(p, table, 0, row, live, particles)
         q = multiplier(q, table, 1, row, live, particles)
@@ -62,7 +72,10 @@ def reverse_step_kernel(
         result = tl.fma(c, unclipped, result)
     if displacement is not None:
         displacement_scale = multiplier(displacement_scale, table, 6, row, live, particles)
-        result += displacement_scale * tl.load(displacement + place, mask=mask, other=0.0).to(tl.float32)
+        moved = tl.load(displacement + place, mask=mask, other=0.0).to(tl.float32)
+        if not_finite is not None:
+            flag_not_finite(not_finite + 2, moved)
+        result += displacement_scale * moved
     if NOISE:
         tau = multiplier(tau, table, 4, row, live, particles)
         z = normals(seed, step, stream, first_particle + row, column // 4, GROUPS, ABREAST)

@@ -1,0 +1,296 @@
+"""``not_finite=``: flags of the inputs that have a NaN or an infinite value, beside the bits of a call without it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastguide import ops
+from fastguide.ops import DynamicThreshold, _native
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+BACKENDS = ("cpu", "triton", "reference")
+NOISY = (0.6, 0.8, 0.8, 0.6, 0.35)
+STILL = (0.6, 0.8, 0.8, 0.6, 0.0)
+BAD = (math.nan, math.inf, -math.inf)
+
+# What each flag is about, in order.
+WATCHED = {
+    "reverse_step": ("x", "model_output", "displacement"),
+    "propose_and_weigh": ("x", "x0_hat", "displacement"),
+    "predict_x0": ("model_output", "unconditional"),
+}
+
+
+def given(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> dict:
+    """Arguments of a call, all finite."""
+    x, output, other = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype).unbind()
+    if name == "predict_x0":
+        number = dict(levels=NOISY[:2], prediction="v", guidance_scale=2.0)
+        return dict(x=x, model_output=output, unconditional=other) | number
+    if name == "reverse_step":
+        return dict(x=x, model_output=output, displacement=other, coefficients=NOISY, clip=1.0, seed=1)
+    weights = torch.zeros(shape[0])
+    return dict(x=x, x0_hat=output, displacement=other, log_weights=weights, coefficients=NOISY, clip=1.0, seed=1)
+
+
+def flags_of(name: str, value: int = 0) -> torch.Tensor:
+    return torch.full((len(WATCHED[name]),), value, dtype=torch.int32)
+
+
+def spoiled(value: torch.Tensor, place: int, bad: float = math.nan) -> torch.Tensor:
+    value = value.clone()
+    value.view(-1)[place] = bad
+    return value
+
+
+def found(name: str, arguments: dict, **changes) -> list[int]:
+    flags = flags_of(name)
+    getattr(ops, name)(**arguments | changes, not_finite=flags)
+    return flags.tolist()
+
+
+def same(a, b) -> bool:
+    a, b = (value if isinstance(value, tuple) else (value,) for value in (a, b))
+    return all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(a, b, strict=True))
+
+
+def only(name: str, which: str) -> list[int]:
+    return [int(other == which) for other in WATCHED[name]]
+
+
+# --- what is flagged ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", WATCHED)
+def test_each_flag_is_of_its_input(name, dtype, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if dtype == torch.float64:
+            pytest.skip("no float64 in Triton")
+    slow = backend == "triton"  # in its interpreter
+    arguments = given(name, (1 if slow else 2, 2100), dtype)
+    call, flags = partial(getattr(ops, name), backend=backend), flags_of(name)
+    assert same(call(**arguments, not_finite=flags), call(**arguments)) and not flags.any()
+    # The ends of vectors and of tiles, and what fills neither.
+    places = (0, 63, 64, 2047, 2048, 2099, 2100, 4199) if backend == "cpu" else (2099,)
+    values = BAD[:1] if slow and dtype != torch.float32 else BAD
+    for which, bad, place in itertools.product(WATCHED[name], values, places):
+        one = arguments | {which: spoiled(arguments[which], place, bad)}
+        before = flags.zero_()._version
+        assert same(call(**one, not_finite=flags), call(**one))
+        assert flags.tolist() == only(name, which) and flags._version > before
+    before = flags.fill_(1).clone()
+    call(**arguments, not_finite=flags)
+    assert torch.equal(flags, before)  # they stay
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_the_last_input_its_flag_is_left_alone(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    flags = torch.tensor([0, 0, 5], dtype=torch.int32)
+    x = torch.full((2, 3), math.nan)
+    ops.reverse_step(x, x, NOISY, not_finite=flags, backend=backend)
+    assert flags.tolist() == [1, 1, 5]
+    flags = torch.tensor([0, 5], dtype=torch.int32)
+    ops.predict_x0(x, x, NOISY[:2], prediction="v", not_finite=flags, backend=backend)
+    assert flags.tolist() == [1, 5]
+
+
+def table(particles: int) -> tuple[torch.Tensor, ...]:
+    """Every other particle gets no noise."""
+    return tuple(torch.tensor([(NOISY, STILL)[n % 2][i] for n in range(particles)]) for i in range(5))
+
+
+OPTIONS = {
+    "still": dict(coefficients=STILL),
+    "of each particle": dict(coefficients="table"),
+    "nothing else": dict(clip=None),
+    "two results": dict(return_x0=True),
+    "noise of the unclipped": dict(clip_noise=False),
+    "dynamic": dict(clip=DynamicThreshold(0.9, 3.0)),
+    "dynamic, noise of the unclipped": dict(clip=DynamicThreshold(0.9, 3.0), clip_noise=False),
+    "dynamic, of each particle": dict(clip=DynamicThreshold(0.9, 3.0), coefficients="table"),
+}
+
+
+# Multipliers of each element, of each of several particles in a tile, and of two tiles.
+@pytest.mark.parametrize("shape", [(5, 3), (6, 40), (2, 2100)])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_every_loop_of_the_cpu_kernel_looks_at_what_it_reads(dtype, options, shape, instruction_set):
+    changes = dict(OPTIONS[options])
+    if changes.get("coefficients") == "table":
+        changes["coefficients"] = table(shape[0])
+    whole = given("reverse_step", shape, dtype) | changes
+    for isa, moved in itertools.product(_native.instruction_sets(), (False, True)):
+        arguments = whole if moved else whole | dict(displacement=None)
+        with instruction_set(isa):
+            assert found("reverse_step", arguments, backend="cpu") == [0, 0, 0]
+            for which in ("x", "model_output", "displacement")[: 2 + moved]:
+                for place in (0, arguments["x"].numel() - 1):
+                    one = {which: spoiled(arguments[which], place)}
+                    assert found("reverse_step", arguments, **one, backend="cpu") == only("reverse_step", which)
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_results_written_past_the_caches(name):
+    arguments = given(name, (3, 700_001))
+    assert not any(found(name, arguments, backend="cpu"))
+    for which, place in itertools.product(WATCHED[name], (0, 5, 700_001, 2_100_002)):
+        one = {which: spoiled(arguments[which], place)}
+        assert found(name, arguments, **one, backend="cpu") == only(name, which)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in Triton's interpreter
+@pytest.mark.parametrize(
+    ("backend", "elements"), [*itertools.product(BACKENDS, (3, 40)), ("cpu", 2100), ("reference", 2100)]
+)
+@pytest.mark.parametrize("clip", [None, DynamicThreshold(0.9, 3.0)])
+def test_a_displacement_of_weighted_particles_counts_where_it_is_used(backend, clip, elements):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    arguments = given("propose_and_weigh", (4, elements)) | dict(clip=clip, backend=backend)
+    for row in range(4):
+        moved = spoiled(arguments["displacement"], row * elements)
+        for coefficients, used in ((NOISY, True), (STILL, False), (table(4), row % 2 == 0)):
+            one = dict(displacement=moved, coefficients=coefficients)
+            assert found("propose_and_weigh", arguments, **one) == [0, 0, int(used)]
+            one |= dict(x=spoiled(arguments["x"], row * elements))  # which counts in any case
+            assert found("propose_and_weigh", arguments, **one) == [1, 0, int(used)]
+    # of a displacement that is finite its multiple is not looked at
+    large = dict(displacement=torch.full((4, elements), 3e38), displacement_scale=10.0)
+    assert found("propose_and_weigh", arguments, **large) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", WATCHED)
+def test_values_count_in_the_type_of_the_arithmetic(name, backend):
+    for which in WATCHED[name]:
+        arguments = given(name, (2, 3))
+        if which != "x":
+            arguments[which] = spoiled(arguments[which].double(), 4, 1e300)
+            assert found(name, arguments, backend=backend) == only(name, which)
+        arguments = given(name, (2, 3), torch.float64)
+        arguments[which][1, 1] = 1e300
+        assert not any(found(name, arguments, backend=backend))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", WATCHED)
+def test_nothing_is_finite(name, backend, shape):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    assert not any(found(name, given(name, shape), backend=backend))
+
+
+# --- who sees the call --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["reverse_step", "predict_x0"])
+def test_derivatives_are_kept_and_take_no_other_pass(name, monkeypatch):
+    monkeypatch.delattr(torch, "aminmax")
+    arguments, gradients = given(name, (2, 3)), []
+    arguments["model_output"][0, 0] = math.inf
+    for flags in (None, flags_of(name)):
+        leaves = {which: arguments[which].clone().requires_grad_() for which in ("x", *WATCHED[name])}
+        result = getattr(ops, name)(**arguments | leaves, not_finite=flags)
+        gradients.append(torch.autograd.grad(result.sum(), list(leaves.values())))
+    assert flags.tolist() == only(name, "model_output")
+    assert all(map(torch.equal, *gradients))
+    flags.zero_()  # they were those of one call
+    getattr(ops, name)(**arguments | leaves)
+    assert not flags.any()
+
+
+@pytest.mark.parametrize("needs", [False, True])
+@pytest.mark.parametrize("name", WATCHED)
+def test_in_a_function_that_is_compiled_whole(name, needs):
+    if needs and name == "propose_and_weigh":
+        pytest.skip("no derivative")
+    arguments, flags = given(name, (2, 3)), flags_of(name)
+    call = getattr(ops, name)
+
+    def f(x, other, flags):
+        one = {"x": x, WATCHED[name][-1]: other}
+        result = call(**arguments | one, not_finite=flags)
+        return (result[0] if isinstance(result, tuple) else result) * 1
+
+    last = WATCHED[name][-1]
+    x, other = arguments["x"].requires_grad_(needs), spoiled(arguments[last], 4)
+    expected = f(x, other, flags)
+    assert flags.tolist() == only(name, last)
+    flags.zero_()
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    assert same(compiled(x, other, flags), expected)
+    assert flags.tolist() == only(name, last)
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_fake_flags(name):
+    arguments, call = given(name, (2, 3)), getattr(ops, name)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    result = call(**fake, not_finite=mode.from_tensor(flags_of(name)))
+    assert (result[0] if isinstance(result, tuple) else result).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"^not_finite: expected a FakeTensor, as .*, got torch\.int32"):
+        call(**fake, not_finite=flags_of(name))
+    call(**arguments, not_finite=mode.from_tensor(flags_of(name)))
+    with pytest.raises(ValueError, match=r"^x: expected a FakeTensor, as not_finite is, got torch\.float32"):
+        call(**arguments, not_finite=FakeTensorMode().from_tensor(flags_of(name)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", WATCHED)
+def test_inference_tensors_are_written_to_in_inference_mode_alone(name, backend):
+    with torch.inference_mode():
+        flags = flags_of(name)
+    call, arguments = partial(getattr(ops, name), backend=backend), given(name, (2, 3))
+    with pytest.raises(ValueError, match=r"not_finite: expected a tensor made outside of torch\.inference_mode"):
+        call(**arguments, not_finite=flags)
+    with torch.inference_mode():
+        call(**arguments | dict(x=arguments["x"] * math.nan), not_finite=flags)
+        assert flags.tolist() == only(name, "x")
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_memory_of_another_argument_or_result_is_refused(name):
+    arguments = given(name, (2, 3))
+    results = torch.empty(2, 3)
+    out = (results, torch.empty(2)) if name == "propose_and_weigh" else results
+    for other in (*(v for v in arguments.values() if isinstance(v, torch.Tensor) and v.numel() >= 3), results):
+        flags = other.view(-1)[: len(WATCHED[name])].view(torch.int32)
+        with pytest.raises(ValueError, match="not_finite: expected memory of its own"):
+            getattr(ops, name)(**arguments, out=out, not_finite=flags)
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_other_flags_are_refused_by_name(name):
+    number, arguments = len(WATCHED[name]), given(name, (2, 3))
+    whole = torch.zeros(2 * number, dtype=torch.int32)
+    others = (
+        (True, "a tensor, got bool"),
+        (whole[:number].float(), r"got torch.float32 \[{number}\] on cpu"),
+        (whole[:number].long(), r"got torch.int64"),
+        (whole[0], r"got torch.int32 \[\] on cpu"),
+        (whole[: number - 1], r"got torch.int32 \[{less}\] on cpu"),
+        (whole[:number, None], r"got torch.int32 \[{number}, 1\] on cpu"),
+        (whole[::2], r"got torch.int32 \[{number}\] on cpu, not contiguous"),
+        (whole[:1].expand(number), "not contiguous"),
+        (torch._neg_view(whole[:number]), "got torch.int32"),
+        (torch.zeros(number, dtype=torch.int32, device="meta"), "on cpu, got .* on meta"),
+    )
+    for flags, words in others:
+        kind = "" if flags is True else rf"a contiguous int32 tensor \[{number}\] .*"
+        match = "not_finite: expected " + kind + words.format(number=number, less=number - 1)
+        with pytest.raises((TypeError, ValueError), match=match):
+            getattr(ops, name)(**arguments, not_finite=flags)
