@@ -173,7 +173,12 @@ class Denoiser:
 
     def x0_hat(self, x: Tensor, level: Level, rows: Tensor | None = None) -> Tensor:
         """``E[x_0 | x_t]`` (Tweedie's formula) for ``x`` ``[N, *event]`` at one level; ``rows`` as in a call."""
-        output, base, scale = self.outputs(x, level, rows)
+        return self.convert(x, level, *self.outputs(x, level, rows))
+
+    def convert(
+        self, x: Tensor, level: Level, output: Tensor, base: Tensor | None, scale: Any, not_finite: Tensor | None = None
+    ) -> Tensor:
+        """``x0_hat`` from what `outputs` returned; ``not_finite`` as `fastguide.ops.predict_x0` has it."""
         return ops.predict_x0(
             x,
             output,
@@ -182,6 +187,7 @@ class Denoiser:
             unconditional=base,
             guidance_scale=scale,
             out=foreign.memory().like(x, output, base, scale),
+            not_finite=not_finite,
         )
 
     def check_level(self, level: Level) -> None:

@@ -6,9 +6,11 @@ more than most passes over it. A loop avoids them with a `Memory` of its own. A 
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from .arguments import traced, transformed
 __all__ = ["Memory"]
 
 _LEAST = 1 << 20  # bytes: smaller blocks mostly come from memory that the C library has kept
-_BLOCKS = 4  # kept at most: the state, the next, the network's copy and one more
+_BLOCKS = 8  # kept at most: the state, the next, x0_hat, the measurement, and four of a gradient on its way to x_t
 
 
 def _holders(block: torch.UntypedStorage) -> tuple[int, int]:
@@ -30,9 +32,10 @@ def _holders(block: torch.UntypedStorage) -> tuple[int, int]:
 _NOBODYS = deque([torch.UntypedStorage(1)])  # in a row as a `Memory`'s blocks, and held by nobody else
 
 
-def _large(x: Tensor) -> bool:
-    """Whether it is worth a thought: a large block on the CPU, seen by neither autograd nor a tracer."""
-    if not x.is_cpu or type(x) is not Tensor or x.nbytes < _LEAST or not x.is_contiguous():
+def _large(x: Tensor, size: int | None = None) -> bool:
+    """Whether it is worth a thought: a large block on the CPU, seen by neither autograd nor a tracer. ``size``: in
+    bytes, if it is not that of ``x``."""
+    if not x.is_cpu or type(x) is not Tensor or (x.nbytes if size is None else size) < _LEAST or not x.is_contiguous():
         return False
     return not (traced() or transformed() or (x.requires_grad and torch.is_grad_enabled()))
 
@@ -56,7 +59,12 @@ class Memory:
     def like(self, x: Tensor, *others: Any) -> Tensor | None:
         """Memory for a result like ``x`` that is made of it and of ``others``, tensors or not; None where torch's own
         is as good, or the result has a derivative."""
-        if not _large(x):
+        return self.shaped(x.shape, x, *others)
+
+    def shaped(self, shape: Sequence[int], x: Tensor, *others: Any) -> Tensor | None:
+        """The same for a result of another shape and the dtype of ``x``."""
+        size = math.prod(shape) * x.element_size()
+        if not _large(x, size):
             return None
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in others):
             return None
@@ -66,9 +74,9 @@ class Memory:
                 holders = _holders(block)
                 if alone is None:
                     alone = holders  # counted here and now: Python's versions and torch's compiler add some
-                elif holders == alone and block.nbytes() == x.nbytes and not block.is_shared():
-                    return torch.empty(0, dtype=x.dtype, device="cpu").set_(block, 0, x.shape, x.stride())
-            result = torch.empty_like(x)
+                elif holders == alone and block.nbytes() == size and not block.is_shared():
+                    return torch.empty(0, dtype=x.dtype, device="cpu").set_(block, 0, shape)  # type: ignore[call-overload]
+            result = torch.empty(shape, dtype=x.dtype, device="cpu")
             self._blocks.append(result.untyped_storage())
         return result
 
@@ -85,9 +93,9 @@ class Memory:
         return None if first is None or second is None else (first, second)
 
     def copy(self, x: Tensor) -> Tensor:
-        """``x.clone()``. The copy of a whole block has the block's memory until one of the two is written to, or asked
-        for an address to write to, as by numpy: most networks only read."""
-        if _large(x):
+        """``x.clone()``, with its derivative. The copy of a whole block has the block's memory until one of the two is
+        written to, or asked for an address to write to, as by numpy: most networks only read."""
+        if _large(x.detach()):
             storage = x.untyped_storage()
             if storage.nbytes() == x.nbytes and any(storage._cdata == block._cdata for block in self._blocks):
                 return torch._lazy_clone(x)

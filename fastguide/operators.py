@@ -11,6 +11,7 @@ pseudo-inverse and, where ``A A^T`` has a known eigenbasis, its spectrum, from w
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from . import arguments, ops
 from .arguments import flag, function, got, integer, number, one_of
-from .foreign import as_tensor, returned
+from .foreign import as_tensor, memory, returned
 from .ops._arguments import STATE_DTYPES, Scalar
 
 __all__ = [
@@ -454,11 +455,16 @@ class Inpainting(LinearOperator):
                 f"{list(x.shape)}"
             )
         self._check(x.shape[0])
-        return x.flatten(1).gather(1, self.index) if self.per_observation else x.flatten(1).index_select(1, self.index)
+        flat, out = x.flatten(1), memory().shaped((len(x), self.index.shape[-1]), x)
+        if self.per_observation:
+            return torch.gather(flat, 1, self.index, out=out)
+        return torch.index_select(flat, 1, self.index, out=out)
 
     def adjoint(self, y: Tensor) -> Tensor:
         y = self._measured("y", y)
-        flat = y.new_zeros(y.shape[0], int(torch.Size(self.event).numel()))
+        shape = len(y), math.prod(self.event)
+        flat = memory().shaped(shape, y)
+        flat = y.new_zeros(shape) if flat is None else flat.zero_()
         if self.per_observation and y.shape[0] == len(self.index):
             return flat.scatter_(1, self.index, y).reshape(-1, *self.event)
         self._check(y.shape[0])

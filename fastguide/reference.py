@@ -13,7 +13,7 @@ States are float16, bfloat16, float32 (arithmetic in float32) or float64 (in flo
 from .ops._arguments import PREDICTIONS, DynamicThreshold
 from .ops.gather_particles.reference import gather_particles_
 from .ops.log_prob_and_gradient.reference import FAMILIES, density_constant, log_factorials, log_prob_and_gradient
-from .ops.predict_x0.reference import output_from_x0, predict_x0, predict_x0_vjp, x0_from_output
+from .ops.predict_x0.reference import output_from_x0, predict_x0, predict_x0_vjp, x0_coefficients, x0_from_output
 from .ops.propose_and_weigh.reference import propose_and_weigh
 from .ops.randn.reference import philox, randn
 from .ops.resample.reference import SCHEMES, integer_weights, resample
@@ -51,5 +51,6 @@ __all__ = [
     "scaled",
     "solve_positive_part",
     "step_coefficients",
+    "x0_coefficients",
     "x0_from_output",
 ]

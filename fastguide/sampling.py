@@ -20,6 +20,7 @@ from .checkpoints import Checkpoint, saved_seed
 from .denoiser import Denoiser
 from .guidance.base import Run, Schedulable, State, per_step
 from .guidance.plain import Plain
+from .guidance.watch import STATE
 from .likelihoods import Likelihood
 from .modules import warn_of_training
 from .ops._arguments import STATE_DTYPES, Clip, unpacked_clip
@@ -210,7 +211,7 @@ class Loop:
                 break
         with torch.set_grad_enabled(run.differentiable):
             x = state.x.view(run.shape)
-        run.watch.finite(run.steps - 1, "sample", x)
+        run.watch.finite(run.steps, STATE, x)
         if not self.weighted:
             return x, None, None, None, None
         assert state.log_weights is not None

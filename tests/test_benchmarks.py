@@ -288,7 +288,7 @@ def test_another_checkout_is_counted_and_timed_in_its_own_process(capsys, tmp_pa
     found = {figure["name"]: figure["value"] for figure in entry["figures"]}
     assert found["time of the processor, theirs over ours"] > 0
     assert found["ours of theirs"] == found["bytes per element and step"] / found["there"]
-    for operation in ("propose_and_weigh", "predict_x0_backward", "gather_particles_", "add"):
+    for operation in ("propose_and_weigh", "predict_x0", "gather_particles_", "add"):
         assert found[f"here: {operation}"] == found[f"there: {operation}"] > 0
 
 

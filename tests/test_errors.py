@@ -503,10 +503,68 @@ def test_a_network_that_diverges_is_reported_by_name(covariance):
     prior = Denoiser(lambda x, t: x * math.nan, SCHEDULE, "v")
     check(
         FloatingPointError,
-        "net: expected finite values, got NaN at step 0",
+        "net: expected finite values, got NaN or infinity at step 0",
         prior=prior,
         guidance=TDS(LIKELIHOOD, 2, covariance=covariance),
     )
+
+
+OVERFLOWS = {
+    "DPS": (DPS(LIKELIHOOD, zeta=[0.0, 0.0, 1e39, 0.0]), {}, 2),
+    "PiGDM": (PiGDM(LIKELIHOOD, zeta=[0.0, 0.0, 1e39, 0.0]), {}, 2),
+    "TDS": (TDS(Callable(lambda x0: 5e4 * x0.sum(1)), 4, covariance="point"), {"dtype": torch.float16}, 0),
+    "FK": (FK(lambda x0: 5e4 * x0.sum(1), 4, proposal="guided", covariance="point"), {"dtype": torch.float16}, 0),
+    "last step": (DPS(LIKELIHOOD, zeta=[0.0, 0.0, 0.0, 1e39]), {}, 3),
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_a_step_that_overflows_blames_no_function(name):
+    guidance, options, step = OVERFLOWS[name]
+    check(
+        FloatingPointError,
+        f"x: expected finite values, got (NaN or infinity|an infinite value|NaN) at step {step}. It overflowed",
+        guidance=guidance,
+        **options,
+    )
+
+
+def test_a_start_that_overflows_blames_no_function():
+    prior = Denoiser(lambda x, t: x, schedules.edm(sigma_max=1e6), "sample")
+    message = "x: expected finite values, got NaN or infinity in the prior's noise. It overflowed"
+    for guidance in (None, DPS(LIKELIHOOD), PnP(LIKELIHOOD), TDS(LIKELIHOOD, 4), FK(reward, 4)):
+        check(FloatingPointError, message, prior=prior, guidance=guidance, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("name", ["net", "unconditional"])
+@pytest.mark.parametrize("guidance", [DPS(LIKELIHOOD), PnP(LIKELIHOOD), TDS(LIKELIHOOD, 4), FK(reward, 4)])
+def test_the_one_of_two_networks_that_diverges_is_named(name, guidance):
+    nets = {"net": lambda x, t: x, "unconditional": lambda x, t: x}
+    nets[name] = lambda x, t: x / (x * 0.0)
+    prior = Denoiser(nets["net"], SCHEDULE, "v", unconditional=nets["unconditional"], guidance_scale=0.5)
+    check(FloatingPointError, f"^{name}: expected finite values, got .* at step 0", prior=prior, guidance=guidance)
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    """A square root's at 0."""
+
+    def root(x0):
+        return (x0 * 0.0).abs().sqrt().sum(1) + x0.sum(1)
+
+    for guidance in (
+        DPS(Callable(root), normalize=False, zeta=0.1),
+        TDS(Callable(root), 4, covariance="point"),
+        FK(root, 4, proposal="guided", covariance="point"),
+    ):
+        check(FloatingPointError, r"^gradient of the net or the (likelihood|reward): expected", guidance=guidance)
+
+
+def test_a_network_whose_output_does_not_depend_on_x_is_refused_where_a_gradient_is_needed():
+    weight = torch.ones((), requires_grad=True)
+    prior = Denoiser(lambda x, t: weight * x.detach(), SCHEDULE, "v")
+    message = "net: expected an output that depends on x, got one that autograd cannot follow to it"
+    for guidance in (DPS(LIKELIHOOD), PiGDM(LIKELIHOOD), TDS(LIKELIHOOD, 4)):
+        check(ValueError, message, prior=prior, guidance=guidance)
 
 
 def test_one_dead_particle_is_no_error():
@@ -608,5 +666,5 @@ def test_a_checkpoint_of_a_start_that_requires_a_gradient_is_refused(tmp_path):
 
 def test_an_unconditional_network_that_is_not_finite_is_named():
     denoiser = Denoiser(lambda x, t: x, SCHEDULE, unconditional=lambda x, t: x * math.nan, guidance_scale=2.0)
-    with pytest.raises(FloatingPointError, match=r"^net or unconditional: expected finite values"):
+    with pytest.raises(FloatingPointError, match=r"^net or unconditional: expected finite values, got .* at step 0"):
         sample(denoiser)

@@ -23,11 +23,11 @@ from ..likelihoods import Likelihood
 from ..operators import Function, LinearOperator, Operator, Pairs
 from ..ops._arguments import Clip, Coefficients, IntOrTensor, Scalar
 from ..profiling import phase
-from ..reference import scaled, step_coefficients
+from ..reference import scaled, step_coefficients, x0_coefficients
 from ..schedules import Level
 from ..schedules import Schedulable as Schedulable
 from ..schedules import per_step as per_step
-from .watch import Watch
+from .watch import STATE, Watch
 
 STREAM_INITIAL, STREAM_RESAMPLE, STREAM_RENOISE = 1, 2, 3  # 0, the operations' default, is the steps' noise
 
@@ -168,10 +168,12 @@ class Run:
         displacement_scale: Scalar = 1.0,
         prediction: str = "sample",
         return_x0: bool = False,
-        not_finite: Tensor | None = None,
+        blamed: tuple[str, str] = ("x0_hat", ""),
     ) -> Any:
-        """Step ``i`` from a predicted clean sample, or another ``prediction``, clipped as the run says."""
+        """Step ``i`` from a predicted clean sample, or another ``prediction``, clipped as the run says. ``blamed``: the
+        functions that ``x0_hat`` and ``displacement`` came from, for an error where they are not finite."""
         coefficients = self.coefficients(i, tau)
+        not_finite = self.watch.flags(i, self.device, STATE, *blamed)
 
         def draw(
             counter: dict[str, Any],
@@ -214,62 +216,68 @@ class Run:
                 tensor[low:high] = part
         return whole
 
+    def convert(self, x: Tensor, i: int, outputs: tuple[Tensor, Tensor | None, Any]) -> Tensor:
+        """``E[x_0 | x_t]`` from `Denoiser.outputs`, without a graph."""
+        with torch.no_grad():
+            not_finite = self.watch.flags(i, self.device, "net", "unconditional")
+            return self.denoiser.convert(x, self.levels[i], *outputs, not_finite)
+
     def x0_hat(self, x: Tensor, i: int) -> Tensor:
         """``E[x_0 | x_t]`` at level ``i``, without a graph."""
+
+        def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor]:
+            return (self.convert(x, i, self.denoiser.outputs(x, self.levels[i], rows)),)
+
         with torch.no_grad(), phase("network"):
-            x0_hat = self.in_chunks(lambda rows, chunk: (self.denoiser.x0_hat(chunk, self.levels[i], rows),), x)[0]
-        self.watch.finite(i, self.denoiser.blamed, x0_hat)
-        return x0_hat
+            return self.in_chunks(chunk, x)[0]
 
     def likelihood_score(
-        self, likelihood: Likelihood, covariance: str, x: Tensor, i: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``x0_hat``, its shift ``C_t A^T grad_z log p~``, ``log p~(y | x_t)`` ``[n]`` and the norm of ``grad_z``
-        ``[n]``.
-
-        ``p~`` approximates ``p(y | x_t)`` with the covariance named; ``z = A x0_hat``. The shift is
-        ``(sigma_t^2 / alpha_t)`` times the gradient in ``x_t``, through the network.
+        self, likelihood: Likelihood, covariance: str, x: Tensor, i: int, norm: bool = False
+    ) -> tuple[Tensor, ...]:
+        """``x0_hat``; the gradient of ``log p~(y | x_t)`` in ``x_t``, through the network; ``log p~(y | x_t)`` ``[n]``;
+        and with ``norm`` that of its gradient in ``z = A x0_hat``, ``[n]``. ``p~`` approximates ``p(y | x_t)`` with the
+        covariance named. `shift_scale` times the gradient is the shift of ``x0_hat``, ``C_t A^T grad_z log p~``.
         """
         score = moment_score if covariance == "moment" else direct_score
-        spread = isotropic_variance(self.levels[i]) if covariance == "isotropic" else 0.0
+        spread = {
+            "point": 0.0, "isotropic": isotropic_variance(self.levels[i]), "moment": self.shift_scale(i)
+        }[covariance]  # fmt: skip
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, ...]:
             pull_back = PullBack(self, x, i, rows)
             with phase("gradient"):
                 own = likelihood.at(rows)
                 scale = own.scale_at(self.levels[i].t)
-                shift, log_prob, gradient = score(pull_back, own, own.y, scale, spread)
-                return (
-                    pull_back.x0.detach().to(x.dtype),
-                    shift.to(x.dtype),
-                    log_prob,
-                    gradient.flatten(1).norm(dim=1),
-                )
+                gradient, log_prob, in_z = score(pull_back, own, own.y, scale, spread)
+                more = (in_z.flatten(1).norm(dim=1),) if norm else ()
+                return pull_back.x0_hat, gradient, log_prob, *more
 
-        x0_hat, shift, log_prob, norm = self.in_chunks(chunk, x)
+        x0_hat, gradient, log_prob, *more = self.in_chunks(chunk, x)
         if isinstance(likelihood, CallableLikelihood):  # -inf has no gradient
-            shift = torch.where(per_sample(log_prob, shift) == -math.inf, 0.0, shift)
-        self.watch.finite(i, self.denoiser.blamed, x0_hat)
+            gradient = torch.where(per_sample(log_prob, gradient) == -math.inf, 0.0, gradient)
         self._watch_log_prob(i, likelihood, log_prob)
-        self.watch.finite(i, f"gradient of the net or the {likelihood.blamed}", shift)
-        return x0_hat, shift, log_prob, norm
+        return x0_hat, gradient, log_prob, *more
+
+    def shift_scale(self, i: int) -> float:
+        """What turns a gradient in ``x_t``, as `PullBack` has it, into the shift of ``x0_hat``."""
+        t = self.levels[i]
+        return isotropic_variance(t) if self.vanishing(i) else t.sigma**2 / t.alpha
 
     def likelihood_value(self, likelihood: Likelihood, covariance: str, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
         """``x0_hat`` and ``log p~(y | x_t)`` alone, without a derivative; not for ``"moment"``, which is made of
         them."""
         level = self.levels[i]
-        scale = likelihood.scale_at(self.levels[i].t)
+        scale = likelihood.scale_at(level.t)
         spread = isotropic_variance(level) if covariance == "isotropic" else 0.0
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             with phase("network"):
-                x0_hat = self.denoiser.x0_hat(x, level, rows)
+                x0_hat = self.convert(x, i, self.denoiser.outputs(x, level, rows))
             with phase("weights"):
                 return x0_hat, likelihood.value(x0_hat.to(self.compute_dtype), rows, scale, spread)
 
         with torch.no_grad():
             x0_hat, log_prob = self.in_chunks(chunk, x)
-        self.watch.finite(i, self.denoiser.blamed, x0_hat)
         self._watch_log_prob(i, likelihood, log_prob)
         return x0_hat, log_prob
 
@@ -297,34 +305,54 @@ def isotropic_variance(level: Level) -> Any:
     return level.sigma**2 / (level.alpha**2 + level.sigma**2)
 
 
+def gradient_blamed(likelihood: Any) -> str:
+    """Whose value a gradient in ``x_t`` is, for an error."""
+    return f"gradient of the net or the {getattr(likelihood, 'blamed', 'reward')}"
+
+
 class PullBack:
-    """``x0_hat(x_t)`` with its graph, and ``v -> C_t v = (sigma_t^2 / alpha_t) (d x0_hat / d x_t)^T v``, the
-    second-order Tweedie covariance (Boys et al. 2023) times a vector.
+    """``x0_hat(x_t)``, and ``v -> (d x0_hat / d x_t)^T v`` through the network's graph. `Run.shift_scale` times that is
+    ``C_t v``, the second-order Tweedie covariance (Boys et al. 2023) times a vector.
 
     As ``alpha_t`` tends to 0 the state says nothing of ``x_0`` and the Jacobian vanishes; divided by ``alpha_t``, what
     is left of a network's is its error. Where ``alpha_t < 0.001 sigma_t`` the limit is taken instead: ``C_t`` is the
-    isotropic model's, ``r_t^2 I = I``, that of unit-variance data.
+    isotropic model's, ``r_t^2 I = I``, that of unit-variance data, and a vector stays what it is.
     """
 
     def __init__(self, run: Run, x: Tensor, i: int, rows: Tensor):
-        self.x = x.detach().requires_grad_()
-        self.level, self.vanishing = run.levels[i], run.vanishing(i)
+        level, denoiser = run.levels[i], run.denoiser
+        self._x = x.detach().requires_grad_(not run.vanishing(i))
         with torch.enable_grad(), phase("network"):
-            self.x0 = run.denoiser.x0_hat(self.x, self.level, rows).to(run.compute_dtype)
-        if not self.x0.requires_grad:
-            raise ValueError("net: expected a network that autograd can differentiate, got an output without a graph")
+            output, base, scale = denoiser.outputs(self._x, level, rows)
+        self.x0_hat = run.convert(x.detach(), i, (output, base, scale))
+        self.x0 = self.x0_hat.to(run.compute_dtype)
+        factors: Any = x0_coefficients(denoiser.prediction, level.alpha, level.sigma)
+        self._of_x, factor = factors
+        self._outputs = [(output, factor)] if base is None else [(output, factor * scale), (base, factor * (1 - scale))]
 
-    def __call__(self, output: Tensor, v: Tensor, retain_graph: bool = False) -> Tensor:
-        """``C_t`` times the pull-back of ``v`` from ``output`` (a function of ``x0``) to ``x0``; ``[n, *event]``."""
-        if self.vanishing:
-            (g,) = torch.autograd.grad(output, self.x0, v, retain_graph=retain_graph)
-            return scaled(g, isotropic_variance(self.level))
-        (g,) = torch.autograd.grad(output, self.x, v, retain_graph=retain_graph)
-        return scaled(g, self.level.sigma**2 / self.level.alpha)
+    def __call__(self, v: Tensor, retain_graph: bool = False) -> Tensor:
+        """Of ``v`` ``[n, *event]``, in new memory."""
+        memory = foreign.memory()
+        if not self._x.requires_grad:
+            return memory.copy(v)
+        with torch.no_grad():
+            given = [weighted(v, factor, memory.like(v)).to(output.dtype) for output, factor in self._outputs]
+        outputs = [output for output, _ in self._outputs]
+        (through,) = torch.autograd.grad(outputs, self._x, given, retain_graph=retain_graph, allow_unused=True)
+        if through is None:
+            raise ValueError("net: expected an output that depends on x, got one that autograd cannot follow to it")
+        with torch.no_grad():
+            out = None if retain_graph else memory.like(v)  # many results would push the loop's blocks out
+            return torch.add(through, v, alpha=self._of_x, out=out)
+
+
+def weighted(v: Tensor, factor: Scalar, out: Tensor | None) -> Tensor:
+    """``v`` times a number, or a number for each sample."""
+    return torch.mul(v, per_sample(factor, v) if isinstance(factor, Tensor) and factor.ndim else factor, out=out)
 
 
 def measure(likelihood: Likelihood, x0: Tensor) -> Tensor:
-    """``A x0`` with its graph."""
+    """``A x0`` with its graph to ``x0``."""
     with torch.enable_grad():
         z = likelihood.operator(x0)
     if not z.requires_grad:
@@ -344,41 +372,44 @@ def own_adjoint(operator: Operator) -> Callable[[Tensor], Tensor] | None:
 def direct_score(
     pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float | Tensor, spread: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of ``log p~`` in ``x_t``, ``log p~`` ``[n]`` and its gradient in ``z``."""
     x0, adjoint = pull_back.x0, own_adjoint(likelihood.operator)
     if adjoint is None:
+        x0 = x0.detach().requires_grad_()
         z = measure(likelihood, x0)
         log_prob, gradient = likelihood.log_prob_and_gradient(z.detach(), y, scale, spread)
-        return pull_back(z, gradient.to(z.dtype)), log_prob, gradient
-    with torch.no_grad():
-        z = likelihood.operator(x0.detach())
-        log_prob, gradient = likelihood.log_prob_and_gradient(z, y, scale, spread)
-        back = adjoint(gradient.to(z.dtype))
-    return pull_back(x0, back.to(x0.dtype)), log_prob, gradient
+        (back,) = torch.autograd.grad(z, x0, gradient.to(z.dtype))
+    else:
+        with torch.no_grad():
+            z = likelihood.operator(x0)
+            log_prob, gradient = likelihood.log_prob_and_gradient(z, y, scale, spread)
+            back = adjoint(gradient.to(z.dtype)).to(x0.dtype)
+    return pull_back(back), log_prob, gradient
 
 
 def moment_score(
     pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float | Tensor, spread: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pull-back per measurement gives the columns of ``C_t A^T``; the gradient is a combination of them."""
+    """The same; one pull-back per measurement gives the columns of ``C_t A^T``, but for their factor ``spread``, and
+    the gradient is a combination of them."""
     linear, x0 = likelihood.operator, pull_back.x0
     assert isinstance(linear, LinearOperator)  # as `supports` has made sure of
     with torch.no_grad():
-        z = linear(x0.detach()).clone()  # the operator's next call may return the same memory; so may the calls below
+        z = linear(x0).clone()  # the operator's next call may return the same memory; so may the calls below
         m = z[0].numel()
         units = torch.eye(m, dtype=z.dtype, device=z.device).reshape(m, *z.shape[1:])
         # Of A, or where samples have their own A the rows of each.
         one = linear.observations is None
         rows = linear.adjoint(units) if one else [linear.adjoint(u.expand_as(z)).clone() for u in units]
-    # Contiguous: a network's backward pass would carry the zero strides through all its operations.
-    columns = [pull_back(x0, row.expand_as(x0).contiguous(), retain_graph=j + 1 < m) for j, row in enumerate(rows)]
-    with torch.no_grad():
-        gram = torch.stack([linear(c.to(z.dtype)).flatten(1).clone() for c in columns], dim=2)
+        # Contiguous: a network's backward pass would carry the zero strides through all its operations.
+        columns = [pull_back(row.expand_as(x0).contiguous(), retain_graph=j + 1 < m) for j, row in enumerate(rows)]
+        gram = scaled(torch.stack([linear(c.to(z.dtype)).flatten(1).clone() for c in columns], dim=2), spread)
         log_prob, gradient = likelihood.moment(z, y, scale, gram)  # type: ignore[attr-defined]
         weights = gradient.flatten(1).to(columns[0].dtype)
-        shift = columns[0] * per_sample(weights[:, 0], columns[0])
+        in_x = columns[0].mul_(per_sample(weights[:, 0], columns[0]))
         for j, column in enumerate(columns[1:], start=1):
-            shift.addcmul_(column, per_sample(weights[:, j], column))
-    return shift, log_prob, gradient
+            in_x.addcmul_(column, per_sample(weights[:, j], column))
+    return in_x, log_prob, gradient
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from .base import (
     check_covariance,
     default_covariance,
     entry,
+    gradient_blamed,
     per_step,
     prepare_likelihood,
 )
@@ -67,17 +68,27 @@ class DPS:
 
     def step(self, run: Run, state: State, i: int) -> State:
         assert self.covariance is not None
-        x0_hat, shift, _, norm = run.likelihood_score(self.likelihood, self.covariance, state.x, i)
+        x0_hat, gradient, _, *norm = run.likelihood_score(
+            self.likelihood, self.covariance, state.x, i, norm=self.normalize
+        )
         with phase("step"):
             scale = self._weight(run, i)
             if self.normalize:
-                scale = scale * torch.where(norm > 0, 2.0 / norm, 0.0)
-            x = run.reverse_step(state.x, x0_hat, i, displacement=shift, displacement_scale=scale)
+                length = norm[0].double()  # its inverse may be beyond float32
+                scale = scale * torch.where(length > 0, 2.0 / length, 0.0)
+            x = run.reverse_step(
+                state.x,
+                x0_hat,
+                i,
+                displacement=gradient,
+                displacement_scale=scale,
+                blamed=("x0_hat", gradient_blamed(self.likelihood)),
+            )
             return State(x, x0_hat=x0_hat)
 
     def _weight(self, run: Run, i: int) -> Scalar:
-        """Of the shift, which is ``sigma_t^2 / alpha_t`` times the gradient."""
+        """Of the gradient, as `PullBack` has it."""
         if isinstance(self.zeta, str):
-            return run.x0_weight(i)
+            return run.x0_weight(i) * run.shift_scale(i)
         level = run.levels[i]
-        return entry(self.zeta, i) * level.alpha / level.sigma**2
+        return entry(self.zeta, i) * level.alpha / level.sigma**2 * run.shift_scale(i)

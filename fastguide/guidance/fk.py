@@ -17,7 +17,6 @@ from ..arguments import as_float, got, integer, one_of
 from ..likelihoods import Likelihood
 from ..ops._arguments import Coefficients, Scalar
 from ..profiling import phase
-from ..reference import scaled
 from .base import (
     PullBack,
     Run,
@@ -26,6 +25,7 @@ from .base import (
     check_covariance,
     default_covariance,
     entry,
+    gradient_blamed,
     per_sample,
     per_step,
     prepare_likelihood,
@@ -157,14 +157,14 @@ class FK:
         return i == run.steps or i in self.resample_steps
 
     def _propose(self, run: Run, state: State, log_weights: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        x0_hat = state.particles["x0_hat"]
         if self.proposal == "base":
-            return run.reverse_step(state.x, x0_hat, i), log_weights
+            return run.reverse_step(state.x, state.particles.pop("x0_hat"), i), log_weights
         if self.proposal == "guided":
-            return propose_guided(run, state, log_weights, i)
+            return propose_guided(run, state, log_weights, i, gradient_blamed(self.reward), entry(self.strength, i))
         assert callable(self.proposal)
         coefficients: Coefficients = run.coefficients(i)
         counter = {name: run.counter(i)[name] for name in ("seed", "step")}
+        x0_hat = state.particles.pop("x0_hat")
         proposed = foreign.call(self.proposal, state.x, x0_hat, coefficients, **counter)
         if not isinstance(proposed, tuple) or len(proposed) != 2:
             raise TypeError(f"proposal: expected it to return (x_s, log_ratio), got {type(proposed).__name__}")
@@ -181,7 +181,7 @@ class FK:
         weighs, last = self._weighs(run, i), i == run.steps
         found = {"x0_hat": x, "reward": self._final_reward(run, x)} if last else self._evaluate(run, x, i, weighs)
         if not weighs:
-            kept = {name: value for name, value in old.items() if name not in ("x0_hat", "shift")}
+            kept = {name: value for name, value in old.items() if name not in ("x0_hat", "gradient")}
             return State(x, log_weights, {**found, **kept})
         with phase("weights"):
             dead = old["log_product"] == -math.inf
@@ -199,22 +199,19 @@ class FK:
             return State(x, log_weights + log_potential.reshape(log_weights.shape), found)
 
     def _evaluate(self, run: Run, x: Tensor, i: int, weighs: bool) -> dict[str, Tensor]:
-        """``x0_hat``; its shift for the guided proposal; its reward where the level has a potential."""
+        """``x0_hat``; its reward where the level has a potential; the reward's gradient for the guided proposal."""
         guided = self.proposal == "guided"
         if not (weighs or guided):
             return {"x0_hat": run.x0_hat(x, i)}
-        shift = None
+        gradient = None
         if isinstance(self.reward, Likelihood):
             assert self.covariance is not None
             if guided or self.covariance == "moment":
-                x0_hat, shift, reward, _ = run.likelihood_score(self.reward, self.covariance, x, i)
-                shift = scaled(shift, entry(self.strength, i))
+                x0_hat, gradient, reward = run.likelihood_score(self.reward, self.covariance, x, i)
             else:
                 x0_hat, reward = run.likelihood_value(self.reward, self.covariance, x, i)
         elif guided:
-            x0_hat, shift, reward = run.in_chunks(lambda rows, x: self._reward_score(run, x, i, rows), x)
-            run.watch.finite(i, run.denoiser.blamed, x0_hat)
-            run.watch.finite(i, "gradient of the net or the reward", shift)
+            x0_hat, gradient, reward = run.in_chunks(lambda rows, x: self._reward_score(run, x, i, rows), x)
         else:
             x0_hat = run.x0_hat(x, i)
             reward = self._reward(run, x0_hat, i)
@@ -222,22 +219,23 @@ class FK:
         if weighs:
             found["reward"] = reward
         if guided:
-            assert shift is not None
-            found["shift"] = shift
+            assert gradient is not None
+            found["gradient"] = gradient
         return found
 
     def _reward_score(self, run: Run, x: Tensor, i: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pull_back = PullBack(run, x, i, rows)
         with phase("gradient"):
             with torch.enable_grad():
-                reward = self._call_reward(run, pull_back.x0, i)
+                x0 = pull_back.x0.detach().requires_grad_()
+                reward = self._call_reward(run, x0, i)
             if not reward.requires_grad:
                 raise ValueError("reward: expected one that autograd can differentiate for the guided proposal")
-            shift = pull_back(reward, scaled(torch.ones_like(reward), entry(self.strength, i)))
-            reward = reward.detach()
+            (back,) = torch.autograd.grad(reward, x0, torch.ones_like(reward))
+            gradient, reward = pull_back(back), reward.detach()
             # What a reward of NaN or -inf has for a gradient guides nobody.
-            shift = torch.where(per_sample(reward > -math.inf, shift).bool(), shift, 0.0)
-            return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype), reward
+            gradient = torch.where(per_sample(reward > -math.inf, gradient).bool(), gradient, 0.0)
+            return pull_back.x0_hat, gradient, reward
 
     def _reward(self, run: Run, x0: Tensor, i: int) -> Tensor:
         with torch.no_grad(), phase("weights"):

@@ -86,14 +86,15 @@ class LatentPnP:
         assert self._pnp is not None
         z0_hat = run.x0_hat(state.x, i)
         with torch.no_grad(), phase("solve"):
-            if self.encoder is None:
-                z0 = self._pnp.data_step(run, z0_hat, i)
-            else:
-                image = self._coded(run, "decoder", z0_hat, i)
-                z0 = self._coded(run, "encoder", self._pnp.data_step(run, image, i), i)
+            start = z0_hat if self.encoder is None else self._coded(run, "decoder", z0_hat, i)
+            z0 = self._pnp.data_step(run, start, i)
+            run.watch.finite(i, self._pnp.likelihood.blamed, z0)
+            if self.encoder is not None:
+                z0 = self._coded(run, "encoder", z0, i)
         with phase("step"):
             if self.gamma is None:
-                x = run.reverse_step(state.x, z0, i, tau=self._pnp.fresh_noise(run, i))
+                tau, blamed = self._pnp.fresh_noise(run, i), self._pnp.likelihood.blamed
+                x = run.reverse_step(state.x, z0, i, tau=tau, blamed=(blamed, ""))
             else:
                 x = self._stochastic_resample(run, state.x, z0_hat, z0, i)
             return State(x, x0_hat=z0_hat)

@@ -13,6 +13,7 @@ from ..arguments import number, one_of
 from ..profiling import phase
 from ..reference import SCHEMES
 from .base import STREAM_RESAMPLE, Run, State
+from .watch import STATE
 
 
 def check_particles(run: Run, resampler: str, ess_threshold: float | None, guided: bool) -> None:
@@ -51,9 +52,13 @@ def resample_particles(
     return ancestors, log_weights, ess
 
 
-def propose_guided(run: Run, state: State, log_weights: Tensor, i: int) -> tuple[Tensor, Tensor]:
-    """``x_s ~ N(m_y, tau^2)`` and the log-weights with ``log N(x_s; m, tau^2) - log N(x_s; m_y, tau^2)`` added."""
-    coefficients = run.coefficients(i)
+def propose_guided(
+    run: Run, state: State, log_weights: Tensor, i: int, blamed: str, strength: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """``x_s ~ N(m_y, tau^2)`` and the log-weights with ``log N(x_s; m, tau^2) - log N(x_s; m_y, tau^2)`` added.
+    ``blamed``: whose value the gradient is, which ``strength`` multiplies."""
+    coefficients, scale = run.coefficients(i), run.x0_weight(i) * run.shift_scale(i) * strength
+    not_finite = run.watch.flags(i, run.device, STATE, "x0_hat", blamed)
 
     def draw(
         counter: dict[str, Any], x: Tensor, x0_hat: Tensor, displacement: Tensor, log_weights: Tensor
@@ -61,11 +66,13 @@ def propose_guided(run: Run, state: State, log_weights: Tensor, i: int) -> tuple
         x_s = run.memory(x)
         out = None if x_s is None else (x_s, torch.empty_like(log_weights))
         return ops.propose_and_weigh(
-            x, x0_hat, displacement, log_weights, coefficients, clip=run.clip, displacement_scale=run.x0_weight(i),
-            out=out, **counter,
+            x, x0_hat, displacement, log_weights, coefficients, clip=run.clip, displacement_scale=scale, out=out,
+            not_finite=not_finite, **counter,
         )  # fmt: skip
 
-    return run.with_counters(i, draw, state.x, state.particles["x0_hat"], state.particles["shift"], log_weights)
+    # Taken out, so that their memory is free for those of the next level.
+    x0_hat, gradient = state.particles.pop("x0_hat"), state.particles.pop("gradient")
+    return run.with_counters(i, draw, state.x, x0_hat, gradient, log_weights)
 
 
 def on_the_way(run: Run, log_prob: Tensor) -> Tensor:

@@ -13,7 +13,17 @@ from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator, solve_with_noise
 from ..ops._arguments import Scalar
 from ..profiling import phase
-from .base import PullBack, Run, Schedulable, State, entry, isotropic_variance, per_step, prepare_likelihood
+from .base import (
+    PullBack,
+    Run,
+    Schedulable,
+    State,
+    entry,
+    gradient_blamed,
+    isotropic_variance,
+    per_step,
+    prepare_likelihood,
+)
 
 
 @dataclass(frozen=True)
@@ -54,16 +64,20 @@ class PiGDM:
             pull_back = PullBack(run, x, i, rows)
             with phase("gradient"):
                 with torch.no_grad():
-                    v = self.vector(pull_back.x0.detach(), self.likelihood.at(rows), run.levels[i].t, spread)
-                shift = pull_back(pull_back.x0, v / spread)
-                return pull_back.x0.detach().to(x.dtype), shift.to(x.dtype)
+                    v = self.vector(pull_back.x0, self.likelihood.at(rows), run.levels[i].t, spread)
+                return pull_back.x0_hat, pull_back(v)
 
-        x0_hat, shift = run.in_chunks(chunk, state.x)
-        run.watch.finite(i, run.denoiser.blamed, x0_hat)
-        run.watch.finite(i, self.likelihood.blamed, shift)
+        x0_hat, gradient = run.in_chunks(chunk, state.x)
         with phase("step"):
-            scale = entry(self.zeta, i) * run.x0_weight(i)
-            x = run.reverse_step(state.x, x0_hat, i, displacement=shift, displacement_scale=scale)
+            scale = entry(self.zeta, i) * run.x0_weight(i) * run.shift_scale(i) / spread
+            x = run.reverse_step(
+                state.x,
+                x0_hat,
+                i,
+                displacement=gradient,
+                displacement_scale=scale,
+                blamed=("x0_hat", gradient_blamed(self.likelihood)),
+            )
             return State(x, x0_hat=x0_hat)
 
     @staticmethod

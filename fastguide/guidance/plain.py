@@ -24,7 +24,6 @@ class Plain:
         denoiser, level = run.denoiser, run.levels[i]
         with torch.set_grad_enabled(run.differentiable), phase("network"):
             (output,) = run.in_chunks(lambda rows, x: (denoiser(x, level, rows),), state.x)
-        flag = run.watch.flag(i, denoiser.blamed, run.device)
         with torch.set_grad_enabled(run.differentiable), phase("step"):
             result = run.reverse_step(
                 state.x,
@@ -32,6 +31,6 @@ class Plain:
                 i,
                 prediction=denoiser.prediction,
                 return_x0=run.keep_x0_hat,
-                not_finite=flag,
+                blamed=(denoiser.blamed, ""),
             )
         return State(result[0], x0_hat=result[1]) if run.keep_x0_hat else State(result)

@@ -92,7 +92,8 @@ class PnP:
         with phase("solve"):
             x0 = self.data_step(run, x0_hat, i)
         with phase("step"):
-            return State(run.reverse_step(state.x, x0, i, tau=self.fresh_noise(run, i)), x0_hat=x0_hat)
+            x = run.reverse_step(state.x, x0, i, tau=self.fresh_noise(run, i), blamed=(self.likelihood.blamed, ""))
+            return State(x, x0_hat=x0_hat)
 
     def fresh_noise(self, run: Run, i: int) -> float:
         return run.levels[i + 1].sigma * entry(self.zeta, i) ** 0.5
@@ -108,9 +109,7 @@ class PnP:
             x = solve(own, x0.to(run.compute_dtype), own.y, scale, rho, self.solver, iterations)
             return (x.to(x0.dtype),)
 
-        x0 = run.in_chunks(chunk, x0_hat)[0]
-        run.watch.finite(i, self.likelihood.blamed, x0)
-        return x0
+        return run.in_chunks(chunk, x0_hat)[0]
 
 
 def choose_solver(likelihood: Likelihood, solver: str) -> str:

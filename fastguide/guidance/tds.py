@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
 from ..profiling import phase
-from .base import Run, State, check_covariance, default_covariance, prepare_likelihood
+from .base import Run, State, check_covariance, default_covariance, gradient_blamed, prepare_likelihood
 from .particles import check_particles, log_ratio, on_the_way, propose_guided, resample_particles
 
 
@@ -48,7 +49,7 @@ class TDS:
     def step(self, run: Run, state: State, i: int) -> State:
         ancestors, log_weights, ess = resample_particles(run, state, i, self.resampler, self.ess_threshold)
         with phase("step"):
-            x, log_weights = propose_guided(run, state, log_weights, i)
+            x, log_weights = propose_guided(run, state, log_weights, i, gradient_blamed(self.likelihood))
         if i + 1 < run.steps:
             twist = self._twist(run, x, i + 1)
         else:  # x is x_0: the exact likelihood
@@ -59,8 +60,10 @@ class TDS:
         return State(x, log_weights, twist, ess, ancestors)
 
     def _twist(self, run: Run, x: Tensor, i: int) -> dict[str, Tensor]:
-        """``x0_hat``, its guided shift and ``log p~(y | x_t)``: one evaluation of the network serves the weight of this
+        """``x0_hat``, ``log p~(y | x_t)`` and its gradient: one evaluation of the network serves the weight of this
         step and the proposal of the next."""
         assert self.covariance is not None
-        x0_hat, shift, log_prob, _ = run.likelihood_score(self.likelihood, self.covariance, x, i)
-        return {"x0_hat": x0_hat, "shift": shift, "log_prob": on_the_way(run, log_prob)}
+        x0_hat, gradient, log_prob = run.likelihood_score(self.likelihood, self.covariance, x, i)
+        if isinstance(self.likelihood, CallableLikelihood):  # the only one that may be -inf
+            log_prob = on_the_way(run, log_prob)
+        return {"x0_hat": x0_hat, "gradient": gradient, "log_prob": log_prob}

@@ -4,22 +4,46 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops._arguments import readable
 
-__all__ = ["Watch"]
+__all__ = ["STATE", "Watch"]
+
+STATE = "state"  # what is blamed where a step overflowed: all that it was made of was finite
+
+# What a step computes first, so that it is blamed for what follows from it.
+_ORDER = (STATE, "net", "unconditional", "net or unconditional", "x0_hat")
 
 
-def _extremes(value: Tensor) -> tuple[Tensor, Tensor]:
+class _Note(NamedTuple):
+    step: int
+    functions: tuple[str, ...]  # one for all values, or one for each
+    kind: str
+    values: tuple[Tensor, ...]  # on the device
+
+    def report(self, numbers: list[float]) -> tuple[str, str] | None:
+        """The first function whose value was not finite, and what it was."""
+        if self.kind == "flags":
+            found = [function for function, number in zip(self.functions, numbers, strict=True) if number]
+            return (found[0], "NaN or infinity") if found else None
+        allowed = -math.inf if self.kind == "log_prob" else 0.0
+        bad = [number for number in numbers if not math.isfinite(number) and number != allowed]
+        if not bad:
+            return None
+        return self.functions[0], "NaN" if any(map(math.isnan, bad)) else "an infinite value"
+
+
+def _extremes(value: Tensor) -> tuple[Tensor, ...]:
     """The lowest and the highest value. On the CPU a finite sum says as much, in a quarter of the time: no value is NaN
     or infinite."""
     if readable(value):
         total = value.sum()
         if math.isfinite(total):
-            return total, total
+            return (total,)
     return torch.aminmax(value)
 
 
@@ -27,71 +51,71 @@ class Watch:
     """Notes of what functions returned in each step. `report` reads them, once, after the loop."""
 
     def __init__(self) -> None:
-        self._labels: list[tuple[int, str, str]] = []  # step, function, kind of note
-        self._pairs: list[tuple[Tensor, Tensor]] = []  # lowest and highest value; twice a flag, or the number dropped
+        self._notes: list[_Note] = []
         self._order: list[int] = []  # of `numbers`, which are sorted by dtype
 
     def finite(self, i: int, function: str, value: Tensor) -> None:
         """Note that ``value`` came from ``function`` in step ``i`` and must be finite."""
-        self._labels.append((i, function, "finite"))
-        self._pairs.append(_extremes(value.detach()))
+        self._notes.append(_Note(i, (function,), "finite", _extremes(value.detach())))
 
-    def flag(self, i: int, function: str, device: torch.device) -> Tensor:
-        """The same of the ``model_output`` of `reverse_step`, whose ``not_finite`` this is: no pass over the value."""
-        flags = torch.zeros(3, dtype=torch.int32, device=device)
-        self._labels.append((i, function, "flag"))
-        self._pairs.append((flags[1],) * 2)
+    def flags(self, i: int, device: torch.device, *functions: str) -> Tensor:
+        """The same without a pass over the values, for the operation that reads them: its ``not_finite``.
+        ``functions``: where each of its inputs came from."""
+        flags = torch.zeros(len(functions), dtype=torch.int32, device=device)
+        self._notes.append(_Note(i, functions, "flags", (flags,)))
         return flags
 
     def log_prob(self, i: int, function: str, value: Tensor) -> None:
         """The same for log-densities, where ``-inf`` (a dead particle) is allowed."""
-        self._labels.append((i, function, "log_prob"))
-        self._pairs.append(_extremes(value.detach()))
+        self._notes.append(_Note(i, (function,), "log_prob", _extremes(value.detach())))
 
     def dropped(self, i: int, function: str, mask: Tensor) -> None:
         """Note the particles that get weight 0 since ``function`` returned NaN for them in step ``i``."""
-        self._labels.append((i, function, "dropped"))
-        self._pairs.append((mask.sum(),) * 2)
+        self._notes.append(_Note(i, (function,), "dropped", (mask.sum(),)))
 
     def clear(self) -> None:
-        self._labels.clear()
-        self._pairs.clear()
+        self._notes.clear()
 
     def numbers(self) -> Tensor:
-        """All that has been noted, as one tensor on the device. The labels stay, for `report`."""
-        values = [value for pair in self._pairs for value in pair]
-        self._pairs.clear()
+        """All that has been noted, as one tensor on the device. What it is of stays, for `report`."""
+        values = [value for note in self._notes for value in note.values]
         dtypes = dict.fromkeys(value.dtype for value in values)  # each is one kernel, where each value would be one
         places = [[i for i, value in enumerate(values) if value.dtype == dtype] for dtype in dtypes]
         self._order = [i for group in places for i in group]
-        return torch.cat([torch.stack([values[i] for i in group]).double() for group in places])
+        return torch.cat([torch.cat([values[i].reshape(-1) for i in group]).double() for group in places])
 
     def report(self, numbers: Tensor | None = None, stacklevel: int = 3) -> bool:
         """Raise for the first value that was not finite; warn of dropped particles, and say whether there are any.
         ``numbers``: what `numbers` returned, which a captured loop makes anew in every replay."""
-        if not self._labels:
+        if not self._notes:
             return False
         numbers = self.numbers() if numbers is None else numbers
-        values = [value for _, value in sorted(zip(self._order, numbers.tolist(), strict=True))]
-        dropped = []
-        for (i, function, kind), pair in zip(self._labels, zip(values[::2], values[1::2], strict=True), strict=True):
-            if kind == "dropped":
-                dropped.append((i, function, int(pair[0])))
-                continue
-            if kind == "flag":
-                if pair[0]:
-                    raise FloatingPointError(f"{function}: expected finite values, got NaN or infinity at step {i}")
-                continue
-            bad = [v for v in pair if not math.isfinite(v) and not (kind == "log_prob" and v == -math.inf)]
-            if bad:
-                what = "NaN" if any(map(math.isnan, bad)) else "an infinite value"
-                raise FloatingPointError(f"{function}: expected finite values, got {what} at step {i}")
-        found = [note for note in dropped if note[2]]
-        if not found:
+        sizes = [value.numel() for note in self._notes for value in note.values]
+        parts = numbers.cpu().split([sizes[i] for i in self._order])
+        values = iter(part.tolist() for _, part in sorted(zip(self._order, parts, strict=True), key=lambda p: p[0]))
+        failures, dropped = [], []
+        for note in self._notes:
+            found = [number for _ in note.values for number in next(values)]
+            if note.kind == "dropped":
+                dropped.append((note, int(found[0])))
+            elif failure := note.report(found):
+                failures.append((note.step, *failure))
+        if failures:
+            rank = {function: k for k, function in enumerate(_ORDER)}
+            step, function, what = min(failures, key=lambda f: (f[0], rank.get(f[1], len(rank))))
+            if function == STATE:  # the step before made it
+                where = f"at step {step - 1}" if step else "in the prior's noise"
+                raise FloatingPointError(
+                    f"x: expected finite values, got {what} {where}. It overflowed: what it was made of was "
+                    "finite. Less guidance may help, or a wider dtype"
+                )
+            raise FloatingPointError(f"{function}: expected finite values, got {what} at step {step}")
+        if not any(number for _, number in dropped):
             return False
-        i, function, _ = found[0]
+        note = next(note for note, number in dropped if number)
         warnings.warn(
-            f"{function}: returned NaN for {sum(n for *_, n in found)} particles, first at step {i}. They got weight 0",
+            f"{note.functions[0]}: returned NaN for {sum(number for _, number in dropped)} particles, first at step "
+            f"{note.step}. They got weight 0",
             RuntimeWarning,
             stacklevel=stacklevel,
         )
