@@ -10,7 +10,6 @@ import functools
 import importlib
 import importlib.metadata
 import os
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -106,7 +105,6 @@ class Operation:
         self.seed = self.names.index("seed") if "seed" in self.names else None
         self.tensors = [i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
         self.changed = [i for i in self.tensors if arguments[i].alias_info and arguments[i].alias_info.is_write]
-        self._beside = threading.local()  # what a call takes past the dispatcher, whose schemas know no flags
         self._chosen: dict[Any, Callable[..., Any]] = {}  # kernels of earlier calls: what is loaded stays loaded
         OPERATIONS[self.name] = self
 
@@ -148,11 +146,8 @@ class Operation:
             self._watch(not_finite, args)
             return _into(out, self._dispatch(backend, args))
         if differentiable and torch.is_grad_enabled() and backend != "reference" and not transformed():
-            self._beside.not_finite = not_finite
-            try:
-                return self._dispatch(backend, args)
-            finally:
-                self._beside.not_finite = None
+            self._watch(not_finite, args)
+            return self._dispatch(backend, args)
         return self._run(backend, *args, out=out, not_finite=not_finite)
 
     def _run(
@@ -207,7 +202,7 @@ class Operation:
         ]
         if self.seed is not None:
             given[self.seed] &= (1 << 64) - 1
-        results = self._run(args[-1], *given, not_finite=getattr(self._beside, "not_finite", None))
+        results = self._run(args[-1], *given)
         if isinstance(results, tuple):
             return tuple(args[0].new_empty(0) if result is None else result for result in results)
         return results
