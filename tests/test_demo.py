@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import subprocess
 import sys
 import tomllib
@@ -183,53 +182,3 @@ def test_the_demos_pictures_are_not_tracked():
 def test_doctor(capsys):
     out = run(capsys, "doctor")
     assert "backend reference: usable" in out and "FAILED" not in out
-
-
-def readme_example(marker: str) -> str:
-    """README's Python that says ``marker``, as it stands there."""
-    text = (ROOT / "README.md").read_text()
-    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if marker in b)
-    return block
-
-
-def test_the_readme_example_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # it writes a file
-    names: dict = {}
-    exec(readme_example("fg.TDS"), names)
-    out, truth = names["out"], names["truth"]
-    assert out.x.shape == (2, 64, 1, 8, 8) and out.ess.shape == (51, 2)
-    assert torch.isfinite(out.log_evidence).all()
-    assert torch.equal(fg.Samples.load("digits.safetensors").x, out.x)
-    error = (out.mean() - truth).square().mean()
-    assert error < 0.5 * (truth - truth.mean()).square().mean()
-
-
-def test_the_readme_example_of_k_diffusion_runs():
-    names = {"x": 14.6 * torch.randn(2, 1, 4, 4), "model": lambda x, sigma: torch.full_like(x, 0.5)}
-    exec(readme_example("k_diffusion"), names)
-    assert torch.allclose(names["x"], torch.full((2, 1, 4, 4), 0.5))  # down to sigma = 0: what the model predicts
-
-
-def test_the_readme_example_of_particles_runs():
-    pytest.importorskip("particles", reason="particles is not installed")
-    from fastguide.integrations import particles
-
-    names = {"W": np.full(8, 0.125)}
-    with particles.patch():  # takes back the example's own, which stays
-        exec(readme_example("integrations import particles"), names)
-    assert names["A"].tolist() == list(range(8))
-
-
-def test_the_readme_example_of_fk_steering_runs():
-    settings = dict(
-        num_particles=4, adaptive_resampling=True, resample_frequency=1, resampling_t_start=0, resampling_t_end=9,
-        time_steps=10, device="cpu",
-    )  # fmt: skip
-    latents = torch.arange(4.0)[:, None]
-    names = dict(
-        fkd_args=settings, reward=lambda images: images[:, 0], decode=lambda x0: x0, i=3, latents=latents,
-        x0_preds=latents,
-    )  # fmt: skip
-    exec(readme_example("fkd.resample"), names)
-    assert names["latents"].tolist() == [[3.0]] * 4  # exp(10) times the next
-    assert torch.equal(names["images"], names["latents"])

@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-import re
 import sys
 import types
-from pathlib import Path
 from unittest import mock
 
 import gaussian
@@ -768,16 +766,6 @@ def test_within_deepinv():
         mean, variance = statistics(X, physics)
         torch.testing.assert_close(mean, many.mean(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(variance, many.var(0), rtol=1e-4, atol=1e-5)
-
-
-def test_the_readme_example_runs():
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "integrations.deepinv" in b)
-    physics = dinv.physics.Inpainting((1, 4, 5), mask=0.5, noise_model=dinv.physics.GaussianNoise(0.1))
-    names = dict(denoiser=Small(), physics=physics, y=physics(X), fidelity=dinv.optim.data_fidelity.L2(), fastguide=fg)
-    exec(block, names)
-    assert names["x"].shape == X.shape
-    assert (physics.A(names["x"]) - names["y"]).square().mean().sqrt() < 0.2
 
 
 def test_needs_neither_deepinv_nor_torchvision():

@@ -27,7 +27,6 @@ from diffusers import (  # noqa: E402
     VQModel,
 )
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers  # noqa: E402
-from test_demo import readme_example  # noqa: E402
 from test_no_waiting import fake_tensors, watch  # noqa: E402
 
 import fastguide as fg  # noqa: E402
@@ -863,21 +862,3 @@ def test_steering_by_a_reward_of_the_images(latent_model):
     assert unguided.mean() < 0.3 and expected > 0.5
     assert abs((out.weights[0] * three(out.x[0])).sum() - expected) < 0.15
     assert abs(out.log_evidence - tilt.mean().log()) < 0.4
-
-
-# -------------------------------------------------------------------------------------------- README
-
-
-def test_the_readme_example_runs():
-    torch.manual_seed(0)
-    pipe = stable_diffusion(prediction_type="v_prediction")
-    operator, y, shape = fg.operators.AveragePool(2), torch.full((1, 1, 4, 4), 0.3), (1, 2, 4, 4)
-    names = dict(
-        fg=fg, pipe=pipe, operator=operator, y=y, shape=shape, reward=lambda images: 10 * images.flatten(1).mean(1)
-    )
-    torch.manual_seed(1)
-    exec(readme_example("from_pipeline"), names)
-    torch.manual_seed(1)  # the same noise
-    unguided = names["decode"](fg.sample(names["prior"], shape).x)
-    assert (operator(names["images"]) - y).norm() < 0.5 * (operator(unguided) - y).norm()
-    assert names["decode"](names["best"]).mean() > unguided.mean()

@@ -1,0 +1,188 @@
+"""Every Python block of the README and of docs/ runs as it stands: page by page, in one namespace for each page.
+
+A comment before a block says more:
+
+- ``<!-- needs: NAME -->`` leaves it out where a module, or ``a GPU``, is missing.
+- ``<!-- file: PATH -->`` makes it a file of a copy of the repository, and ``<!-- file: PATH, after: TEXT -->`` makes it
+  lines of one, after the line that has the text. See `test_the_operation_that_is_added`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import types
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import fastguide as fg
+
+ROOT = Path(__file__).parents[1]
+PAGES = {"README": ROOT / "README.md"} | {path.stem: path for path in sorted((ROOT / "docs").glob("*.md"))}
+
+_BLOCK = re.compile(r"^(?:<!-- (needs|file): ([^\n]+) -->\n+)?```(?:python|cpp)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    kind: str | None  # "needs", "file" or None
+    value: str | None
+    code: str
+    line: int  # of the page, that the code begins after
+
+
+def blocks(page: str) -> list[Block]:
+    text = PAGES[page].read_text()
+    found = [Block(m[1], m[2], m[3], text[: m.start(3)].count("\n")) for m in _BLOCK.finditer(text)]
+    assert len(found) == len(re.findall(r"^ *```(?:python|cpp)", text, re.MULTILINE)), "a block that no test sees"
+    return found
+
+
+def missing(name: str | None) -> bool:
+    if name is None or name == "a GPU":
+        return name is not None and not torch.cuda.is_available()
+    try:
+        try:
+            importlib.import_module(name)
+        except RuntimeError:  # a torchvision whose operators do not fit this torch; deepinv here uses none of them
+            sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
+            importlib.import_module(name)
+    except ImportError:
+        return True
+    return False
+
+
+def run(page: str, block: Block, names: dict) -> None:
+    code = "\n" * block.line + block.code  # an error names the line of the page
+    exec(compile(code, str(PAGES[page]), "exec"), names)
+
+
+def readme(names: dict) -> None:
+    out, truth = names["out"], names["truth"]
+    assert out.x.shape == (2, 64, 1, 8, 8) and out.ess.shape == (51, 2)
+    assert torch.isfinite(out.log_evidence).all()
+    assert torch.equal(fg.Samples.load("digits.safetensors").x, out.x)
+    error = (out.mean() - truth).square().mean()
+    assert error < 0.5 * (truth - truth.mean()).square().mean()
+
+
+def deepinv(names: dict) -> None:
+    assert names["x"].shape == names["y"].shape
+    assert (names["physics"].A(names["x"]) - names["y"]).square().mean().sqrt() < 0.2
+
+
+def fkd(names: dict) -> None:
+    reward = names["reward"]
+    assert torch.equal(names["images"], names["latents"])
+    assert reward(names["images"]).mean() > reward(names["x0_preds"]).mean()
+
+
+def k_diffusion(names: dict) -> None:
+    assert torch.allclose(names["x"], torch.full((2, 1, 4, 4), 0.5))  # down to sigma = 0: what the model predicts
+
+
+def particles_blackjax(names: dict) -> None:
+    assert names["A"].tolist() == list(range(8))
+
+
+def diffusers_pipelines(names: dict) -> None:
+    pool, y, decode = names["pool"], names["y"], names["decode"]
+    unguided = decode(names["z"])  # from the same noise
+    assert (pool(names["images"]) - y).norm() < 0.95 * (pool(unguided) - y).norm()
+    assert names["best"].shape == names["shape"]
+    assert names["reward"](decode(names["best"])) > names["reward"](unguided)
+
+
+CHECKS = {
+    "README": readme,
+    "deepinv": deepinv,
+    "diffusers-pipelines": diffusers_pipelines,
+    "fkd": fkd,
+    "k_diffusion": k_diffusion,
+    "particles-blackjax": particles_blackjax,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # between diffusers and numpy
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.kind != "file" for block in blocks(page))])
+def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
+    torch.manual_seed(0)
+    names: dict = {"__name__": "__main__"}
+    found = [block for block in blocks(page) if block.kind != "file"]
+    absent = [block.value for block in found if block.kind == "needs" and missing(block.value)]
+    ran = [block for block in found if block.kind != "needs" or not missing(block.value)]
+    for block in ran:
+        run(page, block, names)
+    if page in CHECKS and ran:
+        CHECKS[page](names)
+    if absent:
+        pytest.skip(f"{len(ran)} of {len(found)} blocks ran; missing: {', '.join(sorted(set(absent)))}")
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README"].read_text().splitlines()) <= 130
+
+
+def write(block: Block, folder: Path) -> None:
+    name, _, after = block.value.partition(", after: ")
+    path = folder / name
+    if not after:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(block.code)
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    (place,) = (i for i, line in enumerate(lines) if after in line)
+    path.write_text("".join([*lines[: place + 1], block.code, *lines[place + 1 :]]))
+
+
+COMPILE_FOR_A_GPU = """
+import compile_kernels, triton
+triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+((_, kernel, pointers, constants, _),) = (c for c in compile_kernels.cases("fp32") if c[0] == "scale_and_shift")
+found = compile_kernels.compiled(kernel, pointers, constants | dict(BLOCK=1024, ROWS=1, GROUPS=256), 90, 4)
+assert found["cubin"] and not found["spills"], found
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_the_operation_that_is_added(tmp_path):
+    """In a copy of the repository whose one compiled module has that operation alone."""
+    pytest.importorskip("triton")
+    for name in ("fastguide", "benchmarks", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    (tmp_path / "tests" / "ops").mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "ops" / "compile_kernels.py", tmp_path / "tests" / "ops")
+    found = blocks("adding-an-operation")
+    assert all(block.kind == "file" for block in found)
+    for block in found:
+        write(block, tmp_path)
+
+    sources = ("common/module.cpp", "cpu/processor.cpp", "ops/scale_and_shift/cpu.cpp")
+    module = f"fastguide/_cpu_portable{sysconfig.get_config_var('EXT_SUFFIX')}"
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fPIC", "-shared"]
+    flags += ["-DFG_MODULE=_cpu_portable", "-isystem", sysconfig.get_paths()["include"]]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": f"{tmp_path}:{tmp_path}/tests/ops", "FASTGUIDE_ISA": "portable"}
+
+    def start(*command: str, **more: str) -> subprocess.Popen:
+        options: dict = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(command, cwd=tmp_path, env=environment | more, **options)
+
+    build = start("g++", *flags, *(f"csrc/{source}" for source in sources), "-lgomp", "-o", module)
+    said = build.communicate()[0]
+    assert build.returncode == 0, said
+    pytest_of_its_own = (sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir=.")
+    tests = start(*pytest_of_its_own, "tests/ops/test_scale_and_shift.py", TRITON_INTERPRET="1")
+    bench = start(sys.executable, "-m", "benchmarks", "scale_and_shift", "--quick")
+    for_a_gpu = start(sys.executable, "-c", COMPILE_FOR_A_GPU)
+    ended = [process.communicate()[0] for process in (tests, bench, for_a_gpu)]
+    assert [process.returncode for process in (tests, bench, for_a_gpu)] == [0, 0, 0], "\n".join(ended)
+    assert "11 passed" in ended[0] and "scale_and_shift/images" in ended[1]
