@@ -127,6 +127,18 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
         pytest.skip(f"{len(ran)} of {len(found)} blocks ran; missing: {', '.join(sorted(set(absent)))}")
 
 
+def test_the_links_of_the_readme_lead_somewhere():
+    """Those of the pages are checked by ``mkdocs build --strict``."""
+    links = re.findall(r"\]\(([^)#]+)(?:#([^)]*))?\)", PAGES["README"].read_text())
+    assert len(links) > 20
+    for target, anchor in links:
+        path = ROOT / target
+        assert path.exists(), target
+        headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE) if anchor else []
+        slugs = [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings]
+        assert not anchor or anchor in slugs, f"{target}#{anchor}"
+
+
 def test_the_readme_is_short():
     assert len(PAGES["README"].read_text().splitlines()) <= 130
 
