@@ -182,7 +182,11 @@ def test_the_operation_that_is_added(tmp_path):
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fPIC", "-shared"]
     flags += ["-DFG_MODULE=_cpu_portable", "-isystem", sysconfig.get_paths()["include"]]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": f"{tmp_path}:{tmp_path}/tests/ops", "FASTGUIDE_ISA": "portable"}
+    environment |= {
+        "PYTHONPATH": f"{tmp_path}:{tmp_path}/tests/ops",
+        "FASTGUIDE_ISA": "portable",
+        "OMP_NUM_THREADS": "1",
+    }
 
     def start(*command: str, **more: str) -> subprocess.Popen:
         options: dict = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
