@@ -29,6 +29,7 @@ from .base import (
 )
 
 SOLVERS = ("auto", "closed", "cg", "gauss-newton", "gradient")
+_LENGTHS = (1.0, 0.25, 0.0625, 0.015625)  # of a Gauss-Newton step: the whole one may climb far above its start
 _ITERATIONS = {"closed": 1, "cg": 32, "gauss-newton": 4, "gradient": 32}
 
 
@@ -47,7 +48,8 @@ class PnP:
       - ``"closed"``: a Gaussian, a linear operator and a known spectrum; takes no ``iterations``.
       - ``"cg"``: a Gaussian and a linear operator; conjugate gradients (32).
       - ``"gauss-newton"`` (4), each of 16 conjugate gradients: reweighted least squares where the error is not
-        Gaussian. A nonlinear operator needs a backward pass that autograd can differentiate.
+        Gaussian. Each sample moves by 1, 1/4, 1/16 or 1/64 of the step, or stays, whatever is lowest. A nonlinear
+        operator needs a backward pass that autograd can differentiate.
       - ``"gradient"`` (32): gradient descent with Barzilai-Borwein lengths. Needs only derivatives of the log-density.
     """
 
@@ -148,6 +150,10 @@ def solve(
     if solver == "gradient":
         return _gradient(likelihood, x0, y, scale, rho, iterations)
     outer, inner = (1, iterations) if solver == "cg" else (iterations, 16)
+
+    def objective(log_prob: Tensor, x: Tensor) -> Tensor:
+        return 0.5 * rho * (x - x0).square().flatten(1).sum(1).double() - log_prob
+
     x = x0
     for _ in range(outer):
         z, forward, adjoint = _linearise(likelihood, x)
@@ -157,8 +163,17 @@ def solve(
         def normal(p: Tensor, forward=forward, adjoint=adjoint, weight=weight) -> Tensor:
             return adjoint(weight * forward(p)) + rho * p
 
-        x = x + conjugate_gradients(normal, adjoint(gradient) - rho * (x - x0), inner)
-        x = torch.where(per_sample(log_prob.isfinite(), x).bool(), x, math.nan)  # which the solver would hide
+        step = conjugate_gradients(normal, adjoint(gradient) - rho * (x - x0), inner)
+        if solver == "cg":
+            best = x + step
+        else:
+            best, lowest = x, objective(log_prob, x)
+            for length in _LENGTHS:
+                tried = x + length * step
+                value = objective(likelihood.log_prob_and_gradient(operator(tried), y, scale)[0], tried)
+                best = torch.where(per_sample(value < lowest, x).bool(), tried, best)
+                lowest = torch.where(value < lowest, value, lowest)
+        x = torch.where(per_sample(log_prob.isfinite(), x).bool(), best, math.nan)  # which the solver would hide
     return x
 
 
@@ -252,13 +267,14 @@ def _gradient(
     for _ in range(iterations):
         value, g = evaluate(x)
         best = torch.where(per_sample(value < lowest, x).bool(), x, best)
-        lowest = torch.minimum(value, lowest)
+        lowest = torch.where(value < lowest, value, lowest)
         dx, dg = x - previous_x, g - previous_g
         curvature = _dot(dx, dg) / _dot(dx, dx).clamp(min=torch.finfo(x.dtype).tiny)
         length = 1.0 / curvature.abs().clamp(min=rho)
         x, previous_x, previous_g = x - length * g, x, g
     value = 0.5 * rho * (x - x0).square().flatten(1).sum(1).double()
     value = value - likelihood.log_prob_and_gradient(likelihood.operator(x), y, scale)[0]
-    x = torch.where(per_sample(value - lowest > 0.01 * (start - lowest), x).bool(), best, x)
+    fine = value - lowest <= 0.01 * (start - lowest)  # not so if it overflowed
+    x = torch.where(per_sample(fine, x).bool(), x, best)
     unknown = start.isnan() if isinstance(likelihood, CallableLikelihood) else ~start.isfinite()
     return torch.where(per_sample(unknown, x).bool(), math.nan, x)

@@ -448,6 +448,31 @@ def test_pnp_serves_every_operator_with_a_backward_pass(name):
         assert torch.allclose(x, wanted, atol=1e-8)
 
 
+@pytest.mark.parametrize("solver", ["gauss-newton", "gradient"])
+@pytest.mark.parametrize(
+    ("f", "noise", "mean"),
+    [(torch.tanh, 0.05, 60.0), (torch.sigmoid, 0.1, 4.5), (torch.square, 0.3, 6.0), (torch.exp, 0.3, 1e6)],
+    ids=["tanh", "sigmoid", "square", "exp"],
+)
+def test_no_solver_ends_above_its_start(f, noise, mean, solver):
+    """A whole Gauss-Newton step climbs here: the means were 554, 8.1, 1671 and infinite."""
+    generator = torch.Generator().manual_seed(0)
+    matrix, x0, truth = (torch.randn(n, 6, generator=generator) for n in (3, 500, 500))
+
+    def h(x):
+        return f(x @ matrix.T)
+
+    y = h(truth)
+    likelihood = fg.likelihoods.Gaussian(y, fg.operators.Function(h), noise)
+
+    def objective(x):
+        return (y - h(x)).double().square().sum(1) / (2 * noise**2) + 0.5 * (x - x0).double().square().sum(1)
+
+    found = objective(solve(likelihood, x0, y, noise, 1.0, solver, {"gauss-newton": 4, "gradient": 32}[solver]))
+    assert (found <= objective(x0) * (1 + 1e-6)).all()
+    assert found.mean() < mean and found.median() < 20.0
+
+
 @pytest.mark.parametrize("name", ["a backward pass in numpy", "a backward pass half in numpy"])
 def test_gauss_newton_by_name_says_why_it_cannot_serve(name):
     guidance = replace(data_term(name)[-1], solver="gauss-newton")
