@@ -16,14 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderDC,
-    AutoencoderKL,
-    AutoencoderTiny,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    VQModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler  # models and pipelines, which take seconds, wait until a call
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
@@ -44,8 +37,6 @@ _OTHER_TIME = (
     "AuraFlow", "Bria", "Chroma", "Cosmos", "Flux", "GlmImage", "HiDream", "Ideogram", "Krea", "LongCat", "Lumina",
     "NucleusMoE", "Ovis", "PRX", "QwenImage", "ZImage",
 )  # fmt: skip
-
-_AUTOENCODERS: Any = (AutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel)
 
 Codec = Callable[[Tensor], Tensor]
 
@@ -167,8 +158,11 @@ def codec(vae: Any) -> tuple[Codec, Codec]:
     nearest entries of its codebook, with a straight-through gradient), already where it shall run and in the dtype in
     which it shall compute; SDXL's overflows in float16.
     """
-    if not isinstance(vae, _AUTOENCODERS):
-        expected = ", ".join(kind.__name__ for kind in _AUTOENCODERS)
+    from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+
+    kinds: Any = (AutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel)
+    if not isinstance(vae, kinds):
+        expected = ", ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"vae: expected one of {expected}, got {type(vae).__name__}")
     shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
     if vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None:
@@ -215,6 +209,8 @@ def from_pipeline(
             raise ValueError(
                 f"pipe: expected a pipeline or a local folder, got {os.fspath(pipe)!r}, which is no folder"
             )
+        from diffusers import DiffusionPipeline
+
         pipe = DiffusionPipeline.from_pretrained(pipe, local_files_only=True)
     if not hasattr(pipe, "components"):
         raise TypeError(f"pipe: expected a diffusers pipeline or a local folder, got {type(pipe).__name__}")
