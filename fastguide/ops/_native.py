@@ -11,10 +11,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch  # before the modules: the libgomp.so.1 that they ask for is then torch's, and so are the threads
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ._modules import Cpu, Cuda
 
 __all__ = [
     "CPU_DTYPES",
@@ -140,7 +143,11 @@ def loaded(name: str) -> bool:
     return _modules[name][0] is not None
 
 
-def module(name: str) -> ModuleType:
+@overload
+def module(name: Literal["cpu"]) -> Cpu: ...
+@overload
+def module(name: Literal["cuda"]) -> Cuda: ...
+def module(name: str) -> Any:
     """The module of backend ``name``, "cpu" or "cuda"."""
     loaded, error = _modules[name]
     if loaded is None:
