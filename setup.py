@@ -1,5 +1,6 @@
 """Builds fastguide._cpu_* for each instruction set and, where nvcc is found, fastguide._cuda, with ninja.
 
+FASTGUIDE_CPU=1|0            0 installs without the C++ kernels, which needs no compiler; CPU tensors take plain PyTorch
 FASTGUIDE_CUDA=auto|0|1      auto builds _cuda if it can and records why if it cannot; 1 makes that an error
 FASTGUIDE_CUDA_ARCHS=80;90   what to compile for, PTX kept of the last; else what nvcc knows of those in find_nvcc
 CXX CXXFLAGS LDFLAGS CUDA_HOME as usual. fastguide/_build.json keeps what was built, and what was not and why.
@@ -19,9 +20,12 @@ from setuptools.command.build_ext import build_ext
 
 X86 = "built" if os.uname().machine == "x86_64" else "skipped: for x86-64"
 CPU = {"avx512": X86, "avx2": X86, "portable": "built"}
+KERNELS, WISH = os.environ.get("FASTGUIDE_CPU", "1"), os.environ.get("FASTGUIDE_CUDA", "auto")
+if KERNELS == "0":
+    again = "install g++, and fastguide again with --force-reinstall --no-deps --no-cache-dir"
+    CPU = dict.fromkeys(CPU, f"FASTGUIDE_CPU=0 was set; for the kernels, {again}")
 CUDA = {"status": "skipped", "reason": "", "nvcc": "", "archs": [], "error": []}  # both as _build.json has them
 CXX = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "")
-WISH = os.environ.get("FASTGUIDE_CUDA", "auto")
 
 
 class NinjaBuild(build_ext):
@@ -31,7 +35,8 @@ class NinjaBuild(build_ext):
         if version := re.search(r'^#define __VERSION__ "(.*)"', text, re.MULTILINE):
             return version[1]
         found = f"CXX={CXX!r} is none" if CXX else "CXX is not set, and g++, c++ and clang++ are not on PATH"
-        sys.exit(f"fastguide: no C++17 compiler: {found}. Install g++ or clang++, or name one in CXX.\n{text[-800:]}")
+        advice = "Install g++ or clang++, or name one in CXX. FASTGUIDE_CPU=0 installs without kernels, which is slow"
+        sys.exit(f"fastguide: no C++17 compiler: {found}. {advice}.\n{text[-800:]}")
 
     def find_nvcc(self):
         """nvcc, or "" and the reason in CUDA."""
@@ -64,14 +69,15 @@ class NinjaBuild(build_ext):
         return text
 
     def build_extensions(self):
-        if WISH not in ("0", "1", "auto"):
-            sys.exit(f"FASTGUIDE_CUDA: expected 0, 1 or auto, got {WISH!r}")
-        self.mkpath(self.build_temp)
-        version, nvcc, file = self.compiler_version(), self.find_nvcc(), os.path.join(self.build_temp, "build.ninja")
-        Path(file).write_text(self.ninja_text(nvcc))
+        if WISH not in ("0", "1", "auto") or KERNELS not in ("0", "1"):
+            sys.exit(f"FASTGUIDE_CUDA: expected 0, 1 or auto, got {WISH!r}; FASTGUIDE_CPU: 0 or 1, got {KERNELS!r}")
+        self.mkpath(self.build_temp), self.mkpath(os.path.join(self.build_lib, "fastguide"))
         *cpu, cuda = (self.get_ext_fullpath(extension.name) for extension in self.extensions)
+        compiler = f"{CXX} {self.compiler_version()}" if cpu else ""  # before nvcc, which takes minutes
+        nvcc, file = self.find_nvcc(), os.path.join(self.build_temp, "build.ninja")
+        Path(file).write_text(self.ninja_text(nvcc))
         ninja = (sys.executable, "-m", "ninja", "-k0", "-f", file)
-        if subprocess.run([*ninja, *cpu]).returncode:
+        if cpu and subprocess.run([*ninja, *cpu]).returncode:
             sys.exit("fastguide: the C++ part did not compile; the compiler's words are above")
         if nvcc:
             done = subprocess.run([*ninja, cuda], stdout=subprocess.PIPE, text=True, errors="replace")
@@ -84,7 +90,7 @@ class NinjaBuild(build_ext):
                 sys.exit("\n".join([f"fastguide: FASTGUIDE_CUDA=1, but {CUDA['reason']}", *CUDA["error"]]))
             self.extensions.pop()
         flags = re.findall(r"^(\w*flags|isa_\w+) = (.*)$", Path("csrc/rules.ninja").read_text(), re.MULTILINE)
-        record = {"compiler": f"{CXX} {version}", "cpu": CPU, "cuda": CUDA} | dict(flags)
+        record = {"compiler": compiler, "cpu": CPU, "cuda": CUDA} | dict(flags)
         Path(self.build_lib, "fastguide", "_build.json").write_text(json.dumps(record, indent=2) + "\n")
         print("fastguide:", *(f"{isa} {said}," for isa, said in CPU.items()), "CUDA", CUDA["status"], CUDA["reason"])
 

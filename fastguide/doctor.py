@@ -108,7 +108,7 @@ def report() -> str:
             ("numpy", numpy.__version__),
             (
                 "compiler",
-                record.get("compiler", "nothing was compiled here; a build takes g++, clang++ or what CXX names"),
+                record.get("compiler") or "nothing was compiled here; a build takes g++, clang++ or what CXX names",
             ),
             ("CPU", f"{_cpu_name()}, {os.cpu_count()} visible, {torch.get_num_threads()} threads (torch's)"),
             *_shadow(),

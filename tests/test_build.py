@@ -8,22 +8,22 @@ import subprocess
 import sys
 import sysconfig
 import types
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import check_wheel
 import pytest
 
+import fastguide
 from fastguide.ops import _native
 
 ROOT = Path(__file__).parents[1]
 
 
 def described(folder: Path) -> dict:
-    """How the kernels built in ``folder`` run, in a process that pytest's plugins have loaded nothing into."""
-    script = ROOT / "tests" / "describe_build.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    """How the kernels built in ``folder`` run."""
+    found = check_wheel.described(folder)
     assert Path(found["module"]).parents[1] == folder
     return found
 
@@ -33,14 +33,8 @@ def described_here():
     return described(ROOT)
 
 
-def check_threads(found: dict) -> None:
-    (library,) = found["openmp"]
-    assert Path(found["torch"]).parents[1] in Path(library).parents
-    assert found["busy_threads"] == 2 and found["new_threads"] == 0
-
-
 def test_the_threads_are_those_of_torchs_libgomp(described_here):
-    check_threads(described_here)
+    check_wheel.check_threads(described_here)
 
 
 def test_import_touches_no_gpu():
@@ -302,22 +296,28 @@ def executable(path: Path, body: str) -> Path:
 
 
 def clone(folder: Path) -> Path:
-    """What setup.py needs, in ``folder``, and a package of one empty file."""
+    """What setup.py needs, in ``folder``, and unless there is one a package of one file."""
     for module in ("ninja", "setuptools"):
         pytest.importorskip(module, reason="setup.py needs it")
     for name in ("setup.py", "pyproject.toml", "LICENSE", "csrc"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
-    (folder / "fastguide").mkdir(exist_ok=True)
-    (folder / "fastguide" / "__init__.py").touch()
+    package = folder / "fastguide" / "__init__.py"
+    package.parent.mkdir(exist_ok=True)
+    if not package.exists():
+        package.write_text('__version__ = "0"\n')
     return folder
 
 
-def build(folder: Path, **environment: str | None) -> subprocess.CompletedProcess:
+def setup(folder: Path, *arguments: str, **environment: str | None) -> subprocess.CompletedProcess:
     """setup.py run in ``folder``; None unsets a variable."""
     values = {name: value for name, value in (os.environ | environment).items() if value is not None}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    command = [sys.executable, "setup.py", "-q", *arguments]
     return subprocess.run(command, cwd=folder, env=values, capture_output=True, text=True)
+
+
+def build(folder: Path, **environment: str | None) -> subprocess.CompletedProcess:
+    return setup(folder, "build_ext", "--inplace", **environment)
 
 
 # In place of a compiler: the bookkeeping is what is tested, and g++ would take seconds. Answers for the compiler's
@@ -361,11 +361,15 @@ def test_setup_without_cuda(wish, nvcc, status, words, tmp_path):
     assert f"fastguide: avx512 {record['cpu']['avx512']}, " in done.stdout and f", CUDA {status} " in done.stdout
 
 
+def test_an_unknown_wish_for_the_cpu_is_named(tmp_path):
+    assert "FASTGUIDE_CPU: 0 or 1, got 'no'" in build(clone(tmp_path), FASTGUIDE_CPU="no").stderr
+
+
 @pytest.mark.parametrize(
     ("cxx", "words"),
     (
         (None, "CXX is not set, and g++, c++ and clang++ are not on PATH. Install g++ or clang++, or name one in CXX"),
-        ("nosuch", "CXX='nosuch' is none. Install g++ or clang++, or name one in CXX.\n.*nosuch: .*not found"),
+        ("nosuch", "CXX='nosuch' is none. Install g++ or clang++, or name one in CXX. .*\n.*nosuch: .*not found"),
         ("env nosuch", "CXX='env nosuch' is none"),
         ("echo", "CXX='echo' is none"),  # runs, and is no compiler
     ),
@@ -380,6 +384,27 @@ def test_a_missing_compiler_is_named_before_nvcc_runs(cxx, words, tmp_path):
     assert done.returncode != 0
     assert re.search(f"fastguide: no C\\+\\+17 compiler: {words.replace('++', '[+][+]')}", done.stderr), done.stderr
     assert not (tmp_path / "nvcc-ran").exists()
+
+
+def test_without_kernels_no_compiler_is_needed_and_the_first_call_says_how_to_get_them(tmp_path):
+    copy_sources(tmp_path)
+    done = build(clone(tmp_path), FASTGUIDE_CPU="0", CUDA_HOME=None, CXX=None, PATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "fastguide" / "_build.json").read_text())
+    assert record["compiler"] == "" and record["cuda"]["status"] == "skipped"
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    for _ in range(2):
+        fastguide.ops.randn((4, 3), seed=0)
+(warning,) = caught
+print(warning.message, "---", doctor.report())
+"""
+    warning, report = ask(code, tmp_path, tmp_path).split("---")
+    words = "FASTGUIDE_CPU=0 was set; for the kernels, install g++, and fastguide again with --force-reinstall "
+    assert warning.startswith("fastguide runs on cpu tensors without its compiled kernels, slowly, in plain PyTorch")
+    assert words in warning and f"why not      fastguide._cpu_portable was not built: {words}" in report
+    assert "compiler     nothing was compiled here" in report
 
 
 @pytest.mark.parametrize(
@@ -411,5 +436,43 @@ def test_clang_makes_the_same_bits_on_torchs_threads(described_here, tmp_path):
     words = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("[")]
     assert done.returncode == 0 and not re.search("(warning|error): ", "\n".join(words)), words
     found = described(tmp_path)
-    check_threads(found)
+    check_wheel.check_threads(found)
     assert found["bits"] == described_here["bits"]  # and so the same instruction sets, in the same order
+
+
+# --- what is published --------------------------------------------------------------------------------------
+
+
+def test_the_source_distribution_builds_a_whole_wheel(tmp_path):
+    folder = tmp_path / "clone"
+    copy_sources(folder)
+    for name in ("MANIFEST.in", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    clone(folder)
+    sources = {path.relative_to(folder) for part in ("fastguide", "csrc") for path in (folder / part).rglob("*.*")}
+    done = setup(folder, "sdist", "--formats=tar", "--dist-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar")
+    shutil.unpack_archive(archive, tmp_path)
+    unpacked = tmp_path / archive.stem
+    assert sources <= {path.relative_to(unpacked) for path in unpacked.rglob("*.*")}
+    cxx = executable(tmp_path / "cxx", COMPILES)
+    done = setup(unpacked, "bdist_wheel", "--dist-dir", str(tmp_path), FASTGUIDE_CUDA="0", CXX=str(cxx))
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        names = {name for name in opened.namelist() if ".dist-info/" not in name}
+        built = json.loads(opened.read("fastguide/_build.json"))
+    suffix, isas = (
+        sysconfig.get_config_var("EXT_SUFFIX"),
+        [isa for isa, said in built["cpu"].items() if said == "built"],
+    )
+    modules = {f"fastguide/_cpu_{isa}{suffix}" for isa in isas}
+    package = {str(path) for path in sources if path.parts[0] == "fastguide"}
+    assert {"fastguide/py.typed", "fastguide/ops/_modules.pyi"} < package
+    assert names == package | modules | {"fastguide/_build.json"}
+    assert wheel.name.startswith(f"fastguide-{fastguide.__version__}-")
+
+
+def test_the_citation_has_the_version():
+    assert f'version: "{fastguide.__version__}"' in (ROOT / "CITATION.cff").read_text()
