@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastguide", description="Inference-time guidance of diffusion models.")
     parser.add_argument("--version", action="version", version=f"fastguide {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="say what was built, what loaded, what did not and why")
+    doctor = commands.add_parser("doctor", help="say what was built, what loaded, what did not and why")
+    doctor.add_argument("--json", action="store_true", help="the same facts for programs")
     demo = commands.add_parser("demo", help="every algorithm on held-out handwritten digits; writes pictures")
     demo.add_argument("--task", default="all", help="half, pool4, blur, reward, mixture; all of these; or pool2")
     demo.add_argument(
@@ -61,9 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     if options.command == "doctor":
-        from .doctor import report
+        from .doctor import facts, report
 
-        print(report())
+        print(json.dumps(facts(), indent=2) if options.json else report())
         return 0
     try:
         from .demo import Settings, run

@@ -7,15 +7,16 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 
 from . import __version__, reference
 from .ops import _native
-from .ops._operation import OPERATIONS, backends, explain
+from .ops._operation import OPERATIONS, backends, choice, explain
 
-__all__ = ["KNOWN_ANSWERS", "report"]
+__all__ = ["KNOWN_ANSWERS", "facts", "report"]
 
 Words = tuple[int, ...]
 
@@ -62,16 +63,16 @@ _PHILOX: dict[str, Callable[[Words, Words], Words]] = {
 }
 
 
-def _self_check(name: str) -> str:
+def _self_check(name: str) -> dict[str, Any]:
     for counter, key, expected in KNOWN_ANSWERS:
         try:
             words = _PHILOX[name](counter, key)
         except Exception as error:  # whatever a compiler or a driver raises, the report goes on
-            return f"FAILED: {type(error).__name__}: {error}".strip().splitlines()[0]
+            return {"passed": False, "error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
         if words != expected:
             got, wanted = (" ".join(f"{word:08x}" for word in four) for four in (words, expected))
-            return f"FAILED: Philox gives {got}, expected {wanted}"
-    return f"passed ({len(KNOWN_ANSWERS)} known answers of Philox, bit for bit)"
+            return {"passed": False, "error": f"Philox gives {got}, expected {wanted}"}
+    return {"passed": True, "error": ""}
 
 
 def _cpu_name() -> str:
@@ -82,14 +83,44 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _shadow() -> list[tuple[str, str]]:
+def _shadow() -> str | None:
     """Unbuilt sources in the working directory, which Python started there would import before this package."""
     sources = Path.cwd() / "fastguide"
     if not (sources / "__init__.py").exists() or sources.resolve() == Path(__file__).parent.resolve():
-        return []
-    if list(sources.glob("_cpu*.so")):
-        return []
-    return [("note", f"python started in this folder imports {sources}, which is not built: pip install -e .")]
+        return None
+    return None if list(sources.glob("_cpu*.so")) else str(sources)
+
+
+def facts() -> dict[str, Any]:
+    """What `report` says, as ``fastguide doctor --json`` prints it. Reasons are "" where there is none."""
+    record, gpus = _native.build_record(), []
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "fastguide": {"version": __version__, "folder": str(Path(__file__).parent), "unbuilt_sources_here": _shadow()},
+        "python": {"version": platform.python_version(), "platform": platform.platform()},
+        "torch": {"version": str(torch.__version__), "cuda": torch.version.cuda},
+        "numpy": {"version": numpy.__version__},
+        "cpu": {"name": _cpu_name(), "visible": os.cpu_count(), "threads": torch.get_num_threads()},
+        "gpus": gpus,
+        "build": record,
+        "backends": {
+            backend.name: {
+                "loaded": backend.loaded,
+                "why_not": backend.reason,
+                "operations": list(backend.operations),
+                "self_check": None if backend.reason else _self_check(backend.name),
+                "details": backend.details,
+            }
+            for backend in backends().values()
+        },
+        "auto": [
+            {"operation": operation, "device": device, "dtype": "float32", "backend": chosen, "why_not": passed_over}
+            for device in ("cpu", *(("cuda",) if gpus else ()))
+            for operation in OPERATIONS
+            for chosen, passed_over in (choice(operation, device, torch.float32),)
+        ],
+    }
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:
@@ -98,48 +129,46 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
 
 def report() -> str:
     """The whole report, plain text."""
-    record = _native.build_record()
-    lines = ["fastguide"]
-    lines += _table(
-        [
-            ("fastguide", f"{__version__}, in {Path(__file__).parent}"),
-            ("Python", f"{platform.python_version()} on {platform.platform()}"),
-            ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
-            ("numpy", numpy.__version__),
-            (
-                "compiler",
-                record.get("compiler") or "nothing was compiled here; a build takes g++, clang++ or what CXX names",
-            ),
-            ("CPU", f"{_cpu_name()}, {os.cpu_count()} visible, {torch.get_num_threads()} threads (torch's)"),
-            *_shadow(),
-        ]
-    )
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        lines += _table([(f"GPU {i}", name) for i, name in enumerate(names)])
-    for backend in backends().values():
-        state = "usable" if not backend.reason else "loaded, not usable" if backend.loaded else "not loaded"
-        rows = [("operations", ", ".join(backend.operations))]
-        if backend.reason:
-            rows.append(("why not", backend.reason))
+    found = facts()
+    package, cpu, record = found["fastguide"], found["cpu"], found["build"]
+    compiler = record.get("compiler") or "nothing was compiled here; a build takes g++, clang++ or what CXX names"
+    rows = [
+        ("fastguide", f"{package['version']}, in {package['folder']}"),
+        ("Python", f"{found['python']['version']} on {found['python']['platform']}"),
+        ("torch", f"{found['torch']['version']}, CUDA {found['torch']['cuda'] or 'none'}"),
+        ("numpy", found["numpy"]["version"]),
+        ("compiler", compiler),
+        ("CPU", f"{cpu['name']}, {cpu['visible']} visible, {cpu['threads']} threads (torch's)"),
+    ]
+    if sources := package["unbuilt_sources_here"]:
+        rows.append(("note", f"python started in this folder imports {sources}, which is not built: pip install -e ."))
+    rows += [(f"GPU {i}", name) for i, name in enumerate(found["gpus"])]
+    lines = ["fastguide", *_table(rows)]
+    for name, backend in found["backends"].items():
+        reason, details, check = backend["why_not"], backend["details"], backend["self_check"]
+        state = "usable" if not reason else "loaded, not usable" if backend["loaded"] else "not loaded"
+        rows = [("operations", ", ".join(backend["operations"]))]
+        if reason:
+            rows.append(("why not", reason))
+        elif check["passed"]:
+            rows.append(("self-check", f"passed ({len(KNOWN_ANSWERS)} known answers of Philox, bit for bit)"))
         else:
-            rows.append(("self-check", _self_check(backend.name)))
-        if backend.name == "cpu" and backend.loaded:
-            rows.append(("vectors", backend.details["instruction_set"]))
-        if backend.name == "triton" and backend.loaded:
-            how = "in Triton's interpreter" if backend.details["interpreted"] else "compiled"
-            rows.append(("version", f"{backend.details['triton']}, {how}"))
-        if backend.name == "cuda" and record:
+            rows.append(("self-check", f"FAILED: {check['error']}"))
+        if name == "cpu" and backend["loaded"]:
+            rows.append(("vectors", details["instruction_set"]))
+        if name == "triton" and backend["loaded"]:
+            how = "in Triton's interpreter" if details["interpreted"] else "compiled"
+            rows.append(("version", f"{details['triton']}, {how}"))
+        if name == "cuda" and record:
             cuda = record["cuda"]
             rows.append(("build", " ".join(filter(None, (cuda["status"], cuda["reason"])))))
             if cuda["nvcc"]:
                 archs = ", ".join(f"sm_{arch}" for arch in cuda["archs"])
                 rows.append(("nvcc", f"{cuda['nvcc']}, for {archs}"))
             rows += [("", line) for line in cuda["error"]]
-        lines += ["", f"backend {backend.name}: {state}", *_table(rows)]
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        lines += ["", f"backend {name}: {state}", *_table(rows)]
     lines += ["", "what auto chooses"]
-    for device in devices:
-        for operation in OPERATIONS:
-            lines += ["  " + line for line in explain(operation, device, torch.float32).splitlines()]
+    for call in found["auto"]:
+        words = explain(call["operation"], call["device"], torch.float32)
+        lines += ["  " + line for line in words.splitlines()]
     return "\n".join(lines)

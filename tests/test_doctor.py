@@ -1,10 +1,13 @@
 """What ``fastguide doctor`` says of each backend."""
 
+import json
+
 import torch
 
-from fastguide import doctor
+import fastguide
+from fastguide import cli, doctor
 from fastguide.ops import _native
-from fastguide.ops._operation import backends
+from fastguide.ops._operation import OPERATIONS, backends
 
 
 def test_doctor_names_every_backend():
@@ -42,3 +45,25 @@ def test_doctor_shows_why_cuda_was_not_built(monkeypatch):
     monkeypatch.setattr(_native, "build_record", lambda: {"compiler": "g++ 12", "cuda": cuda})
     text = doctor.report()
     assert "failed compilation failed" in text and "x.cu: no" in text and "13.0, for sm_90" in text
+
+
+def test_doctor_json_has_the_facts_of_the_report(capsys, monkeypatch):
+    monkeypatch.setitem(doctor._PHILOX, "cpu", lambda counter, key: (1, 2, 3, 4))
+    cli.main(["doctor", "--json"])
+    found, text = json.loads(capsys.readouterr().out), doctor.report()
+    assert found["fastguide"]["version"] == fastguide.__version__
+    assert found["torch"]["version"] in text and found["cpu"]["name"] in text
+    assert found["build"] == _native.build_record()
+    assert list(found["backends"]) == list(backends())
+    for name, backend in backends().items():
+        said = found["backends"][name]
+        assert (said["loaded"], said["why_not"]) == (backend.loaded, backend.reason)
+        assert said["operations"] == list(backend.operations) and said["details"] == backend.details
+        assert (said["self_check"] is None) == bool(backend.reason)
+    assert found["backends"]["reference"]["self_check"] == {"passed": True, "error": ""}
+    assert f"FAILED: {found['backends']['cpu']['self_check']['error']}" in text
+    for call in found["auto"]:
+        assert f"  {call['operation']} on {call['device']}, torch.{call['dtype']}: {call['backend']}\n" in text + "\n"
+        for name, reason in call["why_not"].items():
+            assert f"    not {name}: {reason}" in text
+    assert {call["operation"] for call in found["auto"]} == set(OPERATIONS)

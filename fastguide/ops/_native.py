@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,12 @@ __all__ = [
     "instruction_sets",
     "load_error",
     "loaded",
+    "log",
     "module",
 ]
+
+log = logging.getLogger("fastguide")  # the package's only one: which modules are loaded, which backends serve a call
+log.addHandler(logging.NullHandler())
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -57,6 +62,12 @@ def _installed_elsewhere(here: Path) -> Path | None:
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str]:
     """Module ``name``, or why it is not there."""
+    module, reason = _find(name)
+    log.debug("%s", reason or f"loaded fastguide.{name} from {getattr(module, '__file__', None)}")
+    return module, reason
+
+
+def _find(name: str) -> tuple[ModuleType | None, str]:
     full, here, other, record = f"fastguide.{name}", _PACKAGE.resolve(), None, build_record()
     if (said := _build_of(name, record)) != "built":  # a file that is there is of an earlier build
         return None, f"{full} was not built: {said}"

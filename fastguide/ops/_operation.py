@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,8 +23,9 @@ from torch.compiler import is_compiling
 from ..arguments import expect_alike, got, is_wrapper, one_of, traced, transformed
 from . import _native
 from ._arguments import STATE_DTYPES
+from ._native import log
 
-__all__ = ["OPERATIONS", "ORDER", "Backend", "Operation", "backends", "explain", "why_not"]
+__all__ = ["OPERATIONS", "ORDER", "Backend", "Operation", "backends", "choice", "explain", "why_not"]
 
 ORDER = ("cuda", "cpu", "triton", "reference")  # on each device the fastest first
 OPERATIONS: dict[str, Operation] = {}
@@ -160,6 +162,8 @@ class Operation:
         kernel = None if obstacle else self._chosen.get((backend, device, dtype))
         if kernel is None:
             name = select(self.name, backend, device=device, dtype=dtype, obstacle=obstacle)
+            if log.isEnabledFor(logging.DEBUG):
+                _log_choice(self.name, backend, device, dtype, obstacle)
             kernel = self._kernel(name)
             if not obstacle and name != "reference":
                 self._chosen[backend, device, dtype] = kernel
@@ -442,16 +446,31 @@ def _warn_reference(operation: str, obstacle: str) -> None:
     )
 
 
-def explain(operation: str, device: torch.device | str, dtype: torch.dtype, *, obstacle: str = "") -> str:
-    """What ``auto`` chooses for a call, and why it passes over each faster backend."""
-    device = torch.device(device)
-    lines: list[str] = []
+def choice(
+    operation: str, device: torch.device | str, dtype: torch.dtype, *, obstacle: str = ""
+) -> tuple[str | None, dict[str, str]]:
+    """What ``auto`` chooses for a call, or None, and for each faster backend why not that one."""
+    passed_over: dict[str, str] = {}
     for name in ORDER:
-        reason = _why_not_auto(name, operation, device=device, dtype=dtype, obstacle=obstacle)
+        reason = _why_not_auto(name, operation, device=torch.device(device), dtype=dtype, obstacle=obstacle)
         if not reason:
-            lines.insert(0, f"{operation} on {device}, {dtype}: {name}")
-            break
-        lines.append(f"  not {name}: {reason}")
+            return name, passed_over
+        passed_over[name] = reason
+    return None, passed_over
+
+
+def explain(operation: str, device: torch.device | str, dtype: torch.dtype, *, obstacle: str = "") -> str:
+    """`choice` in words."""
+    name, passed_over = choice(operation, device, dtype, obstacle=obstacle)
+    lines = [f"{operation} on {torch.device(device)}, {dtype}: {name or 'no backend'}"]
+    return "\n".join([*lines, *(f"  not {other}: {reason}" for other, reason in passed_over.items())])
+
+
+@functools.cache
+def _log_choice(operation: str, backend: str, device: torch.device, dtype: torch.dtype, obstacle: str) -> None:
+    # Once for each kind of call: a loop would say it at every step.
+    if backend == "auto":
+        words = explain(operation, device, dtype, obstacle=obstacle).replace("\n ", ";")
     else:
-        lines.insert(0, f"{operation} on {device}, {dtype}: no backend")
-    return "\n".join(lines)
+        words = f"{operation} on {device}, {dtype}: {backend}, which the call names"
+    log.debug("%s", words)
