@@ -24,8 +24,8 @@ class Cpu(Protocol):
     def predict_x0(
         self, x: Address | None, x_dtype: int, model_output: Address | None, output_dtype: int,
         unconditional: Address | None, unconditional_dtype: int, x0_hat: Address | None, x0_dtype: int,
-        prediction: int, levels: tuple[float, float] | Address, guidance_scale: float | Address,
-        samples: int, elements: int, threads: int, /,
+        not_finite: Address | None, prediction: int, levels: tuple[float, float] | Address,
+        guidance_scale: float | Address, samples: int, elements: int, threads: int, /,
     ) -> None: ...  # fmt: skip
     def predict_x0_backward(
         self, grad: Address, grad_dtype: int, x: Address | None, x_dtype: int,
@@ -43,7 +43,7 @@ class Cpu(Protocol):
     def propose_and_weigh(
         self, x: Address, x_dtype: int, x0_hat: Address, x0_dtype: int, displacement: Address, displacement_dtype: int,
         x_s: Address, log_weights: Address, log_weights_after: Address, double_weights: bool,
-        clip: int, low: float, high: float,
+        not_finite: Address | None, clip: int, low: float, high: float,
         coefficients: Sequence[float] | Address, displacement_scale: float | Address, shape: tuple[int, ...],
         seed: int, step: int, stream: int, first_particle: int, threads: int, /,
     ) -> None: ...  # fmt: skip
