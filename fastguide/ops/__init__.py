@@ -1,7 +1,8 @@
-"""The operations.
+"""The operations: fused kernels, each with a reference in plain PyTorch.
 
-`fastguide.reference` says in plain PyTorch what each must compute. ``backend="auto"`` takes the fastest that can serve
-a call, a named one that cannot raises its reason: see `fastguide.backends`.
+`fastguide.reference` has a function of the same name for each operation. It says what every kernel must compute. Each
+operation takes ``backend``. ``"auto"`` chooses the fastest backend that can serve the call. A named backend raises its
+reason if it cannot. `fastguide.backends` lists the names.
 """
 
 from ._arguments import DynamicThreshold

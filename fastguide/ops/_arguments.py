@@ -28,8 +28,18 @@ IntOrTensor = int | Tensor  # a seed or a step: a number, or an int64 tensor of 
 
 
 class DynamicThreshold(NamedTuple):
-    """Dynamic thresholding (Saharia et al. 2022): clip to the ``ratio`` quantile of ``|x0|`` of each sample,
-    held in ``[1, max_value]``, and divide by it."""
+    """Dynamic thresholding: clips each predicted clean sample to a quantile of its absolute values.
+
+        bound  = quantile(|x0|, ratio), held in [1, max_value]          one for each sample
+        result = clip(x0, -bound, bound) / bound
+
+    Attributes:
+        ratio: The quantile, in ``[0, 1]``. Between two values it is interpolated linearly.
+        max_value: The largest bound, at least 1.
+
+    Source:
+        Saharia et al. 2022 (Imagen).
+    """
 
     ratio: float = 0.995
     max_value: float = 1.0

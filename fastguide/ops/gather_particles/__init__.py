@@ -1,4 +1,4 @@
-"""Moves particles to where their ancestors say."""
+"""Replaces particles by their ancestors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,29 @@ from . import reference
 
 
 def gather_particles_(ancestors: Tensor, *states: Tensor, check: bool = True, backend: str = "auto") -> None:
-    """``state[b, k] = state[b, ancestors[b, k]]``, in place, for every state.
+    """Replaces every particle by its ancestor, in place.
 
-    ``ancestors``: ``[B, K]`` or ``[K]``, int32 or int64 in ``[0, K)``, which ``check`` makes sure of (that waits for a
-    GPU; the CPU always looks); each state ``[B, K, *event]`` or ``[K, *event]``, of any dtype. Only particles whose
-    ancestor is another are copied; with ancestors of `resample` with ``sorted=False`` they are the fewest. The compiled
-    kernels move nothing where an ancestor is out of range, checked or not.
+        state[b, k] = state[b, ancestors[b, k]]
 
-    A state whose particles are dense in any order of the event's dimensions (``channels_last``) moves in place; any
-    other view moves through a contiguous copy. Elements of the states must not share memory with each other. An error
-    leaves every state as it was.
+    Only particles whose ancestor is another particle are copied. Ancestors from `resample` with ``sorted=False`` copy
+    the fewest. An error leaves every state as it was.
+
+    Args:
+        ancestors: ``[B, K]`` or ``[K]``, int32 or int64, values in ``[0, K)``.
+        *states: Tensors ``[B, K, *event]``, or ``[K, *event]`` for ancestors ``[K]``, of any dtype, on the device of
+            ``ancestors``. No element may share memory with another element. A state moves without a copy if its
+            particles are dense, in any order of the event's dimensions (``channels_last``); any other view moves
+            through a contiguous copy.
+        check: On a GPU, whether to raise for an ancestor outside ``[0, K)``. The check waits for the GPU. With False
+            the CUDA kernel moves no particle at all if an ancestor is out of range. On the CPU this argument does
+            nothing: an ancestor out of range always raises. Must be False inside ``torch.vmap``.
+        backend: As in `randn`.
+
+    Raises:
+        TypeError: ``ancestors`` is not an int32 or int64 tensor, or a state is not a tensor.
+        ValueError: Shapes or devices do not match, an ancestor is out of range, states overlap, or a state requires a
+            gradient while gradients are enabled.
+        RuntimeError: The named backend cannot serve the call.
     """
     ancestors = _arguments.own("ancestors", ancestors, "an int32 or int64 tensor")
     if ancestors.dtype not in (torch.int32, torch.int64):
@@ -107,7 +120,7 @@ def _dense(ancestors: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor
 
 
 def _written(given: list[Tensor], states: list[Tensor]) -> None:
-    """Tell autograd, past whose eyes the kernels write, and copy back what was copied."""
+    """Tell autograd about the kernel's writes, which it did not see, and copy back what was copied."""
     torch.autograd.graph.increment_version([state for state in states if not state.is_inference()])
     if states is not given:
         for state, moved in zip(given, states, strict=True):
@@ -117,7 +130,7 @@ def _written(given: list[Tensor], states: list[Tensor]) -> None:
 
 
 def _lie_apart(ancestors: Tensor, states: Sequence[Tensor]) -> bool:
-    """Whether the states are contiguous and no memory is in two of the tensors, as in nearly every call."""
+    """Whether the states are contiguous and no two of the tensors share memory, as in nearly every call."""
     start = ancestors.data_ptr()
     spans = [(start, start + ancestors.nbytes)]
     for state in states:
@@ -132,7 +145,7 @@ def _lie_apart(ancestors: Tensor, states: Sequence[Tensor]) -> bool:
 
 
 def _in_order(state: Tensor, leading: int) -> Tensor:
-    """The state with its event's dimensions in the order of memory, or else a contiguous copy."""
+    """The state with its event's dimensions in the order of memory if that is contiguous, else a contiguous copy."""
     if state.is_contiguous():
         return state
     event = sorted(range(leading, state.ndim), key=state.stride, reverse=True)
@@ -157,8 +170,9 @@ def _check_overlaps(states: Sequence[Tensor]) -> None:
 
 
 def _layout(x: Tensor, first: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Sizes and strides in bytes, and the place of its first byte after the address ``first``. Dimensions that lie one
-    in another are one."""
+    """Sizes and strides in bytes, and the offset of the first byte from the address ``first``. Dimensions that are
+    contiguous with each other are merged.
+    """
     sizes, strides = [x.element_size()], [1]
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size == 1:
@@ -173,7 +187,7 @@ def _layout(x: Tensor, first: int) -> tuple[tuple[int, ...], tuple[int, ...], in
 
 @functools.lru_cache(maxsize=64)
 def _share_bytes(*layouts: tuple[tuple[int, ...], tuple[int, ...], int]) -> bool:
-    """Whether a byte belongs to two of the layouts' elements. A loop asks of the same layouts at every step."""
+    """Whether two elements of the layouts share a byte. Cached: a loop asks about the same layouts at every step."""
     nested = all(
         step >= size * stride
         for sizes, strides, _ in layouts

@@ -30,20 +30,45 @@ def log_prob_and_gradient(
     out: Tensor | tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """``log p(y | z)``, every normalising constant kept, and its gradient in ``z``, in one pass over both.
+    """Computes ``log p(y | z)`` and its gradient in ``z``, in one pass over both.
 
-    - ``z`` ``[n, *measurement]``; ``y`` of one row, or of ``n``, or of any number where ``rows`` ``[n]`` (int64) says
-      which row each sample has; any of the four dtypes.
-    - ``family``: ``"gaussian"``; ``"student_t"`` with ``df`` degrees of freedom; ``"laplace"``; ``"poisson"``, where
-      ``y >= 0`` and ``y / scale`` has the mean ``(z + background) / scale``. Formulas in
-      `fastguide.reference.log_prob_and_gradient`.
-    - ``scale > 0``; ``extra_variance`` ``[n or 1, *measurement]`` is added to its square (not for Poisson).
-    - ``log_factorials``: `fastguide.reference.log_factorials` of this ``y`` and ``scale``, for Poisson alone. Keep it
-      where many calls have the same: it is half of a call with one sample for a row of ``y``, a tenth of one with 16.
-    - ``out``: for what is returned, without ``return_gradient`` a tensor for the log-densities, see `randn`.
+    Formulas are in `fastguide.reference.log_prob_and_gradient`. Every normalising constant is kept. Results are
+    differentiable in ``z``, ``y`` and ``extra_variance``, any number of times.
 
-    Returns the log-densities ``[n]`` in float64, and the gradient in the shape and dtype of ``z``, or None without
-    ``return_gradient``. Differentiable in ``z``, ``y`` and ``extra_variance``, any number of times.
+    Args:
+        z: The predicted measurements, ``[n, *measurement]``: float32, float16, bfloat16 or float64.
+        y: The measurements, ``[rows, *measurement]``, in any of these dtypes: 1 or ``n`` rows, or any number with
+            ``rows``.
+        family: ``"gaussian"``, ``"student_t"``, ``"laplace"`` or ``"poisson"``. For ``"poisson"`` ``y >= 0``, and
+            ``y / scale`` has the mean ``(z + background) / scale``.
+        scale: A number > 0 in units of ``y``, with a square that float64 can hold: the standard deviation for
+            ``"gaussian"``, the scale parameter for ``"student_t"`` and ``"laplace"``, the value of one count for
+            ``"poisson"``.
+        df: Degrees of freedom > 0, for ``"student_t"`` alone.
+        background: A number >= 0 in units of ``y``, for ``"poisson"`` alone.
+        extra_variance: ``[n, *measurement]`` or ``[1, *measurement]``, values >= 0, added to ``scale^2``. Not for
+            ``"poisson"``.
+        rows: An int64 tensor ``[n]``: sample ``i`` is measured by ``y[rows[i]]``. None takes ``y[i]``, or the only row
+            of ``y``.
+        log_factorials: `fastguide.reference.log_factorials` of this ``y`` and ``scale``, for ``"poisson"`` alone. None
+            computes it, which takes half of a call with one sample per row of ``y`` and a tenth with 16. Pass it if
+            many calls have the same ``y``. Negative counts then raise no error.
+        return_gradient: Whether to return the gradient.
+        out: A tuple of tensors for both results, or without ``return_gradient`` a tensor for the log-densities, as in
+            `randn`.
+        backend: As in `randn`.
+
+    Returns:
+        log_prob: ``[n]`` in float64.
+        gradient: In the shape and dtype of ``z``; None without ``return_gradient``.
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype, or an argument is not a tensor, number or bool where one is
+            expected.
+        ValueError: Shapes or devices do not match, a value is out of range, an argument is given for a family that does
+            not take it, or ``out`` is given for a result that has a gradient. On the CPU negative counts, negative
+            variances and rows out of range raise too; values on a GPU are not checked.
+        RuntimeError: The named backend cannot serve the call.
     """
     z, y, extra_variance, rows = _measurements(z, y, extra_variance, rows)
     scale, df, background = _density(family, scale, df, background, extra_variance)
@@ -62,7 +87,7 @@ def log_prob_and_gradient(
 
 
 def _measurements(z: Any, y: Any, extra: Any, rows: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The four as kernels read them."""
+    """The four tensors, checked, as kernels read them."""
     z, y = _arguments.state("z", z), _arguments.state("y", y)
     samples, measurement = z.shape[0], z.shape[1:]
     extra = None if extra is None else _arguments.state("extra_variance", extra)
@@ -106,7 +131,7 @@ def _density(
 
 
 def _expect_positive(counts: Tensor | None, extra: Tensor | None) -> None:
-    """On the CPU: a look at a GPU's values would wait for it."""
+    """Raise for negative values on the CPU. On a GPU the check would wait for the device."""
     for name, value in (("y", counts), ("extra_variance", extra)):
         if value is not None and value.numel() and _arguments.readable(value) and not transformed():
             least = value.detach().min()
@@ -149,7 +174,7 @@ _FAMILIES = {family: code for code, family in enumerate(FAMILIES)}
 
 
 def _cpu(z, y, family, scale, df, background, extra_variance, rows, log_factorials, return_gradient, out=None):
-    wide = torch.float64 in (z.dtype, y.dtype)  # float16 and bfloat16 are read and written in z alone
+    wide = torch.float64 in (z.dtype, y.dtype)  # the kernel takes float16 and bfloat16 for z alone
     dtype = torch.float64 if wide else torch.float32
     state = (z.double() if wide else z).contiguous()
     y = y.to(dtype).contiguous()
@@ -196,7 +221,7 @@ def _fake(z, y, family, scale, df, background, extra_variance, rows, log_factori
 
 
 def _vjp(args, results, grads, needed):
-    """The gradient that the kernel has computed. Derivatives of the gradient, and in y, are the reference's."""
+    """The gradient that the kernel has computed. The reference serves second derivatives and those in ``y``."""
     grad_log_prob, grad_gradient = grads
     if grad_log_prob is grad_gradient is None:
         return {}

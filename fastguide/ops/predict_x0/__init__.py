@@ -26,24 +26,43 @@ def predict_x0(
     not_finite: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``x0_hat = E[x_0 | x_t]`` from a network's output (Tweedie's formula), with classifier-free guidance (Ho &
-    Salimans 2021), where ``x_t = alpha x_0 + sigma eps``::
+    """Predicts the clean sample ``x0_hat = E[x_0 | x_t]`` from a network's output, with classifier-free guidance.
 
+        x_t    = alpha x_0 + sigma eps
         guided = unconditional + guidance_scale (model_output - unconditional)
-        x0_hat = p x + q guided        p and q of the prediction and the levels
+        x0_hat = p x + q guided          p and q depend on the prediction type and the levels
 
-    - ``x`` ``[N, *event]``; ``model_output`` and ``unconditional`` of the same shape, any of the four dtypes.
-    - ``levels = (alpha, sigma)``, each a float or a tensor ``[N]``, at least 0. Values on a GPU are not checked.
-    - ``prediction``: ``"epsilon"`` eps; ``"sample"`` x_0; ``"score"`` ``-eps / sigma``; ``"v"``
-      ``alpha eps - sigma x_0``; ``"flow"`` ``eps - x_0``. ``"epsilon"`` and ``"score"`` need ``alpha > 0``.
-    - ``unconditional``: the output of a second network, or of the same one without its condition; and
-      ``guidance_scale``, a float or a floating tensor ``[N]`` or ``[]``. Both or neither.
+    The forward pass and the backward pass each take one pass over memory. The arithmetic is in float32, or in float64
+    where ``x`` is float64. Results are differentiable in all tensors.
 
-    - ``out``: for what is returned, see `randn`.
-    - ``not_finite``: as in `reverse_step`, but of ``[2]``: for ``model_output`` and ``unconditional``.
+    Args:
+        x: The noisy state ``x_t``, ``[N, *event]``: float32, float16, bfloat16 or float64.
+        model_output: The network's output, with the shape and device of ``x`` and any of these dtypes.
+        levels: ``(alpha, sigma)``, each a finite number >= 0 or a floating tensor ``[N]``. Values on a GPU are not
+            checked.
+        prediction: What the network predicts: ``"epsilon"`` is ``eps``, ``"sample"`` is ``x_0``, ``"score"`` is
+            ``-eps / sigma``, ``"v"`` is ``alpha eps - sigma x_0`` and ``"flow"`` is ``eps - x_0``. ``"epsilon"`` and
+            ``"score"`` need ``alpha > 0``; ``"v"`` and ``"flow"`` need ``alpha + sigma > 0``.
+        unconditional: The output without the condition, like ``model_output``. Needs ``guidance_scale``.
+        guidance_scale: A finite number, or a floating tensor ``[]`` or ``[N]``. 1 gives ``model_output``, 0 gives
+            ``unconditional``. Needs ``unconditional``.
+        out: A tensor for the result, as in `randn`.
+        not_finite: A contiguous int32 tensor ``[2]`` of flags for ``model_output`` and ``unconditional``, as in
+            `reverse_step`.
+        backend: As in `randn`.
 
-    Returns ``x0_hat`` in the dtype and the layout (contiguous or channels_last) of ``x``, which shares no memory with
-    the arguments, in one pass. The backward pass is one, too. Differentiable in all tensors.
+    Returns:
+        ``x0_hat`` ``[N, *event]`` in the dtype and layout (contiguous or channels_last) of ``x``. It shares no memory
+            with the arguments.
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype, or an argument is not a tensor or a number where one is expected.
+        ValueError: Shapes or devices differ, a value is out of range, only one of ``unconditional`` and
+            ``guidance_scale`` is given, or ``out`` is given for a result that has a gradient.
+        RuntimeError: The named backend cannot serve the call.
+
+    Source:
+        Tweedie's formula; Ho & Salimans 2021 for classifier-free guidance.
     """
     tensors = (x, model_output) if unconditional is None else (x, model_output, unconditional)
     ordinary = out is not_finite is None and type(backend) is str and backend == "auto" and type(levels) is tuple
@@ -100,7 +119,7 @@ _PREDICTIONS = {name: code for code, name in enumerate(PREDICTIONS)}
 
 
 def _conversion(x, levels, table, prediction, guidance_scale, guidance_scale_tensor):
-    """What both kernels take of the numbers of a call, and the tensors that must live until they return."""
+    """The numbers of a call as both kernels take them, and the tensors that must outlive the kernel."""
     scale = None if guidance_scale_tensor is None else guidance_scale_tensor.contiguous()
     numbers = (
         _PREDICTIONS[prediction],
@@ -114,7 +133,7 @@ def _conversion(x, levels, table, prediction, guidance_scale, guidance_scale_ten
 
 
 def _tensor(tensor, like):
-    """A pointer and a dtype; of None the dtype says nothing."""
+    """Address and dtype code of a tensor. For None the dtype has no meaning."""
     if tensor is None:
         return None, _native.CPU_DTYPES[like.dtype]
     return tensor.data_ptr(), _native.CPU_DTYPES[tensor.dtype]
@@ -140,7 +159,7 @@ def _fake(x, *_):
 
 
 def _vjp(args, results, grads, needed):
-    """In one pass, but for the derivatives in levels and scale."""
+    """One pass of the backward kernel. The reference serves gradients in the levels and the scale."""
     x, model_output, levels, table, prediction, unconditional, *scale = args
     if grads[0] is None:
         return {}
@@ -169,7 +188,7 @@ _predict_x0 = Operation(
 
 
 # --- the backward pass ----------------------------------------------------------------------------------------
-# Gradients in x, model_output and unconditional, each of the dtype given; none where that is None.
+# Gradients in x, model_output and unconditional, each in the dtype given. A dtype of None means no gradient.
 
 
 def _backward_reference(

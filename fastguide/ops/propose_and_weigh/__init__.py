@@ -30,22 +30,47 @@ def propose_and_weigh(
     not_finite: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The guided step of twisted diffusion sampling and its part of the weight (Wu et al. 2023, algorithm 1)::
+    """Takes the guided step of a particle filter and updates the log-weights, in one pass over memory.
 
-        m           = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat      of the clipped x0_hat
+        m           = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat           from the clipped x0_hat
         d           = displacement_scale displacement
         x_s         = m + d + tau z
-        log_weights + log N(x_s; m, tau^2) - log N(x_s; m + d, tau^2)
+        log_weights = log_weights + log N(x_s; m, tau^2 I) - log N(x_s; m + d, tau^2 I)
 
-    ``x``, ``x0_hat``, ``displacement``: ``[N, *event]``; ``log_weights``: ``N`` values of any shape, float32 or
-    float64; ``coefficients``, ``clip``, ``displacement_scale`` and counters as in `reverse_step`. Where ``tau = 0``
-    the step is the base kernel's, without the displacement, and the ratio is 1. Returns ``x_s``, in the layout of ``x``
-    (contiguous or channels_last), and the log-weights: new tensors, or ``out``, see `randn`.
+    Where ``tau = 0`` the displacement is left out, and the log-weights stay as they are. The noise ``z`` is `randn` of
+    the seed, step, stream and first particle. The arithmetic is in float32, or in float64 where ``x`` is float64. The
+    operation has no derivative.
 
-    ``not_finite``: as in `reverse_step`, of ``x``, ``x0_hat`` and ``displacement``. The displacement of a particle
-    counts only where it is used: where ``tau``, in the type of the arithmetic, is not 0.
+    Args:
+        x: The state at level ``t``, ``[N, *event]``: float32, float16, bfloat16 or float64. No tensor may require a
+            gradient while gradients are enabled.
+        x0_hat: The predicted clean sample before the clip, with the shape and device of ``x`` and any of these dtypes.
+        displacement: By how much guidance moves the mean, like ``x0_hat``.
+        log_weights: ``N`` values of any shape, float32 or float64.
+        coefficients: ``(alpha_t, sigma_t, alpha_s, sigma_s, tau)``, as in `reverse_step`.
+        clip: The range of ``x0_hat``, as in `reverse_step`.
+        displacement_scale: A finite number, or a floating tensor ``[]`` or ``[N]``.
+        seed: Seed of the noise, as in `randn`.
+        step: Sampling step of the noise, as in `randn`.
+        stream: Stream of the noise, as in `randn`.
+        first_particle: Global index of the first particle, as in `randn`.
+        out: A tuple of tensors for both results, as in `randn`.
+        not_finite: A contiguous int32 tensor ``[3]`` of flags for ``x``, ``x0_hat`` and ``displacement``, as in
+            `reverse_step`. The displacement counts only where it is used: where ``tau`` is not 0 in the dtype of the
+            arithmetic.
+        backend: As in `randn`.
 
-    There are no derivatives: a tensor that requires a gradient is an error while gradients are enabled.
+    Returns:
+        x_s: ``[N, *event]`` in the dtype and layout (contiguous or channels_last) of ``x``.
+        log_weights: The new log-weights, in the shape and dtype of the argument.
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype, or an argument is not a tensor or a number where one is expected.
+        ValueError: Shapes or devices differ, a value is out of range, or a tensor requires a gradient.
+        RuntimeError: The named backend cannot serve the call.
+
+    Source:
+        Wu et al. 2023 (twisted diffusion sampling), algorithm 1.
     """
     bounds = _arguments.clip(clip)
     ordinary = out is not_finite is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple

@@ -27,19 +27,37 @@ def randn(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Standard normals ``shape = [N, *event]`` from counters: Philox4x32-10 (Salmon et al. 2011) and Box-Muller.
+    """Draws standard normals from counters: Philox4x32-10, then Box-Muller.
 
-    The value of particle ``first_particle + n`` at an element depends on ``seed`` (below 2^64), ``step`` (2^32),
-    ``stream`` (2^16), that global index and the element's place in the event, and on nothing else: not on ``N``, the
-    backend (to 4 ulp of float32), the thread count or what was drawn before. ``|z|`` reaches 6.66. float16 and bfloat16
-    are the float32 values rounded.
+    A value depends on the seed, the step, the stream, the global index of its particle and the index of its element
+    within the particle. It depends on nothing else: not on ``N``, the thread count or earlier draws. Calls with the
+    same arguments therefore draw the same numbers. Backends agree within 4 ulp of float32. ``|z|`` reaches 6.66.
 
-    ``seed`` and ``step`` are integers, or int64 tensors of one element on ``device`` with their bits: a CUDA graph then
-    draws from what stands there when it is replayed. So in all operations.
+    Args:
+        shape: ``[N, *event]``, ``N`` particles of shape ``event``. ``event`` has at most 2^34 elements, and
+            ``first_particle + N`` is at most 2^48.
+        seed: An integer in ``[0, 2^64)``, or an int64 tensor of one element on ``device`` that holds its 64 bits. A
+            CUDA graph reads the tensor again at each replay. Seeds of all operations may be tensors.
+        step: The sampling step: an integer in ``[0, 2^32)``, or a tensor like ``seed``.
+        stream: An integer in ``[0, 2^16)``. Draws of one seed and step are independent if their streams differ.
+        first_particle: The global index of the first particle, an integer in ``[0, 2^48)``.
+        dtype: float32, float16, bfloat16 or float64. float16 and bfloat16 are the float32 values, rounded.
+        device: Where the result is.
+        out: A contiguous tensor to write the result into, of its shape, dtype and device. It must require no gradient
+            and share no memory with an input. A large call spends most of its time on page faults of new memory; memory
+            that is used again has none. Operations with several results take a tuple of tensors.
+        backend: ``"auto"`` takes the fastest backend that can serve the call. See `fastguide.backends` for the names.
 
-    ``out``: a contiguous tensor that the normals are written into, and that is returned: memory that is used again
-    costs no page faults, which for large tensors is most of the time. It must not need a gradient nor share memory with
-    an input. So in all operations that have one; with several results it is a tuple.
+    Returns:
+        Normals ``[N, *event]``; ``out`` itself where it is given.
+
+    Raises:
+        TypeError: ``dtype`` or ``out`` has the wrong type.
+        ValueError: ``shape``, a counter, ``device`` or ``out`` is not as described, or ``backend`` has no such name.
+        RuntimeError: The named backend cannot serve the call.
+
+    Source:
+        Salmon et al. 2011 (Random123) for Philox4x32-10.
     """
     sizes = arguments.shape("shape", shape, "[N, *event]")
     if not sizes:

@@ -30,25 +30,49 @@ def resample(
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw ``num`` (default ``K``) ancestors for each row of ``log_weights`` ``[B, K]`` or ``[K]``, float32 or float64,
-    unnormalised (Chopin & Papaspiliopoulos 2020, chapter 9).
+    """Draws ancestors for the particles of each row, in proportion to their weights.
 
-    - ``scheme``: ``"systematic"``, ``"stratified"``, ``"multinomial"``, ``"residual"`` (multinomial remainders).
-    - ``ess_threshold`` in ``[0, 1]``: rows whose effective sample size is at least that share of ``K`` keep their
-      particles (identity) and weights; None resamples all. Decided on the device; needs ``num == K``.
-    - ``sorted``: ascending ancestors; False permutes them so that every survivor stays in its place (needs ``num ==
-      K``), which is what `gather_particles_` moves least for.
-    - ``check``: raise for a row without a usable weight: a NaN, ``+inf``, or all ``-inf`` (which waits for a GPU). With
-      False such a row keeps its particles (where ``num == K``; else its ancestors are zeros), and its mean weight and
-      ESS are NaN.
-    - ``first_row``: row ``b`` draws as row ``first_row + b`` of a larger call.
-    - ``out``: for the four results, see `randn`.
+    Weights are integers inside (see `fastguide.reference.integer_weights`), so that sums are exact: results do not
+    depend on the thread count or on how sums are split. Calls that leave the seed and the step at their defaults all
+    draw the same uniforms. The operation has no derivative.
 
-    Returns ``ancestors`` ``[B, num]`` (int32 below 2^31), ``log_weights`` ``[B, num]`` (of a resampled row, all the log
-    of its mean weight, so that the mean weight never changes), ``log_mean_weight`` ``[B]`` and ``ess`` ``[B]`` in
-    float64.
+    Args:
+        log_weights: ``[B, K]`` or ``[K]``, float32 or float64, not necessarily normalised. ``-inf`` is a dead particle.
+        scheme: ``"systematic"`` draws one uniform per row, ``"stratified"`` one per ancestor. ``"multinomial"`` draws
+            ancestors independently. ``"residual"`` gives each particle ``floor(num * weight)`` copies and draws the
+            rest independently.
+        num: How many ancestors to draw for each row; None is ``K``.
+        ess_threshold: A share of ``K`` in ``[0, 1]``. A row whose effective sample size is at least this share keeps
+            its particles and weights. The decision is made on the device. None resamples every row. Needs ``num == K``.
+        seed: Seed of the uniforms, as in `randn`.
+        step: Sampling step of the uniforms, as in `randn`.
+        stream: Stream of the uniforms, as in `randn`.
+        first_row: Row ``b`` draws what row ``first_row + b`` of a larger call draws. An integer in ``[0, 2^48)``.
+        sorted: Whether ancestors ascend. False leaves every survivor in its place, so that `gather_particles_` copies
+            as little as possible. False needs ``num == K``.
+        check: Whether to raise for a row without a usable weight: one with a NaN, with ``+inf``, or with all weights
+            ``-inf``. The check waits for a GPU. With False such a row keeps its particles where ``num == K``, and gets
+            zeros as ancestors otherwise; its mean weight and effective sample size are NaN. Must be False inside
+            ``torch.compile`` and ``torch.vmap``, and for tensors without values.
+        out: A tuple of tensors for the four results, as in `randn`.
+        backend: As in `randn`.
 
-    Weights are integers inside (`reference.integer_weights`), so the result does not depend on how sums are split.
+    Returns:
+        ancestors: ``[B, num]`` in int32, or in int64 from ``K = 2^31`` on. No result has the dimension ``B`` if the
+            argument has none.
+        log_weights: ``[B, num]`` in the dtype of the argument. In a resampled row all are the log of its mean weight,
+            so that the mean weight does not change.
+        log_mean_weight: ``[B]`` in float64: the log of the mean weight of each row.
+        ess: ``[B]`` in float64: the effective sample size before resampling, in ``[1, K]``.
+
+    Raises:
+        TypeError: ``log_weights`` is not a float32 or float64 tensor, a flag is not a bool, or ``out`` is not a tuple.
+        ValueError: A shape or value is out of range, ``log_weights`` requires a gradient while gradients are enabled,
+            or ``check`` finds a row without a usable weight, which the error names.
+        RuntimeError: The named backend cannot serve the call.
+
+    Source:
+        Chopin & Papaspiliopoulos 2020, chapter 9; Murray, Lee, Jacob 2016 for the order with ``sorted=False``.
     """
     ordinary = type(backend) is str and backend == "auto" and plain(log_weights)
     if not ordinary:
@@ -190,7 +214,7 @@ def _cuda(
 
 
 def _checked(log_weights: Tensor, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The results, of which the mean weight is NaN in a row without a usable weight. Waits for a GPU."""
+    """The results, unless a row has no usable weight: its mean weight is NaN, and this raises. Waits for a GPU."""
     bad_rows = results[2].isnan().reshape(-1)
     if bad_rows.any():
         _refuse(log_weights, int(bad_rows.nonzero()[0]))

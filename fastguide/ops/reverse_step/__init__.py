@@ -31,34 +31,60 @@ def reverse_step(
     not_finite: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One step from level ``t`` to the lower level ``s``; DDIM, DDPM, Euler and Euler-ancestral are this formula with
-    their ``tau`` (Song, Meng, Ermon 2021, eq. 12)::
+    """Steps from noise level ``t`` to the lower level ``s``, in one pass over memory.
 
-        x0_hat  from model_output and prediction, then clipped
+        x0_hat  = clip(p x + q model_output)         p and q as in `predict_x0`
         eps_hat = (x - alpha_t x0_hat) / sigma_t
         x_s     = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat + displacement_scale displacement + tau z
 
-    - ``x`` ``[N, *event]``; ``model_output`` and ``displacement`` of the same shape, any of the four dtypes.
-    - ``coefficients = (alpha_t, sigma_t, alpha_s, sigma_s, tau)``, each a float or a tensor ``[N]``, with
-      ``sigma_t > 0`` and ``0 <= tau <= sigma_s``. Values on a GPU are not checked. ``"epsilon"`` and ``"score"`` need
-      ``alpha_t > 0``. ``torch.compile`` compiles anew for each other float, and once for tensors.
-    - ``clip``: None, a number ``c`` for ``[-c, c]``, ``(low, high)``, or a `DynamicThreshold`. ``clip_noise=False``
-      leaves ``eps_hat`` what it is of the unclipped ``x0_hat`` (diffusers' DDIM).
-    - ``displacement_scale``: a float, or a floating tensor ``[N]`` or ``[]``.
-    - ``z``: `randn` of ``seed, step, stream, first_particle``; none is drawn where ``tau = 0``.
+    DDIM, DDPM, Euler and Euler-ancestral differ only in ``tau``; ``tau = 0`` is DDIM. The arithmetic is in float32, or
+    in float64 where ``x`` is float64. Results are differentiable in all tensors.
 
-    - ``out``: for what is returned, see `randn`.
-    - ``not_finite``: a contiguous int32 tensor ``[3]``. Elements 0, 1 and 2 are set to 1 if ``x``, ``model_output`` and
-      ``displacement``, in this order, have a NaN or an infinite value in the type of the arithmetic (float32, or
-      float64 where ``x`` is); they stay as they are otherwise. A kernel looks at what it reads anyway; nothing waits
-      for the device. It must share no memory with another argument or a result.
+    The noise ``z`` is `randn` of the seed, step, stream and first particle. Calls that leave these at their defaults
+    all draw the same noise. Nothing is drawn where ``tau = 0``.
 
-    Returns ``x_s`` in the dtype and the layout (contiguous or channels_last) of ``x``, and the clipped ``x0_hat`` if
-    ``return_x0``. Differentiable in all tensors.
+    Args:
+        x: The state at level ``t``, ``[N, *event]``: float32, float16, bfloat16 or float64.
+        model_output: The network's output at level ``t``, with the shape and device of ``x`` and any of these dtypes.
+        coefficients: ``(alpha_t, sigma_t, alpha_s, sigma_s, tau)``, each a finite number >= 0 or a floating tensor
+            ``[N]``, with ``sigma_t > 0`` and ``tau <= sigma_s``. Values on a GPU are not checked. ``torch.compile``
+            compiles again for each new number, and only once for tensors.
+        prediction: What the network predicts, as in `predict_x0`. ``"epsilon"`` and ``"score"`` need ``alpha_t > 0``.
+        clip: The range of ``x0_hat``: a number ``c > 0`` for ``[-c, c]``, a tuple ``(low, high)``, a
+            `DynamicThreshold`, or None for no clip.
+        clip_noise: Whether ``eps_hat`` is computed from the clipped ``x0_hat``. False computes it from the unclipped
+            one, as DDIM of diffusers does by default.
+        displacement: What is added to the mean, like ``model_output``: usually a guidance gradient.
+        displacement_scale: A finite number, or a floating tensor ``[]`` or ``[N]``. Must be 1 without a displacement.
+        seed: Seed of the noise, as in `randn`.
+        step: Sampling step of the noise, as in `randn`.
+        stream: Stream of the noise, as in `randn`.
+        first_particle: Global index of the first particle, as in `randn`.
+        return_x0: Whether to return the clipped ``x0_hat`` too.
+        out: A tensor for ``x_s``, or with ``return_x0`` a tuple of two tensors, as in `randn`.
+        not_finite: A contiguous int32 tensor ``[3]`` of flags for ``x``, ``model_output`` and ``displacement``, in this
+            order. A flag becomes 1 if its tensor has a NaN or an infinite value in the dtype of the arithmetic;
+            otherwise it stays as it is. This costs no extra pass over memory, except in the reference and in calls with
+            a gradient, and nothing waits for the device. It must share no memory with another argument or a result.
+        backend: As in `randn`.
+
+    Returns:
+        ``x_s``, or ``(x_s, x0_hat)`` with ``return_x0``. Both are ``[N, *event]`` in the dtype and layout (contiguous
+            or channels_last) of ``x``.
+
+    Raises:
+        TypeError: A tensor has an unsupported dtype, or an argument is not a tensor, number or bool where one is
+            expected.
+        ValueError: Shapes or devices differ, a value is out of range, or ``out`` is given for a result that has a
+            gradient.
+        RuntimeError: The named backend cannot serve the call.
+
+    Source:
+        Song, Meng, Ermon 2021 (DDIM), eq. 12.
     """
     bounds = _arguments.clip(clip)
     if not bounds and clip_noise is False:
-        clip_noise = True  # without a clip they are the same
+        clip_noise = True  # without a clip both values mean the same
     tensors = (x, model_output) if displacement is None else (x, model_output, displacement)
     ordinary = out is not_finite is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple
     if ordinary and type(displacement_scale) is float and plain(*tensors):
@@ -135,7 +161,7 @@ def _cpu(
     displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, out=None, not_finite=None,
 ):  # fmt: skip
-    # Each test below saves a call that would do nothing: they are a noticeable part of a small step.
+    # Each test below saves a call that would do nothing. Such calls are a noticeable part of a small step.
     if seed_tensor is not None or step_tensor is not None:
         seed, step = _arguments.read(seed, step, seed_tensor, step_tensor)
     if not (x.is_contiguous() and model_output.is_contiguous()):
@@ -186,7 +212,7 @@ def _fake(
 
 
 def _vjp(args, results, grads, needed):
-    """The formula's own, which draws no noise."""
+    """The derivative by its formula, which draws no noise."""
     if "table" in needed or "displacement_scale_tensor" in needed:
         return None
     x, model_output, coefficients, table, prediction, clip, clip_noise, displacement, *scale = args[:10]

@@ -16,18 +16,35 @@ LIMIT = 16  # rows of a matrix that the kernel serves
 def solve_positive_part(
     gram: Tensor, residual: Tensor, *, variance: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """``S^-1 residual`` and ``log det S`` of ``S = variance I + (gram)_+``: negative eigenvalues count as 0.
+    """Solves with ``S = variance I + gram_+``, where ``gram_+`` is ``gram`` with negative eigenvalues set to 0.
 
-    The Gaussian of an estimated second moment needs both (Boys et al. 2023): its ``A C_t A^T`` is not always positive.
+        S^-1 residual   and   log det S
+
+    The Gaussian likelihood of second moments needs both. Its estimate of ``A C_t A^T`` may have negative eigenvalues.
+    Results are differentiable in ``gram`` and ``residual``.
+
+    On the CPU, eigenvalues are computed. On a GPU that would wait for the device, so a fixed number of matrix products
+    is used instead. Both agree to 1e-9, except where an eigenvalue is below 1e-10 of the largest: the products then
+    count between half and all of it. The GPU kernel serves ``m <= 16``; larger matrices fall back to the reference,
+    with a warning.
 
     Args:
-        gram: ``[n, m, m]``, float64, symmetric and finite.
-        residual: ``[n, m]``, float64.
-        variance: above 0, of the measurement's noise.
+        gram: ``[n, m, m]`` in float64, symmetric and finite. Neither is checked.
+        residual: ``[n, m]`` in float64, on the device of ``gram``.
+        variance: The variance of the measurement's noise, a number > 0.
+        backend: As in `randn`.
 
-    Returns ``[n, m]`` and ``[n]`` in float64. The CPU takes eigenvalues; a GPU, where those would wait for the device,
-    a fixed number of matrix products, which agree to 1e-9 but for eigenvalues below 1e-10 of the largest: they come in
-    as something between half and all of themselves. There one kernel serves ``m <= 16``. Differentiable.
+    Returns:
+        solution: ``S^-1 residual``, ``[n, m]`` in float64.
+        log_determinant: ``log det S``, ``[n]`` in float64.
+
+    Raises:
+        TypeError: ``gram`` or ``residual`` is not a tensor, or ``variance`` is not a number.
+        ValueError: Shapes, dtypes or devices do not match, or ``variance`` is out of range.
+        RuntimeError: The named backend cannot serve the call.
+
+    Source:
+        Boys et al. 2023 (TMPD) for the Gaussian of second moments.
     """
     gram = _arguments.own("gram", gram)
     residual = _arguments.own("residual", residual)
