@@ -1,13 +1,17 @@
 """The operations in plain PyTorch: what every kernel must compute.
 
+A function here has the formula; the operation of the same name in `fastguide.ops` has the checks, the arguments and the
+fast kernels. References run on any device and with any supported dtype, and check little.
+
 Symbols, the same in every backend:
 
-- ``N`` samples or particles, ``*event`` the shape of one, ``B`` observations, ``K`` particles each.
-- ``x_t = alpha_t x_0 + sigma_t eps``; a step goes from level ``t`` to the lower level ``s``.
-- ``coefficients = (alpha_t, sigma_t, alpha_s, sigma_s, tau)``, each a float or a tensor ``[N]``.
-- ``z`` standard normals from counters, `randn`.
+- ``N`` is the number of samples or particles, and ``*event`` the shape of one.
+- ``B`` is the number of observations. Each has ``K`` particles.
+- ``x_t = alpha_t x_0 + sigma_t eps``. A step goes from level ``t`` to the lower level ``s``.
+- ``coefficients`` is ``(alpha_t, sigma_t, alpha_s, sigma_s, tau)``, each a float or a tensor ``[N]``.
+- ``z`` are standard normals from counters, see `randn`.
 
-States are float16, bfloat16, float32 (arithmetic in float32) or float64 (in float64).
+States are float16, bfloat16, float32 (arithmetic in float32) or float64 (arithmetic in float64).
 """
 
 from .ops._arguments import PREDICTIONS, DynamicThreshold

@@ -1,4 +1,4 @@
-"""Moving particles to where their ancestors say."""
+"""Replaces particles by their ancestors, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ __all__ = ["gather_particles_"]
 
 
 def gather_particles_(ancestors: Tensor, *states: Tensor) -> None:
-    """``state[b, k] = state[b, ancestors[b, k]]`` in place for each ``state`` ``[B, K, *event]`` with ancestors
-    ``[B, K]``, or ``[K, *event]`` with ``[K]``. See `fastguide.ops.gather_particles_`."""
+    """Replaces every particle by its ancestor, in place. See `fastguide.ops.gather_particles_`.
+
+        state[b, k] = state[b, ancestors[b, k]]
+
+    Args:
+        ancestors: ``[B, K]`` or ``[K]``, integers in ``[0, K)``.
+        *states: Tensors ``[B, K, *event]``, or ``[K, *event]`` for ancestors ``[K]``.
+    """
     ancestors = ancestors.to(torch.int64, copy=True)  # a state may share their memory
     for state in states:
         if state.is_floating_point() and state.element_size() == 1:

@@ -26,8 +26,17 @@ POISSON_SHARE, POISSON_LEAST = 0.5, 0.2
 
 
 def density_constant(family: str, scale: float, df: float | None, has_extra_variance: bool) -> float:
-    """The part of the log-density of one measurement that depends on neither ``z`` nor ``y``. With an extra
-    variance the scale is no part of it."""
+    """The part of the log-density of one measurement that depends on neither ``z`` nor ``y``.
+
+    Args:
+        family: A name in `FAMILIES`.
+        scale: A number > 0. It is left out if there is an extra variance, which changes with the measurement.
+        df: Degrees of freedom, for ``"student_t"`` alone.
+        has_extra_variance: Whether ``extra_variance`` is given.
+
+    Returns:
+        A constant to add for each measurement; 0 for ``"poisson"``.
+    """
     log_scale = 0.0 if has_extra_variance else math.log(scale)
     if family == "gaussian":
         return -0.5 * math.log(2 * math.pi) - log_scale
@@ -37,16 +46,25 @@ def density_constant(family: str, scale: float, df: float | None, has_extra_vari
         assert df is not None
         if df < 1e6:
             constant = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
-        else:  # the two cancel; to O(1 / df^3)
+        else:  # the two lgamma would cancel; the error is O(1 / df^3)
             constant = -0.5 * math.log(2 * math.pi) - 0.25 / df
         return constant - log_scale
     return 0.0
 
 
 def log_factorials(y: Tensor, scale: float) -> Tensor:
-    """``log c!`` of the counts ``c = y / scale``, summed over each row of ``y`` ``[rows, *measurement]``; ``[rows]`` in
-    float64. It is all of the Poisson log-density that no ``z`` changes. A row has the same bits among any others: its
-    second half is added to the first, again and again."""
+    """The sum of ``log c!`` over the counts ``c = y / scale`` of each row.
+
+    This is the part of the Poisson log-density that does not depend on ``z``. A row has the same bits whatever rows
+    stand beside it, since its sum has a fixed order.
+
+    Args:
+        y: ``[rows, *measurement]``, values >= 0.
+        scale: The value of one count, a number > 0.
+
+    Returns:
+        ``[rows]`` in float64.
+    """
     terms = torch.lgamma(y.double() / scale + 1.0).reshape(y.shape[0], math.prod(y.shape[1:]))
     while (width := terms.shape[1]) > 1:
         half = width // 2
@@ -66,22 +84,31 @@ def log_prob_and_gradient(
     rows: Tensor | None = None,
     log_factorials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``log p(y | z)`` ``[n]`` in float64 and its gradient in ``z`` ``[n, *measurement]``. With the residual
-    ``r = y - z`` and the variance ``v = scale^2 + extra_variance`` of each measurement::
+    """Computes ``log p(y | z)`` and its gradient in ``z``. See `fastguide.ops.log_prob_and_gradient`.
 
+    With ``r = y - z``, and ``v = scale^2 + extra_variance`` for each measurement:
+
+        family      log-density of one measurement                                gradient in z
         gaussian    -r^2 / 2v - log(2 pi v) / 2                                   r / v
         student_t   -(df + 1)/2 log(1 + r^2 / (df v)) - log(v) / 2 + constant     (df + 1) r / (df v + r^2)
         laplace     -|r| / sqrt(v) - log(2 sqrt(v))                               sign(r) / sqrt(v)
         poisson     c log(rate) - rate - log c!                                   (c / rate - 1) / scale
 
-    with ``c = y / scale`` and ``rate = (z + background) / scale``. Below ``r0 = max(c, 0.2) / 2`` the Poisson term is
-    the parabola of the same value and slope at ``r0``, of curvature ``1 / max(c, 1)``: the logarithm has no bound at a
-    rate of 0 and no value below, and a Gaussian of the counts' variance has that curvature. At most 9 % of the
-    likelihood's mass is at rates that low (of one count; 4 % of five, 1 % of ten).
-    See `fastguide.ops.log_prob_and_gradient`.
+    For ``"poisson"``, ``c = y / scale`` and ``rate = (z + background) / scale``. At rates below
+    ``r0 = max(c, 0.2) / 2`` the log-density is a parabola, because the logarithm goes to ``-inf`` at a rate of 0 and is
+    undefined below. The parabola has the value and slope of the formula at ``r0``, and the curvature ``1 / max(c, 1)``
+    of a Gaussian with the variance of the counts. Rates below ``r0`` hold at most 9 % of the likelihood's mass (for one
+    count; 4 % for five, 1 % for ten).
+
+    Returns:
+        log_prob: ``[n]`` in float64.
+        gradient: ``[n, *measurement]`` in the dtype of ``z``.
+
+    Raises:
+        ValueError: ``family`` is not in `FAMILIES`.
     """
-    # In float64: Poisson's counts of 1e4 have terms of 1e5, which cancel to a few units, and a residual of 1e20 has a
-    # square for Student's t.
+    # float64 where float32 fails: Poisson counts of 1e4 have terms of 1e5 that cancel to a few units, and the square of
+    # a residual of 1e20 overflows float32 in Student's t.
     wide = family in ("poisson", "student_t") or torch.float64 in (z.dtype, y.dtype)
     dtype = torch.float64 if wide else torch.float32
     location, y = z.to(dtype), (y if rows is None else y.index_select(0, rows)).to(dtype)
@@ -97,7 +124,7 @@ def log_prob_and_gradient(
         terms = -0.5 * (df + 1) * torch.log1p(square / (df * variance))
     elif family == "laplace":
         slope = 1.0 / square_root(variance)
-        sign = torch.where(residual > 0, 1.0, torch.where(residual < 0, -1.0, residual))  # of NaN it is NaN
+        sign = torch.where(residual > 0, 1.0, torch.where(residual < 0, -1.0, residual))  # the sign of NaN is NaN
         gradient = sign * slope
         terms = -residual.abs() * slope
     elif family == "poisson":
@@ -122,5 +149,5 @@ def log_prob_and_gradient(
 
 
 def _sum(values: Tensor) -> Tensor:
-    """Per-sample sum in float64: log-densities of large events cancel to a few units between levels."""
+    """Per-sample sum in float64, since log-densities of large events cancel to a few units between levels."""
     return values.reshape(values.shape[0], math.prod(values.shape[1:])).sum(1, dtype=torch.float64)

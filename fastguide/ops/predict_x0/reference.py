@@ -21,7 +21,22 @@ __all__ = [
 
 
 def x0_coefficients(prediction: str, alpha: Scalar, sigma: Scalar) -> tuple[Scalar, Scalar]:
-    """``(p, q)`` with ``x0_hat = p x + q output``."""
+    """The factors ``p`` and ``q`` of a prediction type.
+
+        x0_hat = p x + q output
+
+    Args:
+        prediction: A name in `PREDICTIONS`.
+        alpha: A float or a tensor ``[N]``.
+        sigma: A float or a tensor ``[N]``.
+
+    Returns:
+        p: A float or a tensor ``[N]``.
+        q: A float or a tensor ``[N]``.
+
+    Raises:
+        ValueError: ``prediction`` is unknown, or it is ``"epsilon"`` or ``"score"`` and the number ``alpha`` is 0.
+    """
     if prediction == "sample":
         return 0.0, 1.0
     if prediction == "v":
@@ -39,7 +54,18 @@ def x0_coefficients(prediction: str, alpha: Scalar, sigma: Scalar) -> tuple[Scal
 
 
 def x0_from_output(x: Tensor, output: Tensor, alpha: Scalar, sigma: Scalar, prediction: str) -> Tensor:
-    """``x0_hat`` from a network's output of any prediction type; all ``[N, *event]``."""
+    """``x0_hat`` from a network's output.
+
+    Args:
+        x: The state, ``[N, *event]``.
+        output: The network's output, ``[N, *event]``.
+        alpha: A float or a tensor ``[N]``.
+        sigma: A float or a tensor ``[N]``.
+        prediction: What the network predicts, a name in `PREDICTIONS`.
+
+    Returns:
+        ``x0_hat``, ``[N, *event]``. It is ``output`` itself for ``"sample"``.
+    """
     p, q = columns(x0_coefficients(prediction, alpha, sigma), x, x.dtype)
     return output if prediction == "sample" else p * x + q * output
 
@@ -53,8 +79,14 @@ def predict_x0(
     unconditional: Tensor | None = None,
     guidance_scale: Scalar | None = None,
 ) -> Tensor:
-    """``x0_hat = p x + q guided`` with ``guided = unconditional + guidance_scale (model_output - unconditional)``. See
-    `fastguide.ops.predict_x0`."""
+    """Predicts the clean sample with classifier-free guidance. See `fastguide.ops.predict_x0`.
+
+        guided = unconditional + guidance_scale (model_output - unconditional)
+        p, q   = x0_coefficients(prediction, alpha, sigma)
+        x0_hat = p x + q guided
+
+    Without ``unconditional``, ``guided`` is ``model_output``.
+    """
     dtype = compute_dtype(x)
     p, q = _multipliers(x, levels, prediction)
     guided = model_output.to(dtype)
@@ -62,7 +94,7 @@ def predict_x0(
         (scale,) = columns((guidance_scale,), x, dtype)
         base = unconditional.to(dtype)
         guided = base + scale * (guided - base)
-    if prediction == "sample":  # the result shares no memory with what was given
+    if prediction == "sample":  # the result shares no memory with the arguments
         return guided.to(x.dtype).clone(memory_format=torch.contiguous_format)
     return (p * x.to(dtype) + q * guided).to(x.dtype).contiguous()
 
@@ -70,8 +102,18 @@ def predict_x0(
 def predict_x0_vjp(
     grad: Tensor, levels: tuple[Scalar, Scalar], prediction: str, guidance_scale: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in ``x``, ``model_output`` and ``unconditional`` from that in the result of `predict_x0`, in the type
-    of its arithmetic. ``guidance_scale`` is 1 where there is no guidance."""
+    """The gradients of `predict_x0` from the gradient in its result.
+
+    Args:
+        grad: The gradient in ``x0_hat``, ``[N, *event]``.
+        levels: ``(alpha, sigma)``, each a float or a tensor ``[N]``.
+        prediction: What the network predicts.
+        guidance_scale: A float or a tensor ``[N]``; 1 where there is no guidance.
+
+    Returns:
+        The gradients in ``x``, ``model_output`` and ``unconditional``, ``[N, *event]``, in float32, or in float64 where
+            ``grad`` is float64.
+    """
     dtype = compute_dtype(grad)
     p, q = x0_coefficients(prediction, *_doubles(levels))
     factors = columns((p, q * guidance_scale, q * (1.0 - guidance_scale)), grad, dtype)
@@ -88,7 +130,18 @@ def _multipliers(x: Tensor, levels: Sequence[Scalar], prediction: str) -> list[S
 
 
 def output_from_x0(x: Tensor, x0: Tensor, alpha: Scalar, sigma: Scalar, prediction: str) -> Tensor:
-    """The inverse of `x0_from_output`: what a network of this type would have said; needs ``sigma > 0``."""
+    """What a network would have predicted: the inverse of `x0_from_output`.
+
+    Args:
+        x: The state, ``[N, *event]``.
+        x0: The clean sample, ``[N, *event]``.
+        alpha: A float or a tensor ``[N]``.
+        sigma: A float or a tensor ``[N]``, above 0 unless the prediction is ``"sample"``.
+        prediction: What the network predicts, a name in `PREDICTIONS`.
+
+    Returns:
+        The network's output, ``[N, *event]``. It is ``x0`` itself for ``"sample"``.
+    """
     alpha, sigma = columns((alpha, sigma), x, x.dtype)
     if prediction == "sample":
         return x0
@@ -105,7 +158,7 @@ def output_from_x0(x: Tensor, x0: Tensor, alpha: Scalar, sigma: Scalar, predicti
 
 
 def columns(values: Sequence[Scalar], x: Tensor, dtype: torch.dtype) -> list[Scalar]:
-    """Coefficients as floats, or as ``[N, 1, ...]`` in ``dtype`` to multiply a state ``x`` ``[N, *event]``."""
+    """Coefficients that multiply a state ``x`` ``[N, *event]``: floats, or tensors ``[N, 1, ...]`` in ``dtype``."""
     shape = (-1,) + (1,) * (x.ndim - 1)
     return [v.to(dtype).reshape(shape) if isinstance(v, Tensor) else v for v in values]
 

@@ -29,10 +29,16 @@ def propose_and_weigh(
     stream: int = 0,
     first_particle: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """``x_s = m + displacement + tau z`` with ``m = a x_t + b clip(x0_hat)`` and the displacement scaled, and
-    ``log_weights`` with the log of ``N(x_s; m, tau^2) / N(x_s; m + displacement, tau^2)`` added: with
-    ``delta = displacement / tau`` that is ``-(sum(delta z) + sum(delta^2) / 2)``. Where ``tau = 0`` the step is the
-    base kernel's and the ratio is 1. See `fastguide.ops.propose_and_weigh`."""
+    """The guided step and the change of the log-weight. See `fastguide.ops.propose_and_weigh`.
+
+        m           = a x_t + b clip(x0_hat)                            a, b, tau = step_coefficients(coefficients)
+        d           = displacement_scale displacement
+        x_s         = m + d + tau z
+        log_weights = log_weights - (sum(d z) / tau + sum(d^2) / (2 tau^2))
+
+    The last line adds the log of ``N(x_s; m, tau^2 I) / N(x_s; m + d, tau^2 I)``, written with the noise. Where
+    ``tau = 0`` the displacement is left out and the log-weights stay as they are.
+    """
     dtype = compute_dtype(x)
     a, b, tau = columns(step_coefficients(coefficients), x, dtype)
     mean = a * x.to(dtype) + b * clip_x0(x0_hat.to(dtype), clip)

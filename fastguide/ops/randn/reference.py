@@ -22,8 +22,18 @@ def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[IntOrTensor, IntOrTensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al. 2011): four words from a counter of four and a key of two, each word an
-    int64 in ``[0, 2^32)``."""
+    """Philox4x32-10: four words from a counter of four words and a key of two.
+
+    Args:
+        counter: Four int64 tensors with values in ``[0, 2^32)``.
+        key: Two integers or int64 tensors with values in ``[0, 2^32)``.
+
+    Returns:
+        Four int64 tensors with values in ``[0, 2^32)``.
+
+    Source:
+        Salmon et al. 2011 (Random123).
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -45,7 +55,8 @@ def words(
 ) -> tuple[Tensor, ...]:
     """Four words ``[particles, groups]`` for each particle and group of four elements.
 
-    Counter: group, particle's low word, particle's next 16 bits with the stream above them, step; key: seed.
+    The counter's words are the group; the low word of the particle; the particle's next 16 bits, with the stream above
+    them; and the step. The key is the seed.
     """
     particle = torch.arange(first_particle, first_particle + particles, device=device)[:, None]
     group = torch.arange(groups, device=device)[None, :]
@@ -60,8 +71,11 @@ def words(
 
 
 def _box_muller(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float64 normals ``r cos, r sin`` from two words: ``r = sqrt(-2 log((w0 + 1) / 2^32))``, angle
-    ``2 pi w1 / 2^32``. The quadrant is taken off in integers, so that both keep their relative accuracy."""
+    """Two float64 normals ``r cos`` and ``r sin`` from two words.
+
+    ``r = sqrt(-2 log((w0 + 1) / 2^32))``, and the angle is ``2 pi w1 / 2^32``. The quadrant is taken off in integers,
+    so that the cosine and the sine keep their relative accuracy.
+    """
     r = torch.sqrt(-2.0 * torch.log((w0 + 1).double() * 2.0**-32))
     quadrant = (w1 + (1 << 29)) >> 30
     angle = (w1 - (quadrant << 30)).double() * (2.0 * math.pi * 2.0**-32)
@@ -82,8 +96,10 @@ def randn(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Standard normals ``shape``; ``shape[0]`` counts particles. A value depends on the seed, the stream, the
-    step, the global particle and the element within it, and on nothing else. See `fastguide.ops.randn`."""
+    """Standard normals of the given shape; ``shape[0]`` counts particles. See `fastguide.ops.randn`.
+
+    Four elements of a particle come from the four words of `philox`, by Box-Muller in float64.
+    """
     device = torch.device(device)
     particles, elements = shape[0], math.prod(shape[1:])
     w0, w1, w2, w3 = words(particles, (elements + 3) // 4, seed, step, stream, first_particle, device)

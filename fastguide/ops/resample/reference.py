@@ -54,7 +54,9 @@ def _horner(coefficients: list[float], x: Tensor) -> Tensor:
 
 
 def _polynomial(coefficients: list[float], x: Tensor) -> Tensor:
-    """The highest power first; even and odd powers apart, each by Horner's rule, one operation at a time."""
+    """The polynomial with these coefficients, highest power first. Even and odd powers are summed apart, each by
+    Horner's rule, one operation at a time.
+    """
     even, odd = (_horner(coefficients[last::-2][::-1], x * x) for last in (-1, -2))
     return odd * x + even
 
@@ -64,12 +66,22 @@ def _power_of_two(n: Tensor) -> Tensor:
 
 
 def integer_weights(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Weights ``[B, K]`` as integers, ``q = round(exp(log_w - max) 2^S)``, with ``S = 62 - ceil(log2 K)``, so that
-    sums of them are exact and do not depend on their order.
+    """Weights as integers, so that their sums are exact and do not depend on the order.
 
-    Returns ``q``, ``v = round(exp(2 (log_w - max)) 2^S)`` for the effective sample size (both int64 ``[B, K]``),
-    the row maxima ``[B]`` in float64, and ``S``. Every step is one IEEE operation on float64, none fused, so
-    that all backends get the same integers. A row whose maximum is not finite gets ones.
+        q = round(exp(log_w - max) 2^S)             S = 62 - ceil(log2 K)
+        v = round(exp(2 (log_w - max)) 2^S)         for the effective sample size
+
+    Every step is one IEEE operation on float64, and none is fused. All backends therefore get the same integers. In a
+    row whose maximum is not finite, every weight is treated as the largest.
+
+    Args:
+        log_weights: ``[B, K]``, float32 or float64.
+
+    Returns:
+        q: ``[B, K]`` in int64.
+        v: ``[B, K]`` in int64.
+        maximum: The row maxima ``[B]`` in float64.
+        scale: ``S``.
     """
     scale = 62 - max(log_weights.shape[1] - 1, 0).bit_length()
     lw = log_weights.double().contiguous()
@@ -80,7 +92,7 @@ def integer_weights(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
 
 
 def _exp_times(d: Tensor, scale: int) -> tuple[Tensor, Tensor]:
-    """``round(exp(d) 2^scale)`` and ``round(exp(2 d) 2^scale)`` of ``d <= 0`` in float64, as int64."""
+    """``round(exp(d) 2^scale)`` and ``round(exp(2 d) 2^scale)`` as int64, for ``d <= 0`` in float64."""
     t = d.clamp(min=-64.0) * _LOG2_E  # exp(-64) 2^62 rounds to 0
     n = torch.round(t)
     e = _polynomial(_EXP2, t - n)
@@ -112,9 +124,11 @@ def _uniforms(
 def _exponentials(
     rows: int, number: int, seed: IntOrTensor, step: IntOrTensor, stream: int, device: torch.device, first_row: int = 0
 ) -> Tensor:
-    """Standard exponentials ``[rows, number]`` as integers, ``round(-ln((word + 1) / 2^32) 2^26)``, from the words in
-    the order of `randn`'s elements. Their distribution function is within 1e-8 of the exponential one, and their sums
-    are exact."""
+    """Standard exponentials ``[rows, number]`` as integers: ``round(-ln((word + 1) / 2^32) 2^26)``.
+
+    The words come in the order of `randn`'s elements. The distribution function is within 1e-8 of the exponential one,
+    and sums are exact.
+    """
     w = words(rows, (number + 3) // 4, seed, step, stream, first_row, device)
     u = (torch.stack(w, dim=-1).flatten(1)[:, :number] + 1).double()  # 2^exponent times [1, 2)
     exponent = (u.view(torch.int64) >> 52) - 1023
@@ -123,9 +137,12 @@ def _exponentials(
 
 
 def _sorted_uniforms(exponentials: Tensor, number: Tensor, total: Tensor) -> Tensor:
-    """``[B, n]``: in each row ``number`` ``[B, 1]`` sorted uniforms below ``total`` ``[B, 1]`` (float64), then
-    infinity, from exponentials ``[B, n + 1]``: order statistics are sums of exponential spacings over the sum of one
-    more (Chopin & Papaspiliopoulos 2020, chapter 9)."""
+    """``[B, n]``: in each row the first ``number`` ``[B, 1]`` values are sorted uniforms below ``total`` ``[B, 1]``
+    (float64), and the rest are infinity.
+
+    Sorted uniforms are sums of exponential spacings, divided by the sum with one spacing more (Chopin &
+    Papaspiliopoulos 2020, chapter 9). The spacings are ``exponentials`` ``[B, n + 1]``.
+    """
     sums = exponentials.cumsum(1)
     u = sums.double() * (total / sums.gather(1, number).clamp(min=1).double())
     u = torch.minimum(u, total * (1.0 - 2.0**-53))  # the next float64 below
@@ -147,7 +164,7 @@ def _stratum_positions(total: Tensor, number: int, r: Tensor) -> Tensor:
 
 def _shares(q: Tensor, total: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """``floor(N q / Q)`` and the rest of that division, for ``0 <= q <= Q <= 2^62``."""
-    # The quotient from floating point is off by one at most; the rest, exact modulo 2^64, mends it.
+    # The floating-point quotient is off by one at most. The rest, exact modulo 2^64, corrects it.
     quotient = torch.floor(number * (q.double() / total.double())).long()
     rest = number * q - quotient * total
     shift = (rest >= total).long() - (rest < 0).long()
@@ -155,10 +172,10 @@ def _shares(q: Tensor, total: Tensor, number: int) -> tuple[Tensor, Tensor]:
 
 
 def _residual(q: Tensor, total: Tensor, number: int, exponentials: Tensor) -> Tensor:
-    """``floor(N w)`` copies of each, the rest multinomial from the remainders; sorted."""
+    """``floor(N w)`` copies of each particle, the rest drawn independently from the remainders; sorted."""
     copies = _shares(q, total, number)[0].cumsum(1)
     whole, rest = _shares(q.cumsum(1), total, number)
-    # What is left of N w after the copies, summed: whole - copies and a fraction.
+    # The prefix sums of the remainders N w - floor(N w): whole - copies, and a fraction.
     remainders = (whole - copies).double() + (rest.double() * (1.0 / total.double())).clamp(max=1.0)
     left = number - copies[:, -1:]
     u = _sorted_uniforms(exponentials, left, left.double())
@@ -172,7 +189,7 @@ def _keep_in_place(ancestors: Tensor) -> Tensor:
     particles = ancestors.shape[1]
     counts = torch.zeros_like(ancestors).scatter_add_(1, ancestors, torch.ones_like(ancestors))
     alive = counts > 0
-    rank = (~alive).cumsum(1) - 1  # of a dead slot among the dead
+    rank = (~alive).cumsum(1) - 1  # a dead slot's rank among the dead
     spare = _search((counts - 1).clamp(min=0).cumsum(1), rank.clamp(min=0))
     return torch.where(alive, torch.arange(particles, device=ancestors.device), spare)
 
@@ -189,9 +206,11 @@ def resample(
     first_row: int = 0,
     sorted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(ancestors, log_weights, log_mean_weight, ess)`` of ``[B, K]`` or ``[K]``. A row without a usable weight keeps
-    its particles (its ancestors are zeros where ``num`` is not ``K``), and its mean weight and ESS are NaN. See
-    `fastguide.ops.resample`."""
+    """Draws ancestors for the particles of each row. See `fastguide.ops.resample`.
+
+    A row without a usable weight is no error here. It keeps its particles, or gets zeros as ancestors where ``num`` is
+    not ``K``. Its mean weight and effective sample size are NaN.
+    """
     if log_weights.ndim == 1:
         out = resample(
             log_weights[None],

@@ -31,22 +31,41 @@ def square_root(value: Scalar) -> Scalar:
 
 
 def scaled(x: Tensor, factor: Scalar) -> Tensor:
-    """``x * factor``, the same bits for a number and for a float64 tensor ``[]`` of it."""
+    """``x * factor``. A number and a float64 tensor ``[]`` with the same value give the same bits."""
     if isinstance(factor, Tensor) and x.dtype in (torch.float16, torch.bfloat16):
         return (x.float() * factor).to(x.dtype)  # torch would round the factor to the dtype of x
     return x * factor
 
 
 def step_coefficients(coefficients: Coefficients) -> tuple[Scalar, Scalar, Scalar]:
-    """``(a, b, tau)`` of ``x_s = a x_t + b x0_hat + tau z``: the step
-    ``alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat + tau z`` with ``eps_hat = (x_t - alpha_t x0_hat) / sigma_t``."""
+    """The factors ``a``, ``b`` and ``tau`` of a step.
+
+        x_s = a x_t + b x0_hat + tau z
+            = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat + tau z      eps_hat = (x_t - alpha_t x0_hat) / sigma_t
+
+    Args:
+        coefficients: ``(alpha_t, sigma_t, alpha_s, sigma_s, tau)``, each a float or a tensor ``[N]``.
+
+    Returns:
+        a: A float or a float64 tensor ``[N]``.
+        b: A float or a float64 tensor ``[N]``.
+        tau: A float or a float64 tensor ``[N]``.
+    """
     alpha_t, sigma_t, alpha_s, sigma_s, tau = (c.double() if isinstance(c, Tensor) else c for c in coefficients)
     a = square_root(sigma_s * sigma_s - tau * tau) / sigma_t
     return a, alpha_s - alpha_t * a, tau
 
 
 def clip_x0(x0: Tensor, clip: Clip) -> Tensor:
-    """``x0`` ``[N, *event]`` clipped; ``clip`` as in `reverse_step`."""
+    """Clips the predicted clean sample.
+
+    Args:
+        x0: ``[N, *event]``.
+        clip: As in `fastguide.ops.reverse_step`.
+
+    Returns:
+        The clipped ``x0``; ``x0`` itself where ``clip`` is None.
+    """
     if clip is None:
         return x0
     if isinstance(clip, DynamicThreshold):
@@ -59,14 +78,22 @@ def clip_x0(x0: Tensor, clip: Clip) -> Tensor:
 
 
 def dynamic_bound(x0: Tensor, clip: DynamicThreshold) -> Tensor:
-    """The threshold ``[N]`` of each ``x0`` ``[N, *event]``, none of which is empty."""
+    """The bound of dynamic thresholding for each sample. See `DynamicThreshold`.
+
+    Args:
+        x0: ``[N, *event]``, with at least one element in ``event``.
+        clip: The quantile and its largest value.
+
+    Returns:
+        The bounds ``[N]``.
+    """
     ordered = x0.reshape(x0.shape[0], -1).abs().sort(dim=1).values
     below, above, between = ranks(clip.ratio, ordered.shape[1])
     return torch.lerp(ordered[:, below], ordered[:, above], between).clamp(1.0, clip.max_value)
 
 
 def ranks(ratio: float, number: int) -> tuple[int, int, float]:
-    """The two order statistics that the ``ratio`` quantile of ``number`` values lies between, and how far."""
+    """The two order statistics around the ``ratio`` quantile of ``number`` values, and the fraction between them."""
     rank = ratio * (number - 1)
     return int(rank), min(int(rank) + 1, number - 1), rank - int(rank)
 
@@ -76,7 +103,9 @@ def has_noise(tau: Scalar) -> bool:
 
 
 def multipliers(x: Tensor, coefficients: Coefficients, prediction: str, clip_noise: bool = True) -> list[Scalar]:
-    """``p, q, a, b, tau, c`` of ``x0_hat = p x + q output`` and ``x_s = a x + b clip(x0_hat) + c x0_hat + tau z``."""
+    """``p, q, a, b, tau, c`` of ``x_s = a x + b clip(unclipped) + c unclipped + tau z`` with
+    ``unclipped = p x + q output``.
+    """
     alpha_t, sigma_t, alpha_s = (c.double() if isinstance(c, Tensor) else c for c in coefficients[:3])
     a, b, tau = step_coefficients(coefficients)
     b, c = (b, 0.0) if clip_noise else (alpha_s, -(alpha_t * a))
@@ -85,7 +114,7 @@ def multipliers(x: Tensor, coefficients: Coefficients, prediction: str, clip_noi
 
 
 def displaced(displacement: Tensor, scale: Scalar) -> Tensor:
-    """A displacement ``[N, *event]`` times its scale, a number or ``[N]``, in the type of the arithmetic."""
+    """A displacement ``[N, *event]`` times its scale (a number or ``[N]``), in the dtype of the arithmetic."""
     dtype = compute_dtype(displacement)
     (scale,) = columns((scale,), displacement, dtype)
     return scale * displacement.to(dtype)
@@ -107,8 +136,16 @@ def reverse_step(
     first_particle: int = 0,
     return_x0: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``x_s = a x_t + b clip(x0_hat) + c x0_hat + displacement_scale displacement + tau z``. See
-    `fastguide.ops.reverse_step`."""
+    """Steps from noise level ``t`` to the lower level ``s``. See `fastguide.ops.reverse_step`.
+
+        p, q      = x0_coefficients(prediction, alpha_t, sigma_t)
+        unclipped = p x + q model_output
+        x0_hat    = clip(unclipped)
+        x_s       = a x + b x0_hat + displacement_scale displacement + tau z
+
+    ``a``, ``b`` and ``tau`` are those of `step_coefficients`. With ``clip_noise=False`` the noise of the step comes
+    from the unclipped prediction: ``b x0_hat`` becomes ``alpha_s x0_hat - alpha_t a unclipped``.
+    """
     dtype = compute_dtype(x)
     p, q, a, b, tau, c = multipliers(x, coefficients, prediction, clip_noise)
     state, output = x.to(dtype), model_output.to(dtype)
@@ -130,7 +167,7 @@ def reverse_step(
             device=x.device,
         )
     x_s = x_s.to(x.dtype).contiguous()
-    # x0 may be model_output itself: what is returned shares no memory with what was given
+    # x0 may be model_output itself, and results share no memory with arguments
     return (x_s, x0.to(x.dtype).clone(memory_format=torch.contiguous_format)) if return_x0 else x_s
 
 
@@ -144,8 +181,24 @@ def reverse_step_vjp(
     clip: Clip,
     clip_noise: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in ``x`` and ``model_output`` from those in the results of `reverse_step`. The noise is additive and
-    takes no part; the gradient in ``displacement`` is ``displaced(grad_x_s, displacement_scale)``."""
+    """The gradients of `reverse_step` in ``x`` and ``model_output``, from the gradients in its results.
+
+    The noise is additive and has no part in them. The gradient in ``displacement`` is not included: it is ``grad_x_s``
+    times ``displacement_scale``.
+
+    Args:
+        grad_x_s: The gradient in ``x_s``, ``[N, *event]``.
+        grad_x0: The gradient in the clipped ``x0_hat``, or None.
+        x: As in `fastguide.ops.reverse_step`, like the rest.
+        model_output: The network's output, ``[N, *event]``.
+        coefficients: ``(alpha_t, sigma_t, alpha_s, sigma_s, tau)``.
+        prediction: What the network predicts.
+        clip: The range of ``x0_hat``.
+        clip_noise: Whether ``eps_hat`` is computed from the clipped ``x0_hat``.
+
+    Returns:
+        The gradients in ``x`` and ``model_output``, ``[N, *event]``, in their dtypes.
+    """
     dtype = compute_dtype(x)
     p, q, a, b, _, c = multipliers(x, coefficients, prediction, clip_noise)
     grad_x_s, state, output = grad_x_s.to(dtype), x.to(dtype), model_output.to(dtype)
@@ -158,10 +211,10 @@ def reverse_step_vjp(
 
 
 def _clip_x0_vjp(grad: Tensor, x0: Tensor, clip: Clip) -> Tensor:
-    """The gradient in ``x0`` from that in ``clip_x0(x0, clip)``."""
+    """The gradient in ``x0`` from the gradient in ``clip_x0(x0, clip)``."""
     if clip is None or x0.numel() == 0:
         return grad
-    if isinstance(clip, DynamicThreshold):  # y = x0 / bound inside; outside +-1, whatever x0 and the bound
+    if isinstance(clip, DynamicThreshold):  # the result is x0 / bound inside, and +-1 outside
         flat, grad = (v.reshape(v.shape[0], -1) for v in (x0, grad))
         ordered, order = flat.abs().sort(dim=1)
         below, above, between = ranks(clip.ratio, flat.shape[1])

@@ -9,7 +9,11 @@ __all__ = ["solve_by_products", "solve_positive_part"]
 
 
 def solve_positive_part(gram: Tensor, residual: Tensor, variance: float) -> tuple[Tensor, Tensor]:
-    """See `fastguide.ops.solve_positive_part`."""
+    """Solves with ``S = variance I + gram_+``: ``S^-1 residual`` and ``log det S``. See
+    `fastguide.ops.solve_positive_part`.
+
+    CPU tensors take eigenvalues, and other tensors matrix products.
+    """
     if not gram.is_cpu:  # there eigh waits for the device
         return solve_by_products(gram, residual, variance)
     eigenvalues, basis = torch.linalg.eigh(gram)
@@ -18,14 +22,14 @@ def solve_positive_part(gram: Tensor, residual: Tensor, variance: float) -> tupl
     return (basis @ (c / eigenvalues)[..., None])[..., 0], torch.log(eigenvalues).sum(1)
 
 
-# Odd polynomials whose limit is the sign (Higham 2008, chapter 5): quintics that bring eigenvalues down to 1e-10 of the
-# largest near 1 (3.44^19 = 1.6e10; [1e-10, 1] goes into [0.68, 1.21]), then Newton-Schulz steps.
+# Iterated odd polynomials converge to the sign (Higham 2008, chapter 5). The quintics map [1e-10, 1], relative to the
+# largest eigenvalue, into [0.68, 1.21] (3.44^19 = 1.6e10). Newton-Schulz steps then converge.
 QUINTICS, NEWTON_STEPS = 19, 6
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def solve_by_products(gram: Tensor, residual: Tensor, variance: float) -> tuple[Tensor, Tensor]:
-    """The same by a fixed number of matrix products: ``(gram)_+ = gram (I + sign(gram)) / 2``."""
+    """The same by a fixed number of matrix products: ``gram_+ = gram (I + sign(gram)) / 2``."""
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     sign = gram / torch.linalg.matrix_norm(gram, keepdim=True).clamp(min=torch.finfo(gram.dtype).tiny)
     for _ in range(QUINTICS):
@@ -34,8 +38,8 @@ def solve_by_products(gram: Tensor, residual: Tensor, variance: float) -> tuple[
     for _ in range(NEWTON_STEPS):
         sign = sign @ (1.5 * identity - 0.5 * (sign @ sign))
     held = 0.5 * (gram + gram @ sign)
-    # Gauss-Jordan, without pivoting since S is positive definite. Which calls of the solver libraries a graph may hold
-    # is nowhere promised, and before torch 2.12 `torch.cholesky_solve` of a batch is MAGMA's, with queues of its own.
+    # Gauss-Jordan, without pivoting since S is positive definite. No solver library promises that its calls can be
+    # captured in a CUDA graph, and before torch 2.12 a batched `torch.cholesky_solve` runs MAGMA on its own streams.
     rows = torch.cat([0.5 * (held + held.mT) + variance * identity, residual[..., None]], 2)
     pivots = []
     for j in range(gram.shape[1]):
