@@ -1,1 +1,1 @@
-"""One module for each project whose calls fastguide takes over."""
+"""Drop-in replacements: one module for each project whose functions fastguide can replace."""

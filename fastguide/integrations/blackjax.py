@@ -1,11 +1,16 @@
-"""The resampling of blackjax for JAX on the CPU: ``(rng_key, weights, num_samples) -> indices``, int32, ascending.
+"""Resampling functions for blackjax, in JAX on the CPU.
 
-With ``from fastguide.integrations import blackjax as rs``, ``resampling_fn=rs.systematic`` takes the place of
-``blackjax.smc.resampling.systematic``. The weights, ``[N]``, need not sum to one. It runs inside ``jax.jit``, ``scan``
-and ``vmap`` as a callback of the host to `fastguide.ops.resample`: integer sums, exact however many weights there are,
-where blackjax adds float32. Its uniforms are its own, seeded by ``rng_key``: the same law, other indices than
-blackjax's. Where a weight is NaN, infinite or negative, or none is above 0, the indices are those of blackjax's own
-function, which raises no error.
+    from fastguide.integrations import blackjax as rs
+
+``resampling_fn=rs.systematic`` then replaces ``blackjax.smc.resampling.systematic``, and so do the other schemes. The
+functions run inside ``jax.jit``, ``scan`` and ``vmap``, as a callback on the host to `fastguide.ops.resample`.
+
+Weights are summed as integers, so that sums are exact for any number of weights; blackjax sums in float32. The indices
+follow the same distribution as blackjax's but are not the same numbers: ``rng_key`` seeds a generator of our own.
+Weights that cannot be used raise no error, as in blackjax: if one is NaN, infinite or negative, or none is above 0,
+blackjax's own function chooses the indices.
+
+Importing this module raises an ImportError where blackjax is not installed.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ def _resample(scheme: str, rng_key: Any, weights: Any, num_samples: int) -> Any:
     return _jitted(scheme, rng_key, weights, integer("num_samples", num_samples, 1))
 
 
-@partial(jax.jit, static_argnums=(0, 3))  # called outside of a jit, it is compiled once
+@partial(jax.jit, static_argnums=(0, 3))  # compiled once, also for calls outside a jit
 def _jitted(scheme: str, rng_key: Any, weights: Any, num_samples: int) -> Any:
     weights = jax.lax.stop_gradient(weights)  # a callback has no JVP
 
@@ -61,14 +66,34 @@ def _jitted(scheme: str, rng_key: Any, weights: Any, num_samples: int) -> Any:
 
 def _on_host(scheme: str, num_samples: int, seed: Any, weights: Any) -> Any:
     high, low = map(int, seed)
-    with np.errstate(divide="ignore", invalid="ignore"):  # weights of 0, and those that are not usable
+    with np.errstate(divide="ignore", invalid="ignore"):  # weights of 0, and unusable ones
         log_weights = torch.from_numpy(np.log(np.asarray(weights, np.float64)))
-    # unchecked: under vmap both branches are computed for all rows, and the others' indices are dropped
+    # unchecked: under vmap both branches run for all rows, and the indices of unusable rows are dropped
     ancestors = ops.resample(log_weights, scheme=scheme, num=num_samples, seed=high << 32 | low, check=False)[0]
     return ancestors.numpy()
 
 
 systematic = partial(_resample, "systematic")
+"""Systematic resampling: ``systematic(rng_key, weights, num_samples)``.
+
+Args:
+    rng_key: A key of ``jax.random``.
+    weights: ``[N]``, N >= 1, numbers >= 0. They need not sum to one.
+    num_samples: How many indices to draw, an integer >= 1.
+
+Returns:
+    Ascending indices ``[num_samples]`` in int32.
+
+Raises:
+    TypeError: ``weights`` are not numbers.
+    ValueError: ``weights`` has another shape, or ``num_samples`` is not an integer >= 1.
+"""
+
 stratified = partial(_resample, "stratified")
+"""Stratified resampling, with the arguments of `systematic`."""
+
 multinomial = partial(_resample, "multinomial")
+"""Multinomial resampling, with the arguments of `systematic`."""
+
 residual = partial(_resample, "residual")
+"""Residual resampling with multinomial remainders, with the arguments of `systematic`."""

@@ -1,21 +1,24 @@
-"""The resampling of `particles` (Chopin & Papaspiliopoulos 2020), faster, with the same ancestors.
+"""Faster resampling for `particles` (Chopin & Papaspiliopoulos 2020), with the same ancestors.
 
-``from fastguide.integrations import particles as rs`` in place of ``from particles import resampling as rs``, or
-`patch` once, which makes every ``particles.SMC`` use it. A scheme takes ``W`` ``[N]``, normalised weights (>= 0, sum
-one; float64 inside), and ``M`` (default ``N``), and returns ``M`` indices below ``N``, int64, ascending in
-`systematic`, `stratified`, `multinomial` and `ssp`. Weights that are empty or not one row are a ValueError.
+    from fastguide.integrations import particles as rs          # was: from particles import resampling as rs
 
-Every scheme draws what that of `particles` draws, in the same order, from the same generator: numpy's global one, and
-in `ssp`, where `particles` is loaded, numba's, which only a compiled function can seed. It sums the weights in the same
-order too, so that with the same seed of that generator the ancestors of float64 weights are equal, ties included. One
-case differs: where rounding leaves the sum of the weights below the last uniforms, `particles` reads past the end of
-``W``; here they belong to the last particle whose weight is not 0.
+`patch` replaces the functions inside ``particles`` instead, so that every ``particles.SMC`` uses these.
 
-`exp_and_normalise`, `essl` and `log_mean_exp`, of float64 inside too, are theirs to 1e-13: our own exp, and the sums in
-another order. `fastguide.ops.resample` (log-weights, its own counter-based uniforms, exact integer sums, GPUs) is
-faster still.
+A scheme draws the same numbers as the scheme of `particles`, in the same order and from the same generator. That is
+numpy's global generator; for `ssp` it is numba's if ``particles.resampling`` is loaded. Only a function compiled by
+numba can seed that. Weights are summed in the same order too. With the same seed, float64 weights therefore give the
+same ancestors, ties included. There is one exception. Rounding can leave the sum of the weights below the last
+uniforms; `particles` then reads past the end of ``W``, and here those uniforms choose the last particle whose weight is
+not 0.
 
-The loops are compiled, in C++: without ``fastguide._cpu`` the import is an error. They use torch's threads.
+`exp_and_normalise`, `essl` and `log_mean_exp` agree with `particles` to 1e-13: they have their own exponential, and the
+order of summation differs. All functions compute in float64.
+
+`fastguide.ops.resample` is faster still. It takes log-weights and GPU tensors, draws its uniforms from counters, and
+sums exactly.
+
+The loops are compiled C++ and use torch's threads. Importing this module raises an ImportError where the compiled
+module did not load.
 """
 
 from __future__ import annotations
@@ -55,12 +58,24 @@ Doubles = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 _cpu = partial(_native.module, "cpu")
-_cpu()  # an error where it is not there
+_cpu()  # raises if the module is missing
 _ONE, _STRATA, _SPACINGS = range(3)  # the codes of Draws in csrc/integrations/particles/invert.cpp
 
 
 def systematic(W: Floats, M: int | None = None) -> Indices:
-    """One uniform ``u``; uniform ``n`` is ``(u + n) / M``."""
+    """Systematic resampling: one uniform ``u``, and position ``n`` is ``(u + n) / M``.
+
+    Args:
+        W: Normalised weights ``[N]``, N >= 1: numbers >= 0 that sum to one, which is not checked. Computed in float64.
+        M: How many ancestors to draw, an integer >= 0; None is ``N``.
+
+    Returns:
+        Ancestors ``[M]`` in int64, ascending, in ``[0, N)``.
+
+    Raises:
+        TypeError: ``W`` are not real numbers.
+        ValueError: ``W`` is empty or has another shape, or ``M`` is not an integer >= 0.
+    """
     W, M = _weights(W, M)
     positions = np.empty(max(M, 1))
     positions[:1] = np.random.rand(1)
@@ -68,19 +83,46 @@ def systematic(W: Floats, M: int | None = None) -> Indices:
 
 
 def stratified(W: Floats, M: int | None = None) -> Indices:
-    """A uniform ``u_n`` for each stratum; uniform ``n`` is ``(u_n + n) / M``."""
+    """Stratified resampling: one uniform ``u_n`` for each stratum, and position ``n`` is ``(u_n + n) / M``.
+
+    Args:
+        W: As in `systematic`.
+        M: As in `systematic`.
+
+    Returns:
+        As in `systematic`.
+    """
     W, M = _weights(W, M)
     return _invert(W, 1.0, _STRATA, _uniforms(M), np.empty(M, np.int64))
 
 
 def multinomial(W: Floats, M: int | None = None) -> Indices:
-    """``M`` independent draws, sorted."""
+    """Multinomial resampling: ``M`` independent draws, sorted.
+
+    Args:
+        W: As in `systematic`.
+        M: As in `systematic`.
+
+    Returns:
+        As in `systematic`.
+    """
     W, M = _weights(W, M)
     return _draw(W, 1.0, np.empty(M, np.int64))
 
 
 def residual(W: Floats, M: int | None = None) -> Indices:
-    """``floor(M W[k])`` copies of each particle, ascending, then multinomial draws from what remains."""
+    """Residual resampling: ``floor(M W[k])`` copies of each particle, then multinomial draws from what remains.
+
+    Args:
+        W: As in `systematic`.
+        M: As in `systematic`.
+
+    Returns:
+        Ancestors ``[M]`` in int64. The copies ascend, and so do the draws after them.
+
+    Raises:
+        ValueError: The copies are more than ``M``, so that ``W`` is not normalised. Else as in `systematic`.
+    """
     W, M = _weights(W, M)
     ancestors, remainders = np.empty(M, np.int64), np.empty_like(W)
     copies = _cpu().whole_copies(_at(W), len(W), M, _at(ancestors), _at(remainders), torch.get_num_threads())
@@ -92,8 +134,17 @@ def residual(W: Floats, M: int | None = None) -> Indices:
 
 
 def killing(W: Floats, M: int | None = None) -> Indices:
-    """Particle ``k`` stays where it is with probability ``W[k] / max(W)``; else a multinomial draw takes its place.
-    Needs ``M == N``.
+    """Killing: particle ``k`` stays with probability ``W[k] / max(W)``; else a multinomial draw replaces it.
+
+    Args:
+        W: As in `systematic`.
+        M: None or ``N``.
+
+    Returns:
+        Ancestors ``[N]`` in int64. The particles that stay keep their places.
+
+    Raises:
+        ValueError: ``M`` is not ``N``. Else as in `systematic`.
     """
     W, M = _weights(W, M)
     if len(W) != M:
@@ -108,8 +159,22 @@ def killing(W: Floats, M: int | None = None) -> Indices:
 
 
 def ssp(W: Floats, M: int | None = None) -> Indices:
-    """Srinivasan's sampling process (Gerber, Chopin & Whiteley 2019): ``floor`` or ``ceil`` of ``M W[k]`` copies of
-    each particle, ascending, with negatively associated numbers.
+    """Srinivasan's sampling process: ``floor`` or ``ceil`` of ``M W[k]`` copies of each particle.
+
+    The numbers of copies are negatively associated.
+
+    Args:
+        W: As in `systematic`.
+        M: As in `systematic`.
+
+    Returns:
+        As in `systematic`.
+
+    Raises:
+        ValueError: The copies are not ``M`` in all, so that ``W`` is not normalised. Else as in `systematic`.
+
+    Source:
+        Gerber, Chopin & Whiteley 2019.
     """
     W, M = _weights(W, M)
     uniforms = (_numba_uniforms if "particles.resampling" in sys.modules else _uniforms)(len(W) - 1)
@@ -122,10 +187,22 @@ def ssp(W: Floats, M: int | None = None) -> Indices:
 SCHEMES: dict[str, Callable[..., Indices]] = {
     scheme.__name__: scheme for scheme in (systematic, stratified, residual, multinomial, killing, ssp)
 }
+"""The schemes by name."""
 
 
 def exp_and_normalise(lw: Floats) -> Floats:
-    """``exp(lw) / sum(exp(lw))``, of the shape of the log-weights ``lw``."""
+    """Normalised weights ``exp(lw) / sum(exp(lw))``.
+
+    Args:
+        lw: Log-weights of any shape, at least one.
+
+    Returns:
+        Weights in the shape of ``lw`` and in its dtype; integers give float64.
+
+    Raises:
+        TypeError: ``lw`` are not real numbers.
+        ValueError: ``lw`` is empty.
+    """
     values = _doubles(lw, "lw")
     w = np.empty(values.shape)
     _exponentiate("lw", values, None, w)
@@ -133,13 +210,37 @@ def exp_and_normalise(lw: Floats) -> Floats:
 
 
 def essl(lw: Floats) -> float:
-    """The effective sample size ``sum(w)^2 / sum(w^2)``, in ``[1, N]``, of the log-weights ``lw = log w`` ``[N]``."""
+    """The effective sample size ``sum(w)^2 / sum(w^2)`` of log-weights ``lw = log w``.
+
+    Args:
+        lw: Log-weights of any shape, at least one.
+
+    Returns:
+        A number in ``[1, N]``.
+
+    Raises:
+        TypeError: ``lw`` are not real numbers.
+        ValueError: ``lw`` is empty.
+    """
     _, total, squares = _exponentiate("lw", lw)
     return np.float64(total**2 / squares)
 
 
 def log_mean_exp(v: Floats, W: Floats | None = None) -> float:
-    """The log of the mean of ``exp(v)``, weighted by ``W`` if given."""
+    """The log of the mean of ``exp(v)``, weighted by ``W`` if given.
+
+    Args:
+        v: Real numbers of any shape, at least one.
+        W: Weights in the shape of ``v``. They need not sum to one. None weighs all equally.
+
+    Returns:
+        A number.
+
+    Raises:
+        TypeError: ``v`` or ``W`` are not real numbers.
+        ValueError: ``v`` or ``W`` is empty, or their shapes differ.
+        ZeroDivisionError: The weights sum to 0.
+    """
     if W is None:
         largest, total, _ = _exponentiate("v", v)
         return largest + np.log(total / np.size(v))
@@ -151,8 +252,14 @@ def log_mean_exp(v: Floats, W: Floats | None = None) -> float:
 
 
 def patch() -> ExitStack:
-    """Replace the functions of ``particles.resampling`` that this module has, for every ``particles.SMC`` from now on;
-    or, as ``with patch():``, for those inside.
+    """Replaces the functions of ``particles.resampling`` that this module has, for every ``particles.SMC`` from now on.
+
+    Returns:
+        A context manager that restores the originals when it ends: ``with patch(): ...``. Without ``with`` the
+            replacement stays.
+
+    Raises:
+        ImportError: `particles` is not installed.
     """
     try:
         from particles import resampling  # type: ignore
@@ -187,9 +294,9 @@ def _at(array: NDArray[Any]) -> int:
 
 
 def _uniforms(count: int) -> Doubles:
-    """``np.random.rand(count)``, and the generator as that leaves it."""
+    """``np.random.rand(count)``. The generator is left as numpy would leave it."""
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # not in its stub
-    if not isinstance(generator, np.random.MT19937):  # somebody set another
+    if not isinstance(generator, np.random.MT19937):  # another generator was set
         return np.random.rand(count)
     uniforms = np.empty(count)
     key = generator.ctypes.state_address  # [624] words, and the position among them
@@ -199,7 +306,9 @@ def _uniforms(count: int) -> Doubles:
 
 
 def _numba_uniforms(count: int) -> Doubles:
-    """The same of numba's generator, from which compiled functions draw: this thread's position and its words."""
+    """Uniforms of numba's generator, from which compiled functions draw. Its state has this thread's position, then
+    its words.
+    """
     from numba import _helperlib  # type: ignore
 
     uniforms, position = np.empty(count), _helperlib.rnd_get_np_state_ptr()
@@ -208,14 +317,14 @@ def _numba_uniforms(count: int) -> Doubles:
 
 
 def _invert(W: Doubles, scale: float, draws: int, positions: Doubles, ancestors: Indices) -> Indices:
-    """``ancestors[n]``: the first ``k`` with position ``n`` ``<= (W[0] + ... + W[k]) / scale``."""
+    """``ancestors[n]`` becomes the first ``k`` with position ``n`` ``<= (W[0] + ... + W[k]) / scale``."""
     number, threads = len(ancestors), torch.get_num_threads()
     _cpu().invert(_at(W), len(W), scale, draws, _at(positions), number, _at(ancestors), threads)
     return ancestors
 
 
 def _draw(W: Doubles, scale: float, ancestors: Indices) -> Indices:
-    """Multinomial: sorted uniforms are the first arrival times of a Poisson process over the one that follows."""
+    """Multinomial draws. Sorted uniforms are the first arrival times of a Poisson process, divided by the next one."""
     positions = _uniforms(len(ancestors) + 1)
     return _invert(W, scale, _SPACINGS, np.log(positions, out=positions), ancestors)
 
@@ -223,8 +332,8 @@ def _draw(W: Doubles, scale: float, ancestors: Indices) -> Indices:
 def _exponentiate(
     name: str, values: Floats, W: Floats | None = None, out: Doubles | None = None
 ) -> tuple[float, float, float]:
-    """The largest of ``values``, the sum of ``w = exp(values - largest)``, and that of ``w * w``, or of ``w * W``.
-    ``out`` receives ``w``, normalised.
+    """The largest of ``values``, the sum of ``w = exp(values - largest)``, and the sum of ``w * w``, or of ``w * W`` if
+    ``W`` is given. ``out`` receives ``w``, normalised.
     """
     lw, W = _doubles(values, name), W if W is None else _doubles(W)
     if W is not None and W.shape != lw.shape:
