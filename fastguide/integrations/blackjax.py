@@ -77,12 +77,12 @@ systematic = partial(_resample, "systematic")
 """Systematic resampling: ``systematic(rng_key, weights, num_samples)``.
 
 Args:
-    rng_key: A key of ``jax.random``.
-    weights: ``[N]``, N >= 1, numbers >= 0. They need not sum to one.
-    num_samples: How many indices to draw, an integer >= 1.
+    rng_key (jax.Array): A key of ``jax.random``.
+    weights (jax.Array): ``[N]``, N >= 1, numbers >= 0. They need not sum to one.
+    num_samples (int): How many indices to draw, an integer >= 1.
 
 Returns:
-    Ascending indices ``[num_samples]`` in int32.
+    jax.Array: Ascending indices ``[num_samples]`` in int32.
 
 Raises:
     TypeError: ``weights`` are not numbers.
