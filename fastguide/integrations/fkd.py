@@ -1,4 +1,4 @@
-"""Feynman-Kac steering (Singhal et al. 2025), as the authors' SDXL and SD pipelines call it: `FKD`."""
+"""Feynman-Kac steering as the authors' SDXL and SD pipelines call it: `FKD`."""
 
 from __future__ import annotations
 
@@ -25,37 +25,64 @@ _COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"max": torch.max
 
 
 class FKD:
-    """``num_particles`` images that follow a reward: a pipeline calls `resample` after every step.
+    """Steers ``num_particles`` images towards a high reward. A pipeline calls `resample` after every step.
 
-    - ``potential_type``, the log-potential of a step: ``"diff"`` ``lmbda * (r - r of the step before)``; ``"max"`` and
-      ``"add"`` ``lmbda *`` the largest reward, or their sum, so far; ``"rt"`` ``lmbda * r``. ``reward_min_value`` comes
-      before the first. The last potential makes the product ``exp(lmbda * r(x_0))``, for ``"diff"`` divided by
-      ``exp(lmbda * reward_min_value)``.
-    - Every ``resample_frequency``-th step of ``resampling_t_start`` to ``resampling_t_end``, both included, weighs and
-      resamples, and so does the last, ``time_steps - 1``. With ``adaptive_resampling`` those before the last resample
-      only where the effective sample size is below half of the particles; weights are kept until then.
-    - ``latent_to_decode_fn(x0_preds) -> images``, a tensor or a sequence, and ``reward_fn(images) -> [num_particles]``
-      rewards, a tensor, a numpy array or a sequence of numbers. One that writes into ``x0_preds`` is an error. A NaN is
-      a particle of weight 0. Where all have weight 0, or one has infinity, the step does not count: all are kept, with
-      what they had (``strict`` apart). Both are a RuntimeWarning that names the step: at once for rewards on the CPU,
-      after the last step for those on a GPU.
-    - ``device``: where rewards and weights are kept, in float64. None takes CUDA, as the original does, or the CPU on a
-      machine without it.
-    - ``scheme``: a resampler of `fastguide.ops.resample`; ``seed``: its seed, None for one of torch's global generator.
-      A step that is taken again draws other numbers.
-    - ``strict=True``: what the original does instead. Weights of each step alone, in float32 and no larger than 1e10;
-      multinomial resampling by torch's global generator; the last step, too, only below half. A weight that was not
-      resampled is then forgotten, also by the product, and the last reward of ``"max"`` and ``"add"`` is the largest,
-      or the sum: the images no longer follow ``p(x_0) exp(lmbda * r(x_0))``.
+    Every ``resample_frequency``-th step from ``resampling_t_start`` to ``resampling_t_end`` (both included) weighs and
+    resamples, and so does the last step, ``time_steps - 1``. The last potential makes the product of a particle's
+    potentials ``exp(lmbda * r(x_0))``. With ``"diff"`` this is divided by ``exp(lmbda * reward_min_value)``.
 
-    Other keywords are taken and ignored: pipelines pass on all of their ``fkd_args``.
+    A particle whose reward is NaN gets weight 0. If all weights are 0 or one is infinite, the step does not count: all
+    particles are kept, with the weights and rewards that they had. Both cases give a RuntimeWarning that names the
+    step. It comes at once for rewards on the CPU, and after the last step for rewards on a GPU.
 
-    ``population_rs`` ``[num_particles]``: the rewards, of ``"max"`` and ``"add"`` so far. ``log_weights``
-    ``[num_particles]`` are the weights now; after the last step (``strict`` apart) they are equal: all
-    the estimate of the log of the mean product of potentials. ``ancestors`` ``[num_particles]``, int64, on ``device``,
-    are those of the last step that weighed (images were returned): particle ``k`` after it was particle
-    ``ancestors[k]`` before; ``0, 1, 2, ...`` where all were kept, and None before the first such step. Move what else
-    belongs to the particles by ``value[fkd.ancestors]``.
+    With ``strict`` everything is as in the authors' class, and the images no longer follow
+    ``p(x_0) exp(lmbda * r(x_0))``:
+
+    - Each step weighs on its own, in float32 and with weights of at most 1e10. A weight that does not lead to
+      resampling is forgotten, and the product of potentials leaves it out.
+    - Ancestors are multinomial draws from torch's global generator. If no weight is above 0, torch raises.
+    - The last step resamples only where the effective sample size is below half of the particles.
+    - The last potential of ``"max"`` and ``"add"`` has the largest reward or the sum of rewards, not the last reward.
+
+    Args:
+        potential_type: The log-potential of a step: ``"diff"`` is ``lmbda * (r - r of the step before)``, ``"max"`` is
+            ``lmbda`` times the largest reward so far, ``"add"`` is ``lmbda`` times the sum of rewards so far, ``"rt"``
+            is ``lmbda * r``. An Enum with such a value is accepted.
+        lmbda: The strength of the reward, a finite number.
+        num_particles: An integer in ``[1, 2^31)``.
+        adaptive_resampling: Whether steps before the last resample only where the effective sample size is below half
+            of the particles. Weights are kept until then.
+        resample_frequency: Steps from one resampling to the next, an integer >= 1.
+        resampling_t_start: The first step that resamples, an integer in ``[-2^20, 2^20)``.
+        resampling_t_end: No step after this one resamples, except the last. An integer in ``[-2^20, 2^20)``.
+        time_steps: The number of steps of the pipeline, an integer >= 1.
+        reward_fn: ``reward_fn(images)`` returns ``num_particles`` real rewards: a tensor, a numpy array or a sequence
+            of numbers.
+        reward_min_value: The reward before the first step.
+        latent_to_decode_fn: ``latent_to_decode_fn(x0_preds)`` returns images: a tensor or a sequence. Neither function
+            may write into ``x0_preds``.
+        device: Where rewards and weights are kept, in float64 (rewards in float32 with ``strict``). None is CUDA if
+            torch has it, as in the authors' class, else the CPU.
+        scheme: A resampling scheme of `fastguide.ops.resample`. Not with ``strict``.
+        seed: An integer in ``[0, 2^64)``. None draws one from torch's global generator. A step that is taken again
+            draws other numbers. Not with ``strict``.
+        strict: Whether to do what the authors' class does, see above.
+        **kwargs: Ignored: pipelines pass all of their ``fkd_args``.
+
+    Attributes:
+        population_rs: ``[num_particles]``: the rewards; for ``"max"`` and ``"add"`` the largest or the sum so far.
+        log_weights: ``[num_particles]`` in float64: the weights now. After the last step all are equal (not with
+            ``strict``), and each is the estimate of the log of the mean product of potentials.
+        ancestors: ``[num_particles]`` in int64 on ``device``, or None before the first step that weighs. After the last
+            such step, particle ``k`` continues particle ``ancestors[k]``; ``0, 1, 2, ...`` if all were kept.
+            ``value[fkd.ancestors]`` moves other data of the particles.
+
+    Raises:
+        TypeError: A function is not callable, or an argument is not a number or a bool where one is expected.
+        ValueError: An argument is out of range, a name is unknown, or ``scheme`` or ``seed`` is given with ``strict``.
+
+    Source:
+        Singhal et al. 2025.
     """
 
     def __init__(
@@ -109,16 +136,30 @@ class FKD:
         self.log_weights = torch.zeros(num_particles, dtype=torch.float64, device=device)
         dtype = torch.float32 if strict else torch.float64
         self.population_rs = torch.full_like(self.log_weights, least, dtype=dtype)
-        self._product = torch.full_like(self.population_rs, float(strict))  # of potentials; its log, if not strict
+        self._product = torch.full_like(self.population_rs, float(strict))  # product of potentials; a log unless strict
         self.ancestors: Tensor | None = None
-        self._visits: Counter[int] = Counter()  # of each step
+        self._visits: Counter[int] = Counter()  # how often each step was taken
         self._unread: list[tuple[int, Tensor, Tensor]] = []  # step, rewards that are NaN, whether any weight was usable
 
     def resample(self, *, sampling_idx: int, latents: Tensor, x0_preds: Tensor) -> tuple[Tensor, Any]:
-        """``latents`` ``[num_particles, ...]`` of step ``sampling_idx``, resampled by the rewards of what ``x0_preds``
-        ``[num_particles, ...]`` decode to, and those images, resampled likewise; at a step that does not weigh, the
-        same latents and None. Images that are no tensor wait for the device, and so does the last step, to warn of
-        unusable rewards; nothing else does, but ``strict``.
+        """Weighs and resamples the particles after step ``sampling_idx``.
+
+        A step that does not weigh returns the latents as they are. The call waits for the device where images are not a
+        tensor, with ``strict``, and at the last step, to warn of unusable rewards.
+
+        Args:
+            sampling_idx: The step, an integer >= 0. 0 is the first.
+            latents: ``[num_particles, ...]``.
+            x0_preds: The predicted clean latents, ``[num_particles, ...]``.
+
+        Returns:
+            latents: The latents, resampled.
+            images: What ``latent_to_decode_fn`` returned, resampled likewise; None at a step that does not weigh.
+
+        Raises:
+            TypeError: ``latents`` or ``x0_preds`` is not a tensor, or rewards are not real numbers.
+            ValueError: There are not ``num_particles`` latents, predictions or rewards, or a function wrote into
+                ``x0_preds``.
         """
         step = integer("sampling_idx", sampling_idx, 0)
         for name, value in (("latents", latents), ("x0_preds", x0_preds)):
@@ -131,7 +172,7 @@ class FKD:
         version = None if x0_preds.is_inference() else x0_preds._version
         images = self.latent_to_decode_fn(x0_preds)
         rewards = self._as_tensor(self.reward_fn(images))
-        if version is not None and x0_preds._version != version:  # copies would cost as much as the resampling
+        if version is not None and x0_preds._version != version:  # a copy would cost as much as the resampling
             raise ValueError(
                 "latent_to_decode_fn, reward_fn: expected functions that leave x0_preds as they are, got one that "
                 "writes into them; it can write into a clone"
@@ -143,7 +184,7 @@ class FKD:
         waits = rewards.device.type != "cpu"
         nan = rewards.isnan().sum()
         dtype = rewards.dtype if self.strict and rewards.is_floating_point() else self.population_rs.dtype
-        rewards = rewards.to(self.population_rs.device, dtype, copy=True)  # the caller's may be overwritten
+        rewards = rewards.to(self.population_rs.device, dtype, copy=True)  # the caller may overwrite its own
         so_far = self.population_rs
         combine = _COMBINATIONS.get(self.potential_type)
         self.population_rs = combine(rewards, so_far) if combine else rewards
@@ -181,7 +222,7 @@ class FKD:
             ) from error
 
     def _warn(self) -> None:
-        """Read what was noted of the steps since the last time, and warn of what was not usable."""
+        """Warn of the unusable rewards of all steps since the last warning. Reads values that may be on a GPU."""
         for step, nan, usable in self._unread:
             number = int(nan)
             message = f"reward_fn: returned NaN for {number} of {self.num_particles} particles at step {step}"
@@ -198,7 +239,7 @@ class FKD:
         self._unread.clear()
 
     def _choose(self, rewards: Tensor, so_far: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """The ancestors, and whether any weight was usable."""
+        """The ancestors, and whether any weight is usable."""
         last = step == self.last_step
         if self.potential_type == "diff":
             log_potential = self.lmbda * (rewards - so_far)
@@ -218,10 +259,10 @@ class FKD:
             check=False,
         )
         chosen = ancestors.long()
-        usable = ess == ess  # NaN where no weight is
+        usable = ess == ess  # NaN where no weight is usable
         self.log_weights = torch.where(usable, after, self.log_weights)
         self.population_rs = torch.where(usable, self.population_rs, so_far)
-        if self.potential_type != "diff":  # whose product is what it should be, always
+        if self.potential_type != "diff":  # the product of "diff" needs no correction at the last step
             product = (self._product + log_potential).index_select(0, chosen)
             self._product = torch.where(usable, product, self._product)
         return chosen, usable
@@ -233,7 +274,7 @@ class FKD:
             weights = weights / self._product
         weights = weights.clamp(max=1e10).nan_to_num(nan=0.0)
         self.log_weights = weights.double().log()
-        usable = torch.ones((), dtype=torch.bool, device="cpu")  # torch.multinomial raises for weights that are not
+        usable = torch.ones((), dtype=torch.bool, device="cpu")  # torch.multinomial raises for unusable weights
         if self.adaptive_resampling or last:
             shares = weights / weights.sum()
             if not 1.0 / (shares**2).sum() < 0.5 * self.num_particles:
