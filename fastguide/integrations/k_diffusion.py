@@ -1,30 +1,30 @@
 """The samplers of ``k_diffusion.sampling`` (0.1.1), from a loop that never waits for the device.
 
-Signatures, defaults, callbacks, and results from the same torch seed (to rounding) are k-diffusion's: noise is drawn in
-the same order, and also where it then goes unused. Two things differ:
+    from fastguide.integrations import k_diffusion as K         # was: import k_diffusion.sampling as K
 
-- The sigmas are read to the host once, before the first step; whatever a step decides or computes of them are floats
-  there. Levels must be above 0, but the last. Where a rising or repeated level makes the original's result NaN, it is
-  an error before the first step.
-- `PhiloxNoiseSampler` as ``noise_sampler`` draws the noise inside the kernel that steps.
+Signatures, defaults and callbacks are those of k-diffusion. The same torch seed gives the same results, to rounding.
+For this, noise is drawn in the same order, and also where it is not used. Two things differ:
+
+- The sigmas are copied to the host once, before the first step. Steps then compute with floats. Levels must be above 0,
+  except the last. A rising or repeated level that makes the result of k-diffusion NaN is an error before the first
+  step.
+- `PhiloxNoiseSampler`, passed as ``noise_sampler``, draws the noise inside the kernel that takes the step.
 
 Names of ``k_diffusion.sampling`` that this module does not define (``sample_lms``, ``sample_dpm_fast``,
-``log_likelihood``, ...) are those of the installed k-diffusion. This module can therefore stand in for that one, also
-as ``sys.modules["k_diffusion.sampling"]``.
+``log_likelihood``, ...) come from the installed k-diffusion. This module can therefore replace that one, also as
+``sys.modules["k_diffusion.sampling"]``.
 
-``sigmas`` ``[steps + 1]``, a tensor or a numpy array, decrease, most often to 0; ``x`` ``[N, *event]`` starts at
-``sigmas[0]``; ``eta``, ``s_noise`` and other options are numbers, or tensors ``[]``, read before the first step;
-``model(x, sigma, **extra_args)`` predicts the clean sample, ``sigma`` being ``[N]`` in the dtype of ``x``. The callback
-is given ``x``, ``i``, ``sigma``, ``sigma_hat`` and ``denoised`` of every step, tensors. ``disable`` is tqdm's; without
-tqdm there is no bar.
-
-Every step below is one formula (Karras et al. 2022; Lu et al. 2022, DPM-Solver++, solved for the clean sample)::
+Every step is one formula, written for the predicted clean sample ``D``:
 
     x_s = ratio x + (1 - ratio) D + std z
 
-A first-order method has ``D = denoised`` and ``ratio = sigma_s / sigma_t``. Ancestral steps and SDEs go below
-``sigma_s`` and come back by ``z``. A second-order method has ``D = (1 - w) denoised + w other``, the other evaluation
-being between the levels (Heun: at ``sigma_s``) or that of the step before.
+A first-order method has ``D = denoised`` and ``ratio = sigma_s / sigma_t``. Ancestral and SDE steps go below
+``sigma_s``, and the noise ``z`` brings the state back up to it. A second-order method has
+``D = (1 - w) denoised + w other``, where ``other`` is an evaluation between the levels (Heun: at ``sigma_s``) or the
+evaluation of the step before.
+
+Source:
+    Karras et al. 2022; Lu et al. 2022 (DPM-Solver++, solved for the clean sample).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ NoiseSampler = Callable[[Any, Any], Tensor]
 Device = torch.device | str
 Sigmas = Tensor | NDArray[np.floating[Any]]
 
-_STREAM = 4  # of PhiloxNoiseSampler: other numbers than `ops.randn` of the same seed, from which a state may start
+_STREAM = 4  # PhiloxNoiseSampler's own stream: a start drawn by `ops.randn` with the same seed has other numbers
 
 
 # --- the original -------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ _STREAM = 4  # of PhiloxNoiseSampler: other numbers than `ops.randn` of the same
 
 @functools.cache
 def _original() -> ModuleType:
-    """``k_diffusion.sampling`` as installed, also where this module stands in ``sys.modules`` for it."""
+    """``k_diffusion.sampling`` as installed, even if ``sys.modules`` has this module in its place."""
     name = "k_diffusion.sampling"
     if sys.modules.get(name) is not sys.modules[__name__]:
         return importlib.import_module(name)
@@ -105,7 +105,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         original = _original()
-    except Exception as error:  # whatever the packages that k-diffusion imports raise
+    except Exception as error:  # any error of the packages that k-diffusion imports
         raise AttributeError(
             f"{name}: not of {__name__!r}, and k-diffusion, which may have it, cannot be imported: {error}"
         ) from error
@@ -114,7 +114,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     names = set(globals())
-    with contextlib.suppress(Exception):  # not installed: the names of this module are all there are
+    with contextlib.suppress(Exception):  # k-diffusion is not installed: only this module's names exist
         names.update(name for name in dir(_original()) if not name.startswith("_"))
     return sorted(names)
 
@@ -127,7 +127,18 @@ def _count(n: Any) -> int:
 
 
 def append_zero(x: Tensor) -> Tensor:
-    """``[n]`` to ``[n + 1]``."""
+    """Appends a 0 to a row of levels.
+
+    Args:
+        x: ``[n]``.
+
+    Returns:
+        ``[n + 1]``.
+
+    Raises:
+        TypeError: ``x`` is not a tensor.
+        ValueError: ``x`` is not a row.
+    """
     arguments.tensor("x", x)
     if x.ndim != 1:
         raise ValueError(f"x: expected shape [n], got {list(x.shape)}")
@@ -135,7 +146,25 @@ def append_zero(x: Tensor) -> Tensor:
 
 
 def get_sigmas_karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, device: Device = "cpu") -> Tensor:
-    """``[n + 1]``, ``sigma ** (1 / rho)`` evenly spaced, then 0 (Karras et al. 2022, eq. 5)."""
+    """``n`` decreasing levels, evenly spaced in ``sigma ** (1 / rho)``, then 0.
+
+    Args:
+        n: An integer >= 0.
+        sigma_min: The lowest level before 0, a number >= 0.
+        sigma_max: The highest level, a number >= 0.
+        rho: A number > 0. The larger it is, the more levels are low.
+        device: Where the result is.
+
+    Returns:
+        ``[n + 1]``, the last 0.
+
+    Raises:
+        TypeError: An argument is not a number.
+        ValueError: An argument is out of range.
+
+    Source:
+        Karras et al. 2022, eq. 5.
+    """
     n, device = _count(n), torch_device("device", device)
     sigma_min, sigma_max = number("sigma_min", sigma_min, low=0.0), number("sigma_max", sigma_max, low=0.0)
     rho = number("rho", rho, above=0.0)
@@ -145,7 +174,21 @@ def get_sigmas_karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7
 
 
 def get_sigmas_exponential(n: int, sigma_min: float, sigma_max: float, device: Device = "cpu") -> Tensor:
-    """``[n + 1]``, ``log sigma`` evenly spaced, then 0."""
+    """``n`` decreasing levels, evenly spaced in ``log sigma``, then 0.
+
+    Args:
+        n: An integer >= 0.
+        sigma_min: The lowest level before 0, a number > 0.
+        sigma_max: The highest level, a number > 0.
+        device: Where the result is.
+
+    Returns:
+        ``[n + 1]``, the last 0.
+
+    Raises:
+        TypeError: An argument is not a number.
+        ValueError: An argument is out of range.
+    """
     n, device = _count(n), torch_device("device", device)
     sigma_min, sigma_max = number("sigma_min", sigma_min, above=0.0), number("sigma_max", sigma_max, above=0.0)
     return append_zero(torch.linspace(math.log(sigma_max), math.log(sigma_min), n, device=device).exp())
@@ -154,7 +197,22 @@ def get_sigmas_exponential(n: int, sigma_min: float, sigma_max: float, device: D
 def get_sigmas_polyexponential(
     n: int, sigma_min: float, sigma_max: float, rho: float = 1.0, device: Device = "cpu"
 ) -> Tensor:
-    """``[n + 1]``, ``log sigma`` a power ``rho`` of the time, then 0."""
+    """``n`` decreasing levels whose ``log sigma`` is a power ``rho`` of the time, then 0.
+
+    Args:
+        n: An integer >= 0.
+        sigma_min: The lowest level before 0, a number > 0.
+        sigma_max: The highest level, a number > 0.
+        rho: A number. 1 is `get_sigmas_exponential`.
+        device: Where the result is.
+
+    Returns:
+        ``[n + 1]``, the last 0.
+
+    Raises:
+        TypeError: An argument is not a number.
+        ValueError: An argument is out of range.
+    """
     n, device, rho = _count(n), torch_device("device", device), number("rho", rho)
     low, high = math.log(number("sigma_min", sigma_min, above=0.0)), math.log(number("sigma_max", sigma_max, above=0.0))
     return append_zero((low + torch.linspace(1, 0, n, device=device) ** rho * (high - low)).exp())
@@ -163,7 +221,22 @@ def get_sigmas_polyexponential(
 def get_sigmas_vp(
     n: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3, device: Device = "cpu"
 ) -> Tensor:
-    """``[n + 1]``, those of the continuous variance-preserving process with linear betas, then 0."""
+    """``n`` decreasing levels of the continuous variance-preserving process with linear betas, then 0.
+
+    Args:
+        n: An integer >= 0.
+        beta_d: The rise of beta over the time from 0 to 1.
+        beta_min: Beta at time 0.
+        eps_s: The time of the last level before 0. The first is at time 1.
+        device: Where the result is.
+
+    Returns:
+        ``[n + 1]``, the last 0.
+
+    Raises:
+        TypeError: An argument is not a number.
+        ValueError: An argument is out of range.
+    """
     n, device, eps_s = _count(n), torch_device("device", device), number("eps_s", eps_s)
     beta_d, beta_min = number("beta_d", beta_d), number("beta_min", beta_min)
     t = torch.linspace(1, eps_s, n, device=device)
@@ -171,14 +244,41 @@ def get_sigmas_vp(
 
 
 def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
-    """``dx / dsigma`` of the probability-flow ODE; ``sigma`` is ``[]`` or ``[N]``."""
+    """The slope ``dx / dsigma = (x - denoised) / sigma`` of the probability-flow ODE.
+
+    Args:
+        x: ``[N, *event]``.
+        sigma: ``[]`` or ``[N]``.
+        denoised: The predicted clean sample, ``[N, *event]``.
+
+    Returns:
+        ``[N, *event]``.
+    """
     return (x - denoised) / sigma.reshape(*sigma.shape, *(1,) * (x.ndim - sigma.ndim))
 
 
 def get_ancestral_step(sigma_from: Any, sigma_to: Any, eta: float = 1.0) -> tuple[Any, Any]:
-    """``(sigma_down, sigma_up)``, whose squares add to that of ``sigma_to``: the level that a deterministic step goes
-    to, and the noise then added; with ``eta = 1`` the variance of ``x_s`` given ``x_t`` and ``x_0``. Floats, or tensors
-    ``[]``, which are waited for."""
+    """Splits the level ``sigma_to`` into a level to step to and noise to add.
+
+        sigma_up^2 = eta^2 sigma_to^2 (1 - sigma_to^2 / sigma_from^2)        at most sigma_to^2
+        sigma_to^2 = sigma_down^2 + sigma_up^2
+
+    With ``eta = 1``, ``sigma_up^2`` is the variance of ``x_s`` given ``x_t`` and ``x_0``. If ``sigma_to`` is above
+    ``sigma_from``, ``sigma_up`` is ``sigma_to``.
+
+    Args:
+        sigma_from: The level of the state, a number > 0 or a tensor ``[]``. A tensor on a GPU is waited for.
+        sigma_to: The level to go to, a number or a tensor ``[]``.
+        eta: The amount of noise; 0 adds none.
+
+    Returns:
+        sigma_down: The level that a deterministic step goes to.
+        sigma_up: The standard deviation of the noise then added.
+
+    Raises:
+        TypeError: An argument is not a number.
+        ValueError: An argument is NaN, or ``sigma_from`` is not above 0.
+    """
     for name, value in (("sigma_from", sigma_from), ("sigma_to", sigma_to), ("eta", eta)):
         real(name, value)
     if not sigma_from > 0.0:
@@ -186,7 +286,7 @@ def get_ancestral_step(sigma_from: Any, sigma_to: Any, eta: float = 1.0) -> tupl
     if not eta:
         return sigma_to, 0.0
     share = 1 - (sigma_to / sigma_from) ** 2
-    sigma_up = min(sigma_to, eta * sigma_to * share**0.5) if share >= 0 else sigma_to  # upwards: noise alone
+    sigma_up = min(sigma_to, eta * sigma_to * share**0.5) if share >= 0 else sigma_to  # a rising level: noise alone
     return (sigma_to**2 - sigma_up**2) ** 0.5, sigma_up
 
 
@@ -194,15 +294,32 @@ def get_ancestral_step(sigma_from: Any, sigma_to: Any, eta: float = 1.0) -> tupl
 
 
 def default_noise_sampler(x: Tensor) -> NoiseSampler:
-    """Standard normals of torch's generator, like ``x``."""
+    """Noise from torch's generator.
+
+    Args:
+        x: The state, ``[N, *event]``.
+
+    Returns:
+        A function of two levels that returns standard normals like ``x``, whatever the levels are.
+    """
     return lambda sigma, sigma_next: torch.randn_like(x)
 
 
 class BrownianTreeNoiseSampler:
-    """Increments of one Brownian path in ``transform(sigma)``, scaled to unit variance: the same path whatever the
-    number of steps. Needs torchsde.
+    """Noise that is the increments of one Brownian path, scaled to unit variance. Needs torchsde.
 
-    ``seed`` is an integer, or one for each sample of ``x``; None draws one from torch's generator on the host.
+    The time of the path is ``transform(sigma)``. A run with another number of steps has the same path.
+
+    Args:
+        x: The state, ``[N, *event]``.
+        sigma_min: The lowest level that is asked for, a number or a tensor ``[]``.
+        sigma_max: The highest level that is asked for.
+        seed: An integer, or one for each sample of ``x``. None draws one from torch's generator on the host.
+        transform: A monotonic function of a tensor ``[]``.
+
+    Raises:
+        ImportError: torchsde is not installed.
+        ValueError: The number of seeds is not that of the samples.
     """
 
     def __init__(
@@ -235,6 +352,18 @@ class BrownianTreeNoiseSampler:
         return (t0, t1, 1) if t0 < t1 else (t1, t0, -1)
 
     def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
+        """The increment between two levels over the square root of its length, like ``x``.
+
+        Args:
+            sigma: A level.
+            sigma_next: Another level.
+
+        Returns:
+            Standard normals ``[N, *event]``.
+
+        Raises:
+            ValueError: The levels are equal.
+        """
         t0, t1, sign = self._interval(sigma, sigma_next)
         if t0 == t1:
             raise ValueError(f"sigma_next: expected another level than sigma, got {float(sigma_next):g} for both")
@@ -244,15 +373,26 @@ class BrownianTreeNoiseSampler:
 
 
 class PhiloxNoiseSampler:
-    """Standard normals like ``x`` from `fastguide.ops.randn`, of ``seed``, the number of draws before and the sample's
-    index ``first_particle + n``. A sample is therefore the same in whatever batch. A second run with the same object
-    goes on counting, and so has other noise.
+    """Noise from `fastguide.ops.randn`: a sample gets the same noise in any batch.
 
-    ``seed``: an integer; None draws one from torch's generator. The attribute ``seed`` has it.
+    The noise depends on the seed, the number of earlier draws, and the sample's index ``first_particle + n``. A second
+    run with the same object continues the count, and so gets other noise.
 
-    The samplers of this module that take a ``noise_sampler`` draw it inside the kernel that steps, in one pass over
-    memory; k-diffusion's call it as any other. Draws are independent of one another: where a sampler asks twice about
-    one interval (`sample_dpmpp_sde`), a Brownian path is not.
+    The samplers of this module draw it inside the kernel that takes the step, in one pass over memory. Those of
+    k-diffusion call it like any noise sampler. Draws are independent: if a sampler asks twice about one interval
+    (`sample_dpmpp_sde`), they are not increments of one Brownian path.
+
+    Args:
+        x: The state, ``[N, *event]``, floating.
+        seed: An integer in ``[0, 2^64)``. None draws one from torch's generator.
+        first_particle: The global index of the first sample, an integer in ``[0, 2^48)``.
+
+    Attributes:
+        seed (int): The seed.
+
+    Raises:
+        TypeError: ``x`` is not a tensor.
+        ValueError: ``x`` is not floating, or an integer is out of range.
     """
 
     def __init__(self, x: Tensor, seed: int | None = None, first_particle: int = 0):
@@ -262,6 +402,15 @@ class PhiloxNoiseSampler:
         self._x, self._first_particle, self._draws, self._memory = x, first_particle, 0, Memory()
 
     def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
+        """The next noise. The levels do not matter.
+
+        Args:
+            sigma: Not used.
+            sigma_next: Not used.
+
+        Returns:
+            Standard normals ``[N, *event]`` in the dtype of ``x``.
+        """
         x = self._x
         return ops.randn(
             x.shape,
@@ -274,7 +423,17 @@ class PhiloxNoiseSampler:
         )
 
     def step(self, x: Tensor, denoised: Tensor, ratio: float, std: float) -> Tensor:
-        """``ratio x + (1 - ratio) denoised + std z`` with the next ``z``."""
+        """``ratio x + (1 - ratio) denoised + std z`` with the next noise ``z``, in one pass.
+
+        Args:
+            x: The state, ``[N, *event]``.
+            denoised: The predicted clean sample, ``[N, *event]``.
+            ratio: A number.
+            std: A number >= 0.
+
+        Returns:
+            The new state, in the wider of the dtypes of ``x`` and ``denoised``.
+        """
         x = x.to(torch.promote_types(x.dtype, denoised.dtype))
         x_s = ops.reverse_step(
             x,
@@ -299,7 +458,7 @@ class PhiloxNoiseSampler:
 
 
 class _Run:
-    """What every sampler does at each step: iterated over, ``(i, sigma_t, sigma_s)`` in floats."""
+    """What every sampler does at each step. Iterating yields ``(i, sigma_t, sigma_s)``, the levels as floats."""
 
     def __init__(
         self,
@@ -325,7 +484,7 @@ class _Run:
                 raise TypeError(f"sigmas: expected {expected}, got {got(sigmas)}")
         else:
             arguments.real_array("sigmas", sigmas, expected)
-            sigmas = np.array(sigmas)  # a copy: torch takes no negative strides
+            sigmas = np.array(sigmas)  # a copy, since torch takes no negative strides
         if sigmas.ndim != 1:
             raise ValueError(f"sigmas: expected shape [steps + 1], got {list(sigmas.shape)}")
         sigmas = torch.as_tensor(sigmas, device=sigmas.device if isinstance(sigmas, Tensor) else x.device)
@@ -348,17 +507,17 @@ class _Run:
 
                 steps = tqdm(steps, disable=self.disable)
             except ImportError:
-                pass  # a bar is all that is missing
+                pass  # only the bar is missing
         for i in steps:
             yield i, self.levels[i], self.levels[i + 1]
 
     @property
     def positive(self) -> list[float]:
-        """The levels without a last 0."""
+        """The levels without a final 0."""
         return self.levels[:-1] if self.levels[-1:] == [0.0] else self.levels
 
     def expect_no_repeats(self, levels: list[float]) -> None:
-        """Of the first ``levels``: a method that divides by the step between two of them."""
+        """Raise if two levels in a row are equal: the method divides by the step between them."""
         for i, (sigma_t, sigma_s) in enumerate(pairwise(levels)):
             if sigma_t == sigma_s:
                 raise ValueError(
@@ -367,7 +526,7 @@ class _Run:
                 )
 
     def expect_decreasing(self, eta: float) -> None:
-        """The noise of an SDE upwards would have a negative variance."""
+        """Raise if a level rises: an SDE's noise would have a negative variance."""
         for i, (sigma_t, sigma_s) in enumerate(pairwise(self.levels)):
             if sigma_s > sigma_t:
                 raise ValueError(
@@ -379,12 +538,16 @@ class _Run:
         return self.model(x, self.x.new_full(x.shape[:1], sigma), **self.extra_args)
 
     def widened(self, x: Tensor) -> Tensor:
-        """In the wider of its dtype and the sigmas', as k-diffusion's Euler steps leave it, its others not."""
+        """``x`` in the wider of its dtype and that of the sigmas, as the Euler steps of k-diffusion leave it. Its
+        other steps do not widen.
+        """
         return x.to(torch.promote_types(x.dtype, self.sigmas.dtype))
 
     def toward(self, i: int, x: Tensor, denoised: Tensor, ratio: float, growth: float) -> tuple[Tensor, Tensor]:
-        """``x``, and ``ratio x + (1 - ratio) denoised``, reported: the callback may change ``x``, and not where it was
-        heading."""
+        """``x`` and ``ratio x + (1 - ratio) denoised``, reported.
+
+        The callback may change ``x`` but not where it was heading.
+        """
         if self.callback is None:
             x = self.widened(x)
             return x, _mix(denoised, x, ratio)
@@ -413,12 +576,12 @@ def _not_negative(name: str, value: Any) -> float:
 
 
 def _to_host(sigmas: Tensor) -> Tensor:
-    """The only wait for the device."""
+    """The levels on the host: the only wait for the device."""
     return sigmas.detach().cpu()
 
 
 class _Churn:
-    """The noise by which an ODE sampler may go up before a step (Karras et al. 2022, algorithm 2)."""
+    """The noise that an ODE sampler may add before a step (Karras et al. 2022, algorithm 2)."""
 
     def __init__(self, run: _Run, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float):
         most = min(_not_negative("s_churn", s_churn) / max(len(run.levels) - 1, 1), 2**0.5 - 1)
@@ -427,8 +590,8 @@ class _Churn:
         self.s_noise = real("s_noise", s_noise)
 
     def __call__(self, i: int, x: Tensor, sigma: float) -> tuple[Tensor, float, float]:
-        """``x`` at its new level, that level, and by what factor it grew."""
-        z = torch.randn_like(x)  # also where it goes unused, as k-diffusion does: what follows has its z
+        """``x`` at its new level, that level, and the factor by which the level grew."""
+        z = torch.randn_like(x)  # drawn even if unused, as in k-diffusion, so that later draws agree
         gamma = self.gammas[i]
         if gamma > 0.0:
             x = torch.add(x, z, alpha=self.s_noise * sigma * ((gamma + 1) ** 2 - 1) ** 0.5)
@@ -436,8 +599,11 @@ class _Churn:
 
 
 class _Noise:
-    """The ``noise_sampler`` of a run, and the levels that it is asked about: the caller's own are given tensors where
-    the sigmas are, those of this module tensors on the host, so that nobody waits for the device."""
+    """The ``noise_sampler`` of a run, and the levels that it is given.
+
+    The caller's own sampler gets tensors on the device of the sigmas. Those of this module get tensors on the host, so
+    that nothing waits for the device.
+    """
 
     def __init__(self, run: _Run, sampler: NoiseSampler | None, s_noise: float, brownian: bool = False):
         ours = sampler is None or isinstance(sampler, BrownianTreeNoiseSampler)
@@ -452,7 +618,7 @@ class _Noise:
         self.brownian = isinstance(self.sampler, BrownianTreeNoiseSampler)
 
     def step(self, x: Tensor, denoised: Tensor, ratio: float, std: float, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        """``ratio x + (1 - ratio) denoised``, and noise for the interval between two levels."""
+        """``ratio x + (1 - ratio) denoised + std z``, with the noise of the interval between two levels."""
         std *= self.s_noise
         if isinstance(self.sampler, PhiloxNoiseSampler):
             return self.sampler.step(x, denoised, ratio, std)
@@ -460,7 +626,7 @@ class _Noise:
 
 
 def _mix(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """``(1 - weight) a + weight b``; of two dtypes, as under autocast, in the wider."""
+    """``(1 - weight) a + weight b``. Two dtypes, as under autocast, give the wider."""
     if a.dtype != b.dtype:
         dtype = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(dtype), b.to(dtype)
@@ -483,7 +649,37 @@ def sample_euler(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Euler steps of the probability-flow ODE, with churn (Karras et al. 2022, algorithm 2)."""
+    """Euler steps of the probability-flow ODE, with churn.
+
+    The options are numbers, or tensors ``[]`` that are read before the first step.
+
+    Args:
+        model: ``model(x, sigma, **extra_args)`` predicts the clean sample. ``sigma`` is ``[N]`` in the dtype of ``x``.
+        x: The state at level ``sigmas[0]``, ``[N, *event]``: float32, float16, bfloat16 or float64.
+        sigmas: The levels ``[steps + 1]``, a tensor or a numpy array, decreasing, finite and above 0. The last may be
+            0.
+        extra_args: Keyword arguments of the model, or None.
+        callback: Called at each step with a dict of the tensors ``x``, ``sigma``, ``sigma_hat`` and ``denoised`` and
+            the index ``i``.
+        disable: As in tqdm: True hides the progress bar, and None hides it where the output is not a terminal. There is
+            none without tqdm.
+        s_churn: How much noise to add in total, a number >= 0. A step raises its level by the factor
+            ``1 + min(s_churn / steps, sqrt(2) - 1)``.
+        s_tmin: The lowest level with churn, a number.
+        s_tmax: The highest level with churn, a number.
+        s_noise: A factor of the noise that churn adds, a number.
+
+    Returns:
+        The state at the last level, ``[N, *event]``.
+
+    Raises:
+        TypeError: ``model`` or ``callback`` is not callable, or an argument is not a tensor or number where one is
+            expected.
+        ValueError: The levels, the state or an option is out of range.
+
+    Source:
+        Karras et al. 2022, algorithm 2.
+    """
     run = _Run(model, x, sigmas, extra_args, callback, disable)
     churn = _Churn(run, s_churn, s_tmin, s_tmax, s_noise)
     for i, sigma, sigma_s in run:
@@ -505,7 +701,30 @@ def sample_heun(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Heun steps of the probability-flow ODE, with churn (Karras et al. 2022, algorithm 2)."""
+    """Heun steps of the probability-flow ODE, with churn. Two evaluations for each step; one if it ends at 0.
+
+    Args:
+        model: As in `sample_euler`.
+        x: As in `sample_euler`.
+        sigmas: As in `sample_euler`.
+        extra_args: As in `sample_euler`.
+        callback: As in `sample_euler`.
+        disable: As in `sample_euler`.
+        s_churn: As in `sample_euler`.
+        s_tmin: As in `sample_euler`.
+        s_tmax: As in `sample_euler`.
+        s_noise: As in `sample_euler`.
+
+    Returns:
+        The state at the last level, ``[N, *event]``.
+
+    Raises:
+        TypeError: As in `sample_euler`.
+        ValueError: As in `sample_euler`.
+
+    Source:
+        Karras et al. 2022, algorithm 2.
+    """
     run = _Run(model, x, sigmas, extra_args, callback, disable)
     churn = _Churn(run, s_churn, s_tmin, s_tmax, s_noise)
     for i, sigma, sigma_s in run:
@@ -529,7 +748,27 @@ def sample_dpm_2(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Midpoint steps of the probability-flow ODE, the midpoint in ``log sigma``, with churn."""
+    """Midpoint steps of the probability-flow ODE, with churn. The midpoint is halfway in ``log sigma``.
+
+    Args:
+        model: As in `sample_euler`.
+        x: As in `sample_euler`.
+        sigmas: As in `sample_euler`.
+        extra_args: As in `sample_euler`.
+        callback: As in `sample_euler`.
+        disable: As in `sample_euler`.
+        s_churn: As in `sample_euler`.
+        s_tmin: As in `sample_euler`.
+        s_tmax: As in `sample_euler`.
+        s_noise: As in `sample_euler`.
+
+    Returns:
+        The state at the last level, ``[N, *event]``.
+
+    Raises:
+        TypeError: As in `sample_euler`.
+        ValueError: As in `sample_euler`.
+    """
     run = _Run(model, x, sigmas, extra_args, callback, disable)
     churn = _Churn(run, s_churn, s_tmin, s_tmax, s_noise)
     for i, sigma, sigma_s in run:
@@ -544,8 +783,10 @@ def sample_dpm_2(
 
 
 def _slope(run: _Run, x_m: Tensor, sigma_m: float) -> Tensor:
-    """``-sigma dx / dsigma`` at the geometric mean of a step's levels, where ``x_m`` is. What was denoised before is
-    not read again: a model may have one output that it overwrites."""
+    """``-sigma dx / dsigma`` at the midpoint ``x_m`` of a step, whose level is the geometric mean of the step's levels.
+
+    No earlier output of the model is read: a model may overwrite its one output.
+    """
     return run.denoise(x_m, sigma_m) - x_m
 
 
@@ -561,7 +802,28 @@ def sample_euler_ancestral(
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    """Euler steps to below the next level, and noise back to it."""
+    """Euler steps to below the next level, then noise up to it.
+
+    Args:
+        model: As in `sample_euler`.
+        x: As in `sample_euler`.
+        sigmas: As in `sample_euler`.
+        extra_args: As in `sample_euler`.
+        callback: As in `sample_euler`.
+        disable: As in `sample_euler`.
+        eta: A number >= 0, the amount of noise, as in `get_ancestral_step`; 0 adds none.
+        s_noise: A factor of the noise, a number.
+        noise_sampler: ``noise_sampler(sigma, sigma_next)`` returns standard normals like ``x``; None draws from torch's
+            generator. The levels are tensors ``[]``: on the device of ``sigmas`` for your own function, on the host for
+            the noise samplers of this module.
+
+    Returns:
+        The state at the last level, ``[N, *event]``.
+
+    Raises:
+        TypeError: As in `sample_euler`.
+        ValueError: As in `sample_euler`.
+    """
     run = _Run(model, x, sigmas, extra_args, callback, disable)
     noise, eta = _Noise(run, noise_sampler, s_noise), _not_negative("eta", eta)
     for i, sigma_t, sigma_s in run:
@@ -588,7 +850,26 @@ def sample_dpm_2_ancestral(
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    """Midpoint steps to below the next level, and noise back to it (none where that is down to 0)."""
+    """Midpoint steps to below the next level, then noise up to it. No noise follows a step down to 0.
+
+    Args:
+        model: As in `sample_euler`.
+        x: As in `sample_euler`.
+        sigmas: As in `sample_euler`.
+        extra_args: As in `sample_euler`.
+        callback: As in `sample_euler`.
+        disable: As in `sample_euler`.
+        eta: As in `sample_euler_ancestral`.
+        s_noise: As in `sample_euler_ancestral`.
+        noise_sampler: As in `sample_euler_ancestral`.
+
+    Returns:
+        The state at the last level, ``[N, *event]``.
+
+    Raises:
+        TypeError: As in `sample_euler`.
+        ValueError: As in `sample_euler`.
+    """
     run = _Run(model, x, sigmas, extra_args, callback, disable)
     noise, eta = _Noise(run, noise_sampler, s_noise), _not_negative("eta", eta)
     for i, sigma_t, sigma_s in run:
@@ -617,7 +898,26 @@ def sample_dpmpp_2s_ancestral(
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2S), single-step and of second order, to below the next level, and noise back to it."""
+    """DPM-Solver++(2S) steps to below the next level, then noise up to it. Single-step, second order.
+
+    Args:
+        model: As in `sample_euler`.
+        x: As in `sample_euler`.
+        sigmas: As in `sample_euler`.
+        extra_args: As in `sample_euler`.
+        callback: As in `sample_euler`.
+        disable: As in `sample_euler`.
+        eta: As in `sample_euler_ancestral`.
+        s_noise: As in `sample_euler_ancestral`.
+        noise_sampler: As in `sample_euler_ancestral`.
+
+    Returns:
+        The state at the last level, ``[N, *event]``.
+
+    Raises:
+        TypeError: As in `sample_euler`.
+        ValueError: As in `sample_euler`.
+    """
     run = _Run(model, x, sigmas, extra_args, callback, disable)
     noise, eta = _Noise(run, noise_sampler, s_noise), _not_negative("eta", eta)
     for i, sigma_t, sigma_s in run:
@@ -648,8 +948,28 @@ def sample_dpmpp_sde(
     noise_sampler: NoiseSampler | None = None,
     r: float = 1 / 2,
 ) -> Tensor:
-    """DPM-Solver++ for the diffusion SDE, single-step and of second order; ``r`` is where between the levels, in
-    ``log sigma``, the second evaluation stands. ``noise_sampler``: by default a `BrownianTreeNoiseSampler`."""
+    """DPM-Solver++ for the diffusion SDE. Single-step, second order.
+
+    Args:
+        model: As in `sample_euler`.
+        x: As in `sample_euler`.
+        sigmas: As in `sample_euler`; no two levels in a row may be equal with a `BrownianTreeNoiseSampler`.
+        extra_args: As in `sample_euler`.
+        callback: As in `sample_euler`.
+        disable: As in `sample_euler`.
+        eta: A number >= 0, the amount of noise; 0 solves the probability-flow ODE instead.
+        s_noise: A factor of the noise, a number.
+        noise_sampler: As in `sample_euler_ancestral`; None is a `BrownianTreeNoiseSampler`, which needs torchsde.
+        r: Where between the levels the second evaluation is, in ``log sigma``: a number > 0.
+
+    Returns:
+        The state at the last level, ``[N, *event]``.
+
+    Raises:
+        ImportError: ``noise_sampler`` is None and torchsde is not installed.
+        TypeError: As in `sample_euler`.
+        ValueError: As in `sample_euler`.
+    """
     run = _Run(model, x, sigmas, extra_args, callback, disable)
     eta, r = _not_negative("eta", eta), real("r", r)
     if not r > 0.0:
@@ -661,7 +981,7 @@ def sample_dpmpp_sde(
         denoised = run.denoise(x, sigma_t)
         run.report(i, x, denoised)
         if sigma_s > 0.0:
-            # A Brownian path is rough: a level that is asked about must be k-diffusion's to the last bit.
+            # A Brownian path is rough, so the levels asked for must equal those of k-diffusion to the last bit.
             t, t_s = (noise.levels[j].log().neg() for j in (i, i + 1))
             begin, middle, end = (time.neg().exp() for time in (t, t + (t_s - t) * r, t_s))
             sigma_r = sigma_t * (sigma_s / sigma_t) ** r
@@ -684,7 +1004,23 @@ def sample_dpmpp_2m(
     callback: Callback | None = None,
     disable: bool | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M), multi-step and of second order: one evaluation for each step."""
+    """DPM-Solver++(2M). Multi-step, second order: one evaluation for each step.
+
+    Args:
+        model: As in `sample_euler`.
+        x: As in `sample_euler`.
+        sigmas: As in `sample_euler`; no two levels in a row may be equal.
+        extra_args: As in `sample_euler`.
+        callback: As in `sample_euler`.
+        disable: As in `sample_euler`.
+
+    Returns:
+        The state at the last level, ``[N, *event]``.
+
+    Raises:
+        TypeError: As in `sample_euler`.
+        ValueError: As in `sample_euler`.
+    """
     run = _Run(model, x, sigmas, extra_args, callback, disable)
     run.expect_no_repeats(run.positive[:-1])
     before, h_before = None, 0.0
@@ -714,8 +1050,28 @@ def sample_dpmpp_2m_sde(
     noise_sampler: NoiseSampler | None = None,
     solver_type: str = "midpoint",
 ) -> Tensor:
-    """DPM-Solver++(2M) for the diffusion SDE, multi-step; ``solver_type`` is ``"midpoint"`` or ``"heun"``.
-    ``noise_sampler``: by default a `BrownianTreeNoiseSampler`."""
+    """DPM-Solver++(2M) for the diffusion SDE. Multi-step, second order.
+
+    Args:
+        model: As in `sample_euler`.
+        x: As in `sample_euler`.
+        sigmas: As in `sample_euler`; no two levels in a row may be equal, and none may rise unless ``eta`` is 0.
+        extra_args: As in `sample_euler`.
+        callback: As in `sample_euler`.
+        disable: As in `sample_euler`.
+        eta: A number >= 0, the amount of noise; 0 solves the probability-flow ODE instead.
+        s_noise: A factor of the noise, a number.
+        noise_sampler: As in `sample_euler_ancestral`; None is a `BrownianTreeNoiseSampler`, which needs torchsde.
+        solver_type: ``"midpoint"`` or ``"heun"``.
+
+    Returns:
+        The state at the last level, ``[N, *event]``.
+
+    Raises:
+        ImportError: ``noise_sampler`` is None and torchsde is not installed.
+        TypeError: As in `sample_euler`.
+        ValueError: As in `sample_euler`.
+    """
     one_of("solver_type", solver_type, ("heun", "midpoint"))
     run = _Run(model, x, sigmas, extra_args, callback, disable)
     noise, eta = _Noise(run, noise_sampler, s_noise, brownian=True), _not_negative("eta", eta)
@@ -728,7 +1084,7 @@ def sample_dpmpp_2m_sde(
         run.report(i, x, denoised)
         if sigma_s > 0.0:
             h = math.log(sigma_t / sigma_s)
-            decay = (1 + eta) * h  # of x, for the drift of the SDE is (1 + eta) times that of the ODE
+            decay = (1 + eta) * h  # x decays by this: the SDE's drift is (1 + eta) times the ODE's
             if before is not None:
                 w = 0.5 if solver_type == "midpoint" else -1 / math.expm1(-decay) - 1 / decay
                 mixed = _mix(denoised, before, -w * h / h_before)
@@ -756,13 +1112,32 @@ def sample_dpmpp_3m_sde(
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    """DPM-Solver++(3M) for the diffusion SDE, multi-step and of third order; the first two steps are of lower order.
-    ``noise_sampler``: by default a `BrownianTreeNoiseSampler`."""
+    """DPM-Solver++(3M) for the diffusion SDE. Multi-step, third order. The first two steps are of lower order.
+
+    Args:
+        model: As in `sample_euler`.
+        x: As in `sample_euler`.
+        sigmas: As in `sample_euler`; no two levels in a row may be equal, and none may rise.
+        extra_args: As in `sample_euler`.
+        callback: As in `sample_euler`.
+        disable: As in `sample_euler`.
+        eta: A number >= 0, the amount of noise; 0 solves the probability-flow ODE instead.
+        s_noise: A factor of the noise, a number.
+        noise_sampler: As in `sample_euler_ancestral`; None is a `BrownianTreeNoiseSampler`, which needs torchsde.
+
+    Returns:
+        The state at the last level, ``[N, *event]``.
+
+    Raises:
+        ImportError: ``noise_sampler`` is None and torchsde is not installed.
+        TypeError: As in `sample_euler`.
+        ValueError: As in `sample_euler`.
+    """
     run = _Run(model, x, sigmas, extra_args, callback, disable)
     noise, eta = _Noise(run, noise_sampler, s_noise, brownian=True), _not_negative("eta", eta)
     run.expect_no_repeats(run.positive)
-    run.expect_decreasing(eta)  # what it extrapolates from spans two steps
-    before: list[tuple[Tensor, float]] = []  # of the last two steps, the latest first: denoised, and h
+    run.expect_decreasing(eta)  # the extrapolation spans two steps
+    before: list[tuple[Tensor, float]] = []  # denoised and h of the last two steps, the latest first
     for i, sigma_t, sigma_s in run:
         denoised = mixed = run.denoise(x, sigma_t)
         run.report(i, x, denoised)
@@ -770,7 +1145,7 @@ def sample_dpmpp_3m_sde(
             h = math.log(sigma_t / sigma_s)
             decay = (1 + eta) * h
             drop = -math.expm1(-decay)
-            phi_2 = 1 - drop / decay  # times what the clean sample changes by over a step, and its curvature
+            phi_2 = 1 - drop / decay  # multiplies the clean sample's change over a step, and its curvature
             if len(before) == 1:
                 (denoised_1, h_1) = before[0]
                 mixed = _mix(denoised, denoised_1, -phi_2 / drop * h / h_1)
