@@ -1,15 +1,17 @@
-"""deepinv (0.5): its physics, noise models and denoisers for our samplers, and samplers that are called as its own are.
+"""deepinv (0.5): its physics and denoisers for our samplers, and samplers with its interface.
 
-    sampler = DPS(denoiser, num_steps=100)  # or DiffPIR, as deepinv's; Sampler, of any fastguide guidance
+    sampler = DPS(denoiser, num_steps=100)      # DPS or DiffPIR as in deepinv, or Sampler with any fastguide guidance
     x = sampler(y, physics, seed=0)
 
-`operator`, `likelihood` and `prior` turn a ``deepinv.physics`` object, the measurement with its noise model, and a
+`operator`, `likelihood` and `prior` convert a ``deepinv.physics`` object, a measurement with its noise model, and a
 denoiser ``f(x, sigma)`` into what `fastguide.sample` takes. Images are in the range of the physics and the denoiser,
-usually [0, 1]; a state is ``x_t = x_0 + sigma eps`` in that range.
+usually [0, 1]. A state is ``x_t = x_0 + sigma eps`` in that range.
 
-Nothing of deepinv is imported: its objects are told by the names of their classes. They stay on their device. A physics
-may have a mask or kernel for each sample of a batch: those of an observation serve all its particles. Of a
-``StackedPhysics`` all measurements have one noise model.
+A physics may have one mask or kernel for each sample of a batch. Those of an observation then serve all its particles.
+All measurements of a ``StackedPhysics`` must have the same noise model.
+
+This module imports nothing of deepinv: it recognises objects by the names of their classes. Objects stay on their
+device.
 """
 
 from __future__ import annotations
@@ -41,22 +43,22 @@ Shape = Sequence[int]
 
 
 def _is(value: Any, name: str) -> bool:
-    """Whether a class of deepinv of that name is among the bases."""
+    """Whether a class of that name is among the bases."""
     return any(base.__name__ == name for base in type(value).__mro__)
 
 
 # --- operators ----------------------------------------------------------------------------------------------
 
 
-# What a physics may have of each sample of a batch, in a leading dimension, and what deepinv computes from it
+# Attributes of a physics that may have a row for each sample of a batch, and those that deepinv computes from them
 _OF_EACH_SAMPLE = ("mask", "filter", "filters", "multipliers", "coil_maps")
 _DERIVED = ("angle", "Fh", "Fhc", "Fh2")
 
 
 def _rows_of(physics: Any) -> int | None:
-    """How many samples the physics differs between; None where it is one for all."""
+    """How many samples have a mask or kernel of their own in the physics; None where all share one."""
     for part in getattr(physics, "physics_list", [physics]):
-        least = 1 if _is(part, "Inpainting") else 4  # dimensions of a value of all samples: of images, most often
+        least = 1 if _is(part, "Inpainting") else 4  # dimensions of a value with rows: mostly those of images
         for name in _OF_EACH_SAMPLE:
             value = getattr(part, name, None)
             if isinstance(value, Tensor) and value.ndim >= least and len(value) > 1:
@@ -65,7 +67,7 @@ def _rows_of(physics: Any) -> int | None:
 
 
 def _with_rows(physics: Any, rows: Tensor, number: int) -> Any:
-    """A copy of a physics that differs between ``number`` samples, for samples of its ``rows``."""
+    """A copy of a physics with ``number`` samples' own masks or kernels that has only ``rows`` of them."""
     chosen = copy.copy(physics)
     for registry in ("_parameters", "_buffers", "_modules"):
         setattr(chosen, registry, dict(getattr(physics, registry)))
@@ -80,7 +82,7 @@ def _with_rows(physics: Any, rows: Tensor, number: int) -> Any:
 
 
 class _Physics(operators.Operator):
-    """``A``, and ``A_dagger`` as the pseudo-inverse."""
+    """The operator ``A`` of a physics; ``A_dagger`` is its pseudo-inverse."""
 
     def __init__(self, physics: Any, compute_dtype: torch.dtype | None):
         self.physics, self.compute_dtype = physics, compute_dtype
@@ -102,7 +104,7 @@ class _Physics(operators.Operator):
         return value.to(x.dtype.to_complex() if value.is_complex() else x.dtype)
 
     def _check_rows(self, x: Tensor) -> None:
-        """Broadcast to other rows, what belongs to one sample would be taken for another's."""
+        """Raise if the physics has another number of samples. Broadcasting would give a sample the mask of another."""
         if self.observations not in (None, len(x)):
             raise ValueError(
                 f"physics: expected one {self} for all, or {len(x)} as there are samples, got {self.observations}"
@@ -151,7 +153,9 @@ class _DecomposablePhysics(_LinearPhysics):
 
 
 class _BlurFFT(_DecomposablePhysics):
-    """In the whole spectrum: deepinv's half, in real and imaginary parts, is no orthonormal basis."""
+    """A blur with the whole spectrum. deepinv keeps half of it, in real and imaginary parts, which is no orthonormal
+    basis.
+    """
 
     def __init__(self, physics: Any, compute_dtype: torch.dtype | None):
         super().__init__(physics, compute_dtype)
@@ -167,7 +171,7 @@ class _BlurFFT(_DecomposablePhysics):
 
 
 class _Stack(_Physics):
-    """Several measurements as one ``[B, m]``: each flattened, one after the other. ``y``: some, for their shapes."""
+    """Several measurements as one ``[B, m]``: each is flattened, one after the other. ``y`` gives their shapes."""
 
     def __init__(self, physics: Any, compute_dtype: torch.dtype | None, y: Any):
         super().__init__(physics, compute_dtype)
@@ -213,11 +217,24 @@ class _Rates(operators.Operator):
 
 
 def operator(physics: Any, dtype: torch.dtype | None = None, y: Any = None) -> _Physics:
-    """``physics`` as an operator: ``A``, ``A_adjoint`` and ``A_dagger`` are its own. A ``DecomposablePhysics`` has a
-    spectrum, from which PnP, PiGDM and the isotropic covariance have closed forms; other linear ones do without, and
-    what is not linear has ``A`` and ``A_dagger`` alone. The measurements of a ``StackedPhysics``, of which it needs
-    some as ``y``, stand as one, ``[B, m]``. ``dtype``: what it computes in, whatever that of the state; None is the
-    state's."""
+    """Wraps a deepinv physics as an operator with its own ``A``, ``A_adjoint`` and ``A_dagger``.
+
+    A ``DecomposablePhysics`` has a spectrum, which gives closed forms to PnP, PiGDM and the isotropic covariance. Other
+    linear physics have no spectrum. Nonlinear physics have ``A`` and ``A_dagger`` only.
+
+    Args:
+        physics: A ``deepinv.physics`` object.
+        dtype: What the physics computes in, whatever the dtype of the state. None is the dtype of the state.
+        y: Measurements, which give a ``StackedPhysics`` its shapes. It needs them; other physics ignore them. The
+            measurements stand as one tensor ``[B, m]``.
+
+    Returns:
+        An operator for `fastguide.likelihoods` and `fastguide.PiGDM`.
+
+    Raises:
+        TypeError: ``physics`` is not a deepinv physics.
+        ValueError: ``y`` is missing for a ``StackedPhysics``, or a decomposable physics has no mask or filter yet.
+    """
     if not _is(physics, "Physics"):
         raise TypeError(f"physics: expected a deepinv.physics object, got {type(physics).__name__}")
     if _is(physics, "StackedPhysics"):
@@ -227,7 +244,7 @@ def operator(physics: Any, dtype: torch.dtype | None = None, y: Any = None) -> _
     defines_A = next(base.__name__ for base in type(physics).__mro__ if "A" in vars(base))
     if defines_A == "BlurFFT":
         return _BlurFFT(physics, dtype)
-    # A subclass with an A of its own may have another spectrum (DynamicMRI)
+    # A subclass with its own A may have another spectrum (DynamicMRI)
     return (_DecomposablePhysics if defines_A == "DecomposablePhysics" else _LinearPhysics)(physics, dtype)
 
 
@@ -235,21 +252,34 @@ def operator(physics: Any, dtype: torch.dtype | None = None, y: Any = None) -> _
 
 
 def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) -> likelihoods.Likelihood:
-    """``p(y | x_0)`` of a measurement ``y`` ``[B, *measurement]``, by the noise model of the physics:
+    """The likelihood ``p(y | x_0)`` of a measurement, with the noise model of its physics.
 
-    - ``GaussianNoise``: Gaussian, of scale ``sigma``;
-    - ``ZeroNoise``: Gaussian, of scale 0: an exact measurement, which serves PiGDM and PnP alone;
-    - ``LaplaceNoise``: Laplace, of scale ``b``;
-    - ``PoissonNoise``: Poisson, of scale ``gain``, whether or not ``normalize`` has multiplied ``y`` by it;
-    - ``LogPoissonNoise``: Poisson, of scale 1: counts ``N0 exp(-mu y)`` of rates ``N0 exp(-mu A(x))``.
+    - ``GaussianNoise``: Gaussian with scale ``sigma``.
+    - ``ZeroNoise``: Gaussian with scale 0, an exact measurement. Only PiGDM and PnP can use it.
+    - ``LaplaceNoise``: Laplace with scale ``b``.
+    - ``PoissonNoise``: Poisson with scale ``gain``, whether ``normalize`` has multiplied ``y`` by it or not.
+    - ``LogPoissonNoise``: Poisson with scale 1, for counts ``N0 exp(-mu y)`` with rates ``N0 exp(-mu A(x))``.
 
-    ``sigma`` and ``b`` may differ between observations; the others must be one number for all of ``y``. ``scale``, a
-    number, a tensor or a function of ``sigma_t``, takes the place of the one named.
+    ``sigma`` and ``b`` may differ between observations. The other parameters must be one number for all of ``y``.
 
-    Of ``Inpainting`` with a mask of zeros and ones the observation is what was measured, ``[B, m]``: densities count
-    nothing else. Where each observation has a mask of its own, and they do not measure equally many, elements that were
-    not measured count as zeros that were: a constant in the density. A ``sensor_model`` takes no part, as in deepinv's
-    samplers. The physics computes in the dtype of ``y``.
+    With an ``Inpainting`` physics whose mask is zeros and ones, the observation holds the measured elements only,
+    ``[B, m]``, so that densities count nothing else. This needs equally many in every observation. Otherwise missing
+    elements count as measured zeros, which adds a constant to the density.
+
+    A ``sensor_model`` is ignored, as in the samplers of deepinv. The physics computes in the dtype of ``y``.
+
+    Args:
+        y: The measurement ``[B, *measurement]``, or a list of them for a ``StackedPhysics``.
+        physics: A ``deepinv.physics`` object with a ``noise_model``.
+        scale: Replaces the scale named above: a number, a tensor or a function of ``sigma_t``.
+
+    Returns:
+        A `fastguide.likelihoods` object for ``y`` and the operator of ``physics``.
+
+    Raises:
+        TypeError: ``y`` is not a tensor, or ``physics`` is not a deepinv physics.
+        ValueError: The shape of ``y`` is wrong, the noise model has another class, or its parameter differs between
+            samples where it must not.
     """
     forward: operators.Operator
     y = _checked(y, physics)
@@ -285,7 +315,7 @@ def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) 
 
 
 def _checked(y: Any, physics: Any) -> Any:
-    """``y``, a measurement, or those of a stack."""
+    """``y``, checked: a measurement, or the measurements of a stack."""
     for part in y if _is(physics, "StackedPhysics") else [y]:
         tensor("y", part, readable=True)
         if part.ndim < 2 or not part.numel():
@@ -303,13 +333,13 @@ def _start(x_init: Any, shape_too: bool) -> Any:
 
 
 def _measured(y: Any, physics: Any, dtype: torch.dtype | None = None) -> tuple[_Physics, Tensor]:
-    """The operator, and the measurement as one tensor."""
+    """The operator, and the measurements as one tensor."""
     forward = operator(physics, dtype, y)
     return forward, forward.flattened(y) if isinstance(forward, _Stack) else y
 
 
 def _noise_of(physics: Any) -> Any:
-    """The noise model, of a stack the one that all its parts have."""
+    """The noise model. All parts of a stack must have the same."""
     if not _is(physics, "StackedPhysics"):
         return physics.noise_model
     noises, kinds = [part.noise_model for part in physics.physics_list], set()
@@ -322,13 +352,13 @@ def _noise_of(physics: Any) -> Any:
 
 
 def _gaussian_scale(physics: Any) -> float:
-    """Of the measurement's noise; 0 where it is not Gaussian, as in deepinv."""
+    """The scale of Gaussian measurement noise. It is 0 where the noise is not Gaussian, as in deepinv."""
     noise = _noise_of(physics)
     return _number(noise, "sigma") if _is(noise, "GaussianNoise") else 0.0
 
 
 def _number_or_rows(noise: Any, name: str, y: Tensor) -> float | Tensor:
-    """One number, or where there is one for each observation a tensor ``[B, 1, ...]`` of the dimensions of ``y``."""
+    """One number, or a tensor ``[B, 1, ...]`` with the dimensions of ``y`` where each observation has its own."""
     values = as_tensor(getattr(noise, name))
     if values.numel() != len(y) or len(y) == 1 or (values == values.flatten()[0]).all():
         return _number(noise, name)
@@ -348,7 +378,7 @@ def _number(noise: Any, name: str) -> float:
 
 
 class _Sigmas(schedules.Schedule):
-    """These noise levels, decreasing; the last may be above 0."""
+    """Given noise levels, decreasing. The last may be above 0."""
 
     def __init__(self, sigmas: Sequence[float]):
         self.t_max, self.t_min, self.clean = sigmas[0], sigmas[-2], sigmas[-1]
@@ -367,12 +397,23 @@ def prior(
     clip: tuple[float, float] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Denoiser:
-    """A denoiser ``f(x, sigma) -> E[x_0 | x_0 + sigma eps = x]`` as a prior; ``sigma`` is ``[]``.
+    """Wraps a denoiser ``f(x, sigma) -> E[x_0 | x_0 + sigma eps = x]`` as a prior.
 
-    - ``schedule``: one with ``alpha = 1``, by default ``edm(0.001, 40)``, that of Karras et al. for images in [0, 1];
-      variance-preserving processes have the same steps, in ``x_t / alpha_t``.
-    - ``clip``: the range that the output is held in, before any gradient of it.
-    - ``dtype``: what the denoiser computes in, whatever that of the state; None is the state's.
+    Args:
+        denoiser: ``denoiser(x, sigma)`` of ``[N, *event]`` and ``[]``. It is called once for all samples, which are at
+            one level.
+        schedule: A schedule with ``alpha = 1`` (``ve`` or ``edm``). The default is ``edm(0.001, 40)``, the schedule of
+            Karras et al. 2022 for images in [0, 1]. Variance-preserving processes have the same steps, in
+            ``x_t / alpha_t``.
+        clip: The range ``(low, high)`` that the output is clipped to. Gradients are those of the clipped output.
+        dtype: What the denoiser computes in, whatever the dtype of the state. None is the dtype of the state.
+
+    Returns:
+        A `fastguide.Denoiser`.
+
+    Raises:
+        TypeError: ``denoiser`` is not callable.
+        ValueError: ``schedule`` has another alpha than 1.
     """
     function("denoiser", denoiser, "a callable f(x, sigma)")
     schedule = schedules.edm(0.001, 40.0) if schedule is None else schedule
@@ -390,7 +431,7 @@ def prior(
 
 
 def _shape(y: Tensor, forward: operators.Operator) -> Shape:
-    """Of the images that ``y`` measures."""
+    """The shape of the images that ``y`` measures."""
     with torch.no_grad():
         x = forward.adjoint(y) if isinstance(forward, operators.LinearOperator) else forward.pseudo_inverse(y)
     return tuple(x.shape)
@@ -403,14 +444,20 @@ def _seed(seed: int | None, rng: torch.Generator | None = None) -> int:
 
 
 class Sampler(nn.Module):
-    """A fastguide sampler as a deepinv one.
+    """A fastguide sampler that is called as a deepinv sampler.
 
-    - ``denoiser``, ``schedule``: see `prior`.
-    - ``guidance``: a function of the likelihood that returns a guidance object: ``fastguide.PiGDM``,
-      ``functools.partial(fastguide.TDS, particles=64)``.
-    - ``likelihood``: the function of ``(y, physics)`` to use, ``functools.partial(likelihood, scale=0.01)``.
-    - ``options``: of `fastguide.sample`; ``dtype`` and ``device`` are those of ``y`` by default. The denoiser and the
-      physics compute in the dtype of ``y`` in any case.
+    Args:
+        denoiser: A denoiser ``f(x, sigma)``, as in `prior`.
+        guidance: A function of the likelihood that returns a guidance object, such as ``fastguide.PiGDM`` or
+            ``functools.partial(fastguide.TDS, particles=64)``.
+        schedule: As in `prior`.
+        likelihood: A function of ``(y, physics)`` that returns the likelihood, such as
+            ``functools.partial(likelihood, scale=0.01)``.
+        **options: Options of `fastguide.sample`. ``dtype`` and ``device`` are by default those of ``y``. The denoiser
+            and the physics compute in the dtype of ``y`` in any case.
+
+    Raises:
+        TypeError: ``denoiser``, ``guidance`` or ``likelihood`` is not callable.
     """
 
     def __init__(
@@ -430,17 +477,38 @@ class Sampler(nn.Module):
         self.schedule, self.options = schedule, options
 
     def forward(self, y: Tensor, physics: Any, seed: int | None = None, shape: Shape | None = None) -> Tensor:
-        """One draw for each observation, ``[B, *event]``; of particles, one by their weights.
+        """Draws one sample for each observation. Particle methods draw one particle by its weight.
 
-        ``seed``: of the noise; None draws one from torch's generator. ``shape``: ``(B, *event)``, by default that of
-        ``A_adjoint(y)``, or ``A_dagger(y)`` where ``A`` is not linear.
+        Args:
+            y: The measurement, as in `likelihood`.
+            physics: A ``deepinv.physics`` object.
+            seed: The seed of the noise, an integer in ``[0, 2^64)``. None draws one from torch's generator.
+            shape: ``(B, *event)``. By default it is the shape of ``A_adjoint(y)``, or of ``A_dagger(y)`` where ``A`` is
+                not linear.
+
+        Returns:
+            Samples ``[B, *event]``.
+
+        Raises:
+            TypeError: As in `likelihood` and `fastguide.sample`.
+            ValueError: As in `likelihood` and `fastguide.sample`.
         """
         seed = _seed(seed)
         samples = self.sample(y, physics, seed, shape)
         return samples.x if samples.log_weights is None else samples.draw(1, seed)[:, 0]
 
     def sample(self, y: Tensor, physics: Any, seed: int | None = None, shape: Shape | None = None) -> Samples:
-        """As `forward`, all that `fastguide.sample` returns: of TDS and FK the weighted particles and the evidence."""
+        """Draws as `forward` does, and returns everything that `fastguide.sample` returns.
+
+        Args:
+            y: As in `forward`.
+            physics: As in `forward`.
+            seed: As in `forward`.
+            shape: As in `forward`.
+
+        Returns:
+            The samples. With TDS and FK they are weighted particles, and the evidence is there too.
+        """
         if shape is not None:
             shape = shape_of("shape", shape, "(B, *event)", 1)
         guidance = self.guidance(self.likelihood(_checked(y, physics), physics))
@@ -451,19 +519,36 @@ class Sampler(nn.Module):
 
 
 class DPS(nn.Module):
-    """Diffusion posterior sampling, with the arguments of ``deepinv.sampling.DPS`` and, given the same noise, its
-    results to rounding.
+    """Diffusion posterior sampling with the arguments of ``deepinv.sampling.DPS``.
 
-    - ``schedule``: ``"vp"`` or ``"ve"``; ``solver``: ``"ddpm"``, ``"ddim"``, ``"ancestral"`` with ``alpha`` in [0, 1],
-      or ``"euler"`` with ``alpha >= 0``; ``alpha`` is a number or a function of the time in [0, 1].
-    - A deepinv solver object as ``solver`` runs as it is, on our score: its own times, noise and ``rng`` count, and
-      ``num_steps`` and the ``rng`` here do not. A ``seed`` then sets its ``rng``.
-    - ``num_steps``: one more than evaluations of the denoiser.
-    - ``guidance``: ``"norm"`` or ``"annealed"``, times ``weight``.
-    - ``minus_one_one``: whether noise levels are those of images in [-1, 1], twice what the denoiser is given.
-    - ``dtype``: of the state and the result; denoiser and physics compute in float32, as there.
-      The kernels for GPUs do not take the default.
-    - ``rng``: draws the seed of the noise in a call without one; None is torch's own.
+    Given the same noise, results are those of deepinv, to rounding.
+
+    Args:
+        denoiser: A denoiser ``f(x, sigma)``, as in `prior`.
+        schedule: ``"vp"`` or ``"ve"``.
+        solver: ``"ddpm"``, ``"ddim"``, ``"ancestral"`` or ``"euler"``, or a deepinv solver object. A solver object runs
+            as it is, on our score, with its own times, noise and ``rng``; ``num_steps`` and the ``rng`` here are
+            ignored. A ``seed`` sets its ``rng``.
+        alpha: How much noise ``"ancestral"`` (in [0, 1]) and ``"euler"`` (>= 0) add: a number, or a function of the
+            time in [0, 1].
+        num_steps: One more than the number of evaluations of the denoiser, an integer >= 2.
+        weight: A factor of the guidance, a number >= 0.
+        guidance: ``"norm"`` takes the gradient of the residual's norm. ``"annealed"`` takes that of its square over
+            ``2 (sigma_y^2 + sigma_t^2)``.
+        verbose: Whether to show a progress bar.
+        device: Where the run is.
+        dtype: The dtype of the state and the result. The denoiser and the physics compute in float32, as in deepinv.
+            The GPU kernels do not serve the default, float64.
+        rng: The generator that draws a seed in calls without one. None is torch's own.
+        minus_one_one: Whether noise levels are for images in [-1, 1]. They are then twice those that the denoiser gets.
+
+    Raises:
+        TypeError: ``denoiser`` is not callable, ``rng`` is not a generator, ``dtype`` is not a dtype of states, or an
+            argument is not a number or a bool where one is expected.
+        ValueError: A name is unknown, or an argument is out of range.
+
+    Source:
+        Chung et al. 2023 (DPS).
     """
 
     def __init__(
@@ -501,7 +586,7 @@ class DPS(nn.Module):
         self.denoiser = denoiser
         self.schedule, self.alpha = schedule.lower(), alpha
         self.solver: Any = solver.lower() if isinstance(solver, str) else solver
-        # at 0 Euler's step would divide by sigma = 0
+        # at time 0 an Euler step would divide by sigma = 0
         self.timesteps = torch.linspace(
             1, 0.001 if self.solver == "euler" else 0, num_steps, dtype=torch.float64, device="cpu"
         )
@@ -519,11 +604,27 @@ class DPS(nn.Module):
         denoise_output: bool = True,
         get_trajectory: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """A sample ``[B, *event]`` for the measurement ``y``.
+        """Draws a sample for the measurement ``y``.
 
-        ``x_init``: the state at the first of the ``timesteps`` (decreasing, in [0, 1]) as deepinv scales it, or its
-        shape. ``seed``: of the noise, with or without an ``rng``. ``denoise_output``: denoise once more where the last
-        level is not clean. With ``get_trajectory`` also all the states, ``[num_steps, B, *event]``.
+        Args:
+            y: The measurement ``[B, *measurement]``, or a list of them for a ``StackedPhysics``.
+            physics: A ``deepinv.physics`` object.
+            x_init: The state ``[B, *event]`` at the first time, scaled as in deepinv, or its shape. None starts from
+                noise in the shape of ``A_adjoint(y)``, or of ``A_dagger(y)`` where ``A`` is not linear.
+            seed: The seed of the noise, an integer in ``[0, 2^64)``. It is used whether there is an ``rng`` or not.
+                None draws one.
+            timesteps: Decreasing times in [0, 1], at least two, in place of ``num_steps`` or the times of a solver
+                object.
+            denoise_output: Whether to denoise once more where the last level is not clean.
+            get_trajectory: Whether to return all states too.
+
+        Returns:
+            ``x``, or ``(x, trajectory)`` with ``get_trajectory``. The sample ``x`` is ``[B, *event]``; the trajectory
+                is ``[num_steps, B, *event]``.
+
+        Raises:
+            TypeError: ``y`` or ``x_init`` has the wrong type, or a flag is not a bool.
+            ValueError: A shape is wrong, or ``timesteps``, ``seed`` or a value of ``alpha`` is out of range.
         """
         y = _checked(y, physics).detach()
         denoise_output, get_trajectory = flag("denoise_output", denoise_output), flag("get_trajectory", get_trajectory)
@@ -546,8 +647,8 @@ class DPS(nn.Module):
         sigma = unit * sigma
         ratio = sigma[1:] / sigma[:-1]
         eta = self._eta(t[:-1], ratio)
-        kept = ratio * (1 - eta**2 * (1 - ratio**2)).clamp(min=0).sqrt()  # of x_t in the mean of x_s
-        zeta = self.weight * sigma[:-1] ** 2 * (1 - kept)  # the score's weight in it
+        kept = ratio * (1 - eta**2 * (1 - ratio**2)).clamp(min=0).sqrt()  # the weight of x_t in the mean of x_s
+        zeta = self.weight * sigma[:-1] ** 2 * (1 - kept)  # the weight of the score in that mean
         seed = _seed(seed, self.rng)
         if isinstance(x_init, Tensor):
             x = unit * x_init.detach().to(self.device, self.dtype) / scale[0].item() + shift
@@ -558,7 +659,7 @@ class DPS(nn.Module):
         states = [x]
         normalize = self.guidance == "norm"
         if normalize:
-            error = likelihoods.Gaussian(y, forward, 1.0)  # any scale: the norm's gradient has none
+            error = likelihoods.Gaussian(y, forward, 1.0)  # any scale: the norm's gradient does not depend on it
         else:
             sigma_y = _gaussian_scale(physics)
             error = likelihoods.Gaussian(y, forward, lambda sigma_t: math.hypot(sigma_y, sigma_t))
@@ -589,11 +690,11 @@ class DPS(nn.Module):
 
     @property
     def _range(self) -> tuple[float, float]:
-        """``unit, shift``: an image is ``unit u + shift`` where deepinv has ``u``."""
+        """``unit, shift``: an image is ``unit u + shift`` where ``u`` is deepinv's state."""
         return (0.5, 0.5) if self.minus_one_one else (1.0, 0.0)
 
     def _level(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """deepinv's ``scale`` and ``sigma`` at the times ``t``."""
+        """The ``scale`` and ``sigma`` of deepinv at the times ``t``."""
         if self.schedule == "ve":
             return torch.ones_like(t), 0.001 * 80000.0**t
         scale = torch.exp(-0.5 * (0.1 * t + 0.5 * 19.9 * t**2))
@@ -609,7 +710,7 @@ class DPS(nn.Module):
         denoise_output: bool,
         get_trajectory: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """By ``"euler"``, or a solver object."""
+        """Solve with ``"euler"`` or a solver object."""
         posterior = _Posterior(self, y, physics)
         euler = self.solver == "euler"
         t = (self if euler else self.solver).timesteps if timesteps is None else timesteps
@@ -640,7 +741,7 @@ class DPS(nn.Module):
         if denoise_output:
             if _is(self.solver, "AncestralSolver"):
                 scale, sigma = posterior.scale_t(t[-1]), posterior.sigma_t(t[-1])
-            else:  # the noise that the last step has added
+            else:  # the last step has added this noise
                 scale = posterior.scale_t(t[-2])
                 sigma = posterior.diffusion(t[-2]) * (t[1] - t[0]).abs().sqrt() / scale
             if sigma > 0 and scale > 0:
@@ -650,7 +751,7 @@ class DPS(nn.Module):
         return (output, unit * trajectory + shift) if get_trajectory else output
 
     def _eta(self, t: Tensor, ratio: Tensor) -> Tensor:
-        """DDIM's, of every step from level ``t``, ``ratio`` being ``sigma_s / sigma_t``."""
+        """The ``eta`` of DDIM for each step from level ``t``. ``ratio`` is ``sigma_s / sigma_t``."""
         if self.solver != "ancestral":
             return torch.full_like(t, self.solver == "ddpm")
         alpha = as_tensor([float(self.alpha(v) if callable(self.alpha) else self.alpha) for v in t]).double()
@@ -660,7 +761,7 @@ class DPS(nn.Module):
 
 
 class _Posterior:
-    """The reverse SDE of a `DPS`, of drift and diffusion or of schedule and score, as deepinv's solvers ask for it."""
+    """The reverse SDE of a `DPS`, with the drift, diffusion, schedule and score that the solvers of deepinv ask for."""
 
     def __init__(self, dps: DPS, y: Any, physics: Any):
         self._dps, self.device, self.dtype = dps, torch.device(dps.device), dps.dtype
@@ -670,7 +771,7 @@ class _Posterior:
         self.watch, self._evaluations = Watch(), 0
 
     def _time(self, t: Any) -> Tensor:
-        """A time that is a number stays on the host, so that nobody waits for the device."""
+        """The time as a tensor. A number stays on the host, so that nothing waits for the device."""
         return t.to(self.dtype) if isinstance(t, Tensor) else torch.tensor(t, dtype=self.dtype, device="cpu")
 
     def scale_t(self, t: Any) -> Tensor:
@@ -684,7 +785,7 @@ class _Posterior:
         return alpha(t) if callable(alpha) else alpha
 
     def _forward(self, t: Any) -> tuple[Any, Tensor]:
-        """``f, g`` of the forward SDE ``dx = f x dt + g dw``."""
+        """``f`` and ``g`` of the forward SDE ``dx = f x dt + g dw``."""
         t = self._time(t)
         if self._dps.schedule == "ve":
             return 0.0, math.sqrt(2.0 * math.log(80000.0)) * self.sigma_t(t)
@@ -723,7 +824,7 @@ class _Posterior:
         return (scale * weight) * denoised - weight * x - (unit / scale) * gradient
 
     def by_euler(self, x: Tensor, times: list[float], seed: int, verbose: bool, states: list[Tensor] | None) -> Tensor:
-        """``x`` at the last of the times by Euler and Maruyama; ``states`` receives those on the way."""
+        """``x`` at the last time, by Euler-Maruyama steps. ``states`` receives the states on the way."""
         alpha = min(float(self.alpha(time)) for time in times[:-1])
         if not alpha >= 0:
             raise ValueError(f"alpha: expected values >= 0, got {alpha:g}")
@@ -741,7 +842,7 @@ class _Posterior:
 
 @dataclass(frozen=True)
 class _ProximalPnP(PnP):
-    """PnP whose data step is the proximal operator of a deepinv data fidelity, of step size ``1 / rho``."""
+    """PnP whose data step is the proximal operator of a deepinv data fidelity, with the step size ``1 / rho``."""
 
     data_fidelity: Any = None
     physics: Any = None
@@ -756,11 +857,29 @@ class _ProximalPnP(PnP):
 
 
 class DiffPIR(nn.Module):
-    """DiffPIR, with the arguments of ``deepinv.sampling.DiffPIR`` and, given the same noise, its results to rounding:
-    a last evaluation of the model that deepinv makes and does not use is left out.
+    """DiffPIR with the arguments of ``deepinv.sampling.DiffPIR``.
 
-    ``data_fidelity``: any of deepinv's that has a ``prox``; ``max_iter``: 2 to 500 levels of its 1000. The result is,
-    as there, the state at the lowest level, whose noise has a standard deviation of 0.005.
+    Given the same noise, results are those of deepinv, to rounding. deepinv evaluates the model once more at the end
+    and does not use the result; that evaluation is left out.
+
+    Args:
+        model: A denoiser ``f(x, sigma)`` for images in [0, 1].
+        data_fidelity: A data fidelity of deepinv with a ``prox``.
+        sigma: The standard deviation of the measurement's noise where the physics does not say it, and the noise that
+            ``A_adjoint(y)`` is taken to have. A number >= 0.
+        max_iter: How many of the 1000 levels of deepinv to visit, an integer in ``[2, 500]``.
+        zeta: How much of the noise of a step is fresh, a number in [0, 1].
+        lambda_: The weight of the prior against the data, a number > 0.
+        verbose: Whether to show a progress bar.
+        device: Where the run is.
+
+    Raises:
+        TypeError: ``model`` is not callable, ``data_fidelity`` has no ``prox``, or an argument is not a number or a
+            bool where one is expected.
+        ValueError: An argument is out of range.
+
+    Source:
+        Zhu et al. 2023 (DiffPIR).
     """
 
     def __init__(
@@ -786,10 +905,21 @@ class DiffPIR(nn.Module):
         self.verbose, self.device = verbose, device
 
     def forward(self, y: Tensor, physics: Any, seed: int | None = None, x_init: Tensor | None = None) -> Tensor:
-        """A sample ``[B, *event]`` for the measurement ``y``, whose noise is that of the physics where it says.
+        """Draws a sample for the measurement ``y``.
 
-        ``seed``: of the noise; None draws one from torch's generator. ``x_init``: an image to start from in place of
-        ``A_adjoint(y)``.
+        Args:
+            y: The measurement ``[B, *measurement]``, or a list of them for a ``StackedPhysics``.
+            physics: A ``deepinv.physics`` object. The ``sigma`` of its noise model, where there is one, counts instead
+                of the argument.
+            seed: The seed of the noise, an integer in ``[0, 2^64)``. None draws one from torch's generator.
+            x_init: An image ``[B, *event]`` to start from. None is ``A_adjoint(y)``.
+
+        Returns:
+            The state at the lowest level, ``[B, *event]``, as in deepinv: its noise has a standard deviation of 0.005.
+
+        Raises:
+            TypeError: ``y`` or ``x_init`` is not a tensor.
+            ValueError: A shape is wrong, or the noise of the measurement or ``sigma`` is out of range.
         """
         y = _checked(y, physics).detach()
         x_init = None if x_init is None else _start(x_init, shape_too=False)
@@ -802,9 +932,9 @@ class DiffPIR(nn.Module):
         index = torch.linspace(0, 1000**2, self.max_iter, device="cpu").sqrt().int()
         index[-1] = 999
         times = 999 - index.numpy()
-        ratio = table.sigma(times) / table.alpha(times)  # of images in [-1, 1]: half of it is that of [0, 1]
+        ratio = table.sigma(times) / table.alpha(times)  # for images in [-1, 1]; half of it for images in [0, 1]
         seed = _seed(seed)
-        with package_modes(y.device):  # an autocast would be the dtype of the whole run
+        with package_modes(y.device):  # an autocast would set the dtype of the whole run
             x = physics.A_adjoint(y) if x_init is None else x_init.detach()
         z = ops.randn(x.shape, seed=seed, stream=STREAM_INITIAL, dtype=x.dtype, device=x.device)
         if not 2.0 * self.sigma < ratio[0]:
