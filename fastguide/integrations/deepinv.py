@@ -107,7 +107,7 @@ class _Physics(operators.Operator):
         """Raise if the physics has another number of samples. Broadcasting would give a sample the mask of another."""
         if self.observations not in (None, len(x)):
             raise ValueError(
-                f"physics: expected one {self} for all, or {len(x)} as there are samples, got {self.observations}"
+                f"physics: expected one {self} for all samples, or one for each of {len(x)}, got {self.observations}"
             )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class _DecomposablePhysics(_LinearPhysics):
     def __init__(self, physics: Any, compute_dtype: torch.dtype | None):
         super().__init__(physics, compute_dtype)
         if physics.mask is None:
-            raise ValueError(f"physics: expected one whose mask or filter is set, got {self} without")
+            raise ValueError(f"physics: expected one whose mask or filter is set, got {self} without one")
         values = (physics.mask.conj() * physics.mask).real
         while values.ndim and len(values) == 1:
             values = values[0]
@@ -927,7 +927,7 @@ class DiffPIR(nn.Module):
         noise = _noise_of(physics)
         sigma_y = _number(noise, "sigma") if hasattr(noise, "sigma") else self.sigma
         if not sigma_y > 0:
-            raise ValueError(f"sigma: expected a number > 0, here or of the physics, got {sigma_y}")
+            raise ValueError(f"sigma: expected a number > 0 as the argument or in the physics, got {sigma_y}")
         table = schedules.vp_linear(1000)
         index = torch.linspace(0, 1000**2, self.max_iter, device="cpu").sqrt().int()
         index[-1] = 999

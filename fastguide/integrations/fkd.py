@@ -228,7 +228,7 @@ class FKD:
             message = f"reward_fn: returned NaN for {number} of {self.num_particles} particles at step {step}"
             if not usable:
                 message = (
-                    f"reward_fn: expected rewards of a finite largest weight at step {step}, got none ({number} of "
+                    f"reward_fn: expected rewards whose largest weight is finite at step {step}, got none ({number} of "
                     f"{self.num_particles} rewards are NaN). The step does not count: all particles were kept"
                 )
             elif number:

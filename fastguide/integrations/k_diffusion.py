@@ -107,7 +107,7 @@ def __getattr__(name: str) -> Any:
         original = _original()
     except Exception as error:  # any error of the packages that k-diffusion imports
         raise AttributeError(
-            f"{name}: not of {__name__!r}, and k-diffusion, which may have it, cannot be imported: {error}"
+            f"{name}: not defined in {__name__!r}, and k-diffusion, which may define it, cannot be imported: {error}"
         ) from error
     return getattr(original, name)
 

@@ -747,7 +747,7 @@ def test_errors():
     for iterations in (1, 501):
         with pytest.raises(ValueError, match=r"^max_iter: expected an integer in \[2, 500\]"):
             ours.DiffPIR(Small(), fidelity, max_iter=iterations)
-    with pytest.raises(ValueError, match=r"^sigma: expected a number > 0, here or of the physics, got 0.0"):
+    with pytest.raises(ValueError, match=r"^sigma: expected a number > 0 as the argument or in the physics, got 0.0"):
         ours.DiffPIR(Small(), fidelity)(X, dinv.physics.Denoising(dinv.physics.GaussianNoise(0.0)))
 
 

@@ -255,7 +255,7 @@ def test_unusable_rewards_are_warned_of(device, strict):
         seen[step] = [str(warning.message) for warning in caught]
     some = "reward_fn: returned NaN for 2 of 4 particles at step 1. They got weight 0"
     none = (
-        "reward_fn: expected rewards of a finite largest weight at step 5, got none (4 of 4 rewards are NaN). "
+        "reward_fn: expected rewards whose largest weight is finite at step 5, got none (4 of 4 rewards are NaN). "
         "The step does not count: all particles were kept"
     )
     five = [] if strict else [none]
@@ -263,7 +263,7 @@ def test_unusable_rewards_are_warned_of(device, strict):
     assert seen == expected
 
 
-@pytest.mark.filterwarnings("ignore:reward_fn. expected rewards of a finite largest weight at step 3:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:reward_fn. expected rewards whose largest weight is finite:RuntimeWarning")
 @pytest.mark.parametrize("potential", POTENTIALS)
 @pytest.mark.parametrize("adaptive", [True, False])
 @pytest.mark.parametrize("rewards", [(math.nan,) * 4, (0.0, math.inf, 1.0, 2.0)])

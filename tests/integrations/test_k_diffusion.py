@@ -376,7 +376,7 @@ def test_names_without_the_original(monkeypatch):
     ours._original.cache_clear()
     monkeypatch.setitem(sys.modules, "k_diffusion.sampling", None)
     assert not hasattr(ours, "sample_lms") and "sample_lms" not in dir(ours) and "sample_heun" in dir(ours)
-    with pytest.raises(AttributeError, match=r"^sample_lms: not of .* and k-diffusion.* cannot be imported"):
+    with pytest.raises(AttributeError, match=r"^sample_lms: not defined in .* and k-diffusion.* cannot be imported"):
         ours.sample_lms  # noqa: B018
 
 

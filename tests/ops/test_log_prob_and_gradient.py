@@ -588,7 +588,7 @@ Z = torch.zeros(3, 2)
         (Z, Z, dict(family="student_t"), ValueError, "df: expected a number for 'student_t'.* got None"),
         (Z, Z, dict(family="student_t", df=0.0), ValueError, "df: expected a finite number > 0, got 0.0"),
         (Z, Z, dict(df=3.0), ValueError, "df: expected .* None for the others, got 3.0 for 'gaussian'"),
-        (Z, Z, dict(background=1.0), ValueError, "background: expected 0 but for 'poisson', got 1.0"),
+        (Z, Z, dict(background=1.0), ValueError, "background: expected 0 unless family is 'poisson', got 1.0"),
         (Z, Z, dict(family="poisson", background=-1.0), ValueError, "background: .*>= 0, got -1.0"),
         (
             Z,

@@ -124,7 +124,7 @@ def _density(
     df = None if df is None else number("df", df, above=0.0)
     background = number("background", background, low=0.0)
     if background and family != "poisson":
-        raise ValueError(f"background: expected 0 but for 'poisson', got {background} for {family!r}")
+        raise ValueError(f"background: expected 0 unless family is 'poisson', got {background} for {family!r}")
     if extra is not None and family == "poisson":
         raise ValueError("extra_variance: expected None for 'poisson', got a tensor")
     return scale, df, background
@@ -143,7 +143,7 @@ def _factorials(log_factorials: Any, y: Tensor, family: str) -> Tensor | None:
     if log_factorials is None:
         return None
     if family != "poisson":
-        raise ValueError(f"log_factorials: expected None but for 'poisson', got a tensor for {family!r}")
+        raise ValueError(f"log_factorials: expected None unless family is 'poisson', got a tensor for {family!r}")
     expected = f"a float64 tensor [{y.shape[0]}] on {y.device}, one number for each row of y"
     log_factorials = _arguments.own("log_factorials", log_factorials, expected)
     wrong = log_factorials.dtype != torch.float64 or log_factorials.shape != y.shape[:1]
