@@ -64,8 +64,9 @@ def reverse_step(
         out: A tensor for ``x_s``, or with ``return_x0`` a tuple of two tensors, as in `randn`.
         not_finite: A contiguous int32 tensor ``[3]`` of flags for ``x``, ``model_output`` and ``displacement``, in this
             order. A flag becomes 1 if its tensor has a NaN or an infinite value in the dtype of the arithmetic;
-            otherwise it stays as it is. This costs no extra pass over memory, except in the reference and in calls with
-            a gradient, and nothing waits for the device. It must share no memory with another argument or a result.
+            otherwise it stays as it is. Nothing waits for the device. Kernels look at values that they read anyway; the
+            reference and calls with a gradient or under ``torch.compile`` take a pass of their own. It must share no
+            memory with another argument or a result.
         backend: As in `randn`.
 
     Returns:
