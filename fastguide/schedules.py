@@ -1,16 +1,18 @@
 """Noise schedules: tables of ``(alpha, sigma)`` with ``x_t = alpha_t x_0 + sigma_t eps``.
 
-Each schedule has its own time ``t``, the one its networks are called with:
+Each schedule has its own time ``t``. A network is called with this time:
 
-=====================  =========================  ==============================================
-schedule               ``t``                      ``alpha, sigma``
-=====================  =========================  ==============================================
-`vp_linear` and kin    step index, ``0..n-1``     ``sqrt(abar_t), sqrt(1 - abar_t)``; -1 is clean
-`ve`, `edm`            the noise level itself     ``1, t``; 0 is clean
-`flow`                 ``[0, 1]``                 ``1 - t, t``; 0 is clean
-=====================  =========================  ==============================================
+=========================  =========================  ==============================================
+schedule                   ``t``                      ``alpha, sigma``
+=========================  =========================  ==============================================
+VP tables                  step index, ``0..n-1``     ``sqrt(abar_t), sqrt(1 - abar_t)``; -1 is clean
+`ve`, `edm`                the noise level itself     ``1, t``; 0 is clean
+`flow`                     ``[0, 1]``                 ``1 - t, t``; 0 is clean
+=========================  =========================  ==============================================
 
-Everything here is float64 on the host; a sampling loop reads only the floats of `Schedule.levels`.
+`vp_linear`, `vp_scaled_linear`, `vp_cosine` and `from_alphas_cumprod` make VP (variance-preserving) tables.
+
+Everything here is float64 on the host. A sampling loop reads only the floats of `Schedule.levels`.
 """
 
 from __future__ import annotations
@@ -47,7 +49,13 @@ Schedulable = float | Sequence[float] | np.ndarray | Tensor | Callable[[float], 
 
 
 class Level(NamedTuple):
-    """One noise level: the schedule's own time and ``x_t = alpha x_0 + sigma eps``."""
+    """One noise level, ``x_t = alpha x_0 + sigma eps``.
+
+    Attributes:
+        t: The schedule's own time; an int for a table.
+        alpha: Scale of the signal, in ``[0, 1]``.
+        sigma: Standard deviation of the noise, ``>= 0``.
+    """
 
     t: float
     alpha: float
@@ -55,8 +63,17 @@ class Level(NamedTuple):
 
 
 class Schedule:
-    """A family of noise levels. `alpha` and `sigma` take a number, an array or a tensor of times and
-    return float64 of the same kind and shape; `levels` picks the ones a sampler visits.
+    """A family of noise levels.
+
+    The functions of this module make one: `vp_linear`, `vp_scaled_linear`, `vp_cosine`, `from_alphas_cumprod`, `ve`,
+    `edm` and `flow`.
+
+    Attributes:
+        discrete: True for a table. Its times are indices, and networks are called with int64.
+        clean: The time with ``alpha = 1`` and ``sigma = 0``.
+        t_max: The time of the noisiest level.
+        t_min: The last time that a network is called with.
+        default_spacing: The spacing that `levels` takes for None.
     """
 
     discrete: bool = False  # times are indices of a table, and networks are given int64
@@ -73,11 +90,33 @@ class Schedule:
         raise NotImplementedError
 
     def alpha(self, t: Any) -> Any:
-        """Signal scale at the times ``t``."""
+        """Scale of the signal at the times ``t``.
+
+        Args:
+            t: A number, or times of any shape. A table takes integers only.
+
+        Returns:
+            A float for a number. For an array or a tensor, float64 of the same kind, shape and device.
+
+        Raises:
+            TypeError: ``t`` is not made of real numbers.
+            ValueError: A time is outside the schedule.
+        """
         return self._evaluate(t, 0)
 
     def sigma(self, t: Any) -> Any:
-        """Standard deviation of the noise at the times ``t``."""
+        """Standard deviation of the noise at the times ``t``.
+
+        Args:
+            t: As for `alpha`.
+
+        Returns:
+            As for `alpha`.
+
+        Raises:
+            TypeError: ``t`` is not made of real numbers.
+            ValueError: A time is outside the schedule.
+        """
         return self._evaluate(t, 1)
 
     def _evaluate(self, t: Any, which: int) -> Any:
@@ -91,21 +130,44 @@ class Schedule:
         return float(value) if value.ndim == 0 else value
 
     def level(self, t: float) -> Level:
-        """The level at time ``t``."""
+        """The level at one time.
+
+        Args:
+            t: A time of the schedule. A table takes an index, or -1 for the clean level.
+
+        Returns:
+            The `Level`.
+
+        Raises:
+            TypeError: ``t`` is not a number.
+            ValueError: ``t`` is not a time of the schedule.
+        """
         t = number("t", t)
-        alpha, sigma = self.alpha(t), self.sigma(t)  # raises where t is no time of it
+        alpha, sigma = self.alpha(t), self.sigma(t)  # raise for a time outside the schedule
         return Level(int(t) if self.discrete else t, alpha, sigma)
 
     def levels(
         self, steps: int | Sequence[float] | np.ndarray | Tensor, spacing: str | None = None
     ) -> tuple[Level, ...]:
-        """The ``steps + 1`` levels from the noisiest to the clean one, which ends every list.
+        """The levels that a sampler visits, from the noisiest to the clean one.
 
-        ``spacing``: ``"uniform"`` in the schedule's own time; ``"karras"``, uniform in
-        ``(sigma / alpha)^(1/7)`` (Karras et al. 2022, eq. 5); ``"logsnr"``, uniform in
-        ``log(alpha / sigma)``. None is ``"uniform"`` for tables and `flow`, ``"logsnr"`` for `ve` and
-        ``"karras"`` for `edm`. A table gives its nearest distinct entries. ``steps`` may also be the
-        decreasing times themselves; the clean one is added.
+        Args:
+            steps: The number of steps, at least 1 and, for a table, at most its size. Or the times themselves, strictly
+                decreasing; the clean time is added where it is missing.
+            spacing: How the levels are spread. ``"uniform"`` spreads the schedule's own time evenly, ``"karras"``
+                spreads ``(sigma / alpha)^(1/7)``, and ``"logsnr"`` spreads ``log(alpha / sigma)``. A table takes its
+                nearest distinct entries. None is ``"uniform"`` for tables and `flow`, ``"logsnr"`` for `ve`,
+                ``"karras"`` for `edm`, and the only choice where ``steps`` lists the times.
+
+        Returns:
+            ``steps + 1`` levels. The last one is clean.
+
+        Raises:
+            TypeError: The times are not real numbers.
+            ValueError: ``steps`` or ``spacing`` is outside the ranges above, or a time is outside the schedule.
+
+        Source:
+            Karras et al. 2022, equation 5 (``"karras"``).
         """
         if spacing is not None and not isinstance(spacing, str):
             one_of("spacing", spacing, SPACINGS)
@@ -141,7 +203,7 @@ class Schedule:
             ratio = (a + u * (b - a)) ** _KARRAS_RHO
         else:
             ratio = np.exp(math.log(largest) + u * (math.log(smallest) - math.log(largest)))
-        ratio[-1], ratio[0] = smallest, largest  # not to rounding: a list starts where the prior's noise is
+        ratio[-1], ratio[0] = smallest, largest  # exact ends: the prior's noise is that of the first level
         inner = np.clip(self._time_of_ratio(ratio), self.t_min, self.t_max)
         return self._distinct(np.concatenate([head, inner]))
 
@@ -157,12 +219,16 @@ class Schedule:
 def per_step(
     name: str, value: Schedulable, levels: Sequence[Level], high: float = math.inf, low: float = 0.0
 ) -> tuple[float, ...]:
-    """The value of each step: of a number, a table with one entry per step (a list, an array or a tensor), or a
-    function of the schedule's time; each finite and in ``[low, high]``."""
+    """The value of each step, each finite and in ``[low, high]``.
+
+    ``value`` is a number, a table with one entry per step (a list, an array or a tensor), or a function of the
+    schedule's
+    time.
+    """
     times = [level.t for level in levels[:-1]]
     values: list[Any]
     if callable(value):
-        values = [as_float(value(t)) for t in times]  # at once: the function may return the same memory again
+        values = [as_float(value(t)) for t in times]  # read at once: the function may reuse the memory it returns
     elif not isinstance(value, Sequence | np.ndarray | Tensor) or getattr(value, "ndim", 1) == 0:
         values = [value] * len(times)
     else:
@@ -197,7 +263,7 @@ class _Table(Schedule):
         self.t_max = table.size - 1
         self._name = name
         padded = np.append(table, 1.0)  # index -1 is the clean level
-        padded.setflags(write=False)  # the next line is computed once
+        padded.setflags(write=False)  # alpha and sigma below are computed from it only once
         self.alphas_cumprod = padded[:-1]
         self._alpha, self._sigma = np.sqrt(padded), np.sqrt(1.0 - padded)
 
@@ -235,8 +301,19 @@ class _Table(Schedule):
 
 
 def from_alphas_cumprod(table: Any) -> Schedule:
-    """VP schedule of a table ``alphas_cumprod``, shape ``[n]``, as diffusers keeps it: strictly decreasing
-    in ``[0, 1)``; the last entry may be 0 (zero terminal signal-to-noise ratio)."""
+    """Variance-preserving schedule from a table ``alphas_cumprod``, as diffusers keeps it.
+
+    Args:
+        table: Shape ``[n]``, in ``[0, 1)`` and strictly decreasing. The last entry may be 0 (zero terminal
+            signal-to-noise ratio).
+
+    Returns:
+        A discrete schedule with the times ``0..n-1``.
+
+    Raises:
+        TypeError: ``table`` is not made of real numbers.
+        ValueError: ``table`` has another shape, leaves ``[0, 1)`` or does not decrease.
+    """
     return _Table(table, "from_alphas_cumprod", "table")
 
 
@@ -247,20 +324,65 @@ def _from_betas(betas: np.ndarray, name: str, source: str) -> Schedule:
 
 
 def vp_linear(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """VP with linear betas (Ho et al. 2020)."""
+    """Variance-preserving schedule with linear betas.
+
+    Args:
+        steps: Number of entries of the table, at least 1.
+        beta_start: Beta of the first entry, in ``(0, 1)``.
+        beta_end: Beta of the last entry, in ``(0, 1)``.
+
+    Returns:
+        A discrete schedule with the times ``0..steps-1``.
+
+    Raises:
+        TypeError: A beta is not a number.
+        ValueError: An argument is outside its range.
+
+    Source:
+        Ho et al. 2020.
+    """
     low, high = _beta("beta_start", beta_start), _beta("beta_end", beta_end)
     return _from_betas(np.linspace(low, high, _count(steps)), "vp_linear", "beta_start, beta_end")
 
 
 def vp_scaled_linear(steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Schedule:
-    """VP with betas linear in their square root (latent diffusion)."""
+    """Variance-preserving schedule with betas that are linear in their square root, as latent diffusion has them.
+
+    Args:
+        steps: Number of entries of the table, at least 1.
+        beta_start: Beta of the first entry, in ``(0, 1)``.
+        beta_end: Beta of the last entry, in ``(0, 1)``.
+
+    Returns:
+        A discrete schedule with the times ``0..steps-1``.
+
+    Raises:
+        TypeError: A beta is not a number.
+        ValueError: An argument is outside its range.
+    """
     low, high = _beta("beta_start", beta_start), _beta("beta_end", beta_end)
     root = np.linspace(low**0.5, high**0.5, _count(steps))
     return _from_betas(root**2, "vp_scaled_linear", "beta_start, beta_end")
 
 
 def vp_cosine(steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> Schedule:
-    """VP with the cosine schedule (Nichol & Dhariwal 2021, eq. 17), betas at most ``beta_max``."""
+    """Variance-preserving cosine schedule.
+
+    Args:
+        steps: Number of entries of the table, at least 1.
+        offset: The ``s`` of the paper, ``>= 0``.
+        beta_max: Largest beta, in ``(0, 1)``.
+
+    Returns:
+        A discrete schedule with the times ``0..steps-1``.
+
+    Raises:
+        TypeError: ``offset`` or ``beta_max`` is not a number.
+        ValueError: An argument is outside its range.
+
+    Source:
+        Nichol & Dhariwal 2021, equation 17.
+    """
     size, offset, beta_max = _count(steps), number("offset", offset, low=0.0), _beta("beta_max", beta_max)
     u = np.arange(size + 1) / size
     bar = np.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
@@ -298,12 +420,42 @@ class _VarianceExploding(Schedule):
 
 
 def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Schedule:
-    """Variance exploding (Song et al. 2021), geometric levels by default."""
+    """Variance-exploding schedule, ``alpha = 1`` and ``sigma = t``, with geometric levels by default.
+
+    Args:
+        sigma_min: Noise level of the last network call, ``> 0``.
+        sigma_max: Noise level of the start, above ``sigma_min``.
+
+    Returns:
+        A schedule whose time is the noise level.
+
+    Raises:
+        TypeError: An argument is not a number.
+        ValueError: Not ``0 < sigma_min < sigma_max``.
+
+    Source:
+        Song et al. 2021.
+    """
     return _VarianceExploding(sigma_min, sigma_max, "logsnr", "ve")
 
 
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Schedule:
-    """EDM (Karras et al. 2022): variance exploding with their spacing of the levels by default."""
+    """EDM schedule: as `ve`, with the spacing of Karras et al. by default.
+
+    Args:
+        sigma_min: Noise level of the last network call, ``> 0``.
+        sigma_max: Noise level of the start, above ``sigma_min``.
+
+    Returns:
+        A schedule whose time is the noise level.
+
+    Raises:
+        TypeError: An argument is not a number.
+        ValueError: Not ``0 < sigma_min < sigma_max``.
+
+    Source:
+        Karras et al. 2022.
+    """
     return _VarianceExploding(sigma_min, sigma_max, "karras", "edm")
 
 
@@ -312,7 +464,7 @@ class _Flow(Schedule):
 
     t_min, t_max = 0.0, 1.0
     default_spacing = "uniform"
-    _edge = 1e-3  # the ratio's range where a spacing in it needs finite ends
+    _edge = 1e-3  # the spacings in sigma / alpha need finite ends: they run from t = 1 - edge to t = edge
 
     def __repr__(self) -> str:
         return "flow()"
@@ -333,5 +485,14 @@ class _Flow(Schedule):
 
 
 def flow() -> Schedule:
-    """Flow matching with straight paths (Lipman et al. 2023; Liu et al. 2023). ``alpha`` is 0 at ``t = 1``."""
+    """Flow matching with straight paths, ``alpha = 1 - t`` and ``sigma = t``.
+
+    ``alpha`` is 0 at ``t = 1``. A network that predicts ``"epsilon"`` or ``"score"`` cannot be used there.
+
+    Returns:
+        A schedule with times in ``[0, 1]``.
+
+    Source:
+        Lipman et al. 2023; Liu et al. 2023.
+    """
     return _Flow()
