@@ -1,4 +1,4 @@
-"""A trained network and its schedule, as what every sampler asks for: ``x0_hat = E[x_0 | x_t]``."""
+"""A trained network with its schedule. Samplers ask it for ``x0_hat = E[x_0 | x_t]``."""
 
 from __future__ import annotations
 
@@ -24,17 +24,27 @@ GuidanceScale = float | Sequence[float] | np.ndarray | Callable[[float], float] 
 
 
 class Conditional:
-    """A network with what it takes beside ``x`` and ``t``: ``net(x, t, **conditions)``, each sample with the rows of
-    its observation, whatever particles and chunks there are. ``net`` gets copies of them.
+    """A network with further inputs: ``net(x, t, **conditions)``.
 
-    ``conditions``: tensors, or nested tuples, lists and dicts of them, with a row for each observation or one for all;
-    what is no tensor is passed on as it is.
+    Each sample gets the rows of its observation, for any number of particles and any chunk size.
+
+    Args:
+        net: A function ``net(x, t, **conditions)``, see `Denoiser`. It gets copies of the conditions.
+        conditions: Tensors, or nested tuples, lists and dicts of tensors. Each tensor has one row per observation, or
+            one row for all. Other values are passed on as they are.
+
+    Attributes:
+        observations: The number of observations that have rows of their own; 1 where all share one row.
+
+    Raises:
+        TypeError: ``net`` is not callable, or a tensor is sparse or quantized.
+        ValueError: A tensor has no rows, or two tensors have different numbers of rows.
     """
 
     def __init__(self, net: Callable[..., Tensor], **conditions: Any):
         function("net", net, "a callable net(x, t, ...)")
         self.net, self.conditions = net, conditions
-        self.observations = 1  # or those that have rows of their own
+        self.observations = 1  # grows to the number of rows of the conditions
         for name, value in conditions.items():
             for leaf in tree_leaves(value):
                 if not isinstance(leaf, Tensor):
@@ -49,7 +59,19 @@ class Conditional:
                 self.observations = max(rows, self.observations)
 
     def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
-        """``rows`` ``[N]``: the observation of each sample; None is one sample for each."""
+        """The network's output for ``x`` ``[N, *event]`` and ``t`` ``[N]``.
+
+        Args:
+            x: Noisy states, ``[N, *event]``.
+            t: The time of each sample, ``[N]``.
+            rows: The observation of each sample, int64 ``[N]``. None means that sample ``i`` has row ``i``.
+
+        Returns:
+            What ``net`` returned.
+
+        Raises:
+            ValueError: ``rows`` is None and the number of samples is not that of the conditions.
+        """
         if rows is None and self.observations not in (1, len(x)):
             raise ValueError(f"x: expected a sample for each of the {self.observations} conditions, got {len(x)}")
 
@@ -64,23 +86,35 @@ class Conditional:
 class Denoiser:
     """A network with its schedule and what it predicts.
 
-    ``net(x, t)``: ``x`` is ``[N, *event]``, ``t`` is ``[N]`` in the schedule's own time (int64 step index of
-    a table, else float32 or, with ``x``, float64: sigma for VE/EDM, [0, 1] for flow). To multiply ``x`` it needs the
-    shape ``[N, 1, ...]``: ``t.view(-1, *(1,) * (x.ndim - 1))``. ``net`` returns a tensor like ``x``. Also taken: an
-    output object with ``.sample``, a dict with ``"sample"``, the first of a tuple, a numpy array, and twice
-    the channels of ``x``, whose first half is then the prediction (networks with a learned variance). A module whose
-    parameters have one floating dtype is called in that dtype. ``net`` gets a copy of ``x``.
+    With an ``unconditional`` network the prediction is classifier-free guidance:
 
-    ``prediction``, with ``x_t = alpha x_0 + sigma eps``: ``"epsilon"`` eps; ``"sample"`` x_0; ``"score"``
-    ``-eps / sigma``; ``"v"`` ``alpha eps - sigma x_0``; ``"flow"`` ``eps - x_0``.
+        unconditional + guidance_scale * (net - unconditional)
 
-    ``unconditional``: a second network of the same kind; then the prediction is
-    ``unconditional + guidance_scale * (net - unconditional)``, classifier-free guidance (Ho & Salimans 2021). Either
-    may be a `Conditional`, with labels or prompts for each observation. ``guidance_scale``: a finite number, a table
-    (list, tuple or numpy array) with one entry per step, a function of the schedule's time, or a tensor ``[B]`` with a
-    number for each observation.
+    Samplers differentiate through ``net``. Its parameters get no gradient, so freeze them to save memory.
 
-    Samplers differentiate through ``net``; its parameters take no part, so freeze them to save memory.
+    Args:
+        net: A function ``net(x, t)``. ``x`` is ``[N, *event]``; the network gets a copy. ``t`` is ``[N]`` in the
+            schedule's own time: int64 indices for a table, else float32 (float64 where ``x`` is). ``t.view(-1, *(1,) *
+            (x.ndim - 1))`` has the shape that multiplies ``x``. ``net`` returns a tensor like ``x``, an object with
+            ``.sample``, a dict with ``"sample"``, a tuple whose first entry counts, or a numpy array. With twice the
+            channels of ``x`` the first half is the prediction (networks with a learned variance). A module whose
+            parameters all have one floating dtype is called in that dtype.
+        schedule: The noise levels that the network was trained on, from `fastguide.schedules`.
+        prediction: What the network predicts, with ``x_t = alpha x_0 + sigma eps``. ``"epsilon"``: eps. ``"sample"``:
+            ``x_0``. ``"score"``: ``-eps / sigma``. ``"v"``: ``alpha eps - sigma x_0``. ``"flow"``: ``eps - x_0``.
+        unconditional: A second network of the same kind, for classifier-free guidance. Both networks may be a
+            `Conditional`.
+        guidance_scale: The scale of classifier-free guidance. A finite number, a table with one entry per step (list,
+            tuple or numpy array), a function of the schedule's time, or a tensor ``[B]`` with a number for each
+            observation. Must come together with ``unconditional``.
+
+    Raises:
+        TypeError: ``net``, ``unconditional``, ``schedule`` or ``guidance_scale`` has the wrong type.
+        ValueError: ``prediction`` is unknown, ``guidance_scale`` is not finite, or only one of ``unconditional`` and
+            ``guidance_scale`` is given.
+
+    Source:
+        Ho & Salimans 2021 (classifier-free guidance); Nichol & Dhariwal 2021 (learned variance).
     """
 
     def __init__(
@@ -108,19 +142,33 @@ class Denoiser:
         self.prediction = prediction
         self.unconditional = unconditional
         self.guidance_scale: Any = checked_scale(guidance_scale)
-        self._dtypes: dict[str, torch.dtype | None] = {}  # of the networks, looked up once for a run
+        self._dtypes: dict[str, torch.dtype | None] = {}  # dtype of each network, looked up once per run
 
     @property
     def blamed(self) -> str:
-        """Whose value the prediction is, for an error."""
+        """The argument that an error names where the prediction is not finite."""
         return "net" if self.unconditional is None else "net or unconditional"
 
     def __repr__(self) -> str:
         return f"Denoiser({type(self.net).__name__}, {self.schedule}, {self.prediction!r})"
 
     def __call__(self, x: Tensor, level: Level, rows: Tensor | None = None) -> Tensor:
-        """The network's prediction at one level for ``x`` ``[N, *event]``; shape and dtype of ``x``. ``rows`` ``[N]``:
-        the observation of each sample, for a `Conditional`."""
+        """The prediction at one level, classifier-free guidance included.
+
+        Args:
+            x: Noisy states, ``[N, *event]``, floating.
+            level: A level of the schedule, see `Schedule.level`.
+            rows: The observation of each sample, int64 ``[N]``, for a `Conditional`. None means that sample ``i`` has
+                row ``i``.
+
+        Returns:
+            A tensor of the shape and dtype of ``x``.
+
+        Raises:
+            TypeError: ``level`` is not a `Level`, or a network returned something that is not a tensor.
+            ValueError: An argument has another shape or dtype, a network returned another shape or device, or
+                ``prediction`` is ``"epsilon"`` or ``"score"`` at a level with ``alpha = 0``.
+        """
         output, base, scale = self.outputs(x, level, rows)
         if base is None:
             return output
@@ -128,11 +176,20 @@ class Denoiser:
         return ops.predict_x0(x, output, levels, prediction="sample", unconditional=base, guidance_scale=scale)
 
     def outputs(self, x: Tensor, level: Level, rows: Tensor | None) -> tuple[Tensor, Tensor | None, Any]:
-        """What the network and the unconditional one say, and the guidance scale, a float or a tensor ``[N]``; None and
-        None without guidance. A call and `x0_hat` are made of this."""
+        """What both networks return, and the guidance scale: the parts of a call and of `x0_hat`.
+
+        Args:
+            x: Noisy states, ``[N, *event]``.
+            level: A level of the schedule.
+            rows: The observation of each sample, int64 ``[N]``, or None.
+
+        Returns:
+            The output of ``net``, the output of ``unconditional`` and the scale, a float or ``[N]``. The last two are
+                None without classifier-free guidance.
+        """
         _check_call(x, level, rows)
         self.check_level(level)
-        # Not in a half of x: bfloat16 would leave eight bits of a time.
+        # Never half precision: bfloat16 keeps only eight bits of a time.
         dtype = torch.int64 if self.schedule.discrete else torch.promote_types(x.dtype, torch.float32)
         t = torch.full((x.shape[0],), level.t, dtype=dtype, device=x.device)
         output = self._evaluate("net", self.net, x, t, rows)
@@ -144,7 +201,7 @@ class Denoiser:
         return output, base, self._scale_at(level, x, rows)
 
     def _scale_at(self, level: Level, x: Tensor, rows: Tensor | None) -> Any:
-        """The guidance scale of each sample at one level: a float or a tensor."""
+        """The guidance scale at one level: a float, or a tensor with one number per sample."""
         scale = self.guidance_scale
         if isinstance(scale, dict):
             return scale[level.t]
@@ -161,8 +218,19 @@ class Denoiser:
         return scale
 
     def prepared(self, levels: Sequence[Level], observations: int, device: torch.device) -> Denoiser:
-        """A copy for one run: the guidance scale is looked up in a table, or stands on ``device``. Raises unless
-        ``guidance_scale`` and the conditions fit the steps and the observations."""
+        """A copy for one run, with the guidance scale of each step and on ``device``.
+
+        Args:
+            levels: The levels of the run.
+            observations: The number of observations.
+            device: The device of the run.
+
+        Returns:
+            The copy.
+
+        Raises:
+            ValueError: ``guidance_scale`` or the conditions do not fit the steps or the observations.
+        """
         self.check_observations(observations)
         prepared = copy.copy(self)
         prepared._dtypes = {}
@@ -172,13 +240,38 @@ class Denoiser:
         return prepared
 
     def x0_hat(self, x: Tensor, level: Level, rows: Tensor | None = None) -> Tensor:
-        """``E[x_0 | x_t]`` (Tweedie's formula) for ``x`` ``[N, *event]`` at one level; ``rows`` as in a call."""
+        """The predicted clean sample ``E[x_0 | x_t]``, by Tweedie's formula.
+
+        Args:
+            x: Noisy states, ``[N, *event]``, floating.
+            level: A level of the schedule, see `Schedule.level`.
+            rows: The observation of each sample, as in a call.
+
+        Returns:
+            A tensor of the shape and dtype of ``x``.
+
+        Raises:
+            TypeError: As in a call.
+            ValueError: As in a call.
+        """
         return self.convert(x, level, *self.outputs(x, level, rows))
 
     def convert(
         self, x: Tensor, level: Level, output: Tensor, base: Tensor | None, scale: Any, not_finite: Tensor | None = None
     ) -> Tensor:
-        """``x0_hat`` from what `outputs` returned; ``not_finite`` as `fastguide.ops.predict_x0` has it."""
+        """``x0_hat`` from what `outputs` returned.
+
+        Args:
+            x: Noisy states, ``[N, *event]``.
+            level: The level of ``x``.
+            output: The output of ``net``.
+            base: The output of ``unconditional``, or None.
+            scale: The guidance scale, a float or ``[N]``, or None.
+            not_finite: Flags that the operation sets, see `fastguide.ops.predict_x0`.
+
+        Returns:
+            A tensor of the shape and dtype of ``x``.
+        """
         return ops.predict_x0(
             x,
             output,
@@ -191,7 +284,11 @@ class Denoiser:
         )
 
     def check_level(self, level: Level) -> None:
-        """Raise if ``x0_hat`` cannot be had from this prediction type at a level."""
+        """Raise where the prediction does not determine ``x_0``: ``"epsilon"`` and ``"score"`` at ``alpha = 0``.
+
+        Raises:
+            ValueError: The level has ``alpha = 0``, and ``prediction`` is ``"epsilon"`` or ``"score"``.
+        """
         if level.alpha == 0.0 and self.prediction in ("epsilon", "score"):
             raise ValueError(
                 f"prediction: {self.prediction!r} does not determine x_0 where alpha = 0 (t = {level.t} of "
@@ -199,7 +296,11 @@ class Denoiser:
             )
 
     def check_observations(self, number: int) -> None:
-        """Raise unless there are conditions for as many observations, or one for all."""
+        """Raise unless the conditions have ``number`` rows, or one row for all.
+
+        Raises:
+            ValueError: They have another number of rows.
+        """
         for name, net in (("net", self.net), ("unconditional", self.unconditional)):
             if isinstance(net, Conditional) and net.observations not in (1, number):
                 raise ValueError(
@@ -231,7 +332,7 @@ class Denoiser:
         if not (x.requires_grad and torch.is_grad_enabled()):
             return output.detach().to(x.dtype)
         if not output.requires_grad:
-            # x0_hat would keep a graph through x alone, and a gradient without the network's part
+            # x0_hat would keep a graph through x alone, and its gradient would miss the network's part.
             raise ValueError(
                 f"{name}: expected a network that autograd can differentiate, got an output without a graph "
                 "(numpy, no_grad or inference_mode inside the network); PnP and FK need no derivative of it"
@@ -252,7 +353,7 @@ def _check_call(x: Any, level: Any, rows: Any) -> None:
 
 
 def checked_scale(scale: Any) -> Any:
-    """A guidance scale as `Denoiser` keeps it: None, a float, a tuple, a function, or a tensor of 0 or 1 dimensions."""
+    """The guidance scale as `Denoiser` keeps it: None, a float, a tuple, a function, or a tensor ``[]`` or ``[B]``."""
     if scale is None or (callable(scale) and not isinstance(scale, Tensor)):
         return scale
     expected = "a number, a table, a function of the time or a tensor [B]"
@@ -283,7 +384,7 @@ def checked_scale(scale: Any) -> Any:
 
 
 def scale_of_run(scale: Any, levels: Sequence[Level], observations: int, device: torch.device) -> Any:
-    """A checked guidance scale for one run: None, a number, ``[B]`` on ``device``, or a number for each time."""
+    """A checked guidance scale for one run: None, a number, ``[B]`` on ``device``, or a dict of one number per time."""
     if isinstance(scale, Tensor) and scale.ndim == 1:
         if len(scale) not in (1, observations):
             raise ValueError(
@@ -297,7 +398,7 @@ def scale_of_run(scale: Any, levels: Sequence[Level], observations: int, device:
 
 
 def _prediction(name: str, output: Any, x: Tensor) -> Tensor:
-    """The tensor that a network means by what it returned."""
+    """The prediction in what a network returned, see `Denoiser`."""
     if isinstance(output, dict) and "sample" in output:
         output = output["sample"]
     elif isinstance(output, tuple | list) and len(output):
@@ -318,7 +419,7 @@ def _prediction(name: str, output: Any, x: Tensor) -> Tensor:
 
 
 def _dtype_of(net: Any) -> torch.dtype | None:
-    """The dtype in which a module computes, if its floating parameters agree on one."""
+    """The dtype in which a module computes, if its floating parameters all have it; else None."""
     if not isinstance(net, torch.nn.Module):
         return None
     found = {p.dtype for p in net.parameters() if p.is_floating_point()}
