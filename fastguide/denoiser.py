@@ -30,7 +30,7 @@ class Conditional:
 
     Args:
         net: A function ``net(x, t, **conditions)``, see `Denoiser`. It gets copies of the conditions.
-        conditions: Tensors, or nested tuples, lists and dicts of tensors. Each tensor has one row per observation, or
+        **conditions: Tensors, or nested tuples, lists and dicts of tensors. Each tensor has one row per observation, or
             one row for all. Other values are passed on as they are.
 
     Attributes:
@@ -86,25 +86,30 @@ class Conditional:
 class Denoiser:
     """A network with its schedule and what it predicts.
 
+    The network is a function ``net(x, t)``. ``x`` is ``[N, *event]``, a copy that ``net`` may write into. ``t`` is
+    ``[N]`` in the schedule's own time: int64 indices for a table, else float32, or float64 where ``x`` is. ``t.view(-1,
+    *(1,) * (x.ndim - 1))`` has the shape that multiplies ``x``. The network returns one of these:
+
+    - a tensor like ``x``, or a numpy array;
+    - an object with ``.sample``, a dict with ``"sample"``, or a tuple whose first entry is the prediction;
+    - any of these with twice the channels of ``x``; the first half is the prediction (networks with a learned
+      variance).
+
+    A module whose parameters all have one floating dtype is called in that dtype. Samplers differentiate through
+    ``net``. Its parameters get no gradient, so freeze them to save memory.
+
     With an ``unconditional`` network the prediction is classifier-free guidance:
 
         unconditional + guidance_scale * (net - unconditional)
 
-    Samplers differentiate through ``net``. Its parameters get no gradient, so freeze them to save memory.
-
     Args:
-        net: A function ``net(x, t)``. ``x`` is ``[N, *event]``; the network gets a copy. ``t`` is ``[N]`` in the
-            schedule's own time: int64 indices for a table, else float32 (float64 where ``x`` is). ``t.view(-1, *(1,) *
-            (x.ndim - 1))`` has the shape that multiplies ``x``. ``net`` returns a tensor like ``x``, an object with
-            ``.sample``, a dict with ``"sample"``, a tuple whose first entry counts, or a numpy array. With twice the
-            channels of ``x`` the first half is the prediction (networks with a learned variance). A module whose
-            parameters all have one floating dtype is called in that dtype.
+        net: The network, see above. A `Conditional` gives each observation its label or prompt.
         schedule: The noise levels that the network was trained on, from `fastguide.schedules`.
-        prediction: What the network predicts, with ``x_t = alpha x_0 + sigma eps``. ``"epsilon"``: eps. ``"sample"``:
-            ``x_0``. ``"score"``: ``-eps / sigma``. ``"v"``: ``alpha eps - sigma x_0``. ``"flow"``: ``eps - x_0``.
-        unconditional: A second network of the same kind, for classifier-free guidance. Both networks may be a
-            `Conditional`.
-        guidance_scale: The scale of classifier-free guidance. A finite number, a table with one entry per step (list,
+        prediction: What the network predicts, with ``x_t = alpha x_0 + sigma eps``. ``"epsilon"`` is ``eps``,
+            ``"sample"`` is ``x_0``, ``"score"`` is ``-eps / sigma``, ``"v"`` is ``alpha eps - sigma x_0`` and
+            ``"flow"`` is ``eps - x_0``.
+        unconditional: A second network of the same kind, for classifier-free guidance. It may be a `Conditional` too.
+        guidance_scale: The scale of classifier-free guidance, finite. A number, a table with one entry per step (list,
             tuple or numpy array), a function of the schedule's time, or a tensor ``[B]`` with a number for each
             observation. Must come together with ``unconditional``.
 
