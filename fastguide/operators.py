@@ -1,11 +1,11 @@
 """Forward models ``A``: what a measurement does to a clean sample.
 
 An operator maps ``x`` ``[n, *event]`` to ``[n, *measurement]``. A linear one also states its adjoint, its
-pseudo-inverse and, where ``A A^T`` has a known eigenbasis, its spectrum, from which closed forms follow:
-``solve_gram(v, a, b) = (a A A^T + b I)^-1 v`` is all that PnP, PiGDM and the isotropic covariance need.
+pseudo-inverse and, where ``A A^T`` has a known eigenbasis, its spectrum. PnP, PiGDM and the isotropic covariance need
+one function of the spectrum: ``solve_gram(v, a, b) = (a A A^T + b I)^-1 v``.
 
-`Blur` and `Matrix` keep what they computed from their tensor until torch counts a write to it: a write through
-``.data``, or through a numpy array that shares its memory, is not seen.
+`Blur` and `Matrix` cache what they computed from their tensor. A write to the tensor empties the cache, but torch does
+not count a write through ``.data`` or through a numpy array that shares the memory, and such a write is not seen.
 """
 
 from __future__ import annotations
@@ -36,31 +36,65 @@ __all__ = [
     "Operator",
 ]
 
-_ITERATIONS = 100  # of conjugate gradients, where nothing is known of the spectrum
+_ITERATIONS = 100  # conjugate gradients where the spectrum is unknown
 _PROBE_PAIRS = 16
 _NORM_PROBES, _NORM_ITERATIONS = 2, 16
-_STREAM_PROBES = 7  # of the generator, apart from those of the samplers
-_DENSE_LIMIT = 4096  # elements of an event up to which a dense matrix may stand in for an operator
+_STREAM_PROBES = 7  # a stream of random numbers that no sampler draws from
+_DENSE_LIMIT = 4096  # the largest event (in elements) for which a dense matrix is made
 
 
 class Operator:
-    """Any forward model. ``to`` returns a copy whose tensors are elsewhere, those in lists and dictionaries too;
-    nothing is moved in place."""
+    """Any forward model. A subclass defines ``__call__``.
+
+    Attributes:
+        linear: Whether the operator is linear.
+        observations: None where one operator serves all observations. Else the number of observations that have
+            operators of their own, see `at`.
+    """
 
     linear = False
-    observations: int | None = None  # how many it differs between, see `at`
-    blamed = "operator"  # what an error calls the user's functions behind it
+    observations: int | None = None
+    blamed = "operator"  # the name that an error gives to the user's functions behind it
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``x`` ``[n, *event]`` -> ``[n, *measurement]``."""
+        """The measurement ``A(x)``, without noise.
+
+        Args:
+            x: Clean samples, ``[n, *event]``.
+
+        Returns:
+            ``[n, *measurement]``, each row made from one sample.
+        """
         raise NotImplementedError(f"operator: expected {type(self).__name__} to define __call__(self, x), got none")
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
-        """``h^+(y)``, with ``h(h^+(h(x))) = h(x)``; ``[n, *measurement]`` -> ``[n, *event]``."""
+        """A pseudo-inverse ``h^+`` with ``h(h^+(h(x))) = h(x)``.
+
+        Args:
+            y: Measurements, ``[n, *measurement]``.
+
+        Returns:
+            ``[n, *event]``.
+
+        Raises:
+            ValueError: The operator has none.
+        """
         raise ValueError(f"operator: {self} has no pseudo-inverse")
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Operator:
-        """A copy with its tensors on ``device``, the floating ones in ``dtype``."""
+        """A copy whose tensors are elsewhere, those in lists and dicts too. Nothing is moved in place.
+
+        Args:
+            device: The new device; None keeps it.
+            dtype: The new dtype of floating tensors; complex ones get its complex counterpart. None keeps it.
+
+        Returns:
+            The copy.
+
+        Raises:
+            TypeError: ``dtype`` is not a floating dtype.
+            ValueError: ``device`` is not a device.
+        """
         device, dtype = arguments.placement(device, dtype)
         there = copy.copy(self)
         for name, value in vars(self).items():
@@ -68,9 +102,17 @@ class Operator:
         return there
 
     def at(self, rows: Tensor) -> Operator:
-        """The operator for n samples, where sample ``i`` belongs to observation ``rows[i]``. By default one operator
-        serves all observations, and this is the operator itself. A class with another operator for each observation
-        overrides this method and sets ``observations`` to their number."""
+        """The operator for ``n`` samples, where sample ``i`` belongs to observation ``rows[i]``.
+
+        One operator serves all observations by default, so this is the operator itself. A class with another operator
+        for each observation overrides this method and sets ``observations`` to their number.
+
+        Args:
+            rows: int64 ``[n]``.
+
+        Returns:
+            The operator of these samples.
+        """
         return self
 
     def __repr__(self) -> str:
@@ -78,7 +120,7 @@ class Operator:
 
 
 def moved(operator: Operator, device: torch.device | str | None, dtype: torch.dtype | None) -> Operator:
-    """``operator.to(device, dtype)``, but of a torch module, whose own ``to`` moves it in place, a copy if it moves."""
+    """``operator.to(device, dtype)``; for a torch module a copy, since its own ``to`` would move it in place."""
     if not isinstance(operator, torch.nn.Module):
         return operator.to(device, dtype)
     held = [*operator.parameters(), *operator.buffers()]
@@ -88,7 +130,7 @@ def moved(operator: Operator, device: torch.device | str | None, dtype: torch.dt
 
 
 def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
-    """The tensors of a value elsewhere, the floating ones in ``dtype``, complex ones in its complex counterpart."""
+    """The value with its tensors elsewhere: floating ones in ``dtype``, complex ones in its complex counterpart."""
     if isinstance(value, Tensor):
         if dtype is not None and value.is_complex():
             dtype = dtype.to_complex()
@@ -103,7 +145,7 @@ def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype | N
 
 
 def _samples(name: str, x: Any, own: tuple[str, Tensor] | None = None, real: bool = False) -> Tensor:
-    """Samples that arithmetic has a meaning for, beside the operator's ``own`` tensor."""
+    """``x`` if it has a sample dimension and floating or complex values, and fits the operator's ``own`` tensor."""
     arguments.tensor(name, x)
     if x.dtype not in STATE_DTYPES and (real or not x.is_complex()):
         raise TypeError(f"{name}: expected floating{'' if real else ' or complex'} values, got {got(x)}")
@@ -118,7 +160,7 @@ def _samples(name: str, x: Any, own: tuple[str, Tensor] | None = None, real: boo
 
 
 def _constant(name: str, value: Any, expected: str) -> Tensor:
-    """A tensor, an array or nested lists of numbers, whose values can be looked at."""
+    """A tensor with readable values, made from a tensor, an array or nested lists."""
     if not isinstance(value, Tensor | np.ndarray | list | tuple):
         raise TypeError(f"{name}: expected {expected}, got {got(value)}")
     try:
@@ -130,7 +172,7 @@ def _constant(name: str, value: Any, expected: str) -> Tensor:
 
 
 def _number_or_scalar(name: str, value: Any, **bounds: float) -> Scalar:
-    """A number, or a tensor ``[]``, which may stand on a device and is not looked at."""
+    """A number, or a tensor ``[]``. The tensor may be on a device; its value is not read."""
     if not isinstance(value, Tensor):
         return number(name, value, **bounds)  # type: ignore[arg-type]
     arguments.tensor(name, value)
@@ -140,7 +182,7 @@ def _number_or_scalar(name: str, value: Any, **bounds: float) -> Scalar:
 
 
 def _normal(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one that was made in inference mode, which gradients cannot use."""
+    """The tensor, or a copy where it was made in inference mode: gradients cannot use such a tensor."""
     if not tensor.is_inference():
         return tensor
     with torch.inference_mode(False), torch.no_grad():
@@ -148,7 +190,7 @@ def _normal(tensor: Tensor) -> Tensor:
 
 
 class _Cache:
-    """What was computed from a tensor, for as long as that is the same and has not been written to."""
+    """What was computed from a tensor, valid until the tensor is replaced or written to."""
 
     def __init__(self, source: Tensor):
         self.source, self.version = source, source._version
@@ -156,8 +198,11 @@ class _Cache:
         self.values: dict[Any, Any] = {}
 
     def serves(self, source: Tensor, by_value: bool = False) -> bool:
-        """``by_value``: look at the elements, since a write through numpy or ``.data`` leaves the version. That may
-        wait for a device: once for a run."""
+        """Whether the cache is valid for ``source``.
+
+        ``by_value`` also compares the elements, since a write through numpy or ``.data`` does not change the version.
+        That may wait for the device, so it is done once per run.
+        """
         same = self.source is source and self.version == source._version
         if not (same and by_value) or self.copy is None or arguments.traced():
             return same
@@ -173,61 +218,114 @@ class _Cache:
 
 
 class LinearOperator(Operator):
-    """A linear forward model. A subclass defines ``__call__`` and `adjoint`, which a run compares on random inputs::
+    """A linear forward model. A subclass defines ``__call__`` and `adjoint`:
 
         class EverySecond(LinearOperator):
-            def __call__(self, x):  # [n, d] -> [n, (d + 1) // 2]
+            def __call__(self, x):  # [n, d] -> [n, d / 2], for an even d
                 return x[:, ::2]
 
             def adjoint(self, y):
-                x = y.new_zeros(len(y), 2 * y.shape[1])  # of an even d
+                x = y.new_zeros(len(y), 2 * y.shape[1])
                 x[:, ::2] = y
                 return x
 
-    Both are given tensors of the run's device, in float32 or, with ``dtype=torch.float64``, float64, and return such.
-    They need no derivative: the adjoint takes its place, so that both may compute in numpy.
-    Tensors that are attributes are moved there (see `Operator.to`). With `eigenvalues` and, unless ``A A^T`` is
-    diagonal, `transform` and `inverse_transform` the operator gets closed forms; without them, conjugate gradients.
+    A run compares both on random inputs and raises where they are not adjoint. Both get tensors on the run's device, in
+    float32, or float64 with ``dtype=torch.float64``, and return the same. They need no derivative, since the adjoint
+    takes its place; both may compute in numpy. Tensors that are attributes are moved to the run's device, see
+    `Operator.to`.
+
+    A subclass with `eigenvalues` gets closed forms. Where ``A A^T`` is not diagonal it also needs `transform` and
+    `inverse_transform`. Without a spectrum, conjugate gradients solve the same equations.
     """
 
     linear = True
 
     @property
     def spectral(self) -> bool:
-        """Whether the spectrum of ``A A^T`` is known: whether the class has `eigenvalues` of its own, or both
-        `solve_gram` and `gram_logdet`."""
+        """Whether the spectrum of ``A A^T`` is known.
+
+        True where the class defines `eigenvalues`, or both `solve_gram` and `gram_logdet`.
+        """
         mine, known = type(self), LinearOperator
         solves = mine.solve_gram is not known.solve_gram and mine.gram_logdet is not known.gram_logdet
         return solves or mine.eigenvalues is not known.eigenvalues
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """``A^T y``: ``[n, *measurement]`` -> ``[n, *event]``."""
+        """The product ``A^T y``.
+
+        Args:
+            y: Measurements, ``[n, *measurement]``.
+
+        Returns:
+            ``[n, *event]``.
+        """
         raise NotImplementedError(f"operator: expected {type(self).__name__} to define adjoint(self, y), got none")
 
     def _measured(self, name: str, y: Any) -> Tensor:
-        """``y`` if it can be a measurement."""
+        """``y``, or an error where it cannot be a measurement."""
         return _samples(name, y)
 
     def eigenvalues(self, y: Tensor) -> Tensor | float:
-        """The eigenvalues of ``A A^T``, one for each element of ``transform(y)[0]`` in its order: a tensor that
-        broadcasts to that shape, or one number for all. A class with another operator for each observation (see `at`)
-        may return those of each sample, which broadcast to ``transform(y)``."""
+        """The eigenvalues of ``A A^T``.
+
+        Args:
+            y: Measurements, ``[n, *measurement]``; only the shape, dtype and device count.
+
+        Returns:
+            One number for all, or a tensor that broadcasts to ``transform(y)[0]``, in its order. A class with another
+                operator for each observation (see `at`) may return those of each sample, which broadcast to
+                ``transform(y)``.
+
+        Raises:
+            NotImplementedError: The spectrum is not known.
+        """
         raise NotImplementedError(f"operator: the spectrum of {self} is not known")
 
     def transform(self, y: Tensor) -> Tensor:
-        """Orthonormal change to the eigenbasis of ``A A^T``."""
+        """Orthonormal change to the eigenbasis of ``A A^T``; the identity by default.
+
+        Args:
+            y: Measurements, ``[n, *measurement]``.
+
+        Returns:
+            The coefficients, one row per sample.
+        """
         return y
 
     def inverse_transform(self, c: Tensor) -> Tensor:
-        """Back from the eigenbasis."""
+        """The inverse of `transform`; the identity by default.
+
+        Args:
+            c: Coefficients, as `transform` returns them.
+
+        Returns:
+            ``[n, *measurement]``.
+        """
         return c
 
     def gram_diagonal(self, y: Tensor) -> Tensor | float:
-        """Diagonal of ``A A^T``, broadcastable to one row of ``y``."""
+        """The diagonal of ``A A^T``.
+
+        Args:
+            y: Measurements, ``[n, *measurement]``; only the shape, dtype and device count.
+
+        Returns:
+            One number for all, or a tensor that broadcasts to one row of ``y``.
+
+        Raises:
+            NotImplementedError: The diagonal is not known.
+        """
         raise NotImplementedError(f"operator: the diagonal of A A^T of {self} is not known")
 
     def diagonal_gram(self, y: Tensor) -> Tensor | float | None:
-        """`gram_diagonal` where the spectrum says that it is all of ``A A^T``; else None."""
+        """``A A^T`` as a diagonal, where the spectrum shows that it is diagonal; else None.
+
+        Args:
+            y: Measurements, ``[n, *measurement]``; only the shape, dtype and device count.
+
+        Returns:
+            The diagonal, as `eigenvalues` returns it, or None.
+        """
         known = LinearOperator
         if type(self).solve_gram is not known.solve_gram or type(self).gram_logdet is not known.gram_logdet:
             return None
@@ -238,11 +336,26 @@ class LinearOperator(Operator):
         return eigenvalues if standard else None
 
     def solve_gram(self, v: Tensor, a: Scalar, b: Scalar) -> Tensor:
-        """``(a A A^T + b I)^-1 v`` for ``v`` ``[n, *measurement]``, ``a > 0``, ``b >= 0``; at ``b = 0`` the
-        pseudo-inverse of ``a A A^T``, eigenvalues below 8 units of rounding of the largest taken for 0. ``a`` and ``b``
-        may be tensors ``[]``, ``b`` then above 0.
+        """Solve with ``a A A^T + b I``:
 
-        Without a known spectrum: 100 conjugate gradients, two products with ``A`` each, and ``b > 0`` only."""
+            (a A A^T + b I)^-1 v
+
+        At ``b = 0`` this is the pseudo-inverse of ``a A A^T``. Eigenvalues below 8 units of rounding of the largest one
+        then count as 0. Without a known spectrum the result comes from 100 conjugate gradients, with two products with
+        ``A`` or ``A^T`` each, and needs ``b > 0``.
+
+        Args:
+            v: Measurements, ``[n, *measurement]``.
+            a: A number ``> 0``, or a tensor ``[]``.
+            b: A number ``>= 0``, or a tensor ``[]`` whose value is above 0.
+
+        Returns:
+            A tensor like ``v``.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: ``a`` or ``b`` is outside its range, or ``b`` is 0 and the spectrum is not known.
+        """
         v, a, b = self._measured("v", v), _number_or_scalar("a", a, above=0.0), _number_or_scalar("b", b, low=0.0)
         if not self.spectral:
             return solve_iteratively(self, v, a, b)
@@ -257,8 +370,21 @@ class LinearOperator(Operator):
         return self.inverse_transform(self.transform(v) * inverse)
 
     def gram_logdet(self, v: Tensor, a: Scalar, b: Scalar) -> Tensor:
-        """``log det(a A A^T + b I)`` over the measurements of one row of ``v``, float64, shape ``[]``; of each sample,
-        ``[n]``, where their eigenvalues differ."""
+        """The log-determinant ``log det(a A A^T + b I)`` over the measurements of one row.
+
+        Args:
+            v: Measurements, ``[n, *measurement]``; only the shape, dtype and device count.
+            a: As for `solve_gram`.
+            b: As for `solve_gram`.
+
+        Returns:
+            float64 ``[]``, or ``[n]`` where samples have eigenvalues of their own.
+
+        Raises:
+            NotImplementedError: The spectrum is not known.
+            TypeError: An argument has the wrong type.
+            ValueError: ``a`` or ``b`` is outside its range.
+        """
         v, a, b = self._measured("v", v), _number_or_scalar("a", a, above=0.0), _number_or_scalar("b", b, low=0.0)
         eigenvalues = _filled(self.eigenvalues(v), torch.float64, v)
         logs = torch.log(a * eigenvalues + b)
@@ -267,7 +393,17 @@ class LinearOperator(Operator):
         return logs.expand(v.shape[1:]).sum()
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
-        """``A^+ y = A^T (A A^T)^+ y``; needs a known spectrum."""
+        """The pseudo-inverse ``A^+ y = A^T (A A^T)^+ y``.
+
+        Args:
+            y: Measurements, ``[n, *measurement]``.
+
+        Returns:
+            ``[n, *event]``.
+
+        Raises:
+            ValueError: The spectrum is not known.
+        """
         return self.adjoint(self.solve_gram(self._measured("y", y), 1.0, 0.0))
 
     def matrix(
@@ -276,7 +412,19 @@ class LinearOperator(Operator):
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """The dense matrix ``[m, d]`` for events of this shape, ``d <= 4096``."""
+        """The dense matrix of the operator.
+
+        Args:
+            event: The shape of an event, with ``d`` elements, at most 4096.
+            dtype: The dtype in which the operator computes the columns.
+            device: Where it computes them.
+
+        Returns:
+            ``[m, d]`` for ``m`` measurements.
+
+        Raises:
+            ValueError: ``event`` is not a shape, is empty or has more than 4096 elements.
+        """
         event = arguments.shape("event", event, "the shape of an event")
         device, dtype = arguments.placement(device, dtype)
         size = int(torch.Size(event).numel())
@@ -290,8 +438,10 @@ class LinearOperator(Operator):
 
 
 def solve_iteratively(operator: LinearOperator, v: Tensor, a: Scalar, b: Scalar) -> Tensor:
-    """``(a A A^T + diag(b))^-1 v`` by a fixed number of conjugate gradients; ``b > 0`` is a number, or a tensor that
-    broadcasts to ``v``."""
+    """``(a A A^T + diag(b))^-1 v`` by a fixed number of conjugate gradients.
+
+    ``b > 0`` is a number, or a tensor that broadcasts to ``v``.
+    """
     if not isinstance(b, Tensor) and b <= 0.0:
         raise ValueError(
             f"operator: {operator} has no known spectrum; expected eigenvalues or a pseudo_inverse of its own where "
@@ -301,8 +451,11 @@ def solve_iteratively(operator: LinearOperator, v: Tensor, a: Scalar, b: Scalar)
 
 
 def solve_with_noise(operator: LinearOperator, v: Tensor, a: Scalar, b: Tensor | Scalar) -> Tensor:
-    """``(a A A^T + diag(b))^-1 v``; ``b`` is a number, or the variance of each measurement, of the dimensions of ``v``:
-    in closed form where ``A A^T`` is diagonal, else by conjugate gradients."""
+    """``(a A A^T + diag(b))^-1 v``, in closed form where there is one, else by conjugate gradients.
+
+    ``b`` is a number, or a tensor of the dimensions of ``v`` with the variance of each measurement. A tensor has a
+    closed form where ``A A^T`` is diagonal.
+    """
     if not isinstance(b, Tensor) or b.ndim == 0:
         return operator.solve_gram(v, a, b)
     diagonal = operator.diagonal_gram(v) if operator.spectral else None
@@ -310,8 +463,11 @@ def solve_with_noise(operator: LinearOperator, v: Tensor, a: Scalar, b: Tensor |
 
 
 def conjugate_gradients(a: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
-    """``a^-1 b`` for a positive definite ``a`` on each row of ``b`` ``[n, *event]``, from zero, without a stopping rule
-    that the host would have to wait for: a row that has converged stays where it is."""
+    """``a^-1 b`` for a positive definite ``a``, for each row of ``b`` ``[n, *event]``, from zero.
+
+    The number of iterations is fixed: a stopping rule would make the host wait. A row that has converged stays as it
+    is.
+    """
 
     def dot(u: Tensor, v: Tensor) -> Tensor:
         return (u * v).flatten(1).sum(1).reshape(-1, *(1,) * (u.ndim - 1))
@@ -334,8 +490,11 @@ def conjugate_gradients(a: Callable[[Tensor], Tensor], b: Tensor, iterations: in
 def mean_gram_diagonal(
     operator: Callable[[Tensor, Tensor], Tensor], event: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> float:
-    """An estimate of the mean diagonal of ``A A^T``: the variance of a measurement of standard normal inputs, which
-    for a linear ``A`` has that mean. ``operator(x, pair)`` measures the probes ``x`` of these pairs."""
+    """An estimate of the mean of the diagonal of ``A A^T``.
+
+    It is the variance of the measurements of standard normal inputs, which for a linear ``A`` has that mean.
+    ``operator(x, pair)`` measures the probes ``x`` of these pairs.
+    """
     number = 2 * _PROBE_PAIRS
     x = ops.randn((number, *event), seed=0, stream=_STREAM_PROBES, dtype=dtype, device=device)
     with torch.no_grad():
@@ -347,16 +506,18 @@ def mean_gram_diagonal(
 def gram_over_diagonal(
     operator: Operator, diagonal: Callable[[Operator, Tensor], Scalar], event: Sequence[int], like: Tensor
 ) -> float:
-    """The least ``c`` for which ``A A^T <= c D``, with a diagonal ``D > 0``: the largest eigenvalue of
-    ``D^(-1/2) A A^T D^(-1/2)``, by power iterations and so a little less. Of a function, that of its Jacobian at
-    standard normal inputs; 1 of one without a derivative, which guides nothing."""
+    """The smallest ``c`` with ``A A^T <= c D``, for a diagonal ``D > 0``.
+
+    It is the largest eigenvalue of ``D^(-1/2) A A^T D^(-1/2)``. Power iterations estimate it from slightly below. For a
+    function ``A`` is its Jacobian at standard normal inputs. A function without a derivative guides nothing and gets 1.
+    """
     observations = operator.observations or 1
     number = max(_NORM_PROBES, observations)
     own = operator.at(torch.arange(number, device=like.device) % observations)
     options: dict[str, Any] = dict(seed=0, stream=_STREAM_PROBES, dtype=like.dtype, device=like.device)
     x, u = (ops.randn((number, *event), step=step, **options) for step in (1, 2))
     small = torch.finfo(x.dtype).eps ** (1 / 3)
-    linear = isinstance(own, LinearOperator)  # by its adjoint: it need not be differentiable
+    linear = isinstance(own, LinearOperator)  # uses its adjoint, so it need not be differentiable
     with torch.set_grad_enabled(not linear):
         z = own(leaf := x.clone().requires_grad_(not linear))
     if not (linear or z.requires_grad):
@@ -377,17 +538,17 @@ def gram_over_diagonal(
 
 
 def _lengths(u: Tensor) -> Tensor:
-    """Of each sample, ``[n, 1, ...]``."""
+    """The norm of each sample, ``[n, 1, ...]``."""
     return u.flatten(1).norm(dim=1).reshape(-1, *(1,) * (u.ndim - 1))
 
 
 def _filled(value: Scalar, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """A number as a tensor ``[]`` made where ``like`` is, since a copy from the host would wait; a tensor as it is."""
+    """A tensor in ``dtype``; a number becomes a tensor ``[]`` made where ``like`` is, since a copy would wait."""
     return value.to(dtype) if isinstance(value, Tensor) else like.new_full((), value, dtype=dtype)
 
 
 class Identity(LinearOperator):
-    """``A x = x``."""
+    """The identity, ``A x = x``."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return _samples("x", x)
@@ -403,9 +564,20 @@ class Identity(LinearOperator):
 
 
 class Inpainting(LinearOperator):
-    """The elements where ``mask`` is true, as ``[n, m]`` (only what was measured, so that densities count it
-    alone). ``mask``: bool, the shape of an event; with ``per_observation`` one for each, ``[B, *event]``, all with the
-    same number of measured elements."""
+    """The measured elements of ``x``, as ``[n, m]``.
+
+    The elements that were not measured are left out, so that densities do not count them.
+
+    Args:
+        mask: Bool, true where an element is measured. The shape of an event, or ``[B, *event]`` with
+            ``per_observation``. At least one element must be true.
+        per_observation: Whether each observation has a mask of its own. All masks must then have the same number of
+            measured elements.
+
+    Raises:
+        TypeError: ``mask`` is not a bool tensor.
+        ValueError: No element is measured, or the masks have different numbers of measured elements.
+    """
 
     def __init__(self, mask: Tensor, *, per_observation: bool = False):
         arguments.tensor("mask", mask, "a bool tensor", readable=True)
@@ -478,7 +650,14 @@ class Inpainting(LinearOperator):
 
 
 class AveragePool(LinearOperator):
-    """Means of ``factor x factor`` blocks of the last two dimensions, which it must divide."""
+    """The means of ``factor x factor`` blocks of the last two dimensions.
+
+    Args:
+        factor: Side of a block, at least 1. It must divide the last two dimensions of ``x``.
+
+    Raises:
+        ValueError: ``factor`` is not a positive integer.
+    """
 
     factor: int
 
@@ -512,12 +691,20 @@ class AveragePool(LinearOperator):
 
 
 class Blur(LinearOperator):
-    """Convolution of the last two dimensions with one kernel, the output as large as the input. It is a true
-    convolution: ``torch.nn.functional.conv2d`` does the same with the flipped kernel.
+    """Convolution of the last two dimensions with one kernel. The output has the size of the input.
 
-    ``kernel``: ``[h, w]``, real, odd sizes. ``padding``: ``"circular"`` (diagonal in the Fourier basis) or ``"zeros"``
-    (a closed form where the kernel is an outer product, as a Gaussian or a box is). The kernel may be written to, and
-    products have derivatives in it; with ``"circular"`` the spectrum too.
+    It is a true convolution: ``torch.nn.functional.conv2d`` gives the same with the flipped kernel. The kernel may be
+    written to later. The products with ``A`` and ``A^T`` have derivatives in the kernel; with ``"circular"`` the
+    spectrum has too.
+
+    Args:
+        kernel: ``[h, w]``, real and finite, with odd sizes, not larger than the image.
+        padding: ``"circular"`` wraps around; the spectrum comes from the Fourier transform. ``"zeros"`` continues the
+            image by 0; the spectrum is known where the kernel is an outer product, as a Gaussian or a box is.
+
+    Raises:
+        TypeError: ``kernel`` is not made of real numbers, or has a float of less than 16 bits.
+        ValueError: ``kernel`` has another shape or is not finite, or ``padding`` is unknown.
     """
 
     def __init__(self, kernel: Tensor, padding: str = "circular"):
@@ -546,7 +733,7 @@ class Blur(LinearOperator):
         return self.padding == "circular" or self._factors() is not None
 
     def _factors(self) -> tuple[Tensor, Tensor] | None:
-        """The two kernels along the axes that a separable one is the outer product of, on the host."""
+        """The kernels along both axes, on the host, where the kernel is their outer product; else None."""
 
         def make() -> tuple[Tensor, Tensor] | None:
             u, s, vh = torch.linalg.svd(self.kernel.double().cpu())
@@ -572,7 +759,7 @@ class Blur(LinearOperator):
         return there
 
     def _measured(self, name: str, y: Any) -> Tensor:
-        """As large as the samples."""
+        """``y`` if it has the size of an image and the kernel fits into it."""
         _samples(name, y, real=True)
         if type(y) is not Tensor:
             arguments.expect_alike({name: y, "kernel": self.kernel})
@@ -615,7 +802,7 @@ class Blur(LinearOperator):
         return self._cached("transfer", x, make, complex_=True)
 
     def _cached(self, name: str, x: Tensor, make: Callable[[], Tensor], complex_: bool = False) -> Tensor:
-        """What ``make`` makes, where ``x`` is and in its dtype; with its graph where the kernel learns."""
+        """What ``make`` makes, on the device and in the dtype of ``x``; with its graph where the kernel is learned."""
 
         def moved() -> Tensor:
             return make().to(x.device, x.dtype.to_complex() if complex_ else x.dtype)
@@ -625,7 +812,7 @@ class Blur(LinearOperator):
         return self._current().get((name, x.shape[-2:], x.dtype, x.device), moved)
 
     def _axis(self, axis: int, size: int) -> tuple[Tensor, Tensor]:
-        """Eigenvalues and eigenvectors of ``T T^T``, ``T`` the zero-padded convolution along one axis."""
+        """Eigenvalues and eigenvectors of ``T T^T``, where ``T`` is the zero-padded convolution along one axis."""
         factors = self._factors()
         assert factors is not None
         taps = factors[axis]
@@ -635,7 +822,7 @@ class Blur(LinearOperator):
             offset = place[:, None] - place[None, :] + len(taps) // 2
             inside = (offset >= 0) & (offset < len(taps))
             toeplitz = torch.where(inside, taps[offset.clamp(0, len(taps) - 1)], 0.0)
-            u, s, _ = torch.linalg.svd(toeplitz)  # of T: that of T T^T would lose the small ones
+            u, s, _ = torch.linalg.svd(toeplitz)  # an SVD of T T^T would lose the small singular values
             return s * s, u
 
         if self.kernel.requires_grad and torch.is_grad_enabled():
@@ -677,6 +864,22 @@ class Blur(LinearOperator):
         return self._convolve(ones, self.kernel.flip(0, 1) ** 2)[0]
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """The pseudo-inverse ``A^+ y``.
+
+        It uses the spectrum where that is known. Otherwise (zero padding, a kernel that is no outer product) it makes
+        the dense matrix of one channel and inverts that once for each image size.
+
+        Args:
+            y: Blurred images, ``[n, ..., H, W]``.
+
+        Returns:
+            A tensor like ``y``.
+
+        Raises:
+            TypeError: ``y`` is not a real floating tensor.
+            ValueError: ``y`` is smaller than the kernel. Without a spectrum also where ``H * W`` is above 4096, or the
+                kernel requires a gradient while gradients are enabled.
+        """
         if self.spectral:
             return super().pseudo_inverse(y)
         self._measured("y", y)
@@ -692,14 +895,24 @@ class Blur(LinearOperator):
 
 
 def _square(c: Tensor) -> Tensor:
-    """``abs(c)^2``, which has a derivative at 0."""
+    """``abs(c)^2``, written so that it has a derivative at 0."""
     return c.real**2 + c.imag**2
 
 
 class Matrix(LinearOperator):
-    """``A x`` for a matrix ``[m, d]``; ``event`` is the shape that ``d`` elements have, ``(d,)`` by default. The matrix
-    may be written to. Its singular vectors are found once, when the first of its closed forms is asked for. A complex
-    matrix makes complex measurements of real ``x``, and has no closed forms."""
+    """The product ``A x`` with a matrix.
+
+    The matrix may be written to later. Its singular vectors are computed at the first use of a closed form, and cached.
+    A complex matrix makes complex measurements of a real ``x``, and has no closed forms.
+
+    Args:
+        matrix: ``[m, d]``, floating or complex, finite.
+        event: The shape of ``d`` elements; ``(d,)`` by default.
+
+    Raises:
+        TypeError: ``matrix`` is not a tensor, an array or nested lists.
+        ValueError: ``matrix`` has another shape or dtype or is not finite, or ``event`` has another number of elements.
+    """
 
     def __init__(self, matrix: Tensor, event: Sequence[int] | None = None):
         matrix = _constant("matrix", matrix, "finite floating or complex values of shape [m, d]")
@@ -726,7 +939,7 @@ class Matrix(LinearOperator):
         if self.weight.is_complex():
             there._cache = _Cache(there.weight)
             return there
-        # From the elements as they came: to their rounding a singular value is 0 or not.
+        # Decompose before the cast: the rounding of the original dtype decides which singular values are 0.
         if not self._cache.serves(self.weight, by_value=True):
             self._cache = _Cache(self.weight)
         with torch.no_grad():
@@ -740,7 +953,7 @@ class Matrix(LinearOperator):
         return super().spectral and not self.weight.is_complex()
 
     def _decomposition(self) -> tuple[Tensor, Tensor]:
-        """Left singular vectors ``[m, m or less]`` and eigenvalues of ``A A^T``."""
+        """Left singular vectors ``[m, k]``, ``k <= m``, and the eigenvalues of ``A A^T`` ``[m]``."""
         if self.weight.is_complex():
             raise NotImplementedError(f"operator: the spectrum of {self} is not known, as its matrix is complex")
         if self.weight.requires_grad and torch.is_grad_enabled():
@@ -751,7 +964,7 @@ class Matrix(LinearOperator):
         def make() -> tuple[Tensor, Tensor]:
             m, d = self.weight.shape
             u, s, _ = torch.linalg.svd(self.weight.double(), full_matrices=m > d)
-            # Of a matrix of lower rank, as it is held.
+            # Singular values at the rounding of the matrix's dtype count as 0: the rank is lower.
             rounding = 16.0 * torch.finfo(self.weight.dtype).eps * s.amax()
             return u, F.pad(torch.where(s > rounding, s * s, 0.0), (0, m - len(s)))
 
@@ -796,12 +1009,24 @@ class Matrix(LinearOperator):
 
 
 class Function(Operator):
-    """Any function ``f(x [n, *event]) -> [n, *measurement]`` of each sample alone.
+    """Any function as an operator. A linear one becomes a `LinearOperator`, solved by conjugate gradients.
 
-    ``pseudo_inverse``: ``h^+``, which serves PiGDM also where ``f`` has no derivative. With ``linear=True`` it is
-    solved by conjugate gradients, through ``adjoint`` or, given the shape ``event``, through autograd. The functions
-    get copies, into which they may write. Of an output object, such as a decoder's, its tensor ``sample`` counts. ``f``
-    may be complex, for complex ``y``; ``adjoint`` and ``pseudo_inverse`` of real measurements are real.
+    The functions get copies, into which they may write. Where one returns an output object, as a decoder does, its
+    tensor ``sample`` counts. ``f`` may be complex, for a complex ``y``; ``adjoint`` and ``pseudo_inverse`` return real
+    tensors for real measurements.
+
+    Args:
+        f: ``f(x [n, *event]) -> [n, *measurement]``, each sample alone.
+        linear: Whether ``f`` is linear. It then needs ``adjoint`` or ``event``.
+        event: The shape of an event, for a linear ``f``. Without ``adjoint`` autograd then gives the adjoint.
+        adjoint: ``A^T``, ``[n, *measurement] -> [n, *event]``, for a linear ``f``.
+        pseudo_inverse: ``h^+``, ``[n, *measurement] -> [n, *event]``. With it PiGDM also takes an ``f`` without a
+            derivative.
+
+    Raises:
+        TypeError: ``f``, ``adjoint`` or ``pseudo_inverse`` is not callable, or ``linear`` is not a bool.
+        ValueError: ``linear=True`` comes without ``adjoint`` and ``event``, or one of these comes without
+            ``linear=True``.
     """
 
     def __init__(
@@ -838,14 +1063,40 @@ class Function(Operator):
 
     @property
     def has_adjoint(self) -> bool:
-        """Whether it was given one; a linear function without has that of autograd."""
+        """Whether ``adjoint`` was given."""
         return self._adjoint is not None
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The measurement ``f(x)``.
+
+        Args:
+            x: Clean samples, ``[n, *event]``.
+
+        Returns:
+            ``[n, *measurement]``.
+
+        Raises:
+            TypeError: ``f`` returned neither a tensor nor an object with a tensor ``sample``.
+        """
         arguments.tensor("x", x)
         return returned("f", self.f(x.clone()), real=False)
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """The pseudo-inverse that was given.
+
+        A linear function without one computes it from its dense matrix, where ``event`` was given and has at most 4096
+        elements.
+
+        Args:
+            y: Measurements, ``[n, *measurement]``.
+
+        Returns:
+            ``[n, *event]``.
+
+        Raises:
+            TypeError: The function returned no tensor, or a complex one for a real ``y``.
+            ValueError: There is no pseudo-inverse.
+        """
         if self._pseudo_inverse is None:
             raise ValueError("pseudo_inverse: expected Function(f, pseudo_inverse=...), got none")
         arguments.tensor("y", y)
@@ -873,7 +1124,7 @@ class _LinearFunction(Function, LinearOperator):
         if self._pseudo_inverse is not None or self.event is None:
             return super().pseudo_inverse(y)
         _samples("y", y)
-        # The matrix is made where y is and in its dtype: what f holds on to need not be elsewhere.
+        # The matrix is made on the device and in the dtype of y: f may hold tensors that cannot be moved.
         flat, dtype = y.flatten(1), y.real.dtype
         matrix = self.matrix(self.event, dtype, y.device)
         if y.is_complex():  # x is real: real and imaginary parts are measurements alike
@@ -883,7 +1134,7 @@ class _LinearFunction(Function, LinearOperator):
 
 
 class Pairs(Operator):
-    """The complex measurements of ``operator`` as pairs of reals, ``[n, *measurement, 2]``."""
+    """The complex measurements of ``operator`` as pairs of real numbers, ``[n, *measurement, 2]``."""
 
     def __new__(cls, operator: Operator):
         return super().__new__(_LinearPairs if isinstance(operator, LinearOperator) else cls)
@@ -917,7 +1168,7 @@ class _LinearPairs(Pairs, LinearOperator):
     linear = True
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """``Re(A^H y)``, the transpose of what a real ``x`` goes through."""
+        """``Re(A^H y)``: the transpose of the map from a real ``x`` to the pairs."""
         return _real(self.operator.adjoint(torch.view_as_complex(y.contiguous())))  # type: ignore[attr-defined]
 
 
