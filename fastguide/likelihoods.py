@@ -1,18 +1,24 @@
-"""Error models ``p(y | x_0)`` around a forward model, each with a schedule of its scale.
+"""Error models ``p(y | x_0)`` around a forward model, each with a scale that may follow the noise level.
 
-Shapes: ``y`` ``[B, *measurement]``, or one row for all; ``x0`` ``[n, *event]``; ``z = A x0``
-``[n, *measurement]``; log-densities ``[n]`` in float64, every normalising constant kept. ``rows`` ``[n]`` (int64) says
-which observation each sample belongs to; None where there is one row or sample ``i`` has row ``i``.
+Shapes: ``y`` is ``[B, *measurement]``, or one row for all; ``x0`` is ``[n, *event]``; ``z = A x0`` is ``[n,
+*measurement]``. Log-densities are ``[n]`` in float64 and keep every normalising constant. ``rows`` ``[n]`` (int64) is
+the observation of each sample; None where ``y`` has one row, or sample ``i`` has row ``i``.
 
-Complex ``y`` are taken as pairs of reals ``[B, *measurement, 2]``, and so is what the operator returns; the scale is
-that of the real and of the imaginary part. A tensor may have the shape of the pairs, or that of the measurement,
-``[*measurement]`` or ``[B or 1, *measurement]`` (no dimension 1 in the place of another), for both parts alike.
+``scale`` is one of these:
 
-``scale`` is a positive number (`Gaussian` also takes 0); a tensor ``[*measurement]``, one for each detector, or
-``[B or 1, *measurement]``, some of its dimensions 1 (not for Poisson and Callable); or a function of the schedule's own
-time ``t`` that returns one of these. The last step of every particle method takes its value at the clean time: that is
-the scale of the exact model. The clean time of a table of betas is -1. It is passed as a float, so that a list in
-``lambda t: scales[t]`` raises an error there instead of returning its last entry.
+- a positive number; `Gaussian` also takes 0;
+- a tensor ``[*measurement]``, one number for each detector, or ``[B or 1, *measurement]``; dimensions may be 1. Not for
+  `Poisson` and `Callable`;
+- a function of the schedule's own time ``t`` that returns one of these.
+
+Every particle method takes the scale at the clean time for its last weight: that is the scale of the exact model. The
+clean time of a table of betas is -1. It is passed as a float, so that a list in ``lambda t: scales[t]`` raises an error
+there instead of returning its last entry.
+
+Complex ``y`` are kept as pairs of real numbers ``[B, *measurement, 2]``, and so is what the operator returns. The scale
+is that of the real part and of the imaginary part. A tensor may have the shape of the pairs, or the shape of the
+complex measurement, ``[*measurement]`` or ``[B or 1, *measurement]``, and then counts for both parts. In that form no
+dimension may be replaced by 1.
 """
 
 from __future__ import annotations
@@ -37,19 +43,25 @@ __all__ = ["Callable", "Gaussian", "Laplace", "Likelihood", "Poisson", "StudentT
 
 Scale = float | Tensor | Fn[[float], float | Tensor]
 
-MOMENT_LIMIT = 16  # measurements up to which the exact second moment is affordable: one pull-back each
+MOMENT_LIMIT = 16  # most measurements for covariance="moment", which takes one backward pass for each
 
 
 class Likelihood:
-    """Common part of the error models: the observation, the operator and the scale's schedule."""
+    """What the error models share: the observation, the operator and the scale.
+
+    Attributes:
+        y: The observation, ``[B, *measurement]``; complex ones as pairs ``[B, *measurement, 2]``.
+        operator: The forward model.
+        scale: A number, a tensor or a function of the time, see `scale_at`.
+    """
 
     _least_dimensions = 2  # of y
-    _takes_tensors = True  # as scale
-    _takes_zero = False  # as scale
-    _complex = False  # whether y came as complex numbers, and stands as pairs
-    has_y = True  # False of a `Callable` without one
-    _rows: Tensor | None = None  # of a scale for each observation: see `at`
-    _mean_diagonal: float | None = None  # of A A^T, estimated where nothing else is known of it: see `measure_spread`
+    _takes_tensors = True  # whether scale may be a tensor
+    _takes_zero = False  # whether scale may be 0
+    _complex = False  # whether y came as complex numbers and is kept as pairs
+    has_y = True  # False for a `Callable` without y
+    _rows: Tensor | None = None  # the observation of each sample, set by `at`
+    _mean_diagonal: float | None = None  # mean diagonal of A A^T, estimated by `measure_spread`
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale):
         if isinstance(y, Tensor) and y.is_complex():
@@ -66,7 +78,18 @@ class Likelihood:
             self.scale = self._number_or_rows(scale, "scale")
 
     def checked_y(self, y: Any) -> Tensor:
-        """An observation, as `Likelihood.y` has it."""
+        """An observation in the form of the attribute ``y``.
+
+        Args:
+            y: ``[B, *measurement]`` with ``B >= 1``, floating or complex, finite. ``[B, 1]`` for one number each.
+
+        Returns:
+            ``y``; a complex one as pairs of real numbers ``[B, *measurement, 2]``.
+
+        Raises:
+            TypeError: ``y`` is not a floating or complex tensor.
+            ValueError: ``y`` has another shape, or a value that is not finite.
+        """
         expected = "a floating tensor [B, *measurement]"
         arguments.tensor("y", y, expected, readable=True)
         if y.is_complex():
@@ -86,7 +109,7 @@ class Likelihood:
         return f"{type(self).__name__}({self.operator}, y={list(self.y.shape)})"
 
     def _number_or_rows(self, scale: float | Tensor, name: str) -> float | Tensor:
-        """A number, or a tensor with a row for each observation or one for all, which broadcasts to ``y``."""
+        """A number, or a tensor that broadcasts to ``y``, with one row per observation or one row for all."""
         if isinstance(scale, Tensor):
             arguments.tensor(name, scale, readable=not self.y.is_meta)
         if not isinstance(scale, Tensor) or scale.numel() == 1:
@@ -115,7 +138,7 @@ class Likelihood:
         return rows
 
     def _for_both_parts(self, name: str, scale: Tensor) -> Tensor:
-        """A scale of the shape of complex measurements as one of their pairs; another as it is."""
+        """A scale with the shape of complex measurements, brought to that of their pairs; other shapes as they are."""
         pairs, shape = self.y.shape[1:], scale.shape
         if scale.ndim == len(pairs) and shape[0] in (1, self._observations) and shape[1:] == pairs[:-1]:
             if all(a in (1, b) for a, b in zip(shape, pairs, strict=True)):
@@ -127,7 +150,19 @@ class Likelihood:
         return scale[..., None] if scale.ndim == len(pairs) - 1 else scale
 
     def scale_at(self, t: float) -> float | Tensor:
-        """The scale at time ``t``: a number, or a tensor ``[B or 1, *measurement]``, some of its dimensions 1."""
+        """The scale at one time.
+
+        Args:
+            t: The schedule's own time.
+
+        Returns:
+            A number, or a tensor ``[B or 1, *measurement]`` in which dimensions may be 1.
+
+        Raises:
+            TypeError: ``t`` or the scale is not a number, or the scale is complex or bool.
+            ValueError: The scale is outside its range or has another shape, or the function of the time fails at a
+                clean time of -1.
+        """
         scale = self._scale_at(t)
         return _of_rows(scale, self._rows)
 
@@ -151,11 +186,23 @@ class Likelihood:
 
     @property
     def blamed(self) -> str:
-        """What an error calls the user's functions behind the density."""
+        """The name that an error gives to the user's functions behind the density."""
         return self.operator.blamed
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Likelihood:
-        """A copy on ``device``, computing in ``dtype``."""
+        """A copy on ``device`` that computes in ``dtype``.
+
+        Args:
+            device: The new device; None keeps it.
+            dtype: The new floating dtype; None keeps it.
+
+        Returns:
+            The copy.
+
+        Raises:
+            TypeError: ``dtype`` is not a floating dtype.
+            ValueError: ``device`` is not a device.
+        """
         device, dtype = arguments.placement(device, dtype)
         there = copy.copy(self)
         there.y = self.y.to(device, dtype)
@@ -165,24 +212,46 @@ class Likelihood:
         return there
 
     def for_run(self) -> Likelihood:
-        """A likelihood that has worked out what stays the same while its ``y`` is not written to."""
+        """A likelihood that has cached what depends on ``y`` alone. It is valid while ``y`` is not written to."""
         return self
 
     def at(self, rows: Tensor) -> Likelihood:
-        """The likelihood of samples that belong to the observations ``rows`` ``[n]``: ``y``, the operator and the scale
-        are theirs, a row for each sample or one for all."""
+        """The likelihood of ``n`` samples, with the ``y``, the operator and the scale of each.
+
+        Args:
+            rows: The observation of each sample, int64 ``[n]``.
+
+        Returns:
+            A copy whose ``y``, operator and scale have a row for each sample, or one row for all.
+        """
         chosen = copy.copy(self)
         chosen.operator = self.operator.at(rows)
         chosen.y, chosen._rows = self.rows_of_y(rows), rows
         return chosen
 
     def rows_of_y(self, rows: Tensor | None) -> Tensor:
-        """The observation of each sample."""
+        """The rows of ``y`` that belong to the samples, or its one row for all."""
         return self.y if rows is None or self.y.shape[0] == 1 else self.y[rows]
 
     def log_prob(self, x0: Tensor, rows: Tensor | None = None, *, t: float | None = None) -> Tensor:
-        """``log p(y | x0)`` ``[n]``. ``t``: the time whose scale to use, required where the scale is a function of it.
-        The caller's autocast does not reach it, nor the operator."""
+        """The log-density ``log p(y | x0)`` of each sample.
+
+        The caller's autocast reaches neither the density nor the operator.
+
+        Args:
+            x0: Clean samples, ``[n, *event]``, floating.
+            rows: The observation of each sample, int64 ``[n]``. None where ``y`` has one row, or sample ``i`` has row
+                ``i``.
+            t: The time whose scale to use. Required where the scale is a function of the time.
+
+        Returns:
+            float64 ``[n]``.
+
+        Raises:
+            TypeError: The operator returns complex measurements for a real ``y``.
+            ValueError: ``t`` is missing, an argument has another shape or dtype, or the measurements do not have the
+                shape of ``y``.
+        """
         if t is None and callable(self.scale):
             raise ValueError("t: expected the time whose scale to use, since scale is a function; got None")
         arguments.tensor("x0", x0)
@@ -196,17 +265,17 @@ class Likelihood:
             return self.exact_value(x0, rows, self.scale_at(0.0 if t is None else t))
 
     def exact_value(self, x0: Tensor, rows: Tensor | None, scale: float | Tensor) -> Tensor:
-        """`log_prob` with the scale given, which the last weight of the particle methods is made of."""
+        """`log_prob` with the scale given. The last weights of the particle methods use it."""
         return self.value(x0, rows, scale)
 
     def value(self, x0: Tensor, rows: Tensor | None, scale: float | Tensor, spread: Scalar = 0.0) -> Tensor:
-        """`log_prob` with the scale given, and with the covariance ``spread`` of `log_prob_and_gradient`."""
+        """`log_prob` with the scale given, and with the ``spread`` of `log_prob_and_gradient`."""
         own = self._with_operator_of(rows)
         z, rows, own_scale = own._measure(x0, rows, scale)
         return own._log_prob(z, own.y, own_scale, spread, rows)
 
     def _with_operator_of(self, rows: Tensor | None) -> Likelihood:
-        """A likelihood whose operator is that of each sample; ``y`` and the scale stay those of the observations."""
+        """A likelihood with the operator of each sample. ``y`` and the scale stay those of the observations."""
         operator = self.operator if rows is None else self.operator.at(rows)
         if operator is self.operator:
             return self
@@ -217,8 +286,10 @@ class Likelihood:
     def _measure(
         self, x0: Tensor, rows: Tensor | None, scale: float | Tensor
     ) -> tuple[Tensor, Tensor | None, float | Tensor]:
-        """``A x0``, the row of ``y`` of each sample (None: one for all, or row ``i`` of sample ``i``) and its scale.
-        The operator is already that of the samples."""
+        """``A x0``, the row of ``y`` of each sample and its scale. The operator is already that of the samples.
+
+        The row is None where ``y`` has one row, or sample ``i`` has row ``i``.
+        """
         z, y = self.operator(x0), self.y
         if z.is_complex():
             raise TypeError(f"operator: expected real measurements, as y is, got {z.dtype} from {self.operator}")
@@ -236,21 +307,51 @@ class Likelihood:
     def log_prob_and_gradient(
         self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar = 0.0, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``log p(y | z)`` ``[n]`` and its gradient in ``z``. ``spread`` is the variance ``r^2`` of ``x_0`` about its
-        prediction: the ``"isotropic"`` covariance adds ``r^2 A A^T`` to that of the noise. With ``rows`` ``[n]`` sample
-        ``i`` has row ``rows[i]`` of ``y``."""
+        """The log-density ``log p(y | z)`` of each sample, and its gradient in ``z``.
+
+        Args:
+            z: Measurements ``A x0``, ``[n, *measurement]``.
+            y: The observation, with one row per sample or one for all; with ``rows``, one per observation.
+            scale: The scale, as `scale_at` returns it.
+            spread: The variance ``r^2 >= 0`` of ``x_0`` around its prediction, a number or a tensor ``[]``. The
+                ``"isotropic"`` covariance adds ``r^2 A A^T`` to the covariance of the noise.
+            rows: int64 ``[n]``; sample ``i`` has row ``rows[i]`` of ``y``.
+
+        Returns:
+            float64 ``[n]``, and a tensor like ``z``.
+        """
         raise NotImplementedError
 
     def _log_prob(self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar, rows: Tensor | None) -> Tensor:
-        """Of `log_prob_and_gradient` the first alone."""
+        """The log-density alone, see `log_prob_and_gradient`."""
         return self.log_prob_and_gradient(z, y if rows is None else y[rows], scale, spread)[0]
 
     def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
-        """A positive weight per measurement, like ``z``: that of Gauss-Newton and of reweighted least squares."""
+        """A positive weight for each measurement, for Gauss-Newton and reweighted least squares.
+
+        Args:
+            z: Measurements ``A x0``, ``[n, *measurement]``.
+            y: The observation, with one row per sample or one for all.
+            scale: The scale, as `scale_at` returns it.
+
+        Returns:
+            A tensor like ``z``.
+
+        Raises:
+            ValueError: The error model has no such weight.
+        """
         raise ValueError(f"likelihood: {self} has no Gauss-Newton weight")
 
     def supports(self, covariance: str, measurements: int | None = None) -> str:
-        """Empty, or the reason why ``log p(y | x_t)`` cannot be approximated with this covariance."""
+        """Why ``log p(y | x_t)`` cannot be approximated with a covariance.
+
+        Args:
+            covariance: ``"point"``, ``"isotropic"`` or ``"moment"``.
+            measurements: The number of measurements in a row; None where it is not known.
+
+        Returns:
+            The reason, or an empty string where it can be.
+        """
         if covariance != "moment":
             return ""
         if not isinstance(self.operator, LinearOperator):
@@ -260,10 +361,22 @@ class Likelihood:
         return ""
 
     def measure_spread(self, event: Sequence[int], guided: bool = True) -> Likelihood:
-        """The likelihood that ``covariance="isotropic"`` works with, for events of this shape. Where the operator knows
-        neither the spectrum nor the diagonal of ``A A^T``, ``r^2`` times its mean diagonal widens every measurement
-        alike. 32 standard normal inputs estimate that, always the same; of a nonlinear operator they give the variance
-        of a measurement."""
+        """The likelihood that ``covariance="isotropic"`` works with.
+
+        Where the operator knows neither the spectrum nor the diagonal of ``A A^T``, all measurements are widened alike,
+        by ``r^2`` times the mean diagonal. 32 standard normal inputs, always the same, estimate it. For a nonlinear
+        operator they give the variance of a measurement.
+
+        Args:
+            event: The shape of an event.
+            guided: Whether the gradient guides the samples.
+
+        Returns:
+            The likelihood itself, or a copy that holds the estimate.
+
+        Raises:
+            ValueError: The operator's measurements of these inputs are not finite.
+        """
         if self._knows_diagonal():
             return self
         y = self.y
@@ -283,7 +396,7 @@ class Likelihood:
         return isinstance(operator, LinearOperator) and type(operator).gram_diagonal is not unknown
 
     def _diagonal_of_gram(self, z: Tensor) -> Tensor | float:
-        """Of ``A A^T``, or the one number that stands for all of it."""
+        """The diagonal of ``A A^T``, or the mean that stands for all of it."""
         if self._knows_diagonal():
             return self.operator.gram_diagonal(z)  # type: ignore[attr-defined]
         if self._mean_diagonal is None:
@@ -294,17 +407,17 @@ class Likelihood:
 
 
 def _of_rows(scale: float | Tensor, rows: Tensor | None) -> float | Tensor:
-    """The scale of each sample, where observations have different ones."""
+    """The scale of each sample, where observations have scales of their own."""
     if rows is None or not isinstance(scale, Tensor) or scale.shape[0] == 1:
         return scale
     return scale[rows]
 
 
 class _Density(Likelihood):
-    """An error model that is one of the families of `fastguide.ops.log_prob_and_gradient`."""
+    """An error model that is a family of `fastguide.ops.log_prob_and_gradient`."""
 
     def _density(self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
-        """Which one: arguments of that operation."""
+        """The arguments of that operation: the family and its parameters."""
         raise NotImplementedError
 
     def log_prob_and_gradient(
@@ -323,7 +436,7 @@ class _Density(Likelihood):
 
 
 def _widened(z: Tensor, scale: float | Tensor, spread: Scalar, diagonal: Scalar) -> dict[str, Any]:
-    """The ``scale`` and ``extra_variance`` of that operation for the variances ``scale^2 + spread * diagonal``."""
+    """``scale`` and ``extra_variance`` for `fastguide.ops.log_prob_and_gradient`: ``scale^2 + spread * diagonal``."""
     _check_scales(scale, z)
     variance = 0.0 if _is_none(spread) else spread * diagonal
     if isinstance(scale, Tensor):
@@ -337,7 +450,7 @@ def _widened(z: Tensor, scale: float | Tensor, spread: Scalar, diagonal: Scalar)
 
 
 def _check_scales(scale: float | Tensor, z: Tensor) -> None:
-    """Raise unless a scale that is a tensor has the dimensions of ``z``, some of them perhaps 1."""
+    """Raise unless a tensor has the number of dimensions of ``z``, each of the same size or 1."""
     if not isinstance(scale, Tensor):
         return
     arguments.tensor("scale", scale)
@@ -346,7 +459,7 @@ def _check_scales(scale: float | Tensor, z: Tensor) -> None:
         raise ValueError(f"scale: expected a number or floating values {list(z.shape)} on {z.device}, got {got(scale)}")
 
 
-_NOTHING = 1e-18  # a scale whose square is nothing beside a variance
+_NOTHING = 1e-18  # a scale whose square does not change a variance
 
 
 def _is_none(spread: Scalar) -> bool:
@@ -359,11 +472,24 @@ def _is_none(spread: Scalar) -> bool:
 
 
 class Gaussian(_Density):
-    """``y = A x_0 + scale * noise``. ``scale = 0``, an exact measurement, serves PiGDM and the closed
-    form of PnP alone."""
+    """Gaussian noise:
+
+        y = A x_0 + scale * noise
+
+    Args:
+        y: The observation, ``[B, *measurement]``, or ``[1, *measurement]`` for all. Floating or complex, finite.
+        operator: The forward model ``A``.
+        scale: Standard deviation of the noise, ``>= 0``. A number, a tensor or a function of the schedule's time, see
+            the module `fastguide.likelihoods`. ``scale=0``, an exact measurement, works with PiGDM and the closed form
+            of PnP only. The entries of a tensor are above 0.
+
+    Raises:
+        TypeError: ``y``, ``operator`` or ``scale`` has the wrong type.
+        ValueError: ``y`` or ``scale`` has another shape, is not finite or is outside its range.
+    """
 
     _takes_zero = True
-    _times_diagonal = 1.0  # of A A^T, where the diagonal stands for all of it: see `measure_spread`
+    _times_diagonal = 1.0  # factor of the diagonal where it stands for all of A A^T: see `measure_spread`
 
     def _density(self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
         self._check_noise(scale)
@@ -372,7 +498,10 @@ class Gaussian(_Density):
         return dict(family="gaussian", **_widened(z, scale, spread, diagonal))
 
     def _diagonal(self, z: Tensor, scale: float | Tensor) -> Scalar | None:
-        """Of ``A A^T``, unless the spectrum says more than that. It does not where the noise has another basis."""
+        """The diagonal that stands for ``A A^T``, or None where the spectrum says more.
+
+        The spectrum cannot be used where the noise has another basis.
+        """
         operator = self.operator
         if isinstance(operator, LinearOperator) and operator.spectral:
             diagonal = operator.diagonal_gram(z)
@@ -381,9 +510,22 @@ class Gaussian(_Density):
         return self._diagonal_of_gram(z) * self._times_diagonal
 
     def measure_spread(self, event: Sequence[int], guided: bool = True) -> Likelihood:
-        """As of every likelihood. Where the gradient guides, the diagonal is multiplied until it is no less than half
-        of ``A A^T``. With less, a long step overshoots by more than it corrects along what many measurements see (the
-        low frequencies of a blur), and the samples diverge. The other error models bound their gradient."""
+        """The likelihood that ``covariance="isotropic"`` works with, see `Likelihood.measure_spread`.
+
+        Where the gradient guides, the diagonal is multiplied until it is at least half of ``A A^T``. With less, a long
+        step overshoots by more than it corrects in the directions that many measurements see (the low frequencies of a
+        blur), and the samples diverge. The other error models need no factor, since their gradient is bounded.
+
+        Args:
+            event: The shape of an event.
+            guided: Whether the gradient guides the samples.
+
+        Returns:
+            The likelihood itself, or a copy that holds the estimates.
+
+        Raises:
+            ValueError: The operator's measurements of standard normal inputs are not finite.
+        """
         spectral = isinstance(self.operator, LinearOperator) and self.operator.spectral
         if spectral and not callable(self.scale) and not isinstance(self.scale, Tensor):
             return self
@@ -420,16 +562,28 @@ class Gaussian(_Density):
         return self.log_prob_and_gradient(z, y, scale, spread, rows)[0]
 
     def moment(self, z: Tensor, y: Tensor, scale: float | Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """As `log_prob_and_gradient` with the covariance ``scale^2 I + gram``, ``gram = A C_t A^T`` ``[n, m, m]``,
-        eigenvalues of the sum held at ``>= scale^2``."""
+        """`log_prob_and_gradient` with the covariance ``scale^2 I + gram``.
+
+        Args:
+            z: Measurements ``A x0``, ``[n, *measurement]``.
+            y: The observation, with one row per sample or one for all.
+            scale: The scale, as `scale_at` returns it.
+            gram: ``A C_t A^T``, ``[n, m, m]``. Eigenvalues of the sum below ``scale^2`` are raised to it.
+
+        Returns:
+            float64 ``[n]``, NaN where ``gram`` is not finite, and a tensor like ``z``.
+
+        Raises:
+            ValueError: ``scale`` is 0.
+        """
         self._check_noise(scale)
-        if isinstance(scale, Tensor):  # in units of the noise
+        if isinstance(scale, Tensor):  # divide by the noise, so that it is 1 everywhere
             unit = scale.to(z.dtype).expand(z.shape)
             flat = unit.flatten(1)
             whitened = gram / (flat[:, :, None] * flat[:, None, :])
             in_units, slope = self.moment(z / unit, y / unit, 1.0, whitened)
             return in_units - torch.log(flat.double()).sum(1), slope / unit
-        if gram.shape[1] == 1:  # its own eigenvalue
+        if gram.shape[1] == 1:  # one measurement: gram is its eigenvalue
             added = gram.clamp(min=0) + (gram - gram)  # NaN where it is not finite
             log_prob, gradient = ops.log_prob_and_gradient(
                 z, y, family="gaussian", scale=scale, extra_variance=added.reshape(z.shape)
@@ -458,10 +612,12 @@ class Gaussian(_Density):
 
 
 class _Elementwise(_Density):
-    """Independent heavy-tailed errors. The covariance of ``x_0`` widens each measurement's own scale: the
-    variances add, the shape of the tails stays."""
+    """Independent heavy-tailed errors.
 
-    _share = 1.0  # of an added variance that goes to the square of the scale
+    The covariance of ``x_0`` widens the scale of each measurement: the variances add, the shape of the tails stays.
+    """
+
+    _share = 1.0  # how much of an added variance is added to the square of the scale
 
     def _family(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -471,7 +627,7 @@ class _Elementwise(_Density):
         return dict(**_widened(z, scale, self._share * spread, diagonal), **self._family())
 
     def moment(self, z: Tensor, y: Tensor, scale: float | Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """As `log_prob_and_gradient` with the diagonal of ``gram = A C_t A^T`` ``[n, m, m]`` as added variances."""
+        """`log_prob_and_gradient` with the diagonal of ``gram = A C_t A^T`` ``[n, m, m]`` as added variances."""
         added = self._share * gram.diagonal(dim1=1, dim2=2).clamp(min=0).reshape(z.shape)
         if isinstance(scale, Tensor):
             scale, added = _NOTHING, added + scale**2
@@ -481,7 +637,21 @@ class _Elementwise(_Density):
 
 
 class StudentT(_Elementwise):
-    """``y = A x_0 + scale * t``, ``t`` of Student's distribution with ``df > 0`` degrees of freedom."""
+    """Student's t noise, with heavy tails:
+
+        y = A x_0 + scale * t
+
+    Args:
+        y: The observation, ``[B, *measurement]``, or ``[1, *measurement]`` for all. Floating or complex, finite.
+        operator: The forward model ``A``.
+        scale: Scale of the noise, ``> 0``. A number, a tensor or a function of the schedule's time, see the module
+            `fastguide.likelihoods`.
+        df: Degrees of freedom, ``> 0``.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: ``y``, ``scale`` or ``df`` has another shape, is not finite or is outside its range.
+    """
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale, df: float):
         super().__init__(y, operator, scale)
@@ -495,7 +665,20 @@ class StudentT(_Elementwise):
 
 
 class Laplace(_Elementwise):
-    """``p(y | z) = exp(-|y - z| / scale) / (2 scale)``; its variance is ``2 scale^2``."""
+    """Laplace noise:
+
+        p(y | z) = exp(-|y - z| / scale) / (2 scale)
+
+    Args:
+        y: The observation, ``[B, *measurement]``, or ``[1, *measurement]`` for all. Floating or complex, finite.
+        operator: The forward model ``A``.
+        scale: Scale of the noise, ``> 0``; its variance is ``2 scale^2``. A number, a tensor or a function of the
+            schedule's time, see the module `fastguide.likelihoods`.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: ``y`` or ``scale`` has another shape, is not finite or is outside its range.
+    """
 
     _share = 0.5
 
@@ -507,17 +690,33 @@ class Laplace(_Elementwise):
 
 
 class Poisson(_Density):
-    """Counts: ``y / scale ~ Poisson((A x_0 + background) / scale)``, so that ``scale`` is the gain: the mean of ``y``
-    is ``A x_0 + background`` and its variance ``scale`` times that. ``y >= 0``, of a floating or an integer dtype.
-    ``background`` is one number ``>= 0``.
+    """Poisson counts with a gain:
 
-    Guidance follows a log-density of bounded gradient: below a rate of half the counts (or of 0.1 counts) it goes on as
-    a parabola, see `fastguide.reference.log_prob_and_gradient`. `log_prob` and the last weights of TDS and FK take
-    Poisson's own density down to a rate of 0.001 counts, and its tangent below."""
+        y / scale ~ Poisson((A x_0 + background) / scale)
+
+    The mean of ``y`` is ``A x_0 + background``, and its variance is ``scale`` times that.
+
+    Guidance follows a log-density with a bounded gradient: below a rate of half the counts (or of 0.1 counts) it goes
+    on as a parabola, see `fastguide.reference.log_prob_and_gradient`. `log_prob` and the last weights of TDS and FK use
+    Poisson's own density down to a rate of 0.001 counts, and its tangent below.
+
+    The only covariance is ``"point"``.
+
+    Args:
+        y: The counts times the gain, ``>= 0``, ``[B, *measurement]``, or ``[1, *measurement]`` for all. Floating, or
+            integers, which become float64.
+        operator: The forward model ``A``.
+        scale: The gain, ``> 0``: a number, or a function of the schedule's time. 1 by default.
+        background: A number ``>= 0`` that is added to every rate; 0 by default.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: ``y``, ``scale`` or ``background`` is outside its range or has another shape.
+    """
 
     _takes_tensors = False
     _least_rate = 1e-3  # counts
-    _log_factorials: Tensor | None = None  # of `y` at the fixed scale: see `for_run`
+    _log_factorials: Tensor | None = None  # of y / scale, where the scale is fixed: see `for_run`
 
     def __init__(self, y: Tensor, operator: Operator, scale: Scale = 1.0, background: float = 0.0):
         super().__init__(y, operator, scale)
@@ -562,16 +761,27 @@ class Poisson(_Density):
         return (counts * log_rate - rate.clamp(min=0.0) - torch.lgamma(counts + 1.0)).flatten(1).sum(1)
 
     def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
-        # Held at that of one count, as the parabola's is: 1 / rate would be ten times that at dark rates.
+        # At most the weight of one count, as for the parabola: 1 / rate would be ten times that at dark rates.
         return 1.0 / (scale * (z + self.background).clamp(min=scale))
 
 
 class Callable(Likelihood):
-    """Any ``f(x0 [n, *event]) -> log p(y | x_0) [n]``, real, of each sample alone.
+    """Any log-density as a likelihood.
 
-    It gets copies, into which it may write. With ``y`` ``[B, *any]`` it is called as ``f(x0, y=rows of y)``, complex
-    ones of a complex ``y``; with ``scale`` as ``f(x0, scale=scale(t))``; with both, so. Where gradients are needed they
-    come from autograd.
+    The function gets copies, into which it may write. Where a gradient is needed it comes from autograd. The only
+    covariance is ``"point"``.
+
+    Args:
+        f: ``f(x0 [n, *event]) -> log p(y | x_0) [n]``, real, each sample alone. With ``y`` it is called as ``f(x0,
+            y=...)`` with a row for each sample, or one for all; with ``scale`` as ``f(x0, scale=scale(t))``; with both,
+            with both.
+        y: An observation ``[B, *any]``, floating or complex, finite; or None. A complex ``y`` reaches ``f`` as complex
+            numbers.
+        scale: A number ``> 0``, a function of the schedule's time, or None.
+
+    Raises:
+        TypeError: ``f`` is not callable, or ``y`` or ``scale`` has the wrong type.
+        ValueError: ``y`` or ``scale`` has another shape, is not finite or is outside its range.
     """
 
     _least_dimensions = 1
