@@ -1,4 +1,4 @@
-"""What `fastguide.sample` returns."""
+"""`Samples`, the result of `fastguide.sample`."""
 
 from __future__ import annotations
 
@@ -18,30 +18,36 @@ from .arguments import flag, got
 __all__ = ["Samples"]
 
 _TENSORS = ("x", "log_weights", "ess", "log_evidence", "ancestors")
-_STREAM_DRAW = 5  # apart from the noise of the run, whose seed the draw may have
-_ROUNDING = 1e-12  # of a sum of weights, beside which a quantile's share counts as reached
+_STREAM_DRAW = 5  # a stream of its own, since draw may be given the seed of the run
+_ROUNDING = 1e-12  # relative error of a sum of weights; a quantile's share that is missed by less counts as reached
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Samples:
-    """What `sample` returns, and what can be asked of it.
+    """The result of `sample`.
 
-    - TDS and FK: ``x`` is ``[B, K, *event]`` and each particle carries a weight; nothing is resampled at the end.
-    - The other methods with ``samples_per_observation=n``: ``x`` is ``[B, n, *event]``, of equal weights.
-    - Without it there is one sample for each observation, ``x`` ``[B, *event]``. One sample has no mean of its own, so
-      `mean`, `variance`, `quantile`, `draw` and `weights` raise ValueError.
+    - TDS and FK: ``x`` is ``[B, K, *event]``, and each particle has a weight. Nothing is resampled at the end.
+    - The other methods with ``samples_per_observation=n``: ``x`` is ``[B, n, *event]``, with equal weights.
+    - The other methods without it: ``x`` is ``[B, *event]``, one sample per observation. One sample has no mean of its
+      own, so `mean`, `variance`, `quantile`, `draw` and `weights` raise ValueError.
 
-    Particles of weight 0 (``-inf``) count nowhere, whatever their ``x``. The other fields:
+    Particles of weight 0 (``-inf``) count nowhere, whatever their ``x``.
 
-    - ``log_weights``: ``[B, K]`` float64, unnormalised; None without particles, as the next three.
-    - ``ess``: ``[steps + 1, B]`` float64, the effective sample size before each step, and of the final weights.
-    - ``log_evidence``: ``[B]`` float64, the log of the mean weight. For TDS, and FK with a likelihood, the estimate of
-      ``log p(y)``; for FK with a reward, of ``log E[exp(strength * r(x_0))]`` under the prior.
-    - ``ancestors``: ``[steps, B, K]`` int32, with ``keep_ancestors=True``.
-    - ``seed``: of the noise; one for all, or one for each observation.
-    - ``grouped``: whether ``x`` has several samples of each observation.
-    - ``method``: the class of the guidance.
-    - ``times``: of the levels visited, in the schedule's own time; ``x`` is at the last.
+    Args:
+        x: The samples.
+        log_weights: ``[B, K]`` float64, unnormalised. None without particles, as are the next three.
+        ess: ``[steps + 1, B]`` float64, the effective sample size before each step and of the final weights.
+        log_evidence: ``[B]`` float64, the log of the mean weight. For TDS, and FK with a likelihood, it estimates ``log
+            p(y)``. For FK with a reward it estimates ``log E[exp(strength * r(x_0))]`` under the prior.
+        ancestors: ``[steps, B, K]`` int32, the particle that each one continues; only with ``keep_ancestors=True``.
+        seed: The seed of the noise, one for all or one for each observation.
+        grouped: Whether ``x`` has several samples of each observation.
+        method: The class name of the guidance.
+        times: The times of the levels visited, in the schedule's own time. ``x`` is at the last.
+
+    Raises:
+        TypeError: A field is not a tensor, or ``grouped`` is not a bool.
+        ValueError: ``x`` or ``log_weights`` has the wrong shape.
     """
 
     x: Tensor
@@ -84,34 +90,63 @@ class Samples:
 
     @property
     def weights(self) -> Tensor:
-        """``[B, K]`` float64, each row adding to 1."""
+        """The normalised weights, ``[B, K]`` float64. Each row adds up to 1.
+
+        Raises:
+            ValueError: There is one sample per observation, or a row has no finite largest weight.
+        """
         weights = self._relative_weights("weights")
         return weights / weights.sum(1, keepdim=True)
 
     def mean(self) -> Tensor:
-        """Posterior mean ``[B, *event]``, float64."""
+        """The posterior mean.
+
+        Returns:
+            ``[B, *event]`` float64.
+
+        Raises:
+            ValueError: There is one sample per observation, or a row has no finite largest weight.
+        """
         return self._average("mean", self.x)
 
     def variance(self) -> Tensor:
-        """Posterior variance of each element ``[B, *event]``, float64: the weighted mean of ``(x - mean)^2``, without
-        a correction for the number of samples."""
+        """The posterior variance of each element: the weighted mean of ``(x - mean)^2``.
+
+        It is not corrected for the number of samples.
+
+        Returns:
+            ``[B, *event]`` float64.
+
+        Raises:
+            ValueError: There is one sample per observation, or a row has no finite largest weight.
+        """
         mean = self._average("variance", self.x)
         return self._average("variance", (self.x.double() - mean[:, None]) ** 2)
 
     def quantile(self, q: float | Sequence[float] | Tensor) -> Tensor:
-        """Quantiles of each element alone, in the dtype of ``x``: ``[B, *event]`` for a number ``q`` in ``[0, 1]``,
-        ``[m, B, *event]`` for ``m`` of them.
+        """Quantiles of each element alone.
 
-        The inverse of the weighted empirical distribution function: the smallest sample ``v`` of positive weight such
-        that the samples ``<= v`` have at least the share ``q`` of all weight. With equal weights that is numpy's
-        ``quantile(..., method="inverted_cdf")``. A share that misses ``q`` by 1e-12, as rounded sums may, counts as
-        reached.
+        The quantile is the smallest sample ``v`` of positive weight such that the samples ``<= v`` have at least the
+        share ``q`` of all weight. This inverts the weighted empirical distribution function. With equal weights it is
+        numpy's ``quantile(..., method="inverted_cdf")``. A share that misses ``q`` by at most 1e-12, as rounded sums
+        may, counts as reached.
+
+        Args:
+            q: A number in ``[0, 1]``, or m of them.
+
+        Returns:
+            ``[B, *event]`` for a number, ``[m, B, *event]`` for m of them, in the dtype of ``x``.
+
+        Raises:
+            TypeError: ``q`` is not made of real numbers.
+            ValueError: ``q`` is outside ``[0, 1]``, there is one sample per observation, or a row has no finite largest
+                weight.
         """
         shares = arguments.real_array("q", q, "a number in [0, 1], or a row of them")
         if shares.ndim > 1 or not ((shares >= 0) & (shares <= 1)).all():
             raise ValueError(f"q: expected a number in [0, 1], or a row of them, got {got(q)}")
         weights = self._columns(self._relative_weights("quantile"))
-        x, order = self.x.masked_fill(weights == 0, math.inf).sort(1)  # the dead last, so that q = 0 finds none
+        x, order = self.x.masked_fill(weights == 0, math.inf).sort(1)  # dead particles last, so that q = 0 finds none
         sums = weights.expand_as(x).gather(1, order).cumsum(1)
         total, found = sums[:, -1:], []
         for share in shares.flatten().tolist():
@@ -122,8 +157,18 @@ class Samples:
         return torch.stack(found) if found else x.new_empty((0, *total[:, 0].shape))
 
     def draw(self, num: int, seed: int = 0) -> Tensor:
-        """``num`` equally weighted draws ``[B, num, *event]`` by systematic resampling. Two calls with one ``seed``, by
-        default 0, return the same draws."""
+        """Equally weighted draws, by systematic resampling.
+
+        Args:
+            num: Number of draws, at least 1.
+            seed: An integer in ``[0, 2^64)``. Two calls with one seed return the same draws; 0 by default.
+
+        Returns:
+            ``[B, num, *event]``.
+
+        Raises:
+            ValueError: ``num`` or ``seed`` is outside its range, or there is one sample per observation.
+        """
         log_weights = self.log_weights
         if log_weights is None:
             self._check_grouped("draw")
@@ -134,10 +179,18 @@ class Samples:
         return self.x[torch.arange(self.x.shape[0], device=self.x.device)[:, None], ancestors]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write all fields to a safetensors file, which `load` reads."""
+        """Write all fields to a safetensors file, which `load` reads.
+
+        Args:
+            path: The file. An existing file is overwritten.
+
+        Raises:
+            TypeError: ``path`` is not a path.
+            ImportError: safetensors is not installed.
+        """
         path = arguments.path("path", path)
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        # safetensors reads plain memory, and refuses to read it for two: all but x, most often the largest, are copies.
+        # safetensors refuses tensors that share memory. So all are copied but x, which is usually the largest.
         tensors = {
             name: t.detach().contiguous().resolve_neg() if name == "x" else t.detach().clone().contiguous()
             for name, t in tensors.items()
@@ -149,7 +202,20 @@ class Samples:
 
     @staticmethod
     def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Samples:
-        """The samples that `save` wrote, on ``device``. Raises ValueError for another file."""
+        """Read the samples that `save` wrote.
+
+        Args:
+            path: The file.
+            device: Where the tensors go; the CPU by default.
+
+        Returns:
+            The samples.
+
+        Raises:
+            TypeError: ``path`` is not a path.
+            ValueError: The file was not written by `save`, or ``device`` is not a device.
+            ImportError: safetensors is not installed.
+        """
         safetensors = _safetensors("load")
         path, place = arguments.path("path", path), str(arguments.torch_device("device", device))
         try:
@@ -171,7 +237,7 @@ class Samples:
             )
 
     def _relative_weights(self, name: str) -> Tensor:
-        """``[B, K]`` float64, the largest of each row 1."""
+        """The weights ``[B, K]`` float64, scaled so that the largest of each row is 1."""
         self._check_grouped(name)
         if self.log_weights is None:
             return self.x.new_ones(self.x.shape[:2], dtype=torch.float64)
@@ -186,7 +252,7 @@ class Samples:
         return torch.exp(log_weights - largest)
 
     def _columns(self, weights: Tensor) -> Tensor:
-        """``[B, K]`` shaped to multiply ``x``."""
+        """``[B, K]`` reshaped to multiply ``x``."""
         return weights.reshape(*weights.shape, *(1,) * (self.x.ndim - 2))
 
     def _average(self, name: str, values: Tensor) -> Tensor:

@@ -32,20 +32,22 @@ __all__ = ["Progress", "Samples", "sample"]
 
 
 class Progress(NamedTuple):
-    """The state after a step, for a callback: copies, which stay what they are. K is the number of particles, or n with
-    ``samples_per_observation=n``; without either, the dimension K is missing.
+    """The state after a step, as a callback gets it. All tensors are copies.
 
-    - ``step``: its index, from 0.
-    - ``level``: the level that ``x`` is at, with ``t``, ``alpha`` and ``sigma``.
-    - ``x``: ``[B, K, *event]``.
-    - ``log_weights``: ``[B, K]``; None without particles.
-    - ``ess``: ``[B]``, the effective sample size before the step, from which the step decided whether to resample; None
-      without particles.
-    - ``x0_hat``: the latest prediction of ``x_0``, like ``x``. TDS and FK predict it at ``x``; the others predicted it
-      before the step, at the level above.
-    - ``reward``: ``[B, K]``, the last that FK evaluated. NaN before the first evaluation; None without FK.
-    - ``ancestors``: ``[B, K]``, which particle each one continues. ``0, 1, ..., K - 1`` where the step did not
-      resample; None without particles.
+    K is the number of particles, or n with ``samples_per_observation=n``. Without either, the dimension K is missing.
+
+    Attributes:
+        step: Index of the step, from 0.
+        level: The level that ``x`` is at, with ``t``, ``alpha`` and ``sigma``.
+        x: The state, ``[B, K, *event]``.
+        log_weights: ``[B, K]`` float64; None without particles.
+        ess: ``[B]`` float64, the effective sample size before the step. The step decided from it whether to resample.
+            None without particles.
+        x0_hat: The latest prediction of ``x_0``, like ``x``. TDS and FK predict it at ``x``. The others predicted it
+            before the step, at the level above.
+        reward: ``[B, K]``, the reward that FK evaluated last. NaN before the first evaluation; None without FK.
+        ancestors: ``[B, K]`` int32, the particle that each one continues; ``0, 1, ..., K - 1`` where the step did not
+            resample. None without particles.
     """
 
     step: int
@@ -83,44 +85,66 @@ def sample(
 ) -> Samples:
     """Draw samples of the prior, or of ``x | y`` with a guidance object.
 
-    - ``shape = (B, *event)``: B samples, or B observations with the particles of TDS and FK. ``y`` has B rows, or one
-      for all.
-    - ``guidance``: None, `DPS`, `PnP`, `PiGDM`, `LatentPnP`, `TDS` or `FK`.
-    - ``steps``, ``spacing``: see `Schedule.levels`; or the times themselves.
-    - ``eta`` in ``[0, 1]``: a number, a table with one entry per step, or a function of the schedule's time; 0 is DDIM,
-      1 (the default) DDPM. PnP and LatentPnP split their noise by ``zeta`` instead.
-    - ``clip``: of ``x0_hat`` in the reverse step, see `fastguide.ops.reverse_step`.
-    - ``seed``: an integer in ``[0, 2^64)``, or a list of B of them. None draws one from torch's default generator, or
-      takes that of the checkpoint. The result carries it. The noise depends on the seed, the step and the index of the
-      sample, and not on the batch. The samples then differ by the network's own rounding alone, about 1e-6 in float32.
-      With a list, each observation is what a run of it alone with its seed draws.
-    - ``first_sample``: the index of the first sample (observation). With ``first_sample=k`` a run of
-      ``shape = (1, *event)`` draws sample ``k`` of a larger one.
-    - ``samples_per_observation``: n samples of each observation without particles; ``x`` is then ``[B, n, *event]``.
-      Sample ``j`` of observation ``b`` has the index ``b * n + j``. Another n therefore changes the samples of every
-      observation but the first, unless each has its own seed.
-    - ``x_T``: the start, ``[B, *event]`` (``[B, K, *event]`` for particles, ``[B, n, *event]`` for
-      ``samples_per_observation``), in place of the prior's noise. Without guidance the result can be differentiated
-      in it; with guidance an ``x_T``, ``y`` or operator that requires a gradient is an error while gradients are
-      enabled.
-    - ``dtype``: of the state: float32, float16, bfloat16 or float64. A network runs in the dtype of its parameters.
-    - ``device``: where the run is; None takes that of ``x_T``, else the CPU. ``y`` and the operator are copied there;
-      the network must be there already.
-    - ``chunk_size``: the most samples that the network, a likelihood or a reward sees at once.
-    - ``keep_ancestors``: return the ancestors of every step, ``[steps, B, K]``.
-    - ``progress``: a tqdm bar (needs tqdm).
-    - ``callback``: called with a `Progress` after each step. The run ends early where it returns True (a bool, numpy's
-      bool, or a tensor of one bool). The result is then the state at that noise level, and a checkpoint stays, so that
-      a later call can go on. The weights and the evidence of FK and TDS are then those of that level.
-    - ``checkpoint``: a file that the state is written to every ``checkpoint_every`` steps. A run that finds the file
-      goes on from it and removes it at the end. It ends in the same bits with the same ``chunk_size``, and agrees to
-      rounding with another. The file of a run with other arguments is an error that names them. The network, rewards
-      and operators are called a few times more, to recognise others by their results (see `fastguide.checkpoints`).
-    - ``run_id``: any string, for what these calls cannot tell apart. A file of another ``run_id`` is an error.
+    The network, decoders and rewards run under the caller's autocast. All other arithmetic runs without it.
 
-    The network, decoders and rewards run under the caller's autocast; all other arithmetic runs without. Raises
-    FloatingPointError where a value stops being finite; the message names the function and the step. Dropout or batch
-    statistics in training mode are a RuntimeWarning that names the argument.
+    Without guidance the result can be differentiated in ``x_T``. There is no other derivative. With guidance, an
+    ``x_T``, ``y``, scale or operator that requires a gradient is an error while gradients are enabled.
+
+    Args:
+        prior: The network with its schedule.
+        shape: ``(B, *event)``: B samples, or B observations. ``y`` has B rows, or one for all.
+        guidance: None, or a `DPS`, `PnP`, `PiGDM`, `LatentPnP`, `TDS` or `FK` object. None samples the prior.
+        steps: Number of steps, at least 1 and, for a table, at most its size; 50 by default. Or the decreasing times
+            themselves, see `Schedule.levels`.
+        spacing: How the levels are spread, see `Schedule.levels`; None takes the default of the schedule.
+        eta: Amount of fresh noise in each step, in ``[0, 1]``. 0 is DDIM, which adds none; 1 is DDPM. A number, a table
+            with one entry per step, or a function of the schedule's time. None is 1, and the only choice for PnP and
+            LatentPnP: their ``zeta`` splits the noise instead. TDS and guided FK need a value above 0 at one step or
+            more.
+        clip: Clips ``x0_hat`` in the reverse step. A number ``c > 0`` for ``[-c, c]``, a tuple ``(low, high)`` with
+            ``low < high``, or a `fastguide.ops.DynamicThreshold`. None does not clip.
+        seed: An integer in ``[0, 2^64)``, or a list of B of them. None draws one from torch's default generator, or
+            takes that of the checkpoint. The result carries it. The noise depends on the seed, the step and the index
+            of the sample, not on the batch. Batches differ only by the network's rounding, about 1e-6 in float32. With
+            a list, each observation is what a run of it alone with its seed draws.
+        first_sample: Index of the first sample (observation), ``>= 0``. A run of ``shape = (1, *event)`` with
+            ``first_sample=k`` draws sample ``k`` of a larger run. Must be 0 with a list of seeds.
+        samples_per_observation: Draw n samples of each observation; ``x`` is then ``[B, n, *event]``. Sample ``j`` of
+            observation ``b`` has the index ``b * n + j``. So another n changes the samples of every observation but the
+            first, unless each has a seed of its own. None draws one; must be None for TDS and FK.
+        x_T: The start, in place of the prior's noise: ``[B, *event]``, or ``[B, K, *event]`` for K particles or samples
+            per observation. Floating and finite.
+        dtype: Dtype of the state: float32, float16, bfloat16 or float64. A network runs in the dtype of its parameters.
+        device: Where the run is. None takes the device of ``x_T``, else the CPU. ``y`` and the operator are copied
+            there; the network must be there already.
+        chunk_size: The most samples that the network, a likelihood or a reward sees at once, at least 1. None means
+            all.
+        keep_ancestors: Return the ancestors of every step, ``[steps, B, K]``. For TDS and FK only.
+        progress: Show a tqdm bar (needs tqdm).
+        callback: A function that gets a `Progress` after each step. The run ends early where it returns True (a bool,
+            numpy's bool, or a tensor of one bool). The result is then the state at that noise level, with the weights
+            and the evidence of that level, and a checkpoint stays, so that a later call can go on.
+        checkpoint: A file that the state is written to. A run that finds the file goes on from it, and removes it at
+            the end. The result has the same bits with the same ``chunk_size``, and agrees to rounding with another. The
+            file of a run with other arguments is an error that names them. The network, rewards and operators are
+            called a few times more, to compare their results with those in the file, see
+            `fastguide.checkpoints.Checkpoint`.
+        checkpoint_every: Number of steps between two writes of the checkpoint, at least 1; 10 by default.
+        run_id: Any string, for a run with a checkpoint. It tells runs apart whose functions give the same results in
+            those calls. A file with another ``run_id`` is an error.
+
+    Returns:
+        The samples, with weights and evidence for TDS and FK.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is outside its range, does not fit the others, or the checkpoint is of another run.
+        FloatingPointError: A value stops being finite, or no particle is left. The message names the function and the
+            step.
+        ImportError: ``progress=True`` without tqdm.
+
+    Warns:
+        RuntimeWarning: Dropout or batch statistics are in training mode, or a reward returns NaN.
     """
     guidance = Plain() if guidance is None else guidance
     keep_ancestors, progress = flag("keep_ancestors", keep_ancestors), flag("progress", progress)
@@ -158,7 +182,7 @@ def sample(
 
 
 def finished(run: Run, seed: Any, guidance: Any, results: Sequence[Tensor | None], done: int, unknown: bool) -> Samples:
-    """What a loop left after ``done`` steps, for the user. ``unknown``: whether a reward was NaN."""
+    """The `Samples` of a loop after ``done`` steps. ``unknown``: whether a reward was NaN."""
     x, log_weights, ess, log_evidence, ancestors = results
     assert x is not None
     times = tuple(level.t for level in run.levels[: done + 1])
@@ -173,7 +197,7 @@ def finished(run: Run, seed: Any, guidance: Any, results: Sequence[Tensor | None
 
 @dataclass(frozen=True)
 class Loop:
-    """The steps of a run, one after the other, and what becomes of them: the tensors of `Samples`, in its order."""
+    """The steps of a run, one after the other. It returns the tensors of `Samples`, in their order."""
 
     weighted: bool
     keep_ancestors: bool
@@ -224,6 +248,7 @@ def prepare_run(
     prior, shape, guidance, steps, spacing, eta, clip, seed, x_T, dtype, device, chunk_size, first_sample=0,
     samples_per_observation=None,
 ) -> Run:  # fmt: skip
+    """The constants of a run, from the arguments of `sample`."""
     if not isinstance(prior, Denoiser):
         raise TypeError(f"prior: expected a fastguide.Denoiser, got {type(prior).__name__}")
     shape = arguments.shape("shape", shape, "(B, *event)", 1)
@@ -278,17 +303,19 @@ def prepare_run(
 
 
 def checked_x_T(x_T: Any, expected: tuple[int, ...]) -> Tensor:
+    """``x_T`` if it is floating, finite and of the expected shape."""
     arguments.tensor("x_T", x_T, readable=True)
     if x_T.dtype not in STATE_DTYPES:
         raise TypeError(f"x_T: expected floating values, got {got(x_T)}")
     if tuple(x_T.shape) != expected:
         raise ValueError(f"x_T: expected shape {list(expected)}, got {list(x_T.shape)}")
-    if not (torch.isfinite(x_T.detach().sum()) or torch.isfinite(x_T).all()):  # the sum takes a hundredth of the time
+    if not (torch.isfinite(x_T.detach().sum()) or torch.isfinite(x_T).all()):  # the sum is a hundred times faster
         raise ValueError("x_T: expected finite values, got NaN or infinity")
     return x_T
 
 
 def checked_seed(seed: Any, observations: int) -> int | tuple[int, ...]:
+    """One seed, or a tuple with one for each observation."""
     if seed is None:
         return int(torch.randint((1 << 63) - 1, (), device="cpu"))
     if isinstance(seed, Sequence) and not isinstance(seed, str):
@@ -299,7 +326,7 @@ def checked_seed(seed: Any, observations: int) -> int | tuple[int, ...]:
 
 
 def differentiable(run: Run, guidance: Any) -> bool:
-    """Whether the result keeps its graph to ``x_T``; raises where only a part of the derivative could be had."""
+    """Whether the result keeps its graph to ``x_T``. Raises where only a part of the derivative could be computed."""
     tensors = {"x_T": run.x_T, "guidance_scale": run.denoiser.guidance_scale}
     likelihood = getattr(guidance, likelihood_field(guidance), None)
     if isinstance(likelihood, Likelihood):
@@ -318,12 +345,12 @@ def differentiable(run: Run, guidance: Any) -> bool:
 
 
 def likelihood_field(guidance: Any) -> str:
-    """The field in which a guidance object may have a likelihood."""
+    """The name of the field in which a guidance object may have a likelihood."""
     return "likelihood" if hasattr(guidance, "likelihood") else "reward"
 
 
 def _for_run(guidance: Any) -> Any:
-    """The guidance with `Likelihood.for_run` of its likelihood."""
+    """The guidance with `Likelihood.for_run` applied to its likelihood."""
     name = likelihood_field(guidance)
     likelihood = getattr(guidance, name, None)
     own = likelihood.for_run() if isinstance(likelihood, Likelihood) else likelihood
@@ -334,6 +361,7 @@ def _for_run(guidance: Any) -> Any:
 
 
 def needs_gradient(name: str, value: Any) -> bool:
+    """Whether ``value`` is a tensor that requires a gradient while gradients are enabled."""
     if not isinstance(value, Tensor):
         return False
     if forward_ad.unpack_dual(value).tangent is not None:
@@ -367,14 +395,16 @@ def _progress(run: Run, state: State, i: int, weighted: bool) -> Progress:
 
 
 def noise(t: Level, s: Level, eta: float) -> float:
-    """``tau = eta sqrt(Var(x_s | x_t, x_0))`` of the step from level ``t`` to ``s``."""
+    """The noise of the step from level ``t`` to ``s``:
+
+    tau = eta sqrt(Var(x_s | x_t, x_0))
+    """
     given = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2  # variance of x_t given x_s
     return min(eta * math.sqrt(max(given, 0.0)) * s.sigma / t.sigma, s.sigma)
 
 
 def _check_particles(ess: Tensor, log_weights: Tensor, unknown: bool) -> None:
-    """The flag of a row that lost its weights, looked at once and after the loop. ``unknown``: whether a reward was
-    NaN."""
+    """Raise where a row lost its weights. Looks once, after the loop. ``unknown``: whether a reward was NaN."""
     bad = torch.isnan(ess)
     if not bad.any():
         return
