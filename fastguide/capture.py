@@ -1,4 +1,4 @@
-"""`capture`: a sampler's whole loop, network and backward pass included, as one CUDA graph that its user keeps."""
+"""`capture`: the whole loop of a sampler, network and backward pass included, as one CUDA graph that the user owns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _REFUSED = dict.fromkeys(("progress", "callback", "checkpoint", "checkpoint_ever
 _REFUSED |= dict.fromkeys(("seed", "x_T"), "it is an argument of each replay")
 _SCALES = {float: "a number", dict: "a number, a table or a function of the time", Tensor: "a number or a tensor [B]"}
 
-_recording = threading.Lock()  # torch records one graph at a time
+_recording = threading.Lock()  # torch can record only one graph at a time
 
 
 def capture(
@@ -51,35 +51,51 @@ def capture(
     keep_ancestors: bool = False,
     **others: Any,
 ) -> Capture:
-    """The loop of `fastguide.sample` with these arguments, recorded as one CUDA graph::
+    """Record the loop of `fastguide.sample` as one CUDA graph.
 
         run = fastguide.capture(prior, shape, guidance=fastguide.DPS(likelihood))
         out = run(seed=1, y=y)  # the samples of fastguide.sample, to the same bits
 
-    ``run(seed=None, y=None, x_T=None, guidance_scale=None)`` copies its arguments into memory of the graph, replays it,
-    and returns `Samples` that later calls leave alone. None is a seed from torch's generator, the prior's noise, the
-    ``y`` of the guidance's likelihood, the scale of the prior. Shapes are those of the capture; a scale has the form
-    that it had (a number, ``[B]``, one for each step) or is a number; one seed serves all observations. ``device``:
-    None is that of the networks' parameters.
-
-    - **Gain.** Python needs longer to launch a small kernel than a GPU to run it, and a replay launches all at once.
-      A large network, or many samples, keep the GPU busy while Python goes ahead: then a capture gains nothing.
+    - **Gain.** Python needs longer to launch a small kernel than a GPU to run it. A replay launches all kernels at
+      once. A large network, or many samples, keep the GPU busy while Python goes ahead; a capture then gains nothing.
     - **Time.** A capture runs the loop once, as `sample` does, and once more to record it, which computes nothing. Each
-      step is a part of the graph of its own, so that time and the graph's nodes grow with ``steps``.
-    - **Memory.** Until the last reference to ``run`` goes, it keeps what the loop needs at its peak, once: the
-      activations of one backward pass, whose memory every step uses again. Beside that, a record of each launch, and
-      copies of ``y``, ``x_T`` and the result.
-    - **What a replay reads.** Weights of networks and tensors of a `Conditional` where they stood: what is changed *in
-      place* (``copy_``, an optimiser's step) counts at the next replay. Anything else needs a new capture: operators,
-      numbers, levels and settings, branches that Python took, ``train`` or ``eval``, autocast, hooks, and tensors that
-      took another's place (``module.weight = new``, ``.data = new``, ``.to(...)``). ``run`` keeps all memory that it
-      reads.
+      step is a part of the graph of its own, so time and graph grow with ``steps``.
+    - **Memory.** ``run`` keeps what the loop needs at its peak, until the last reference to ``run`` goes: the
+      activations of one backward pass, which every step uses again, a record of each launch, and copies of ``y``,
+      ``x_T`` and the result.
+    - **What a replay reads.** Weights of networks and tensors of a `Conditional`, at the addresses that they had. What
+      is changed *in place* (``copy_``, an optimiser's step) counts at the next replay. Everything else needs a new
+      capture: operators, numbers, levels and settings, branches that Python took, ``train`` or ``eval``, autocast,
+      hooks, and tensors that were replaced (``module.weight = new``, ``.data = new``, ``.to(...)``). ``run`` keeps all
+      memory that it reads.
     - **What can be captured.** Functions that never wait for the device: no ``.item()``, no ``if`` on a tensor, no copy
-      from the host. Others raise RuntimeError, which says what stopped the recording. Networks by ``torch.compile`` in
-      its default mode can be captured.
+      from the host. Networks compiled by ``torch.compile`` in its default mode can be captured.
 
-    A call waits for its result, which may be an error of `sample`: values that are not finite, or no particle left.
-    Calls of several threads take turns.
+    Args:
+        prior: As for `fastguide.sample`.
+        shape: As for `fastguide.sample`.
+        guidance: As for `fastguide.sample`.
+        steps: As for `fastguide.sample`; 50 by default.
+        spacing: As for `fastguide.sample`.
+        eta: As for `fastguide.sample`; None is 1, DDPM.
+        clip: As for `fastguide.sample`.
+        first_sample: As for `fastguide.sample`.
+        samples_per_observation: As for `fastguide.sample`.
+        dtype: As for `fastguide.sample`.
+        device: The CUDA device. None takes that of the networks' parameters, else the current one.
+        chunk_size: As for `fastguide.sample`.
+        keep_ancestors: As for `fastguide.sample`.
+        **others: None. The arguments of `fastguide.sample` that a capture cannot take are refused by name:
+            ``progress``, ``callback``, ``checkpoint``, ``checkpoint_every``, ``run_id``, and ``seed`` and ``x_T``,
+            which each replay takes.
+
+    Returns:
+        A `Capture`, to be called as ``run(seed=None, y=None, x_T=None, guidance_scale=None)``.
+
+    Raises:
+        TypeError: An argument has the wrong type, or is not taken by a capture.
+        ValueError: An argument is outside its range, or ``device`` is not a CUDA device.
+        RuntimeError: The loop cannot be recorded. The message says what stopped it.
     """
     for name in others:
         reason = f": {_REFUSED[name]}" if name in _REFUSED else ""
@@ -109,12 +125,12 @@ def _cuda_device(device: torch.device) -> torch.device:
 
 
 class Capture:
-    """A captured loop, see `capture`."""
+    """A captured loop, as `capture` returns it. It owns its memory and its stream."""
 
     def __init__(self, run: Run, guidance: Any, loop: sampling.Loop):
         self._lock = threading.Lock()
         with _recording, _without_cache(run.device), foreign.package_modes(run.device):
-            # What a replay reads anew: the seed's bits, the start, the guidance scale and the observation.
+            # The inputs of a replay: the bits of the seed, the start, the guidance scale and the observation.
             self._seed_there = torch.zeros(1, dtype=torch.int64, device=run.device)
             self._x_T_there = run.prior_noise()
             denoiser, self._scale = copy.copy(run.denoiser), run.denoiser.guidance_scale
@@ -138,13 +154,31 @@ class Capture:
                 return (*loop(run, guidance), run.watch.numbers())
 
             self._recorded = _record(whole, run.device)
-        modules = modules_of(denoiser, guidance)  # compiled, they are read by kernels that no dispatch mode sees
+        modules = modules_of(denoiser, guidance)  # no dispatch mode sees the kernels of compiled modules
         self._read = [t.untyped_storage() for _, m in modules for t in (*m.parameters(), *m.buffers())]
 
     def __call__(
         self, *, seed: int | None = None, y: Tensor | None = None, x_T: Tensor | None = None, guidance_scale: Any = None
     ) -> Samples:
-        """See `capture`."""
+        """Replay the graph with new inputs.
+
+        The call waits for its result. Calls from several threads take turns. Shapes are those of the capture.
+
+        Args:
+            seed: An integer in ``[0, 2^64)``, for all observations. None draws one from torch's default generator.
+            y: The observation. None takes the ``y`` of the guidance's likelihood.
+            x_T: The start. None takes the prior's noise.
+            guidance_scale: A scale of the form that it had in the capture (a number, ``[B]``, or one for each step), or
+                a number. None takes that of the prior.
+
+        Returns:
+            The samples. Later calls do not change them.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: An argument has another shape than in the capture, requires a gradient or is outside its range.
+            FloatingPointError: A value stopped being finite, or no particle is left.
+        """
         run, own_seed = self._run, sampling.checked_seed(seed, self._run.observations)
         if isinstance(own_seed, tuple):
             raise ValueError(f"seed: expected an integer, since a captured loop has one seed for all, got {got(seed)}")
@@ -196,41 +230,41 @@ def _numbers(scale: Any) -> Tensor:
 
 
 def _without_cache(device: torch.device) -> torch.autocast:
-    """The caller's autocast. Its cache would hold casts of weights that a replay does not make again."""
+    """The caller's autocast without its cache. The cache would keep casts of weights, which a replay must make anew."""
     dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 class _Recorded(NamedTuple):
     results: tuple[Tensor | None, ...]  # in the graph's memory
-    replay: Callable[[], None]  # computes them anew
-    kept: Sequence[torch.UntypedStorage] = ()  # memory that it reads
+    replay: Callable[[], None]  # computes the results again
+    kept: Sequence[torch.UntypedStorage] = ()  # memory that the graph reads
 
 
 def _record(function: Callable[[], tuple[Tensor | None, ...]], device: torch.device) -> _Recorded:
-    """The work of ``function`` on a CUDA device as a graph with memory and a stream of its own."""
+    """Record the work of ``function`` as a CUDA graph with memory and a stream of its own."""
     with torch.cuda.device(device):
         current, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            function()  # compilers, tuners and caches have their say here
+            function()  # warm-up: lets compilers, tuners and caches do their work before the recording
         current.wait_stream(stream)
         reads, failure = _Reads(), None
         results: tuple[Tensor | None, ...] = ()
-        torch._C._cuda_clearCublasWorkspaces()  # the graph takes its own, in its memory
-        # What other threads do meanwhile, such as pinning memory, breaks no capture of this one.
+        torch._C._cuda_clearCublasWorkspaces()  # so that the graph makes workspaces in its own memory
+        # thread_local: what other threads do meanwhile, such as pinning memory, does not break the capture.
         recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
         try:
-            with torch.cuda.stream(current), recording:  # a broken capture leaves its stream the current one
+            with torch.cuda.stream(current), recording:  # a broken capture would leave its own stream current
                 try:
                     with reads:
                         results = function()
-                except Exception as error:  # the end of a broken capture is an error that says less
+                except Exception as error:  # ending a broken capture raises too, with a less useful message
                     failure = error
         except Exception as error:
             failure = failure or error
         finally:
-            torch._C._cuda_clearCublasWorkspaces()  # and nobody else does
+            torch._C._cuda_clearCublasWorkspaces()  # so that nothing else uses the graph's workspaces
     if failure is not None:
         words = f"{type(failure).__name__}: {failure}".strip().splitlines()[0]
         raise RuntimeError(f"capture: the loop cannot be recorded as a CUDA graph: {words}") from failure
@@ -243,7 +277,10 @@ def _record(function: Callable[[], tuple[Tensor | None, ...]], device: torch.dev
 
 
 class _Reads(TorchDispatchMode):
-    """Notes the memory that operations are given, weakly: what is left after a recording is not the loop's own."""
+    """Notes the memory that operations read, by weak references.
+
+    What is still alive after a recording is not the loop's own.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +288,7 @@ class _Reads(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # otherwise a compiled network would run as it was written
+        return True  # without it a compiled network would run uncompiled
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for value in tree_iter((args, kwargs)):
