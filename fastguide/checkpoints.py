@@ -1,4 +1,4 @@
-"""A run's state in a file, from which the run goes on to the same bits."""
+"""A file with the state of a run. The run goes on from it and ends in the same bits."""
 
 from __future__ import annotations
 
@@ -23,24 +23,38 @@ from .schedules import Level, Schedule
 
 __all__ = ["Checkpoint", "saved_seed"]
 
-# A trial's results: numbers that sum up each tensor, or the word for a function that no numbers tell from another.
+# Results of a trial: for each tensor a few numbers that sum it up, or a word where no numbers can.
 Trial = dict[str, list[float] | str]
 _RANDOM, _FAILED = "random", "failed"
 
-_STREAM_TRIAL = 0x7472  # of the trials' input, which no run draws from
+_STREAM_TRIAL = 0x7472  # the random numbers of the trials' input; no run draws from this stream
 
 
 class Checkpoint:
-    """The file of one run, for `fastguide.sample`. What tells the run from others is computed once, here.
+    """The file of one run of `fastguide.sample`, and the check that a file belongs to the run.
 
-    - A run goes on from a file of the same numbers, schedules (evaluated at the run's levels), tensors (by content),
-      kinds of objects, names of functions and ``run_id``. ``chunk_size`` may differ: noise does not depend on it.
-    - Functions must also give the same results: the network on one sample at the middle level, and the operators,
-      likelihoods, rewards, potentials, proposals and decoders in a few steps of the guidance with two particles, in
-      which a stand-in takes the place of the network. Results are compared to three digits, since another number of
-      threads rounds otherwise.
-    - Each trial runs twice. Where the two differ (dropout), or a function raises on such an input, its name alone
-      counts. So do functions that agree on the trial's input: ``run_id`` is for those.
+    A run goes on from a file that matches in these ways:
+
+    - Numbers, schedules (evaluated at the run's levels), tensors (by content), kinds of objects, names of functions and
+      ``run_id`` are the same. ``chunk_size`` may differ, since noise does not depend on it.
+    - Functions give the same results in a small trial. The network is called on one sample at the middle level.
+      Operators, likelihoods, rewards, potentials, proposals and decoders are called in a few steps of the guidance with
+      two particles, where a stand-in replaces the network. Results are compared to three digits, since another number
+      of threads rounds differently.
+
+    Each trial runs twice. Where the two differ (dropout), or a function raises on such an input, only the function's
+    name counts. Two functions that agree in the trial cannot be told apart; give them another ``run_id``.
+
+    Args:
+        path: The file, in a folder that can be written to.
+        run: The constants of the run.
+        guidance: The guidance object.
+        keep_ancestors: Whether the run keeps the ancestors of every step.
+        run_id: A string that tells runs apart, or None.
+
+    Raises:
+        TypeError: ``run_id`` is not a string.
+        ValueError: ``path`` is a folder, or its folder cannot be written to.
     """
 
     def __init__(
@@ -62,8 +76,15 @@ class Checkpoint:
         }
 
     def load(self) -> tuple[State, int, list, list] | None:
-        """State, steps done, ESS and ancestors of each step; None without a file. Raises ValueError for the file of
-        another run."""
+        """What was saved.
+
+        Returns:
+            The state, the number of steps done, and the ESS and the ancestors of each step. None where there is no
+                file.
+
+        Raises:
+            ValueError: The file is of another run, or is not a checkpoint.
+        """
         if not os.path.exists(self.path):
             return None
         saved = _read(self.path, self._run.device)
@@ -80,17 +101,17 @@ class Checkpoint:
         return State(**saved["state"]), saved["done"], saved["ess"], saved["ancestors"]
 
     def _others(self, saved: dict[str, str]) -> list[str]:
-        """The arguments that the file's run had otherwise."""
+        """The names of the arguments that differ from those of the file's run."""
         ours = self._arguments
         others = [name for name in {**ours, **saved} if ours.get(name) != saved.get(name)]
-        # Tables follow the levels, and the fields of a guidance its class.
+        # Other levels change the tables, and another class of guidance has other fields: name the cause alone.
         for cause, known in (("guidance", _OWN), ("steps", _OWN - {"guidance"})):
             if cause in others:
                 others = [name for name in others if name in known]
         return others
 
     def save(self, state: State, done: int, ess: list, ancestors: list) -> None:
-        """Written beside the file and renamed, so that a run that is killed leaves the last whole one."""
+        """Write the state beside the file, then rename it. A run that is killed leaves the last complete file."""
         content = {
             "arguments": self._arguments,
             "trials": self._trials,
@@ -112,14 +133,14 @@ class Checkpoint:
 
 
 def saved_seed(path: str | os.PathLike) -> Any:
-    """The seed of the run whose file this is, for a run that was started without one; None without a file."""
+    """The seed in a checkpoint, for a run that was started without one. None where there is no file."""
     return _read(path, torch.device("cpu"))["seed"] if os.path.exists(path) else None
 
 
 def _fields(guidance: Any) -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(guidance) if dataclasses.is_dataclass(guidance) else ():
         value = getattr(guidance, field.name)
-        if not field.init:  # LatentPnP's PnP, whose tables are those of its own fields
+        if not field.init:  # the PnP inside LatentPnP: its tables come from the fields of LatentPnP
             yield from _fields(value)
         elif field.compare:
             yield field.name, value
@@ -128,7 +149,7 @@ def _fields(guidance: Any) -> Iterator[tuple[str, Any]]:
 def _read(path: str | os.PathLike, device: torch.device) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is not its own
+    except Exception as error:  # torch raises many kinds of error for other files
         raise ValueError(
             f"checkpoint: expected a file of fastguide.sample, got {os.fspath(path)}: {type(error).__name__}"
         ) from error
@@ -137,7 +158,7 @@ def _read(path: str | os.PathLike, device: torch.device) -> dict[str, Any]:
     return saved
 
 
-# Arguments that no other one changes.
+# Arguments that do not depend on others.
 _OWN = {
     "guidance", "shape", "steps", "seed", "clip", "dtype", "device", "x_T", "samples_per_observation", "first_sample",
     "keep_ancestors", "run_id",
@@ -145,7 +166,7 @@ _OWN = {
 
 
 def _arguments(run: Run, guidance: Any) -> Iterator[tuple[str, Any]]:
-    """What tells the run from others, under the names that the caller gave it by."""
+    """What tells the run from others, under the names of the caller's arguments."""
     yield "guidance", type(guidance).__qualname__
     yield "shape", (run.observations, run.event)
     yield "steps", run.levels
@@ -161,8 +182,11 @@ def _arguments(run: Run, guidance: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _describe(value: Any) -> Any:
-    """A run's constants or a guidance object by content: of every call the tensors are others, moved to its device;
-    networks, functions and the objects of others go by their names."""
+    """The content of a run's constants or of a guidance object.
+
+    Tensors are described by their elements, since each call moves them to its device anew. Networks, functions and
+    unknown objects are described by their names.
+    """
     if isinstance(value, Tensor):
         plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
         content = plain.flatten().view(torch.uint8).numpy().tobytes()
@@ -189,7 +213,7 @@ def _name(function: Any) -> Any:
 
 
 def _likelihoods(value: Any) -> Iterator[Likelihood]:
-    """Those that a guidance object holds, at any depth."""
+    """The likelihoods that a guidance object holds, at any depth."""
     if isinstance(value, Likelihood):
         yield value
     elif isinstance(value, tuple | list):
@@ -204,7 +228,7 @@ def _likelihoods(value: Any) -> Iterator[Likelihood]:
 
 
 class _StandIn(Denoiser):
-    """A network that costs nothing: ``x_0`` is ``x_t`` brought to the size of the data."""
+    """A stand-in for the network that costs nothing: ``x_0`` is ``x_t``, scaled to the size of the data."""
 
     def __init__(self, denoiser: Denoiser):
         super().__init__(_nothing, denoiser.schedule, "sample")
@@ -218,7 +242,7 @@ def _nothing(x: Tensor, t: Tensor) -> Tensor:
 
 
 def _twice(run: Run, trial: Callable[[], Trial]) -> Trial:
-    """What both runs of a trial say. Torch's generators are left as they were."""
+    """The results of two runs of a trial. Torch's generators are left as they were."""
     devices = [run.device] if run.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         first, second = trial(), trial()
@@ -240,7 +264,7 @@ def _try_network(run: Run) -> Trial:
 
 
 def _try_guidance(run: Run, guidance: Any) -> Trial:
-    """The operators and densities of its likelihoods; then the state after its first steps, and after the last."""
+    """A trial of the operators and densities of the likelihoods, then of the guidance's first steps and last step."""
     trial: Trial = {}
     small = dataclasses.replace(
         run, denoiser=_StandIn(run.denoiser), observations=1, particles=min(run.particles, 2), seed=0, x_T=None,
@@ -269,7 +293,7 @@ def _try_guidance(run: Run, guidance: Any) -> Trial:
 
 
 def _deciding_steps(run: Run, guidance: Any) -> set[int]:
-    """The first step of each kind that decides something, as FK's do, and the last step."""
+    """The first step of each kind of decision, see ``FK.decides``, and the last step."""
     decides = getattr(guidance, "decides", lambda i: (i == 0,))
     kinds = {decides(i): i for i in reversed(range(run.steps))}
     return {run.steps - 1, *(i for kind, i in kinds.items() if any(kind))}
@@ -286,8 +310,11 @@ def _record(trial: Trial, when: str, state: State) -> None:
 
 
 def _sum_up(value: Tensor) -> list[float]:
-    """Its size and counts of NaN and both infinities; the root of the mean square of the rest, and eight random
-    projections of it, each as large as that root."""
+    """Numbers that sum up a tensor.
+
+    These are its size, the counts of NaN and of both infinities, the root mean square, and eight random projections as
+    large as that root.
+    """
     value = value.detach().to("cpu", torch.float64).flatten()
     counts = [value.numel(), *(int(mask.sum()) for mask in (value.isnan(), value == math.inf, value == -math.inf))]
     value = value.nan_to_num(0.0, 0.0, 0.0)
@@ -305,7 +332,7 @@ def _tolerance(run: Run) -> float:
 
 def _agree(ours: Trial, theirs: Trial, tolerance: float) -> bool:
     if ours.keys() != theirs.keys():
-        return _RANDOM in (*ours.values(), *theirs.values())  # what follows a random value may fail, or not
+        return _RANDOM in (*ours.values(), *theirs.values())  # after a random value a trial may fail or succeed
     return all(_match(value, theirs[name], tolerance) for name, value in ours.items())
 
 

@@ -1,7 +1,7 @@
-"""What the user brought: values, and calls of networks, decoders, rewards, potentials, proposals.
+"""Calls of the user's functions: networks, decoders, rewards, potentials and proposals.
 
-Such a function gets a copy of its tensors, so that it may write into them, and the autocast of whoever called
-`fastguide.sample`. The package's own arithmetic runs without autocast, inference mode and gradients.
+Such a function gets copies of its tensors, so that it may write into them, and runs under the autocast of whoever
+called `fastguide.sample`. The package's own arithmetic runs without autocast, inference mode and gradients.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from .memory import Memory
 
 __all__ = ["as_tensor", "call", "memory", "package_modes", "returned", "without_autocast"]
 
-# The autocast of the caller of `fastguide.sample`: arguments of torch.autocast, of each device type where it is on.
+# The autocast of the caller of `fastguide.sample`: arguments of torch.autocast, for each device type where it is on.
 _autocast: ContextVar[tuple[dict[str, Any], ...]] = ContextVar("fastguide_autocast", default=())
-# What the loop of the present `fastguide.sample` makes large tensors of.
+# The cache of large blocks of the running `fastguide.sample`.
 _memory: ContextVar[Memory | None] = ContextVar("fastguide_memory", default=None)
 
 
 @contextlib.contextmanager
 def package_modes(device: torch.device) -> Iterator[None]:
-    """Inside, arithmetic is the package's own: no autocast, no inference mode, no gradients; and `memory` is one for
-    all."""
+    """The modes of the package's own arithmetic: no autocast, no inference mode, no gradients, and one `memory`."""
     found = []
     with contextlib.ExitStack() as modes:
         for kind in {"cpu", device.type}:
@@ -45,7 +44,7 @@ def package_modes(device: torch.device) -> Iterator[None]:
 
 
 def memory() -> Memory:
-    """Of the present run."""
+    """The cache of large blocks of the present run; a new one outside a run."""
     return _memory.get() or Memory()
 
 
@@ -70,8 +69,10 @@ def call(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def returned(
     name: str, value: Any, expected: str = "a tensor or an object with a tensor sample", *, real: bool = True
 ) -> Tensor:
-    """The tensor that a user's function means by what it returned: an output object, such as a decoder's, has it as
-    ``sample``. ``real``: refuse a complex tensor; the package would drop its imaginary part."""
+    """The tensor in what a user's function returned: itself, or the tensor ``sample`` of an output object.
+
+    ``real`` refuses a complex tensor, since the package would drop its imaginary part.
+    """
     found = value if isinstance(value, Tensor) else getattr(value, "sample", None)
     if not isinstance(found, Tensor):
         raise TypeError(f"{name}: expected it to return {expected}, got {type(value).__name__}")
@@ -81,5 +82,8 @@ def returned(
 
 
 def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor where it is; anything else on the CPU, also where torch's default device is another."""
+    """``value`` as a tensor.
+
+    A tensor stays where it is. Anything else goes to the CPU, whatever torch's default device is.
+    """
     return torch.as_tensor(value, dtype=dtype, device=value.device if isinstance(value, Tensor) else "cpu")

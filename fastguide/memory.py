@@ -1,7 +1,8 @@
-"""Memory of large results that nobody holds any more, for the next ones.
+"""A cache of large memory blocks: a block that nothing uses any more is given out again.
 
-A C library maps a large block afresh and gives it back when it is freed. The page faults of the next block then cost
-more than most passes over it. A loop avoids them with a `Memory` of its own. A GPU needs none: torch keeps its memory.
+A C library maps a large block on allocation and unmaps it when it is freed. The page faults of the next block then cost
+more than most passes over it. A loop avoids them with a `Memory` of its own. A GPU needs none, since torch caches its
+memory.
 """
 
 from __future__ import annotations
@@ -20,33 +21,35 @@ from .arguments import traced, transformed
 
 __all__ = ["Memory"]
 
-_LEAST = 1 << 20  # bytes: smaller blocks mostly come from memory that the C library has kept
-_BLOCKS = 8  # kept at most: the state, the next, x0_hat, the measurement, and four of a gradient on its way to x_t
+_LEAST = 1 << 20  # bytes; the C library itself caches smaller blocks
+_BLOCKS = 8  # most blocks kept: the state, the next state, x0_hat, the measurement, and four for a gradient
 
 
 def _holders(block: torch.UntypedStorage) -> tuple[int, int]:
-    """How many hold it: Python's references, then those of tensors, graphs, arrays and capsules."""
+    """The number of holders of a block: Python's references, then those of tensors, graphs, arrays and capsules."""
     return sys.getrefcount(block), torch._C._storage_Use_Count(block._cdata)
 
 
-_NOBODYS = deque([torch.UntypedStorage(1)])  # in a row as a `Memory`'s blocks, and held by nobody else
+_NOBODYS = deque([torch.UntypedStorage(1)])  # a block without other holders, kept as a `Memory` keeps its blocks
 
 
 def _large(x: Tensor, size: int | None = None) -> bool:
-    """Whether it is worth a thought: a large block on the CPU, seen by neither autograd nor a tracer. ``size``: in
-    bytes, if it is not that of ``x``."""
+    """Whether a result should come from the cache: a large CPU block that neither autograd nor a tracer sees.
+
+    ``size`` is in bytes; None takes the size of ``x``.
+    """
     if not x.is_cpu or type(x) is not Tensor or (x.nbytes if size is None else size) < _LEAST or not x.is_contiguous():
         return False
     return not (traced() or transformed() or (x.requires_grad and torch.is_grad_enabled()))
 
 
 class Memory:
-    """The last large blocks that it gave out. It gives one again only when nobody else holds it.
+    """The last large blocks that were given out. A block is given again only when nothing else holds it.
 
-    A block is a storage, and whatever can read it later holds it: a tensor and its views, a graph, an array of numpy, a
-    DLPack capsule, the storage's own Python object. What was handed to a user's function and kept there therefore stays
-    what it was. A block in shared memory, which another process may hold, is not given again. An address alone holds
-    nothing, as everywhere in torch.
+    A block is a storage. Everything that can read it later holds it: a tensor and its views, a graph, a numpy array, a
+    DLPack capsule, the storage's own Python object. So what a user's function was handed and keeps does not change. A
+    block in shared memory is not given again, since another process may hold it. A bare address holds nothing, as
+    everywhere in torch.
     """
 
     def __init__(self) -> None:
@@ -57,12 +60,14 @@ class Memory:
         return Memory, ()  # a copy has blocks of its own
 
     def like(self, x: Tensor, *others: Any) -> Tensor | None:
-        """Memory for a result like ``x`` that is made of it and of ``others``, tensors or not; None where torch's own
-        is as good, or the result has a derivative."""
+        """Memory for a result like ``x``, computed from ``x`` and ``others``.
+
+        None where torch's own memory is as good, or the result has a derivative. ``others`` need not be tensors.
+        """
         return self.shaped(x.shape, x, *others)
 
     def shaped(self, shape: Sequence[int], x: Tensor, *others: Any) -> Tensor | None:
-        """The same for a result of another shape and the dtype of ``x``."""
+        """Memory for a result of another shape and the dtype of ``x``, or None, see `like`."""
         size = math.prod(shape) * x.element_size()
         if not _large(x, size):
             return None
@@ -73,7 +78,7 @@ class Memory:
             for block in (*_NOBODYS, *self._blocks):
                 holders = _holders(block)
                 if alone is None:
-                    alone = holders  # counted here and now: Python's versions and torch's compiler add some
+                    alone = holders  # counted at run time: it depends on the Python version and torch's compiler
                 elif holders == alone and block.nbytes() == size and not block.is_shared():
                     return torch.empty(0, dtype=x.dtype, device="cpu").set_(block, 0, shape)  # type: ignore[call-overload]
             result = torch.empty(shape, dtype=x.dtype, device="cpu")
@@ -81,20 +86,23 @@ class Memory:
         return result
 
     def keep(self, x: Tensor) -> Tensor:
-        """``x``, new memory of the loop's own, as if it were given out."""
+        """``x``, whose memory must be new, added to the cache."""
         if _large(x) and x.untyped_storage().nbytes() == x.nbytes:
             self._blocks.append(x.untyped_storage())
         return x
 
     def pair(self, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """The same for two results."""
+        """Memory for two results like ``x``, or None, see `like`."""
         first = self.like(x, *others)
         second = None if first is None else self.like(x, *others)
         return None if first is None or second is None else (first, second)
 
     def copy(self, x: Tensor) -> Tensor:
-        """``x.clone()``, with its derivative. The copy of a whole block has the block's memory until one of the two is
-        written to, or asked for an address to write to, as by numpy: most networks only read."""
+        """``x.clone()``, with its derivative.
+
+        The copy of a whole block shares the block's memory until one of the two is written to, or is asked for a
+        writable address, as numpy does. Most networks only read.
+        """
         if _large(x.detach()):
             storage = x.untyped_storage()
             if storage.nbytes() == x.nbytes and any(storage._cdata == block._cdata for block in self._blocks):

@@ -20,8 +20,11 @@ __all__ = ["modules_of", "warn_of_training"]
 
 
 def modules_of(prior: Any, guidance: Any) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Each with the name of the argument that it came in: ``net``, ``decoder``, ``operator.f``. A module counts where
-    it is the function itself, or is bound to it (a method, `functools.partial`, what `functools.wraps` has wrapped)."""
+    """The modules of a run, each with the name of its argument: ``net``, ``decoder``, ``operator.f``.
+
+    A module is found where it is the function itself, or is bound to it: by a method, by `functools.partial`, or by
+    `functools.wraps`.
+    """
     seen: list[Any] = []
     for name in ("net", "unconditional"):
         yield from _modules(name, getattr(prior, name, None), seen)
@@ -44,7 +47,7 @@ def _modules(name: str, value: Any, seen: list[Any]) -> Iterator[tuple[str, torc
 
 
 def _behind(value: Any) -> tuple[Any, ...]:
-    """What a function is made of, or the functions in a sequence of them."""
+    """The parts of a function, or the functions in a sequence."""
     if isinstance(value, tuple | list):
         return tuple(value)
     if isinstance(value, Conditional):
@@ -59,7 +62,7 @@ def _behind(value: Any) -> tuple[Any, ...]:
 
 
 def warn_of_training(prior: Any, guidance: Any, stacklevel: int) -> None:
-    """Warn of a module whose dropout or batch statistics are on: the samples depend on more than the seed."""
+    """Warn where dropout or batch statistics are in training mode: the samples then depend on more than the seed."""
     warned = set()
     for name, module in modules_of(prior, guidance):
         for part in module.modules():

@@ -1,17 +1,17 @@
-"""NVTX ranges for the phases of a sampler's step, which Nsight Systems and Nsight Compute show.
+"""NVTX ranges for the phases of a step, shown by Nsight Systems and Nsight Compute.
 
 | range | holds |
 | --- | --- |
 | ``fastguide.network`` | an evaluation of the denoiser |
-| ``fastguide.gradient`` | the likelihood's or the reward's gradient, pulled back through the network |
-| ``fastguide.solve`` | the data step of PnP; of LatentPnP decoder and encoder as well |
-| ``fastguide.step`` | the reverse step, and for a guided proposal the ratio of densities that comes with it |
-| ``fastguide.weights`` | densities, rewards and potentials, and the log-weights that they change |
-| ``fastguide.resample``, ``fastguide.gather`` | the ancestors, and the particles that move |
+| ``fastguide.gradient`` | the gradient of the likelihood or reward, pulled back through the network |
+| ``fastguide.solve`` | the data step of PnP; for LatentPnP decoder and encoder as well |
+| ``fastguide.step`` | the reverse step; for a guided proposal also the ratio of densities |
+| ``fastguide.weights`` | densities, rewards and potentials, and the change of the log-weights |
+| ``fastguide.resample``, ``fastguide.gather`` | the ancestors; the copies of particles |
 
-Where the network and what follows see one chunk after the other, their ranges take turns. A range is of the thread that
-opened it, and autograd launches a backward pass on a GPU from another. A replay of `fastguide.capture` has none: they
-appear where it is captured.
+Where the network runs on one chunk after the other, its range and the next alternate. A range belongs to the thread
+that opened it; autograd launches a backward pass on a GPU from another thread. A replay of `fastguide.capture` has no
+ranges: they appear while it is captured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["phase"]
 
 
 class _Range:
-    """Push and pop around a body; of no state, so that one serves nested and concurrent uses."""
+    """Push and pop around a body. It has no state, so one object serves nested and concurrent uses."""
 
     def __init__(self, message: str, push: Callable[[str], object], pop: Callable[[], object]):
         self._message, self._push, self._pop = message, push, pop
@@ -43,11 +43,10 @@ _NOTHING = contextlib.nullcontext()
 
 
 def phase(name: str) -> contextlib.AbstractContextManager[None]:
-    """``with phase(name):`` runs its body in the range ``fastguide.<name>``; as it is where no tool listens, and while
-    ``torch.compile`` traces.
+    """A context in the range ``fastguide.<name>``. Free when no profiler is attached, and inside ``torch.compile``.
 
-    A tool makes itself known to NVTX by an environment variable, which NVTX reads once as well; so whether one listens
-    is looked up at the first use of a name.
+    A profiler announces itself to NVTX by an environment variable. NVTX reads it once, so it is read here at the first
+    use of a name.
     """
     return _NOTHING if torch.compiler.is_compiling() else _range(name)
 
@@ -59,7 +58,7 @@ def _range(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 def _functions() -> tuple[Callable[[str], object], Callable[[], object]] | None:
-    """Push and pop: of ``nvtx``, of torch where that is absent, or None where torch was built without CUDA."""
+    """Push and pop, from ``nvtx`` or else from torch; None where torch was built without CUDA."""
     try:
         import nvtx
     except ImportError:
