@@ -98,15 +98,14 @@ def sample(
             themselves, see `Schedule.levels`.
         spacing: How the levels are spread, see `Schedule.levels`; None takes the default of the schedule.
         eta: Amount of fresh noise in each step, in ``[0, 1]``. 0 is DDIM, which adds none; 1 is DDPM. A number, a table
-            with one entry per step, or a function of the schedule's time. None is 1, and the only choice for PnP and
-            LatentPnP: their ``zeta`` splits the noise instead. TDS and guided FK need a value above 0 at one step or
-            more.
+            with one entry per step, or a function of the schedule's time. None is 1. PnP and LatentPnP take
+            None only: their ``zeta`` splits the noise instead. TDS and guided FK need a value above 0 in some step.
         clip: Clips ``x0_hat`` in the reverse step. A number ``c > 0`` for ``[-c, c]``, a tuple ``(low, high)`` with
             ``low < high``, or a `fastguide.ops.DynamicThreshold`. None does not clip.
         seed: An integer in ``[0, 2^64)``, or a list of B of them. None draws one from torch's default generator, or
             takes that of the checkpoint. The result carries it. The noise depends on the seed, the step and the index
             of the sample, not on the batch. Batches differ only by the network's rounding, about 1e-6 in float32. With
-            a list, each observation is what a run of it alone with its seed draws.
+            a list, each observation is drawn as if it ran alone with its seed.
         first_sample: Index of the first sample (observation), ``>= 0``. A run of ``shape = (1, *event)`` with
             ``first_sample=k`` draws sample ``k`` of a larger run. Must be 0 with a list of seeds.
         samples_per_observation: Draw n samples of each observation; ``x`` is then ``[B, n, *event]``. Sample ``j`` of

@@ -157,7 +157,7 @@ class Schedule:
             spacing: How the levels are spread. ``"uniform"`` spreads the schedule's own time evenly, ``"karras"``
                 spreads ``(sigma / alpha)^(1/7)``, and ``"logsnr"`` spreads ``log(alpha / sigma)``. A table takes its
                 nearest distinct entries. None is ``"uniform"`` for tables and `flow`, ``"logsnr"`` for `ve`,
-                ``"karras"`` for `edm`, and the only choice where ``steps`` lists the times.
+                ``"karras"`` for `edm`. It must be None where ``steps`` lists the times.
 
         Returns:
             ``steps + 1`` levels. The last one is clean.
