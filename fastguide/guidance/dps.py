@@ -25,20 +25,36 @@ from .base import (
 
 @dataclass(frozen=True)
 class DPS:
-    """``x_s = reverse_step(x_t) + zeta(t) grad_{x_t} log p(y | x_t)``: the guidance ascends the log-likelihood.
+    """Diffusion posterior sampling: each step follows the gradient of the log-likelihood.
 
-    - ``zeta``: a number, a table of one entry per step, or a function of the schedule's time. With ``normalize``, start
-      with 0.1 to 1: less where the samples diverge, more where they miss the measurement. ``"score"`` gives the
-      gradient the weight with which the score enters the mean, so that the step is the guided one; it needs
-      ``normalize=False``.
-    - ``normalize``: divide by half the norm of the gradient in ``A x0_hat``. For a Gaussian that is the step of the
-      paper's algorithm 1, ``-zeta / norm(y - A x0_hat) * grad norm(y - A x0_hat)^2``. The authors' code takes the
-      gradient of the norm itself, which is half as long: their ``scale: 1.0`` is ``zeta=0.5`` here.
-    - ``covariance``: of ``x_0`` given ``x_t``: ``"point"`` as published, ``"isotropic"``, ``"moment"`` (with
-      ``zeta="score"``: TMPD, Boys et al. 2023). None is ``"point"``, but with ``zeta="score"``, where that can diverge,
-      ``"moment"`` where it can be had, else ``"isotropic"``.
+        x_s = reverse_step(x_t) + zeta(t) grad_{x_t} log p(y | x_t)
 
-    Not exact: its samples are no draws of ``p(x | y)``, however many steps. TDS's are.
+    DPS is not exact. Its samples are not draws of ``p(x | y)``, whatever the number of steps; those of `TDS` are, as
+    its particles grow in number.
+
+    Args:
+        likelihood: The error model. Its operator must be differentiable, or linear with an adjoint.
+        zeta: Size of the step along the gradient, finite and ``>= 0``. A number, a table with one entry per step, or a
+            function of the schedule's time. With ``normalize``, start with 0.1 to 1: less where the samples diverge,
+            more where they miss the measurement. ``"score"`` gives the gradient the weight that the score has in the
+            mean, so that the step is the guided one; it needs ``normalize=False``.
+        normalize: Divide by half the norm of the gradient in ``A x0_hat``. For a Gaussian that is the step of the
+            paper, ``-zeta / norm(y - A x0_hat) * grad norm(y - A x0_hat)^2``. The authors' code takes the gradient of
+            the norm itself, which is half as long: their ``scale: 1.0`` is ``zeta=0.5`` here.
+        covariance: Covariance of ``x_0`` given ``x_t`` in ``p(y | x_t)``. ``"point"`` is none, as published.
+            ``"isotropic"`` is ``r_t^2 I``, with ``r_t^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2)``. ``"moment"`` is
+            second-order Tweedie; it needs a linear operator and at most 16 measurements. None takes ``"point"``. With
+            ``zeta="score"``, where that can diverge, None takes ``"moment"`` where it can be had, else ``"isotropic"``.
+
+    Raises:
+        TypeError: ``likelihood`` is not a likelihood, or ``zeta`` or ``normalize`` has the wrong type. Like all errors
+            of guidance objects, this is raised when the run starts.
+        ValueError: ``zeta`` is outside its range, ``normalize`` is True with ``zeta="score"``, or ``covariance`` is
+            unknown or does not fit the likelihood.
+
+    Source:
+        Chung et al. 2023, algorithm 1. With ``covariance="moment"``, ``zeta="score"`` and ``normalize=False``: TMPD,
+        Boys et al. 2023.
     """
 
     likelihood: Likelihood
@@ -50,7 +66,7 @@ class DPS:
         likelihood, measurements = prepare_likelihood(run, self.likelihood)
         covariance = self.covariance
         if covariance is None:
-            scored = isinstance(self.zeta, str) and self.zeta == "score"  # an array compares each of its entries
+            scored = isinstance(self.zeta, str) and self.zeta == "score"  # an array would compare entry by entry
             covariance = default_covariance(likelihood, measurements) if scored else "point"
         likelihood = check_covariance(run, likelihood, covariance, measurements)
         normalize = flag("normalize", self.normalize)
@@ -87,7 +103,7 @@ class DPS:
             return State(x, x0_hat=x0_hat)
 
     def _weight(self, run: Run, i: int) -> Scalar:
-        """Of the gradient, as `PullBack` has it."""
+        """The weight of the gradient in ``x_t``, which `PullBack` computes."""
         if isinstance(self.zeta, str):
             return run.x0_weight(i) * run.shift_scale(i)
         level = run.levels[i]

@@ -43,40 +43,66 @@ Proposal = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class FK:
-    """``particles`` weighted particles per observation whose target is ``p(x_0) exp(strength * r(x_0))``.
+    """Feynman-Kac steering: weighted particles that follow any reward, differentiable or not.
 
-    - ``reward``: ``r(x0 [n, *event]) -> [n]``, differentiable or not, taken at ``x0_hat`` on the way and at ``x_0`` at
-      the end. It returns a tensor, an array or a list. With a parameter named ``t`` it is also given the schedule's
-      time of the level. The clean time is always a float: that of a table of betas is -1.0, which is no index. A
-      sequence of pairs ``(weight, r)`` stands for the weighted sum of several rewards. NaN gives the particle weight
-      0, with a warning. ``-inf`` at ``x_0`` gives weight 0; on the way, where ``x0_hat`` may break a constraint that
-      ``x_0`` will meet, it counts as the lowest finite reward of the observation's particles. ``+inf`` is an error. Or
-      a likelihood: ``r = log p(y | x_0)``, approximated on the way with ``covariance`` as in TDS; the default with the
-      base proposal needs no derivative.
-    - ``potential``, the log-weight of a level: ``"difference"`` ``strength * r`` minus the same at the last level that
-      had a potential; ``"max"`` and ``"sum"`` ``strength *`` the largest reward, or their sum, so far; or
-      ``f(r [n], r of the last such level [n], or None at the first) -> log-potential [n]``. ``x_0`` always has a
-      potential: the one that makes the product ``exp(strength * r(x_0))``.
-    - ``strength``: a number, a table with one entry per step, or a function of the schedule's time, each ``>= 0``. The
-      potential of a level takes the entry of the step that starts there. ``x_0``, where no step starts, takes the last
-      entry, ``> 0``: it is the strength of the target.
-    - ``proposal``: ``"base"`` the reverse step; ``"guided"`` that of TDS, with the gradient of the reward (of several,
-      those that have one), which needs ``covariance="point"`` where the reward is no likelihood: the gradient is taken
-      at ``x0_hat`` as if that were certain, and a sharp reward makes the particles diverge. Or
-      ``f(x, x0_hat, coefficients, *, seed, step) -> (x_s, log_ratio [n])``, ``log_ratio`` the
-      base kernel's log-density minus its own. The function gets all ``B * K`` particles in one call, whatever the
-      ``chunk_size``, and cannot be used with a list of seeds or ``first_sample > 0``. ``coefficients``, ``seed`` and
-      ``step`` can be passed on to `fastguide.ops.reverse_step`; in `fastguide.capture` ``seed`` is a tensor.
-    - ``resample_steps``: the steps before which the weights are multiplied by a potential and rows are resampled. None:
-      every step. A list: these, counted from 0. An integer ``n``: steps n, 2n, 3n, ..., not step 0; the final samples
-      have their potential too. A row is resampled if its effective sample size is below ``ess_threshold * particles``
-      (None: always). A row above it keeps its particles and its weights. At other steps the potential is 1, and the
-      reward is called only if the guided proposal needs its gradient.
+    The particles of each observation have the target ``p(x_0) exp(strength * r(x_0))``. The weight of a particle is the
+    product of its potentials, and of the density ratios of its proposals. A level has a potential where the step that
+    starts there resamples, and ``x_0`` always has one, which makes the product ``exp(strength * r(x_0))``.
 
-    The ``log_evidence`` of the result estimates ``log E[exp(strength * r(x_0))]``, ``x_0`` drawn by the sampler without
-    guidance. After a run that a callback ends early, weights and evidence are those of the level reached.
+    The ``log_evidence`` of the result estimates ``log E[exp(strength * r(x_0))]``, with ``x_0`` drawn by the sampler
+    without guidance. Where a callback ends the run early, weights and evidence are those of the level reached.
 
     With a likelihood, ``"difference"`` and ``"guided"`` this is `TDS`, number for number.
+
+    **Reward.** A function ``r(x0 [n, *event]) -> [n]`` is called with ``x0_hat`` on the way and with ``x_0`` at the
+    end. It returns a tensor, an array or a list. With a parameter named ``t`` it also gets the schedule's time of the
+    level. The clean time is always a float; that of a table of betas is -1.0, so it cannot be used as an index. Special
+    values:
+
+    - NaN gives the particle weight 0, with a warning. ``+inf`` is an error.
+    - ``-inf`` at ``x_0`` gives weight 0. On the way ``x0_hat`` may break a constraint that ``x_0`` will meet, so
+      ``-inf`` counts as the lowest finite reward of the observation's particles there.
+
+    **Proposal of your own.** ``f(x, x0_hat, coefficients, *, seed, step) -> (x_s, log_ratio [n])``, where ``log_ratio``
+    is the log-density of the base kernel minus its own. The function gets all ``B * K`` particles in one call, whatever
+    the ``chunk_size``. It cannot be used with a list of seeds or ``first_sample > 0``. ``coefficients``, ``seed`` and
+    ``step`` can be passed on to `fastguide.ops.reverse_step`; in `fastguide.capture` ``seed`` is a tensor.
+
+    Args:
+        reward: A function, see above. Or pairs ``(weight, r)``, for the weighted sum of several; a weight is finite and
+            not 0. Or a likelihood: ``r = log p(y | x_0)``, approximated on the way with ``covariance``, as in TDS.
+        particles: Number K of particles per observation, at least 1.
+        potential: The log-potential of a level. ``"difference"``, the default, is ``strength * r`` minus the same at
+            the last level that had a potential. ``"max"`` is ``strength`` times the largest reward so far, and
+            ``"sum"`` is ``strength`` times the sum of the rewards so far. Or ``f(r [n], r of the last such level [n],
+            or None at the first) -> [n]``.
+        strength: Factor of the reward, finite and ``>= 0``; 1 by default. A number, a table with one entry per step, or
+            a function of the schedule's time. The potential of a level takes the entry of the step that starts there.
+            ``x_0`` takes the last entry, which must be above 0: it is the strength of the target.
+        proposal: ``"base"``, the default, is the reverse step. ``"guided"`` is that of TDS, with the gradient of the
+            reward; all rewards of a sum that have a gradient count. It needs ``eta > 0``, and for a reward that is not
+            a likelihood ``covariance="point"``. Or a function, see above.
+        covariance: For a likelihood ``"point"``, ``"isotropic"`` or ``"moment"``, see `DPS`. None takes the default of
+            TDS for ``"guided"``. For other proposals None takes ``"isotropic"`` where it can be had, else ``"point"``;
+            neither needs a derivative. For other rewards None or ``"point"``: the guided proposal takes the gradient at
+            ``x0_hat`` as if ``x0_hat`` were certain, and a sharp reward makes the particles diverge.
+        resampler: ``"systematic"`` (the default), ``"stratified"``, ``"multinomial"`` or ``"residual"``.
+        ess_threshold: A number in ``[0, 1]``; 0.5 by default. At a step that resamples, an observation's particles are
+            resampled if their effective sample size is below ``ess_threshold * particles``. Otherwise they keep their
+            weights. None always resamples.
+        resample_steps: The steps that resample. A potential multiplies the weights before each of them. None means
+            every step. A list gives them, counted from 0, each below the number of steps. An integer ``n >= 1`` means
+            steps n, 2n, 3n, ..., not step 0. Before other steps there is no potential, and the reward is called only
+            where the guided proposal needs its gradient.
+
+    Raises:
+        TypeError: An argument has the wrong type. Like all errors of guidance objects, this is raised when the run
+            starts.
+        ValueError: An argument is outside its range, ``covariance`` does not fit the reward, or ``eta`` is 0 in every
+            step of a guided proposal.
+
+    Source:
+        Singhal et al. 2025.
     """
 
     reward: Reward
@@ -122,14 +148,14 @@ class FK:
             self,
             reward=reward,
             covariance=covariance,
-            strength=(*strength, strength[-1]),  # of each level
+            strength=(*strength, strength[-1]),  # one entry per level
             resample_steps=_steps(self.resample_steps, run.steps),
         )
 
     def start(self, run: Run) -> State:
         x = run.initial()
         zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        # Not a number: nothing has been evaluated yet.
+        # NaN: no reward has been evaluated yet.
         before = {"reward": torch.full_like(zero, math.nan), "log_product": zero}
         if self.potential in ("max", "sum"):
             before["so_far"] = torch.full_like(zero, -math.inf) if self.potential == "max" else zero.clone()
@@ -145,8 +171,11 @@ class FK:
         return replace(new, ess=ess, ancestors=ancestors)
 
     def decides(self, i: int) -> tuple[bool, ...]:
-        """What step ``i`` decides on the host: whether it resamples, whether the next level has a potential, and
-        whether that is the first that a callable gets."""
+        """What step ``i`` decides on the host.
+
+        This is whether it resamples, whether the next level has a potential, and whether that potential is the first
+        that a callable gets.
+        """
         assert isinstance(self.resample_steps, tuple)
         first = callable(self.potential) and i + 1 == min(self.resample_steps, default=-1)
         return i in self.resample_steps, i + 1 in self.resample_steps, first
@@ -172,12 +201,14 @@ class FK:
         ratio = _returned("proposal", proposed[1], state.x.shape[:1])
         run.watch.finite(i, "proposal", x)
         run.watch.log_prob(i, "proposal", ratio)
-        # A copy: the particles are moved in place, and the function may keep what it returned.
+        # A copy, since the particles are moved in place and the function may keep its result.
         return x.detach().to(state.x.dtype, copy=True), log_weights + ratio.detach().reshape(log_weights.shape)
 
     def _arrive(self, run: Run, x: Tensor, i: int, old: dict[str, Tensor], log_weights: Tensor) -> State:
-        """The particles ``x`` at level ``i``, their weights times the potential there if it has one. ``old``: what is
-        known of them from the levels before."""
+        """The particles ``x`` at level ``i``. Their weights are multiplied by the potential, where the level has one.
+
+        ``old``: what is known about them from the levels before.
+        """
         weighs, last = self._weighs(run, i), i == run.steps
         found = {"x0_hat": x, "reward": self._final_reward(run, x)} if last else self._evaluate(run, x, i, weighs)
         if not weighs:
@@ -199,7 +230,7 @@ class FK:
             return State(x, log_weights + log_potential.reshape(log_weights.shape), found)
 
     def _evaluate(self, run: Run, x: Tensor, i: int, weighs: bool) -> dict[str, Tensor]:
-        """``x0_hat``; its reward where the level has a potential; the reward's gradient for the guided proposal."""
+        """``x0_hat``, its reward where the level has a potential, and the reward's gradient for the guided proposal."""
         guided = self.proposal == "guided"
         if not (weighs or guided):
             return {"x0_hat": run.x0_hat(x, i)}
@@ -233,7 +264,7 @@ class FK:
                 raise ValueError("reward: expected one that autograd can differentiate for the guided proposal")
             (back,) = torch.autograd.grad(reward, x0, torch.ones_like(reward))
             gradient, reward = pull_back(back), reward.detach()
-            # What a reward of NaN or -inf has for a gradient guides nobody.
+            # The gradient of a reward of NaN or -inf is of no use.
             gradient = torch.where(per_sample(reward > -math.inf, gradient).bool(), gradient, 0.0)
             return pull_back.x0_hat, gradient, reward
 
@@ -242,11 +273,11 @@ class FK:
             return run.in_chunks(lambda rows, x0: (self._call_reward(run, x0, i),), x0)[0]
 
     def _call_reward(self, run: Run, x0: Tensor, i: int) -> Tensor:
-        """``[n]`` in float64."""
+        """The reward, ``[n]`` in float64."""
         assert isinstance(self.reward, tuple)
         total, t = None, run.levels[i].t
         if i == run.steps:
-            t = float(t)  # that of a table is -1, the index of another level
+            t = float(t)  # a table's clean time is -1, which as an int would index another level
         for weight, function, takes_t in self.reward:
             returned = foreign.call(function, x0, **({"t": t} if takes_t else {}))
             value = weight * _as_tensor("reward", returned, x0)
@@ -262,7 +293,10 @@ class FK:
     def _log_potential(
         self, run: Run, new: dict[str, Tensor], old: dict[str, Tensor], dead: Tensor, i: int
     ) -> tuple[Tensor, Tensor]:
-        """Of level ``i``, and its sum over the levels so far, each ``[n]``; the reward so far joins ``new``."""
+        """The log-potential of level ``i``, and the sum of the log-potentials so far, each ``[n]``.
+
+        For ``"max"`` and ``"sum"`` the reward so far is added to ``new``.
+        """
         reward, last = new["reward"], i == run.steps
         strength = entry(self.strength, i)
         if self.potential == "difference" or last:
@@ -276,13 +310,13 @@ class FK:
             assert callable(self.potential) and isinstance(self.resample_steps, tuple)
             before = None if i == min(self.resample_steps) else old["reward"]
             log_potential = _as_tensor("potential", foreign.call(self.potential, reward, before), reward).detach()
-            # Of a dead particle it may be the difference of two infinities.
+            # For a dead particle it may be the difference of two infinities.
             run.watch.log_prob(i, "potential", log_potential.masked_fill(dead, 0.0))
         return log_potential, old["log_product"] + log_potential
 
 
 class _Term(NamedTuple):
-    """A reward of a sum."""
+    """One reward of a weighted sum."""
 
     weight: float
     function: RewardFunction
@@ -290,7 +324,7 @@ class _Term(NamedTuple):
 
 
 def _terms(reward: Any) -> tuple[_Term, ...]:
-    """The weighted rewards that ``reward`` stands for."""
+    """The weighted rewards in ``reward``."""
     if callable(reward):
         return (_Term(1.0, reward, _takes_t(reward)),)
     if not isinstance(reward, Sequence) or isinstance(reward, str) or not reward:
@@ -307,21 +341,24 @@ def _terms(reward: Any) -> tuple[_Term, ...]:
 
 
 def _takes_t(function: RewardFunction) -> bool:
-    """Whether ``t`` is a parameter that the caller has left open."""
+    """Whether the function has a parameter ``t`` that is not bound yet."""
     if isinstance(function, functools.partial) and "t" in function.keywords:
         return False
     if isinstance(function, torch.nn.Module):
         function = function.forward
     try:
         parameter = inspect.signature(function).parameters.get("t")
-    except (TypeError, ValueError):  # some that are built in have none
+    except (TypeError, ValueError):  # some built-in functions have no signature
         return False
     return parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
 
 
 def _covariance(likelihood: Likelihood, measurements: int, derivatives: bool) -> str:
-    """The default. Without a gradient to take, one that needs values alone; what then has no covariance is taken at
-    ``x0_hat``, as a reward is: the particles stay where the prior takes them."""
+    """The default covariance.
+
+    Without a gradient it is one that needs values alone. Where a likelihood supports none, it is taken at ``x0_hat``,
+    as a reward is: the proposal does not follow it, so nothing diverges.
+    """
     if not derivatives:
         return "point" if likelihood.supports("isotropic", measurements) else "isotropic"
     return default_covariance(likelihood, measurements)
@@ -338,15 +375,15 @@ def _steps(resample_steps: int | Iterable[int] | None, steps: int) -> tuple[int,
 
 
 def _tempered(strength: Scalar, reward: Tensor) -> Tensor:
-    """``strength * reward``; 0 where the strength is, also for ``-inf``."""
+    """``strength * reward``; 0 where ``strength`` is 0, also for a reward of ``-inf``."""
     return torch.where((reward == -math.inf) & (strength == 0.0), 0.0, strength * reward)
 
 
 def _as_tensor(name: str, value: object, x: Tensor) -> Tensor:
-    """A float64 tensor ``[n]`` of what a user's function made of ``x``: a tensor, an array or a list."""
+    """A float64 tensor ``[n]`` from what a user's function returned: a tensor, an array or a list."""
     if isinstance(value, list | tuple) or (hasattr(value, "__array__") and not isinstance(value, Tensor)):
         try:
-            # In the array's own dtype: numpy drops an imaginary part that another leaves no room for.
+            # Keep the array's dtype: a cast in numpy would drop an imaginary part.
             dtype = None if hasattr(value, "dtype") else torch.float64
             value = torch.as_tensor(value, dtype=dtype, device=x.device)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -355,7 +392,7 @@ def _as_tensor(name: str, value: object, x: Tensor) -> Tensor:
 
 
 def _returned(name: str, value: object, shape: torch.Size) -> Tensor:
-    """What a user's function returned, if it is a tensor of the shape expected."""
+    """What a user's function returned, if it is a tensor of the expected shape."""
     if not isinstance(value, Tensor) or value.shape != shape:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name}: expected it to return a tensor of shape {list(shape)}, got {got}")

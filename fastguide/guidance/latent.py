@@ -24,17 +24,35 @@ SPACES = ("latent", "pixel")
 
 @dataclass(frozen=True)
 class LatentPnP:
-    """`PnP` on latents ``z``; the measurement is of ``decoder(z)``, and so is the likelihood's operator.
+    """`PnP` on the latents ``z`` of an autoencoder. The measurement is of ``decoder(z)``.
 
-    - ``space="latent"``: ``z0* = argmin_z -log p(y | D(z)) + rho/2 norm(z - z0_hat)^2``, by Gauss-Newton or gradient
-      steps through the decoder.
-    - ``space="pixel"``: the same problem solved for the decoded ``D(z0_hat)``, and encoded again (``encoder``).
-    - ``gamma``: None re-noises by ``zeta`` as in `PnP`. A number draws ``z_s`` as ReSample does (Song et al. 2024,
-      prop. 1): from the product of ``N(alpha_s z0*, sigma_s^2)`` and a Gaussian about the unconditional step, of
-      variance ``gamma (sigma_s / alpha_t)^2 Var(x_t | x_s)``; the paper's value is 40.
+    `fastguide.sample` returns latents. The operator of the likelihood acts on decoded images.
 
-    ``decoder`` and ``encoder``: ``[n, *latent] -> [n, *image]`` and back, each sample alone, of real numbers. Of an
-    output object its tensor ``sample`` counts. `fastguide.sample` returns the latents.
+    Args:
+        likelihood: The error model of the decoded image.
+        decoder: ``[n, *latent] -> [n, *image]``, each sample alone, real. Where it returns an output object, its tensor
+            ``sample`` counts. Differentiable for ``space="latent"``.
+        encoder: ``[n, *image] -> [n, *latent]``, the same way. Needed for ``space="pixel"``, and None for ``"latent"``.
+        space: ``"latent"``, the default, solves ``z0* = argmin_z -log p(y | D(z)) + rho/2 norm(z - z0_hat)^2`` by
+            Gauss-Newton or gradient steps through the decoder. ``"pixel"`` solves the same problem for the decoded
+            ``D(z0_hat)`` and encodes the solution.
+        rho: As for `PnP`, ``> 0``.
+        zeta: As for `PnP`, in ``[0, 1]``; 0.5 by default. It has no effect with ``gamma``.
+        gamma: None adds noise by ``zeta`` as `PnP` does. A number ``> 0`` draws ``z_s`` as ReSample does: from the
+            product of ``N(alpha_s z0*, sigma_s^2)`` and a Gaussian around the unconditional step, with variance ``gamma
+            (sigma_s / alpha_t)^2 Var(x_t | x_s)``. The paper's value is 40.
+        solver: As for `PnP`. With ``space="latent"`` one of ``"auto"``, ``"gauss-newton"`` and ``"gradient"``, since
+            the decoder is not linear.
+        iterations: As for `PnP`, at least 1.
+
+    Raises:
+        TypeError: An argument has the wrong type. Like all errors of guidance objects, this is raised when the run
+            starts.
+        ValueError: An argument is outside its range, ``space`` and ``encoder`` do not fit each other, or the decoder or
+            the encoder returns another shape. Also where ``sample`` is given an ``eta``.
+
+    Source:
+        Zhu et al. 2023 (DiffPIR); Song et al. 2024 (ReSample), proposition 1 (``gamma``).
     """
 
     likelihood: Likelihood
@@ -100,7 +118,7 @@ class LatentPnP:
             return State(x, x0_hat=z0_hat)
 
     def _coded(self, run: Run, name: str, x: Tensor, i: int) -> Tensor:
-        """What the decoder or the encoder makes of ``x``, in the run's dtype."""
+        """The result of the decoder or the encoder for ``x``, in the run's dtype."""
         function = getattr(self, name)
         (y,) = run.in_chunks(lambda rows, x: (called(name, function, x).to(run.dtype),), x)
         run.watch.finite(i, name, y)
@@ -111,7 +129,7 @@ class LatentPnP:
         t, s, last = run.levels[i], run.levels[i + 1], run.levels[i + 1].sigma == 0.0
         given = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2  # variance of x_t given x_s
         prior = self.gamma * s.sigma**2 * given
-        # The share of alpha_s z0* in the product's mean; written so that alpha_t = 0 has its limit, 1.
+        # The share of alpha_s z0* in the product's mean, written so that it is 1 at alpha_t = 0.
         share = 1.0 if last else prior / (prior + s.sigma**2 * t.alpha**2)
         unconditional = run.reverse_step(x, z0_hat, i)
         z = scaled(z0, share * s.alpha) + scaled(unconditional, 1.0 - share)
@@ -121,7 +139,7 @@ class LatentPnP:
 
 
 def called(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)`` if it is a real tensor of as many samples."""
+    """``function(x)``, if it is a real tensor with as many samples."""
     expected = (
         f"a tensor [{len(x)}, ...] or an object with such a sample (of a diffusers VAE: "
         "fastguide.integrations.diffusers.codec)"
@@ -133,7 +151,7 @@ def called(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor
 
 
 def replace_operator(likelihood: Likelihood, decoder: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Likelihood:
-    """The likelihood of a latent: its operator after the decoder, which computes in ``dtype``."""
+    """The likelihood of a latent: its operator measures what the decoder makes, which computes in ``dtype``."""
     if isinstance(likelihood, CallableLikelihood):
         f = likelihood.f
         decoded = likelihood.to()
@@ -146,7 +164,7 @@ def replace_operator(likelihood: Likelihood, decoder: Callable[[Tensor], Tensor]
 
 
 class _Decoded(Function):
-    """``operator`` after the decoder, which computes in ``dtype``."""
+    """The operator applied to the decoder's result. The decoder computes in ``dtype``."""
 
     blamed = "decoder or operator"
 

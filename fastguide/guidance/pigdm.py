@@ -28,15 +28,29 @@ from .base import (
 
 @dataclass(frozen=True)
 class PiGDM:
-    """The reverse step with ``g = r_t^-2 (d x0_hat / d x_t)^T v`` added to the score, where
+    """Pseudo-inverse guidance: the reverse step with a vector ``g`` added to the score.
 
-    - ``v = h^+(y) - h^+(h(x0_hat))`` for an exact measurement, ``Gaussian(..., scale=0)``, with any operator that has a
-      pseudo-inverse: quantisation, JPEG and the like need no derivative;
-    - ``v = r_t^2 A^T (r_t^2 A A^T + scale^2 I)^-1 (y - A x0_hat)`` with noise, for linear operators: in closed form
-      where the spectrum is known, else by 100 conjugate gradients; it tends to the first as ``scale`` tends to 0.
+        g = zeta r_t^-2 (d x0_hat / d x_t)^T v,    r_t^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2)
 
-    ``r_t^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2)``. ``zeta`` multiplies the guidance: a number, a table, a function of
-    the schedule's time. At 1 the step is the guided mean of the isotropic approximation.
+    - For an exact measurement, ``Gaussian(..., scale=0)``, ``v = h^+(y) - h^+(h(x0_hat))``. Any operator ``h`` with a
+      pseudo-inverse will do: quantisation, JPEG and the like need no derivative.
+    - With noise, ``v = r_t^2 A^T (r_t^2 A A^T + scale^2 I)^-1 (y - A x0_hat)``, for a linear operator. Where the
+      spectrum is known this has a closed form; elsewhere 100 conjugate gradients solve it. It tends to the first as
+      ``scale`` tends to 0.
+
+    Args:
+        likelihood: A `Gaussian`.
+        zeta: Factor of the guidance, finite and ``>= 0``. A number, a table with one entry per step, or a function of
+            the schedule's time. At 1, the default, the step is the guided mean of the isotropic approximation.
+
+    Raises:
+        TypeError: ``likelihood`` is not a Gaussian, or ``zeta`` has the wrong type. Like all errors of guidance
+            objects, this is raised when the run starts.
+        ValueError: ``zeta`` is outside its range, ``scale`` is above 0 and the operator is not linear, or ``scale`` is
+            0 and the operator has no pseudo-inverse.
+
+    Source:
+        Song et al. 2023 (PiGDM).
     """
 
     likelihood: Gaussian
@@ -82,7 +96,7 @@ class PiGDM:
 
     @staticmethod
     def vector(x0_hat: Tensor, likelihood: Likelihood, t: float, spread: Scalar) -> Tensor:
-        """``v`` above, ``[n, *event]``, for the likelihood of these samples."""
+        """The vector ``v`` of the class docstring, ``[n, *event]``, for the likelihood of these samples."""
         operator, y, scale = likelihood.operator, likelihood.y, likelihood.scale_at(t)
         if not isinstance(scale, Tensor) and scale == 0.0:
             known = returned("pseudo_inverse", operator.pseudo_inverse(y))

@@ -12,7 +12,11 @@ from .base import Run, State
 
 @dataclass(frozen=True)
 class Plain:
-    """The reverse step alone: DDIM at ``eta = 0``, DDPM at ``eta = 1`` (Song, Meng, Ermon 2021)."""
+    """The reverse step alone, without guidance: DDIM at ``eta = 0``, DDPM at ``eta = 1``.
+
+    Source:
+        Song, Meng, Ermon 2021.
+    """
 
     def prepare(self, run: Run) -> Plain:
         return self

@@ -35,22 +35,43 @@ _ITERATIONS = {"closed": 1, "cg": 32, "gauss-newton": 4, "gradient": 32}
 
 @dataclass(frozen=True)
 class PnP:
-    """``x0* = argmin_x -log p(y | x; scale(t)) + rho(t)/2 norm(x - x0_hat)^2``, then the reverse step from ``x0*``.
+    """Plug-and-play: each step finds a clean sample near ``x0_hat`` that fits the measurement.
 
-    - ``rho > 0``: a number, a table or a function of the schedule's time; None is ``1 / r_t^2``, the precision of
-      ``x_0`` given ``x_t`` for unit-variance data (at low noise ``(alpha_t / sigma_t)^2``, DiffPIR's with
-      ``lambda = 1``).
-    - ``zeta`` in ``[0, 1]`` splits the noise of the step: ``tau = sigma_s sqrt(zeta)`` is fresh, the rest is the
-      predicted ``eps``. It takes the place of ``eta``.
-    - ``solver``: ``"auto"`` takes the first of these that applies, which one trial of a nonlinear operator tells. All
-      start at ``x0_hat`` and run a fixed number of ``iterations``, by default the number in brackets.
+        x0* = argmin_x -log p(y | x; scale(t)) + rho(t) / 2 norm(x - x0_hat)^2
 
-      - ``"closed"``: a Gaussian, a linear operator and a known spectrum; takes no ``iterations``.
-      - ``"cg"``: a Gaussian and a linear operator; conjugate gradients (32).
-      - ``"gauss-newton"`` (4), each of 16 conjugate gradients: reweighted least squares where the error is not
-        Gaussian. Each sample moves by 1, 1/4, 1/16 or 1/64 of the step, or stays, whatever is lowest. A nonlinear
-        operator needs a backward pass that autograd can differentiate.
-      - ``"gradient"`` (32): gradient descent with Barzilai-Borwein lengths. Needs only derivatives of the log-density.
+    The reverse step then starts from ``x0*``. The network is only evaluated, never differentiated. PnP is not exact.
+
+    A solver starts at ``x0_hat`` and runs a fixed number of iterations:
+
+    - ``"closed"``: a Gaussian, a linear operator and a known spectrum. No iterations.
+    - ``"cg"``: a Gaussian and a linear operator. Conjugate gradients, 32 by default.
+    - ``"gauss-newton"``: any error model around an operator. 4 steps by default, each with 16 conjugate gradients;
+      reweighted least squares where the error is not Gaussian. Each sample moves by 1, 1/4, 1/16 or 1/64 of the step,
+      or stays, whatever is lowest. A nonlinear operator needs a backward pass that autograd can differentiate.
+    - ``"gradient"``: any likelihood. Gradient descent with Barzilai-Borwein lengths, 32 steps by default. It needs only
+      derivatives of the log-density.
+
+    Args:
+        likelihood: The error model. ``Gaussian(..., scale=0)``, an exact measurement, needs ``"closed"``.
+        rho: Weight of the distance to ``x0_hat``, finite and ``> 0``. A number, a table with one entry per step, or a
+            function of the schedule's time. None is ``1 / r_t^2``, the precision of ``x_0`` given ``x_t`` for
+            unit-variance data, with ``r_t^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2)``. At low noise that is ``(alpha_t /
+            sigma_t)^2``, DiffPIR's with ``lambda = 1``.
+        zeta: Share of fresh noise in the step, in ``[0, 1]``; 0.5 by default. The fresh noise is ``tau = sigma_s
+            sqrt(zeta)``, and the predicted ``eps`` gives the rest. A number, a table with one entry per step, or a
+            function of the schedule's time. It takes the place of ``eta``.
+        solver: ``"closed"``, ``"cg"``, ``"gauss-newton"`` or ``"gradient"``. ``"auto"``, the default, takes the first
+            of these that applies. One trial tells whether a nonlinear operator serves ``"gauss-newton"``.
+        iterations: Number of iterations, at least 1. None takes the solver's default. Must be None for ``"closed"``.
+
+    Raises:
+        TypeError: ``likelihood`` is not a likelihood, or another argument has the wrong type. Like all errors of
+            guidance objects, this is raised when the run starts.
+        ValueError: An argument is outside its range, or ``solver`` does not fit the likelihood. Also where ``sample``
+            is given an ``eta``.
+
+    Source:
+        Zhu et al. 2023 (DiffPIR).
     """
 
     likelihood: Likelihood
@@ -98,6 +119,7 @@ class PnP:
             return State(x, x0_hat=x0_hat)
 
     def fresh_noise(self, run: Run, i: int) -> float:
+        """The noise ``tau = sigma_s sqrt(zeta)`` of step ``i``."""
         return run.levels[i + 1].sigma * entry(self.zeta, i) ** 0.5
 
     def data_step(self, run: Run, x0_hat: Tensor, i: int) -> Tensor:
@@ -115,7 +137,7 @@ class PnP:
 
 
 def choose_solver(likelihood: Likelihood, solver: str) -> str:
-    """The solver to use, or a ValueError that says why the one named cannot serve."""
+    """The solver to use. Raises ValueError where the one named does not fit, and says why."""
     operator = likelihood.operator
     linear = isinstance(likelihood, Gaussian) and isinstance(operator, LinearOperator)
     serves = {
@@ -173,14 +195,14 @@ def solve(
                 value = objective(likelihood.log_prob_and_gradient(operator(tried), y, scale)[0], tried)
                 best = torch.where(per_sample(value < lowest, x).bool(), tried, best)
                 lowest = torch.where(value < lowest, value, lowest)
-        x = torch.where(per_sample(log_prob.isfinite(), x).bool(), best, math.nan)  # which the solver would hide
+        x = torch.where(per_sample(log_prob.isfinite(), x).bool(), best, math.nan)  # else the solver would hide it
     return x
 
 
 def _linearise(
     likelihood: Likelihood, x: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """``A(x)`` and the products with its Jacobian there and with the transpose."""
+    """``A(x)``, and the products with its Jacobian at ``x`` and with the transpose."""
     operator = likelihood.operator
     if isinstance(operator, LinearOperator):
         return operator(x), operator, operator.adjoint
@@ -196,9 +218,11 @@ def _recorded(likelihood: Likelihood, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _jacobian(z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Products with the Jacobian ``J`` of ``z`` in ``x``, and with ``J^T``, by backward passes alone: forward-mode
-    derivatives and `torch.func` do not pass what old `torch.autograd.Function`s and many kernels do. ``J^T u`` is
-    linear in ``u``, and its derivative there is ``J``."""
+    """The products with the Jacobian ``J`` of ``z`` in ``x`` and with ``J^T``, by backward passes alone.
+
+    ``J^T u`` is linear in ``u``, and its derivative there is ``J``. Forward-mode derivatives and `torch.func` do not
+    work with old `torch.autograd.Function`s and with many kernels.
+    """
     u = torch.zeros_like(z, requires_grad=True)
     with torch.enable_grad():
         (pulled,) = torch.autograd.grad(z, x, u, create_graph=True)
@@ -213,8 +237,11 @@ def _jacobian(z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callabl
 
 
 def _obstacle_to_gauss_newton(run: Run, likelihood: Likelihood) -> str:
-    """Empty, or why the products of `_jacobian` cannot be had, from a trial. A backward pass that leaves autograd in
-    part would give another ``J`` without an error, so that the two products are compared."""
+    """Empty, or the reason why the products of `_jacobian` cannot be computed, found by a trial.
+
+    A backward pass that leaves autograd in part would give a wrong ``J`` without an error. So the two products are
+    compared.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(like: Tensor) -> Tensor:
@@ -228,26 +255,28 @@ def _obstacle_to_gauss_newton(run: Run, likelihood: Likelihood) -> str:
         for _ in range(2):
             p, w = draw(x), draw(z)
             pairs.append(torch.stack([(forward(p) * w).sum(), (p * adjoint(w)).sum()]))
-    except Exception as error:  # of torch, or of the function's own backward pass
+    except Exception as error:  # raised by torch, or by the function's own backward pass
         return f"{type(error).__name__}: {error}"
     a, b = torch.stack(pairs, 1).double()
-    # Wide enough for half precision inside; NaN says nothing, and tensors without values say nothing.
+    # The tolerance admits half precision inside. NaN and tensors without values prove nothing and pass.
     if not a.is_meta and (a - b).norm() > 0.1 * torch.maximum(a.norm(), b.norm()):
         return "the derivative of its backward pass is not that of a linear map"
     return ""
 
 
 def _dot(u: Tensor, v: Tensor) -> Tensor:
-    """Inner product of each row, shaped to multiply it."""
+    """The inner product of each row, shaped to multiply it."""
     return per_sample((u * v).flatten(1).sum(1), u)
 
 
 def _gradient(
     likelihood: Likelihood, x0: Tensor, y: Tensor, scale: float | Tensor, rho: Scalar, iterations: int
 ) -> Tensor:
-    """Gradient descent with Barzilai-Borwein lengths per sample, never longer than ``1 / rho``: the exact length for
-    the quadratic alone, and an upper bound where the log-density is concave. The objective may rise between two steps;
-    a sample that ends well above its lowest point goes back there."""
+    """Gradient descent with a Barzilai-Borwein length for each sample, at most ``1 / rho``.
+
+    ``1 / rho`` is exact for the quadratic term alone, and an upper bound where the log-density is concave. The
+    objective may rise between two steps. A sample that ends well above its lowest point goes back there.
+    """
 
     adjoint = own_adjoint(likelihood.operator)
 
@@ -261,7 +290,7 @@ def _gradient(
 
     start, g = evaluate(x0)
     lowest, best = start, x0
-    # A first step much shorter than any sensible one, only to learn the curvature.
+    # A first step that is very short: it only measures the curvature.
     probe = 1e-3 / (per_sample(g.flatten(1).norm(dim=1), g) + 1e-12)
     x, previous_x, previous_g = x0 - probe.clamp(max=1.0 / rho) * g, x0, g
     for _ in range(iterations):

@@ -15,17 +15,36 @@ from .particles import check_particles, log_ratio, on_the_way, propose_guided, r
 
 @dataclass(frozen=True)
 class TDS:
-    """``particles`` weighted particles per observation, exact for ``p(x_0 | y)`` as their number grows.
+    """Twisted diffusion sampling: weighted particles, exact for ``p(x_0 | y)`` as their number grows.
 
-    - ``covariance`` of ``x_0`` given ``x_t`` in the twisting function ``p~(y | x_t)``: ``"point"``, ``"isotropic"``,
-      ``"moment"``; None takes ``"moment"`` where it can be had, else ``"isotropic"``. ``"point"``, the only one for
-      Poisson and Callable likelihoods, can diverge where the likelihood is sharp, and must be named. It changes the
-      variance, never the limit: the last weight uses the exact ``p(y | x_0)``.
-    - ``resampler``: ``"systematic"``, ``"stratified"``, ``"multinomial"``, ``"residual"``.
-    - ``ess_threshold`` in ``[0, 1]``: a row is resampled if its effective sample size is below
-      ``ess_threshold * particles``; with None, before every step.
+    Each step resamples, draws from the guided proposal and multiplies the weights:
 
-    Needs ``eta > 0``. After a run that a callback ends early, weights and evidence are those of the level reached.
+        x_s ~ N(m_y, tau^2),   w_s = w_t N(x_s; m, tau^2) / N(x_s; m_y, tau^2) p~(y | x_s) / p~(y | x_t)
+
+    ``m`` is the mean of the reverse step, and ``m_y`` is the mean with the gradient of ``log p~(y | x_t)`` added. At
+    the last level ``p~`` is the exact ``p(y | x_0)``. The run needs ``eta > 0``. Where a callback ends it early,
+    weights and evidence are those of the level reached.
+
+    Args:
+        likelihood: The error model. Its operator must be differentiable, or linear with an adjoint.
+        particles: Number K of particles per observation, at least 1.
+        covariance: Covariance of ``x_0`` given ``x_t`` in the twisting function ``p~(y | x_t)``: ``"point"``,
+            ``"isotropic"`` or ``"moment"``, see `DPS`. It changes the variance, never the limit. None takes
+            ``"moment"`` where it can be had, else ``"isotropic"``. ``"point"`` can diverge where the likelihood is
+            sharp, so it must be named. It is the only one for Poisson and Callable likelihoods.
+        resampler: ``"systematic"`` (the default), ``"stratified"``, ``"multinomial"`` or ``"residual"``.
+        ess_threshold: A number in ``[0, 1]``; 0.5 by default. The particles of an observation are resampled before a
+            step if their effective sample size is below ``ess_threshold * particles``. None resamples before every
+            step.
+
+    Raises:
+        TypeError: ``likelihood`` is not a likelihood, or another argument has the wrong type. Like all errors of
+            guidance objects, this is raised when the run starts.
+        ValueError: An argument is outside its range, ``covariance`` does not fit the likelihood, or ``eta`` is 0 in
+            every step.
+
+    Source:
+        Wu et al. 2023.
     """
 
     likelihood: Likelihood
@@ -60,10 +79,12 @@ class TDS:
         return State(x, log_weights, twist, ess, ancestors)
 
     def _twist(self, run: Run, x: Tensor, i: int) -> dict[str, Tensor]:
-        """``x0_hat``, ``log p~(y | x_t)`` and its gradient: one evaluation of the network serves the weight of this
-        step and the proposal of the next."""
+        """``x0_hat``, ``log p~(y | x_t)`` and its gradient.
+
+        One evaluation of the network serves the weight of this step and the proposal of the next.
+        """
         assert self.covariance is not None
         x0_hat, gradient, log_prob = run.likelihood_score(self.likelihood, self.covariance, x, i)
-        if isinstance(self.likelihood, CallableLikelihood):  # the only one that may be -inf
+        if isinstance(self.likelihood, CallableLikelihood):  # only such a likelihood may return -inf
             log_prob = on_the_way(run, log_prob)
         return {"x0_hat": x0_hat, "gradient": gradient, "log_prob": log_prob}
