@@ -1,7 +1,7 @@
-"""What every algorithm shares: one run's constants, the network in chunks, and ``log p(y | x_t)``.
+"""What the algorithms share: the constants of a run, the network in chunks, and ``log p(y | x_t)``.
 
-An algorithm is a dataclass with ``start(run) -> State`` and ``step(run, state, i) -> State``, pure but for the states'
-memory; the loop belongs to `fastguide.sample`. Nothing here asks the device a question.
+An algorithm is a dataclass with ``start(run) -> State`` and ``step(run, state, i) -> State``. Both are pure, except
+that they may reuse the memory of states. `fastguide.sample` runs the loop. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -38,40 +38,48 @@ _VANISHING = 1e-3  # alpha / sigma below which x_t holds no derivative worth div
 
 @dataclass
 class State:
-    """What a run carries from step to step. ``x``: ``[B * K, *event]``; the rest belongs to the algorithm, each
-    particle's own in ``particles`` (tensors ``[B * K, ...]``), and ``log_weights`` is ``[B, K]`` or None."""
+    """What a run carries from step to step.
+
+    Attributes:
+        x: ``[B * K, *event]``.
+        log_weights: ``[B, K]``, or None without particles.
+        particles: Further tensors ``[B * K, ...]`` of the algorithm, one row per particle.
+        ess: ``[B]``, of the last resampling decision.
+        ancestors: ``[B, K]``.
+        x0_hat: ``[B * K, *event]``, the prediction of the step, where ``Run.keep_x0_hat`` asks for it.
+    """
 
     x: Tensor
     log_weights: Tensor | None = None
     particles: dict[str, Tensor] = field(default_factory=dict)
-    ess: Tensor | None = None  # [B], of the last resampling decision
+    ess: Tensor | None = None  # [B]
     ancestors: Tensor | None = None  # [B, K]
-    x0_hat: Tensor | None = None  # [B * K, *event], the step's prediction, where `Run.keep_x0_hat` asks for it
+    x0_hat: Tensor | None = None  # [B * K, *event]
 
 
 def entry(table: Any, i: int) -> float:
-    """What the table that `per_step` made of a `Schedulable` has for step ``i``."""
+    """The entry of step ``i`` in the table that `per_step` made."""
     return table[i]
 
 
 @dataclass(frozen=True)
 class Run:
-    """The constants of one call of `fastguide.sample`, or of one capture of its loop."""
+    """The constants of one call of `fastguide.sample`, or of one captured loop."""
 
     denoiser: Denoiser
     levels: tuple[Level, ...]
-    taus: tuple[float, ...]  # noise of each step
+    taus: tuple[float, ...]  # noise tau of each step
     observations: int  # B
     particles: int  # K
     event: tuple[int, ...]
-    seed: IntOrTensor | tuple[int, ...]  # of all samples, or of each observation; in a capture a tensor
+    seed: IntOrTensor | tuple[int, ...]  # one for all, or one per observation; a tensor in a capture
     clip: Clip
     chunk_size: int | None
     dtype: torch.dtype
     device: torch.device
     x_T: Tensor | None = None
     grouped: bool = False  # whether the result is [B, K, *event]
-    first_sample: int = 0  # the index of the first observation, in the noise
+    first_sample: int = 0  # index of the first observation, for the noise
     differentiable: bool = False  # whether the result keeps its graph to x_T
     keep_x0_hat: bool = field(default=False, compare=False)
     watch: Watch = field(default_factory=Watch, compare=False)  # notes where values stop being finite
@@ -82,12 +90,12 @@ class Run:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the result."""
+        """The shape of the result."""
         return (self.observations, *((self.particles,) if self.grouped else ()), *self.event)
 
     @functools.cached_property
     def rows(self) -> Tensor:
-        """The observation ``[B * K]`` of each sample."""
+        """The observation of each sample, ``[B * K]``."""
         return torch.arange(self.observations * self.particles, device=self.device) // self.particles
 
     @property
@@ -95,13 +103,17 @@ class Run:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def counter(self, i: int) -> dict[str, Any]:
-        """The seed, the step and the first particle that an operation draws with in step ``i``. A run with a seed for
-        each observation draws through `with_counters`."""
+        """The seed, the step and the first particle of the noise in step ``i``.
+
+        A run with a seed for each observation draws through `with_counters`.
+        """
         return {"seed": self.seed, "step": i, "first_particle": self.first_sample * self.particles}
 
     def with_counters(self, i: int, f: Callable[..., Any], *tensors: Tensor) -> Any:
-        """``f(counter, *tensors)``; with a seed for each observation, one call for each, put together again.
-        ``tensors``: ``[B * K, ...]`` or ``[B, ...]``."""
+        """``f(counter, *tensors)``; with a seed for each observation, one call for each, and the results concatenated.
+
+        ``tensors`` are ``[B * K, ...]`` or ``[B, ...]``.
+        """
         counter = self.counter(i)
         if not isinstance(self.seed, tuple):
             return f(counter, *tensors)
@@ -114,17 +126,19 @@ class Run:
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def coefficients(self, i: int, tau: float | None = None) -> Coefficients:
-        """Of step ``i``, as an operation takes them; ``tau`` in the place of the run's."""
+        """The coefficients of step ``i`` for an operation. ``tau`` replaces the run's."""
         t, s = self.levels[i], self.levels[i + 1]
         return t.alpha, t.sigma, s.alpha, s.sigma, self.taus[i] if tau is None else tau
 
     def x0_weight(self, i: int) -> Scalar:
-        """How far the mean of step ``i`` moves with ``x0_hat``: the ``b`` of ``a x_t + b x0_hat``. Guidance moves
-        ``x0_hat`` by ``(sigma_t^2 / alpha_t) g``, so this times that is its displacement of the mean."""
+        """How far the mean of step ``i`` moves with ``x0_hat``: the ``b`` of ``a x_t + b x0_hat``.
+
+        Guidance moves ``x0_hat`` by ``(sigma_t^2 / alpha_t) g``, so it moves the mean by ``b`` times that.
+        """
         return step_coefficients(self.coefficients(i))[1]
 
     def vanishing(self, i: int) -> bool:
-        """Whether the state at level ``i`` says as good as nothing of ``x_0``, see `PullBack`."""
+        """Whether the state at level ``i`` says almost nothing about ``x_0``, see `PullBack`."""
         return self.levels[i].alpha < _VANISHING * self.levels[i].sigma
 
     def initial(self) -> Tensor:
@@ -135,10 +149,10 @@ class Run:
             return foreign.memory().keep(self.x_T.to(self.device, self.dtype, copy=True))
 
     def prior_noise(self) -> Tensor:
-        """``x_T`` of the prior, of the variance that data of unit variance has at the first level."""
+        """``x_T`` of the prior. Its variance is that of unit-variance data at the first level."""
         top = self.levels[0]
         z, scale = foreign.memory().keep(self.randn(0, STREAM_INITIAL)), math.hypot(top.alpha, top.sigma)
-        return z if math.isclose(scale, 1.0, rel_tol=1e-12) else z.mul_(scale)  # 1 but for rounding where it is VP
+        return z if math.isclose(scale, 1.0, rel_tol=1e-12) else z.mul_(scale)  # VP: 1 up to rounding
 
     def randn(self, i: int, stream: int) -> Tensor:
         """Standard normals ``[B * K, *event]`` of step ``i``."""
@@ -151,7 +165,7 @@ class Run:
         return self.with_counters(i, draw, self.rows)
 
     def memory(self, x: Tensor, twice: bool = False) -> Any:
-        """``out`` for a result like ``x``, or for two, or None; see `fastguide.memory`."""
+        """``out`` for one result like ``x``, or for two; or None, see `fastguide.memory`."""
         if self.differentiable:
             return None
         memory = foreign.memory()
@@ -170,8 +184,10 @@ class Run:
         return_x0: bool = False,
         blamed: tuple[str, str] = ("x0_hat", ""),
     ) -> Any:
-        """Step ``i`` from a predicted clean sample, or another ``prediction``, clipped as the run says. ``blamed``: the
-        functions that ``x0_hat`` and ``displacement`` came from, for an error where they are not finite."""
+        """Step ``i`` from a predicted clean sample or another ``prediction``, with the run's clip.
+
+        ``blamed`` names what ``x0_hat`` and ``displacement`` came from, for an error where they are not finite.
+        """
         coefficients = self.coefficients(i, tau)
         not_finite = self.watch.flags(i, self.device, STATE, *blamed)
 
@@ -197,13 +213,15 @@ class Run:
             )
 
         tensors = (x, x0_hat) if displacement is None else (x, x0_hat, displacement)
-        if isinstance(displacement_scale, Tensor) and displacement_scale.ndim:  # a number for each sample
+        if isinstance(displacement_scale, Tensor) and displacement_scale.ndim:  # one number per sample
             tensors = (*tensors, displacement_scale)
         return self.with_counters(i, draw, *tensors)
 
     def in_chunks(self, f: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-        """``f(rows, *chunks)`` over chunks of the leading dimension, its outputs put together again. Each is copied
-        before the next call: a network may return the same memory every time."""
+        """``f(rows, *chunks)`` over chunks of the leading dimension, with the outputs put together again.
+
+        Each output is copied before the next call, since a network may return the same memory every time.
+        """
         n = tensors[0].shape[0]
         if self.chunk_size is None or self.chunk_size >= n:
             return f(self.rows, *tensors)
@@ -234,9 +252,10 @@ class Run:
     def likelihood_score(
         self, likelihood: Likelihood, covariance: str, x: Tensor, i: int, norm: bool = False
     ) -> tuple[Tensor, ...]:
-        """``x0_hat``; the gradient of ``log p~(y | x_t)`` in ``x_t``, through the network; ``log p~(y | x_t)`` ``[n]``;
-        and with ``norm`` that of its gradient in ``z = A x0_hat``, ``[n]``. ``p~`` approximates ``p(y | x_t)`` with the
-        covariance named. `shift_scale` times the gradient is the shift of ``x0_hat``, ``C_t A^T grad_z log p~``.
+        """``x0_hat``, the gradient of ``log p~(y | x_t)`` in ``x_t``, and ``log p~(y | x_t)`` ``[n]``.
+
+        ``p~`` approximates ``p(y | x_t)`` with the covariance named. `shift_scale` times the gradient is the shift of
+        ``x0_hat``, ``C_t A^T grad_z log p~``. With ``norm`` also the norm ``[n]`` of the gradient in ``z = A x0_hat``.
         """
         score = moment_score if covariance == "moment" else direct_score
         spread = {
@@ -253,19 +272,18 @@ class Run:
                 return pull_back.x0_hat, gradient, log_prob, *more
 
         x0_hat, gradient, log_prob, *more = self.in_chunks(chunk, x)
-        if isinstance(likelihood, CallableLikelihood):  # -inf has no gradient
+        if isinstance(likelihood, CallableLikelihood):  # -inf has no useful gradient
             gradient = torch.where(per_sample(log_prob, gradient) == -math.inf, 0.0, gradient)
         self._watch_log_prob(i, likelihood, log_prob)
         return x0_hat, gradient, log_prob, *more
 
     def shift_scale(self, i: int) -> float:
-        """What turns a gradient in ``x_t``, as `PullBack` has it, into the shift of ``x0_hat``."""
+        """The factor from a gradient in ``x_t``, as `PullBack` computes it, to the shift of ``x0_hat``."""
         t = self.levels[i]
         return isotropic_variance(t) if self.vanishing(i) else t.sigma**2 / t.alpha
 
     def likelihood_value(self, likelihood: Likelihood, covariance: str, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        """``x0_hat`` and ``log p~(y | x_t)`` alone, without a derivative; not for ``"moment"``, which is made of
-        them."""
+        """``x0_hat`` and ``log p~(y | x_t)`` without a derivative. Not for ``"moment"``, which needs derivatives."""
         level = self.levels[i]
         scale = likelihood.scale_at(level.t)
         spread = isotropic_variance(level) if covariance == "isotropic" else 0.0
@@ -282,7 +300,7 @@ class Run:
         return x0_hat, log_prob
 
     def exact_log_prob(self, likelihood: Likelihood, x: Tensor) -> Tensor:
-        """``log p(y | x_0)`` ``[n]`` of the clean samples ``x``."""
+        """``log p(y | x_0)`` ``[n]`` for the clean samples ``x``."""
         scale = likelihood.scale_at(self.levels[-1].t)
 
         def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor]:
@@ -294,29 +312,33 @@ class Run:
         return log_prob
 
     def _watch_log_prob(self, i: int, likelihood: Likelihood, log_prob: Tensor) -> None:
-        # An error model is -inf only where the operator is infinite; a function may say that y is impossible.
+        # A user's function may return -inf for an impossible y. An error model does so only where A x is infinite.
         allowed = isinstance(likelihood, CallableLikelihood)
         (self.watch.log_prob if allowed else self.watch.finite)(i, likelihood.blamed, log_prob)
 
 
 def isotropic_variance(level: Level) -> Any:
-    """``r_t^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2)``: the variance of ``x_0`` given ``x_t`` for unit-variance data
-    (Song et al. 2023, PiGDM)."""
+    """The variance of ``x_0`` given ``x_t`` for unit-variance data (Song et al. 2023, PiGDM):
+
+    r_t^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2)
+    """
     return level.sigma**2 / (level.alpha**2 + level.sigma**2)
 
 
 def gradient_blamed(likelihood: Any) -> str:
-    """Whose value a gradient in ``x_t`` is, for an error."""
+    """The name that an error gives to the source of a gradient in ``x_t``."""
     return f"gradient of the net or the {getattr(likelihood, 'blamed', 'reward')}"
 
 
 class PullBack:
-    """``x0_hat(x_t)``, and ``v -> (d x0_hat / d x_t)^T v`` through the network's graph. `Run.shift_scale` times that is
-    ``C_t v``, the second-order Tweedie covariance (Boys et al. 2023) times a vector.
+    """``x0_hat(x_t)``, and ``v -> (d x0_hat / d x_t)^T v`` through the network's graph.
 
-    As ``alpha_t`` tends to 0 the state says nothing of ``x_0`` and the Jacobian vanishes; divided by ``alpha_t``, what
-    is left of a network's is its error. Where ``alpha_t < 0.001 sigma_t`` the limit is taken instead: ``C_t`` is the
-    isotropic model's, ``r_t^2 I = I``, that of unit-variance data, and a vector stays what it is.
+    `Run.shift_scale` times the result is ``C_t v``, with the second-order Tweedie covariance ``C_t`` (Boys et al.
+    2023).
+
+    As ``alpha_t`` tends to 0, the state says nothing about ``x_0`` and the Jacobian vanishes. A network's Jacobian
+    divided by ``alpha_t`` is then mostly error. Where ``alpha_t < 0.001 sigma_t`` the limit is used instead: ``C_t`` is
+    the isotropic ``r_t^2 I = I`` of unit-variance data, and a vector stays as it is.
     """
 
     def __init__(self, run: Run, x: Tensor, i: int, rows: Tensor):
@@ -331,7 +353,7 @@ class PullBack:
         self._outputs = [(output, factor)] if base is None else [(output, factor * scale), (base, factor * (1 - scale))]
 
     def __call__(self, v: Tensor, retain_graph: bool = False) -> Tensor:
-        """Of ``v`` ``[n, *event]``, in new memory."""
+        """The product ``(d x0_hat / d x_t)^T v`` for ``v`` ``[n, *event]``, in new memory."""
         memory = foreign.memory()
         if not self._x.requires_grad:
             return memory.copy(v)
@@ -342,17 +364,19 @@ class PullBack:
         if through is None:
             raise ValueError("net: expected an output that depends on x, got one that autograd cannot follow to it")
         with torch.no_grad():
-            out = None if retain_graph else memory.like(v)  # many results would push the loop's blocks out
+            out = (
+                None if retain_graph else memory.like(v)
+            )  # many results would push the loop's blocks out of the cache of the cache
             return torch.add(through, v, alpha=self._of_x, out=out)
 
 
 def weighted(v: Tensor, factor: Scalar, out: Tensor | None) -> Tensor:
-    """``v`` times a number, or a number for each sample."""
+    """``v`` times a number, or times one number per sample."""
     return torch.mul(v, per_sample(factor, v) if isinstance(factor, Tensor) and factor.ndim else factor, out=out)
 
 
 def measure(likelihood: Likelihood, x0: Tensor) -> Tensor:
-    """``A x0`` with its graph to ``x0``."""
+    """``A x0``, with its graph to ``x0``."""
     with torch.enable_grad():
         z = likelihood.operator(x0)
     if not z.requires_grad:
@@ -372,7 +396,7 @@ def own_adjoint(operator: Operator) -> Callable[[Tensor], Tensor] | None:
 def direct_score(
     pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float | Tensor, spread: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of ``log p~`` in ``x_t``, ``log p~`` ``[n]`` and its gradient in ``z``."""
+    """The gradient of ``log p~`` in ``x_t``, ``log p~`` ``[n]``, and the gradient in ``z``."""
     x0, adjoint = pull_back.x0, own_adjoint(likelihood.operator)
     if adjoint is None:
         x0 = x0.detach().requires_grad_()
@@ -390,18 +414,21 @@ def direct_score(
 def moment_score(
     pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float | Tensor, spread: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same; one pull-back per measurement gives the columns of ``C_t A^T``, but for their factor ``spread``, and
-    the gradient is a combination of them."""
+    """The results of `direct_score`, with the second-order covariance.
+
+    One backward pass per measurement gives the columns of ``C_t A^T``, up to the factor ``spread``. The gradient is a
+    combination of these columns.
+    """
     linear, x0 = likelihood.operator, pull_back.x0
-    assert isinstance(linear, LinearOperator)  # as `supports` has made sure of
+    assert isinstance(linear, LinearOperator)  # `supports` has checked it
     with torch.no_grad():
-        z = linear(x0).clone()  # the operator's next call may return the same memory; so may the calls below
+        z = linear(x0).clone()  # an operator may return the same memory at every call, here and below
         m = z[0].numel()
         units = torch.eye(m, dtype=z.dtype, device=z.device).reshape(m, *z.shape[1:])
-        # Of A, or where samples have their own A the rows of each.
+        # The rows of A; where samples have an A of their own, the rows of each.
         one = linear.observations is None
         rows = linear.adjoint(units) if one else [linear.adjoint(u.expand_as(z)).clone() for u in units]
-        # Contiguous: a network's backward pass would carry the zero strides through all its operations.
+        # Contiguous, since zero strides would slow every operation of the network's backward pass.
         columns = [pull_back(row.expand_as(x0).contiguous(), retain_graph=j + 1 < m) for j, row in enumerate(rows)]
         gram = scaled(torch.stack([linear(c.to(z.dtype)).flatten(1).clone() for c in columns], dim=2), spread)
         log_prob, gradient = likelihood.moment(z, y, scale, gram)  # type: ignore[attr-defined]
@@ -413,13 +440,15 @@ def moment_score(
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """``values`` ``[n]`` shaped to multiply ``like`` ``[n, *event]``, in its dtype."""
+    """``values`` ``[n]``, reshaped to multiply ``like`` ``[n, *event]`` and in its dtype."""
     return values.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def default_covariance(likelihood: Likelihood, measurements: int) -> str:
-    """``"moment"`` where it can be had, else ``"isotropic"``. Never ``"point"``, which diverges where the noise of the
-    measurement is small beside the uncertainty of ``x_0``."""
+    """``"moment"`` where the likelihood supports it, else ``"isotropic"``.
+
+    Never ``"point"``: it diverges where the measurement's noise is small beside the uncertainty of ``x_0``.
+    """
     for covariance in ("moment", "isotropic"):
         if not likelihood.supports(covariance, measurements):
             return covariance
@@ -432,7 +461,10 @@ def default_covariance(likelihood: Likelihood, measurements: int) -> str:
 def check_covariance(
     run: Run, likelihood: Likelihood, covariance: str, measurements: int, guided: bool = True
 ) -> Likelihood:
-    """The likelihood with what this covariance needs to know of the operator; ``guided`` by its gradient or not."""
+    """The likelihood, with what the covariance needs to know about the operator.
+
+    ``guided``: whether the gradient guides the samples.
+    """
     one_of("covariance", covariance, COVARIANCES)
     reason = likelihood.supports(covariance, measurements)
     if reason:
@@ -441,8 +473,10 @@ def check_covariance(
 
 
 def prepare_likelihood(run: Run, likelihood: Likelihood) -> tuple[Likelihood, int]:
-    """The likelihood on the run's device, and the number of its measurements; raises unless ``y`` has the shape of a
-    measurement and one row or one per observation."""
+    """The likelihood on the run's device, and the number of its measurements.
+
+    Raises unless ``y`` has the shape of a measurement, and one row or one per observation.
+    """
     if not isinstance(likelihood, Likelihood):
         raise TypeError(f"likelihood: expected a fastguide.likelihoods likelihood, got {type(likelihood).__name__}")
     likelihood = likelihood.to(run.device, run.compute_dtype)
@@ -490,19 +524,19 @@ def prepare_likelihood(run: Run, likelihood: Likelihood) -> tuple[Likelihood, in
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The real part of their inner product, in double precision."""
+    """The real part of the inner product, in double precision."""
     a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
     return (a.conj() * b).real.sum() if a.is_complex() else (a * b.real).sum()
 
 
 def _rows(run: Run) -> str:
-    """How many rows ``y`` may have, and why."""
+    """The numbers of rows that ``y`` may have, and why, for an error."""
     number = "1 row" if run.observations == 1 else f"1 row or {run.observations}"
     return f"{number}, since shape (B, *event) says B = {run.observations} and event {list(run.event)}"
 
 
 def _try_operator(operator: Operator, like: Tensor) -> None:
-    """Raise if an operator of the user's own class writes into its input, or is not what its methods say."""
+    """Raise where a user's operator writes into its input, or its methods contradict each other."""
     if isinstance(operator, Pairs):
         operator = operator.operator
     known = type(operator).__module__.startswith("fastguide.") and not (
@@ -537,7 +571,7 @@ def _try_operator(operator: Operator, like: Tensor) -> None:
     for step in (1, 2, 3):
         w = torch.view_as_complex(draw(torch.view_as_real(z), step)) if z.is_complex() else draw(z, step)
         errors.append(_dot(z, w) - _dot(x, call("adjoint", w)))
-    # Both products are about as large as the norm of z; wide enough for half precision inside.
+    # Both products are about as large as the norm of z. The tolerance admits half precision inside the operator.
     if torch.stack(errors).abs().max() > 0.05 * _dot(z, z).sqrt():
         raise ValueError(f"operator: expected a linear one with <A x, z> = <x, A^T z>, got another from {operator}")
     if type(operator).eigenvalues is not LinearOperator.eigenvalues:

@@ -17,6 +17,7 @@ from .watch import STATE
 
 
 def check_particles(run: Run, resampler: str, ess_threshold: float | None, guided: bool) -> None:
+    """Raise unless the settings of a particle method are in range. A ``guided`` proposal needs noise."""
     one_of("resampler", resampler, SCHEMES)
     if ess_threshold is not None:
         number("ess_threshold", ess_threshold, low=0.0, high=1.0, what="share of the particles")
@@ -27,7 +28,10 @@ def check_particles(run: Run, resampler: str, ess_threshold: float | None, guide
 def resample_particles(
     run: Run, state: State, i: int, resampler: str, ess_threshold: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Ancestors ``[B, K]``, log-weights and ESS ``[B]``; the state's particles are moved in place."""
+    """Resample, and move the particles of the state in place.
+
+    Returns the ancestors ``[B, K]``, the log-weights ``[B, K]`` and the ESS ``[B]``.
+    """
     assert state.log_weights is not None
     with phase("resample"):
 
@@ -41,7 +45,7 @@ def resample_particles(
                 stream=STREAM_RESAMPLE,
                 first_row=run.first_sample,
                 sorted=False,
-                check=False,  # looked at once, after the loop
+                check=False,  # checked once, after the loop
             )
 
         ancestors, log_weights, _, ess = run.with_counters(i, draw, state.log_weights)
@@ -55,8 +59,10 @@ def resample_particles(
 def propose_guided(
     run: Run, state: State, log_weights: Tensor, i: int, blamed: str, strength: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """``x_s ~ N(m_y, tau^2)`` and the log-weights with ``log N(x_s; m, tau^2) - log N(x_s; m_y, tau^2)`` added.
-    ``blamed``: whose value the gradient is, which ``strength`` multiplies."""
+    """Draw ``x_s ~ N(m_y, tau^2)``, and add ``log N(x_s; m, tau^2) - log N(x_s; m_y, tau^2)`` to the log-weights.
+
+    ``strength`` multiplies the gradient. ``blamed`` names what the gradient came from, for an error.
+    """
     coefficients, scale = run.coefficients(i), run.x0_weight(i) * run.shift_scale(i) * strength
     not_finite = run.watch.flags(i, run.device, STATE, "x0_hat", blamed)
 
@@ -70,18 +76,19 @@ def propose_guided(
             not_finite=not_finite, **counter,
         )  # fmt: skip
 
-    # Taken out, so that their memory is free for those of the next level.
+    # Taken out of the state, so that the next level can use their memory.
     x0_hat, gradient = state.particles.pop("x0_hat"), state.particles.pop("gradient")
     return run.with_counters(i, draw, state.x, x0_hat, gradient, log_weights)
 
 
 def on_the_way(run: Run, log_prob: Tensor) -> Tensor:
-    """``log_prob`` ``[B * K]`` of a level before the last, ``-inf`` replaced by the lowest finite value of the
-    observation's particles, or by 0 where there is none.
+    """``log_prob`` ``[B * K]`` of a level before the last, without ``-inf``.
 
-    The prediction ``x0_hat`` may break a constraint that the sample will meet. A particle that died of it would be
-    missing in the end, and more particles would not bring it back. Any finite value leaves the target as it is, since
-    the last level takes it back."""
+    The lowest finite value of the observation's particles replaces ``-inf``, or 0 where there is none. The prediction
+    ``x0_hat`` may break a constraint that the sample will meet. A particle that died of it would be missing at the end,
+    and more particles would not bring it back. Any finite value leaves the target as it is, since the last level takes
+    it back.
+    """
     rows = log_prob.view(run.observations, run.particles)
     dead = rows == -math.inf
     lowest = rows.masked_fill(dead | rows.isnan(), math.inf).amin(1, keepdim=True)
@@ -90,5 +97,5 @@ def on_the_way(run: Run, log_prob: Tensor) -> Tensor:
 
 
 def log_ratio(new: Tensor, old: Tensor) -> Tensor:
-    """``new - old``, and ``-inf`` for a particle that is dead already."""
+    """``new - old``, and ``-inf`` for a particle that is already dead."""
     return torch.where(old == -math.inf, old, new - old)

@@ -1,4 +1,4 @@
-"""Finds the step and the function at which a run stopped being finite, without asking the device during the loop."""
+"""Finds the step and the function at which a run stopped being finite, without waiting for the device in the loop."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..ops._arguments import readable
 
 __all__ = ["STATE", "Watch"]
 
-STATE = "state"  # what is blamed where a step overflowed: all that it was made of was finite
+STATE = "state"  # blamed where a step overflowed: its inputs were finite
 
-# What a step computes first, so that it is blamed for what follows from it.
+# The order of computation within a step: the earliest function is blamed, since later values follow from it.
 _ORDER = (STATE, "net", "unconditional", "net or unconditional", "x0_hat")
 
 
 class _Note(NamedTuple):
     step: int
-    functions: tuple[str, ...]  # one for all values, or one for each
+    functions: tuple[str, ...]  # one name for all values, or one for each
     kind: str
     values: tuple[Tensor, ...]  # on the device
 
     def report(self, numbers: list[float]) -> tuple[str, str] | None:
-        """The first function whose value was not finite, and what it was."""
+        """The first function whose value was not finite, and what the value was; None where all is well."""
         if self.kind == "flags":
             found = [function for function, number in zip(self.functions, numbers, strict=True) if number]
             return (found[0], "NaN or infinity") if found else None
@@ -38,8 +38,10 @@ class _Note(NamedTuple):
 
 
 def _extremes(value: Tensor) -> tuple[Tensor, ...]:
-    """The lowest and the highest value. On the CPU a finite sum says as much, in a quarter of the time: no value is NaN
-    or infinite."""
+    """The lowest and the highest value.
+
+    On the CPU a finite sum says the same in a quarter of the time: no value is NaN or infinite.
+    """
     if readable(value):
         total = value.sum()
         if math.isfinite(total):
@@ -48,45 +50,49 @@ def _extremes(value: Tensor) -> tuple[Tensor, ...]:
 
 
 class Watch:
-    """Notes of what functions returned in each step. `report` reads them, once, after the loop."""
+    """Notes on what functions returned in each step. `report` reads them once, after the loop."""
 
     def __init__(self) -> None:
         self._notes: list[_Note] = []
-        self._order: list[int] = []  # of `numbers`, which are sorted by dtype
+        self._order: list[int] = []  # the order of the values in `numbers`, which groups them by dtype
 
     def finite(self, i: int, function: str, value: Tensor) -> None:
         """Note that ``value`` came from ``function`` in step ``i`` and must be finite."""
         self._notes.append(_Note(i, (function,), "finite", _extremes(value.detach())))
 
     def flags(self, i: int, device: torch.device, *functions: str) -> Tensor:
-        """The same without a pass over the values, for the operation that reads them: its ``not_finite``.
-        ``functions``: where each of its inputs came from."""
+        """As `finite`, without a pass over the values: flags for the ``not_finite`` of the operation that reads them.
+
+        ``functions`` are the names of what its inputs came from, in order.
+        """
         flags = torch.zeros(len(functions), dtype=torch.int32, device=device)
         self._notes.append(_Note(i, functions, "flags", (flags,)))
         return flags
 
     def log_prob(self, i: int, function: str, value: Tensor) -> None:
-        """The same for log-densities, where ``-inf`` (a dead particle) is allowed."""
+        """As `finite`, for log-densities, where ``-inf`` (a dead particle) is allowed."""
         self._notes.append(_Note(i, (function,), "log_prob", _extremes(value.detach())))
 
     def dropped(self, i: int, function: str, mask: Tensor) -> None:
-        """Note the particles that get weight 0 since ``function`` returned NaN for them in step ``i``."""
+        """Note the particles that get weight 0 because ``function`` returned NaN for them in step ``i``."""
         self._notes.append(_Note(i, (function,), "dropped", (mask.sum(),)))
 
     def clear(self) -> None:
         self._notes.clear()
 
     def numbers(self) -> Tensor:
-        """All that has been noted, as one tensor on the device. What it is of stays, for `report`."""
+        """All notes as one tensor on the device. Their names stay here, for `report`."""
         values = [value for note in self._notes for value in note.values]
-        dtypes = dict.fromkeys(value.dtype for value in values)  # each is one kernel, where each value would be one
+        dtypes = dict.fromkeys(value.dtype for value in values)  # one kernel per dtype, not one per value
         places = [[i for i, value in enumerate(values) if value.dtype == dtype] for dtype in dtypes]
         self._order = [i for group in places for i in group]
         return torch.cat([torch.cat([values[i].reshape(-1) for i in group]).double() for group in places])
 
     def report(self, numbers: Tensor | None = None, stacklevel: int = 3) -> bool:
-        """Raise for the first value that was not finite; warn of dropped particles, and say whether there are any.
-        ``numbers``: what `numbers` returned, which a captured loop makes anew in every replay."""
+        """Raise for the first value that was not finite. Warn of dropped particles, and return whether there are any.
+
+        ``numbers`` is what `numbers` returned; a captured loop computes it anew in every replay.
+        """
         if not self._notes:
             return False
         numbers = self.numbers() if numbers is None else numbers
