@@ -47,7 +47,8 @@ class FK:
 
     The particles of each observation have the target ``p(x_0) exp(strength * r(x_0))``. The weight of a particle is the
     product of its potentials, and of the density ratios of its proposals. A level has a potential where the step that
-    starts there resamples, and ``x_0`` always has one, which makes the product ``exp(strength * r(x_0))``.
+    starts there is one of ``resample_steps``. ``x_0`` always has one: it makes the product of all potentials
+    ``exp(strength * r(x_0))``.
 
     The ``log_evidence`` of the result estimates ``log E[exp(strength * r(x_0))]``, with ``x_0`` drawn by the sampler
     without guidance. Where a callback ends the run early, weights and evidence are those of the level reached.
@@ -56,8 +57,8 @@ class FK:
 
     **Reward.** A function ``r(x0 [n, *event]) -> [n]`` is called with ``x0_hat`` on the way and with ``x_0`` at the
     end. It returns a tensor, an array or a list. With a parameter named ``t`` it also gets the schedule's time of the
-    level. The clean time is always a float; that of a table of betas is -1.0, so it cannot be used as an index. Special
-    values:
+    level. The clean time is always a float; that of a table of betas is -1.0, so it cannot be used as an index. NaN and
+    infinite rewards:
 
     - NaN gives the particle weight 0, with a warning. ``+inf`` is an error.
     - ``-inf`` at ``x_0`` gives weight 0. On the way ``x0_hat`` may break a constraint that ``x_0`` will meet, so
@@ -82,15 +83,15 @@ class FK:
         proposal: ``"base"``, the default, is the reverse step. ``"guided"`` is that of TDS, with the gradient of the
             reward; all rewards of a sum that have a gradient count. It needs ``eta > 0``, and for a reward that is not
             a likelihood ``covariance="point"``. Or a function, see above.
-        covariance: For a likelihood ``"point"``, ``"isotropic"`` or ``"moment"``, see `DPS`. None takes the default of
-            TDS for ``"guided"``. For other proposals None takes ``"isotropic"`` where it can be had, else ``"point"``;
-            neither needs a derivative. For other rewards None or ``"point"``: the guided proposal takes the gradient at
-            ``x0_hat`` as if ``x0_hat`` were certain, and a sharp reward makes the particles diverge.
+        covariance: For a likelihood, ``"point"``, ``"isotropic"`` or ``"moment"``, see `DPS`. None takes the default of
+            TDS for ``"guided"``; for another proposal it takes ``"isotropic"`` where that can be had, else ``"point"``,
+            and no derivative is needed. For a reward function None, or ``"point"`` for ``"guided"``: the gradient is
+            taken at ``x0_hat`` as if that were certain, and a sharp reward makes the particles diverge.
         resampler: ``"systematic"`` (the default), ``"stratified"``, ``"multinomial"`` or ``"residual"``.
-        ess_threshold: A number in ``[0, 1]``; 0.5 by default. At a step that resamples, an observation's particles are
-            resampled if their effective sample size is below ``ess_threshold * particles``. Otherwise they keep their
-            weights. None always resamples.
-        resample_steps: The steps that resample. A potential multiplies the weights before each of them. None means
+        ess_threshold: A number in ``[0, 1]``; 0.5 by default. At each of the ``resample_steps``, the particles of an
+            observation are resampled if their effective sample size is below ``ess_threshold * particles``. Otherwise
+            they stay, with their weights. None always resamples.
+        resample_steps: The steps that may resample. Before each, the weights are multiplied by a potential. None means
             every step. A list gives them, counted from 0, each below the number of steps. An integer ``n >= 1`` means
             steps n, 2n, 3n, ..., not step 0. Before other steps there is no potential, and the reward is called only
             where the guided proposal needs its gradient.
