@@ -1,16 +1,18 @@
-"""A real prior, shipped: a small U-Net trained on handwritten digits, for demonstrations and tests.
+"""A small prior that ships with the package: a U-Net trained on handwritten digits, for demonstrations and tests.
 
-    images, labels = digits.held_out()          # real digits that no training has seen
+    images, labels = digits.held_out()  # real digits that no training has seen
     samples = fastguide.sample(digits.prior(), (64, 1, 8, 8), steps=100)
 
-Data: "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository
-(1998), https://doi.org/10.24432/C50P49, licence CC BY 4.0; the 1,797 images that scikit-learn distributes.
-Each pixel counts the ink in a 4x4 block of a 32x32 bitmap, 0..16, here mapped to [-1, 1]. A stratified,
-seeded 297 of them are held out: `held_out.safetensors` has their images, labels and indices in scikit-learn's
-order. The split is by image, so a held-out digit's writer may have written training digits too.
+The data are the 1,797 images of "Optical Recognition of Handwritten Digits" that scikit-learn distributes: E. Alpaydin
+and C. Kaynak, UCI Machine Learning Repository (1998), https://doi.org/10.24432/C50P49, licence CC BY 4.0. Each pixel
+counts the ink in a 4x4 block of a 32x32 bitmap, 0..16, here mapped to [-1, 1].
 
-Networks and the script that trained them: `networks`, and `python -m fastguide.digits.train`. The files'
-metadata carry the configuration and what was measured. Needs safetensors: `pip install fastguide[demo]`.
+297 images are held out, by a stratified and seeded split. `held_out.safetensors` has their images, labels and indices
+in scikit-learn's order. The split is by image, so the writer of a held-out digit may have written training digits too.
+
+`networks` has the networks. `python -m fastguide.digits.train` trained them; it overwrites the shipped weights unless
+told otherwise. The files' metadata have the configuration and what was measured. This module needs safetensors: `pip
+install fastguide[demo]`.
 """
 
 from __future__ import annotations
@@ -35,8 +37,18 @@ _Net = TypeVar("_Net", bound=nn.Module)
 
 
 def held_out(*, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The real digits that no training has seen: images [297, 1, 8, 8] in [-1, 1], background -1, and labels
-    [297] int64, 0..9."""
+    """The real digits that no training has seen.
+
+    Args:
+        device: Where the tensors go; the CPU by default.
+        dtype: The dtype of the images.
+
+    Returns:
+        Images [297, 1, 8, 8] in [-1, 1] with background -1, and labels [297] int64, 0..9.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
     tensors, _ = _read("held_out.safetensors")
     images = tensors["images"].to(device=device, dtype=dtype) / 8 - 1
     return images, tensors["labels"].to(device=device, dtype=torch.int64)
@@ -49,11 +61,21 @@ def prior(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Denoiser:
-    """Denoiser of images [N, 1, 8, 8] in [-1, 1]; predicts `v` on `vp_cosine(1000)`.
+    """A denoiser of digits; it predicts `v` on `vp_cosine(1000)`. Images are [N, 1, 8, 8] in [-1, 1].
 
-    `label`: the digit asked for, 0..9; an int, or a tensor [B] with one for each observation. None: any
-    digit. `guidance_scale`: classifier-free guidance, `unconditional + scale * (conditional -
-    unconditional)`, at the cost of a second evaluation; needs a label. None or 1: the conditional prediction.
+    Args:
+        label: The digit to draw, 0..9: an int, or a tensor [B] with one for each observation. None draws any digit.
+        guidance_scale: Scale of classifier-free guidance, `unconditional + scale * (conditional - unconditional)`. It
+            costs a second evaluation of the network, and needs a label. None or 1 is the conditional prediction.
+        device: Where the network goes; the CPU by default.
+        dtype: The dtype of the network; float32 by default.
+
+    Returns:
+        The denoiser, with frozen weights.
+
+    Raises:
+        ValueError: `label` is not 0..9, or `guidance_scale` comes without a label.
+        ImportError: safetensors is not installed.
     """
     if guidance_scale is not None and label is None:
         raise ValueError(f"guidance_scale: expected None without a label, got {guidance_scale!r}")
@@ -70,11 +92,20 @@ def prior(
 def latent_prior(
     *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Denoiser, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Denoiser of latents, `encode` and `decode`.
+    """A denoiser of latents, with the encoder and the decoder.
 
-    Latents are [N, C, 4, 4] with mean 0 and variance 1 per channel; the denoiser predicts `v` on
-    `vp_cosine(1000)`. `encode(images [N, 1, 8, 8] in [-1, 1])` and `decode(latents)` are smooth; `decode` is
-    not clamped to [-1, 1].
+    Latents are [N, C, 4, 4] with mean 0 and variance 1 per channel. The denoiser predicts `v` on `vp_cosine(1000)`.
+
+    Args:
+        device: Where the networks go; the CPU by default.
+        dtype: The dtype of the networks; float32 by default.
+
+    Returns:
+        The denoiser, `encode` and `decode`. `encode` takes images [N, 1, 8, 8] in [-1, 1]; `decode` is not clamped to
+            [-1, 1]. Both are smooth.
+
+    Raises:
+        ImportError: safetensors is not installed.
     """
     autoencoder = _load(Autoencoder, "autoencoder", device, dtype)
     denoiser = Denoiser(_load(UNet, "latent_prior", device, dtype), vp_cosine(1000), prediction="v")
@@ -82,7 +113,18 @@ def latent_prior(
 
 
 def classifier(*, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Classifier:
-    """Network from images [N, 1, 8, 8] in [-1, 1] to logits [N, 10]; smooth, so that it can guide too."""
+    """A classifier of digits. It is smooth, so it can guide too.
+
+    Args:
+        device: Where the network goes; the CPU by default.
+        dtype: The dtype of the network; float32 by default.
+
+    Returns:
+        A network from images [N, 1, 8, 8] in [-1, 1] to logits [N, 10].
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
     return _load(Classifier, "classifier", device, dtype)
 
 
@@ -94,10 +136,10 @@ def _labels(label: int | Tensor) -> Tensor:
 
 
 def _load(kind: type[_Net], name: str, device: torch.device | str, dtype: torch.dtype) -> _Net:
-    """A fresh network with the shipped weights, frozen, in eval mode."""
+    """A new network with the shipped weights, frozen, in eval mode."""
     tensors, metadata = _read("weights.safetensors")
     prefix = name + "."
-    with torch.device("cpu"):  # whatever the default device
+    with torch.device("cpu"):  # whatever torch's default device is
         net = kind(**json.loads(metadata["config"])[name])
     net.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     return net.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -105,7 +147,7 @@ def _load(kind: type[_Net], name: str, device: torch.device | str, dtype: torch.
 
 @functools.cache
 def _read(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (shared, never written to) and metadata of a shipped file."""
+    """The tensors and the metadata of a shipped file. The tensors are shared, so they must not be written to."""
     try:
         from safetensors import safe_open
     except ImportError as error:

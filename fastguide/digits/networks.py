@@ -1,7 +1,7 @@
-"""Small networks for 8x8 images: U-Net denoiser, classifier, autoencoder.
+"""Small networks for 8x8 images: a U-Net denoiser, a classifier and an autoencoder.
 
-All are smooth (SiLU, no max-pooling), since guidance differentiates through them, and take whatever floating
-dtype they are cast to. Images are [N, 1, 8, 8] in [-1, 1]; latents are [N, C, 4, 4] of about unit variance.
+All are smooth (SiLU, no max-pooling), since guidance differentiates through them. They work in any floating dtype.
+Images are [N, 1, 8, 8] in [-1, 1]; latents are [N, C, 4, 4] of about unit variance.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ CLASSES = 10
 
 
 def _zero(conv: nn.Conv2d) -> nn.Conv2d:
-    """Zero weights: a residual branch that ends in it starts as nothing, the block as the identity."""
+    """Set the weights to zero, so that a residual block ending in `conv` starts as the identity."""
     for parameter in conv.parameters():
         nn.init.zeros_(parameter)
     return conv
 
 
 class _ResBlock(nn.Module):
-    """Two 3x3 convolutions with a residual; the embedding scales and shifts the second normalisation."""
+    """Two 3x3 convolutions with a residual. The embedding scales and shifts the second normalisation."""
 
     def __init__(self, width_in: int, width: int, width_embedding: int, dropout: float) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class _ResBlock(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Self-attention over the pixels, written out: 16 tokens, and every derivative of any order exists."""
+    """Self-attention over the pixels (16 tokens), written out so that derivatives of every order exist."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -62,15 +62,22 @@ class _Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Denoiser with one resolution per entry of `widths`, each half of the one before.
+    """A denoiser with one resolution per entry of `widths`, each half of the one before.
 
-    `net(x, t, label=None)`:
+    `net(x, t, label=None)` returns the prediction, shaped like `x`. The shipped weights predict `v = alpha * eps -
+    sigma * x0`. Its inputs:
 
-    - `x`      [N, channels, H, W], the noisy state, H and W divisible by `2 ** (len(widths) - 1)`
-    - `t`      [N] int64, index into the discrete noise table, 0 (almost clean) .. `steps - 1` (noise)
-    - `label`  [N] int64, 0..9, or 10 for "no class"; None is "no class" for all, the unconditional prediction
+    - `x` [N, channels, H, W]: the noisy state; H and W are divisible by `2 ** (len(widths) - 1)`.
+    - `t` [N] int64: index of the noise table, from 0 (almost clean) to `steps - 1` (noise).
+    - `label` [N] int64: 0..9, or 10 for "no class". None is "no class" for all, the unconditional prediction.
 
-    and returns the prediction, shaped like `x`. The shipped weights predict `v = alpha * eps - sigma * x0`.
+    Args:
+        channels: Channels of the image.
+        widths: Channels at each resolution, from fine to coarse; multiples of 8.
+        embedding: Size of the embedding of time and label, even.
+        heads: Heads of the attention; a divisor of the last width.
+        steps: Size of the noise table.
+        dropout: Share of dropped activations, in [0, 1); 0 by default.
     """
 
     time_table: Tensor  # [T, E]
@@ -89,7 +96,7 @@ class UNet(nn.Module):
         half = embedding // 2
         frequencies = torch.exp(-math.log(1000.0) * torch.arange(half, dtype=torch.float64) / (half - 1))
         angles = torch.arange(steps, dtype=torch.float64)[:, None] * (1000.0 / steps) * frequencies  # [T, E/2]
-        # A table of sines, not of angles, so that a cast to half precision costs no more than its rounding.
+        # A table of sines, not angles: a cast to half precision then only rounds them.
         table = torch.cat([angles.sin(), angles.cos()], dim=1).float()
         self.register_buffer("time_table", table, persistent=False)  # [T, E]
         self.time = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
@@ -112,7 +119,7 @@ class UNet(nn.Module):
         self.out = _zero(nn.Conv2d(widths[0], channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        # The row of "no class" is picked by a host constant: a tensor made here would bar CUDA graphs.
+        # A host constant picks the row of "no class": a tensor made here would break CUDA graphs.
         of_label = self.label.weight[CLASSES] if label is None else self.label(label)
         embedding = F.silu(self.time(self.time_table[t]) + of_label)  # [N, E]
 
@@ -125,14 +132,19 @@ class UNet(nn.Module):
         h = self.middle[0](h, embedding)
         h = self.middle[1](self.attention(h), embedding)
         for block, grow in zip(reversed(self.up), reversed(self.grow), strict=True):
-            # Convolving before the enlargement costs a quarter of convolving after it.
+            # Convolve before enlarging: a quarter of the cost.
             h = F.interpolate(grow(h), scale_factor=2.0, mode="nearest")
             h = block(torch.cat([h, skips.pop()], dim=1), embedding)
         return self.out(F.silu(self.norm(h)))
 
 
 class Classifier(nn.Module):
-    """Which digit: `net(images [N, 1, 8, 8] in [-1, 1])` gives logits [N, 10]."""
+    """A classifier of digits: `net(images)` maps images [N, 1, 8, 8] in [-1, 1] to logits [N, 10].
+
+    Args:
+        width: Channels of the first layers; a multiple of 4.
+        dropout: Share of dropped features, in [0, 1); 0 by default.
+    """
 
     def __init__(self, width: int = 32, dropout: float = 0.0) -> None:
         super().__init__()
@@ -158,11 +170,14 @@ class Classifier(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Images to latents and back.
+    """Maps images to latents and back.
 
-    `encode(images [N, 1, 8, 8] in [-1, 1]) -> [N, C, 4, 4]`, standardised by `shift` and `scale` (set after
-    training) to mean 0 and variance 1 per channel; `decode` is its approximate inverse. The decoder's output
-    is not clamped: a clamp would have no gradient where most pixels of a digit lie, at -1.
+    `shift` and `scale`, set after training, standardise the latents to mean 0 and variance 1 per channel. The decoder's
+    output is not clamped: a clamp would have no gradient where most pixels of a digit lie, at -1.
+
+    Args:
+        latent_channels: Channels C of the latents.
+        width: Channels of the hidden layers.
     """
 
     shift: Tensor  # [C, 1, 1], of the raw latents
@@ -195,13 +210,16 @@ class Autoencoder(nn.Module):
         self.register_buffer("scale", torch.ones(latent_channels, 1, 1))
 
     def encode(self, images: Tensor) -> Tensor:
-        """[N, 1, 8, 8] in [-1, 1] -> latents [N, C, 4, 4], about standard normal in scale."""
+        """Images [N, 1, 8, 8] in [-1, 1] to latents [N, C, 4, 4] of mean 0 and variance 1 per channel."""
         return (self.encoder(images) - self.shift) / self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [N, C, 4, 4] -> images [N, 1, 8, 8], about [-1, 1], not clamped."""
+        """Latents [N, C, 4, 4] to images [N, 1, 8, 8], about in [-1, 1], not clamped.
+
+        An approximate inverse of `encode`.
+        """
         return self.decoder(latents * self.scale + self.shift)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Reconstruction: `decode(encode(images))`."""
+        """The reconstruction `decode(encode(images))`."""
         return self.decode(self.encode(images))

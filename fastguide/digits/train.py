@@ -1,12 +1,16 @@
 """Trains everything in `fastguide.digits` from scikit-learn's digits: `python -m fastguide.digits.train`.
 
-Seeded, and deterministic for a given torch version and number of threads. Needs scikit-learn and safetensors.
-The shipped run took 35 minutes on two cores beside other work; on a busy machine, `--threads 1` is faster.
-Held-out images are read only to measure; hyperparameters were chosen with `--validate`, which takes a further
-fifth of the training images away and measures on those.
+It overwrites the shipped `weights.safetensors` and `held_out.safetensors`. `--out FOLDER` writes elsewhere, and
+`--validate` writes nothing.
 
-Noise levels: the table `vp_cosine(1000)`, `x_t = alpha x_0 + sigma eps`; networks predict
-`v = alpha eps - sigma x_0`. The loss is the plain mean square of `v`.
+A run is seeded, and deterministic for a given torch version and number of threads. It needs scikit-learn and
+safetensors. The shipped run took 35 minutes on two cores beside other work; on a busy machine `--threads 1` is faster.
+
+Held-out images are only used to measure. Hyperparameters were chosen with `--validate`, which sets aside a further
+fifth of the training images and measures on those.
+
+Noise levels are those of `vp_cosine(1000)`, `x_t = alpha x_0 + sigma eps`. Networks predict `v = alpha eps - sigma
+x_0`, and the loss is the mean square of the error in `v`.
 """
 
 from __future__ import annotations
@@ -44,10 +48,10 @@ Report = Callable[[int, float, nn.Module], None]  # step, recent mean of the los
 
 
 def split(labels: np.ndarray, seed: int = 0, held_out: int = HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
-    """Stratified split: labels [M] -> (training indices, held-out indices), both sorted.
+    """A stratified split of labels [M] into training and held-out indices, both sorted.
 
-    Every class gives its share of `held_out`, rounded by largest remainder. The legacy generator is used
-    because its stream is fixed for ever.
+    Every class gives its share of `held_out`, rounded by largest remainder. The legacy generator is used because its
+    stream never changes.
     """
     generator = np.random.RandomState(seed)
     counts = np.bincount(labels, minlength=CLASSES)
@@ -59,7 +63,7 @@ def split(labels: np.ndarray, seed: int = 0, held_out: int = HELD_OUT) -> tuple[
 
 
 def load(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """All images [1797, 1, 8, 8] uint8 in 0..16, labels [1797] uint8, training and held-out indices."""
+    """All images [1797, 1, 8, 8] uint8 in 0..16, labels [1797] uint8, training indices and held-out indices."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -69,13 +73,15 @@ def load(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def scaled(images: np.ndarray) -> Tensor:
-    """Images 0..16 -> float32 in [-1, 1]."""
+    """Images in 0..16 as float32 in [-1, 1]."""
     return torch.from_numpy(images.astype(np.float32)) / 8 - 1
 
 
 def jitter(images: Tensor, generator: torch.Generator, *, shift: float, angle: float, zoom: float) -> Tensor:
-    """Each image [N, 1, 8, 8] moved by up to `shift` pixels, turned by up to `angle` radians, scaled by
-    `1 +- zoom`; bilinear, background -1."""
+    """Each image [N, 1, 8, 8] moved, turned and scaled at random.
+
+    The limits are `shift` pixels, `angle` radians and a factor of `1 +- zoom`. Bilinear, background -1.
+    """
 
     def uniform(limit: float) -> Tensor:
         return limit * (2 * torch.rand(len(images), generator=generator) - 1)
@@ -91,7 +97,7 @@ def jitter(images: Tensor, generator: torch.Generator, *, shift: float, angle: f
 
 
 def noise_table() -> tuple[Tensor, Tensor]:
-    """alpha, sigma: [1000] float32."""
+    """alpha and sigma of the noise table, [1000] float32 each."""
     schedule, t = vp_cosine(STEPS), torch.arange(STEPS)
     return schedule.alpha(t).float(), schedule.sigma(t).float()
 
@@ -106,7 +112,7 @@ def optimise(
     ema: float = 0.999,
     report: Report | None = None,
 ) -> Net:
-    """AdamW, short warm-up, cosine decay; returns the exponential moving average of the weights."""
+    """AdamW with a short warm-up and cosine decay. Returns the exponential moving average of the weights."""
     average = copy.deepcopy(net).eval()
     optimiser = torch.optim.AdamW(
         net.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True
@@ -124,7 +130,7 @@ def optimise(
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimiser.step()
         rate.step()
-        # The first iterates are forgotten quickly, so that short runs have a useful average too.
+        # The average forgets the first iterates quickly, so that it is useful in short runs too.
         weight = 1 - min(ema, (step + 1) / (step + 10))
         with torch.no_grad():
             for mean, current in zip(average.parameters(), net.parameters(), strict=True):
@@ -142,9 +148,9 @@ def v_loss(
     generator: torch.Generator,
     table: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Mean square of the error in `v` at random levels; x0 [N, C, H, W], labels [N] int64 or None."""
+    """The mean square of the error in `v` at random levels; x0 [N, C, H, W], labels [N] int64 or None."""
     n = len(x0)
-    # One level per stratum of the table: the same expectation as independent levels, much less variance.
+    # One level per stratum of the table: the same expectation as independent levels, with much less variance.
     t = ((torch.arange(n) + torch.rand(n, generator=generator)) * (STEPS / n)).long().clamp_(max=STEPS - 1)
     t = t[torch.randperm(n, generator=generator)]
     alpha, sigma = (entry[t].view(-1, 1, 1, 1) for entry in table)
@@ -166,8 +172,11 @@ def train_denoiser(
     seed: int = 0,
     report: Report | None = None,
 ) -> UNet:
-    """x0 [M, C, H, W], or a function of (indices, generator) that returns a batch; labels [M] int64, dropped
-    with probability `drop_label`."""
+    """Train a denoiser on x0 [M, C, H, W] and labels [M] int64.
+
+    `x0` may also be a function of (indices, generator) that returns a batch. A label is dropped with probability
+    `drop_label`.
+    """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # dropout
     table = noise_table()
@@ -195,7 +204,7 @@ def train_classifier(
     seed: int = 0,
     report: Report | None = None,
 ) -> Classifier:
-    """Cross-entropy on jittered images [M, 1, 8, 8] with a little noise; labels [M] int64."""
+    """Train a classifier by cross-entropy on jittered images [M, 1, 8, 8] with a little noise; labels [M] int64."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
 
@@ -220,8 +229,10 @@ def train_autoencoder(
     seed: int = 0,
     report: Report | None = None,
 ) -> Autoencoder:
-    """Mean square error of the reconstruction, with noise on the latents so that the decoder is smooth; then
-    `shift` and `scale` are set."""
+    """Train an autoencoder by the mean square error of the reconstruction, then set `shift` and `scale`.
+
+    Noise is added to the latents, so that the decoder is smooth.
+    """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
 
@@ -234,7 +245,7 @@ def train_autoencoder(
             jitter(x, generator, shift=0.5, angle=0.1, zoom=0.1),
         )
         z = net.encode(x)
-        # The noise is relative to the batch's spread, so that growing latents cannot drown it.
+        # The noise is relative to the batch's spread: otherwise larger latents would make it negligible.
         spread = z.detach().std(dim=(0, 2, 3), keepdim=True)
         noisy = z + noise * spread * torch.randn(z.shape, generator=generator)
         return F.mse_loss(net.decode(noisy), x) + 1e-4 * z.square().mean()
@@ -252,8 +263,10 @@ def train_autoencoder(
 
 @torch.no_grad()
 def draw(denoiser: Denoiser, shape: tuple[int, ...], *, steps: int = 100, eta: float = 1.0, seed: int = 0) -> Tensor:
-    """Plain samples, nothing clipped: DDIM for eta = 0, DDPM for eta = 1. Written out here, so that the
-    figures do not depend on the kernels."""
+    """Plain samples without clipping: DDIM for eta = 0, DDPM for eta = 1.
+
+    The loop is written out here, so that the figures do not depend on the kernels.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator)
     for t, s in itertools.pairwise(denoiser.schedule.levels(steps)):
@@ -267,14 +280,14 @@ def draw(denoiser: Denoiser, shape: tuple[int, ...], *, steps: int = 100, eta: f
 
 @torch.no_grad()
 def confident(classifier: nn.Module, images: Tensor, above: float = 0.9) -> tuple[float, list[int]]:
-    """Share of images [N, 1, 8, 8] that the classifier assigns with more than `above`, and the ten counts."""
+    """The share of images [N, 1, 8, 8] that the classifier assigns with more than `above`, and the ten counts."""
     confidence, classes = classifier(images).softmax(1).max(1)
     return (confidence > above).float().mean().item(), torch.bincount(classes, minlength=CLASSES).tolist()
 
 
 @torch.no_grad()
 def held_out_loss(net: nn.Module, x0: Tensor, labels: Tensor | None = None, repeats: int = 8) -> float:
-    """The loss `v_loss` on given images, the same noise at every call."""
+    """The loss `v_loss` on given images, with the same noise at every call."""
     generator = torch.Generator().manual_seed(1234)
     table = noise_table()
     return sum(v_loss(net, x0, labels, generator, table).item() for _ in range(repeats)) / repeats
@@ -287,12 +300,12 @@ def psnr(images: Tensor, others: Tensor) -> float:
 
 
 def nearest(images: Tensor, references: Tensor) -> Tensor:
-    """Euclidean distance [N] from each image to the closest reference."""
+    """The Euclidean distance [N] from each image to the closest reference."""
     return torch.cdist(images.flatten(1), references.flatten(1)).amin(1)
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """Unbiased energy distance in pixels, `2 E|a - b| - E|a - a'| - E|b - b'|`: 0 for equal distributions."""
+    """The unbiased energy distance in pixels, `2 E|a - b| - E|a - a'| - E|b - b'|`. It is 0 for equal distributions."""
     a, b = a.flatten(1), b.flatten(1)
     within = sum(torch.cdist(x, x).sum().item() / (len(x) * (len(x) - 1)) for x in (a, b))
     return 2 * torch.cdist(a, b).mean().item() - within
@@ -300,7 +313,7 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
 
 @dataclass
 class Models:
-    """What is trained and shipped; the names are those in the file and in CONFIG."""
+    """The networks that are trained and shipped. Their names are those in the file and in CONFIG."""
 
     classifier: Classifier
     autoencoder: Autoencoder
@@ -311,7 +324,7 @@ class Models:
 def measure(
     models: Models, train: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], samples: int = 1000
 ) -> dict[str, object]:
-    """Every figure that is printed and kept in the metadata; `train` and `held` are (images, labels)."""
+    """Every figure that is printed and kept in the metadata. `train` and `held` are (images, labels)."""
     (x, _), (x_held, labels_held) = train, held
     classify, autoencoder, schedule = models.classifier, models.autoencoder, vp_cosine(STEPS)
     figures: dict[str, object] = {}
@@ -384,7 +397,7 @@ TRAINING_STEPS = {"prior": 4000, "latent_prior": 4000, "autoencoder": 4000, "cla
 
 
 def train_all(x: Tensor, labels: Tensor, steps: dict[str, int], seed: int = 0) -> Models:
-    """The four networks from images [M, 1, 8, 8] and labels [M] int64; `steps` as in TRAINING_STEPS."""
+    """Train the four networks from images [M, 1, 8, 8] and labels [M] int64, for `steps` as in TRAINING_STEPS."""
 
     def options(name: str) -> dict[str, Any]:
         start = time.perf_counter()
@@ -413,7 +426,7 @@ def train_all(x: Tensor, labels: Tensor, steps: dict[str, int], seed: int = 0) -
 
 
 def packed(models: Models) -> dict[str, Tensor]:
-    """All weights as float16; the networks are rounded to them in place, so that what is measured ships."""
+    """All weights as float16. The networks are rounded in place too, so that what is measured is what ships."""
     tensors: dict[str, Tensor] = {}
     for name, net in vars(models).items():
         net.load_state_dict({k: v.half().float() for k, v in net.state_dict().items()})
@@ -471,7 +484,7 @@ def main(arguments: list[str] | None = None) -> None:
     source = "UCI Optical Recognition of Handwritten Digits, Alpaydin & Kaynak 1998, CC BY 4.0"
     save_file(held_out, options.out / "held_out.safetensors", {"source": source})
     for file in ("weights.safetensors", "held_out.safetensors"):
-        (options.out / file).chmod(0o644)  # safetensors makes them private
+        (options.out / file).chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 if __name__ == "__main__":
