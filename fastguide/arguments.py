@@ -1,4 +1,4 @@
-"""The checks that arguments share. An error names the argument, and says what was expected and what came."""
+"""Checks that arguments share. An error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ __all__ = [
 
 
 def got(value: Any) -> str:
-    """What an error says of ``value``. The elements of a tensor are not read: they may be on a device, or nowhere."""
+    """What an error says about ``value``. Elements of a tensor are not read: they may be on a device, or not exist."""
     if isinstance(value, Tensor):
         kind = "" if type(value) is Tensor else f"{type(value).__name__} "
         layout = "nested " if value.is_nested else "" if value.layout is torch.strided else f"{value.layout} "
@@ -72,14 +72,16 @@ def got(value: Any) -> str:
         return f"array {value.dtype} {list(value.shape)}"
     try:
         text = repr(value)
-    except Exception:  # the value's own, or that of an integer too long to print
+    except Exception:  # raised by the value's own repr, or for an integer too long to print
         return type(value).__name__
     return text if len(text) <= 120 else f"{text[:100]}..."
 
 
 def as_float(value: Any) -> float | None:
-    """A real number, or a tensor or array of one, as a float; None for anything else, and for an integer beyond all
-    floats."""
+    """A real number, or a tensor or array with one real number, as a float.
+
+    None for anything else, and for an integer larger than every float.
+    """
     if type(value) is float:
         return value
     if isinstance(value, Tensor):
@@ -95,7 +97,7 @@ def as_float(value: Any) -> float | None:
 
 
 def real(name: str, value: Any) -> float:
-    """``value`` as a float, if `as_float` can make one of it that is not NaN; infinity counts."""
+    """``value`` as a float that is not NaN. Infinity is allowed."""
     found = as_float(value)
     if found is None or math.isnan(found):
         raise (TypeError if found is None else ValueError)(f"{name}: expected a number, got {got(value)}")
@@ -103,11 +105,12 @@ def real(name: str, value: Any) -> float:
 
 
 def is_integer(value: Tensor) -> bool:
+    """Whether the tensor has an integer dtype."""
     return value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _is_one_number(value: Tensor) -> bool:
-    """Whether that can be read without the loss of a derivative, and is real."""
+    """Whether a tensor is one real number that can be read without losing a derivative."""
     plain = type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta and not transformed() and not fake_mode()
     return (
         plain
@@ -130,8 +133,10 @@ def number(
     what: str = "number",
     others: str = "",
 ) -> float:
-    """``value`` as a float, if `as_float` can make a finite one of it that is in ``[low, high]`` and in
-    ``(above, below)``. ``others``: what else the argument takes, for the error about what is no number."""
+    """``value`` as a finite float in ``[low, high]`` and in ``(above, below)``.
+
+    ``others`` says what else the argument takes, for the error where ``value`` is not a number.
+    """
     found = value if type(value) is float else as_float(value)
     if found is not None and low <= found <= high and above < found < below:
         return found
@@ -149,8 +154,7 @@ def number(
 
 
 def integer(name: str, value: Any, low: int | None = None, high: int | None = None, others: str = "") -> int:
-    """``value`` as an int, if it is an integer in ``[low, high)``. ``others``: what else the argument takes, for the
-    error."""
+    """``value`` as an int in ``[low, high)``. ``others`` says what else the argument takes, for the error."""
     found = None
     if type(value) is int:
         found = value
@@ -165,6 +169,7 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
 
 
 def flag(name: str, value: Any) -> bool:
+    """``value`` as a bool; numpy's bool counts."""
     if value is True or value is False:
         return value
     if isinstance(value, np.bool_):
@@ -173,17 +178,19 @@ def flag(name: str, value: Any) -> bool:
 
 
 def one_of(name: str, value: Any, options: Sequence[str], others: str = "") -> None:
-    """Raise unless ``value`` is one of these words. ``others``: what else an argument takes, for the error."""
+    """Raise unless ``value`` is one of these words. ``others`` says what else the argument takes, for the error."""
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name}: expected one of {tuple(options)}{others}, got {got(value)}")
 
 
 def function(name: str, value: Any, expected: str = "a callable") -> None:
+    """Raise unless ``value`` is callable."""
     if not callable(value):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
 
 def path(name: str, value: Any) -> str:
+    """A path as a string."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name}: expected a path, got {got(value)}")
     return os.fspath(value)
@@ -191,7 +198,7 @@ def path(name: str, value: Any) -> str:
 
 def shape(name: str, value: Any, expected: str, least: int = 0) -> tuple[int, ...]:
     """``value`` as a tuple of sizes, each at least ``least``."""
-    if type(value) is tuple:  # as it most often is
+    if type(value) is tuple:  # the common case
         for size in value:
             if type(size) is not int or size < least:
                 break
@@ -204,13 +211,14 @@ def shape(name: str, value: Any, expected: str, least: int = 0) -> tuple[int, ..
 
 
 def torch_dtype(name: str, value: Any, options: Sequence[torch.dtype]) -> None:
+    """Raise unless ``value`` is one of these dtypes."""
     if not isinstance(value, torch.dtype) or value not in options:
         words = ", ".join(str(option).removeprefix("torch.") for option in options)
         raise TypeError(f"{name}: expected one of {words}, got {got(value)}")
 
 
 def placement(device: Any, dtype: Any) -> tuple[Any, Any]:
-    """A device and a floating dtype, or None for either, to move tensors to."""
+    """A device and a floating dtype to move tensors to. None stays None."""
     if device is not None:
         device = torch_device("device", device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -219,6 +227,7 @@ def placement(device: Any, dtype: Any) -> tuple[Any, Any]:
 
 
 def torch_device(name: str, value: Any) -> torch.device:
+    """``value`` as a device."""
     if isinstance(value, torch.device):
         return value
     try:
@@ -229,7 +238,7 @@ def torch_device(name: str, value: Any) -> torch.device:
 
 
 def real_array(name: str, values: Any, expected: str) -> np.ndarray:
-    """Real numbers, of any nesting and shape, as float64 on the host."""
+    """Real numbers of any nesting and shape, as float64 on the host."""
     if isinstance(values, Tensor):
         tensor(name, values, expected, readable=True)
         if not values.is_complex() and values.dtype != torch.bool:
@@ -248,12 +257,12 @@ def real_array(name: str, values: Any, expected: str) -> np.ndarray:
 
 
 def transformed() -> bool:
-    """Whether torch follows every operation, for a derivative or a batch."""
+    """Whether torch transforms every operation, for a derivative or a batch."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_batched(value: Any) -> bool:
-    """Whether it is one of many for `torch.vmap`, which looks at no value."""
+    """Whether it is batched by `torch.vmap`, so that its values cannot be read."""
     while isinstance(value, Tensor) and is_functorch_wrapped_tensor(value):
         if is_batchedtensor(value):
             return True
@@ -262,18 +271,21 @@ def is_batched(value: Any) -> bool:
 
 
 def fake_mode() -> FakeTensorMode | None:
-    """The mode inside which torch gives every result as a fake tensor, if there is one."""
+    """The active mode that makes every result a fake tensor; None without one."""
     return _get_dispatch_mode(_TorchDispatchModeKey.FAKE) if _len_torch_dispatch_stack() else None
 
 
 def traced() -> bool:
-    """Whether operations are recorded or watched, now or by a mode."""
+    """Whether operations are recorded or watched, by a compiler, a tracer or a mode."""
     return is_compiling() or _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None
 
 
 def has_memory(value: Tensor) -> bool:
-    """Whether elements stand in memory. A view into freed storage has a pointer, a tensor of another layout has no
-    storage, and torch warns of whoever asks for a fake one's."""
+    """Whether the elements are in memory.
+
+    A view into freed storage has no pointer, a tensor of another layout has no storage, and torch warns where the
+    storage of a fake tensor is read.
+    """
     try:
         return not isinstance(value, FakeTensor) and value.untyped_storage().data_ptr() != 0
     except RuntimeError:
@@ -281,8 +293,10 @@ def has_memory(value: Tensor) -> bool:
 
 
 def tensor(name: str, value: Any, expected: str = "a tensor", readable: bool = False) -> None:
-    """Raise unless ``value`` is a dense tensor with memory. ``readable``: and with values, which a fake one and one on
-    the meta device have not."""
+    """Raise unless ``value`` is a dense tensor with memory.
+
+    ``readable`` also needs values, which fake tensors and those on the meta device do not have.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     if is_compiling() or (has_memory(value) and not value.is_nested and not value.is_quantized):
@@ -297,15 +311,15 @@ def tensor(name: str, value: Any, expected: str = "a tensor", readable: bool = F
 
 
 def is_wrapper(value: Tensor) -> bool:
-    """Whether it holds other tensors, or none, in place of memory of its own, as a sharded or a fake one does."""
+    """Whether it has no memory of its own: it holds other tensors, as a sharded one does, or none, as a fake one."""
     return type(value).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
 def expect_alike(given: Mapping[str, Any], changed: Collection[str] = ()) -> FakeTensorMode | None:
-    """The mode in which a call with these arguments gives fake tensors, if there is one.
+    """The mode in which a call with these arguments gives fake tensors; None without one.
 
-    Raises, since torch's error would name no argument, for a fake tensor of another mode, and for a tensor with values
-    where the mode takes none. ``changed``: what is changed in place, and so must be fake in any mode.
+    Raises for a fake tensor of another mode, and for a tensor with values where the mode takes none, since torch's
+    error would not name the argument. ``changed`` names what is changed in place, and so must be fake in every mode.
     """
     if is_compiling():
         return None
