@@ -283,8 +283,8 @@ def traced() -> bool:
 def has_memory(value: Tensor) -> bool:
     """Whether the elements are in memory.
 
-    A view into freed storage has no pointer, a tensor of another layout has no storage, and torch warns where the
-    storage of a fake tensor is read.
+    A view into freed storage still has a pointer of its own, so the storage's pointer is checked. A tensor of another
+    layout has no storage, and torch warns when the pointer of a fake tensor is read.
     """
     try:
         return not isinstance(value, FakeTensor) and value.untyped_storage().data_ptr() != 0
