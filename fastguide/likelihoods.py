@@ -133,7 +133,7 @@ class Likelihood:
                 f"{name}: expected a number, or a tensor {measurement} or {[self._observations, *measurement]}, whose "
                 f"dimensions may be 1{own}, got {given}"
             )
-        if rows.is_cpu and not ((rows > 0) & (rows < math.inf)).all():  # a look at another device would wait for it
+        if rows.is_cpu and not ((rows > 0) & (rows < math.inf)).all():  # reading from another device would wait
             raise ValueError(f"{name}: expected finite numbers > 0 for each measurement, got others")
         return rows
 

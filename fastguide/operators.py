@@ -363,8 +363,8 @@ class LinearOperator(Operator):
         if isinstance(b, Tensor) or b > 0.0:
             inverse = 1.0 / denominator
         else:
-            # Not a multiple of the size, as for a dense matrix: at 256 x 256 in float32 that would drop a
-            # blur's singular values below a tenth of the largest. The spectra are right to a few units.
+            # The factor does not grow with the size, as it does for a dense matrix: at 256 x 256 in float32 that
+            # would drop a blur's singular values below a tenth of the largest. The spectra are accurate to a few units.
             floor = denominator.amax() * (8.0 * torch.finfo(v.dtype).eps)
             inverse = torch.where(denominator > floor, 1.0 / denominator, 0.0)
         return self.inverse_transform(self.transform(v) * inverse)
@@ -474,7 +474,7 @@ def conjugate_gradients(a: Callable[[Tensor], Tensor], b: Tensor, iterations: in
 
     x, r = torch.zeros_like(b), b
     p, rr = r, dot(r, r)
-    floor = rr * torch.finfo(b.dtype).eps ** 2  # below it the residual is rounding
+    floor = rr * torch.finfo(b.dtype).eps ** 2  # a smaller residual is only rounding
     for _ in range(iterations):
         ap = a(p)
         active = rr > floor
@@ -753,7 +753,9 @@ class Blur(LinearOperator):
         there = super().to(device, dtype)
         assert isinstance(there, Blur)
         self._current(by_value=True)
-        factors = self._factors()  # from here: the copy's would have to come from its device
+        factors = (
+            self._factors()
+        )  # computed from this kernel: that of the copy may be on a device, and reading it waits
         there._cache = _Cache(there.kernel)
         there._cache.get("factors", lambda: factors)
         return there
@@ -883,7 +885,7 @@ class Blur(LinearOperator):
         if self.spectral:
             return super().pseudo_inverse(y)
         self._measured("y", y)
-        event = tuple(y.shape[-2:])  # each channel alone
+        event = tuple(y.shape[-2:])  # each channel is inverted alone
 
         def make() -> Tensor:
             leading = (1,) * (y.ndim - 3)

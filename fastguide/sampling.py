@@ -215,7 +215,7 @@ class Loop:
         file = None
         if self.checkpoint is not None:
             file = Checkpoint(self.checkpoint, run, guidance, self.keep_ancestors, self.run_id)
-        guidance = _for_run(guidance)  # here, as each replay of a capture has another y
+        guidance = _for_run(guidance)  # inside the loop, since each replay of a capture has another y
         saved = None if file is None else file.load()
         state, first, ess, ancestors = (guidance.start(run), 0, [], []) if saved is None else saved
         for i in _progress_bar(range(first, run.steps), run.steps, first, self.progress):

@@ -29,11 +29,11 @@ from ..schedules import Schedulable as Schedulable
 from ..schedules import per_step as per_step
 from .watch import STATE, Watch
 
-STREAM_INITIAL, STREAM_RESAMPLE, STREAM_RENOISE = 1, 2, 3  # 0, the operations' default, is the steps' noise
+STREAM_INITIAL, STREAM_RESAMPLE, STREAM_RENOISE = 1, 2, 3  # the noise of the steps has 0, the default
 
 COVARIANCES = ("point", "isotropic", "moment")
 
-_VANISHING = 1e-3  # alpha / sigma below which x_t holds no derivative worth dividing by alpha
+_VANISHING = 1e-3  # below this alpha / sigma, dividing a derivative by alpha mostly amplifies its error
 
 
 @dataclass
@@ -364,9 +364,7 @@ class PullBack:
         if through is None:
             raise ValueError("net: expected an output that depends on x, got one that autograd cannot follow to it")
         with torch.no_grad():
-            out = (
-                None if retain_graph else memory.like(v)
-            )  # many results would push the loop's blocks out of the cache of the cache
+            out = None if retain_graph else memory.like(v)  # many results would empty the cache of the loop's blocks
             return torch.add(through, v, alpha=self._of_x, out=out)
 
 
