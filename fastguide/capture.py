@@ -118,7 +118,7 @@ def _cuda_device(device: torch.device) -> torch.device:
     if device.type != "cuda" or not torch.cuda.is_available():
         none = ", and torch sees none" if device.type == "cuda" else ""
         raise ValueError(
-            f"device: expected a CUDA device, where a CUDA graph runs and the network must be, got {device}{none}; "
+            f"device: expected a CUDA device, where the graph runs and the network must be, got {device}{none}; "
             "fastguide.sample runs on any"
         )
     return device

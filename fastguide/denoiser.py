@@ -53,8 +53,8 @@ class Conditional:
                 rows = len(leaf) if leaf.ndim else 0
                 if rows not in (1, self.observations) and (rows == 0 or self.observations != 1):
                     raise ValueError(
-                        f"{name}: expected one row, or one for each of as many observations as the other conditions "
-                        f"have, got shape {list(leaf.shape)}"
+                        f"{name}: expected one row, or one row per observation like the other conditions, "
+                        f"got shape {list(leaf.shape)}"
                     )
                 self.observations = max(rows, self.observations)
 
@@ -325,7 +325,7 @@ class Denoiser:
             if "Inference tensor" in str(error):
                 error.add_note(
                     f"{name}: holds tensors made in torch.inference_mode, which autograd cannot use; expected a "
-                    "network made outside of it, or a copy.deepcopy of it made there"
+                    "network made outside that mode, or a copy.deepcopy made outside it"
                 )
             raise
         output = _prediction(name, output, x)
@@ -415,7 +415,7 @@ def _prediction(name: str, output: Any, x: Tensor) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(
             f"{name}: expected it to return a tensor, an object with .sample, a dict with 'sample' or a tuple, "
-            f"got {type(output).__name__}; lambda x, t: net(x, t)... can pick the tensor"
+            f"got {type(output).__name__}; a function lambda x, t: net(x, t)... can pick the tensor"
         )
     channels = x.shape[1] if x.ndim > 1 else 0
     if x.ndim > 1 and output.shape == (x.shape[0], 2 * channels, *x.shape[2:]):

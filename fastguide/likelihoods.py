@@ -143,8 +143,8 @@ class Likelihood:
         if scale.ndim == len(pairs) and shape[0] in (1, self._observations) and shape[1:] == pairs[:-1]:
             if all(a in (1, b) for a, b in zip(shape, pairs, strict=True)):
                 raise ValueError(
-                    f"{name}: expected a shape of one meaning, got {list(shape)}, which can be that of the complex "
-                    f"measurements or that of the pairs of one; {[1, *pairs]} is that of the pairs"
+                    f"{name}: expected an unambiguous shape, got {list(shape)}, which may be that of the complex "
+                    f"measurements or that of the pairs of one observation; use {[1, *pairs]} for the pairs"
                 )
             return scale[..., None]
         return scale[..., None] if scale.ndim == len(pairs) - 1 else scale
@@ -385,7 +385,7 @@ class Likelihood:
         if not math.isfinite(value):
             raise ValueError(
                 f"operator: expected finite measurements of standard normal inputs, from which covariance='isotropic' "
-                f"takes its spread; {self.operator} gives others. covariance='point' does without"
+                f"takes its spread; those of {self.operator} are not finite. covariance='point' needs none"
             )
         measured = copy.copy(self)
         measured._mean_diagonal = value

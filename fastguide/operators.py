@@ -599,8 +599,8 @@ class Inpainting(LinearOperator):
             if not (counts == counts[0]).all():
                 low, high = int(counts.min()), int(counts.max())
                 raise ValueError(
-                    f"mask: expected as many measured elements for each observation, got between {low} and {high}; "
-                    "one call for each observation serves them"
+                    f"mask: expected the same number of measured elements for each observation, got {low} to {high}; "
+                    "make one call for each observation instead"
                 )
             self.index = mask.flatten(1).nonzero()[:, 1].reshape(len(mask), -1)  # [B, m]
 
@@ -714,7 +714,7 @@ class Blur(LinearOperator):
         if kernel.ndim == 3:
             raise ValueError(
                 f"kernel: expected one kernel [h, w] for all observations, got shape {list(kernel.shape)}; "
-                "one call for each observation serves several"
+                "make one call for each observation instead"
             )
         if kernel.ndim != 2 or kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
             raise ValueError(f"kernel: expected two odd dimensions, got shape {list(kernel.shape)}")
@@ -921,7 +921,7 @@ class Matrix(LinearOperator):
         if matrix.ndim == 3:
             raise ValueError(
                 f"matrix: expected one matrix [m, d] for all observations, got shape {list(matrix.shape)}; "
-                "one call for each observation serves several"
+                "make one call for each observation instead"
             )
         numbers = matrix.ndim == 2 and (matrix.dtype in STATE_DTYPES or matrix.is_complex())
         if not numbers or not len(matrix) or not torch.isfinite(matrix).all():

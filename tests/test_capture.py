@@ -358,7 +358,7 @@ def test_a_capture_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(capturing, "_cuda_device", CUDA_DEVICE)
     (prior, shape), _ = arguments("plain")
     conditional = fg.Denoiser(fg.Conditional(prior.net), prior.schedule, "v")
-    expected = r"^device: expected a CUDA device, where a CUDA graph runs and the network must be, got "
+    expected = r"^device: expected a CUDA device, where the graph runs and the network must be, got "
     for options in (dict(), dict(device="cpu"), dict(device="meta")):
         for net in (prior, conditional):
             with pytest.raises(ValueError, match=expected + rf"{options.get('device', 'cpu')}; fastguide.sample runs"):

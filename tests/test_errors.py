@@ -374,7 +374,7 @@ def test_eta_where_zeta_splits_the_noise(make):
 def test_the_guided_proposal_needs_noise(guidance, eta):
     check(
         ValueError,
-        "eta: expected > 0, since the guided proposal is weighed by its noise; got 0",
+        "eta: expected > 0, since the weight of a guided proposal needs noise; got 0",
         guidance=guidance,
         eta=eta,
     )

@@ -606,7 +606,7 @@ def test_the_clean_time_is_no_index_of_a_rewards_table():
 @pytest.mark.parametrize("linear", [lambda x: x + 1.0, lambda x: x - x.mean() + 1e-3])
 def test_a_function_that_is_not_linear_at_zero_is_not_taken_for_linear(linear):
     likelihood = fg.likelihoods.Gaussian(Y[:, :1], fg.operators.Function(linear, linear=True, event=(1,)), SCALE)
-    with pytest.raises(ValueError, match="operator: expected a linear one, which makes 0 of 0, got "):
+    with pytest.raises(ValueError, match="operator: expected a linear one, which maps 0 to 0, got "):
         fg.sample(prior(clean), (2, 1), guidance=fg.PiGDM(likelihood), steps=2)
 
 

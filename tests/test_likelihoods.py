@@ -446,7 +446,7 @@ def test_isotropic_variances_that_guide_are_no_less_than_half_the_covariance(ope
 def test_spread_that_cannot_be_measured():
     likelihood = Gaussian(torch.ones(1, 3), Function(torch.log), SCALE)
     with pytest.raises(
-        ValueError, match=r"operator: expected finite measurements.*Function\(log\).*'point' does without"
+        ValueError, match=r"operator: expected finite measurements.*Function\(log\).*'point' needs none"
     ):
         likelihood.measure_spread((3,))
 
@@ -611,7 +611,7 @@ def test_moment_with_a_scale_for_each_detector(m):
         (lambda: Gaussian(torch.complex(Y, Y), Identity(), torch.ones(2, 1)), r"in full, got \[2, 1\]"),
         (
             lambda: Gaussian(torch.ones(2, 2) * 1j, Identity(), torch.ones(2, 2)),
-            r"scale: expected a shape of one meaning, got \[2, 2\], .*; \[1, 2, 2\] is that of the pairs",
+            r"scale: expected an unambiguous shape, got \[2, 2\], .*; use \[1, 2, 2\] for the pairs",
         ),
     ],
 )

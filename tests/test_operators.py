@@ -717,7 +717,7 @@ def test_masks_of_each_observation():
         (
             lambda: Inpainting(torch.tensor([[True, False], [True, True]]), per_observation=True),
             ValueError,
-            "mask: expected as many measured elements for each observation, got between 1 and 2",
+            "mask: expected the same number of measured elements for each observation, got 1 to 2",
         ),
         (lambda: Inpainting(torch.tensor([True]), per_observation=True), ValueError, r"mask: .*\[B, \*event\]"),
         (

@@ -504,12 +504,12 @@ def prepare_likelihood(run: Run, likelihood: Likelihood) -> tuple[Likelihood, in
         if count != 1:
             raise ValueError(
                 f"operator: expected one that takes each sample alone, got {count} rows for one from "
-                f"{likelihood.operator}; one that differs between observations says so by observations and at(rows)"
+                f"{likelihood.operator}; an operator for each observation defines observations and at(rows)"
             )
     if isinstance(likelihood.operator, LinearOperator) and not z.is_meta and (z != 0).any():
         raise ValueError(
-            f"operator: expected a linear one, which makes 0 of 0, got {z.abs().max().item():g} from "
-            f"{likelihood.operator}; a constant belongs into y, or the operator is not declared linear"
+            f"operator: expected a linear one, which maps 0 to 0, got {z.abs().max().item():g} from "
+            f"{likelihood.operator}; subtract a constant from y, or do not declare the operator linear"
         )
     with torch.no_grad():
         _try_operator(likelihood.operator, probe)

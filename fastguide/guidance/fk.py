@@ -143,7 +143,9 @@ class FK:
             )
         strength = per_step("strength", self.strength, run.levels)
         if strength[-1] == 0.0:
-            raise ValueError("strength: expected a number > 0 at the last step, whose strength the target has, got 0.0")
+            raise ValueError(
+                "strength: expected a number > 0 at the last step, which sets the strength of the target, got 0.0"
+            )
         check_particles(run, self.resampler, self.ess_threshold, guided=self.proposal == "guided")
         return replace(
             self,

@@ -22,7 +22,7 @@ def check_particles(run: Run, resampler: str, ess_threshold: float | None, guide
     if ess_threshold is not None:
         number("ess_threshold", ess_threshold, low=0.0, high=1.0, what="share of the particles")
     if guided and not any(tau > 0 for tau in run.taus):
-        raise ValueError("eta: expected > 0, since the guided proposal is weighed by its noise; got 0 at every step")
+        raise ValueError("eta: expected > 0, since the weight of a guided proposal needs noise; got 0 at every step")
 
 
 def resample_particles(

@@ -112,7 +112,7 @@ class Watch:
             if function == STATE:  # the step before made it
                 where = f"at step {step - 1}" if step else "in the prior's noise"
                 raise FloatingPointError(
-                    f"x: expected finite values, got {what} {where}. It overflowed: what it was made of was "
+                    f"x: expected finite values, got {what} {where}. It overflowed: its inputs were "
                     "finite. Less guidance may help, or a wider dtype"
                 )
             raise FloatingPointError(f"{function}: expected finite values, got {what} at step {step}")

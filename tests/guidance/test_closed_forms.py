@@ -612,5 +612,5 @@ def test_conditions_of_a_wrong_kind():
     with pytest.raises(TypeError, match="net: expected a callable"):
         fg.Conditional(None)
     for shape in ((), (0, 2), (3, 2)):
-        with pytest.raises(ValueError, match="b: expected one row, or one for each"):
+        with pytest.raises(ValueError, match="b: expected one row, or one row per observation"):
             fg.Conditional(torch.add, a=torch.zeros(2), b={"c": torch.zeros(shape)})
