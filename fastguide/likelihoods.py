@@ -772,9 +772,9 @@ class Callable(Likelihood):
     covariance is ``"point"``.
 
     Args:
-        f: ``f(x0 [n, *event]) -> log p(y | x_0) [n]``, real, each sample alone. With ``y`` it is called as ``f(x0,
-            y=...)`` with a row for each sample, or one for all; with ``scale`` as ``f(x0, scale=scale(t))``; with both,
-            with both.
+        f: ``f(x0 [n, *event]) -> log p(y | x_0) [n]``, real, each sample alone. Where ``y`` is given, ``f`` also gets
+            ``y=``, with one row per sample or one row for all. Where ``scale`` is given, ``f`` also gets ``scale=``,
+            the number at the level's time.
         y: An observation ``[B, *any]``, floating or complex, finite; or None. A complex ``y`` reaches ``f`` as complex
             numbers.
         scale: A number ``> 0``, a function of the schedule's time, or None.
