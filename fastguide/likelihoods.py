@@ -479,9 +479,10 @@ class Gaussian(_Density):
     Args:
         y: The observation, ``[B, *measurement]``, or ``[1, *measurement]`` for all. Floating or complex, finite.
         operator: The forward model ``A``.
-        scale: Standard deviation of the noise, ``>= 0``. A number, a tensor or a function of the schedule's time, see
-            the module `fastguide.likelihoods`. ``scale=0``, an exact measurement, works with PiGDM and the closed form
-            of PnP only. The entries of a tensor are above 0.
+        scale: Standard deviation of the noise, ``>= 0``. A number; a tensor ``[*measurement]`` or ``[B or 1,
+            *measurement]``, whose dimensions may be 1, with a number for each detector; or a function of the schedule's
+            time that returns one of these. ``scale=0``, an exact measurement, works with PiGDM and the closed form of
+            PnP only. Numbers in a tensor are above 0.
 
     Raises:
         TypeError: ``y``, ``operator`` or ``scale`` has the wrong type.
@@ -644,8 +645,9 @@ class StudentT(_Elementwise):
     Args:
         y: The observation, ``[B, *measurement]``, or ``[1, *measurement]`` for all. Floating or complex, finite.
         operator: The forward model ``A``.
-        scale: Scale of the noise, ``> 0``. A number, a tensor or a function of the schedule's time, see the module
-            `fastguide.likelihoods`.
+        scale: Scale of the noise, ``> 0``. A number; a tensor ``[*measurement]`` or ``[B or 1, *measurement]``, whose
+            dimensions may be 1, with a number for each detector; or a function of the schedule's time that returns one
+            of these.
         df: Degrees of freedom, ``> 0``.
 
     Raises:
@@ -672,8 +674,9 @@ class Laplace(_Elementwise):
     Args:
         y: The observation, ``[B, *measurement]``, or ``[1, *measurement]`` for all. Floating or complex, finite.
         operator: The forward model ``A``.
-        scale: Scale of the noise, ``> 0``; its variance is ``2 scale^2``. A number, a tensor or a function of the
-            schedule's time, see the module `fastguide.likelihoods`.
+        scale: Scale of the noise, ``> 0``; its variance is ``2 scale^2``. A number; a tensor ``[*measurement]`` or ``[B
+            or 1, *measurement]``, whose dimensions may be 1, with a number for each detector; or a function of the
+            schedule's time that returns one of these.
 
     Raises:
         TypeError: An argument has the wrong type.

@@ -82,7 +82,9 @@ class Operator:
         raise ValueError(f"operator: {self} has no pseudo-inverse")
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Operator:
-        """A copy whose tensors are elsewhere, those in lists and dicts too. Nothing is moved in place.
+        """A copy with its tensors on ``device`` and in ``dtype``, those in lists and dicts too.
+
+        Nothing is moved in place.
 
         Args:
             device: The new device; None keeps it.
@@ -575,7 +577,7 @@ class Inpainting(LinearOperator):
             measured elements.
 
     Raises:
-        TypeError: ``mask`` is not a bool tensor.
+        TypeError: ``mask`` is not a bool tensor, or ``per_observation`` is not a bool.
         ValueError: No element is measured, or the masks have different numbers of measured elements.
     """
 
@@ -694,8 +696,8 @@ class Blur(LinearOperator):
     """Convolution of the last two dimensions with one kernel. The output has the size of the input.
 
     It is a true convolution: ``torch.nn.functional.conv2d`` gives the same with the flipped kernel. The kernel may be
-    written to later. The products with ``A`` and ``A^T`` have derivatives in the kernel; with ``"circular"`` the
-    spectrum has too.
+    written to later. The products with ``A`` and ``A^T`` have derivatives in the kernel. With ``"circular"`` the
+    spectrum has them too.
 
     Args:
         kernel: ``[h, w]``, real and finite, with odd sizes, not larger than the image.

@@ -72,14 +72,14 @@ class Schedule:
         discrete: True for a table. Its times are indices, and networks are called with int64.
         clean: The time with ``alpha = 1`` and ``sigma = 0``.
         t_max: The time of the noisiest level.
-        t_min: The last time that a network is called with.
+        t_min: The lowest time that a network is called with; for `flow` it is the clean time, which is not reached.
         default_spacing: The spacing that `levels` takes for None.
     """
 
     discrete: bool = False  # times are indices of a table, and networks are given int64
     clean: float = 0.0  # the time with alpha = 1 and sigma = 0
     t_max: float
-    t_min: float  # the last level a network is called at
+    t_min: float  # the lowest time that a network is called with
     default_spacing: str
 
     def _alpha_sigma(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
