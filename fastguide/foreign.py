@@ -49,6 +49,7 @@ def memory() -> Memory:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context without autocast on this device."""
     on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 

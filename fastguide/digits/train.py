@@ -435,6 +435,7 @@ def packed(models: Models) -> dict[str, Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Train, measure and write the files, see the module. `--help` lists the options."""
     parser = argparse.ArgumentParser(prog="python -m fastguide.digits.train", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="of torch; the last bits depend on it")
