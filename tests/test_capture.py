@@ -20,7 +20,7 @@ import weakref
 import pytest
 import torch
 from test_arguments import FIT_NOWHERE
-from test_demo import readme_example
+from test_docs import blocks
 from test_sampling import assert_same
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -243,10 +243,14 @@ def test_the_arguments_of_capture_are_those_of_sample():
     assert all(p.default == theirs[name].default and p.kind == theirs[name].kind for name, p in named.items())
 
 
-def test_the_readme_example_runs():
+def test_the_example_of_the_docs_runs():
+    """With a small network, and without a GPU; `test_docs` runs it as it stands."""
+    (block,) = (block for block in blocks("cuda-graphs") if "fg.capture" in block.code)
     names = dict(fg=fg, prior=denoiser(), likelihood=pooled(0), y=pooled(1).y)
-    exec(readme_example("fg.capture"), names)
-    expected = fg.sample(names["prior"], (2, 1, 8, 8), guidance=fg.DPS(pooled(1), zeta=0.5), seed=1)
+    exec(block.code[block.code.index("run = ") :], names)
+    likelihood = pooled(1)
+    likelihood.y = likelihood.y + 0.1
+    expected = fg.sample(names["prior"], (2, 1, 8, 8), guidance=fg.DPS(likelihood, zeta=0.5), seed=2)
     assert_same(names["out"], expected)
 
 

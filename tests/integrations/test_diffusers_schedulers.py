@@ -14,7 +14,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_demo import readme_example
 
 from fastguide import ops
 
@@ -950,12 +949,6 @@ def test_the_line_of_the_pipeline_with_ddim():
     pipe.scheduler = ours.DDIMScheduler.from_config(pipe.scheduler.config)
     torch.testing.assert_close(images(pipe, eta=0.5), expected, rtol=1e-4, atol=1e-4)
     assert not pipe.scheduler.parent_calls
-
-
-def test_the_readme_example_runs():
-    pipe = pipeline(diffusers.DDIMPipeline, diffusers.DDIMScheduler())
-    exec(readme_example("pipe.scheduler = "), {"pipe": pipe})
-    assert type(pipe.scheduler) is ours.DDIMScheduler and not pipe.scheduler.fused_noise
 
 
 def test_accelerate_keeps_what_a_scheduler_is_set_to():
