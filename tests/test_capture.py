@@ -113,6 +113,7 @@ LIKELIHOODS = {
     "Poisson": lambda seed: Poisson(measurement(seed, 2, 2).abs(), AveragePool(4), 0.3),
     "callable": lambda seed: Callable(nearness, y=measurement(seed, 8, 8)),
 }
+# Every method, with each covariance, proposal, potential and way to draw y whose loop does something else.
 GUIDANCES = {
     "plain": (None, lambda _: None),
     "DPS": ("pooled", lambda p: fg.DPS(p, zeta=lambda t: 0.2 + 0.01 * t)),

@@ -79,6 +79,7 @@ def network(factor):
     return fg.Denoiser(lambda x, t: factor * x, fg.schedules.vp_linear(100))
 
 
+# Two runs that differ in what one function does, for every function that a run takes.
 PAIRS = {
     "reward": (dict(guidance=fg.FK(lambda x: x[:, 0], 16)), dict(guidance=fg.FK(lambda x: -x[:, 0], 16))),
     "reward at some steps": (

@@ -115,6 +115,7 @@ def test_functions_of_log_weights(number):
     np.testing.assert_allclose(particles.log_mean_exp(lw, W), expected, rtol=1e-13)
 
 
+# A number takes two words of the generator, which makes 624 at a time: up to their end, just past it, and many times.
 @pytest.mark.parametrize("count", (1, 311, 312, 625, 5000))
 def test_uniforms_are_numpys(count):
     for skipped in (0, 1, 623):

@@ -17,6 +17,7 @@ TABLE = tuple(torch.full((3,), value, dtype=torch.float64) for value in LEVELS)
 X, OUTPUT, MOVED = torch.randn(3, 3, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
 WEIGHTS = torch.tensor([0.0, -1.0, 0.5])
 
+# Each operation; reverse_step also with a table and with two results.
 CALLS = {
     "randn": partial(ops.randn, (3, 5, 7), seed=1),
     "predict_x0": partial(

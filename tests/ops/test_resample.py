@@ -502,6 +502,7 @@ class TestDegenerate:
             assert set(ancestors.tolist()) == {0, 1, 2, 3} and float(ess) == 4.0
             assert float(log_mean_weight) == float((row + offset)[0])
 
+    # Each is found in its own way, and every scheme passes such a row by.
     @pytest.mark.parametrize(
         ("bad", "what"), [(math.nan, "NaN"), (math.inf, r"\+inf"), (-math.inf, "no live particle")]
     )

@@ -113,6 +113,7 @@ def test_rows_of_one_launch(scheme, kind, cuda_device):
             assert _native.module("cuda").resample_workspace(*shape) == 0
 
 
+# The same of longer rows, whose sums and places go from tile to tile by way of tables.
 @every_scheme
 @every_kind
 def test_rows_of_many_tiles(scheme, kind, cuda_device):
