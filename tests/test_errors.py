@@ -1,5 +1,6 @@
 """What `fastguide.sample` says to wrong arguments: their name, what was expected and what came."""
 
+import itertools
 import math
 import warnings
 
@@ -42,6 +43,7 @@ def check(error, message, **options):
 # --- arguments of sample ------------------------------------------------------------------------------------
 
 
+# Each argument just outside its range, not finite or of another type; arguments that exclude each other.
 @pytest.mark.parametrize(
     "error, message, options",
     [
@@ -196,30 +198,35 @@ LIKELIHOOD_GUIDANCES = {
 }
 
 
-@pytest.mark.parametrize("make", LIKELIHOOD_GUIDANCES.values(), ids=LIKELIHOOD_GUIDANCES.keys())
+# y, operator, scale and what the error says.
+UNFIT = [
+    (
+        torch.zeros(5, 3),
+        Identity(),
+        1.0,
+        r"y: expected 1 row or 2, since shape \(B, \*event\) says B = 2 and event \[3\], got 5",
+    ),
+    (torch.zeros(2, 4), Identity(), 1.0, r"y: expected shape \[B, 3\], what .*\[3\], got \[2, 4\]"),
+    (torch.zeros(2, 1, 3), Identity(), 1.0, r"y: expected shape \[B, 3\], .*got \[2, 1, 3\]"),
+    (
+        torch.zeros(2, 4),
+        Matrix(torch.ones(4, 7)),
+        1.0,
+        r"matrix: expected events of shape \[7\], got \[3\]",
+    ),
+    (torch.zeros(2, 4), AveragePool(2), 1.0, r"factor: expected a divisor .*\[2, 3\], got 2"),
+    (Y, Identity(), lambda t: -1.0, r"scale\(19\): expected a finite number >= 0, got -1.0"),
+]
+
+
+# All take their likelihood in one way, but LatentPnP, which puts its decoder before the operator.
 @pytest.mark.parametrize(
-    "y, operator, scale, message",
-    [
-        (
-            torch.zeros(5, 3),
-            Identity(),
-            1.0,
-            r"y: expected 1 row or 2, since shape \(B, \*event\) says B = 2 and event \[3\], got 5",
-        ),
-        (torch.zeros(2, 4), Identity(), 1.0, r"y: expected shape \[B, 3\], what .*\[3\], got \[2, 4\]"),
-        (torch.zeros(2, 1, 3), Identity(), 1.0, r"y: expected shape \[B, 3\], .*got \[2, 1, 3\]"),
-        (
-            torch.zeros(2, 4),
-            Matrix(torch.ones(4, 7)),
-            1.0,
-            r"matrix: expected events of shape \[7\], got \[3\]",
-        ),
-        (torch.zeros(2, 4), AveragePool(2), 1.0, r"factor: expected a divisor .*\[2, 3\], got 2"),
-        (Y, Identity(), lambda t: -1.0, r"scale\(19\): expected a finite number >= 0, got -1.0"),
-    ],
+    ("name", "unfit"),
+    [*itertools.product(("DPS", "LatentPnP"), UNFIT), *itertools.product(("PnP", "PiGDM", "TDS", "FK"), UNFIT[:1])],
 )
-def test_observations_and_operators(make, y, operator, scale, message):
-    check(ValueError, message, guidance=make(Gaussian(y, operator, scale)))
+def test_observations_and_operators(name, unfit):
+    y, operator, scale, message = unfit
+    check(ValueError, message, guidance=LIKELIHOOD_GUIDANCES[name](Gaussian(y, operator, scale)))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -293,6 +300,7 @@ def test_heavy_tails_around_a_nonlinear_operator_are_served():
 # --- guidance objects ---------------------------------------------------------------------------------------
 
 
+# Each argument just outside its range, not finite or of another type; arguments that exclude each other.
 @pytest.mark.parametrize(
     "message, guidance",
     [
@@ -601,9 +609,10 @@ def test_a_checkpoint_of_another_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- not yet: errors that come from deeper down, without the argument's name -------------------------------
+# --- wrong types --------------------------------------------------------------------------------------------
 
 
+# Values that would fail deeper down, where no argument has a name.
 @pytest.mark.parametrize(
     "name, options",
     [

@@ -121,8 +121,8 @@ def cases():
     yield "EulerAncestralDiscreteScheduler", {}, {}
     for config in ({}, *SPACINGS, ZERO_SNR):
         yield "EulerAncestralDiscreteScheduler", dict(prediction_type="v_prediction", **config), {}
-    for algorithm, order, solver in itertools.product(
-        ("dpmsolver++", "sde-dpmsolver++"), (1, 2, 3), ("midpoint", "heun")
+    for algorithm, (order, solver) in itertools.product(  # a step of the first order has no kind of solver
+        ("dpmsolver++", "sde-dpmsolver++"), ((1, "midpoint"), *itertools.product((2, 3), ("midpoint", "heun")))
     ):
         config = dict(algorithm_type=algorithm, solver_order=order, solver_type=solver)
         yield "DPMSolverMultistepScheduler", config, {}

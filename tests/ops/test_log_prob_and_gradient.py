@@ -235,9 +235,9 @@ def test_nan_stays_in_its_sample(family, backend, elements, dtype):
     assert torch.equal(log_prob[others], clean[0][others]) and torch.equal(gradient[others], clean[1][others])
 
 
+# The kernel sums a short row, rows of full vectors and those with a tail each in a loop; the reference has one way.
 @every_family
-@every_backend
-@pytest.mark.parametrize("elements", (1, 16, 40))
+@pytest.mark.parametrize(("backend", "elements"), [("cpu", 1), ("cpu", 16), ("cpu", 40), ("reference", 16)])
 def test_infinitely_far_is_infinitely_unlikely(family, backend, elements):
     z, y = located(family, 2, elements), measured(family, 2, elements)
     z[1, 0] = math.inf
@@ -553,6 +553,7 @@ def test_a_likelihood_of_the_users_own():
 Z = torch.zeros(3, 2)
 
 
+# Each argument just outside its range, not finite or of another type or shape; arguments of another family.
 @pytest.mark.parametrize(
     ("z", "y", "options", "error", "message"),
     (

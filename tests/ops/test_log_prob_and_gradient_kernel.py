@@ -288,8 +288,10 @@ def test_the_functions_have_the_same_bits(name, arguments_of_log, instruction_se
             np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("n", "elements"), ((1, 200_001), (3, 50_000), (70_001, 1), (30_000, 3), (5000, 20)))
+# Every way of sharing out: parts of one row and of several, tiles of short rows and of longer ones. Laplace's terms are
+# added as the Gaussian's; Student's t has products, and Poisson sums of y besides.
+@pytest.mark.parametrize("family", ("gaussian", "student_t", "poisson"))
+@pytest.mark.parametrize(("n", "elements"), ((1, 200_001), (3, 50_000), (30_000, 3), (5000, 20)))
 def test_threads_give_the_same_bits(family, n, elements):
     z, y = arguments(family, n, elements, torch.float32)
     rows = torch.arange(n) // 3

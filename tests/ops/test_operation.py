@@ -4,6 +4,7 @@ and compiled loops, which make the eager bits."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 import shutil
@@ -265,17 +266,22 @@ SCALES = torch.tensor([0.5, -2.0, 1.0])
 PER_SAMPLE = (torch.tensor([0.6, 0.0, 1.0]), 0.8, torch.ones(3), 0.6, torch.tensor([0.0, 0.3, 0.6]))
 
 
-@pytest.mark.parametrize("return_x0", (False, True))
-@pytest.mark.parametrize("grad", (False, True))
+REVERSE_STEP_OPTIONS = [
+    dict(),
+    dict(clip=(-1, 2), moved=True),
+    dict(prediction="sample", coefficients=(0.6, 0.8, 1.0, 0.0, 0.0)),
+    dict(prediction="v", coefficients=PER_SAMPLE, clip=DynamicThreshold(0.9, 3.0), moved=True),
+    dict(clip=0.5, clip_noise=False, moved=True, displacement_scale=-0.5),
+    dict(moved=True, displacement_scale=SCALES),
+]
+
+
+# With a gradient opcheck looks at all that it does without one, and more.
 @pytest.mark.parametrize(
-    "options",
+    ("options", "grad", "return_x0"),
     [
-        dict(),
-        dict(clip=(-1, 2), moved=True),
-        dict(prediction="sample", coefficients=(0.6, 0.8, 1.0, 0.0, 0.0)),
-        dict(prediction="v", coefficients=PER_SAMPLE, clip=DynamicThreshold(0.9, 3.0), moved=True),
-        dict(clip=0.5, clip_noise=False, moved=True, displacement_scale=-0.5),
-        dict(moved=True, displacement_scale=SCALES),
+        *itertools.product(REVERSE_STEP_OPTIONS, [True], (False, True)),
+        *itertools.product(REVERSE_STEP_OPTIONS[:1], [False], (False, True)),
     ],
 )
 def test_opcheck_reverse_step(options, grad, return_x0):

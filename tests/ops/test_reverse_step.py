@@ -194,8 +194,11 @@ def test_pure_noise_is_an_error_where_the_prediction_does_not_determine_x0(predi
             ops.reverse_step(x, output, (alpha, 1.0, 0.5, 0.5, 0.0), prediction=prediction)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+# x0 depends on the prediction; what is rounded to a dtype is x0 whatever it was made of.
+@pytest.mark.parametrize(
+    ("prediction", "dtype"),
+    [*((p, torch.float32) for p in PREDICTIONS), *(("v", d) for d in FLOATS if d != torch.float32)],
+)
 def test_the_last_step_returns_x0(prediction, dtype, assert_close):
     x, output, displacement = inputs((2, 9), dtype)
     coefficients = (0.8, 0.6, 1.0, 0.0, 0.0)
@@ -549,6 +552,7 @@ def bad(**changes) -> dict:
     return dict(coefficients=tuple({**GOOD, **changes}.values()))
 
 
+# Each argument just outside its range, not finite or of another type or shape.
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -597,7 +601,8 @@ def test_errors(changes, error, message):
         ops.reverse_step(**arguments)
 
 
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, -math.inf])
+# Each number has a check of its own, of the sign and of what is finite.
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
 @pytest.mark.parametrize("name", GOOD)
 def test_coefficients_of_each_sample_are_checked_as_numbers_are(name, value):
     coefficients = bad(**{name: torch.tensor([GOOD[name], value])})["coefficients"]

@@ -106,8 +106,15 @@ def test_every_size(elements):
             assert_same(kernel(x, output, coefficients, **options), expected_of(x, output, coefficients, **options))
 
 
-@pytest.mark.parametrize("prediction", reference.PREDICTIONS)
-@pytest.mark.parametrize("dtype", FLOATS)
+# A prediction chooses two multipliers, or none ("sample"); a dtype chooses the arithmetic, and buffers or none.
+# Every prediction in float32, and every dtype with and without multipliers.
+@pytest.mark.parametrize(
+    ("prediction", "dtype"),
+    [
+        *((p, torch.float32) for p in reference.PREDICTIONS),
+        *itertools.product(("sample", "v"), FLOATS[1:]),
+    ],
+)
 def test_every_option(prediction, dtype):
     # multipliers of each element, of each particle, of a particle of several vectors, and of one of two tiles
     for particles, elements in ((3, 5), (70, 33), (5, 100), (2, 2500)):

@@ -100,9 +100,15 @@ def test_reverse_step(shape, dtype):
             assert a.dtype == dtype and error(a, b) <= (8.0 if dtype == torch.float32 else 1.1)
 
 
-@pytest.mark.parametrize("prediction", reference.PREDICTIONS)
+# A prediction's multipliers are made before the kernel, and "sample" has none: every clip with and without multipliers,
+# and each other prediction once, with the noise of the unclipped x0, which uses all of its multipliers.
 @pytest.mark.parametrize(
-    ("clip", "clip_noise"), [(None, True), *itertools.product((0.7, DynamicThreshold(0.9, 3.0)), (True, False))]
+    ("prediction", "clip", "clip_noise"),
+    [
+        *itertools.product(("sample", "v"), (None, 0.7, DynamicThreshold(0.9, 3.0)), [True]),
+        *itertools.product(("sample", "v"), (0.7, DynamicThreshold(0.9, 3.0)), [False]),
+        *((prediction, DynamicThreshold(0.9, 3.0), False) for prediction in ("epsilon", "score", "flow")),
+    ],
 )
 def test_every_option_of_reverse_step(prediction, clip, clip_noise):
     x, output, displacement = inputs((6, 50))
