@@ -96,7 +96,8 @@ class Denoiser:
       variance).
 
     A module whose parameters all have one floating dtype is called in that dtype. Samplers differentiate through
-    ``net``. Its parameters get no gradient, so freeze them to save memory.
+    ``net``: its output must depend on ``x`` in a way that autograd can follow. The parameters get no gradient, so
+    freeze them to save memory.
 
     With an ``unconditional`` network the prediction is classifier-free guidance:
 
@@ -176,7 +177,7 @@ class Denoiser:
         """
         output, base, scale = self.outputs(x, level, rows)
         if base is None:
-            return output
+            return output.to(x.dtype)
         levels = (level.alpha, level.sigma)
         return ops.predict_x0(x, output, levels, prediction="sample", unconditional=base, guidance_scale=scale)
 
@@ -335,14 +336,14 @@ class Denoiser:
                 f"got {output.dtype} of shape {list(output.shape)} on {output.device}"
             )
         if not (x.requires_grad and torch.is_grad_enabled()):
-            return output.detach().to(x.dtype)
+            return output.detach()
         if not output.requires_grad:
             # x0_hat would keep a graph through x alone, and its gradient would miss the network's part.
             raise ValueError(
                 f"{name}: expected a network that autograd can differentiate, got an output without a graph "
                 "(numpy, no_grad or inference_mode inside the network); PnP and FK need no derivative of it"
             )
-        return output.to(x.dtype)
+        return output
 
 
 def _check_call(x: Any, level: Any, rows: Any) -> None:

@@ -43,6 +43,11 @@ def package_modes(device: torch.device) -> Iterator[None]:
         yield
 
 
+def autocast_dtypes() -> list[torch.dtype]:
+    """The dtypes that the caller's autocast computes in."""
+    return [mode["dtype"] for mode in _autocast.get()]
+
+
 def memory() -> Memory:
     """The cache of large blocks of the present run; a new one outside a run."""
     return _memory.get() or Memory()

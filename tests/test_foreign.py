@@ -470,6 +470,47 @@ def test_what_a_callback_keeps_stays_what_it_was(name):
 # --- values that are not finite -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4, 1e8])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_a_gradient_neither_overflows_nor_vanishes_in_float16(dtypes, scale, prediction):
+    """Normalised, the step does not depend on the scale of the noise. In float16 its gradient would."""
+
+    class Net(torch.nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(0.3, dtype=dtype))
+
+        def forward(self, x, t):
+            return 0.9 * x + 0.1 * torch.tanh(x * self.weight)
+
+    def run(net_dtype, dtype, scale):
+        prior = fg.Denoiser(Net(net_dtype), fg.schedules.vp_linear(100), prediction)
+        likelihood = fg.likelihoods.Gaussian(torch.ones(1, 4), fg.operators.Identity(), scale)
+        return fg.sample(prior, (2, 4), guidance=fg.DPS(likelihood, zeta=0.3), steps=10, seed=0, dtype=dtype).x.double()
+
+    expected = run(torch.float64, torch.float64, 1.0)
+    assert (run(*dtypes, scale) - expected).norm() < 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("schedule", [fg.schedules.vp_cosine(1000), fg.schedules.flow()], ids=["cosine", "flow"])
+@pytest.mark.parametrize("name", ["DPS", "PiGDM", "TDS"])
+def test_a_network_that_differentiates_its_input_serves_at_every_level(name, schedule):
+    """The first level says nothing about x_0, and guidance takes no derivative there."""
+
+    def energy(x, t):
+        with torch.enable_grad():
+            return torch.autograd.grad(torch.log(torch.cosh(x)).sum(), x, create_graph=True)[0]
+
+    likelihood = fg.likelihoods.Gaussian(torch.zeros(1, 4), fg.operators.Identity(), 0.5)
+    guidance = fg.TDS(likelihood, 2) if name == "TDS" else getattr(fg, name)(likelihood)
+    out = [
+        fg.sample(fg.Denoiser(net, schedule, "v"), (1, 4), guidance=guidance, steps=5, seed=0).x
+        for net in (energy, lambda x, t: torch.tanh(x))
+    ]
+    assert torch.allclose(*out, atol=1e-5)
+
+
 @ALL
 def test_a_network_that_returns_nan_once_is_named_with_its_step(name):
     truth = example()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -343,7 +343,7 @@ class PullBack:
 
     def __init__(self, run: Run, x: Tensor, i: int, rows: Tensor):
         level, denoiser = run.levels[i], run.denoiser
-        self._x = x.detach().requires_grad_(not run.vanishing(i))
+        self._x, self._vanishing = x.detach().requires_grad_(), run.vanishing(i)
         with torch.enable_grad(), phase("network"):
             output, base, scale = denoiser.outputs(self._x, level, rows)
         self.x0_hat = run.convert(x.detach(), i, (output, base, scale))
@@ -355,17 +355,32 @@ class PullBack:
     def __call__(self, v: Tensor, retain_graph: bool = False) -> Tensor:
         """The product ``(d x0_hat / d x_t)^T v`` for ``v`` ``[n, *event]``, in new memory."""
         memory = foreign.memory()
-        if not self._x.requires_grad:
+        if self._vanishing:
             return memory.copy(v)
-        with torch.no_grad():
-            given = [weighted(v, factor, memory.like(v)).to(output.dtype) for output, factor in self._outputs]
         outputs = [output for output, _ in self._outputs]
+        with torch.no_grad():
+            given = [weighted(v, factor, memory.like(v)) for _, factor in self._outputs]
+            size = None
+            if torch.float16 in (self._x.dtype, *(output.dtype for output in outputs), *foreign.autocast_dtypes()):
+                # float16 holds 6e-8 to 65504. Each sample goes through the network as large as 1, and back after it.
+                size = per_sample(power_of_two(given), v)
+                given = [g / size for g in given]
+            given = [g.to(output.dtype) for g, output in zip(given, outputs, strict=True)]
         (through,) = torch.autograd.grad(outputs, self._x, given, retain_graph=retain_graph, allow_unused=True)
         if through is None:
             raise ValueError("net: expected an output that depends on x, got one that autograd cannot follow to it")
         with torch.no_grad():
+            through = through if size is None else through * size
             out = None if retain_graph else memory.like(v)  # many results would empty the cache of the loop's blocks
             return torch.add(through, v, alpha=self._of_x, out=out)
+
+
+def power_of_two(vectors: Sequence[Tensor]) -> Tensor:
+    """For each sample ``[n]`` the power of two next to the largest value of all its vectors; 1 if that is 0 or not
+    finite."""
+    largest = torch.stack([v.flatten(1).abs().amax(1) for v in vectors]).amax(0)
+    size = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    return torch.where((largest > 0) & largest.isfinite(), size, 1.0)
 
 
 def weighted(v: Tensor, factor: Scalar, out: Tensor | None) -> Tensor:

@@ -29,6 +29,9 @@ class DPS:
 
         x_s = reverse_step(x_t) + zeta(t) grad_{x_t} log p(y | x_t)
 
+    Where ``alpha_t < 0.001 sigma_t``, ``x_t`` says nothing about ``x_0``, and the gradient is that of the limit
+    ``alpha_t = 0``.
+
     DPS is not exact. Its samples are not draws of ``p(x | y)``, whatever the number of steps; those of `TDS` are, as
     its particles grow in number.
 
