@@ -1,4 +1,4 @@
-"""NVTX ranges for the phases of a step, shown by Nsight Systems and Nsight Compute.
+"""Ranges for the phases of a step, shown by Nsight Systems, Nsight Compute and torch.profiler.
 
 | range | holds |
 | --- | --- |
@@ -22,6 +22,7 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch.autograd import profiler
 
 __all__ = ["phase"]
 
@@ -43,12 +44,18 @@ _NOTHING = contextlib.nullcontext()
 
 
 def phase(name: str) -> contextlib.AbstractContextManager[None]:
-    """A context in the range ``fastguide.<name>``. Free when no profiler is attached, and inside ``torch.compile``.
+    """A context in the range ``fastguide.<name>``: of NVTX where a tool listens, else of `torch.profiler` while it
+    records. Free when no profiler is attached, and inside ``torch.compile``.
 
     A profiler announces itself to NVTX by an environment variable. NVTX reads it once, so it is read here at the first
     use of a name.
     """
-    return _NOTHING if torch.compiler.is_compiling() else _range(name)
+    if torch.compiler.is_compiling():
+        return _NOTHING
+    found = _range(name)
+    if found is _NOTHING and profiler._is_profiler_enabled:
+        return profiler.record_function(f"fastguide.{name}")
+    return found
 
 
 @functools.cache

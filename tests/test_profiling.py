@@ -150,6 +150,17 @@ def test_torchs_own_ranges_stand_in_for_nvtx(monkeypatch, recorder):
         assert recorder.open == []
 
 
+def test_torch_profiler_has_them_where_no_tool_listens(recorder, monkeypatch):
+    monkeypatch.delenv("NVTX_INJECTION64_PATH")
+    profiling._range.cache_clear()
+    record = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with record as profiler, profiling.phase("step"), profiling.phase("weights"):
+        torch.ones(3)
+    events = {event.key: event for event in profiler.events()}
+    assert events["fastguide.weights"].cpu_parent is events["fastguide.step"]
+    assert profiling.phase("step") is profiling._NOTHING and recorder.found == []
+
+
 def test_compiled_code_has_none(recorder):
     def doubled(x):
         with profiling.phase("step"):
