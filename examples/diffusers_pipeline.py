@@ -34,13 +34,13 @@ network = getattr(pipe, "unet", None) or pipe.transformer
 prior, encode, decode = from_pipeline(pipe, prompt=options.prompt)
 size, NOISE = network.config.sample_size, 0.05
 shape = (1, network.config.in_channels, size, size)  # of the state: an image, or its latents
-run = dict(steps=options.steps, samples_per_observation=options.samples, seed=0, device=options.device)
+run = dict(steps=options.steps, samples_per_observation=options.samples, device=options.device)
 
 
 @torch.no_grad()
-def restored(guidance):
+def restored(guidance, seed=0):
     """Images [samples, C, H, W] in [-1, 1]."""
-    return decode(fg.sample(prior, shape, guidance=guidance, **run).x[0]).clamp(-1, 1)
+    return decode(fg.sample(prior, shape, guidance=guidance, seed=seed, **run).x[0]).clamp(-1, 1)
 
 
 def psnr(images):
@@ -49,7 +49,7 @@ def psnr(images):
 
 
 unguided = restored(None)
-truth = unguided[-1]  # [C, H, W]
+truth = restored(None, seed=1)[0]  # [C, H, W], of other noise
 if options.image is not None:
     pixels = np.array(Image.open(options.image).convert("RGB" if len(truth) == 3 else "L"), dtype=np.float32)
     truth = torch.from_numpy(pixels / 127.5 - 1).reshape(*pixels.shape[:2], -1).permute(2, 0, 1).to(options.device)

@@ -3,7 +3,7 @@
     python examples/million_particles.py --particles 1000000 --chunk-size 50000 [--device cuda]
 
 `chunk_size` bounds what the network and its backward pass need at once. `--chunk-size 0` runs without chunks. The prior
-is a ring of 16 Gaussians, and one number is measured: x + 0.6 y. The posterior has two parts.
+is a ring of 16 Gaussians, and one number is measured: x1 + 0.6 x2. The posterior has two parts.
 """
 
 import argparse
@@ -64,5 +64,5 @@ print(f"{options.particles} particles, {options.steps} steps: {seconds:.1f} s")
 print(f"{1e9 * seconds / (options.particles * options.steps):.0f} ns for each particle and step")
 print(f"peak memory {peak:.0f} MiB, {peak - before:.0f} MiB more than before the run")
 print(f"log p(y) {log_evidence:.4f}, exact {exact_log_evidence():.4f}")
-above = (out.weights[0] * (out.x[0, :, 1] > 0)).sum().item()  # of y > 0
+above = (out.weights[0] * (out.x[0, :, 1] > 0)).sum().item()  # x2 > 0
 print(f"share of the upper part {above:.3f}, ESS {out.ess[-1].item():.0f} of {options.particles}")

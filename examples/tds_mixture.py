@@ -2,7 +2,7 @@
 
     python examples/tds_mixture.py --particles 4000 --out fastguide-examples
 
-One number is measured: x + 0.6 y, with noise. The table compares the estimate of log p(y) with the exact value. More
+One number is measured: x1 + 0.6 x2, with noise. The table compares the estimate of log p(y) with the exact value. More
 steps remove the bias, more particles the scatter. The picture has particles, evidence and effective sample size.
 """
 
@@ -58,7 +58,7 @@ line = torch.linspace(-3, 3, 301)
 density = (log_joint(torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)) - exact).exp()
 left.scatter(*out.draw(1000)[0].T, s=3, color="C1", label="1000 draws of TDS")
 left.contour(line, line, density, levels=[0.05, 0.2, 0.8], colors="black", linewidths=0.7)
-left.set(title=f"TDS, {steps} steps; contours: exact posterior", xlabel="x", ylabel="y", aspect="equal")
+left.set(title=f"TDS, {steps} steps; contours: exact posterior", xlabel="x1", ylabel="x2", aspect="equal")
 left.legend(fontsize=8)
 (means, scatters), label = zip(*estimates, strict=True), f"TDS, 8 runs of {options.particles} particles"
 middle.errorbar(options.steps, means, scatters, marker="o", capsize=3, label=label)

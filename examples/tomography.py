@@ -19,7 +19,6 @@ import fastguide as fg
 from fastguide import digits
 
 NOISE, EVENT = 0.3, (1, 8, 8)
-
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--views", type=int, default=4, help="projections, spread over half a turn")
 parser.add_argument("--matrix", action="store_true", help="the projector as a matrix")
@@ -65,7 +64,7 @@ figure, axes = plt.subplots(6, 6, figsize=(7.5, 7.2), layout="constrained", subp
 for b, (above, below) in enumerate(zip(axes[::2], axes[1::2], strict=True)):
     below[0].axis("off"), below[1].axis("off")
     above[0].imshow(truth[b, 0], cmap="gray", vmin=-1, vmax=1)
-    above[1].imshow(y[b].reshape(options.views, 8))
+    rays = above[1].imshow(y[b].reshape(options.views, 8), vmin=y.min(), vmax=y.max())
     above[1].set(xlabel="detector", ylabel="view")
     for axis, deviation, out in zip(above[2:], below[2:], found.values(), strict=True):
         grey = axis.imshow(out.mean()[b, 0], cmap="gray", vmin=-1, vmax=1)
@@ -73,7 +72,8 @@ for b, (above, below) in enumerate(zip(axes[::2], axes[1::2], strict=True)):
     above[2].set_ylabel("mean"), below[2].set_ylabel("std")
 for axis, title in zip(axes[0], ["truth", "projections", *found], strict=True):
     axis.set_title(title)
-figure.colorbar(grey, ax=axes[:3], label="grey value", shrink=0.8)
-figure.colorbar(std, ax=axes[3:], label="standard deviation", shrink=0.8)
+bars = (grey, axes[:2], "grey value"), (std, axes[2:4], "standard deviation"), (rays, axes[4:], "projection")
+for image, rows, label in bars:
+    figure.colorbar(image, ax=rows, label=label)
 options.out.mkdir(parents=True, exist_ok=True)
 figure.savefig(options.out / "tomography.png", dpi=120)

@@ -45,7 +45,7 @@ def line(text: str, start: str) -> list[float]:
     return numbers(found)
 
 
-def test_they_are_short_and_listed():
+def test_every_one_is_short_and_listed():
     listed = (EXAMPLES.parent / "docs" / "examples.md").read_text()
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) < 80, path.name
