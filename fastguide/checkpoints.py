@@ -23,7 +23,7 @@ from .schedules import Level, Schedule
 
 __all__ = ["Checkpoint", "saved_seed"]
 
-# Results of a trial: for each tensor a few numbers that sum it up, or a word where no numbers can.
+# Results of a trial: a few numbers that summarise each tensor, or a word if it has none.
 Trial = dict[str, list[float] | str]
 _RANDOM, _FAILED = "random", "failed"
 

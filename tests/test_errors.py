@@ -612,7 +612,7 @@ def test_a_checkpoint_of_another_run(tmp_path):
 # --- wrong types --------------------------------------------------------------------------------------------
 
 
-# Values that would fail deeper down, where no argument has a name.
+# Without a check, these values fail in code that does not know the argument's name.
 @pytest.mark.parametrize(
     "name, options",
     [

@@ -63,7 +63,7 @@ class Watch:
     def flags(self, i: int, device: torch.device, *functions: str) -> Tensor:
         """As `finite`, without a pass over the values: flags for the ``not_finite`` of the operation that reads them.
 
-        ``functions`` are the names of what its inputs came from, in order.
+        ``functions`` names the source of each input, in order.
         """
         flags = torch.zeros(len(functions), dtype=torch.int32, device=device)
         self._notes.append(_Note(i, functions, "flags", (flags,)))

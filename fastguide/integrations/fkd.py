@@ -259,7 +259,7 @@ class FKD:
             check=False,
         )
         chosen = ancestors.long()
-        usable = ess == ess  # NaN where no weight is usable
+        usable = ess == ess  # the ESS is NaN if no weight is usable
         self.log_weights = torch.where(usable, after, self.log_weights)
         self.population_rs = torch.where(usable, self.population_rs, so_far)
         if self.potential_type != "diff":  # the product of "diff" needs no correction at the last step

@@ -601,7 +601,7 @@ def test_errors(changes, error, message):
         ops.reverse_step(**arguments)
 
 
-# Each number has a check of its own, of the sign and of what is finite.
+# Each number has its own check: its sign, and that it is finite.
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
 @pytest.mark.parametrize("name", GOOD)
 def test_coefficients_of_each_sample_are_checked_as_numbers_are(name, value):
