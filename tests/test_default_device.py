@@ -20,8 +20,11 @@ from fastguide.integrations import fkd, k_diffusion
 PACKAGE = Path(fg.__file__).parent
 ELSEWHERE = {
     "digits/networks.py",  # torch makes the parameters of a module on the default device, and so its constants
+    "unet.py",  # the same
     "digits/train.py",  # a program, whose process is its own
-    "demo.py",  # another
+    "phantoms/train.py",  # another
+    "training.py",  # what both call
+    "demo.py",  # a third
 }
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastguide import digits
+from fastguide import digits, weights
 from fastguide.digits import train
-from fastguide.digits.networks import CLASSES, UNet
+from fastguide.digits.networks import CLASSES
+from fastguide.unet import UNet
 
 pytest.importorskip("safetensors")
 
@@ -72,10 +73,10 @@ def test_loading_is_deterministic_and_independent():
 
 def test_nothing_but_safetensors_is_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    digits._read.cache_clear()
+    weights.read.cache_clear()
     assert len(digits.held_out()[0]) == 297
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    digits._read.cache_clear()
+    weights.read.cache_clear()
     with pytest.raises(ImportError, match=r"fastguide\[demo\]"):
         digits.prior()
 
@@ -218,10 +219,10 @@ def test_the_script_runs(tmp_path, monkeypatch):
         torch.use_deterministic_algorithms(False)
     assert (tmp_path / "held_out.safetensors").read_bytes() == (FOLDER / "held_out.safetensors").read_bytes()
     monkeypatch.setattr(digits, "_FOLDER", tmp_path)
-    digits._read.cache_clear()
+    weights.read.cache_clear()
     try:
         trained = digits.prior().net.state_dict()
     finally:
-        digits._read.cache_clear()
+        weights.read.cache_clear()
     shipped = UNet(**train.CONFIG["prior"]).state_dict()
     assert trained.keys() == shipped.keys()

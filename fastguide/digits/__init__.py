@@ -17,8 +17,6 @@ install fastguide[demo]`.
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -26,9 +24,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import weights
 from ..denoiser import Conditional, Denoiser
 from ..schedules import vp_cosine
-from .networks import CLASSES, Autoencoder, Classifier, UNet
+from ..unet import UNet
+from .networks import CLASSES, Autoencoder, Classifier
 
 __all__ = ["CLASSES", "classifier", "held_out", "latent_prior", "prior"]
 
@@ -49,7 +49,7 @@ def held_out(*, device: torch.device | str = "cpu", dtype: torch.dtype = torch.f
     Raises:
         ImportError: safetensors is not installed.
     """
-    tensors, _ = _read("held_out.safetensors")
+    tensors, _ = weights.read(_FOLDER / "held_out.safetensors")
     images = tensors["images"].to(device=device, dtype=dtype) / 8 - 1
     return images, tensors["labels"].to(device=device, dtype=torch.int64)
 
@@ -136,21 +136,4 @@ def _labels(label: int | Tensor) -> Tensor:
 
 
 def _load(kind: type[_Net], name: str, device: torch.device | str, dtype: torch.dtype) -> _Net:
-    """A new network with the shipped weights, frozen, in eval mode."""
-    tensors, metadata = _read("weights.safetensors")
-    prefix = name + "."
-    with torch.device("cpu"):  # whatever torch's default device is
-        net = kind(**json.loads(metadata["config"])[name])
-    net.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    return net.to(device=device, dtype=dtype).eval().requires_grad_(False)
-
-
-@functools.cache
-def _read(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a shipped file. The tensors are shared, so they must not be written to."""
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError("fastguide.digits needs safetensors: pip install fastguide[demo]") from error
-    with safe_open(_FOLDER / file, framework="pt") as f:
-        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata()  # noqa: SIM118
+    return weights.load(kind, _FOLDER / "weights.safetensors", name, device, dtype)

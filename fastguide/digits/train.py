@@ -9,39 +9,44 @@ safetensors. The shipped run took 35 minutes on two cores beside other work; on 
 Held-out images are only used to measure. Hyperparameters were chosen with `--validate`, which sets aside a further
 fifth of the training images and measures on those.
 
-Noise levels are those of `vp_cosine(1000)`, `x_t = alpha x_0 + sigma eps`. Networks predict `v = alpha eps - sigma
-x_0`, and the loss is the mean square of the error in `v`.
+`fastguide.training` has the loop and the loss.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import itertools
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastguide import weights
 from fastguide.denoiser import Denoiser
-from fastguide.digits.networks import CLASSES, Autoencoder, Classifier, UNet
+from fastguide.digits.networks import CLASSES, Autoencoder, Classifier
 from fastguide.schedules import vp_cosine
-
-Net = TypeVar("Net", bound=nn.Module)
+from fastguide.training import (
+    STEPS,
+    Net,
+    Report,
+    draw,
+    energy_distance,
+    held_out_loss,
+    noise_table,
+    optimise,
+    psnr,
+    v_loss,
+)
+from fastguide.unet import UNet
 
 HELD_OUT = 297
-STEPS = 1000  # of the noise table
 SAMPLERS = ((100, 1.0), (50, 1.0), (50, 0.0), (20, 0.0))  # (steps, eta) that are measured; the first in full
-
-Report = Callable[[int, float, nn.Module], None]  # step, recent mean of the loss, averaged network
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -94,68 +99,6 @@ def jitter(images: Tensor, generator: torch.Generator, *, shift: float, angle: f
 
 
 # ------------------------------------------------------------------------------------------ training
-
-
-def noise_table() -> tuple[Tensor, Tensor]:
-    """alpha and sigma of the noise table, [1000] float32 each."""
-    schedule, t = vp_cosine(STEPS), torch.arange(STEPS)
-    return schedule.alpha(t).float(), schedule.sigma(t).float()
-
-
-def optimise(
-    net: Net,
-    loss: Callable[[int], Tensor],
-    *,
-    steps: int,
-    learning_rate: float,
-    weight_decay: float = 0.0,
-    ema: float = 0.999,
-    report: Report | None = None,
-) -> Net:
-    """AdamW with a short warm-up and cosine decay. Returns the exponential moving average of the weights."""
-    average = copy.deepcopy(net).eval()
-    optimiser = torch.optim.AdamW(
-        net.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True
-    )
-    warm = min(100, max(1, steps // 10))
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * i / steps))
-    )
-    net.train()
-    recent = 0.0
-    for step in range(steps):
-        value = loss(step)
-        optimiser.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimiser.step()
-        rate.step()
-        # The average forgets the first iterates quickly, so that it is useful in short runs too.
-        weight = 1 - min(ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for mean, current in zip(average.parameters(), net.parameters(), strict=True):
-                mean.lerp_(current, weight)
-        recent += (value.item() - recent) * max(0.01, 1 / (step + 1))
-        if report is not None:
-            report(step + 1, recent, average)
-    return average
-
-
-def v_loss(
-    net: nn.Module,
-    x0: Tensor,
-    labels: Tensor | None,
-    generator: torch.Generator,
-    table: tuple[Tensor, Tensor],
-) -> Tensor:
-    """The mean square of the error in `v` at random levels; x0 [N, C, H, W], labels [N] int64 or None."""
-    n = len(x0)
-    # One level per stratum of the table: the same expectation as independent levels, with much less variance.
-    t = ((torch.arange(n) + torch.rand(n, generator=generator)) * (STEPS / n)).long().clamp_(max=STEPS - 1)
-    t = t[torch.randperm(n, generator=generator)]
-    alpha, sigma = (entry[t].view(-1, 1, 1, 1) for entry in table)
-    eps = torch.randn(x0.shape, generator=generator)
-    return F.mse_loss(net(alpha * x0 + sigma * eps, t, labels), alpha * eps - sigma * x0)
 
 
 def train_denoiser(
@@ -262,53 +205,15 @@ def train_autoencoder(
 
 
 @torch.no_grad()
-def draw(denoiser: Denoiser, shape: tuple[int, ...], *, steps: int = 100, eta: float = 1.0, seed: int = 0) -> Tensor:
-    """Plain samples without clipping: DDIM for eta = 0, DDPM for eta = 1.
-
-    The loop is written out here, so that the figures do not depend on the kernels.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator)
-    for t, s in itertools.pairwise(denoiser.schedule.levels(steps)):
-        x0 = denoiser.x0_hat(x, t)
-        eps = (x - t.alpha * x0) / t.sigma
-        variance = (s.sigma / t.sigma) ** 2 * (t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2)
-        tau = eta * math.sqrt(max(variance, 0.0))
-        x = s.alpha * x0 + math.sqrt(s.sigma**2 - tau**2) * eps + tau * torch.randn(shape, generator=generator)
-    return x
-
-
-@torch.no_grad()
 def confident(classifier: nn.Module, images: Tensor, above: float = 0.9) -> tuple[float, list[int]]:
     """The share of images [N, 1, 8, 8] that the classifier assigns with more than `above`, and the ten counts."""
     confidence, classes = classifier(images).softmax(1).max(1)
     return (confidence > above).float().mean().item(), torch.bincount(classes, minlength=CLASSES).tolist()
 
 
-@torch.no_grad()
-def held_out_loss(net: nn.Module, x0: Tensor, labels: Tensor | None = None, repeats: int = 8) -> float:
-    """The loss `v_loss` on given images, with the same noise at every call."""
-    generator = torch.Generator().manual_seed(1234)
-    table = noise_table()
-    return sum(v_loss(net, x0, labels, generator, table).item() for _ in range(repeats)) / repeats
-
-
-@torch.no_grad()
-def psnr(images: Tensor, others: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels, for a range of 2."""
-    return 10 * math.log10(4 / F.mse_loss(others, images).item())
-
-
 def nearest(images: Tensor, references: Tensor) -> Tensor:
     """The Euclidean distance [N] from each image to the closest reference."""
     return torch.cdist(images.flatten(1), references.flatten(1)).amin(1)
-
-
-def energy_distance(a: Tensor, b: Tensor) -> float:
-    """The unbiased energy distance in pixels, `2 E|a - b| - E|a - a'| - E|b - b'|`. It is 0 for equal distributions."""
-    a, b = a.flatten(1), b.flatten(1)
-    within = sum(torch.cdist(x, x).sum().item() / (len(x) * (len(x) - 1)) for x in (a, b))
-    return 2 * torch.cdist(a, b).mean().item() - within
 
 
 @dataclass
@@ -425,15 +330,6 @@ def train_all(x: Tensor, labels: Tensor, steps: dict[str, int], seed: int = 0) -
     return Models(classifier, autoencoder, latent_prior, prior)
 
 
-def packed(models: Models) -> dict[str, Tensor]:
-    """All weights as float16. The networks are rounded in place too, so that what is measured is what ships."""
-    tensors: dict[str, Tensor] = {}
-    for name, net in vars(models).items():
-        net.load_state_dict({k: v.half().float() for k, v in net.state_dict().items()})
-        tensors |= {f"{name}.{k}": v.half().contiguous() for k, v in net.state_dict().items()}
-    return tensors
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Train, measure and write the files, see the module. `--help` lists the options."""
     parser = argparse.ArgumentParser(prog="python -m fastguide.digits.train", description=__doc__.splitlines()[0])
@@ -459,15 +355,12 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     steps = {name: max(1, round(options.scale * n)) for name, n in TRAINING_STEPS.items()}
     models = train_all(*data, steps, options.seed)
-    tensors = packed(models)
+    tensors = weights.pack(vars(models))
     print(f"trained in {time.perf_counter() - start:.0f} s; measured:", flush=True)
     figures = measure(models, data, measured_on, options.samples)
     if options.validate:
         return
 
-    from safetensors.torch import save_file
-
-    options.out.mkdir(parents=True, exist_ok=True)
     metadata = {
         "config": json.dumps(CONFIG),
         "steps": json.dumps(steps),
@@ -476,16 +369,14 @@ def main(arguments: list[str] | None = None) -> None:
         "torch": f"{torch.__version__}, {options.threads} threads",
         "measured": json.dumps(figures),
     }
-    save_file(tensors, options.out / "weights.safetensors", metadata)
+    weights.write(options.out / "weights.safetensors", tensors, metadata)
     held_out = {
         "images": torch.from_numpy(images[held]),
         "labels": torch.from_numpy(labels[held]),
         "indices": torch.from_numpy(held.astype(np.int16)),
     }
     source = "UCI Optical Recognition of Handwritten Digits, Alpaydin & Kaynak 1998, CC BY 4.0"
-    save_file(held_out, options.out / "held_out.safetensors", {"source": source})
-    for file in ("weights.safetensors", "held_out.safetensors"):
-        (options.out / file).chmod(0o644)  # safetensors makes files that only their owner can read
+    weights.write(options.out / "held_out.safetensors", held_out, {"source": source})
 
 
 if __name__ == "__main__":
