@@ -22,6 +22,7 @@ from fastguide.operators import (
     LinearOperator,
     Matrix,
     Operator,
+    ParallelBeam,
     gram_over_diagonal,
     mean_gram_diagonal,
     solve_iteratively,
@@ -71,6 +72,8 @@ OPERATORS = {
     "rank 2": (Matrix(RANK_TWO), (7,), (5,), 2),
     "rank 2, tall": (Matrix(RANK_TWO.T.contiguous()), (5,), (7,), 2),
     "one row": (Matrix(normal(1, 8, seed=11)), (8,), (1,), 1),
+    "parallel beam": (ParallelBeam([0.3, 1.3, 2.2], 7, 5), (1, 7, 7), (15,), 15),
+    "parallel beam, bins that see nothing": (ParallelBeam([0.7], 4, 9), (1, 4, 4), (9,), 7),
     "function": (Function(stride_and_mix, linear=True, event=(8,)), (8,), (4,), 4),
     "function with adjoint": (
         Function(stride_and_mix, linear=True, event=(8,), adjoint=stride_and_mix_adjoint), (8,), (4,), 4,
@@ -117,6 +120,39 @@ def test_adjoint(operator, event, measurement, rank, dtype, rtol):
     left, right = (z.double() * y).flatten(1).sum(1), (x.double() * back).flatten(1).sum(1)
     bound = (z.flatten(1).norm(dim=1) * y.flatten(1).norm(dim=1)).max()
     close(left, right, rtol, float(bound))
+
+
+def test_parallel_beam_sums_rows_at_angle_0_and_columns_at_a_right_angle():
+    x = normal(3, 1, 6, 6)
+    sinogram = ParallelBeam([0.0, math.pi / 2, math.pi], 6)(x).unflatten(1, (3, 6))
+    expected = torch.stack([x.sum(2), x.sum(3), x.sum(2).flip(2)], dim=2)[:, 0]
+    torch.testing.assert_close(sinogram, expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("angle", [0.1, math.pi / 4, 1.2, 2.0, -0.7])
+def test_parallel_beam_of_a_square_is_a_trapezoid(angle):
+    """The chord of a square of side 8, in closed form, averaged over each bin by many rays."""
+    found = ParallelBeam([angle], 8, 12)(torch.ones(1, 1, 8, 8, dtype=torch.float64))[0]
+    s = (torch.arange(12 * 4000, dtype=torch.float64) + 0.5) / 4000 - 6
+    cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+    chord = (((cos + sin) * 4 - s.abs()) / (cos * sin)).clamp(0, 8 / max(cos, sin))
+    torch.testing.assert_close(found, chord.reshape(12, 4000).mean(1), rtol=0, atol=5e-5)
+    assert found.sum() == pytest.approx(64, abs=1e-5)  # every view has the whole area
+
+
+def test_parallel_beam_of_a_disc_is_its_chord():
+    size, radius, x0, y0 = 128, 40.0, 9.0, -6.0
+    fine = (torch.arange(8 * size, dtype=torch.float64) + 0.5) / 8 - size / 2
+    inside = (fine[None, :] - x0) ** 2 + (fine[:, None] - y0) ** 2 < radius**2
+    disc = F.avg_pool2d(inside.double()[None, None], 8)
+    angles = torch.tensor([0.0, 0.3, 1.1, 2.9])
+    found = ParallelBeam(angles, size)(disc).reshape(4, size)
+    s = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    away = s - (x0 * angles.cos() + y0 * angles.sin())[:, None]  # of the ray from the centre of the disc
+    expected = 2 * (radius**2 - away**2).clamp(min=0).sqrt()
+    inner = away.abs() < 0.9 * radius  # where a chord changes little over a bin
+    assert (found - expected)[inner].abs().max() < 0.35  # the disc is one of pixels; its chords are up to 80
+    assert (found[away.abs() > radius + 1.5]).abs().max() < 1e-6
 
 
 @cases()
@@ -742,6 +778,11 @@ def test_masks_of_each_observation():
             ValueError,
             "matrix: .*floating.*got torch.int64",
         ),
+        (lambda: ParallelBeam("half a turn", 8), TypeError, "angles: expected finite angles"),
+        (lambda: ParallelBeam([[0.1]], 8), ValueError, r"angles: expected .*shape \[V\], got .*\[1, 1\]"),
+        (lambda: ParallelBeam([math.nan], 8), ValueError, "angles: expected finite angles"),
+        (lambda: ParallelBeam([0.1], 0), ValueError, "size: expected an integer >= 1, got 0"),
+        (lambda: ParallelBeam([0.1], 8, 2.5), ValueError, "detectors: expected an integer >= 1, got 2.5"),
         (lambda: Matrix(torch.full((2, 2), math.inf)), ValueError, "matrix: expected finite"),
         (lambda: Matrix(torch.ones(0, 3)), ValueError, r"matrix: .*got torch.float32 \[0, 3\]"),
         (
