@@ -33,6 +33,7 @@ _NOTHING = ("empty", "new_empty", "_lazy_clone", "set_", "resize_", "_unsafe_vie
 _OVERWRITES = ("copy_", "fill_", "zero_")
 _SHAPES = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 _PICKS = ("index", "index_select", "gather")
+_PUTS = ("index_copy_", "index_put_", "_index_put_impl_")  # of the first argument write as much as they are given
 
 
 def count(call: Callable[[], Any]) -> tuple[Any, Counter[str]]:
@@ -65,14 +66,16 @@ class _Mode(TorchDispatchMode):
 def _of_torch(schema: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], results: Any) -> int:
     given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
     new = [value for value, of in zip(_tuple(results), schema.returns, strict=False) if of.alias_info is None]
-    moved = _bytes(new)
+    moved, result = _bytes(new), _bytes(_tuple(results))
     for i, argument in enumerate(schema.arguments):
         size = _bytes(given.get(argument.name))
         changed = argument.alias_info is not None and argument.alias_info.is_write
         if changed and name not in _OVERWRITES and not argument.is_out:
             size *= 2
         if i == 0 and name in _PICKS:
-            size = min(size, _bytes(new))
+            size = min(size, result)
+        if i == 0 and name in _PUTS:
+            size = min(size // 2, _bytes(given.get("source", given.get("values"))))
         if i == 0 and name in _SHAPES:
             size = 0
         moved += size

@@ -150,11 +150,6 @@ class Denoiser:
         self.guidance_scale: Any = checked_scale(guidance_scale)
         self._dtypes: dict[str, torch.dtype | None] = {}  # dtype of each network, looked up once per run
 
-    @property
-    def blamed(self) -> str:
-        """The argument that an error names where the prediction is not finite."""
-        return "net" if self.unconditional is None else "net or unconditional"
-
     def __repr__(self) -> str:
         return f"Denoiser({type(self.net).__name__}, {self.schedule}, {self.prediction!r})"
 
@@ -202,12 +197,24 @@ class Denoiser:
         if self.unconditional is None or self.guidance_scale is None:
             return output, None, None
         if not output.requires_grad:
-            output = foreign.memory().copy(output)  # both networks may return the same memory
+            output = foreign.memory().own(output)  # both networks may return the same memory
         base = self._evaluate("unconditional", self.unconditional, x, t, rows)
-        return output, base, self._scale_at(level, x, rows)
+        return output, base, self.scale_at(level, x, rows)
 
-    def _scale_at(self, level: Level, x: Tensor, rows: Tensor | None) -> Any:
-        """The guidance scale at one level: a float, or a tensor with one number per sample."""
+    def scale_at(self, level: Level, x: Tensor, rows: Tensor | None) -> Any:
+        """The guidance scale at one level.
+
+        Args:
+            level: A level of the schedule.
+            x: Noisy states, ``[N, *event]``.
+            rows: The observation of each sample, int64 ``[N]``, or None.
+
+        Returns:
+            A float, or a tensor with one number per sample.
+
+        Raises:
+            ValueError: The scale is a table, or has another number of entries than ``x``.
+        """
         scale = self.guidance_scale
         if isinstance(scale, dict):
             return scale[level.t]

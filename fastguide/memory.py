@@ -97,6 +97,19 @@ class Memory:
         second = None if first is None else self.like(x, *others)
         return None if first is None or second is None else (first, second)
 
+    def own(self, x: Tensor) -> Tensor:
+        """``x`` itself where nobody can write into it, since nothing else holds its memory; else a copy.
+
+        On a GPU always a copy: a network that replays a CUDA graph returns memory of the graph, which has no holder.
+        """
+        holders = []
+        for tensor in (torch.empty(1), x):
+            storage = tensor.untyped_storage()
+            holders.append(_holders(storage))
+        # Memory that torch did not allocate, such as an array's, cannot be resized; its holders are unknown.
+        alone = _large(x) and holders[0] == holders[1] and storage.resizable() and not storage.is_shared()
+        return x if alone else self.copy(x)
+
     def copy(self, x: Tensor) -> Tensor:
         """``x.clone()``, with its derivative.
 

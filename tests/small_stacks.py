@@ -45,6 +45,8 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
                     step = call(ops.reverse_step, x, other, levels, clip=clip, displacement=other.half(), seed=1)
                     kind = "levels of each" if levels is not LEVELS else "one level"
                     yield f"reverse_step {about}, {clip}, {kind}", call(step, clip_noise=False, return_x0=True)
+                    guided = call(step, unconditional=other.double(), guidance_scale=2.0)
+                    yield f"reverse_step {about}, {clip}, {kind}, guided", guided
             levels = (torch.full((shape[0],), 0.5), 0.8)
             convert = call(ops.predict_x0, x, other.half(), levels, prediction="v", unconditional=other.double())
             yield f"predict_x0 {about}", call(convert, guidance_scale=2.0)

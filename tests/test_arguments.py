@@ -82,8 +82,9 @@ CALLS = {
     "randn": (ops.randn, dict(shape=(2, 3), dtype=torch.float32, device="cpu", backend="auto", **COUNTER)),
     "reverse_step": (
         ops.reverse_step,
-        dict(x=X, model_output=X, coefficients=LEVELS, prediction="epsilon", clip=None, clip_noise=True,
-             displacement=X, displacement_scale=2.0, return_x0=False, backend="auto", **COUNTER),
+        dict(x=X, model_output=X, coefficients=LEVELS, prediction="epsilon", unconditional=X, guidance_scale=2.0,
+             clip=None, clip_noise=True, displacement=X, displacement_scale=2.0, return_x0=False, backend="auto",
+             **COUNTER),
     ),
     "predict_x0": (
         ops.predict_x0,

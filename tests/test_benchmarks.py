@@ -254,6 +254,11 @@ _SWAPPED = torch.tensor([[1, 0, 2, 3, 4, 5, 6, 7]], dtype=torch.int32)
         (lambda: _A.new_zeros(8, 16), {"new_zeros": 4 * 128}),
         (lambda: _A.sum(1), {"sum": 4 * 128 + 4 * 8}),
         (lambda: _A.index_select(0, torch.tensor([1, 3])), {"index_select": 2 * 4 * 32 + 8 * 2}),
+        (
+            lambda: torch.index_select(_A, 0, torch.tensor([1, 3]), out=torch.empty(2, 16)),
+            {"index_select": 2 * 4 * 32 + 8 * 2},
+        ),
+        (lambda: torch.empty(8, 16).index_copy_(0, torch.tensor([1, 3]), _B[:2]), {"index_copy_": 2 * 4 * 32 + 8 * 2}),
         (lambda: ops.randn((8, 16), seed=0), {"randn": 4 * 128}),
         (lambda: ops.reverse_step(_A, _B, (0.5, 0.8, 0.7, 0.6, 0.0)), {"reverse_step": 12 * 128}),
         (

@@ -81,6 +81,24 @@ def test_what_was_held_is_used_once_it_is_let_go(name):
     assert address(memory.like(X)) == place
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+@pytest.mark.parametrize("name", HOLDERS)
+def test_memory_that_somebody_else_holds_is_copied(name):
+    memory, given = Memory(), X.clone()
+    assert memory.own(given) is given
+    held = HOLDERS[name](given)
+    own = memory.own(given.detach())
+    assert torch.equal(own, X) and address(own) != address(given)
+    del held
+
+
+def test_memory_that_torch_did_not_allocate_is_copied():
+    """Its holders are unknown: the array's other views, or another process."""
+    array = X.numpy().copy()
+    for given in (torch.from_numpy(array), torch.from_dlpack(array), X.clone().share_memory_()):
+        assert address(Memory().own(given)) != address(given)
+
+
 def test_references_that_the_interpreter_adds_do_not_count(monkeypatch):
     """torch's compiler adds one to those of every block, once it has been at work in the process."""
     counted = memory_module._holders

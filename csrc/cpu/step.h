@@ -15,14 +15,16 @@ namespace fastguide::cpu {
 
 // One call, all tensors [particles, elements]. The arithmetic is in float, or in double where x is.
 struct ReverseStep {
-    Input x, output, displacement;  // displacement.data may be null
+    Input x, output, displacement, unconditional;  // the last two may have no data
     void *x_s, *x0;                 // in x's dtype; x0 may be null
-    int32_t* not_finite;            // flags of x, the output and the displacement; may be null
+    int32_t* not_finite;            // flags of x, output, displacement and unconditional; may be null
     const double* coefficients;     // five numbers, or for each of the five a column [particles]
     bool in_columns;                // whether the latter
     double displacement_scale;
     const double* displacement_scales;  // [particles]; null where all have that scale
     bool per_particle;                  // whether coefficients or scales are
+    double guidance_scale;
+    const double* guidance_scales;  // as the displacement's
     Prediction prediction;
     Clip clip;
     bool clip_noise;  // whether the noise, too, is that of the clipped x0
@@ -76,6 +78,7 @@ struct Span {
     bool sample;                             // whether the output is x0
     bool keeps_noise;                        // that of x0 before it is clipped
     bool scaled;                             // whether the displacement is
+    bool guided;                             // whether the output is, whose parts are watched before
     bool past_caches;                        // x_s and x0, which are equally aligned
     int32_t* not_finite;                     // flags of x, output and displacement; may be null
 
@@ -140,7 +143,8 @@ void step_span_as(const Span<R>& span, const Source& source, uint64_t begin, uin
         step_lanes<kPlain, kWatched>(s, m, i, lanes, seen);
     });
     if (!kWatched) return;
-    seen.x.report(s.not_finite), seen.output.report(s.not_finite + 1), seen.displacement.report(s.not_finite + 2);
+    seen.x.report(s.not_finite), seen.displacement.report(s.not_finite + 2);
+    if (!s.guided) seen.output.report(s.not_finite + 1);
 }
 
 // Elements [begin, end).
@@ -153,6 +157,33 @@ FG_INLINE void step_span(const Span<R>& s, const Source& source, uint64_t begin,
     };
     if (plain) as(std::true_type{});
     else as(std::false_type{});
+}
+
+// --- classifier-free guidance -------------------------------------------------------------------------------
+
+// to = unconditional + scale (output - unconditional). `to` may be one of them.
+template <bool kWatched, class R>
+void guide(R* to, const R* output, const R* unconditional, R scale, uint64_t count, int32_t* not_finite) {
+    Watch<R> outputs, bases;
+    each_vector(to, false, 0, count, [&](uint64_t i, const auto& lanes) __attribute__((always_inline)) {
+        const Vector<R> given = lanes.read(output + i), base = lanes.read(unconditional + i);
+        if (kWatched) outputs.see(given), bases.see(base);
+        lanes.write(to + i, fused(splat(scale), given - base, base));
+    });
+    if (kWatched) outputs.report(not_finite + 1), bases.report(not_finite + 3);
+}
+
+// The output of `count` elements from `begin` on, guided where it is to be: of particle `row`, or of all where they have
+// one scale. It is in `buffer`, or where it was.
+template <class R>
+const R* output_of(const ReverseStep& s, R* buffer, R* base, uint64_t row, uint64_t begin, uint64_t count, int32_t* not_finite) {
+    const R* const output = staged(buffer, s.output, begin, count);
+    if (!s.unconditional.data) return output;
+    const R* const unconditional = staged(base, s.unconditional, begin, count);
+    const R scale = static_cast<R>(s.guidance_scales ? s.guidance_scales[row] : s.guidance_scale);
+    if (not_finite) guide<true>(buffer, output, unconditional, scale, count, not_finite);
+    else guide<false>(buffer, output, unconditional, scale, count, nullptr);
+    return buffer;
 }
 
 // --- tiles --------------------------------------------------------------------------------------------------
@@ -218,12 +249,14 @@ void Prepared<R>::find_bounds() {
     const uint64_t particles = step.shape.particles, elements = step.shape.elements;
     const uint64_t most = elements < kTile ? elements : kTile;
     struct Buffers {
-        R *x, *output, *x0;
+        R *x, *output, *unconditional, *x0;
         uint64_t* counts;
     };
     const auto buffers_in = [&](Memory& memory) -> Buffers {
         const auto staging = [&](const Input& input) { return memory.take<R>(input.dtype == kDtype<R> ? 0 : most); };
-        return {staging(step.x), staging(step.output), memory.take<R>(most),
+        const bool guided = step.unconditional.data;
+        return {staging(step.x), guided ? memory.take<R>(most) : staging(step.output),
+                guided ? staging(step.unconditional) : nullptr, memory.take<R>(most),
                 memory.take<uint64_t>(counts_of_threshold(elements))};
     };
     Memory counted;
@@ -234,7 +267,8 @@ void Prepared<R>::find_bounds() {
         const auto each = [&](const auto& f) __attribute__((always_inline)) {
             for (uint64_t at = 0; at < elements; at += kTile) {
                 const uint64_t count = elements - at < kTile ? elements - at : kTile, begin = row * elements + at;
-                const R *x = staged(in.x, step.x, begin, count), *output = staged(in.output, step.output, begin, count);
+                const R* const x = staged(in.x, step.x, begin, count);
+                const R* const output = output_of(step, in.output, in.unconditional, row, begin, count, nullptr);
                 x0_of(in.x0, x, output, *this, row, count);
                 for (uint64_t i = 0; i < count; ++i) f(in.x0[i]);
             }
@@ -246,7 +280,7 @@ void Prepared<R>::find_bounds() {
 // What the tiles of a call need beside its arrays; null where there is no need.
 template <class R>
 struct TileBuffers {
-    R *x, *output, *displacement, *z, *x_s, *x0;
+    R *x, *output, *unconditional, *displacement, *z, *x_s, *x0;
     EachElement<R> multipliers;
 
     TileBuffers(const Prepared<R>& call, Memory& memory) {
@@ -255,7 +289,8 @@ struct TileBuffers {
         const auto if_needed = [&](bool needed) { return needed ? memory.take<R>(most) : nullptr; };
         const bool direct = s.x.dtype == kDtype<R>, clips = call.bounds.data;
         x = if_needed(!direct);
-        output = if_needed(clips || s.output.dtype != kDtype<R>);
+        output = if_needed(clips || s.unconditional.data || s.output.dtype != kDtype<R>);
+        unconditional = if_needed(s.unconditional.data);
         displacement = if_needed((clips && !s.clip_noise) || (s.displacement.data && s.displacement.dtype != kDtype<R>));
         z = if_needed(s.per_particle || call.common.value[kTau] != R{0});
         x_s = if_needed(!direct);
@@ -279,7 +314,8 @@ void clip_tile(const Prepared<R>& call, const Tile& tile, const TileBuffers<R>& 
         const R bound = call.bounds.data[tile.row + i];
         R* const row = buffers.output + at;
         if (span.not_finite) {
-            watch(span.x + at, in_row, span.not_finite), watch(span.output + at, in_row, span.not_finite + 1);
+            watch(span.x + at, in_row, span.not_finite);
+            if (!span.guided) watch(span.output + at, in_row, span.not_finite + 1);
             const bool used = span.displacement && (!span.terms || call.tau_of(tile.row + i) != R{0});
             if (used) watch(span.displacement + at, in_row, span.not_finite + 2);
         }
@@ -312,11 +348,20 @@ void step_tile(const Prepared<R>& call, const Tile& tile, R* terms, Memory memor
     for (uint64_t i = 0; s.per_particle && !noisy && i < tile.rows; ++i) noisy = call.tau_of(tile.row + i) != R{0};
     if (noisy) {  // which leaves the memory idle: without these fetches a large step takes a fifth longer
         noise_tile(buffers.z, s.shape, tile, [&](uint64_t at, uint64_t n) __attribute__((always_inline)) {
-            prefetch(s.x, begin + at, n), prefetch(s.output, begin + at, n), prefetch(s.displacement, begin + at, n);
+            prefetch(s.x, begin + at, n), prefetch(s.output, begin + at, n);
+            prefetch(s.displacement, begin + at, n), prefetch(s.unconditional, begin + at, n);
         });
     }
     Span<R> span{};
-    span.x = staged(buffers.x, s.x, begin, count), span.output = staged(buffers.output, s.output, begin, count);
+    span.x = staged(buffers.x, s.x, begin, count);
+    const uint64_t in_row = tile.rows == 1 ? count : elements, rows_with_a_scale = s.guidance_scales ? tile.rows : 1;
+    for (uint64_t i = 0; i < rows_with_a_scale; ++i) {
+        const uint64_t at = i * in_row, some = s.guidance_scales ? in_row : count;
+        const R* const output = output_of(
+            s, buffers.output + at, buffers.unconditional + at, tile.row + i, begin + at, some, s.not_finite);
+        if (i == 0) span.output = output;
+    }
+    span.guided = s.unconditional.data;
     if (s.displacement.data) span.displacement = staged(buffers.displacement, s.displacement, begin, count);
     span.x_s = direct ? static_cast<R*>(s.x_s) + begin : buffers.x_s;
     span.x0 = !s.x0 || !direct ? buffers.x0 : static_cast<R*>(s.x0) + begin;
@@ -329,7 +374,6 @@ void step_tile(const Prepared<R>& call, const Tile& tile, R* terms, Memory memor
     if (!s.per_particle) {
         step_span(noisy ? span : still, call.common, 0, count);
     } else if (elements >= kLongParticle) {
-        const uint64_t in_row = tile.rows == 1 ? count : elements;
         for (uint64_t i = 0; i < tile.rows; ++i) {
             const OneParticle<R> m = call.of(tile.row + i);
             step_span(m.value[kTau] != R{0} ? span : still, m, i * in_row, (i + 1) * in_row);

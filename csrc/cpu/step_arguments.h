@@ -43,6 +43,14 @@ inline void read_scale(Arguments& in, ReverseStep& step) {
     step.per_particle = step.in_columns || step.displacement_scales;
 }
 
+// What the other output is, and how far the first is moved away from it.
+inline void read_guidance(Arguments& in, ReverseStep& step) {
+    step.unconditional = {in.pointer_or_none("unconditional"), in.dtype()};
+    if (in.is_float()) step.guidance_scale = in.number();
+    else step.guidance_scales = in.pointer<const double>("guidance_scale");
+    if (!std::isfinite(step.guidance_scale)) throw std::invalid_argument("guidance_scale: expected a finite one");
+}
+
 // none, a range or a dynamic threshold, by its code and two numbers.
 inline void read_clip(Arguments& in, ReverseStep& step) {
     const ClipKind kind = in.code("clip", ClipKind::dynamic);

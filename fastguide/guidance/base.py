@@ -20,6 +20,7 @@ from ..arguments import one_of
 from ..denoiser import Denoiser
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
+from ..memory import Memory
 from ..operators import Function, LinearOperator, Operator, Pairs
 from ..ops._arguments import Clip, Coefficients, IntOrTensor, Scalar
 from ..profiling import phase
@@ -178,44 +179,35 @@ class Run:
         i: int,
         *,
         tau: float | None = None,
-        displacement: Tensor | None = None,
-        displacement_scale: Scalar = 1.0,
         prediction: str = "sample",
         return_x0: bool = False,
-        blamed: tuple[str, str] = ("x0_hat", ""),
+        blamed: Sequence[str] = ("x0_hat",),
+        **others: Any,
     ) -> Any:
         """Step ``i`` from a predicted clean sample or another ``prediction``, with the run's clip.
 
-        ``blamed`` names what ``x0_hat`` and ``displacement`` came from, for an error where they are not finite.
+        ``others``: a displacement, the unconditional output and their scales. ``blamed`` names what ``x0_hat``, the
+        displacement and the unconditional output came from, for an error where they are not finite.
         """
         coefficients = self.coefficients(i, tau)
-        not_finite = self.watch.flags(i, self.device, STATE, *blamed)
+        not_finite = self.watch.flags(i, self.device, STATE, *blamed, *("",) * (3 - len(blamed)))
+        of_samples = {name: value for name, value in others.items() if isinstance(value, Tensor) and value.ndim}
 
-        def draw(
-            counter: dict[str, Any],
-            x: Tensor,
-            x0_hat: Tensor,
-            displacement: Tensor | None = None,
-            scale: Scalar = displacement_scale,
-        ) -> Any:
+        def draw(counter: dict[str, Any], x: Tensor, x0_hat: Tensor, *values: Tensor) -> Any:
             return ops.reverse_step(
                 x,
                 x0_hat,
                 coefficients,
                 prediction=prediction,
                 clip=self.clip,
-                displacement=displacement,
-                displacement_scale=scale,
                 return_x0=return_x0,
                 out=self.memory(x, return_x0),
                 not_finite=not_finite,
+                **others | dict(zip(of_samples, values, strict=True)),
                 **counter,
             )
 
-        tensors = (x, x0_hat) if displacement is None else (x, x0_hat, displacement)
-        if isinstance(displacement_scale, Tensor) and displacement_scale.ndim:  # one number per sample
-            tensors = (*tensors, displacement_scale)
-        return self.with_counters(i, draw, *tensors)
+        return self.with_counters(i, draw, x, x0_hat, *of_samples.values())
 
     def in_chunks(self, f: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
         """``f(rows, *chunks)`` over chunks of the leading dimension, with the outputs put together again.
@@ -233,6 +225,17 @@ class Run:
             for tensor, part in zip(whole, parts, strict=True):
                 tensor[low:high] = part
         return whole
+
+    def outputs(self, x: Tensor, i: int) -> tuple[Tensor, Tensor | None, Any]:
+        """`Denoiser.outputs` at level ``i``."""
+
+        def chunk(rows: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+            return tuple(part for part in self.denoiser.outputs(x, self.levels[i], rows)[:2] if part is not None)
+
+        output, *base = self.in_chunks(chunk, x)
+        if not base:
+            return output, None, None
+        return output, base[0], self.denoiser.scale_at(self.levels[i], x, self.rows)
 
     def convert(self, x: Tensor, i: int, outputs: tuple[Tensor, Tensor | None, Any]) -> Tensor:
         """``E[x_0 | x_t]`` from `Denoiser.outputs`, without a graph."""
@@ -252,7 +255,7 @@ class Run:
     def likelihood_score(
         self, likelihood: Likelihood, covariance: str, x: Tensor, i: int, norm: bool = False
     ) -> tuple[Tensor, ...]:
-        """``x0_hat``, the gradient of ``log p~(y | x_t)`` in ``x_t``, and ``log p~(y | x_t)`` ``[n]``.
+        """``x0_hat``, the gradient of ``log p~(y | x_t)`` as `PullBack` has it, and ``log p~(y | x_t)`` ``[n]``.
 
         ``p~`` approximates ``p(y | x_t)`` with the covariance named. `shift_scale` times the gradient is the shift of
         ``x0_hat``, ``C_t A^T grad_z log p~``. With ``norm`` also the norm ``[n]`` of the gradient in ``z = A x0_hat``.
@@ -277,10 +280,12 @@ class Run:
         self._watch_log_prob(i, likelihood, log_prob)
         return x0_hat, gradient, log_prob, *more
 
-    def shift_scale(self, i: int) -> float:
-        """The factor from a gradient in ``x_t``, as `PullBack` computes it, to the shift of ``x0_hat``."""
+    def shift_scale(self, i: int) -> Any:
+        """The factor from what `PullBack` makes of a gradient in ``x_0`` to the shift of ``x0_hat``."""
         t = self.levels[i]
-        return isotropic_variance(t) if self.vanishing(i) else t.sigma**2 / t.alpha
+        if self.vanishing(i):
+            return isotropic_variance(t)
+        return t.sigma**2 / t.alpha * x0_coefficients(self.denoiser.prediction, t.alpha, t.sigma)[1]
 
     def likelihood_value(self, likelihood: Likelihood, covariance: str, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
         """``x0_hat`` and ``log p~(y | x_t)`` without a derivative. Not for ``"moment"``, which needs derivatives."""
@@ -331,8 +336,9 @@ def gradient_blamed(likelihood: Any) -> str:
 
 
 class PullBack:
-    """``x0_hat(x_t)``, and ``v -> (d x0_hat / d x_t)^T v`` through the network's graph.
+    """``x0_hat(x_t)``, and ``v -> (d x0_hat / d x_t)^T v / q`` through the network's graph.
 
+    ``q`` is the network's factor in ``x0_hat = p x_t + q output``, so that ``v`` goes through the network as it is.
     `Run.shift_scale` times the result is ``C_t v``, with the second-order Tweedie covariance ``C_t`` (Boys et al.
     2023).
 
@@ -348,18 +354,18 @@ class PullBack:
             output, base, scale = denoiser.outputs(self._x, level, rows)
         self.x0_hat = run.convert(x.detach(), i, (output, base, scale))
         self.x0 = self.x0_hat.to(run.compute_dtype)
-        factors: Any = x0_coefficients(denoiser.prediction, level.alpha, level.sigma)
-        self._of_x, factor = factors
-        self._outputs = [(output, factor)] if base is None else [(output, factor * scale), (base, factor * (1 - scale))]
+        p, q = x0_coefficients(denoiser.prediction, level.alpha, level.sigma)
+        self._of_x: Any = p / q
+        self._outputs = [(output, 1.0)] if base is None else [(output, scale), (base, 1 - scale)]
 
     def __call__(self, v: Tensor, retain_graph: bool = False) -> Tensor:
-        """The product ``(d x0_hat / d x_t)^T v`` for ``v`` ``[n, *event]``, in new memory."""
+        """The product ``(d x0_hat / d x_t)^T v / q`` for ``v`` ``[n, *event]``, in new memory."""
         memory = foreign.memory()
         if self._vanishing:
             return memory.copy(v)
         outputs = [output for output, _ in self._outputs]
         with torch.no_grad():
-            given = [weighted(v, factor, memory.like(v)) for _, factor in self._outputs]
+            given = [weighted(v, factor, memory) for _, factor in self._outputs]
             size = None
             if torch.float16 in (self._x.dtype, *(output.dtype for output in outputs), *foreign.autocast_dtypes()):
                 # float16 holds 6e-8 to 65504. Each sample goes through the network as large as 1, and back after it.
@@ -383,9 +389,11 @@ def power_of_two(vectors: Sequence[Tensor]) -> Tensor:
     return torch.where((largest > 0) & largest.isfinite(), size, 1.0)
 
 
-def weighted(v: Tensor, factor: Scalar, out: Tensor | None) -> Tensor:
-    """``v`` times a number, or times one number per sample."""
-    return torch.mul(v, per_sample(factor, v) if isinstance(factor, Tensor) and factor.ndim else factor, out=out)
+def weighted(v: Tensor, factor: Scalar, memory: Memory) -> Tensor:
+    """``v`` times a number, or times one number per sample, in memory that a network may write into."""
+    if isinstance(factor, Tensor):
+        return torch.mul(v, per_sample(factor, v) if factor.ndim else factor, out=memory.like(v))
+    return memory.copy(v) if factor == 1.0 else torch.mul(v, factor, out=memory.like(v))
 
 
 def measure(likelihood: Likelihood, x0: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class DPS:
             return State(x, x0_hat=x0_hat)
 
     def _weight(self, run: Run, i: int) -> Scalar:
-        """The weight of the gradient in ``x_t``, which `PullBack` computes."""
+        """The weight of the gradient as `PullBack` has it."""
         if isinstance(self.zeta, str):
             return run.x0_weight(i) * run.shift_scale(i)
         level = run.levels[i]

@@ -112,7 +112,7 @@ class LatentPnP:
         with phase("step"):
             if self.gamma is None:
                 tau, blamed = self._pnp.fresh_noise(run, i), self._pnp.likelihood.blamed
-                x = run.reverse_step(state.x, z0, i, tau=tau, blamed=(blamed, ""))
+                x = run.reverse_step(state.x, z0, i, tau=tau, blamed=(blamed,))
             else:
                 x = self._stochastic_resample(run, state.x, z0_hat, z0, i)
             return State(x, x0_hat=z0_hat)

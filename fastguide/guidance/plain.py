@@ -25,16 +25,17 @@ class Plain:
         return State(run.initial())
 
     def step(self, run: Run, state: State, i: int) -> State:
-        denoiser, level = run.denoiser, run.levels[i]
         with torch.set_grad_enabled(run.differentiable), phase("network"):
-            (output,) = run.in_chunks(lambda rows, x: (denoiser(x, level, rows),), state.x)
+            output, unconditional, guidance_scale = run.outputs(state.x, i)
         with torch.set_grad_enabled(run.differentiable), phase("step"):
             result = run.reverse_step(
                 state.x,
                 output,
                 i,
-                prediction=denoiser.prediction,
+                prediction=run.denoiser.prediction,
+                unconditional=unconditional,
+                guidance_scale=guidance_scale,
                 return_x0=run.keep_x0_hat,
-                blamed=(denoiser.blamed, ""),
+                blamed=("net", "", "unconditional"),
             )
         return State(result[0], x0_hat=result[1]) if run.keep_x0_hat else State(result)

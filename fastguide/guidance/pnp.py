@@ -115,7 +115,7 @@ class PnP:
         with phase("solve"):
             x0 = self.data_step(run, x0_hat, i)
         with phase("step"):
-            x = run.reverse_step(state.x, x0, i, tau=self.fresh_noise(run, i), blamed=(self.likelihood.blamed, ""))
+            x = run.reverse_step(state.x, x0, i, tau=self.fresh_noise(run, i), blamed=(self.likelihood.blamed,))
             return State(x, x0_hat=x0_hat)
 
     def fresh_noise(self, run: Run, i: int) -> float:

@@ -16,7 +16,7 @@ __all__ = ["STATE", "Watch"]
 STATE = "state"  # blamed where a step overflowed: its inputs were finite
 
 # The order of computation within a step: the earliest function is blamed, since later values follow from it.
-_ORDER = (STATE, "net", "unconditional", "net or unconditional", "x0_hat")
+_ORDER = (STATE, "net", "unconditional", "x0_hat")
 
 
 class _Note(NamedTuple):

@@ -50,6 +50,7 @@ Clip = float | tuple[float, float] | DynamicThreshold | None
 Counter = tuple[int, int, int, int, Tensor | None, Tensor | None]
 COUNTER = "SymInt seed, SymInt step, SymInt stream, SymInt first_particle, Tensor? seed_tensor, Tensor? step_tensor"
 SCALE = "float displacement_scale, Tensor? displacement_scale_tensor"
+GUIDANCE = "Tensor? unconditional, float guidance_scale, Tensor? guidance_scale_tensor"
 Scalars = tuple[Sequence[float], Tensor | None]  # five floats, or none and a float64 table [5, N]
 SCALARS = "float[] coefficients, Tensor? table"
 
@@ -329,6 +330,16 @@ def per_sample(name: str, value: Any, x: Tensor) -> tuple[float, Tensor | None]:
     if readable(value) and not transformed() and not torch.isfinite(value).all():
         raise ValueError(f"{name}: expected finite values, got {value}")
     return 1.0, value.double().expand(x.shape[0])
+
+
+def guidance(unconditional: Any, scale: Any, x: Tensor) -> tuple[Tensor | None, float, Tensor | None]:
+    """The unconditional output and the guidance scale as `GUIDANCE` has them: both, or neither and the scale 1."""
+    if (unconditional is None) != (scale is None):
+        given, missing = ("unconditional", "guidance_scale")[:: 1 if scale is None else -1]
+        raise ValueError(f"{missing}: expected a value together with {given}, got None")
+    if unconditional is None:
+        return None, 1.0, None
+    return state("unconditional", unconditional, x), *per_sample("guidance_scale", scale, x)
 
 
 def unpacked(number: float, tensor: Tensor | None) -> Scalar:

@@ -36,7 +36,8 @@ class Cpu(Protocol):
     def reverse_step(
         self, x: Address, x_dtype: int, model_output: Address, output_dtype: int,
         displacement: Address | None, displacement_dtype: int, x_s: Address, x0: Address | None, return_x0: bool,
-        not_finite: Address | None, prediction: int, clip: int, low: float, high: float, clip_noise: bool,
+        not_finite: Address | None, prediction: int, unconditional: Address | None, unconditional_dtype: int,
+        guidance_scale: float | Address, clip: int, low: float, high: float, clip_noise: bool,
         coefficients: Sequence[float] | Address, displacement_scale: float | Address, shape: tuple[int, ...],
         seed: int, step: int, stream: int, first_particle: int, threads: int, /,
     ) -> None: ...  # fmt: skip

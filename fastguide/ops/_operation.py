@@ -64,8 +64,8 @@ class Operation:
             each result, ``needed`` the names of the arguments that want one. Returns gradients by name, or None for
             the reference's. Whether gradients are enabled says whether the derivative is to be differentiated too.
         keep_results: whether ``vjp`` reads the results; else they are not kept, and it is given none.
-        watched: what ``not_finite`` is about: names of arguments, or a function of all of them that returns tensors,
-            the last of which may be None.
+        watched: what ``not_finite`` is about: names of arguments, or a function of all of them that returns tensors.
+            None where an argument is absent.
     """
 
     def __init__(
@@ -183,9 +183,10 @@ class Operation:
         if not_finite is None or args[0].numel() == 0:
             return
         dtype = torch.promote_types(args[0].dtype, torch.float32)
-        tensors = [value.detach().to(dtype) for value in self.watched(*args) if value is not None]
+        absent = args[0].new_zeros((), dtype=dtype)
+        tensors = [absent if value is None else value.detach().to(dtype) for value in self.watched(*args)]
         low, high = map(torch.stack, zip(*map(torch.aminmax, tensors), strict=True))
-        not_finite[: len(tensors)].masked_fill_(~(low.isfinite() & high.isfinite()), 1)
+        not_finite.masked_fill_(~(low.isfinite() & high.isfinite()), 1)
 
     def _kernel(self, backend: str) -> Callable[..., Any]:
         kernel = self.kernels[backend]

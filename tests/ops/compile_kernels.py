@@ -43,6 +43,7 @@ FLOATS |= dict.fromkeys(("scale", "background", "constant"), "fp64")
 ABSENT = dict.fromkeys(
     (
         "displacement",
+        "unconditional",
         "not_finite",
         "x0",
         "table",
@@ -79,6 +80,8 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
     yield "reverse_step", kernel, step, count | flags, (2, 1)
     each = flags | dict(X0=True, CLIP=False, CLIP_NOISE=False)
     yield "reverse_step, per sample", kernel, step | table, count | each, (3, 2)
+    guided = dict(unconditional=pointer, not_finite="*i32")
+    yield "reverse_step, guided and watched", kernel, step | guided, count | flags, (3, 1)
     yield "reverse_step, deterministic", kernel, step, count | flags | dict(NOISE=False), (2, 1)
     split = split | dict(CLIP=True)
     yield "propose_and_weigh", weigher, weigh, count | split, (3, 1)

@@ -21,7 +21,7 @@ BAD = (math.nan, math.inf, -math.inf)
 
 # What each flag is about, in order.
 WATCHED = {
-    "reverse_step": ("x", "model_output", "displacement"),
+    "reverse_step": ("x", "model_output", "displacement", "unconditional"),
     "propose_and_weigh": ("x", "x0_hat", "displacement"),
     "predict_x0": ("model_output", "unconditional"),
 }
@@ -34,7 +34,8 @@ def given(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32,
         number = dict(levels=NOISY[:2], prediction="v", guidance_scale=2.0)
         return dict(x=x, model_output=output, unconditional=other) | number
     if name == "reverse_step":
-        return dict(x=x, model_output=output, displacement=other, coefficients=NOISY, clip=1.0, seed=1)
+        guidance = dict(unconditional=output.flip(0), guidance_scale=2.0)
+        return dict(x=x, model_output=output, displacement=other, coefficients=NOISY, clip=1.0, seed=1) | guidance
     weights = torch.zeros(shape[0])
     return dict(x=x, x0_hat=output, displacement=other, log_weights=weights, coefficients=NOISY, clip=1.0, seed=1)
 
@@ -99,13 +100,16 @@ def test_each_flag_is_of_its_input(name, backend, dtype, elements):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_without_the_last_input_its_flag_is_left_alone(backend):
+def test_without_an_input_its_flag_is_left_alone(backend):
     if backend == "triton":
         pytest.importorskip("triton")
-    flags = torch.tensor([0, 0, 5], dtype=torch.int32)
+    flags = torch.tensor([0, 0, 5, 6], dtype=torch.int32)
     x = torch.full((2, 3), math.nan)
     ops.reverse_step(x, x, NOISY, not_finite=flags, backend=backend)
-    assert flags.tolist() == [1, 1, 5]
+    assert flags.tolist() == [1, 1, 5, 6]
+    flags = torch.tensor([0, 0, 5, 0], dtype=torch.int32)
+    ops.reverse_step(x, x, NOISY, unconditional=x, guidance_scale=2.0, not_finite=flags, backend=backend)
+    assert flags.tolist() == [1, 1, 5, 1]
     flags = torch.tensor([0, 5], dtype=torch.int32)
     ops.predict_x0(x, x, NOISY[:2], prediction="v", not_finite=flags, backend=backend)
     assert flags.tolist() == [1, 5]
@@ -137,11 +141,14 @@ def test_every_loop_of_the_cpu_kernel_looks_at_what_it_reads(dtype, options, sha
     if changes.get("coefficients") == "table":
         changes["coefficients"] = table(shape[0])
     whole = given("reverse_step", shape, dtype) | changes
-    for isa, moved in itertools.product(_native.instruction_sets(), (False, True)):
-        arguments = whole if moved else whole | dict(displacement=None)
+    scales = (None, 2.0, torch.linspace(-1, 3, shape[0]))  # none, in one pass over a tile, and row by row
+    for isa, moved, scale in itertools.product(_native.instruction_sets(), (False, True), scales):
+        arguments = dict(whole, guidance_scale=scale)
+        arguments |= {} if moved else dict(displacement=None)
+        arguments |= {} if scale is not None else dict(unconditional=None)
         with instruction_set(isa):
-            assert found("reverse_step", arguments, backend="cpu") == [0, 0, 0]
-            for which in ("x", "model_output", "displacement")[: 2 + moved]:
+            assert found("reverse_step", arguments, backend="cpu") == [0, 0, 0, 0]
+            for which in (which for which in WATCHED["reverse_step"] if arguments[which] is not None):
                 for place in (0, arguments["x"].numel() - 1):
                     one = {which: spoiled(arguments[which], place)}
                     assert found("reverse_step", arguments, **one, backend="cpu") == only("reverse_step", which)

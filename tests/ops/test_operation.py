@@ -235,11 +235,12 @@ def test_opcheck_randn(shape, dtype, backend):
 
 def reverse_step_arguments(
     x, *, output=None, coefficients=VP, prediction="epsilon", clip=None, clip_noise=True, moved=False, return_x0=False,
-    displacement_scale=1.0,
+    displacement_scale=1.0, guidance_scale=None,
 ) -> tuple:  # fmt: skip
     values, table = _arguments.scalars(coefficients, x, prediction)
     output = normal(*x.shape, seed=1, dtype=x.dtype, grad=x.requires_grad) if output is None else output
     displacement = normal(*x.shape, seed=2, dtype=x.dtype, grad=x.requires_grad) if moved else None
+    base = None if guidance_scale is None else normal(*x.shape, seed=3, dtype=x.dtype, grad=x.requires_grad)
     clip = _arguments.clip(clip)
     return (
         x,
@@ -247,6 +248,7 @@ def reverse_step_arguments(
         values,
         table,
         prediction,
+        *_arguments.guidance(base, guidance_scale, x),
         clip,
         clip_noise,
         displacement,
@@ -273,6 +275,8 @@ REVERSE_STEP_OPTIONS = [
     dict(prediction="v", coefficients=PER_SAMPLE, clip=DynamicThreshold(0.9, 3.0), moved=True),
     dict(clip=0.5, clip_noise=False, moved=True, displacement_scale=-0.5),
     dict(moved=True, displacement_scale=SCALES),
+    dict(moved=True, guidance_scale=2.0, clip=0.5),
+    dict(guidance_scale=SCALES),
 ]
 
 

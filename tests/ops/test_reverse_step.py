@@ -169,6 +169,41 @@ def test_floats_and_tensors_may_be_mixed(kinds, coefficient_dtype, assert_close)
     assert_close(ops.reverse_step(x, output, mixed, seed=1), ops.reverse_step(x, output, floats, seed=1))
 
 
+# --- classifier-free guidance -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_guidance_against_the_step_from_the_guided_output(prediction, backend):
+    """The formula by hand, in float64; 1 is the conditional step, 0 the unconditional one."""
+    x, output, displacement = inputs((4, 30))
+    base = inputs((4, 30), seed=1)[0]
+    coefficients = coefficients_of(*LEVELS["vp"], 0.5)
+    options = dict(prediction=prediction, clip=0.7, displacement=displacement, seed=3, return_x0=True, backend=backend)
+    each = torch.tensor([-1.0, 0.0, 1.0, 7.5], dtype=torch.float64)
+    for scale in (0.0, 1.0, 7.5, -2, torch.tensor(3.0), each):
+        column = scale[:, None] if scale is each else float(scale)
+        got = ops.reverse_step(x, output, coefficients, unconditional=base, guidance_scale=scale, **options)
+        expected = ops.reverse_step(x, base + column * (output - base), coefficients, **options)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("clip", (None, (-0.4, 0.9), DynamicThreshold(0.8, 3.0)))
+@pytest.mark.parametrize("each", (False, True))
+def test_gradients_with_guidance(clip, each):
+    tensors = [v.requires_grad_() for v in (*inputs((2, 5), seed=3), inputs((2, 5), seed=4)[0])]
+    scale = torch.tensor([2.5, -1.0], dtype=torch.float64, requires_grad=True) if each else 2.5
+
+    def step(x, output, displacement, base, scale=2.5):
+        options = dict(prediction="v", unconditional=base, guidance_scale=scale, clip=clip, displacement=displacement)
+        return ops.reverse_step(x, output, STEP, **options, clip_noise=clip is None, seed=1, return_x0=True)
+
+    assert torch.autograd.gradcheck(step, (*tensors, scale) if each else tensors)
+    if not each:
+        assert torch.autograd.gradgradcheck(step, tensors)
+
+
 # --- limits -------------------------------------------------------------------------------------------------
 
 
@@ -562,6 +597,15 @@ def bad(**changes) -> dict:
         (dict(model_output=X[:1]), ValueError, r"model_output: expected shape \[2, 3\], .* got \[1, 3\]"),
         (dict(model_output=X.to("meta")), ValueError, "model_output: expected a tensor on cpu"),
         (dict(displacement=X[:, :2]), ValueError, r"displacement: expected shape \[2, 3\]"),
+        (dict(unconditional=X), ValueError, "guidance_scale: expected a value together with unconditional, got None"),
+        (
+            dict(guidance_scale=2.0),
+            ValueError,
+            "unconditional: expected a value together with guidance_scale, got None",
+        ),
+        (dict(unconditional=X[:1], guidance_scale=2.0), ValueError, r"unconditional: expected shape \[2, 3\]"),
+        (dict(unconditional=X, guidance_scale=math.nan), ValueError, "guidance_scale: expected a finite number"),
+        (dict(unconditional=X, guidance_scale=torch.ones(3)), ValueError, r"guidance_scale: .* tensor \[2\]"),
         (dict(prediction="eps"), ValueError, "prediction: expected one of .* got 'eps'"),
         (
             dict(coefficients=(0.6, 0.8, 0.8, 0.6)),

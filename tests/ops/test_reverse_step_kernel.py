@@ -22,7 +22,7 @@ COUNTER = dict(seed=2**64 - 3, step=2**32 - 2, stream=7, first_particle=2**32 - 
 def inputs(particles: int, elements: int, dtypes=(torch.float32,) * 3, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors = torch.randn(3, particles, elements, generator=generator, dtype=torch.float64)
-    return [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    return [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=False)]
 
 
 def per_sample(particles: int, rows=(VP, STILL, (0.5, 0.7, 0.9, 0.3, 0.3))) -> tuple[torch.Tensor, ...]:
@@ -31,8 +31,9 @@ def per_sample(particles: int, rows=(VP, STILL, (0.5, 0.7, 0.9, 0.3, 0.3))) -> t
     return tuple(torch.tensor([row[i] for row in chosen], dtype=torch.float64) for i in range(5))
 
 
-def kernel(x, output, coefficients, *, prediction="epsilon", clip=None, clip_noise=True, displacement=None, threads=1,
-           offset=64, seed=0, step=0, stream=0, first_particle=0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def kernel(x, output, coefficients, *, prediction="epsilon", unconditional=None, guidance_scale=1.0, clip=None,
+           clip_noise=True, displacement=None, threads=1, offset=64,
+           seed=0, step=0, stream=0, first_particle=0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """x_s and x0 into the middle of poisoned buffers, whose margins must stay as they were."""
     particles, elements = x.shape
     levels, table = _arguments.scalars(coefficients, x, "sample")
@@ -48,6 +49,9 @@ def kernel(x, output, coefficients, *, prediction="epsilon", clip=None, clip_noi
         None if displacement is None else displacement.data_ptr(),
         0 if displacement is None else code[displacement.dtype],
         results[0].data_ptr(), results[1].data_ptr(), True, None, reference.PREDICTIONS.index(prediction),
+        None if unconditional is None else unconditional.data_ptr(),
+        0 if unconditional is None else code[unconditional.dtype],
+        guidance_scale if isinstance(guidance_scale, float) else guidance_scale.data_ptr(),
         len(bounds) and len(bounds) - 1, *(bounds[:2] or (0.0, 0.0)), clip_noise,
         table.data_ptr() if levels == () else levels,
         1.0,
@@ -72,11 +76,15 @@ def fused(a, b, c):
 
 
 def expected_of(
-    x, output, coefficients, *, prediction="epsilon", clip=None, clip_noise=True, displacement=None, **counter
-):
+    x, output, coefficients, *, prediction="epsilon", unconditional=None, guidance_scale=1.0, clip=None,
+    clip_noise=True, displacement=None, **counter
+):  # fmt: skip
     """x_s and x0, operation by operation."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     state, out = x.to(dtype), output.to(dtype)
+    if unconditional is not None:
+        base = unconditional.to(dtype)
+        out = fused(torch.as_tensor(guidance_scale, dtype=dtype).reshape(-1, 1), out - base, base)
     multipliers = multipliers_of(state, coefficients, prediction, clip_noise)
     p, q, a, b, tau, c = (torch.as_tensor(m, dtype=dtype) for m in multipliers)
     unclipped = out if prediction == "sample" else fused(q, out, p * state)
@@ -125,6 +133,29 @@ def test_every_option(prediction, dtype):
             options = dict(prediction=prediction, clip=clip, displacement=displacement if moved else None, **COUNTER)
             options["clip_noise"] = clip_noise
             assert_same(kernel(x, output, coefficients, **options), expected_of(x, output, coefficients, **options))
+
+
+# The output is guided into a buffer: whole tiles at once with one scale, row by row with one for each particle; from
+# where it is, or from a buffer of a conversion. A dynamic threshold guides it once more.
+@pytest.mark.parametrize(("dtype", "given"), [*zip(FLOATS, FLOATS, strict=True), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("each", (False, True))
+def test_classifier_free_guidance(dtype, given, each):
+    rank = DynamicThreshold(1.0, 100.0)  # of the largest: nothing to interpolate
+    for particles, elements in ((3, 5), (70, 33), (5, 100), (2, 2500)):
+        x, output, displacement = inputs(particles, elements, (dtype, given, dtype))
+        base = inputs(particles, elements, (given,), seed=1)[0]
+        scale = torch.linspace(-1, 3, particles, dtype=torch.float64) if each else 2.5
+        for coefficients, moved, clip, clip_noise in itertools.product(
+            (VP, per_sample(particles)), (False, True), (None, (-0.4, 0.9), rank), (False, True)
+        ):
+            options = dict(unconditional=base, guidance_scale=scale, clip=clip, clip_noise=clip_noise, **COUNTER)
+            options |= dict(displacement=displacement if moved else None, prediction="v")
+            got, expected = (f(x, output, coefficients, **options) for f in (kernel, expected_of))
+            if clip == rank and not clip_noise:  # added to the displacement first
+                for a, b in zip(got, expected, strict=True):
+                    torch.testing.assert_close(a, b, rtol=16 * ROUNDING[dtype], atol=16 * ROUNDING[dtype])
+            else:
+                assert_same(got, expected)
 
 
 # Each is converted by itself: every dtype with every one of each other tensor.
@@ -274,6 +305,7 @@ def settings():
                 for clip in (0.7, DynamicThreshold(0.9, 3.0)):
                     options = dict(prediction="v", clip=clip, displacement=displacement)
                     yield x, output, coefficients, options
+            yield x, output, VP, dict(unconditional=displacement, guidance_scale=2.5, displacement=displacement)
 
 
 @pytest.mark.parametrize("name", _native.instruction_sets()[1:])
@@ -291,7 +323,7 @@ def test_chunks_give_the_same_bits():
         for low, high in ((0, 1), (1, 5), (len(x) // 2, len(x))):
             rows = slice(low, high)
             levels = tuple(c[rows] if isinstance(c, torch.Tensor) else c for c in coefficients)
-            moved = {**options, "displacement": options["displacement"][rows]}
+            moved = {k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
             part = kernel(x[rows], output[rows], levels, **moved, seed=3, first_particle=100 + low)
             assert all(torch.equal(a, b[rows]) for a, b in zip(part, whole, strict=True))
 
@@ -394,7 +426,8 @@ def test_numbers_of_any_kind_are_coefficients():
 @pytest.mark.parametrize(
     ("change", "error"),
     (
-        (dict(count=22), TypeError),
+        (dict(count=25), TypeError),
+        (dict(guidance_scale=math.inf), ValueError),
         (dict(displacement_scale=math.nan), ValueError),
         (dict(displacement_scale="1"), TypeError),
         (dict(dtype=4), ValueError),
@@ -421,12 +454,13 @@ def test_numbers_of_any_kind_are_coefficients():
 )
 def test_the_module_takes_no_wrong_call(change, error):
     arguments = dict(x=0, dtype=0, output=0, output_dtype=0, displacement=None, displacement_dtype=0, x_s=0,
-                     x0=None, return_x0=False, not_finite=None, prediction=0, clip=0, low=0.0, high=0.0,
+                     x0=None, return_x0=False, not_finite=None, prediction=0, unconditional=None,
+                     unconditional_dtype=0, guidance_scale=1.0, clip=0, low=0.0, high=0.0,
                      clip_noise=True, levels=VP, displacement_scale=1.0, shape=(0, 4), seed=0, step=0,
                      stream=0, first_particle=0, threads=1)  # fmt: skip
     _native.module("cpu").reverse_step(*arguments.values())  # of no particles: reads nothing
     with pytest.raises(error):
-        _native.module("cpu").reverse_step(*list((arguments | change).values())[: change.get("count", 23)])
+        _native.module("cpu").reverse_step(*list((arguments | change).values())[: change.get("count", 26)])
 
 
 # --- derivatives that the operator does not know ------------------------------------------------------------

@@ -121,6 +121,17 @@ def test_every_option_of_reverse_step(prediction, clip, clip_noise):
         assert error(got, exact) <= 8.0
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("clip", (None, DynamicThreshold(0.9, 3.0)))
+def test_reverse_step_with_guidance(clip, dtype):
+    x, output, base = inputs((6, 50), dtype)
+    for scale in (2.5, torch.linspace(-1, 3, 6, device=DEVICE)):
+        options = dict(guidance_scale=scale, clip=clip, prediction="v", **COUNTER)
+        got = ops.reverse_step(x, output, VP, unconditional=base, backend="triton", **options)
+        exact = reference.reverse_step(x.double(), output.double(), VP, unconditional=base.double(), **options)
+        assert error(got, exact) <= (8.0 if dtype == torch.float32 else 1.1)
+
+
 @pytest.mark.parametrize("dtypes", [(FLOATS[i], FLOATS[j], FLOATS[(i + j) % 3]) for i in range(3) for j in range(3)])
 def test_every_mix_of_two_dtypes(dtypes):
     x, output, displacement = (t.to(d) for t, d in zip(inputs((5, 36)), dtypes, strict=True))

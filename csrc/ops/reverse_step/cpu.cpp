@@ -15,8 +15,8 @@ void reverse_step_as(const ReverseStep& step) {
 }
 
 // x, x's dtype, model_output, its dtype, displacement (or None), its dtype, x_s, x0 (or None), return_x0, not_finite (or None),
-// prediction, clip (kind, low, high), clip_noise, coefficients, displacement_scale, shape of x, seed, step, stream,
-// first_particle, threads
+// prediction, unconditional (or None), its dtype, guidance_scale, clip (kind, low, high), clip_noise, coefficients,
+// displacement_scale, shape of x, seed, step, stream, first_particle, threads
 PyObject* reverse_step(Arguments& in) {
     ReverseStep step{};
     double five[5];
@@ -25,6 +25,7 @@ PyObject* reverse_step(Arguments& in) {
     in.flag();
     step.not_finite = in.pointer_or_none<int32_t>("not_finite");
     step.prediction = in.code("prediction", Prediction::flow);
+    read_guidance(in, step);
     read_clip(in, step);
     step.clip_noise = in.flag();
     read_coefficients(in, step, five);
@@ -39,7 +40,7 @@ PyObject* reverse_step(Arguments& in) {
     return none();
 }
 
-Binding binding{"reverse_step", fastcall<reverse_step, 23>, "One reverse step."};
+Binding binding{"reverse_step", fastcall<reverse_step, 26>, "One reverse step."};
 
 }  // namespace
 }  // namespace fastguide::cpu

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...arguments import one_of
 from .. import _arguments, _native
-from .._arguments import PREDICTIONS, Scalar
+from .._arguments import GUIDANCE, PREDICTIONS, Scalar
 from .._operation import UNUSUAL, Operation, plain
 from . import reference
 
@@ -75,19 +75,14 @@ def predict_x0(
     x = _arguments.state("x", x)
     model_output = _arguments.state("model_output", model_output, x)
     one_of("prediction", prediction, PREDICTIONS)
-    if (unconditional is None) != (guidance_scale is None):
-        given, missing = ("unconditional", "guidance_scale")[:: 1 if guidance_scale is None else -1]
-        raise ValueError(f"{missing}: expected a value together with {given}, got None")
-    if unconditional is not None:
-        unconditional = _arguments.state("unconditional", unconditional, x)
-    scale = (1.0, None) if guidance_scale is None else _arguments.per_sample("guidance_scale", guidance_scale, x)
+    unconditional, number, scale = _arguments.guidance(unconditional, guidance_scale, x)
     values = _arguments.scalars(levels, x, prediction, "levels", 2)
     form = _arguments.layout(x) if out is None else torch.contiguous_format
     x, model_output, unconditional = _arguments.channels_moved(form, x, model_output, unconditional)
-    inputs = x, model_output, values[1], unconditional, scale[1]
+    inputs = x, model_output, values[1], unconditional, scale
     into = _arguments.out(out, ((x.shape, x.dtype),), x.device, inputs)
     x0 = _predict_x0(
-        backend, x, model_output, *values, prediction, unconditional, *scale,
+        backend, x, model_output, *values, prediction, unconditional, number, scale,
         out=into, not_finite=_arguments.not_finite(not_finite, 2, x.device, (*inputs, *(into or ()))),
     )  # fmt: skip
     return _arguments.channels_moved(form, x0, back=True)[0] if out is None else out
@@ -110,7 +105,7 @@ def _reference(
         levels,
         prediction=prediction,
         unconditional=unconditional,
-        guidance_scale=None if unconditional is None else scale,
+        guidance_scale=scale,
     )
 
 
@@ -176,8 +171,7 @@ def _vjp(args, results, grads, needed):
 
 
 _predict_x0 = Operation(
-    "predict_x0(Tensor x, Tensor model_output, float[] levels, Tensor? table, str prediction, Tensor? unconditional, "
-    "float guidance_scale, Tensor? guidance_scale_tensor) -> Tensor",
+    f"predict_x0(Tensor x, Tensor model_output, float[] levels, Tensor? table, str prediction, {GUIDANCE}) -> Tensor",
     reference=_reference,
     fake=_fake,
     kernels={"cpu": _cpu, "triton": "fastguide.ops.predict_x0.triton:call"},

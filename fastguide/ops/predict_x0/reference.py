@@ -12,6 +12,7 @@ from .._arguments import PREDICTIONS, Scalar
 __all__ = [
     "columns",
     "compute_dtype",
+    "guided",
     "output_from_x0",
     "predict_x0",
     "predict_x0_vjp",
@@ -89,14 +90,28 @@ def predict_x0(
     """
     dtype = compute_dtype(x)
     p, q = _multipliers(x, levels, prediction)
-    guided = model_output.to(dtype)
-    if unconditional is not None and guidance_scale is not None:
-        (scale,) = columns((guidance_scale,), x, dtype)
-        base = unconditional.to(dtype)
-        guided = base + scale * (guided - base)
+    output = guided(model_output.to(dtype), unconditional, guidance_scale)
     if prediction == "sample":  # the result shares no memory with the arguments
-        return guided.to(x.dtype).clone(memory_format=torch.contiguous_format)
-    return (p * x.to(dtype) + q * guided).to(x.dtype).contiguous()
+        return output.to(x.dtype).clone(memory_format=torch.contiguous_format)
+    return (p * x.to(dtype) + q * output).to(x.dtype).contiguous()
+
+
+def guided(output: Tensor, unconditional: Tensor | None, guidance_scale: Scalar | None) -> Tensor:
+    """Classifier-free guidance of a network's output, in its dtype.
+
+    Args:
+        output: With the condition, ``[N, *event]``.
+        unconditional: Without it, ``[N, *event]``, or None.
+        guidance_scale: A float or a tensor ``[N]``; None without ``unconditional``.
+
+    Returns:
+        ``unconditional + guidance_scale (output - unconditional)``, or ``output`` without ``unconditional``.
+    """
+    if unconditional is None or guidance_scale is None:
+        return output
+    (scale,) = columns((guidance_scale,), output, output.dtype)
+    base = unconditional.to(output.dtype)
+    return base + scale * (output - base)
 
 
 def predict_x0_vjp(

@@ -120,7 +120,7 @@ def call(
     particles, elements = x.shape[0], x.numel() // x.shape[0]
     scalars = _arguments.unpacked_scalars(coefficients, table)
     scale = _arguments.unpacked(displacement_scale, displacement_scale_tensor)
-    (_, _, a, b, tau, _, scale), multiplied = multipliers(x, scalars, "sample", scale=scale)
+    (_, _, a, b, tau, _, scale, _), multiplied = multipliers(x, scalars, "sample", scale=scale)
     threshold = _arguments.unpacked_clip(clip)
     dynamic = isinstance(threshold, DynamicThreshold)
     bounds = dynamic_bounds(x, x0_hat, scalars, "sample", threshold) if dynamic else None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...arguments import flag, got, one_of
 from .. import _arguments, _native
-from .._arguments import COUNTER, PREDICTIONS, SCALARS, SCALE, Clip, Coefficients, IntOrTensor, Scalar
+from .._arguments import COUNTER, GUIDANCE, PREDICTIONS, SCALARS, SCALE, Clip, Coefficients, IntOrTensor, Scalar
 from .._operation import UNUSUAL, Operation, plain
 from . import reference
 
@@ -18,6 +18,8 @@ def reverse_step(
     coefficients: Coefficients,
     *,
     prediction: str = "epsilon",
+    unconditional: Tensor | None = None,
+    guidance_scale: Scalar | None = None,
     clip: Clip = None,
     clip_noise: bool = True,
     displacement: Tensor | None = None,
@@ -33,11 +35,13 @@ def reverse_step(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Steps from noise level ``t`` to the lower level ``s``, in one pass over memory.
 
-        x0_hat  = clip(p x + q model_output)         p and q as in `predict_x0`
+        guided  = unconditional + guidance_scale (model_output - unconditional)
+        x0_hat  = clip(p x + q guided)               p and q as in `predict_x0`
         eps_hat = (x - alpha_t x0_hat) / sigma_t
         x_s     = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat + displacement_scale displacement + tau z
 
-    DDIM, DDPM, Euler and Euler-ancestral differ only in ``tau``; ``tau = 0`` is DDIM. The arithmetic is in float32, or
+    Without ``unconditional``, ``guided`` is ``model_output``. DDIM, DDPM, Euler and Euler-ancestral differ only in
+    ``tau``; ``tau = 0`` is DDIM. The arithmetic is in float32, or
     in float64 where ``x`` is float64. Results are differentiable in all tensors.
 
     The noise ``z`` is `randn` of the seed, step, stream and first particle. Calls that leave these at their defaults
@@ -50,6 +54,8 @@ def reverse_step(
             ``[N]``, with ``sigma_t > 0`` and ``tau <= sigma_s``. Values on a GPU are not checked. ``torch.compile``
             compiles again for each new number, and only once for tensors.
         prediction: What the network predicts, as in `predict_x0`. ``"epsilon"`` and ``"score"`` need ``alpha_t > 0``.
+        unconditional: The output without the condition, like ``model_output``. Needs ``guidance_scale``.
+        guidance_scale: The scale of classifier-free guidance, as in `predict_x0`. Needs ``unconditional``.
         clip: The range of ``x0_hat``: a number ``c > 0`` for ``[-c, c]``, a tuple ``(low, high)``, a
             `DynamicThreshold`, or None for no clip.
         clip_noise: Whether ``eps_hat`` is computed from the clipped ``x0_hat``. False computes it from the unclipped
@@ -62,11 +68,11 @@ def reverse_step(
         first_particle: Global index of the first particle, as in `randn`.
         return_x0: Whether to return the clipped ``x0_hat`` too.
         out: A tensor for ``x_s``, or with ``return_x0`` a tuple of two tensors, as in `randn`.
-        not_finite: A contiguous int32 tensor ``[3]`` of flags for ``x``, ``model_output`` and ``displacement``, in this
-            order. A flag becomes 1 if its tensor has a NaN or an infinite value in the dtype of the arithmetic;
-            otherwise it stays as it is. Nothing waits for the device. Kernels look at values that they read anyway; the
-            reference and calls with a gradient or under ``torch.compile`` take a pass of their own. It must share no
-            memory with another argument or a result.
+        not_finite: A contiguous int32 tensor ``[4]`` of flags for ``x``, ``model_output``, ``displacement`` and
+            ``unconditional``, in this order. A flag becomes 1 if its tensor has a NaN or an infinite value in the dtype
+            of the arithmetic; otherwise it stays as it is. Nothing waits for the device. Kernels look at values that
+            they read anyway; the reference and calls with a gradient or under ``torch.compile`` take a pass of their
+            own. It must share no memory with another argument or a result.
         backend: As in `randn`.
 
     Returns:
@@ -76,24 +82,24 @@ def reverse_step(
     Raises:
         TypeError: A tensor has an unsupported dtype, or an argument is not a tensor, number or bool where one is
             expected.
-        ValueError: Shapes or devices differ, a value is out of range, or ``out`` is given for a result that has a
-            gradient.
+        ValueError: Shapes or devices differ, a value is out of range, only one of ``unconditional`` and
+            ``guidance_scale`` is given, or ``out`` is given for a result that has a gradient.
         RuntimeError: The named backend cannot serve the call.
 
     Source:
-        Song, Meng, Ermon 2021 (DDIM), eq. 12.
+        Song, Meng, Ermon 2021 (DDIM), eq. 12; Ho & Salimans 2021 for classifier-free guidance.
     """
     bounds = _arguments.clip(clip)
     if not bounds and clip_noise is False:
         clip_noise = True  # without a clip both values mean the same
     tensors = (x, model_output) if displacement is None else (x, model_output, displacement)
     ordinary = out is not_finite is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple
-    if ordinary and type(displacement_scale) is float and plain(*tensors):
+    if ordinary and unconditional is guidance_scale is None and type(displacement_scale) is float and plain(*tensors):
         try:
             if displacement is None and displacement_scale != 1.0:
                 raise ValueError("displacement_scale: expected 1 without a displacement")
             x_s, x0 = _cpu(
-                x, model_output, coefficients, None, prediction, bounds, clip_noise, displacement,
+                x, model_output, coefficients, None, prediction, None, 1.0, None, bounds, clip_noise, displacement,
                 displacement_scale, None,
                 seed, step, stream, first_particle, None, None, return_x0,
             )  # fmt: skip
@@ -107,6 +113,7 @@ def reverse_step(
     if displacement is None and scale != (1.0, None):
         raise ValueError(f"displacement_scale: expected 1 without a displacement, got {got(displacement_scale)}")
     one_of("prediction", prediction, PREDICTIONS)
+    unconditional, number, guidance = _arguments.guidance(unconditional, guidance_scale, x)
     clip_noise, return_x0 = flag("clip_noise", clip_noise), flag("return_x0", return_x0)
     scalars = _arguments.scalars(coefficients, x, prediction)
     counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
@@ -115,12 +122,15 @@ def reverse_step(
     form = _arguments.layout(x) if out is None else torch.contiguous_format
     noisy = scalars[1] is not None or scalars[0][-1] > 0.0
     moved = torch.contiguous_format if noisy else form
-    x, model_output, displacement = _arguments.channels_moved(moved, x, model_output, displacement)
-    inputs = x, model_output, displacement, scale[1], *counter[-2:]
+    x, model_output, unconditional, displacement = _arguments.channels_moved(
+        moved, x, model_output, unconditional, displacement
+    )
+    inputs = x, model_output, unconditional, guidance, displacement, scale[1], *counter[-2:]
     into = _arguments.out(out, ((x.shape, x.dtype),) * (1 + return_x0), x.device, inputs)
     x_s, x0 = _reverse_step(
-        backend, x, model_output, *scalars, prediction, bounds, clip_noise, displacement, *scale, *counter, return_x0,
-        out=into, not_finite=_arguments.not_finite(not_finite, 3, x.device, (*inputs, *(into or ()))),
+        backend, x, model_output, *scalars, prediction, unconditional, number, guidance, bounds, clip_noise,
+        displacement, *scale, *counter, return_x0,
+        out=into, not_finite=_arguments.not_finite(not_finite, 4, x.device, (*inputs, *(into or ()))),
     )  # fmt: skip
     if out is not None:
         return out
@@ -130,8 +140,8 @@ def reverse_step(
 
 
 def _reference(
-    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
-    displacement_scale, displacement_scale_tensor,
+    x, model_output, coefficients, table, prediction, unconditional, guidance_scale, guidance_scale_tensor,
+    clip, clip_noise, displacement, displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0,
 ):  # fmt: skip
     _arguments.expect_scalars(table, prediction)
@@ -140,6 +150,8 @@ def _reference(
         model_output,
         _arguments.unpacked_scalars(coefficients, table),
         prediction=prediction,
+        unconditional=unconditional,
+        guidance_scale=_arguments.unpacked(guidance_scale, guidance_scale_tensor),
         clip=_arguments.unpacked_clip(clip),
         clip_noise=clip_noise,
         displacement=displacement,
@@ -158,8 +170,8 @@ _PREDICTIONS = {name: code for code, name in enumerate(PREDICTIONS)}
 
 
 def _cpu(
-    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
-    displacement_scale, displacement_scale_tensor,
+    x, model_output, coefficients, table, prediction, unconditional, guidance_scale, guidance_scale_tensor,
+    clip, clip_noise, displacement, displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, out=None, not_finite=None,
 ):  # fmt: skip
     # Each test below saves a call that would do nothing. Such calls are a noticeable part of a small step.
@@ -172,6 +184,11 @@ def _cpu(
     if displacement_scale_tensor is not None:
         displacement_scale_tensor = displacement_scale_tensor.contiguous()
         displacement_scale = displacement_scale_tensor.data_ptr()
+    if unconditional is not None:
+        unconditional = unconditional.contiguous()
+    if guidance_scale_tensor is not None:
+        guidance_scale_tensor = guidance_scale_tensor.contiguous()
+        guidance_scale = guidance_scale_tensor.data_ptr()
     if table is not None:
         _arguments.expect_scalars(table, prediction)
         coefficients = table.data_ptr()
@@ -189,6 +206,9 @@ def _cpu(
         return_x0,
         None if not_finite is None else not_finite.data_ptr(),
         _PREDICTIONS[prediction],
+        None if unconditional is None else unconditional.data_ptr(),
+        0 if unconditional is None else _native.CPU_DTYPES[unconditional.dtype],
+        guidance_scale,
         *(_arguments.codes(clip) if clip else (0, 0.0, 0.0)),
         clip_noise,
         coefficients,
@@ -204,8 +224,8 @@ def _cpu(
 
 
 def _fake(
-    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
-    displacement_scale, displacement_scale_tensor,
+    x, model_output, coefficients, table, prediction, unconditional, guidance_scale, guidance_scale_tensor,
+    clip, clip_noise, displacement, displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0,
 ):  # fmt: skip
     x_s = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -214,13 +234,14 @@ def _fake(
 
 def _vjp(args, results, grads, needed):
     """The derivative by its formula, which draws no noise."""
-    if "table" in needed or "displacement_scale_tensor" in needed:
+    if {"table", "guidance_scale_tensor", "displacement_scale_tensor"} & set(needed):
         return None
-    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement, *scale = args[:10]
+    x, model_output, coefficients, table, prediction, unconditional, *guidance = args[:8]
+    clip, clip_noise, displacement, *scale = args[8:13]
     grad_x_s, grad_x0 = grads
     if grad_x_s is None:
         grad_x_s = torch.zeros_like(x)
-    grad_x, grad_output = reference.reverse_step_vjp(
+    grad_x, grad_output, grad_unconditional = reference.reverse_step_vjp(
         grad_x_s,
         grad_x0 if args[-1] else None,
         x,
@@ -229,20 +250,22 @@ def _vjp(args, results, grads, needed):
         prediction,
         _arguments.unpacked_clip(clip),
         clip_noise,
+        unconditional,
+        _arguments.unpacked(*guidance),
     )
-    found = {"x": grad_x, "model_output": grad_output}
+    found = {"x": grad_x, "model_output": grad_output, "unconditional": grad_unconditional}
     if "displacement" in needed:
         found["displacement"] = reference.displaced(grad_x_s, _arguments.unpacked(*scale)).to(displacement.dtype)
     return found
 
 
 _reverse_step = Operation(
-    f"reverse_step(Tensor x, Tensor model_output, {SCALARS}, str prediction, float[] clip, bool clip_noise, "
-    f"Tensor? displacement, {SCALE}, {COUNTER}, bool return_x0) -> (Tensor, Tensor)",
+    f"reverse_step(Tensor x, Tensor model_output, {SCALARS}, str prediction, {GUIDANCE}, float[] clip, "
+    f"bool clip_noise, Tensor? displacement, {SCALE}, {COUNTER}, bool return_x0) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     kernels={"cpu": _cpu, "triton": "fastguide.ops.reverse_step.triton:call"},
     differentiable=True,
     vjp=_vjp,
-    watched=("x", "model_output", "displacement"),
+    watched=("x", "model_output", "displacement", "unconditional"),
 )

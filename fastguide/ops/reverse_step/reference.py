@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import Clip, Coefficients, DynamicThreshold, IntOrTensor, Scalar
-from ..predict_x0.reference import columns, compute_dtype, x0_coefficients
+from ..predict_x0.reference import columns, compute_dtype, guided, x0_coefficients
 from ..randn.reference import randn
 
 __all__ = [
@@ -126,6 +126,8 @@ def reverse_step(
     coefficients: Coefficients,
     *,
     prediction: str = "epsilon",
+    unconditional: Tensor | None = None,
+    guidance_scale: Scalar | None = None,
     clip: Clip = None,
     clip_noise: bool = True,
     displacement: Tensor | None = None,
@@ -139,16 +141,18 @@ def reverse_step(
     """Steps from noise level ``t`` to the lower level ``s``. See `fastguide.ops.reverse_step`.
 
         p, q      = x0_coefficients(prediction, alpha_t, sigma_t)
-        unclipped = p x + q model_output
+        guided    = unconditional + guidance_scale (model_output - unconditional)
+        unclipped = p x + q guided
         x0_hat    = clip(unclipped)
         x_s       = a x + b x0_hat + displacement_scale displacement + tau z
 
-    ``a``, ``b`` and ``tau`` are those of `step_coefficients`. With ``clip_noise=False`` the noise of the step comes
-    from the unclipped prediction: ``b x0_hat`` becomes ``alpha_s x0_hat - alpha_t a unclipped``.
+    Without ``unconditional``, ``guided`` is ``model_output``. ``a``, ``b`` and ``tau`` are those of
+    `step_coefficients`. With ``clip_noise=False`` the noise of the step comes from the unclipped prediction: ``b
+    x0_hat`` becomes ``alpha_s x0_hat - alpha_t a unclipped``.
     """
     dtype = compute_dtype(x)
     p, q, a, b, tau, c = multipliers(x, coefficients, prediction, clip_noise)
-    state, output = x.to(dtype), model_output.to(dtype)
+    state, output = x.to(dtype), guided(model_output.to(dtype), unconditional, guidance_scale)
     unclipped = output if prediction == "sample" else p * state + q * output
     x0 = clip_x0(unclipped, clip)
     x_s = a * state + b * x0
@@ -180,8 +184,10 @@ def reverse_step_vjp(
     prediction: str,
     clip: Clip,
     clip_noise: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of `reverse_step` in ``x`` and ``model_output``, from the gradients in its results.
+    unconditional: Tensor | None = None,
+    guidance_scale: Scalar = 1.0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of `reverse_step` in ``x``, ``model_output`` and ``unconditional``, from those in its results.
 
     The noise is additive and has no part in them. The gradient in ``displacement`` is not included: it is ``grad_x_s``
     times ``displacement_scale``.
@@ -195,19 +201,28 @@ def reverse_step_vjp(
         prediction: What the network predicts.
         clip: The range of ``x0_hat``.
         clip_noise: Whether ``eps_hat`` is computed from the clipped ``x0_hat``.
+        unconditional: The output without the condition, or None.
+        guidance_scale: A float or a tensor ``[N]``; 1 without ``unconditional``.
 
     Returns:
-        The gradients in ``x`` and ``model_output``, ``[N, *event]``, in their dtypes.
+        The gradients in ``x``, ``model_output`` and ``unconditional``, ``[N, *event]``, in their dtypes. The last is
+            None without ``unconditional``.
     """
     dtype = compute_dtype(x)
     p, q, a, b, _, c = multipliers(x, coefficients, prediction, clip_noise)
-    grad_x_s, state, output = grad_x_s.to(dtype), x.to(dtype), model_output.to(dtype)
+    grad_x_s, state = grad_x_s.to(dtype), x.to(dtype)
+    output = guided(model_output.to(dtype), unconditional, guidance_scale)
     grad = b * grad_x_s if grad_x0 is None else b * grad_x_s + grad_x0.to(dtype)
     grad = _clip_x0_vjp(grad, p * state + q * output, clip)
     if not clip_noise:
         grad = grad + c * grad_x_s
     grad_x, grad_output = a * grad_x_s + p * grad, q * grad
-    return grad_x.to(x.dtype).contiguous(), grad_output.to(model_output.dtype).contiguous()
+    grad_unconditional = None
+    if unconditional is not None:
+        (scale,) = columns((guidance_scale,), x, dtype)
+        grad_unconditional = ((1.0 - scale) * grad_output).to(unconditional.dtype).contiguous()
+        grad_output = scale * grad_output
+    return grad_x.to(x.dtype).contiguous(), grad_output.to(model_output.dtype).contiguous(), grad_unconditional
 
 
 def _clip_x0_vjp(grad: Tensor, x0: Tensor, clip: Clip) -> Tensor:

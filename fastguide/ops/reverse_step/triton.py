@@ -20,12 +20,13 @@ from .._triton import (
     rounded,
     tile_of_program,
 )
+from ..predict_x0.reference import guided
 from . import reference
 
 
 @triton.jit
 def multiplier(value, table, index: tl.constexpr, row, mask, particles):
-    """One number for all particles, or row ``index`` of the float32 table ``[7, N]``, as a column."""
+    """One number for all particles, or row ``index`` of the float32 table ``[8, N]``, as a column."""
     if table is not None:
         value = tl.load(table + index * particles + row, mask=mask, other=0.0)[:, None]
     return value
@@ -33,9 +34,9 @@ def multiplier(value, table, index: tl.constexpr, row, mask, particles):
 
 @triton.jit(do_not_specialize=VARYING)
 def reverse_step_kernel(
-    x, output, displacement, x_s, x0, not_finite, particles, elements: tl.int64,
+    x, output, unconditional, displacement, x_s, x0, not_finite, particles, elements: tl.int64,
     p: tl.float32, q: tl.float32, a: tl.float32, b: tl.float32, tau: tl.float32, c: tl.float32,
-    displacement_scale: tl.float32, table,
+    displacement_scale: tl.float32, guidance_scale: tl.float32, table,
     low: tl.float32, high: tl.float32, bounds,
     seed: tl.uint64, step: tl.uint32, stream: tl.uint32, first_particle: tl.int64, seed_on_device, step_on_device,
     SAMPLE: tl.constexpr, CLIP: tl.constexpr, CLIP_NOISE: tl.constexpr, NOISE: tl.constexpr, X0: tl.constexpr,
@@ -54,6 +55,11 @@ def reverse_step_kernel(
     if not_finite is not None:
         flag_not_finite(not_finite, state)
         flag_not_finite(not_finite + 1, x0_hat)
+    if unconditional is not None:
+        base = tl.load(unconditional + place, mask=mask, other=0.0).to(tl.float32)
+        if not_finite is not None:
+            flag_not_finite(not_finite + 3, base)
+        x0_hat = tl.fma(multiplier(guidance_scale, table, 7, row, live, particles), x0_hat - base, base)
     if not SAMPLE:
         p = multiplier(p, table, 0, row, live, particles)
         q = multiplier(q, table, 1, row, live, particles)
@@ -96,12 +102,13 @@ _launch = Tuned(reverse_step_kernel, key=["ALIGN", "NOISE", "X0"])
 
 
 def call(
-    x, model_output, coefficients, table, prediction, clip, clip_noise, displacement,
-    displacement_scale, displacement_scale_tensor,
+    x, model_output, coefficients, table, prediction, unconditional, guidance_scale, guidance_scale_tensor,
+    clip, clip_noise, displacement, displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, out=None, not_finite=None,
 ):  # fmt: skip
     """One pass but for a dynamic threshold's quantile."""
     x, model_output = x.contiguous(), model_output.contiguous()
+    unconditional = None if unconditional is None else unconditional.contiguous()
     displacement = None if displacement is None else displacement.contiguous()
     x_s = torch.empty_like(x) if out is None else out[0]
     x0 = (torch.empty_like(x) if out is None else out[1]) if return_x0 else None
@@ -109,14 +116,18 @@ def call(
         particles, elements = x.shape[0], x.numel() // x.shape[0]
         scalars = _arguments.unpacked_scalars(coefficients, table)
         scale = _arguments.unpacked(displacement_scale, displacement_scale_tensor)
-        numbers, multiplied = multipliers(x, scalars, prediction, clip_noise, scale)
+        guidance = _arguments.unpacked(guidance_scale, guidance_scale_tensor)
+        numbers, multiplied = multipliers(x, scalars, prediction, clip_noise, scale, guidance)
         threshold = _arguments.unpacked_clip(clip)
-        dynamic = isinstance(threshold, DynamicThreshold)
-        bounds = dynamic_bounds(x, model_output, scalars, prediction, threshold) if dynamic else None
+        bounds = None
+        if isinstance(threshold, DynamicThreshold):
+            output = guided(model_output.float(), unconditional, guidance)
+            bounds = dynamic_bounds(x, output, scalars, prediction, threshold)
         low, high = clip if len(clip) == 2 else (0.0, 0.0)
         _launch(
             particles, elements,
-            x, model_output, displacement, x_s, x0, not_finite, particles, elements, *numbers, multiplied,
+            x, model_output, unconditional, displacement, x_s, x0, not_finite, particles, elements,
+            *numbers, multiplied,
             low, high, bounds, seed, step, stream, first_particle, seed_tensor, step_tensor,
             SAMPLE=prediction == "sample", CLIP=len(clip) == 2, CLIP_NOISE=clip_noise,
             NOISE=multiplied is not None or numbers[4] > 0.0, X0=return_x0,
@@ -126,11 +137,16 @@ def call(
 
 
 def multipliers(
-    x: Tensor, coefficients: Coefficients, prediction: str, clip_noise: bool = True, scale: Scalar = 1.0
+    x: Tensor,
+    coefficients: Coefficients,
+    prediction: str,
+    clip_noise: bool = True,
+    scale: Scalar = 1.0,
+    guidance_scale: Scalar = 1.0,
 ) -> tuple[tuple[float, ...], Tensor | None]:
-    """``p, q, a, b, tau, c`` and the displacement's scale as floats, or, where any is per sample, a float32 table
-    ``[7, N]``."""
-    values = [*reference.multipliers(x, coefficients, prediction, clip_noise), scale]
+    """``p, q, a, b, tau, c``, the displacement's scale and the guidance scale as floats, or, where any is per sample, a
+    float32 table ``[8, N]``."""
+    values = [*reference.multipliers(x, coefficients, prediction, clip_noise), scale, guidance_scale]
     if not any(isinstance(v, Tensor) for v in values):
         return tuple(float(v) for v in values), None
     columns = [
@@ -139,7 +155,7 @@ def multipliers(
         else torch.full((x.shape[0],), v, dtype=torch.float32, device=x.device)
         for v in values
     ]
-    return (0.0,) * 7, torch.stack(columns).contiguous()
+    return (0.0,) * 8, torch.stack(columns).contiguous()
 
 
 def dynamic_bounds(
