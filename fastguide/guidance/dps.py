@@ -10,17 +10,9 @@ from ..arguments import flag
 from ..likelihoods import Likelihood
 from ..ops._arguments import Scalar
 from ..profiling import phase
-from .base import (
-    Run,
-    Schedulable,
-    State,
-    check_covariance,
-    default_covariance,
-    entry,
-    gradient_blamed,
-    per_step,
-    prepare_likelihood,
-)
+from .base import Run, Schedulable, State, entry, per_step
+from .checks import check_covariance, default_covariance, prepare_likelihood
+from .scores import gradient_blamed, likelihood_score
 
 
 @dataclass(frozen=True)
@@ -87,8 +79,8 @@ class DPS:
 
     def step(self, run: Run, state: State, i: int) -> State:
         assert self.covariance is not None
-        x0_hat, gradient, _, *norm = run.likelihood_score(
-            self.likelihood, self.covariance, state.x, i, norm=self.normalize
+        x0_hat, gradient, _, *norm = likelihood_score(
+            run, self.likelihood, self.covariance, state.x, i, norm=self.normalize
         )
         with phase("step"):
             scale = self._weight(run, i)

@@ -17,20 +17,10 @@ from ..arguments import as_float, got, integer, one_of
 from ..likelihoods import Likelihood
 from ..ops._arguments import Coefficients, Scalar
 from ..profiling import phase
-from .base import (
-    PullBack,
-    Run,
-    Schedulable,
-    State,
-    check_covariance,
-    default_covariance,
-    entry,
-    gradient_blamed,
-    per_sample,
-    per_step,
-    prepare_likelihood,
-)
+from .base import Run, Schedulable, State, entry, per_sample, per_step
+from .checks import check_covariance, default_covariance, prepare_likelihood
 from .particles import check_particles, log_ratio, on_the_way, propose_guided, resample_particles
+from .scores import PullBack, exact_log_prob, gradient_blamed, likelihood_score, likelihood_value
 
 POTENTIALS = ("difference", "max", "sum")
 PROPOSALS = ("base", "guided")
@@ -241,9 +231,9 @@ class FK:
         if isinstance(self.reward, Likelihood):
             assert self.covariance is not None
             if guided or self.covariance == "moment":
-                x0_hat, gradient, reward = run.likelihood_score(self.reward, self.covariance, x, i)
+                x0_hat, gradient, reward = likelihood_score(run, self.reward, self.covariance, x, i)
             else:
-                x0_hat, reward = run.likelihood_value(self.reward, self.covariance, x, i)
+                x0_hat, reward = likelihood_value(run, self.reward, self.covariance, x, i)
         elif guided:
             x0_hat, gradient, reward = run.in_chunks(lambda rows, x: self._reward_score(run, x, i, rows), x)
         else:
@@ -290,7 +280,7 @@ class FK:
 
     def _final_reward(self, run: Run, x: Tensor) -> Tensor:
         if isinstance(self.reward, Likelihood):
-            return run.exact_log_prob(self.reward, x)
+            return exact_log_prob(run, self.reward, x)
         return self._reward(run, x, run.steps)
 
     def _log_potential(

@@ -13,17 +13,9 @@ from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator, solve_with_noise
 from ..ops._arguments import Scalar
 from ..profiling import phase
-from .base import (
-    PullBack,
-    Run,
-    Schedulable,
-    State,
-    entry,
-    gradient_blamed,
-    isotropic_variance,
-    per_step,
-    prepare_likelihood,
-)
+from .base import Run, Schedulable, State, entry, isotropic_variance, per_step
+from .checks import prepare_likelihood
+from .scores import PullBack, gradient_blamed
 
 
 @dataclass(frozen=True)

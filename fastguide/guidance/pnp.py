@@ -15,18 +15,9 @@ from ..likelihoods import Gaussian, Likelihood
 from ..operators import LinearOperator, conjugate_gradients, solve_with_noise
 from ..ops._arguments import Scalar
 from ..profiling import phase
-from .base import (
-    Run,
-    Schedulable,
-    State,
-    entry,
-    isotropic_variance,
-    measure,
-    own_adjoint,
-    per_sample,
-    per_step,
-    prepare_likelihood,
-)
+from .base import Run, Schedulable, State, entry, isotropic_variance, per_sample, per_step
+from .checks import prepare_likelihood
+from .scores import measure, own_adjoint
 
 SOLVERS = ("auto", "closed", "cg", "gauss-newton", "gradient")
 _LENGTHS = (1.0, 0.25, 0.0625, 0.015625)  # of a Gauss-Newton step: the whole one may climb far above its start

@@ -9,8 +9,10 @@ from torch import Tensor
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
 from ..profiling import phase
-from .base import Run, State, check_covariance, default_covariance, gradient_blamed, prepare_likelihood
+from .base import Run, State
+from .checks import check_covariance, default_covariance, prepare_likelihood
 from .particles import check_particles, log_ratio, on_the_way, propose_guided, resample_particles
+from .scores import exact_log_prob, gradient_blamed, likelihood_score
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class TDS:
         if i + 1 < run.steps:
             twist = self._twist(run, x, i + 1)
         else:  # x is x_0: the exact likelihood
-            twist = {"log_prob": run.exact_log_prob(self.likelihood, x)}
+            twist = {"log_prob": exact_log_prob(run, self.likelihood, x)}
         with phase("weights"):
             change = log_ratio(twist["log_prob"], state.particles["log_prob"])
             log_weights = log_weights + change.reshape(log_weights.shape)
@@ -84,7 +86,7 @@ class TDS:
         One evaluation of the network serves the weight of this step and the proposal of the next.
         """
         assert self.covariance is not None
-        x0_hat, gradient, log_prob = run.likelihood_score(self.likelihood, self.covariance, x, i)
+        x0_hat, gradient, log_prob = likelihood_score(run, self.likelihood, self.covariance, x, i)
         if isinstance(self.likelihood, CallableLikelihood):  # only such a likelihood may return -inf
             log_prob = on_the_way(run, log_prob)
         return {"x0_hat": x0_hat, "gradient": gradient, "log_prob": log_prob}

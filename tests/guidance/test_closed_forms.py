@@ -12,8 +12,9 @@ from gaussian import MATRIX, SCALE, Y, example, gaussian_likelihood, posterior
 from torch.utils.checkpoint import checkpoint
 
 import fastguide as fg
-from fastguide.guidance.base import PullBack, Run
+from fastguide.guidance.base import Run
 from fastguide.guidance.pnp import solve
+from fastguide.guidance.scores import PullBack
 
 KERNEL = torch.tensor([[0.05, 0.1, 0.05], [0.1, 0.4, 0.1], [0.05, 0.1, 0.05]], dtype=torch.float64)
 
