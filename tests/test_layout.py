@@ -24,7 +24,7 @@ LAYERS = (
     ("sampling", "capture"),
     ("integrations",),
     ("fastguide",),  # its __init__.py: the names that users have
-    ("digits", "demo", "doctor", "cli", "__main__"),
+    ("unet", "weights", "training", "digits", "phantoms", "demo", "doctor", "cli", "__main__"),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 
