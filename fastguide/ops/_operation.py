@@ -22,7 +22,6 @@ from torch.compiler import is_compiling
 
 from ..arguments import expect_alike, got, is_wrapper, one_of, traced, transformed
 from . import _native
-from ._arguments import STATE_DTYPES
 from ._native import log
 
 __all__ = ["OPERATIONS", "ORDER", "Backend", "Operation", "backends", "choice", "explain", "why_not"]
@@ -259,21 +258,19 @@ class Operation:
 
 
 def plain(x: Tensor, *others: Tensor) -> bool:
-    """Fast check of the common case: torch's own contiguous CPU tensors, of one shape and of floating dtypes, seen by
-    neither autograd, a mode nor a transform, which the cpu kernels serve. It saves 3 us, most of a small
-    step. Those kernels check numbers themselves; `UNUSUAL` errors of theirs lead to the full checks."""
+    """Fast check of the common case: torch's own contiguous CPU tensors of one shape, seen by neither autograd, a mode
+    nor a transform, which the cpu kernels serve. It saves 3 us, most of a small step. Those kernels check dtypes and
+    numbers themselves; `UNUSUAL` errors of theirs lead to the full checks."""
     if type(x) is not Tensor or not x.is_cpu or traced() or transformed():
         return False
     try:
-        if x.dtype not in STATE_DTYPES or not x.is_contiguous() or x.requires_grad or x.is_neg() or x.storage_offset():
+        if not x.is_contiguous() or x.requires_grad or x.is_neg() or x.storage_offset():
             return False
         shape = x.shape
         for other in others:
-            if type(other) is not Tensor or not other.is_cpu or other.dtype not in STATE_DTYPES:
+            if type(other) is not Tensor or not other.is_cpu or other.shape != shape or not other.is_contiguous():
                 return False
-            if other.shape != shape or not other.is_contiguous() or other.requires_grad or other.is_neg():
-                return False
-            if other.storage_offset():
+            if other.requires_grad or other.is_neg() or other.storage_offset():
                 return False
         return len(shape) > 0
     except RuntimeError:  # sparse, nested

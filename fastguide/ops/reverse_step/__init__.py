@@ -89,19 +89,20 @@ def reverse_step(
     Source:
         Song, Meng, Ermon 2021 (DDIM), eq. 12; Ho & Salimans 2021 for classifier-free guidance.
     """
-    bounds = _arguments.clip(clip)
+    bounds = () if clip is None else _arguments.clip(clip)
     if not bounds and clip_noise is False:
         clip_noise = True  # without a clip both values mean the same
-    tensors = (x, model_output) if displacement is None else (x, model_output, displacement)
     ordinary = out is not_finite is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple
-    if ordinary and unconditional is guidance_scale is None and type(displacement_scale) is float and plain(*tensors):
+    ordinary = ordinary and type(displacement_scale) is float and unconditional is guidance_scale is None
+    if displacement is None:
+        ordinary = ordinary and bool(displacement_scale == 1.0) and plain(x, model_output)
+    else:
+        ordinary = ordinary and plain(x, model_output, displacement)
+    if ordinary:
         try:
-            if displacement is None and displacement_scale != 1.0:
-                raise ValueError("displacement_scale: expected 1 without a displacement")
-            x_s, x0 = _cpu(
-                x, model_output, coefficients, None, prediction, None, 1.0, None, bounds, clip_noise, displacement,
-                displacement_scale, None,
-                seed, step, stream, first_particle, None, None, return_x0,
+            x_s, x0 = _launch(
+                x, model_output, coefficients, prediction, None, 1.0, bounds, clip_noise, displacement,
+                displacement_scale, seed, step, stream, first_particle, return_x0,
             )  # fmt: skip
             return (x_s, x0) if return_x0 else x_s
         except UNUSUAL:
@@ -174,24 +175,35 @@ def _cpu(
     clip, clip_noise, displacement, displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, out=None, not_finite=None,
 ):  # fmt: skip
-    # Each test below saves a call that would do nothing. Such calls are a noticeable part of a small step.
-    if seed_tensor is not None or step_tensor is not None:
-        seed, step = _arguments.read(seed, step, seed_tensor, step_tensor)
-    if not (x.is_contiguous() and model_output.is_contiguous()):
-        x, model_output = x.contiguous(), model_output.contiguous()
-    if displacement is not None:
-        displacement = displacement.contiguous()
-    if displacement_scale_tensor is not None:
-        displacement_scale_tensor = displacement_scale_tensor.contiguous()
-        displacement_scale = displacement_scale_tensor.data_ptr()
-    if unconditional is not None:
-        unconditional = unconditional.contiguous()
-    if guidance_scale_tensor is not None:
-        guidance_scale_tensor = guidance_scale_tensor.contiguous()
-        guidance_scale = guidance_scale_tensor.data_ptr()
-    if table is not None:
-        _arguments.expect_scalars(table, prediction)
-        coefficients = table.data_ptr()
+    _arguments.expect_scalars(table, prediction)
+    tensors = [
+        None if tensor is None else tensor.contiguous()
+        for tensor in (x, model_output, unconditional, displacement, guidance_scale_tensor, displacement_scale_tensor)
+    ]
+    return _launch(
+        *tensors[:2],
+        coefficients if table is None else table.data_ptr(),
+        prediction,
+        tensors[2],
+        _arguments.address(guidance_scale, tensors[4]),
+        clip,
+        clip_noise,
+        tensors[3],
+        _arguments.address(displacement_scale, tensors[5]),
+        *_arguments.read(seed, step, seed_tensor, step_tensor),
+        stream,
+        first_particle,
+        return_x0,
+        out,
+        not_finite,
+    )
+
+
+def _launch(
+    x, model_output, coefficients, prediction, unconditional, guidance_scale, clip, clip_noise, displacement,
+    displacement_scale, seed, step, stream, first_particle, return_x0, out=None, not_finite=None,
+):  # fmt: skip
+    """Contiguous tensors; coefficients and scales are numbers or addresses of columns."""
     x_s = torch.empty_like(x) if out is None else out[0]
     x0 = (torch.empty_like(x) if out is None else out[1]) if return_x0 else None
     _native.module("cpu").reverse_step(
