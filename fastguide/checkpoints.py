@@ -75,12 +75,12 @@ class Checkpoint:
             "guidance": _twice(run, lambda: _try_guidance(run, guidance)),
         }
 
-    def load(self) -> tuple[State, int, list, list] | None:
+    def load(self) -> tuple[State, int, list, list, dict[str, Tensor]] | None:
         """What was saved.
 
         Returns:
-            The state, the number of steps done, and the ESS and the ancestors of each step. None where there is no
-                file.
+            The state, the number of steps done, the ESS and the ancestors of each step, and the tensors of the first
+                ancestors. None where there is no file.
 
         Raises:
             ValueError: The file is of another run, or is not a checkpoint.
@@ -98,7 +98,7 @@ class Checkpoint:
                 words = f"whose {' and '.join(differ)} gave other results on a small trial"
         if words:
             raise ValueError(f"checkpoint: expected a file of this very run, got {os.fspath(self.path)} {words}")
-        return State(**saved["state"]), saved["done"], saved["ess"], saved["ancestors"]
+        return State(**saved["state"]), saved["done"], saved["ess"], saved["ancestors"], saved["ancestry"]
 
     def _others(self, saved: dict[str, str]) -> list[str]:
         """The names of the arguments that differ from those of the file's run."""
@@ -110,7 +110,7 @@ class Checkpoint:
                 others = [name for name in others if name in known]
         return others
 
-    def save(self, state: State, done: int, ess: list, ancestors: list) -> None:
+    def save(self, state: State, done: int, ess: list, ancestors: list, ancestry: dict[str, Tensor]) -> None:
         """Write the state beside the file, then rename it. A run that is killed leaves the last complete file."""
         content = {
             "arguments": self._arguments,
@@ -120,6 +120,7 @@ class Checkpoint:
             "state": vars(state),
             "ess": ess,
             "ancestors": ancestors,
+            "ancestry": ancestry,
         }
         folder = os.path.dirname(os.path.abspath(self.path))
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=".fastguide-")

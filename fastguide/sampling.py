@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import arguments, foreign, ops
+from .ancestry import Ancestry
 from .arguments import flag, function, got, integer
 from .checkpoints import Checkpoint, saved_seed
 from .denoiser import Denoiser
@@ -182,12 +183,12 @@ def sample(
 
 def finished(run: Run, seed: Any, guidance: Any, results: Sequence[Tensor | None], done: int, unknown: bool) -> Samples:
     """The `Samples` of a loop after ``done`` steps. ``unknown``: whether a reward was NaN."""
-    x, log_weights, ess, log_evidence, ancestors = results
+    x, log_weights, ess, log_evidence, error, ancestors, first_ancestors = results
     assert x is not None
     times = tuple(level.t for level in run.levels[: done + 1])
     samples = Samples(
-        x, log_weights, ess, log_evidence, ancestors, seed=seed, grouped=run.grouped, method=type(guidance).__name__,
-        times=times,
+        x, log_weights, ess, log_evidence, error, ancestors, first_ancestors, seed=seed, grouped=run.grouped,
+        method=type(guidance).__name__, times=times,
     )  # fmt: skip
     if ess is not None and log_weights is not None:
         _check_particles(ess, log_weights, unknown)
@@ -217,30 +218,37 @@ class Loop:
             file = Checkpoint(self.checkpoint, run, guidance, self.keep_ancestors, self.run_id)
         guidance = _for_run(guidance)  # inside the loop, since each replay of a capture has another y
         saved = None if file is None else file.load()
-        state, first, ess, ancestors = (guidance.start(run), 0, [], []) if saved is None else saved
+        ancestry = Ancestry(run.observations, run.particles, run.device) if self.weighted else None
+        state, first, ess, ancestors, tensors = (guidance.start(run), 0, [], [], {}) if saved is None else saved
+        if ancestry is not None and saved is not None:
+            ancestry.load(tensors)
         for i in _progress_bar(range(first, run.steps), run.steps, first, self.progress):
             state = guidance.step(run, state, i)
-            if self.weighted:
+            if ancestry is not None:
+                assert state.ancestors is not None and state.ess is not None
                 ess.append(state.ess)
+                ancestry.follow(state.ancestors, state.ess)
             if self.keep_ancestors:
                 ancestors.append(state.ancestors)
             ends = self.callback is not None and _is_true(self.callback(_progress(run, state, i, self.weighted)))
             state.x0_hat = None
             due = ends or (i + 1) % self.checkpoint_every == 0
             if file is not None and due and i + 1 < run.steps:
-                file.save(state, i + 1, ess, ancestors)
+                file.save(state, i + 1, ess, ancestors, {} if ancestry is None else ancestry.tensors())
             if ends:
                 self.ended.append(i + 1)
                 break
         with torch.set_grad_enabled(run.differentiable):
             x = state.x.view(run.shape)
         run.watch.finite(run.steps, STATE, x)
-        if not self.weighted:
-            return x, None, None, None, None
-        assert state.log_weights is not None
-        _, _, log_evidence, last_ess = ops.resample(state.log_weights, ess_threshold=0.0, check=False)
+        if ancestry is None:
+            return x, *(None,) * 6
+        log_weights = state.log_weights
+        assert log_weights is not None
+        _, _, log_evidence, last_ess = ops.resample(log_weights, ess_threshold=0.0, check=False)
         history = torch.stack([*ess, last_ess])
-        return x, state.log_weights, history, log_evidence, torch.stack(ancestors) if ancestors else None
+        kept = torch.stack(ancestors) if ancestors else None
+        return x, log_weights, history, log_evidence, ancestry.error(log_weights), kept, ancestry.first
 
 
 def prepare_run(

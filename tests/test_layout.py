@@ -16,12 +16,13 @@ ROOT = Path(__file__).parents[1]
 # Each may import those before it and its own, and no others.
 LAYERS = (
     ("arguments",),
-    ("memory",),
+    ("memory", "ancestry", "metrics"),
     ("ops",),
     ("reference", "schedules", "denoiser", "operators", "likelihoods", "samples", "profiling", "foreign"),
     ("guidance",),
     ("checkpoints", "modules"),
     ("sampling", "capture"),
+    ("evidence",),
     ("integrations",),
     ("fastguide",),  # its __init__.py: the names that users have
     ("unet", "weights", "training", "digits", "phantoms", "demo", "doctor", "cli", "__main__"),

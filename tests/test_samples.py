@@ -4,12 +4,14 @@ import dataclasses
 import math
 import subprocess
 import sys
+import types
+import warnings
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from gaussian import example, gaussian_likelihood
+from gaussian import MATRIX, SCALE, Y, example, gaussian_likelihood, posterior
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,6 +123,74 @@ def test_other_shares_are_refused(q):
         weighted([1.0], [1.0]).quantile(q)
 
 
+# --- intervals ----------------------------------------------------------------------------------------------
+
+
+def test_intervals_by_hand():
+    """Sorted: -1 with 0.1, 0 with 0.4, 2 with 0.2, 5 with 0.3."""
+    out = weighted([0.2, 0.1, 0.3, 0.4], [2.0, -1.0, 5.0, 0.0])
+    equal_tailed = {0.9: (-1, 5), 0.7: (0, 5), 0.3: (0, 2), 0.2: (0, 2), 0.1: (0, 2)}
+    narrowest = {0.9: (0, 5), 0.8: (0, 5), 0.7: (-1, 2), 0.6: (0, 2), 0.5: (-1, 0), 0.4: (0, 0), 0.2: (2, 2)}
+    narrowest[0.2] = (0, 0)  # the first of those of width 0
+    for level, expected in equal_tailed.items():
+        assert tuple(out.interval(level).flatten().tolist()) == expected, level
+    for level, expected in narrowest.items():
+        assert tuple(out.interval(level, narrowest=True).flatten().tolist()) == expected, level
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(0, 4)), min_size=1, max_size=9), st.integers(1, 19))
+def test_an_interval_has_its_share_and_none_is_narrower(pairs, twentieths):
+    values, counts = [v for v, _ in pairs], [n for _, n in pairs]
+    if not any(counts):
+        counts[0] = 1
+    copies = sorted(v for v, n in zip(values, counts, strict=True) for _ in range(n))
+    needed = -(-twentieths * len(copies) // 20)  # the ceiling, of integers
+    widths = [copies[i + needed - 1] - copies[i] for i in range(len(copies) - needed + 1)]
+    out = weighted([float(n) for n in counts], [float(v) for v in values])
+    for narrowest in (False, True):
+        low, high = out.interval(twentieths / 20, narrowest=narrowest).flatten().tolist()
+        assert sum(low <= v <= high for v in copies) >= needed
+        assert high - low == min(widths) if narrowest else high - low >= min(widths)
+
+
+def test_intervals_of_a_gaussian_posterior():
+    mean, covariance = example().chain(20)
+    means, covariance, _ = posterior(mean, covariance, MATRIX, Y, SCALE)
+    guidance = fg.TDS(gaussian_likelihood(), 20_000)
+    out = fg.sample(example().denoiser(), (2, 3), guidance=guidance, steps=20, seed=0, dtype=torch.float64)
+    half = 1.6448536 * covariance.diagonal().sqrt()  # the normal's quantile of 0.95
+    for narrowest, tolerance in ((False, 0.05), (True, 0.15)):  # the density is flat where the narrowest one ends
+        low, high = out.interval(0.9, narrowest=narrowest)
+        assert low.shape == (2, 3)
+        assert ((low - (means - half)).abs() < tolerance * half).all()
+        assert ((high - (means + half)).abs() < tolerance * half).all()
+        assert ((high - low) / (2 * half) - 1).abs().max() < 0.03
+
+
+def test_the_narrowest_interval_of_a_skew_density_begins_at_its_peak():
+    """The exponential density: from 0 to -log(1 - level). By equal samples, its quantiles, and by weights on a grid."""
+    share = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    grid = torch.linspace(0, 12, 4001, dtype=torch.float64)
+    for out in (equal(-torch.log1p(-share)[None, :, None]), Samples(grid[None, :, None], -grid[None])):
+        low, high = out.interval(0.8, narrowest=True).flatten().tolist()
+        assert low < 1e-3 and high == pytest.approx(-math.log(0.2), abs=5e-3)
+        low, high = out.interval(0.8).flatten().tolist()
+        assert (low, high) == pytest.approx((-math.log(0.9), -math.log(0.1)), abs=5e-3)
+
+
+def test_dead_particles_end_no_interval():
+    out = weighted([0.0, 0.5, 0.5, 0.0], [math.nan, 3.0, 1.0, -100.0])
+    for narrowest in (False, True):
+        assert out.interval(0.9, narrowest=narrowest).flatten().tolist() == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, math.nan, -0.5, 90])
+def test_other_levels_are_refused(level):
+    with pytest.raises(ValueError, match=r"level: expected a number in \(0, 1\), got"):
+        weighted([1.0], [1.0]).interval(level)
+
+
 # --- draws --------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +222,8 @@ def test_one_sample_has_no_mean():
         "mean": out.mean,
         "variance": out.variance,
         "quantile": lambda: out.quantile(0.5),
+        "interval": lambda: out.interval(0.5, narrowest=True),
+        "to_arviz": out.to_arviz,
         "draw": lambda: out.draw(2),
         "weights": lambda: out.weights,
     }.items():
@@ -272,6 +344,150 @@ for call in (fastguide.Samples(torch.zeros(2, 3)).save, fastguide.Samples.load):
     assert done.stdout.splitlines() == [f"save: {expected}", f"load: {expected}"]
 
 
+# --- numpy, pandas, ArviZ -----------------------------------------------------------------------------------
+
+
+def run_of_particles(**options):
+    options = dict(guidance=fg.TDS(gaussian_likelihood(), 16), steps=4, seed=3) | options
+    return fg.sample(example().denoiser(), (2, 3), **options)
+
+
+def test_numpy_has_every_tensor_by_its_name(tmp_path):
+    out = run_of_particles(keep_ancestors=True)
+    found = out.numpy()
+    names = {"x", "log_weights", "ess", "log_evidence", "log_evidence_error", "ancestors", "first_ancestors", "weights"}
+    assert set(found) == names
+    for name, array in found.items():
+        assert type(array) is np.ndarray and np.array_equal(array, getattr(out, name).numpy()), name
+        assert array.dtype == getattr(out, name).numpy().dtype
+    for b in range(2):
+        np.testing.assert_allclose(np.average(found["x"][b], axis=0, weights=found["weights"][b]), out.mean()[b], 1e-6)
+    np.savez(tmp_path / "a.npz", **found)
+    with np.load(tmp_path / "a.npz") as file:
+        assert all(np.array_equal(file[name], array) for name, array in found.items())
+    found["x"][0, 0, 0] = 7.0
+    assert out.x[0, 0, 0] == 7.0  # the memory is shared
+    assert list(Samples(torch.zeros(2, 3)).numpy()) == ["x"]
+
+
+@pytest.mark.parametrize(
+    "dtype, expected",
+    [(torch.bfloat16, "float32"), (torch.float16, "float16"), (torch.float32, "float32"), (torch.float64, "float64")],
+)
+def test_dtypes_of_numpy(dtype, expected):
+    x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    found = equal(x).numpy()
+    assert found["x"].dtype == expected and np.array_equal(found["x"], x.detach().double().numpy())
+    assert np.array_equal(found["weights"], np.full((2, 5), 0.2))
+    assert np.array_equal(Samples(torch._neg_view(x.detach())).numpy()["x"], -x.detach().double().numpy())
+
+
+def test_a_frame_has_a_row_for_each_sample():
+    pytest.importorskip("pandas")
+    log_weights = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.9, 0.0]], dtype=torch.float64).log()
+    x = torch.arange(24, dtype=torch.bfloat16).reshape(2, 3, 2, 2)
+    frame = Samples(x, log_weights).to_pandas()
+    elements = ["x[0, 0]", "x[0, 1]", "x[1, 0]", "x[1, 1]"]
+    assert list(frame.columns) == ["observation", "sample", "weight", *elements]
+    assert frame.observation.tolist() == [0, 0, 0, 1, 1, 1] and frame["sample"].tolist() == [0, 1, 2, 0, 1, 2]
+    np.testing.assert_allclose(frame.weight, [0.5, 0.25, 0.25, 0.1, 0.9, 0.0], rtol=1e-12)
+    assert np.array_equal(frame[elements].to_numpy(), np.arange(24.0).reshape(6, 4))
+    assert (frame.dtypes[elements] == "float32").all()
+    assert list(equal(x[..., 0, 0]).to_pandas().columns[3:]) == ["x"]
+
+
+def test_a_frame_of_one_sample_for_each_observation():
+    pytest.importorskip("pandas")
+    frame = Samples(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).to_pandas()
+    assert frame.to_numpy().tolist() == [[0, 0, 1, 1, 2], [1, 0, 1, 3, 4]]
+    assert list(frame.columns[3:]) == ["x[0]", "x[1]"]
+
+
+def test_a_frame_of_too_many_elements_is_refused():
+    with pytest.raises(ValueError, match=r"max_elements: expected at least 1056, .* shape \[33, 32\], got 1024"):
+        Samples(torch.zeros(2, 33, 32)).to_pandas()
+    with pytest.raises(ValueError, match=r"max_elements: expected at least 3, .*, got 2"):
+        Samples(torch.zeros(2, 3)).to_pandas(max_elements=2)
+    pytest.importorskip("pandas")
+    assert Samples(torch.zeros(2, 33, 32)).to_pandas(max_elements=1056).shape == (2, 1059)
+
+
+@pytest.fixture(params=["InferenceData", "DataTree"])
+def arviz(request, monkeypatch):
+    """The installed ArviZ; and a stand-in for version 1 and later, which need Python 3.12, where `to_arviz` needs only
+    xarray."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # that version 1 is another
+        found = pytest.importorskip("arviz")
+    if hasattr(found, "InferenceData") and request.param == "DataTree":
+        monkeypatch.setitem(sys.modules, "arviz", types.ModuleType("arviz"))
+    elif not hasattr(found, "InferenceData") and request.param == "InferenceData":
+        pytest.skip("ArviZ is of version 1 or later")
+    return found
+
+
+def test_arviz_gets_draws_of_equal_weight(arviz):
+    out = run_of_particles(guidance=fg.TDS(gaussian_likelihood(), 512), dtype=torch.float64)
+    data = out.to_arviz()
+    x = data["posterior"]["x"]
+    assert x.dims == ("chain", "draw", "observation", "x_dim_0") and x.shape == (1, 512, 2, 3)
+    assert x.coords["observation"].values.tolist() == [0, 1]
+    assert np.array_equal(x.values[0], out.draw(512).transpose(0, 1).numpy())
+    assert np.abs(x.values.mean((0, 1)) - out.mean().numpy()).max() < 0.02
+    stats = data["sample_stats"]
+    assert stats["ess"].dims == ("chain", "step", "observation")
+    assert np.array_equal(stats["ess"].values[0], out.ess.numpy())
+    for name in ("log_evidence", "log_evidence_error", "effective_ancestors"):
+        assert stats[name].dims == ("chain", "observation")
+        assert np.array_equal(stats[name].values[0], getattr(out, name).numpy())
+    assert data["posterior"].attrs == {"inference_library": "fastguide", "method": "TDS", "seed": "3"}
+    few = out.to_arviz(num=5, seed=1)["posterior"]["x"]
+    assert np.array_equal(few.values[0], out.draw(5, seed=1).transpose(0, 1).numpy())
+
+
+def test_arviz_gets_samples_without_weights_as_they_are(arviz):
+    x = torch.randn(2, 7, 2, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    data = equal(x).to_arviz()
+    assert np.array_equal(data["posterior"]["x"].values[0], x.float().transpose(0, 1).numpy())
+    assert data["posterior"]["x"].dims[2:] == ("observation", "x_dim_0", "x_dim_1")
+    assert not hasattr(data, "sample_stats")
+    with pytest.raises(ValueError, match=r"num: expected an integer in .*, got 0"):
+        equal(x).to_arviz(num=0)
+
+
+def test_runs_with_other_seeds_are_chains_of_arviz(arviz):
+    guidance = fg.TDS(gaussian_likelihood(), 512)
+    found = [run_of_particles(guidance=guidance, steps=20, seed=seed).to_arviz() for seed in range(3)]
+    if type(found[0]).__name__ == "DataTree":
+        joined = pytest.importorskip("xarray").concat(found, dim="chain")
+    else:
+        joined = arviz.concat(*found, dim="chain")
+        summary = arviz.summary(joined)
+        means = posterior(*example().chain(20), MATRIX, Y, SCALE)[0]
+        assert np.abs(summary["mean"].to_numpy() - means.flatten().numpy()).max() < 0.12
+        assert summary["r_hat"].max() < 1.1
+    assert joined["posterior"]["x"].shape == (3, 512, 2, 3) and joined["sample_stats"]["log_evidence"].shape == (3, 2)
+
+
+def test_without_a_package_the_error_names_it():
+    code = """
+import sys
+sys.modules["arviz"] = sys.modules["pandas"] = None
+import torch, fastguide
+out = fastguide.Samples(torch.zeros(2, 3, 1), grouped=True)
+for call in (out.to_pandas, out.to_arviz):
+    try:
+        call()
+    except ImportError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "to_pandas: expected pandas to be installed (pip install pandas)",
+        "to_arviz: expected arviz to be installed (pip install arviz)",
+    ]
+
+
 # --- text ---------------------------------------------------------------------------------------------------
 
 
@@ -283,7 +499,8 @@ def test_the_text_is_one_short_line():
     ess = torch.tensor([[64.0, 30.0], [1.284, 40.0], [64.0, 64.0]])
     text_of_ess = repr(Samples(torch.zeros(2, 64, 3), torch.zeros(2, 64), ess))
     assert text_of_ess == "Samples(x=[2, 64, 3] float32, ess=64 of 64, lowest 1.284)"
-    assert text.endswith(f"log_evidence={low} to {high}, steps=4, seed=3)") and "tensor" not in text
+    assert f", log_evidence={low} to {high}, error=" in text and ", ancestors=" in text
+    assert text.endswith(", steps=4, seed=3)") and "tensor" not in text
     plain = fg.sample(example().denoiser(), (2, 3), steps=4, seed=3, dtype=torch.float64)
     assert repr(plain) == "Samples(Plain, x=[2, 3] float64, steps=4, seed=3)"
     assert repr(Samples(torch.zeros(2, 3), seed=(1, 2))) == "Samples(x=[2, 3] float32, seed=2 of them)"

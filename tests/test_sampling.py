@@ -41,7 +41,7 @@ def run(name: str, rows=slice(None), **options) -> fg.Samples:
 
 
 def assert_same(a: fg.Samples, b: fg.Samples) -> None:
-    for name in ("x", "log_weights", "log_evidence", "ess", "ancestors"):
+    for name in ("x", "log_weights", "log_evidence", "log_evidence_error", "ess", "ancestors", "first_ancestors"):
         u, v = getattr(a, name), getattr(b, name)
         assert (u is None and v is None) or torch.equal(u, v), name
 

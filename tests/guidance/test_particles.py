@@ -96,7 +96,7 @@ def test_fk_with_the_guided_proposal_and_difference_is_tds(covariance):
     likelihood = gaussian_likelihood()
     tds = run(fg.TDS(likelihood, 50, covariance=covariance), keep_ancestors=True)
     fk = run(fg.FK(likelihood, 50, proposal="guided", covariance=covariance), keep_ancestors=True)
-    for name in ("x", "log_weights", "log_evidence", "ess", "ancestors"):
+    for name in ("x", "log_weights", "log_evidence", "log_evidence_error", "ess", "ancestors", "first_ancestors"):
         assert torch.equal(getattr(tds, name), getattr(fk, name)), name
 
 
