@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import digits, likelihoods, operators, schedules
+from . import digits, likelihoods, metrics, operators, schedules
 from .denoiser import Denoiser
 from .guidance import DPS, FK, TDS, LatentPnP, PiGDM, PnP
 from .likelihoods import Likelihood
@@ -208,7 +208,8 @@ def row(task: Task, method: str, result: Result) -> str:
     """PSNR (dB) of the samples' mean, the residual norm over the noise's, the samples' standard deviation per pixel,
     the mean estimate of ``log p(y)``, and seconds."""
     x = result.x
-    psnr = 10 * math.log10(4.0 / (x.mean(1) - task.truth).square().mean().item())
+    # Of all digits as one image; they lie in [-1, 1].
+    psnr = metrics.psnr(x.mean(1)[None], task.truth[None], data_range=2.0).item()
     residual = task.operator(x.flatten(0, 1)) - task.y.repeat_interleave(SAMPLES, 0)
     ratio = residual.square().mean().sqrt().item() / task.spread
     evidence = "" if result.log_evidence is None else f"{result.log_evidence.mean().item():.1f}"
