@@ -7,9 +7,10 @@ A trained network, a measurement and a forward model go in; samples of ``x | y``
     out = fastguide.sample(prior, (1, 1, 8, 8), guidance=fastguide.TDS(likelihood, particles=256))
 """
 
-from . import likelihoods, operators, ops, reference, schedules
+from . import likelihoods, metrics, operators, ops, reference, schedules
 from .capture import capture
 from .denoiser import Conditional, Denoiser
+from .evidence import StepComparison, compare_steps
 from .guidance import DPS, FK, TDS, LatentPnP, PiGDM, PnP
 from .ops._operation import backends
 from .sampling import Progress, Samples, sample
@@ -27,9 +28,12 @@ __all__ = [
     "PnP",
     "Progress",
     "Samples",
+    "StepComparison",
     "backends",
     "capture",
+    "compare_steps",
     "likelihoods",
+    "metrics",
     "operators",
     "ops",
     "reference",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastguide as fg
-from fastguide import arguments, likelihoods, operators, ops, schedules
+from fastguide import arguments, likelihoods, metrics, operators, ops, schedules
 from fastguide.integrations import deepinv, k_diffusion
 from fastguide.integrations.fkd import FKD
 
@@ -50,7 +50,8 @@ FIT_NOWHERE = {
 }
 
 COUNTS = (  # that may be as large as they like
-    "checkpoint_every", "chunk_size", "factor", "resample_frequency", "resample_steps", "sampling_idx", "time_steps",
+    "checkpoint_every", "chunk_size", "factor", "max_elements", "resample_frequency", "resample_steps", "sampling_idx",
+    "time_steps",
 )  # fmt: skip
 
 X = torch.arange(6.0).reshape(2, 3) / 7
@@ -156,6 +157,16 @@ CALLS = {
     ),
     "quantile": (fg.Samples(torch.rand(2, 4, 3), torch.zeros(2, 4).double()).quantile, dict(q=0.5)),
     "draw": (fg.Samples(torch.rand(2, 4, 3), torch.zeros(2, 4).double()).draw, dict(num=2, seed=0)),
+    "interval": (fg.Samples(torch.rand(2, 4, 3), grouped=True).interval, dict(level=0.5, narrowest=True)),
+    "to_pandas": (fg.Samples(torch.rand(2, 4, 3), grouped=True).to_pandas, dict(max_elements=8)),
+    "to_arviz": (fg.Samples(torch.rand(2, 4, 3), grouped=True).to_arviz, dict(num=2, seed=0)),
+    "psnr": (metrics.psnr, dict(x=X, truth=X, data_range=1.0)),
+    "ssim": (metrics.ssim, dict(x=IMAGES, truth=IMAGES, data_range=1.0, window=3, sigma=1.0)),
+    "coverage": (metrics.coverage, dict(interval=torch.stack([X, X]), truth=X)),
+    "compare_steps": (
+        fg.compare_steps,
+        dict(prior=PRIOR, shape=(2, 3), guidance=fg.TDS(GAUSSIAN, 2), steps=3, doublings=1, runs=2, seed=0, eta=None),
+    ),
     "FKD": (
         steered,
         dict(potential_type="diff", lmbda=1.0, num_particles=4, adaptive_resampling=True, resample_frequency=1,
