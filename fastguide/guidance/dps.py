@@ -30,9 +30,13 @@ class DPS:
     Args:
         likelihood: The error model. Its operator must be differentiable, or linear with an adjoint.
         zeta: Size of the step along the gradient, finite and ``>= 0``. A number, a table with one entry per step, or a
-            function of the schedule's time. With ``normalize``, start with 0.1 to 1: less where the samples diverge,
-            more where they miss the measurement. ``"score"`` gives the gradient the weight that the score has in the
-            mean, so that the step is the guided one; it needs ``normalize=False``.
+            function of the schedule's time. With ``normalize`` and Gaussian noise, start with ``sqrt(m) scale / s^2``
+            for m measurements and an operator whose largest singular value is s: less where the samples diverge, more
+            where they miss the measurement. A step moves ``A x0_hat`` by up to ``2 zeta s^2``, and overshoots where
+            that is much more than the norm of the noise. So 0.1 to 1 suits masks and pooling, where s is at most 1. A
+            projection sums the pixels of each ray, and with ``s^2 = 29`` the same range is far too large. ``"score"``
+            gives the gradient the weight that the score has in the mean, so that the step is the guided one; it needs
+            ``normalize=False``.
         normalize: Divide by half the norm of the gradient in ``A x0_hat``. For a Gaussian that is the step of the
             paper, ``-zeta / norm(y - A x0_hat) * grad norm(y - A x0_hat)^2``. The authors' code takes the gradient of
             the norm itself, which is half as long: their ``scale: 1.0`` is ``zeta=0.5`` here.
