@@ -443,7 +443,7 @@ def _bytes(setting: Setting, method: str) -> Case:
     shape, steps = setting.pick((64, 3, 256, 256), (4, 3, 8, 8)), setting.pick(20, 4)
     ours, elements = traffic.sampler(method, shape, steps), steps * math.prod(shape)
     label = "--against" if setting.against is None else f"{timing.commit(setting.against)}, in a process of its own"
-    counts: list[Counter[str]] = []  # ours, and the other checkout's
+    counts: list[Counter[str]] = []  # ours, the same where networks keep no output, and the other checkout's
     other: list[traffic.Elsewhere] = []
 
     def elsewhere() -> Call:
@@ -456,21 +456,25 @@ def _bytes(setting: Setting, method: str) -> Case:
         samples, moved = traffic.count(ours)
         assert torch.equal(ours().x, samples.x), "counted, the sampler gives other samples"
         assert torch.isfinite(samples.x).all()
-        counts[:] = [moved]
+        _, of_new_outputs = traffic.count(traffic.sampler(method, shape, steps, keeps=False))
+        counts[:] = [moved, of_new_outputs]
         for process in other:
             answer = process.ask("count")
             counts.append(Counter(answer["moved"]))
             torch.testing.assert_close(answer["moments"], traffic.moments(samples), rtol=1e-2, atol=1e-3)
 
     def figures(_: float) -> list[Figure]:
-        here, *there = (c.total() / elements for c in counts)
-        found = [Figure("bytes per element and step", here, "")]
+        here, of_new_outputs, *there = (c.total() / elements for c in counts)
+        found = [
+            Figure("bytes per element and step", here, ""),
+            Figure("where the network makes a new output", of_new_outputs, ""),
+        ]
         for total, process in zip(there, other, strict=True):
             found += [Figure("there", total, ""), Figure("ours of theirs", here / total, "", at_most=1 / 3)]
             spent = [(process.ask("run"), traffic.processor_seconds(ours)) for _ in range(setting.pick(3, 1))]
             theirs, own = map(statistics.median, zip(*spent, strict=True))
             found.append(Figure("time of the processor, theirs over ours", theirs / own, "x"))
-        for name, c in zip(("here", "there"), counts, strict=False):
+        for name, c in zip(("here", "there"), (counts[0], *counts[2:]), strict=False):
             parts = ((operation, moved / elements) for operation, moved in c.most_common())
             found += [Figure(f"{name}: {operation}", moved, "") for operation, moved in parts if moved >= 0.1]
         return found

@@ -194,8 +194,8 @@ def _cpu(
         stream,
         first_particle,
         return_x0,
-        out,
-        not_finite,
+        out=out,
+        not_finite=not_finite,
     )
 
 
