@@ -52,12 +52,12 @@ options = parser.parse_args()
 prior = fg.Denoiser(net, fg.schedules.flow(), prediction="sample")
 guidance = fg.FK(contacts, particles=options.particles, strength=STRENGTH)
 out = fg.sample(prior, (1, 8, 3), guidance=guidance, steps=100, seed=0, keep_ancestors=True)
-found, weights = contacts(out.x[0]), out.weights[0]  # [K] each
+found, weights, error = contacts(out.x[0]), out.weights[0], out.log_evidence_error[0]  # [K], [K], a number
 noise, modes = torch.randn(64 * 4000, 8, 3, generator=generator), MODES.repeat(4000, 1, 1)
 exact = contacts(FIXED + modes + WIDTH * centred(noise))  # draws of the prior without diffusion
 tilt = (STRENGTH * exact).exp()
 print(f"contacts: prior {exact.mean():.2f}, FK {weights @ found:.2f}, exact {tilt @ exact / tilt.sum():.2f}")
-print(f"log E[exp(strength r)]: FK {out.log_evidence.item():.3f}, exact {tilt.mean().log():.3f}")
+print(f"log E[exp(strength r)]: FK {out.log_evidence[0]:.3f} ± {error:.3f}, exact {tilt.mean().log():.3f}")
 print(f"centre of mass: {out.x.mean(2).abs().max():.1e} from 0")
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", width_ratios=(2, 3))
 bars = ("prior", exact, torch.ones_like(exact)), ("exact target", exact, tilt), ("FK", found, weights)

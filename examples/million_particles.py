@@ -63,6 +63,6 @@ seconds, peak = time.perf_counter() - begin, peak_memory(options.device)
 print(f"{options.particles} particles, {options.steps} steps: {seconds:.1f} s")
 print(f"{1e9 * seconds / (options.particles * options.steps):.0f} ns for each particle and step")
 print(f"peak memory {peak:.0f} MiB, {peak - before:.0f} MiB more than before the run")
-print(f"log p(y) {log_evidence:.4f}, exact {exact_log_evidence():.4f}")
+print(f"log p(y) {log_evidence:.4f} ± {out.log_evidence_error.item():.4f}, exact {exact_log_evidence():.4f}")
 above = (out.weights[0] * (out.x[0, :, 1] > 0)).sum().item()  # x2 > 0
 print(f"share of the upper part {above:.3f}, ESS {out.ess[-1].item():.0f} of {options.particles}")
