@@ -35,6 +35,7 @@ SHOWN = (0, 7, 24)  # of the held-out digits: a 3, an 8, a 4
 METHODS = ("plain", "dps", "pnp", "pigdm", "latent-pnp", "tds", "fk")
 OF_MIXTURE = ("tds", "fk", "dps", "pnp", "pigdm")
 NOISE = 0.1
+RANGE = 2.0  # of the images, which lie in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -201,20 +202,22 @@ def _rounded(task: Task, prior: Denoiser) -> Likelihood:
 
 # --- table --------------------------------------------------------------------------------------------------
 
-_HEADER = f"{'task':8s}{'method':12s}{'PSNR':>7s}{'residual':>10s}{'spread':>8s}{'log p(y)':>10s}{'seconds':>9s}"
+_HEADER = f"{'task':8s}{'method':12s}{'PSNR':>7s}{'SSIM':>6s}{'residual':>10s}{'spread':>8s}"
+_HEADER += f"{'log p(y)':>10s}{'seconds':>9s}"
 
 
 def row(task: Task, method: str, result: Result) -> str:
-    """PSNR (dB) of the samples' mean, the residual norm over the noise's, the samples' standard deviation per pixel,
-    the mean estimate of ``log p(y)``, and seconds."""
+    """PSNR (dB) and SSIM of the samples' mean, the residual norm over the noise's, the samples' standard deviation per
+    pixel, the mean estimate of ``log p(y)``, and seconds."""
     x = result.x
-    # Of all digits as one image; they lie in [-1, 1].
-    psnr = metrics.psnr(x.mean(1)[None], task.truth[None], data_range=2.0).item()
+    psnr = metrics.psnr(x.mean(1)[None], task.truth[None], data_range=RANGE).item()  # of all digits as one image
+    ssim = metrics.ssim(x.mean(1), task.truth, data_range=RANGE, window=7).mean().item()  # 11 needs larger images
     residual = task.operator(x.flatten(0, 1)) - task.y.repeat_interleave(SAMPLES, 0)
     ratio = residual.square().mean().sqrt().item() / task.spread
     evidence = "" if result.log_evidence is None else f"{result.log_evidence.mean().item():.1f}"
     spread = x.std(1).mean().item()
-    return f"{task.name:8s}{method:12s}{psnr:7.1f}{ratio:10.2f}{spread:8.2f}{evidence:>10s}{result.seconds:9.1f}"
+    quality = f"{psnr:7.1f}{ssim:6.2f}{ratio:10.2f}{spread:8.2f}"
+    return f"{task.name:8s}{method:12s}{quality}{evidence:>10s}{result.seconds:9.1f}"
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -333,7 +336,7 @@ def steer(settings: Settings, path: Path, wanted: int = 7) -> str:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     verdict = f"the classifier sees {wanted}: prior {shares[0]:.0%}, steered {shares[1]:.0%}"
-    return f"{'reward':8s}{'fk':12s}{verdict:35s}{seconds:9.1f}"
+    return f"{'reward':8s}{'fk':12s}{verdict:41s}{seconds:9.1f}"
 
 
 # --- a mixture whose posterior is known ---------------------------------------------------------------------
@@ -478,7 +481,8 @@ def run(task: str, method: str, out: Path, settings: Settings) -> None:
         draw_ess(with_ess, out / "ess.png")
         pictures.append("ess.png")
     print(
-        f"\nPSNR: dB, of the mean of {SAMPLES} samples. residual: norm of A x - y over the noise's, 1 at its best."
+        f"\nPSNR (dB) and SSIM: of the mean of {SAMPLES} samples."
+        f"\nresidual: norm of A x - y over the noise's, 1 at its best."
         f"\nspread: the samples' standard deviation, images in [-1, 1]. log p(y): mean estimate over the digits."
         f"\nPictures in {out}/: {', '.join(pictures)}. {time.perf_counter() - start:.0f} s in all."
     )

@@ -27,11 +27,11 @@ def run(capsys, *arguments: str) -> str:
 def test_one_task_and_method(method, capsys, tmp_path):
     out = run(capsys, "demo", "--task", "half", "--method", method, "--out", str(tmp_path))
     (row,) = (line for line in out.splitlines() if line.startswith("half"))
-    psnr, residual, spread, seconds = (float(v) for v in row.split()[2:])
+    psnr, ssim, residual, spread, seconds = (float(v) for v in row.split()[2:])
     if method == "plain":  # knows nothing of the measurement
-        assert residual > 4
+        assert residual > 4 and abs(ssim) < 0.3
     else:
-        assert 0.3 < residual < 2 and psnr > 12
+        assert 0.3 < residual < 2 and psnr > 12 and 0.35 < ssim < 1
     assert 0.05 < spread < 0.6 and seconds > 0
     image = matplotlib.image.imread(tmp_path / "half.png")
     assert image.shape[0] > 100 and image.shape[1] > 400 and np.ptp(image) > 0.9
