@@ -116,6 +116,7 @@ class Result:
     seconds: float
     log_evidence: Tensor | None = None
     ess: Tensor | None = None  # [steps + 1, B]
+    ancestors: Tensor | None = None  # [B], the effective number of first ancestors
     particles: int = 0
 
 
@@ -162,7 +163,7 @@ def solve(task: Task, method: str, settings: Settings) -> Result:
         x = out.draw(SAMPLES, seed=seed).cpu()
         seconds = time.perf_counter() - start
         assert out.log_evidence is not None and out.ess is not None
-        return Result(x, seconds, out.log_evidence.cpu(), out.ess.cpu(), particles)
+        return Result(x, seconds, out.log_evidence.cpu(), out.ess.cpu(), out.effective_ancestors.cpu(), particles)
 
     decode: Callable[[Tensor], Tensor] = lambda z: z  # noqa: E731
     event = EVENT
@@ -212,21 +213,31 @@ def row(task: Task, method: str, result: Result) -> str:
     x = result.x
     psnr = metrics.psnr(x.mean(1)[None], task.truth[None], data_range=RANGE).item()  # of all digits as one image
     ssim = metrics.ssim(x.mean(1), task.truth, data_range=RANGE, window=7).mean().item()  # 11 needs larger images
-    residual = task.operator(x.flatten(0, 1)) - task.y.repeat_interleave(SAMPLES, 0)
-    ratio = residual.square().mean().sqrt().item() / task.spread
+    ratio = _residual(task, x)
     evidence = "" if result.log_evidence is None else f"{result.log_evidence.mean().item():.1f}"
     spread = x.std(1).mean().item()
     quality = f"{psnr:7.1f}{ssim:6.2f}{ratio:10.2f}{spread:8.2f}"
     return f"{task.name:8s}{method:12s}{quality}{evidence:>10s}{result.seconds:9.1f}"
 
 
+def row_of_truth(task: Task) -> str:
+    """The residual of the truth: what a good sample should have."""
+    return f"{task.name:8s}{'truth':12s}{'':13s}{_residual(task, task.truth[:, None]):10.2f}"
+
+
+def _residual(task: Task, x: Tensor) -> float:
+    """The root mean square of ``A x - y`` over the noise's standard deviation, for ``x`` ``[B, S, *event]``."""
+    residual = task.operator(x.flatten(0, 1)) - task.y.repeat_interleave(x.shape[1], 0)
+    return residual.square().mean().sqrt().item() / task.spread
+
+
 # --- pictures -----------------------------------------------------------------------------------------------
 
 
-def _image(axis, image: Any, **options) -> None:
-    axis.imshow(np.asarray(image), interpolation="nearest", **{"cmap": "gray", "vmin": -1, "vmax": 1, **options})
-    axis.set_xticks([])
-    axis.set_yticks([])
+def _image(axis, image: Any, **options) -> Any:
+    axis.set(xticks=[], yticks=[])
+    options = {"cmap": "gray", "vmin": -1, "vmax": 1, **options}
+    return axis.imshow(np.asarray(image), interpolation="nearest", **options)
 
 
 def _measurement(task: Task, b: int) -> np.ndarray:
@@ -239,47 +250,60 @@ def _measurement(task: Task, b: int) -> np.ndarray:
 
 
 def draw_task(task: Task, results: dict[str, Result], path: Path) -> None:
-    """Truth and measurement above; below, a row for each method: samples and their standard deviation."""
-    blocks, width = len(SHOWN), SAMPLES + 1
+    """Truth and measurement above; below, a row for each method: samples, their standard deviation, and for particle
+    methods the effective number of first ancestors."""
+    blocks, width = len(SHOWN), SAMPLES + 2  # the last column has words
     figure, axes = plt.subplots(
-        len(results) + 1,
-        blocks * (width + 1) - 1,
-        figsize=(0.62 * (blocks * (width + 1) + 1), 0.66 * (len(results) + 2)),
-        squeeze=False,
+        len(results) + 1, blocks * width, figsize=(0.7 * blocks * width, 0.7 * (len(results) + 2)), squeeze=False
     )
+    figure.subplots_adjust(left=0.08, right=0.995, bottom=0.02, top=0.9, wspace=0.08, hspace=0.1)
     for axis in axes.flat:
         axis.axis("off")
+
+    def show(row: int, column: int, image: Any, **options: Any) -> Any:
+        axis = axes[row, column]
+        axis.axis("on")
+        axis.set_facecolor("#7a3b3b")  # where nothing was measured
+        return axis, _image(axis, image, **options)
+
     for b in range(blocks):
-        left = b * (width + 1)
+        left = b * width
         for column, (name, image) in enumerate((("truth", task.truth[b, 0]), ("measured", _measurement(task, b)))):
-            axis = axes[0, left + column]
-            axis.axis("on")
-            axis.set_facecolor("#7a3b3b")  # where nothing was measured
-            _image(axis, image)
+            axis, grey = show(0, left + column, image)
             axis.set_title(name, fontsize=8)
         for r, (method, result) in enumerate(results.items(), start=1):
             for s in range(SAMPLES):
-                axis = axes[r, left + s]
-                axis.axis("on")
-                _image(axis, result.x[b, s, 0])
+                axis, _ = show(r, left + s, result.x[b, s, 0])
                 if s == 0 and b == 0:
-                    axis.set_ylabel(method, rotation=0, ha="right", va="center", fontsize=8)
-            axis = axes[r, left + SAMPLES]
-            axis.axis("on")
-            _image(axis, result.x[b, :, 0].std(0), cmap="magma", vmin=0, vmax=1)
+                    label = f"{method}\nK = {result.particles}" if result.particles else method
+                    axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+            axis, deviation = show(r, left + SAMPLES, result.x[b, :, 0].std(0), cmap="magma", vmin=0, vmax=1)
             if r == 1:
                 axis.set_title("std", fontsize=8, pad=3)
+            if result.ancestors is not None:
+                number = result.ancestors[b]
+                said = f"{number:.1f} first\nancestors" if number < 10 else f"{number:.0f} first\nancestors"
+                axes[r, left + SAMPLES + 1].text(0.0, 0.5, said, fontsize=6.5, va="center")
+    for column, image, label in ((2, grey, "grey value"), (4, deviation, "standard deviation")):
+        box = axes[0, column].get_position()
+        bar = figure.add_axes(
+            (box.x0 + 0.1 * box.width, box.y0 + 0.55 * box.height, 1.6 * box.width, 0.12 * box.height)
+        )
+        figure.colorbar(image, cax=bar, orientation="horizontal", ticks=image.get_clim())
+        bar.set_title(label, fontsize=7, pad=3)
+        bar.tick_params(labelsize=6)
     figure.suptitle(
-        f"{task.title}, noise {NOISE:g}: {SAMPLES} samples of each method, and their standard deviation", fontsize=9
+        f"{task.title}, noise {NOISE:g}: {SAMPLES} samples of each method, and their standard deviation", fontsize=10
     )
-    figure.subplots_adjust(left=0.08, right=0.99, bottom=0.02, top=0.88, wspace=0.08, hspace=0.12)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def draw_ess(results: dict[str, dict[str, Result]], path: Path) -> None:
     """Effective sample size over the steps, of the particle methods."""
-    figure, axes = plt.subplots(1, len(results), figsize=(3.4 * len(results), 2.6), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(3.4 * len(results) + 0.6, 3.0), squeeze=False, sharey=True, layout="constrained"
+    )
     for axis, (name, by_method) in zip(axes[0], results.items(), strict=True):
         for method, color in (("tds", "C0"), ("fk", "C1")):
             result = by_method.get(method)
@@ -289,14 +313,14 @@ def draw_ess(results: dict[str, dict[str, Result]], path: Path) -> None:
             for b in range(share.shape[1]):
                 label = f"{method}, K = {result.particles}" if b == 0 else None
                 axis.plot(share[:, b], color=color, lw=0.9, alpha=0.8, label=label)
-        axis.axhline(0.5, color="gray", lw=0.6, ls=":")
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.set_ylim(0, 1.02)
-        axis.tick_params(labelsize=7)
+        axis.axhline(0.5, color="gray", lw=0.8, ls=":", label="threshold")
+        axis.set(title=name, xlabel="step", ylim=(0, 1.02))
         axis.legend(fontsize=7, loc="lower left")
-    axes[0, 0].set_ylabel("ESS / K", fontsize=8)
-    figure.tight_layout()
+    axes[0, 0].set_ylabel("ESS / K")
+    figure.suptitle(
+        "effective sample size before each step, a line for each digit; particles are resampled below the threshold",
+        fontsize=9,
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -470,6 +494,7 @@ def run(task: str, method: str, out: Path, settings: Settings) -> None:
             print("\n".join(mixture(settings, picture, methods)), flush=True)
         else:
             measured = imaging[name].measure(settings.seed)
+            print(row_of_truth(measured), flush=True)
             results = all_results[name] = {}
             for one in methods:
                 results[one] = solve(measured, one, settings)
@@ -482,7 +507,7 @@ def run(task: str, method: str, out: Path, settings: Settings) -> None:
         pictures.append("ess.png")
     print(
         f"\nPSNR (dB) and SSIM: of the mean of {SAMPLES} samples."
-        f"\nresidual: norm of A x - y over the noise's, 1 at its best."
+        f"\nresidual: norm of A x - y over the noise's; at its best it is that of the truth."
         f"\nspread: the samples' standard deviation, images in [-1, 1]. log p(y): mean estimate over the digits."
         f"\nPictures in {out}/: {', '.join(pictures)}. {time.perf_counter() - start:.0f} s in all."
     )

@@ -103,7 +103,7 @@ class Memory:
         On a GPU always a copy: a network that replays a CUDA graph returns memory of the graph, which has no holder.
         """
         holders = []
-        for tensor in (torch.empty(1), x):
+        for tensor in (torch.empty(1, device="cpu"), x):
             storage = tensor.untyped_storage()
             holders.append(_holders(storage))
         # Memory that torch did not allocate, such as an array's, cannot be resized; its holders are unknown.
