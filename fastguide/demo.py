@@ -441,16 +441,18 @@ def mixture(settings: Settings, path: Path, methods: Sequence[str] = OF_MIXTURE)
         )
     rows.insert(0, f"mixture exact       distance {sliced_wasserstein(exact(seed + 1), truth):.3f}  (two exact draws)")
 
-    figure, axes = plt.subplots(1, len(clouds), figsize=(2.1 * len(clouds), 2.4), sharex=True, sharey=True)
+    size = 2.1 * len(clouds), 2.8
+    figure, axes = plt.subplots(1, len(clouds), figsize=size, sharex=True, sharey=True, layout="constrained")
     line = np.linspace(-3, 3, 2)
     for axis, (name, cloud) in zip(axes, clouds.items(), strict=True):
         axis.plot(line, (y.item() - matrix[0, 0].item() * line) / matrix[0, 1].item(), color="C1", lw=0.7)
         axis.scatter(*model.means.T, s=6, marker="+", color="gray", lw=0.5)
         axis.scatter(*cloud.T, s=1.2, alpha=0.5, lw=0)
-        axis.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")
+        axis.set(xlim=(-3, 3), ylim=(-3, 3), xticks=(-2, 0, 2), yticks=(-2, 0, 2), xlabel="$x_1$", aspect="equal")
         axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
+    axes[0].set_ylabel("$x_2$")
     figure.suptitle("posterior of a mixture of 25 modes (+), measured along the line A x = y", fontsize=9)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.82, wspace=0.05)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return rows
