@@ -173,8 +173,7 @@ class Operation:
             return _into(out, kernel(*args))
         flags = {} if not_finite is None else {"not_finite": not_finite}
         results = kernel(*args, out=out, **flags)
-        written = [tensor for tensor in (*(out or ()), *flags.values()) if not tensor.is_inference()]
-        torch.autograd.graph.increment_version(written)
+        tell_autograd(out, not_finite)
         return results
 
     def _watch(self, not_finite: Tensor | None, args: Sequence[Any]) -> None:
@@ -275,6 +274,45 @@ def plain(x: Tensor, *others: Tensor) -> bool:
         return len(shape) > 0
     except RuntimeError:  # sparse, nested
         return False
+
+
+def writable(
+    out: Sequence[Tensor] | None,
+    like: Sequence[Tensor],
+    not_finite: Tensor | None,
+    number: int,
+    inputs: Sequence[Tensor],
+) -> bool:
+    """The same for what a kernel writes beside `plain` inputs: ``out``, tensors with the dtypes of ``like`` that are
+    plain too, or None, and the ``number`` flags, or None. The full checks take 50 us more, in every step of a loop."""
+    if out is not None and [tensor.dtype for tensor in out] != [tensor.dtype for tensor in like]:
+        return False
+    written = [*(out or ())]
+    if not_finite is not None:
+        if type(not_finite) is not Tensor or not not_finite.is_cpu or not_finite.dtype is not torch.int32:
+            return False
+        if not_finite.shape != (number,) or not not_finite.is_contiguous() or not_finite.is_neg():
+            return False
+        if not_finite.storage_offset():
+            return False
+        written.append(not_finite)
+    try:
+        spans = [(start := tensor.data_ptr(), start + tensor.nbytes) for tensor in inputs]
+    except RuntimeError:  # another layout
+        return False
+    for tensor in written:
+        start = tensor.data_ptr()
+        end = start + tensor.nbytes
+        if tensor.is_inference() or any(start < other_end and other_start < end for other_start, other_end in spans):
+            return False
+        spans.append((start, end))
+    return True
+
+
+def tell_autograd(out: Sequence[Tensor] | None, not_finite: Tensor | None) -> None:
+    """That a kernel has written into these tensors, which autograd did not see."""
+    written = [*(out or ()), *(() if not_finite is None else (not_finite,))]
+    torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
 
 
 def _into(out: Sequence[Tensor] | None, results: Any) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...arguments import one_of
 from .. import _arguments, _native
 from .._arguments import GUIDANCE, PREDICTIONS, Scalar
-from .._operation import UNUSUAL, Operation, plain
+from .._operation import UNUSUAL, Operation, plain, tell_autograd, writable
 from . import reference
 
 _NONE = type(None)
@@ -64,12 +64,19 @@ def predict_x0(
     Source:
         Tweedie's formula; Ho & Salimans 2021 for classifier-free guidance.
     """
-    tensors = (x, model_output) if unconditional is None else (x, model_output, unconditional)
-    ordinary = out is not_finite is None and type(backend) is str and backend == "auto" and type(levels) is tuple
-    if ordinary and type(guidance_scale) is (_NONE if unconditional is None else float) and plain(*tensors):
+    given = (x, model_output) if unconditional is None else (x, model_output, unconditional)
+    results = None if out is None else (out,)
+    ordinary = type(backend) is str and backend == "auto" and type(levels) is tuple
+    ordinary = ordinary and type(guidance_scale) is (_NONE if unconditional is None else float)
+    if ordinary and plain(*given, *(results or ())) and writable(results, (x,), not_finite, 2, given):
         try:
             number = 1.0 if guidance_scale is None else guidance_scale
-            return _cpu(x, model_output, levels, None, prediction, unconditional, number, None)
+            x0 = _cpu(
+                x, model_output, levels, None, prediction, unconditional, number, None,
+                out=results, not_finite=not_finite,
+            )  # fmt: skip
+            tell_autograd(results, not_finite)
+            return x0
         except UNUSUAL:
             pass
     x = _arguments.state("x", x)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _arguments, _native
 from .._arguments import COUNTER, SCALARS, SCALE, WEIGHT_DTYPES, Clip, Coefficients, IntOrTensor, Scalar
-from .._operation import UNUSUAL, Operation, plain
+from .._operation import UNUSUAL, Operation, plain, tell_autograd, writable
 from ..predict_x0.reference import columns, compute_dtype
 from ..reverse_step.reference import has_noise
 from . import reference
@@ -72,15 +72,21 @@ def propose_and_weigh(
     Source:
         Wu et al. 2023 (twisted diffusion sampling), algorithm 1.
     """
-    bounds = _arguments.clip(clip)
-    ordinary = out is not_finite is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple
-    weighted = ordinary and plain(x, x0_hat, displacement) and plain(log_weights) and log_weights.dtype in WEIGHT_DTYPES
-    if weighted and type(displacement_scale) is float and log_weights.numel() == x.shape[0]:
+    bounds = () if clip is None else _arguments.clip(clip)
+    results = () if out is None else out
+    ordinary = type(backend) is str and backend == "auto" and type(coefficients) is tuple and type(results) is tuple
+    ordinary = ordinary and plain(x, x0_hat, displacement, *results[:1]) and plain(log_weights, *results[1:])
+    ordinary = ordinary and type(displacement_scale) is float and log_weights.dtype in WEIGHT_DTYPES
+    ordinary = ordinary and log_weights.numel() == x.shape[0]
+    given = x, x0_hat, displacement, log_weights
+    if ordinary and writable(out, (x, log_weights), not_finite, 3, given):
         try:
-            return _cpu(
+            moved = _cpu(
                 x, x0_hat, displacement, log_weights, coefficients, None, bounds, displacement_scale, None,
-                seed, step, stream, first_particle, None, None,
+                seed, step, stream, first_particle, None, None, out=out, not_finite=not_finite,
             )  # fmt: skip
+            tell_autograd(out, not_finite)
+            return moved
         except UNUSUAL:
             pass
     x = _arguments.state("x", x)

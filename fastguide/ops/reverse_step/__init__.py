@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...arguments import flag, got, one_of
 from .. import _arguments, _native
 from .._arguments import COUNTER, GUIDANCE, PREDICTIONS, SCALARS, SCALE, Clip, Coefficients, IntOrTensor, Scalar
-from .._operation import UNUSUAL, Operation, plain
+from .._operation import UNUSUAL, Operation, plain, tell_autograd, writable
 from . import reference
+
+_NONE = type(None)
 
 
 def reverse_step(
@@ -92,18 +96,28 @@ def reverse_step(
     bounds = () if clip is None else _arguments.clip(clip)
     if not bounds and clip_noise is False:
         clip_noise = True  # without a clip both values mean the same
-    ordinary = out is not_finite is None and type(backend) is str and backend == "auto" and type(coefficients) is tuple
-    ordinary = ordinary and type(displacement_scale) is float and unconditional is guidance_scale is None
-    if displacement is None:
-        ordinary = ordinary and bool(displacement_scale == 1.0) and plain(x, model_output)
+    ordinary = type(backend) is str and backend == "auto" and type(coefficients) is tuple
+    ordinary = ordinary and type(displacement_scale) is float
+    given = (x, model_output) if displacement is None else (x, model_output, displacement)
+    results: Any = None
+    if out is not_finite is unconditional is guidance_scale is None:  # the rest would take a tenth of a small step
+        ordinary = ordinary and plain(*given)
+    elif ordinary and type(guidance_scale) is (_NONE if unconditional is None else float):
+        given = given if unconditional is None else (*given, unconditional)
+        results = out if out is None or type(out) is tuple else (out,)
+        like = (x, x) if return_x0 is True else (x,)
+        ordinary = plain(*given, *(results or ())) and writable(results, like, not_finite, 4, given)
     else:
-        ordinary = ordinary and plain(x, model_output, displacement)
-    if ordinary:
+        ordinary = False
+    if ordinary and (displacement is not None or displacement_scale == 1.0):
         try:
             x_s, x0 = _launch(
-                x, model_output, coefficients, prediction, None, 1.0, bounds, clip_noise, displacement,
-                displacement_scale, seed, step, stream, first_particle, return_x0,
+                x, model_output, coefficients, prediction, unconditional,
+                1.0 if guidance_scale is None else guidance_scale, bounds, clip_noise, displacement,
+                displacement_scale, seed, step, stream, first_particle, return_x0, results, not_finite,
             )  # fmt: skip
+            if out is not not_finite:  # one of them is given
+                tell_autograd(results, not_finite)
             return (x_s, x0) if return_x0 else x_s
         except UNUSUAL:
             pass
