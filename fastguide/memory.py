@@ -64,7 +64,7 @@ class Memory:
 
         None where torch's own memory is as good, or the result has a derivative. ``others`` need not be tensors.
         """
-        return self.shaped(x.shape, x, *others)
+        return None if x.nbytes < _LEAST else self.shaped(x.shape, x, *others)
 
     def shaped(self, shape: Sequence[int], x: Tensor, *others: Any) -> Tensor | None:
         """Memory for a result of another shape and the dtype of ``x``, or None, see `like`."""
