@@ -5,6 +5,9 @@ the training every two minutes, and a run with the same file continues from it t
 
 Every step draws new phantoms, so that no image is seen twice. Their seed is 2^63 plus that of `--seed`: no smaller seed
 has been trained on. A run is deterministic for a given torch version and number of threads. It needs safetensors.
+
+The shipped run took 35 minutes of processor time on one core of an Intel Xeon with AVX-512, in 70 minutes beside other
+work. It began with `--steps 12000`, and was continued from its checkpoint with `--steps 9000` where the rate was flat.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ from fastguide.phantoms.generator import SIZE, generate
 from fastguide.schedules import vp_cosine
 from fastguide.training import (
     STEPS,
-    Report,
     draw,
     energy_distance,
     held_out_loss,
@@ -36,7 +38,7 @@ from fastguide.training import (
 from fastguide.unet import UNet
 
 CONFIG: dict[str, Any] = {"channels": 1, "widths": [48, 64, 96], "classes": 0, "patch": 2}
-TRAINING_STEPS, BATCH, LEARNING_RATE, EMA = 12_000, 16, 2e-3, 0.999
+TRAINING_STEPS, BATCH, LEARNING_RATE, EMA = 9_000, 16, 2e-3, 0.999
 SEEDS = 2**63  # those of the training begin here
 LEVELS = (50, 200, 400, 600, 800)  # of the noise table: where the denoiser is measured
 
@@ -49,9 +51,7 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 100, 3 * (1 - step / steps))
 
 
-def train_prior(
-    net: UNet, *, steps: int, seed: int = 0, report: Report | None = None, checkpoint: Path | None = None
-) -> UNet:
+def train_prior(net: UNet, *, steps: int, seed: int = 0, **options: Any) -> UNet:
     """Train a denoiser on new phantoms at every step, and return the average of its weights; see `optimise`."""
     table = noise_table()
 
@@ -67,8 +67,7 @@ def train_prior(
         weight_decay=0.01,
         ema=EMA,
         rate=rate,
-        report=report,
-        checkpoint=checkpoint,
+        **options,
     )
 
 
