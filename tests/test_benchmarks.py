@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import cases, memory, profile, report, samplers, timing, traffic
+from benchmarks import against, cases, memory, profile, report, samplers, timing, traffic
 from benchmarks.cases import CASES, Case, Figure, Rival, Setting
 from fastguide import ops, reference
 
@@ -365,3 +365,24 @@ def test_the_meter_sees_forward_and_backward_and_nothing_else(monkeypatch):
     with torch.no_grad():
         net(x, torch.zeros(2))
     assert meter.seconds == 16.0
+
+
+def test_cases_are_compared_with_another_checkout(capsys):
+    """The other checkout is this one."""
+    here = Path(samplers.__file__).parents[1]
+    assert against.main([str(here), "reverse_step/small", "integrations/deepinv-dps-bare", "--quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.startswith(("reverse_step/small ", "integrations/deepinv-")) for line in lines)
+    (line,) = (line for line in lines if line.startswith("reverse_step"))
+    assert all(float(word) > 0 for word in (line.split()[1], line.split()[4], line.split()[6], line.split()[8]))
+
+
+def test_the_other_checkout_and_its_cases_must_be_there(capsys, tmp_path):
+    here = str(Path(samplers.__file__).parents[1])
+    for arguments, said in (
+        ([str(tmp_path)], "expected the folder of a checkout"),
+        ([here, "nothing"], "NAME: expected"),
+    ):
+        with pytest.raises(SystemExit):
+            against.main([*arguments, "--quick"])
+        assert said in " ".join(capsys.readouterr().err.split())
