@@ -45,7 +45,11 @@ class NinjaBuild(build_ext):
             CUDA["reason"] = "FASTGUIDE_CUDA=0" if WISH == "0" else "no nvcc under CUDA_HOME or on PATH"
             return ""
         text = subprocess.getoutput("{0} --version; {0} --list-gpu-arch".format(shlex.quote(nvcc)), errors="replace")
-        asked = re.findall(r"\w+", os.environ.get("FASTGUIDE_CUDA_ARCHS", ""))  # nvcc says what is wrong with it
+        wish = os.environ.get("FASTGUIDE_CUDA_ARCHS", "")
+        asked = re.findall(r"\w+", wish)  # nvcc says what is wrong with a number
+        if not all(arch.isdecimal() for arch in asked):
+            CUDA.update(status="failed", reason=f"FASTGUIDE_CUDA_ARCHS: expected numbers such as 80;90, got {wish}")
+            return ""
         archs = asked or [a for a in ("75", "80", "86", "89", "90", "100", "120") if f"compute_{a}" in text.split()]
         if not archs or not (version := re.search(r"V(\d[\d.]*)", text)):
             CUDA.update(status="failed", reason="nvcc names no version or arch", error=text.splitlines()[-12:])

@@ -196,8 +196,7 @@ class Denoiser:
         output = self._evaluate("net", self.net, x, t, rows)
         if self.unconditional is None or self.guidance_scale is None:
             return output, None, None
-        if not output.requires_grad:
-            output = foreign.memory().own(output)  # both networks may return the same memory
+        output = foreign.memory().own(output)  # both networks may return the same memory
         base = self._evaluate("unconditional", self.unconditional, x, t, rows)
         return output, base, self.scale_at(level, x, rows)
 

@@ -761,7 +761,12 @@ class Poisson(_Density):
         rate = (z.double() + self.background) / scale
         missing = (self._least_rate - rate).clamp(min=0.0)
         log_rate = torch.log(rate.clamp(min=self._least_rate)) - missing / self._least_rate
-        return (counts * log_rate - rate.clamp(min=0.0) - torch.lgamma(counts + 1.0)).flatten(1).sum(1)
+        known = self._log_factorials if scale == self.scale else None
+        if known is None:
+            known = torch.lgamma(counts + 1.0).flatten(1).sum(1)
+        elif rows is not None:
+            known = known[rows]
+        return (counts * log_rate - rate.clamp(min=0.0)).flatten(1).sum(1) - known
 
     def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
         # At most the weight of one count, as for the parabola: 1 / rate would be ten times that at dark rates.

@@ -104,10 +104,11 @@ class Memory:
         """
         holders = []
         for tensor in (torch.empty(1, device="cpu"), x):
-            storage = tensor.untyped_storage()
+            alias = tensor.detach()  # without a graph, whose derivative looks at x
+            storage = alias.untyped_storage()
             holders.append(_holders(storage))
         # Memory that torch did not allocate, such as an array's, cannot be resized; its holders are unknown.
-        alone = _large(x) and holders[0] == holders[1] and storage.resizable() and not storage.is_shared()
+        alone = _large(alias) and holders[0] == holders[1] and storage.resizable() and not storage.is_shared()
         return x if alone else self.copy(x)
 
     def copy(self, x: Tensor) -> Tensor:

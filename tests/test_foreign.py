@@ -595,6 +595,32 @@ def test_networks_may_return_the_same_memory_every_time(prediction, array):
         assert torch.equal(got, expected)
 
 
+class _InOneBuffer(torch.autograd.Function):
+    """``k x`` in memory that all calls share, with a graph, as a callable that replays CUDA graphs returns it."""
+
+    memory = torch.empty(8, 3, dtype=torch.float64)
+
+    @staticmethod
+    def forward(ctx, x, k):
+        ctx.k = k
+        return torch.mul(x, k, out=_InOneBuffer.memory[: len(x)]).detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.k, None
+
+
+@pytest.mark.parametrize("guidance", [fg.DPS, fg.PiGDM, lambda v: fg.TDS(v, 2)])
+def test_networks_with_a_graph_may_return_the_same_memory_every_time(guidance):
+    def samples(times):
+        free = dict(unconditional=lambda x, t: times(x, -0.4), guidance_scale=2.5)
+        denoiser = prior(lambda x, t: times(x, 0.3), prediction="v", **free)
+        likelihood = fg.likelihoods.Gaussian(Y, fg.operators.Matrix(MATRIX), SCALE)
+        return fg.sample(denoiser, (len(Y), 3), guidance=guidance(likelihood), steps=4, seed=1, dtype=torch.float64).x
+
+    assert torch.equal(samples(_InOneBuffer.apply), samples(torch.mul))
+
+
 class _Remembers(fg.operators.LinearOperator):
     """Returns the same memory at every call without a derivative, if ``reuse``."""
 

@@ -321,7 +321,8 @@ def per_sample(name: str, value: Any, x: Tensor) -> tuple[float, Tensor | None]:
     if not isinstance(value, Tensor):
         return number(name, value, others=f" or a tensor [{x.shape[0]}]"), None
     value = own(name, value)
-    if value.shape not in ((), x.shape[:1]) or not value.is_floating_point() or value.device != x.device:
+    fits = value.ndim == 0 or value.shape == x.shape[:1]  # not by `in`, which compares symbols for identity
+    if not fits or not value.is_floating_point() or value.device != x.device:
         raise ValueError(
             f"{name}: expected a number or a floating tensor [{x.shape[0]}] on {x.device}, "
             f"got {value.dtype} {list(value.shape)} on {value.device}"

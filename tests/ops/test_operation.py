@@ -524,6 +524,17 @@ def test_gradients_through_a_compiled_step(per_sample, return_x0):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+def test_a_compiled_function_of_any_size_takes_a_scale_for_each_sample():
+    def f(x, scale):
+        step = ops.reverse_step(x, x, VP, unconditional=2 * x, guidance_scale=scale, prediction="v")
+        return step + ops.predict_x0(x, x, VP[:2], prediction="v", unconditional=2 * x, guidance_scale=scale)
+
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=True)
+    for number in (3, 5):
+        x, scale = normal(number, 4), torch.linspace(-1, 2, number)
+        torch.testing.assert_close(compiled(x, scale), f(x, scale))
+
+
 def test_a_recorded_graph_holds_the_operators():
     """A kernel writes where a recorder does not look: the record would hold memory that nobody fills."""
 
