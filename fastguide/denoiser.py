@@ -190,14 +190,11 @@ class Denoiser:
         """
         _check_call(x, level, rows)
         self.check_level(level)
-        # Never half precision: bfloat16 keeps only eight bits of a time.
-        dtype = torch.int64 if self.schedule.discrete else torch.promote_types(x.dtype, torch.float32)
-        t = torch.full((x.shape[0],), level.t, dtype=dtype, device=x.device)
-        output = self._evaluate("net", self.net, x, t, rows)
+        output = self._evaluate("net", self.net, x, level, rows)
         if self.unconditional is None or self.guidance_scale is None:
             return output, None, None
         output = foreign.memory().own(output)  # both networks may return the same memory
-        base = self._evaluate("unconditional", self.unconditional, x, t, rows)
+        base = self._evaluate("unconditional", self.unconditional, x, level, rows)
         return output, base, self.scale_at(level, x, rows)
 
     def scale_at(self, level: Level, x: Tensor, rows: Tensor | None) -> Any:
@@ -319,11 +316,15 @@ class Denoiser:
                     f"shape: expected {net.observations} observations, for which {name} has conditions, got {number}"
                 )
 
-    def _evaluate(self, name: str, net: Net, x: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
+    def _evaluate(self, name: str, net: Net, x: Tensor, level: Level, rows: Tensor | None) -> Tensor:
         dtype = self._dtypes[name] if self._dtypes else _dtype_of(net.net if isinstance(net, Conditional) else net)
         given = x if dtype is None else x.to(dtype)
+        # Never half precision: bfloat16 keeps only eight bits of a time. A new one for each network, which owns it.
+        kind = torch.int64 if self.schedule.discrete else torch.promote_types(x.dtype, torch.float32)
+        t = torch.full((x.shape[0],), level.t, dtype=kind, device=x.device)
+        more = {"rows": rows} if isinstance(net, Conditional) else {}
         try:
-            output = foreign.call(net, given, t, rows) if isinstance(net, Conditional) else foreign.call(net, given, t)
+            output = foreign.call(lambda x: net(x, t, **more), given)
         except Exception as error:
             error.add_note(
                 f"{name}: raised when called with x {given.dtype} {list(x.shape)}{_grad_words(x)} and t {t.dtype} "

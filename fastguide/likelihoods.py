@@ -572,7 +572,7 @@ class Gaussian(_Density):
             gram: ``A C_t A^T``, ``[n, m, m]``. Eigenvalues of the sum below ``scale^2`` are raised to it.
 
         Returns:
-            float64 ``[n]``, NaN where ``gram`` is not finite, and a tensor like ``z``.
+            float64 ``[n]`` and a tensor like ``z``, both NaN where ``gram`` is not finite.
 
         Raises:
             ValueError: ``scale`` is 0.
@@ -592,12 +592,8 @@ class Gaussian(_Density):
             assert gradient is not None
             return log_prob, gradient
         residual = (y - z).flatten(1).double()
-        gram = 0.5 * (gram + gram.mT).double()
-        finite = torch.isfinite(gram)
-        gram = torch.where(finite, gram, 0.0)  # eigh would raise
-        gradient, log_det = ops.solve_positive_part(gram, residual, variance=scale**2)
+        gradient, log_det = ops.solve_positive_part(gram.double(), residual, variance=scale**2)
         log_prob = -0.5 * ((residual * gradient).sum(1) + log_det + residual.shape[1] * math.log(2 * math.pi))
-        log_prob = torch.where(finite.flatten(1).all(1), log_prob, math.nan)
         return log_prob, gradient.to(z.dtype).reshape(z.shape)
 
     @staticmethod

@@ -24,6 +24,7 @@ from fastguide.guidance.base import State
 from fastguide.guidance.plain import Plain
 from fastguide.likelihoods import Gaussian, Laplace, Poisson, StudentT
 from fastguide.operators import AveragePool, Blur, Inpainting
+from fastguide.ops._operation import Operation
 
 VP = (0.6, 0.8, 0.8, 0.6, 0.3)
 
@@ -189,3 +190,57 @@ def test_operations_ask_nothing():
             if family != "poisson" or extra_variance is None:
                 options = dict(family=family, df=3.0 if family == "student_t" else None, extra_variance=extra_variance)
                 ops.log_prob_and_gradient(x, x[:2], scale=1.0, rows=rows, **options)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what takes a kernel: no views, no allocations, no passes that only the stand-in device makes for flags."""
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.paused = 0, 0
+        self.free = {"detach", "expand", "unsqueeze", "slice", "select", "permute", "t", "view", "_unsafe_view"}
+        self.free |= {"alias", "unbind", "reshape", "empty", "empty_like", "new_empty", "empty_strided"}
+        self.free |= {"device", "promote_types"}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += not self.paused and function.overloadpacket.__name__ not in self.free
+        return function(*args, **(kwargs or {}))
+
+
+class Costless(torch.autograd.Function):
+    """A network whose passes launch nothing."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+# On a GPU `resample` is one of these, and one kernel where an observation has at most 4,096 particles. The like of
+# `gather_particles_` is two or three kernels and a clearing. So a step launches at most 40.
+@pytest.mark.parametrize("covariance", ["moment", "isotropic"])
+@pytest.mark.parametrize("operator", [AveragePool(4), fg.operators.Matrix(torch.ones(4, 64), (1, 8, 8))])
+def test_launches_of_a_step_with_four_measurements(operator, covariance, monkeypatch):
+    likelihood = Gaussian(torch.zeros_like(operator(torch.zeros(2, 1, 8, 8))), operator, 0.1)
+    guidance = fg.TDS(likelihood, 64, covariance=covariance)
+    counted, watch_flags = Launches(), Operation._watch
+
+    def paused(self, not_finite, args):
+        counted.paused += 1
+        watch_flags(self, not_finite, args)
+        counted.paused -= 1
+
+    monkeypatch.setattr(Operation, "_watch", paused)
+    with fake_tensors():
+        prior = fg.Denoiser(lambda x, t: Costless.apply(x), fg.schedules.vp_cosine(100), prediction="v")
+        run = sampling.prepare_run(
+            prior, (2, 1, 8, 8), guidance, 4, None, None, None, 7, None, torch.float32, "meta", None
+        )
+        prepared = guidance.prepare(run)
+        state = prepared.step(run, prepared.start(run), 0)
+        with counted:
+            prepared.step(run, state, 1)
+    assert counted.number <= 36

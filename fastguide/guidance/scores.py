@@ -13,7 +13,7 @@ from .. import foreign
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
 from ..memory import Memory
-from ..operators import Function, LinearOperator, Operator
+from ..operators import Function, LinearOperator, Operator, Pairs
 from ..ops._arguments import Scalar
 from ..profiling import phase
 from ..reference import scaled, x0_coefficients
@@ -104,7 +104,7 @@ class PullBack:
     """
 
     def __init__(self, run: Run, x: Tensor, i: int, rows: Tensor):
-        level, denoiser = run.levels[i], run.denoiser
+        level, denoiser, self.run = run.levels[i], run.denoiser, run
         self._x, self._vanishing = x.detach().requires_grad_(), run.vanishing(i)
         with torch.enable_grad(), phase("network"):
             output, base, scale = denoiser.outputs(self._x, level, rows)
@@ -114,11 +114,11 @@ class PullBack:
         self._of_x: Any = p / q
         self._outputs = [(output, 1.0)] if base is None else [(output, scale), (base, 1 - scale)]
 
-    def __call__(self, v: Tensor, retain_graph: bool = False) -> Tensor:
-        """The product ``(d x0_hat / d x_t)^T v / q`` for ``v`` ``[n, *event]``, in new memory."""
+    def __call__(self, v: Tensor, retain_graph: bool = False, out: Tensor | None = None) -> Tensor:
+        """The product ``(d x0_hat / d x_t)^T v / q`` for ``v`` ``[n, *event]``, in ``out`` or in new memory."""
         memory = foreign.memory()
         if self._vanishing:
-            return memory.copy(v)
+            return memory.copy(v) if out is None else out.copy_(v)
         outputs = [output for output, _ in self._outputs]
         with torch.no_grad():
             given = [weighted(v, factor, memory) for _, factor in self._outputs]
@@ -133,8 +133,7 @@ class PullBack:
             raise ValueError("net: expected an output that depends on x, got one that autograd cannot follow to it")
         with torch.no_grad():
             through = through if size is None else through * size
-            out = None if retain_graph else memory.like(v)  # many results would empty the cache of the loop's blocks
-            return torch.add(through, v, alpha=self._of_x, out=out)
+            return torch.add(through, v, alpha=self._of_x, out=memory.like(v) if out is None else out)
 
 
 def power_of_two(vectors: Sequence[Tensor]) -> Tensor:
@@ -188,6 +187,18 @@ def direct_score(
     return pull_back(back), log_prob, gradient
 
 
+def _rows(run: Run, linear: LinearOperator, y: Tensor, samples: int) -> Sequence[Tensor]:
+    """The rows of ``A``, each ``[1, *event]``; where samples have an ``A`` of their own, ``[n, *event]``."""
+    m = y[0].numel()
+    if linear.observations is not None:
+        units = torch.eye(m, dtype=y.dtype, device=y.device).reshape(m, 1, *y.shape[1:])
+        return [linear.adjoint(unit.expand(samples, *y.shape[1:])).clone() for unit in units]
+    if not run.rows_of_operator:
+        units = torch.eye(m, dtype=y.dtype, device=y.device).reshape(m, *y.shape[1:])
+        run.rows_of_operator.extend(linear.adjoint(units).clone()[:, None])
+    return run.rows_of_operator
+
+
 def moment_score(
     pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float | Tensor, spread: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,19 +209,22 @@ def moment_score(
     """
     linear, x0 = likelihood.operator, pull_back.x0
     assert isinstance(linear, LinearOperator)  # `supports` has checked it
+    memory, m = foreign.memory(), y[0].numel()
     with torch.no_grad():
-        z = linear(x0).clone()  # an operator may return the same memory at every call, here and below
-        m = z[0].numel()
-        units = torch.eye(m, dtype=z.dtype, device=z.device).reshape(m, *z.shape[1:])
-        # The rows of A; where samples have an A of their own, the rows of each.
-        one = linear.observations is None
-        rows = linear.adjoint(units) if one else [linear.adjoint(u.expand_as(z)).clone() for u in units]
-        # Contiguous, since zero strides would slow every operation of the network's backward pass.
-        columns = [pull_back(row.expand_as(x0).contiguous(), retain_graph=j + 1 < m) for j, row in enumerate(rows)]
-        gram = scaled(torch.stack([linear(c.to(z.dtype)).flatten(1).clone() for c in columns], dim=2), spread)
-        log_prob, gradient = likelihood.moment(z, y, scale, gram)  # type: ignore[attr-defined]
-        weights = gradient.flatten(1).to(columns[0].dtype)
-        in_x = columns[0].mul_(per_sample(weights[:, 0], columns[0]))
-        for j, column in enumerate(columns[1:], start=1):
-            in_x.addcmul_(column, per_sample(weights[:, j], column))
+        columns = memory.shaped((m, *x0.shape), x0)
+        columns = x0.new_empty(m, *x0.shape) if columns is None else columns
+        for j, row in enumerate(_rows(pull_back.run, linear, y, len(x0))):
+            pull_back(row.expand_as(x0), retain_graph=j + 1 < m, out=columns[j])
+        # The user's own operator gets no more samples than a chunk has, and may return the same memory at every call.
+        users = type(linear).__module__ != Operator.__module__ or isinstance(linear, Function | Pairs)
+        if linear.observations is None and not users:
+            gram = linear(columns.flatten(0, 1).to(y.dtype)).reshape(m, len(x0), m).permute(1, 2, 0)
+        else:
+            gram = torch.stack([linear(column.to(y.dtype)).flatten(1).clone() for column in columns], dim=2)
+        gram = scaled(gram, spread)
+        log_prob, gradient = likelihood.moment(linear(x0), y, scale, gram)  # type: ignore[attr-defined]
+        weights = gradient.flatten(1).to(x0.dtype)
+        in_x = torch.mul(columns[0], per_sample(weights[:, 0], x0), out=memory.like(x0))
+        for j in range(1, m):
+            in_x.addcmul_(columns[j], per_sample(weights[:, j], x0))
     return in_x, log_prob, gradient

@@ -76,7 +76,9 @@ class TDS:
         else:  # x is x_0: the exact likelihood
             twist = {"log_prob": exact_log_prob(run, self.likelihood, x)}
         with phase("weights"):
-            change = log_ratio(twist["log_prob"], state.particles["log_prob"])
+            new, old = twist["log_prob"], state.particles["log_prob"]
+            # Only a Callable says that a particle is dead.
+            change = log_ratio(new, old) if isinstance(self.likelihood, CallableLikelihood) else new - old
             log_weights = log_weights + change.reshape(log_weights.shape)
         return State(x, log_weights, twist, ess, ancestors)
 

@@ -13,6 +13,7 @@ from ..ops._arguments import readable
 
 __all__ = ["STATE", "Watch"]
 
+_FLAGS = 512  # made at a time
 STATE = "state"  # blamed where a step overflowed: its inputs were finite
 
 # The order of computation within a step: the earliest function is blamed, since later values follow from it.
@@ -54,6 +55,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._notes: list[_Note] = []
+        self._cleared: Tensor | None = None  # flags that nobody has yet
         self._order: list[int] = []  # the order of the values in `numbers`, which groups them by dtype
 
     def finite(self, i: int, function: str, value: Tensor) -> None:
@@ -65,7 +67,13 @@ class Watch:
 
         ``functions`` names the source of each input, in order.
         """
-        flags = torch.zeros(len(functions), dtype=torch.int32, device=device)
+        number = len(functions)
+        if device.type == "cpu":
+            flags = torch.zeros(number, dtype=torch.int32, device=device)
+        else:  # some of many, which one launch has cleared
+            if self._cleared is None or len(self._cleared) < number:
+                self._cleared = torch.zeros(_FLAGS, dtype=torch.int32, device=device)
+            flags, self._cleared = self._cleared[:number], self._cleared[number:]
         self._notes.append(_Note(i, functions, "flags", (flags,)))
         return flags
 
@@ -79,6 +87,7 @@ class Watch:
 
     def clear(self) -> None:
         self._notes.clear()
+        self._cleared = None  # a graph must clear its own
 
     def numbers(self) -> Tensor:
         """All notes as one tensor on the device. Their names stay here, for `report`."""

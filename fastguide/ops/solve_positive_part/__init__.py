@@ -29,14 +29,14 @@ def solve_positive_part(
     with a warning.
 
     Args:
-        gram: ``[n, m, m]`` in float64, symmetric and finite. Neither is checked.
+        gram: ``[n, m, m]`` in float64. Its symmetric part ``(gram + gram^T) / 2`` counts.
         residual: ``[n, m]`` in float64, on the device of ``gram``.
         variance: The variance of the measurement's noise, a number > 0.
         backend: As in `randn`.
 
     Returns:
-        solution: ``S^-1 residual``, ``[n, m]`` in float64.
-        log_determinant: ``log det S``, ``[n]`` in float64.
+        solution: ``S^-1 residual``, ``[n, m]`` in float64; NaN where ``gram`` is not finite.
+        log_determinant: ``log det S``, ``[n]`` in float64; NaN where ``gram`` is not finite.
 
     Raises:
         TypeError: ``gram`` or ``residual`` is not a tensor, or ``variance`` is not a number.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,12 +16,16 @@ def solve_positive_part(gram: Tensor, residual: Tensor, variance: float) -> tupl
 
     CPU tensors take eigenvalues, and other tensors matrix products.
     """
+    gram = 0.5 * (gram + gram.mT)
     if not gram.is_cpu:  # there eigh waits for the device
         return solve_by_products(gram, residual, variance)
-    eigenvalues, basis = torch.linalg.eigh(gram)
+    finite = torch.isfinite(gram).flatten(1).all(1)
+    eigenvalues, basis = torch.linalg.eigh(torch.where(finite[:, None, None], gram, 0.0))  # it raises for a NaN
     eigenvalues = eigenvalues.clamp(min=0) + variance
     c = (basis.mT @ residual[..., None])[..., 0]
-    return (basis @ (c / eigenvalues)[..., None])[..., 0], torch.log(eigenvalues).sum(1)
+    solution = (basis @ (c / eigenvalues)[..., None])[..., 0]
+    log_determinant = torch.log(eigenvalues).sum(1)
+    return torch.where(finite[:, None], solution, math.nan), torch.where(finite, log_determinant, math.nan)
 
 
 # Iterated odd polynomials converge to the sign (Higham 2008, chapter 5). The quintics map [1e-10, 1], relative to the

@@ -33,7 +33,10 @@ def solve_positive_part_kernel(
     inside = live[:, None] & (i < size)[None, :]
     identity = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(tl.float64)[None, :, :]
     place = matrix[:, None, None] * (size * size) + i[None, :, None] * size + i[None, None, :]
-    g = tl.load(gram + place, mask=inside[:, :, None] & (i < size)[None, None, :], other=0.0)
+    whole = inside[:, :, None] & (i < size)[None, None, :]
+    mirrored = matrix[:, None, None] * (size * size) + i[None, None, :] * size + i[None, :, None]
+    g = tl.load(gram + place, mask=whole, other=0.0)
+    g = 0.5 * (g + tl.load(gram + mirrored, mask=whole, other=0.0))
 
     norm = tl.sqrt(tl.sum(tl.sum(g * g, axis=2), axis=1))[:, None, None]
     sign = g / tl.where(norm > 0.0, norm, 1.0)
