@@ -567,6 +567,23 @@ def test_a_gradient_that_is_not_finite_is_named():
         check(FloatingPointError, r"^gradient of the net or the (likelihood|reward): expected", guidance=guidance)
 
 
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 0.3 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan
+
+
+@pytest.mark.parametrize("covariance", ["point", "isotropic", "moment"])
+def test_a_networks_backward_pass_that_is_not_finite_is_named(covariance):
+    prior = Denoiser(lambda x, t: _NoGradient.apply(x), SCHEDULE, "v")
+    for guidance in (DPS(LIKELIHOOD, covariance=covariance), TDS(LIKELIHOOD, 4, covariance=covariance)):
+        check(FloatingPointError, r"^gradient of the net or the operator: expected", prior=prior, guidance=guidance)
+
+
 def test_a_network_whose_output_does_not_depend_on_x_is_refused_where_a_gradient_is_needed():
     weight = torch.ones((), requires_grad=True)
     prior = Denoiser(lambda x, t: weight * x.detach(), SCHEDULE, "v")

@@ -46,6 +46,7 @@ def assert_same(a: fg.Samples, b: fg.Samples) -> None:
         assert (u is None and v is None) or torch.equal(u, v), name
 
 
+# Chunks of one sample, of some particles of an observation, and of all those of two.
 @ALL
 @pytest.mark.parametrize("chunk_size", [1, 5, 48])
 def test_chunks_change_nothing(name, chunk_size):

@@ -45,7 +45,9 @@ def likelihood_score(
     x0_hat, gradient, log_prob, *more = run.in_chunks(chunk, x)
     if isinstance(likelihood, CallableLikelihood):  # -inf has no useful gradient
         gradient = torch.where(per_sample(log_prob, gradient) == -math.inf, 0.0, gradient)
-    _watch_log_prob(run, i, likelihood, log_prob)
+    # The density of second moments knows the network's derivative.
+    blamed = gradient_blamed(likelihood) if covariance == "moment" else likelihood.blamed
+    _watch_log_prob(run, i, likelihood, log_prob, blamed)
     return x0_hat, gradient, log_prob, *more
 
 
@@ -63,7 +65,7 @@ def likelihood_value(run: Run, likelihood: Likelihood, covariance: str, x: Tenso
 
     with torch.no_grad():
         x0_hat, log_prob = run.in_chunks(chunk, x)
-    _watch_log_prob(run, i, likelihood, log_prob)
+    _watch_log_prob(run, i, likelihood, log_prob, likelihood.blamed)
     return x0_hat, log_prob
 
 
@@ -76,14 +78,14 @@ def exact_log_prob(run: Run, likelihood: Likelihood, x: Tensor) -> Tensor:
 
     with torch.no_grad(), phase("weights"):
         log_prob = run.in_chunks(chunk, x)[0]
-    _watch_log_prob(run, run.steps - 1, likelihood, log_prob)
+    _watch_log_prob(run, run.steps - 1, likelihood, log_prob, likelihood.blamed)
     return log_prob
 
 
-def _watch_log_prob(run: Run, i: int, likelihood: Likelihood, log_prob: Tensor) -> None:
+def _watch_log_prob(run: Run, i: int, likelihood: Likelihood, log_prob: Tensor, blamed: str) -> None:
     # A user's function may return -inf for an impossible y. An error model does so only where A x is infinite.
     allowed = isinstance(likelihood, CallableLikelihood)
-    (run.watch.log_prob if allowed else run.watch.finite)(i, likelihood.blamed, log_prob)
+    (run.watch.log_prob if allowed else run.watch.finite)(i, blamed, log_prob)
 
 
 def gradient_blamed(likelihood: Any) -> str:

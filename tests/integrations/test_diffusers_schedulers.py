@@ -149,6 +149,7 @@ def cases():
 CASES = [pytest.param(*case, id=f"{i}-{case[0]}") for i, case in enumerate(cases())]
 
 
+# Every scheduler with each value of each setting that it reads, and with the settings that act on each other.
 @pytest.mark.parametrize(("name", "config", "options"), CASES)
 def test_trajectories(name, config, options):
     theirs, mine = both(name, **config)

@@ -14,10 +14,10 @@ from fastguide import ops
 LEVELS = (0.6, 0.8, 0.8, 0.6, 0.35)
 TABLE = tuple(torch.full((3,), value, dtype=torch.float64) for value in LEVELS)
 # One particle is shorter than a vector, and with its neighbour does not fill the next.
-X, OUTPUT, MOVED = torch.randn(3, 3, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
+X, OUTPUT, MOVED = (x.clone() for x in torch.randn(3, 3, 5, 7, generator=torch.Generator().manual_seed(0)))
 WEIGHTS = torch.tensor([0.0, -1.0, 0.5])
 
-# Each operation; reverse_step also with a table and with two results.
+# Each operation; reverse_step also with a table and with two results. Calls with numbers alone take a short way.
 CALLS = {
     "randn": partial(ops.randn, (3, 5, 7), seed=1),
     "predict_x0": partial(
@@ -27,6 +27,10 @@ CALLS = {
     "reverse_step of a table": partial(ops.reverse_step, X, OUTPUT, TABLE, clip=1.0, seed=1),
     "reverse_step with x0": partial(ops.reverse_step, X, OUTPUT, LEVELS, return_x0=True),
     "propose_and_weigh": partial(ops.propose_and_weigh, X, OUTPUT, MOVED, WEIGHTS, LEVELS, seed=1),
+    "predict_x0 with a number": partial(
+        ops.predict_x0, X, OUTPUT, LEVELS[:2], prediction="v", unconditional=MOVED, guidance_scale=2.0
+    ),
+    "solve_positive_part": partial(ops.solve_positive_part, X[:, :, :5].double(), X[:, 0, :5].double(), variance=0.3),
     "resample": partial(ops.resample, WEIGHTS, num=5, seed=1),
     "log_prob_and_gradient": partial(ops.log_prob_and_gradient, X, OUTPUT, family="student_t", scale=0.5, df=3.0),
 }

@@ -86,7 +86,7 @@ def propose_and_weigh(
                 seed, step, stream, first_particle, None, None, out=out, not_finite=not_finite,
             )  # fmt: skip
             tell_autograd(out, not_finite)
-            return moved
+            return moved if out is None else out
         except UNUSUAL:
             pass
     x = _arguments.state("x", x)

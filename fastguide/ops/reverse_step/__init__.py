@@ -104,7 +104,7 @@ def reverse_step(
         ordinary = ordinary and plain(*given)
     elif ordinary and type(guidance_scale) is (_NONE if unconditional is None else float):
         given = given if unconditional is None else (*given, unconditional)
-        results = out if out is None or type(out) is tuple else (out,)
+        results = out if out is None or (return_x0 is True and type(out) is tuple) else (out,)
         like = (x, x) if return_x0 is True else (x,)
         ordinary = plain(*given, *(results or ())) and writable(results, like, not_finite, 4, given)
     else:
@@ -118,7 +118,7 @@ def reverse_step(
             )  # fmt: skip
             if out is not not_finite:  # one of them is given
                 tell_autograd(results, not_finite)
-            return (x_s, x0) if return_x0 else x_s
+            return ((x_s, x0) if return_x0 else x_s) if out is None else out
         except UNUSUAL:
             pass
     x = _arguments.state("x", x)

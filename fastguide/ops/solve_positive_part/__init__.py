@@ -14,7 +14,12 @@ LIMIT = 16  # rows of a matrix that the kernel serves
 
 
 def solve_positive_part(
-    gram: Tensor, residual: Tensor, *, variance: float, backend: str = "auto"
+    gram: Tensor,
+    residual: Tensor,
+    *,
+    variance: float,
+    out: tuple[Tensor, Tensor] | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Solves with ``S = variance I + gram_+``, where ``gram_+`` is ``gram`` with negative eigenvalues set to 0.
 
@@ -32,6 +37,7 @@ def solve_positive_part(
         gram: ``[n, m, m]`` in float64. Its symmetric part ``(gram + gram^T) / 2`` counts.
         residual: ``[n, m]`` in float64, on the device of ``gram``.
         variance: The variance of the measurement's noise, a number > 0.
+        out: A tuple of tensors for both results, as in `randn`.
         backend: As in `randn`.
 
     Returns:
@@ -40,7 +46,8 @@ def solve_positive_part(
 
     Raises:
         TypeError: ``gram`` or ``residual`` is not a tensor, or ``variance`` is not a number.
-        ValueError: Shapes, dtypes or devices do not match, or ``variance`` is out of range.
+        ValueError: Shapes, dtypes or devices do not match, ``variance`` is out of range, or ``out`` is given for a
+            result that has a gradient.
         RuntimeError: The named backend cannot serve the call.
 
     Source:
@@ -55,7 +62,10 @@ def solve_positive_part(
         raise ValueError(f"residual: expected shape [n, m], got {list(residual.shape)}")
     if gram.shape != (*residual.shape, residual.shape[1]):
         raise ValueError(f"gram: expected shape [n, m, m] for residual [n, m], got {list(gram.shape)}")
-    return _solve_positive_part(backend, gram, residual, number("variance", variance, above=0.0))
+    expected = (residual.shape, residual.dtype), (residual.shape[:1], residual.dtype)
+    into = _arguments.out(out, expected, gram.device, (gram, residual))
+    results = _solve_positive_part(backend, gram, residual, number("variance", variance, above=0.0), out=into)
+    return results if out is None else out
 
 
 def _fake(gram, residual, variance):

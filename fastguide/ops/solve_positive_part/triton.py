@@ -66,10 +66,10 @@ def solve_positive_part_kernel(
     tl.store(log_det + matrix, total, mask=live)
 
 
-def call(gram, residual, variance):
+def call(gram, residual, variance, out=None):
     gram, residual = gram.contiguous(), residual.contiguous()
     number, rows = residual.shape
-    solution, log_det = torch.empty_like(residual), residual.new_empty(number)
+    solution, log_det = out or (torch.empty_like(residual), residual.new_empty(number))
     if residual.numel() == 0:
         return solution, log_det.zero_()
     padded = triton.next_power_of_2(max(rows, 2))
