@@ -161,6 +161,18 @@ def test_training_learns(small):
     assert training.held_out_loss(net, images, repeats=2) < 0.8 * training.held_out_loss(small_net(), images, repeats=2)
 
 
+def test_every_step_has_new_phantoms_of_a_seed_that_is_left_to_the_training(small, monkeypatch):
+    calls = []
+
+    def watched(number, *, seed, first):
+        calls.append((number, seed, first))
+        return phantoms.generate(number, seed=seed, first=first)
+
+    monkeypatch.setattr(train, "generate", watched)
+    train.train_prior(small_net(), steps=3, seed=7)
+    assert calls == [(4, 2**63 + 7, 0), (4, 2**63 + 7, 4), (4, 2**63 + 7, 8)]
+
+
 def test_training_continues_to_the_same_bits(small, tmp_path):
     whole = train.train_prior(small_net(), steps=9)
 
