@@ -114,7 +114,7 @@ def reverse_step(
             x_s, x0 = _launch(
                 x, model_output, coefficients, prediction, unconditional,
                 1.0 if guidance_scale is None else guidance_scale, bounds, clip_noise, displacement,
-                displacement_scale, seed, step, stream, first_particle, return_x0, results, not_finite,
+                displacement_scale, seed, step, stream, first_particle, return_x0, out=results, not_finite=not_finite,
             )  # fmt: skip
             if out is not not_finite:  # one of them is given
                 tell_autograd(results, not_finite)
