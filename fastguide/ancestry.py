@@ -30,8 +30,12 @@ class Ancestry:
     """
 
     def __init__(self, observations: int, particles: int, device: torch.device):
+        self._one = torch.ones((), device=device)
         self.first = torch.arange(particles, dtype=torch.int32, device=device).repeat(observations, 1)  # [B, K]
-        self.log_factor = torch.zeros(observations, dtype=torch.float64, device=device)  # [B], of the product
+        # Of each step, [B]: the effective sample size before it, and the sum of the squared offspring after it. The
+        # logarithms of the product are taken once, at the end: on a GPU they would be seven launches a step.
+        self._ess: list[Tensor] = []
+        self._squares: list[Tensor] = []
 
     def follow(self, ancestors: Tensor, ess: Tensor) -> None:
         """Go on over one step.
@@ -42,21 +46,32 @@ class Ancestry:
                 is missed.
             ess: ``[B]``, the effective sample size before it.
         """
-        particles, index = ancestors.shape[1], ancestors.long()
+        index = ancestors.long()
         counts = torch.zeros(index.shape, dtype=torch.float32, device=index.device)
-        counts.scatter_add_(1, index, counts.new_ones(()).expand_as(counts))  # whole numbers: exact in any order
-        squares = counts.square_().sum(1, dtype=torch.float64)
-        factor = torch.log1p(-1.0 / ess) - torch.log1p(-squares / particles**2)
-        self.log_factor = torch.where(squares == particles, self.log_factor, self.log_factor + factor)
+        counts.scatter_add_(1, index, self._one.expand_as(counts))  # whole numbers: exact in any order
+        self._ess.append(ess)
+        self._squares.append(counts.square_().sum(1, dtype=torch.float64))
         self.first = self.first.gather(1, index)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, for `load`."""
-        return {"first": self.first, "log_factor": self.log_factor}
+        return {"first": self.first, "ess": self._stacked(self._ess), "squares": self._stacked(self._squares)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Go on from what `tensors` returned."""
-        self.first, self.log_factor = tensors["first"], tensors["log_factor"]
+        self.first = tensors["first"]
+        self._ess, self._squares = list(tensors["ess"]), list(tensors["squares"])
+
+    def _stacked(self, rows: list[Tensor]) -> Tensor:
+        """``[steps, B]`` float64."""
+        none = torch.zeros((0, len(self.first)), dtype=torch.float64, device=self.first.device)
+        return torch.stack(rows) if rows else none
+
+    def _log_factor(self) -> Tensor:
+        """The logarithm of the product, ``[B]``."""
+        ess, squares, particles = self._stacked(self._ess), self._stacked(self._squares), self.first.shape[1]
+        factors = torch.log1p(-1.0 / ess) - torch.log1p(-squares / particles**2)
+        return torch.where(squares == particles, 0.0, factors).sum(0)
 
     def error(self, log_weights: Tensor) -> Tensor:
         """The standard error of the log-evidence ``[B]``, given the final weights ``[B, K]``.
@@ -65,11 +80,13 @@ class Ancestry:
         """
         particles = log_weights.shape[1]
         if particles == 1:
-            return torch.full_like(self.log_factor, math.nan)
+            return torch.full(log_weights.shape[:1], math.nan, dtype=torch.float64, device=log_weights.device)
         shares = family_shares(self.first, torch.softmax(log_weights, 1))
         pairs = (1.0 - shares.square().sum(1)).clamp(min=0.0)  # of different families
         one_family = (self.first == self.first[:, :1]).all(1)
-        kept = torch.exp(torch.log(pairs) + self.log_factor - math.log1p(-1.0 / particles)).masked_fill(one_family, 0.0)
+        kept = torch.exp(torch.log(pairs) + self._log_factor() - math.log1p(-1.0 / particles)).masked_fill(
+            one_family, 0.0
+        )
         variance = 1.0 - kept
         return variance.masked_fill(variance < -1e-9, math.nan).clamp(min=0.0).sqrt()
 

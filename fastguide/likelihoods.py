@@ -592,8 +592,7 @@ class Gaussian(_Density):
             assert gradient is not None
             return log_prob, gradient
         residual = (y - z).flatten(1).double()
-        gradient, log_det = ops.solve_positive_part(gram.double(), residual, variance=scale**2)
-        log_prob = -0.5 * ((residual * gradient).sum(1) + log_det + residual.shape[1] * math.log(2 * math.pi))
+        gradient, log_prob = ops.solve_positive_part(gram.double(), residual, variance=scale**2)
         return log_prob, gradient.to(z.dtype).reshape(z.shape)
 
     @staticmethod

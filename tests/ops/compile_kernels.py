@@ -101,7 +101,7 @@ def cases_without_states() -> Iterator[tuple[str, object, dict[str, str], dict[s
     sums = dict(BLOCK=tiles.SUM_BLOCK)
     yield "weigh", propose_and_weigh.weigh_kernel, dict(sums="*fp64", before="*fp64", after="*fp64"), sums, (0, 0)
     yield "total", log_prob_and_gradient.total_kernel, dict(sums="*fp64", total="*fp64"), sums, (0, 0)
-    matrices = dict(gram="*fp64", residual="*fp64", solution="*fp64", log_det="*fp64")
+    matrices = dict(gram="*fp64", residual="*fp64", solution="*fp64", log_density="*fp64")
     for m in (4, 16):  # several matrices a program, and one
         several = min(solve_positive_part.PRODUCTS // m**3, solve_positive_part.MOST)
         kernel = solve_positive_part.solve_positive_part_kernel

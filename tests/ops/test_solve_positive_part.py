@@ -25,6 +25,11 @@ def grams(number: int, m: int, condition: float = 1.0) -> tuple[torch.Tensor, ..
     return 0.5 * (gram + gram.mT), basis, spectrum
 
 
+def log_density(residual, solution, log_determinant):
+    """``log N(residual; 0, S)``, with ``S^-1 residual`` and ``log det S``."""
+    return -0.5 * ((residual * solution).sum(1) + log_determinant + residual.shape[1] * math.log(2 * math.pi))
+
+
 def by_eigenvalues(gram, residual, variance):
     return ops.solve_positive_part(gram, residual, variance=variance, backend="reference")
 
@@ -44,13 +49,25 @@ def test_negative_eigenvalues_count_as_zero(solve, m, condition):
     for variance in (1e-2, 1e-5):
         held = spectrum.clamp(min=0.0) + variance
         expected = (basis @ ((basis.mT @ residual[..., None])[..., 0] / held)[..., None])[..., 0]
-        solution, log_det = solve(gram, residual, variance)
+        density = log_density(residual, expected, torch.log(held).sum(1))
+        solution, found = solve(gram, residual, variance)
         allowed = 1e-10 / variance  # an eigenvalue below 1e-10 of the largest may come in as half of itself
         torch.testing.assert_close(solution, expected, rtol=allowed, atol=allowed * float(expected.abs().max()))
-        torch.testing.assert_close(log_det, torch.log(held).sum(1), rtol=0.0, atol=m * allowed)
-    nothing, log_det = solve(torch.zeros_like(gram), residual, 0.01)
+        torch.testing.assert_close(found, density, rtol=10 * allowed, atol=m * allowed)
+    nothing, found = solve(torch.zeros_like(gram), residual, 0.01)
     torch.testing.assert_close(nothing, 100.0 * residual)
-    torch.testing.assert_close(log_det, torch.full_like(log_det, m * math.log(0.01)))
+    torch.testing.assert_close(found, log_density(residual, nothing, torch.full_like(found, m * math.log(0.01))))
+
+
+@pytest.mark.parametrize("solve", (by_eigenvalues, solve_by_products, by_triton))
+def test_a_matrix_that_is_not_finite_gives_nan_and_spoils_no_other(solve):
+    gram, residual = grams(3, 4)[0], normal(3, 4, seed=2)
+    expected = solve(gram, residual, 0.3)
+    for bad in (math.nan, math.inf, -math.inf):
+        gram[1, 0, 2] = bad
+        for got, right in zip(solve(gram, residual, 0.3), expected, strict=True):
+            assert got[1].isnan().all()
+            torch.testing.assert_close(got[::2], right[::2])
 
 
 @pytest.mark.parametrize(("number", "m"), ((0, 3), (1, 1), (33, 2), (70, 4), (9, 5)))  # no, some and many in a program

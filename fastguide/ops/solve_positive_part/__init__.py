@@ -23,10 +23,10 @@ def solve_positive_part(
 ) -> tuple[Tensor, Tensor]:
     """Solves with ``S = variance I + gram_+``, where ``gram_+`` is ``gram`` with negative eigenvalues set to 0.
 
-        S^-1 residual   and   log det S
+        S^-1 residual   and   log N(residual; 0, S)
 
-    The Gaussian likelihood of second moments needs both. Its estimate of ``A C_t A^T`` may have negative eigenvalues.
-    Results are differentiable in ``gram`` and ``residual``.
+    The Gaussian likelihood of second moments needs both: a gradient and a density. Its estimate of ``A C_t A^T`` may
+    have negative eigenvalues. Results are differentiable in ``gram`` and ``residual``.
 
     On the CPU, eigenvalues are computed. On a GPU that would wait for the device, so a fixed number of matrix products
     is used instead. Both agree to 1e-9, except where an eigenvalue is below 1e-10 of the largest: the products then
@@ -42,7 +42,7 @@ def solve_positive_part(
 
     Returns:
         solution: ``S^-1 residual``, ``[n, m]`` in float64; NaN where ``gram`` is not finite.
-        log_determinant: ``log det S``, ``[n]`` in float64; NaN where ``gram`` is not finite.
+        log_density: ``log N(residual; 0, S)``, ``[n]`` in float64; NaN where ``gram`` is not finite.
 
     Raises:
         TypeError: ``gram`` or ``residual`` is not a tensor, or ``variance`` is not a number.

@@ -11,7 +11,7 @@ __all__ = ["solve_by_products", "solve_positive_part"]
 
 
 def solve_positive_part(gram: Tensor, residual: Tensor, variance: float) -> tuple[Tensor, Tensor]:
-    """Solves with ``S = variance I + gram_+``: ``S^-1 residual`` and ``log det S``. See
+    """Solves with ``S = variance I + gram_+``: ``S^-1 residual`` and ``log N(residual; 0, S)``. See
     `fastguide.ops.solve_positive_part`.
 
     CPU tensors take eigenvalues, and other tensors matrix products.
@@ -24,8 +24,14 @@ def solve_positive_part(gram: Tensor, residual: Tensor, variance: float) -> tupl
     eigenvalues = eigenvalues.clamp(min=0) + variance
     c = (basis.mT @ residual[..., None])[..., 0]
     solution = (basis @ (c / eigenvalues)[..., None])[..., 0]
-    log_determinant = torch.log(eigenvalues).sum(1)
-    return torch.where(finite[:, None], solution, math.nan), torch.where(finite, log_determinant, math.nan)
+    log_density = _log_density(residual, solution, torch.log(eigenvalues).sum(1))
+    return torch.where(finite[:, None], solution, math.nan), torch.where(finite, log_density, math.nan)
+
+
+def _log_density(residual: Tensor, solution: Tensor, log_determinant: Tensor) -> Tensor:
+    """``log N(residual; 0, S)``, ``[n]``, with ``solution = S^-1 residual``."""
+    constant = residual.shape[1] * math.log(2 * math.pi)
+    return -0.5 * ((residual * solution).sum(1) + log_determinant + constant)
 
 
 # Iterated odd polynomials converge to the sign (Higham 2008, chapter 5). The quintics map [1e-10, 1], relative to the
@@ -53,4 +59,5 @@ def solve_by_products(gram: Tensor, residual: Tensor, variance: float) -> tuple[
         row = rows[:, j : j + 1] / pivots[j][..., None]
         rows = torch.addcmul(rows, rows[:, :, j : j + 1], row, value=-1.0)
         rows[:, j : j + 1] = row
-    return rows[:, :, -1], torch.log(torch.cat(pivots, 1)).sum(1)
+    solution = rows[:, :, -1]
+    return solution, _log_density(residual, solution, torch.log(torch.cat(pivots, 1)).sum(1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -26,8 +28,9 @@ def _product(a, b):
 
 @triton.jit(do_not_specialize=["number", "size"])
 def solve_positive_part_kernel(
-    gram, residual, solution, log_det, number, size, variance: tl.float64, MATRICES: tl.constexpr, M: tl.constexpr
-):
+    gram, residual, solution, log_density, number, size, variance: tl.float64, constant: tl.float64,
+    MATRICES: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
     matrix = tl.program_id(0).to(tl.int64) * MATRICES + tl.arange(0, MATRICES)
     i, live = tl.arange(0, M), matrix < number
     inside = live[:, None] & (i < size)[None, :]
@@ -50,7 +53,8 @@ def solve_positive_part_kernel(
     a = 0.5 * (held + tl.trans(held, 0, 2, 1)) + variance * identity
 
     # Gauss-Jordan. Rows past the last are those of `variance` times the identity, and do nothing.
-    r = tl.load(residual + matrix[:, None] * size + i[None, :], mask=inside, other=0.0)
+    given = tl.load(residual + matrix[:, None] * size + i[None, :], mask=inside, other=0.0)
+    r = given
     total = tl.zeros([MATRICES], tl.float64)
     for j in range(size):
         here = (i == j)[None, :]
@@ -63,15 +67,15 @@ def solve_positive_part_kernel(
         a = tl.where(here[:, :, None], row[:, None, :], a - column[:, :, None] * row[:, None, :])
         r = tl.where(here, known[:, None], r - column * known[:, None])
     tl.store(solution + matrix[:, None] * size + i[None, :], r, mask=inside)
-    tl.store(log_det + matrix, total, mask=live)
+    tl.store(log_density + matrix, constant - 0.5 * (total + tl.sum(given * r, axis=1)), mask=live)
 
 
 def call(gram, residual, variance, out=None):
     gram, residual = gram.contiguous(), residual.contiguous()
     number, rows = residual.shape
-    solution, log_det = out or (torch.empty_like(residual), residual.new_empty(number))
+    solution, log_density = out or (torch.empty_like(residual), residual.new_empty(number))
     if residual.numel() == 0:
-        return solution, log_det.zero_()
+        return solution, log_density.zero_()
     padded = triton.next_power_of_2(max(rows, 2))
     matrices = min(PRODUCTS // padded**3, MOST)
     with device_of(gram):
@@ -79,13 +83,14 @@ def call(gram, residual, variance, out=None):
             gram,
             residual,
             solution,
-            log_det,
+            log_density,
             number,
             rows,
             variance,
+            -0.5 * rows * math.log(2 * math.pi),
             MATRICES=matrices,
             M=padded,
             num_warps=4,
             **OPTIONS,
         )
-    return solution, log_det
+    return solution, log_density
