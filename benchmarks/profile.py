@@ -17,7 +17,7 @@ from fastguide.profiling import phase
 
 from . import timing
 from .cases import Setting
-from .samplers import METHODS, Digits
+from .samplers.digits import METHODS, Digits
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import against, cases, memory, profile, report, samplers, timing, traffic
+from benchmarks import against, cases, memory, profile, report, timing, traffic
 from benchmarks.cases import CASES, Case, Figure, Rival, Setting
+from benchmarks.samplers.digits import Digits
+from benchmarks.samplers.meter import Meter
 from fastguide import ops, reference
 
 QUICK = Setting(torch.device("cpu"), quick=True)
@@ -285,7 +287,7 @@ def test_bytes_of_gradients_are_counted():
 
 def test_another_checkout_is_counted_and_timed_in_its_own_process(capsys, tmp_path):
     """The other checkout is this one."""
-    path, here = tmp_path / "out.json", Path(samplers.__file__).parents[1]
+    path, here = tmp_path / "out.json", Path(cases.__file__).parents[1]
     assert command.main(["samplers/bytes-tds", "--quick", "--against", str(here), "--json", str(path)]) == 0
     (entry,) = json.loads(path.read_text())["cases"]
     _, theirs = entry["rows"]
@@ -301,7 +303,7 @@ def test_another_checkout_must_be_one(capsys, tmp_path):
     with pytest.raises(RuntimeError, match="ended with status 1"):  # what is imported is not what was asked for
         traffic.Elsewhere(tmp_path, "plain", (4, 3, 8, 8), 4).ask("run")
     for flags, said in (([], "expected the folder of a checkout"), (["--keep-memory"], "expected no --keep-memory")):
-        folder = Path(samplers.__file__).parents[1] if flags else tmp_path
+        folder = Path(cases.__file__).parents[1] if flags else tmp_path
         with pytest.raises(SystemExit):
             command.main(["samplers/bytes-tds", "--against", str(folder), *flags])
         assert f"--against: {said}" in capsys.readouterr().err
@@ -316,14 +318,14 @@ def test_a_profile_is_of_one_run_after_another(monkeypatch, capsys):
         yield
         events.append("end")
 
-    right = samplers.Digits.run
+    right = Digits.run
 
     def run(self, **options):
         events.append((self.method, self.steps, self.samples, options))
         return right(self, **options)
 
     monkeypatch.setattr(profile, "phase", phase)
-    monkeypatch.setattr(samplers.Digits, "run", run)
+    monkeypatch.setattr(Digits, "run", run)
     assert profile.main(["--sampler", "tds", "--steps", "3", "--particles", "8"]) == 0
     one = ("tds", 3, 8, {})
     assert events == [one, "run", one, "end"]
@@ -349,7 +351,7 @@ def test_the_meter_sees_forward_and_backward_and_nothing_else(monkeypatch):
             return 2 * gradient
 
     monkeypatch.setattr(timing, "now", lambda device: clock[0])
-    meter = samplers.Meter(QUICK.device, record=True)
+    meter = Meter(QUICK.device, record=True)
     net = meter.wrap(lambda x, t: Slow.apply(x))
     x = torch.ones(2, requires_grad=True)
     output = net(x, torch.zeros(2))
@@ -369,7 +371,7 @@ def test_the_meter_sees_forward_and_backward_and_nothing_else(monkeypatch):
 
 def test_cases_are_compared_with_another_checkout(capsys):
     """The other checkout is this one."""
-    here = Path(samplers.__file__).parents[1]
+    here = Path(cases.__file__).parents[1]
     assert against.main([str(here), "reverse_step/small", "integrations/deepinv-dps-bare", "--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(line.startswith(("reverse_step/small ", "integrations/deepinv-")) for line in lines)
@@ -378,7 +380,7 @@ def test_cases_are_compared_with_another_checkout(capsys):
 
 
 def test_the_other_checkout_and_its_cases_must_be_there(capsys, tmp_path):
-    here = str(Path(samplers.__file__).parents[1])
+    here = str(Path(cases.__file__).parents[1])
     for arguments, said in (
         ([str(tmp_path)], "expected the folder of a checkout"),
         ([here, "nothing"], "NAME: expected"),

@@ -13,7 +13,7 @@ from fastguide import digits
 from fastguide.integrations import deepinv as ours
 
 from ..cases import Case, Figure, Setting, case, cpu_only, rival
-from ..samplers import _import_deepinv
+from ..samplers.digits import import_deepinv
 
 
 class DigitsDenoiser(nn.Module):
@@ -39,7 +39,7 @@ def shrink(x: Tensor, sigma: Tensor) -> Tensor:
 
 def _build(name: str, network: bool, options: dict[str, Any], setting: Setting) -> Case:
     cpu_only(setting)
-    deepinv = _import_deepinv()  # its physics are needed on both sides
+    deepinv = import_deepinv()  # its physics are needed on both sides
     steps = setting.pick(50, 4)
     shape = setting.pick((64, 1, 8, 8) if network else (1, 3, 256, 256), (1, 1, 8, 8))
     denoiser = DigitsDenoiser() if network else shrink
