@@ -71,6 +71,8 @@ def _serve(quick: bool) -> None:
         try:
             if word == "build":
                 ours = cases.CASES[value](setting).ours
+                if ours is None:
+                    raise cases.Absent("has figures and no time")
                 ours(), ours()
                 answer: Any = _seconds(ours, 1)
             else:

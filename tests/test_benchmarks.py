@@ -372,9 +372,11 @@ def test_the_meter_sees_forward_and_backward_and_nothing_else(monkeypatch):
 def test_cases_are_compared_with_another_checkout(capsys):
     """The other checkout is this one."""
     here = Path(cases.__file__).parents[1]
-    assert against.main([str(here), "reverse_step/small", "integrations/deepinv-dps-bare", "--quick"]) == 0
+    names = "reverse_step/small", "integrations/deepinv-dps-bare", "resample/memory-1e8"
+    assert against.main([str(here), *names, "--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and all(line.startswith(("reverse_step/small ", "integrations/deepinv-")) for line in lines)
+    assert len(lines) == 3 and all(line.startswith(tuple(f"{name} " for name in names)) for line in lines)
+    assert any("absent: has figures and no time" in line for line in lines)
     (line,) = (line for line in lines if line.startswith("reverse_step"))
     assert all(float(word) > 0 for word in (line.split()[1], line.split()[4], line.split()[6], line.split()[8]))
 
