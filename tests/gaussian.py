@@ -31,9 +31,10 @@ class GaussianPrior:
     def denoiser(self) -> fg.Denoiser:
         return fg.Denoiser(self, self.schedule, "sample")
 
-    def chain(self, steps: int, eta: float = 1.0) -> tuple[Tensor, Tensor]:
+    def chain(self, steps: int, eta: float = 1.0, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and covariance of what ``steps`` exact reverse steps make of the starting noise: the prior that the
-        particle methods target. Written from the transition's definition, not from the package's coefficients."""
+        particle methods target. Written from the transition's definition, not from the package's coefficients. With
+        ``rows`` ``[m, D]`` the noise has also the variance of ``x_0`` given ``x_t``, its mean over these rows."""
         levels = self.schedule.levels(steps)
         m = torch.zeros_like(self.mean)
         v = (levels[0].alpha ** 2 + levels[0].sigma ** 2) * self.eye
@@ -45,7 +46,11 @@ class GaussianPrior:
             gain = self.gain(t.alpha, t.sigma)
             m = a * m + b * (self.mean + gain @ (m - t.alpha * self.mean))
             step = a * self.eye + b * gain
-            v = step @ v @ step.T + tau**2 * self.eye
+            given_x_t = t.sigma**2 / t.alpha * gain if t.alpha > 0 else self.eye
+            added = (
+                0.0 if rows is None else b**2 * (torch.trace(rows @ given_x_t @ rows.T) / rows.square().sum()).item()
+            )
+            v = step @ v @ step.T + (tau**2 + added) * self.eye
         return m, v
 
 

@@ -85,6 +85,8 @@ class FK:
             every step. A list gives them, counted from 0, each below the number of steps. An integer ``n >= 1`` means
             steps n, 2n, 3n, ..., not step 0. Before other steps there is no potential, and the reward is called only
             where the guided proposal needs its gradient.
+        base_kernel: Covariance of the base kernel for ``"guided"``: ``"ddpm"`` (the default) or ``"trace"``, see `TDS`.
+            ``"ddpm"`` for another proposal.
 
     Raises:
         TypeError: An argument has the wrong type. Like all errors of guidance objects, this is raised when the run
@@ -105,6 +107,7 @@ class FK:
     resampler: str = "systematic"
     ess_threshold: float | None = 0.5
     resample_steps: int | Iterable[int] | None = None
+    base_kernel: str = "ddpm"
 
     def prepare(self, run: Run) -> FK:
         reward: Likelihood | tuple[_Term, ...]
@@ -136,7 +139,8 @@ class FK:
             raise ValueError(
                 "strength: expected a number > 0 at the last step, which sets the strength of the target, got 0.0"
             )
-        check_particles(run, self.resampler, self.ess_threshold, guided=self.proposal == "guided")
+        guided = self.proposal == "guided"
+        check_particles(run, self.resampler, self.ess_threshold, self.base_kernel, guided)
         return replace(
             self,
             reward=reward,
@@ -205,7 +209,7 @@ class FK:
         weighs, last = self._weighs(run, i), i == run.steps
         found = {"x0_hat": x, "reward": self._final_reward(run, x)} if last else self._evaluate(run, x, i, weighs)
         if not weighs:
-            kept = {name: value for name, value in old.items() if name not in ("x0_hat", "gradient")}
+            kept = {name: value for name, value in old.items() if name not in ("x0_hat", "gradient", "variance")}
             return State(x, log_weights, {**found, **kept})
         with phase("weights"):
             dead = old["log_product"] == -math.inf
@@ -227,15 +231,17 @@ class FK:
         guided = self.proposal == "guided"
         if not (weighs or guided):
             return {"x0_hat": run.x0_hat(x, i)}
-        gradient = None
+        gradient, variance, wide = None, [], self.base_kernel == "trace"
         if isinstance(self.reward, Likelihood):
             assert self.covariance is not None
             if guided or self.covariance == "moment":
-                x0_hat, gradient, reward = likelihood_score(run, self.reward, self.covariance, x, i)
+                x0_hat, gradient, reward, *variance = likelihood_score(
+                    run, self.reward, self.covariance, x, i, variance=wide
+                )  # fmt: skip
             else:
                 x0_hat, reward = likelihood_value(run, self.reward, self.covariance, x, i)
         elif guided:
-            x0_hat, gradient, reward = run.in_chunks(lambda rows, x: self._reward_score(run, x, i, rows), x)
+            x0_hat, gradient, reward, *variance = run.in_chunks(lambda rows, x: self._reward_score(run, x, i, rows), x)
         else:
             x0_hat = run.x0_hat(x, i)
             reward = self._reward(run, x0_hat, i)
@@ -245,9 +251,11 @@ class FK:
         if guided:
             assert gradient is not None
             found["gradient"] = gradient
+        if wide:
+            found["variance"] = variance[0]
         return found
 
-    def _reward_score(self, run: Run, x: Tensor, i: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _reward_score(self, run: Run, x: Tensor, i: int, rows: Tensor) -> tuple[Tensor, ...]:
         pull_back = PullBack(run, x, i, rows)
         with phase("gradient"):
             with torch.enable_grad():
@@ -257,9 +265,10 @@ class FK:
                 raise ValueError("reward: expected one that autograd can differentiate for the guided proposal")
             (back,) = torch.autograd.grad(reward, x0, torch.ones_like(reward))
             gradient, reward = pull_back(back), reward.detach()
+            variance = (pull_back.variance(back, gradient),) if self.base_kernel == "trace" else ()
             # The gradient of a reward of NaN or -inf is of no use.
             gradient = torch.where(per_sample(reward > -math.inf, gradient).bool(), gradient, 0.0)
-            return pull_back.x0_hat, gradient, reward
+            return pull_back.x0_hat, gradient, reward, *variance
 
     def _reward(self, run: Run, x0: Tensor, i: int) -> Tensor:
         with torch.no_grad(), phase("weights"):

@@ -21,12 +21,13 @@ from .base import Run, isotropic_variance, per_sample
 
 
 def likelihood_score(
-    run: Run, likelihood: Likelihood, covariance: str, x: Tensor, i: int, norm: bool = False
+    run: Run, likelihood: Likelihood, covariance: str, x: Tensor, i: int, *, norm: bool = False, variance: bool = False
 ) -> tuple[Tensor, ...]:
     """``x0_hat``, the gradient of ``log p~(y | x_t)`` as `PullBack` has it, and ``log p~(y | x_t)`` ``[n]``.
 
     ``p~`` approximates ``p(y | x_t)`` with the covariance named. `Run.shift_scale` times the gradient is the shift of
-    ``x0_hat``, ``C_t A^T grad_z log p~``. With ``norm`` also the norm ``[n]`` of the gradient in ``z = A x0_hat``.
+    ``x0_hat``, ``C_t A^T grad_z log p~``. With ``norm`` also the norm ``[n]`` of the gradient in ``z = A x0_hat``. With
+    ``variance`` also the mean variance ``[n]`` of ``x_0`` given ``x_t``, in directions that the operator measures.
     """
     score = moment_score if covariance == "moment" else direct_score
     spread = {
@@ -38,9 +39,9 @@ def likelihood_score(
         with phase("gradient"):
             own = likelihood.at(rows)
             scale = own.scale_at(run.levels[i].t)
-            gradient, log_prob, in_z = score(pull_back, own, own.y, scale, spread)
+            gradient, log_prob, in_z, mean_variance = score(pull_back, own, own.y, scale, spread)
             more = (in_z.flatten(1).norm(dim=1),) if norm else ()
-            return pull_back.x0_hat, gradient, log_prob, *more
+            return pull_back.x0_hat, gradient, log_prob, *more, *((mean_variance(),) if variance else ())
 
     x0_hat, gradient, log_prob, *more = run.in_chunks(chunk, x)
     if isinstance(likelihood, CallableLikelihood):  # -inf has no useful gradient
@@ -106,7 +107,7 @@ class PullBack:
     """
 
     def __init__(self, run: Run, x: Tensor, i: int, rows: Tensor):
-        level, denoiser, self.run = run.levels[i], run.denoiser, run
+        level, denoiser, self.run, self._i = run.levels[i], run.denoiser, run, i
         self._x, self._vanishing = x.detach().requires_grad_(), run.vanishing(i)
         with torch.enable_grad(), phase("network"):
             output, base, scale = denoiser.outputs(self._x, level, rows)
@@ -136,6 +137,16 @@ class PullBack:
         with torch.no_grad():
             through = through if size is None else through * size
             return torch.add(through, v, alpha=self._of_x, out=memory.like(v) if out is None else out)
+
+    def variance(self, v: Tensor, back: Tensor) -> Tensor:
+        """The variance ``[n]`` of ``x_0`` given ``x_t`` in the direction of ``v``: ``v^T C_t v / v^T v``.
+
+        ``back`` is what a call made of ``v``. The result is in float64, at least 0, and 0 where ``v`` is 0.
+        """
+        along, square = (
+            torch.linalg.vecdot(v.flatten(1).double(), other.flatten(1).double()) for other in (back, v)
+        )  # fmt: skip
+        return torch.where(square > 0, self.run.shift_scale(self._i) * along / square, 0.0).clamp(min=0)
 
 
 def power_of_two(vectors: Sequence[Tensor]) -> Tensor:
@@ -171,10 +182,14 @@ def own_adjoint(operator: Operator) -> Callable[[Tensor], Tensor] | None:
     return operator.adjoint if stated else None  # type: ignore[attr-defined]
 
 
+Score = tuple[Tensor, Tensor, Tensor, Callable[[], Tensor]]
+
+
 def direct_score(
     pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float | Tensor, spread: Scalar
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of ``log p~`` in ``x_t``, ``log p~`` ``[n]``, and the gradient in ``z``."""
+) -> Score:
+    """The gradient of ``log p~`` in ``x_t``, ``log p~`` ``[n]``, the gradient in ``z``, and a function that returns the
+    variance ``[n]`` of ``x_0`` given ``x_t`` in the direction of the gradient in ``x_0``."""
     x0, adjoint = pull_back.x0, own_adjoint(likelihood.operator)
     if adjoint is None:
         x0 = x0.detach().requires_grad_()
@@ -186,7 +201,8 @@ def direct_score(
             z = likelihood.operator(x0)
             log_prob, gradient = likelihood.log_prob_and_gradient(z, y, scale, spread)
             back = adjoint(gradient.to(z.dtype)).to(x0.dtype)
-    return pull_back(back), log_prob, gradient
+    in_x = pull_back(back)
+    return in_x, log_prob, gradient, lambda: pull_back.variance(back, in_x)
 
 
 def _rows(run: Run, linear: LinearOperator, y: Tensor, samples: int) -> Sequence[Tensor]:
@@ -203,11 +219,11 @@ def _rows(run: Run, linear: LinearOperator, y: Tensor, samples: int) -> Sequence
 
 def moment_score(
     pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float | Tensor, spread: Scalar
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Score:
     """The results of `direct_score`, with the second-order covariance.
 
     One backward pass per measurement gives the columns of ``C_t A^T``, up to the factor ``spread``. The gradient is a
-    combination of these columns.
+    combination of these columns. The variance is the mean over the rows of ``A``, weighted by their squared norms.
     """
     linear, x0 = likelihood.operator, pull_back.x0
     assert isinstance(linear, LinearOperator)  # `supports` has checked it
@@ -215,7 +231,8 @@ def moment_score(
     with torch.no_grad():
         columns = memory.shaped((m, *x0.shape), x0)
         columns = x0.new_empty(m, *x0.shape) if columns is None else columns
-        for j, row in enumerate(_rows(pull_back.run, linear, y, len(x0))):
+        rows = _rows(pull_back.run, linear, y, len(x0))
+        for j, row in enumerate(rows):
             pull_back(row.expand_as(x0), retain_graph=j + 1 < m, out=columns[j])
         # The user's own operator gets no more samples than a chunk has, and may return the same memory at every call.
         users = type(linear).__module__ != Operator.__module__ or isinstance(linear, Function | Pairs)
@@ -229,4 +246,10 @@ def moment_score(
         in_x = torch.mul(columns[0], per_sample(weights[:, 0], x0), out=memory.like(x0))
         for j in range(1, m):
             in_x.addcmul_(columns[j], per_sample(weights[:, j], x0))
-    return in_x, log_prob, gradient
+
+    def variance() -> Tensor:
+        norms = torch.stack([row.flatten(1).double().square().sum(1) for row in rows]).sum(0)  # [1] or [n]
+        traces = gram.diagonal(dim1=1, dim2=2).double().sum(1)
+        return torch.where(norms > 0, traces / norms, 0.0).clamp(min=0)
+
+    return in_x, log_prob, gradient, variance

@@ -21,11 +21,11 @@ class TDS:
 
     Each step resamples, draws from the guided proposal and multiplies the weights:
 
-        x_s ~ N(m_y, tau^2),   w_s = w_t N(x_s; m, tau^2) / N(x_s; m_y, tau^2) p~(y | x_s) / p~(y | x_t)
+        x_s ~ N(m_y, S),   w_s = w_t N(x_s; m, S) / N(x_s; m_y, S) p~(y | x_s) / p~(y | x_t)
 
-    ``m`` is the mean of the reverse step, and ``m_y`` is the mean with the gradient of ``log p~(y | x_t)`` added. At
-    the last level ``p~`` is the exact ``p(y | x_0)``. The run needs ``eta > 0``. Where a callback ends it early,
-    weights and evidence are those of the level reached.
+    ``N(m, S)`` is the base kernel: ``m`` is the mean of the reverse step. ``m_y`` is the mean with the gradient of
+    ``log p~(y | x_t)`` added. At the last level ``p~`` is the exact ``p(y | x_0)``. The run needs ``eta > 0``.
+    Where a callback ends it early, weights and evidence are those of the level reached.
 
     Args:
         likelihood: The error model. Its operator must be differentiable, or linear with an adjoint.
@@ -38,6 +38,12 @@ class TDS:
         ess_threshold: A number in ``[0, 1]``; 0.5 by default. The particles of an observation are resampled before a
             step if their effective sample size is below ``ess_threshold * particles``. None resamples before every
             step.
+        base_kernel: Covariance ``S`` of the base kernel. ``"ddpm"``, the default and the paper's, is the noise
+            ``tau^2 I`` of the reverse step. It leaves out that ``x_0`` is uncertain given ``x_t``, so with few steps
+            the particles follow another prior than the network's. ``"trace"`` adds ``b^2 v I``, where ``v`` is the mean
+            variance of ``x_0`` given ``x_t`` (second-order Tweedie), and ``b`` is the factor of ``x0_hat`` in ``m``.
+            ``v`` belongs to each particle. It is taken in directions that the operator measures: over the rows of ``A``
+            with ``covariance="moment"``, else along the gradient in ``x_0``. No further network pass is needed.
 
     Raises:
         TypeError: ``likelihood`` is not a likelihood, or another argument has the wrong type. Like all errors of
@@ -46,7 +52,7 @@ class TDS:
             every step.
 
     Source:
-        Wu et al. 2023.
+        Wu et al. 2023; Bao et al. 2022 (Analytic-DPM) for the variance of the reverse step.
     """
 
     likelihood: Likelihood
@@ -54,12 +60,13 @@ class TDS:
     covariance: str | None = None
     resampler: str = "systematic"
     ess_threshold: float | None = 0.5
+    base_kernel: str = "ddpm"
 
     def prepare(self, run: Run) -> TDS:
         likelihood, measurements = prepare_likelihood(run, self.likelihood)
         covariance = default_covariance(likelihood, measurements) if self.covariance is None else self.covariance
         likelihood = check_covariance(run, likelihood, covariance, measurements)
-        check_particles(run, self.resampler, self.ess_threshold, guided=True)
+        check_particles(run, self.resampler, self.ess_threshold, self.base_kernel, guided=True)
         return replace(self, likelihood=likelihood, covariance=covariance)
 
     def start(self, run: Run) -> State:
@@ -83,12 +90,16 @@ class TDS:
         return State(x, log_weights, twist, ess, ancestors)
 
     def _twist(self, run: Run, x: Tensor, i: int) -> dict[str, Tensor]:
-        """``x0_hat``, ``log p~(y | x_t)`` and its gradient.
+        """``x0_hat``, ``log p~(y | x_t)``, its gradient, and the variance that the base kernel adds.
 
         One evaluation of the network serves the weight of this step and the proposal of the next.
         """
         assert self.covariance is not None
-        x0_hat, gradient, log_prob = likelihood_score(run, self.likelihood, self.covariance, x, i)
+        wide = self.base_kernel == "trace"
+        x0_hat, gradient, log_prob, *variance = likelihood_score(
+            run, self.likelihood, self.covariance, x, i, variance=wide
+        )  # fmt: skip
         if isinstance(self.likelihood, CallableLikelihood):  # only such a likelihood may return -inf
             log_prob = on_the_way(run, log_prob)
-        return {"x0_hat": x0_hat, "gradient": gradient, "log_prob": log_prob}
+        twist = {"x0_hat": x0_hat, "gradient": gradient, "log_prob": log_prob}
+        return {**twist, "variance": variance[0]} if wide else twist

@@ -77,6 +77,43 @@ def test_every_covariance_and_resampler_has_the_same_limit(covariance, resampler
     assert torch.allclose(out.log_evidence, evidence, atol=0.08)
 
 
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+def test_the_trace_kernel_reaches_its_closed_form(eta):
+    mean, covariance = example().chain(STEPS, eta, rows=MATRIX)
+    means, variance, evidence = posterior(mean, covariance, MATRIX, Y, SCALE)
+    out = run(fg.TDS(gaussian_likelihood(), 16384, base_kernel="trace"), eta=eta)
+    assert torch.allclose(out.mean(), means, atol=0.03)
+    assert torch.allclose(out.variance(), variance.diagonal().expand_as(means), atol=0.03)
+    assert torch.allclose(out.log_evidence, evidence, atol=0.03)
+
+
+@pytest.mark.parametrize("covariance", ["isotropic", "moment"])
+@pytest.mark.parametrize("steps", [2, 5])
+def test_the_trace_kernel_is_exact_for_unit_variance_at_any_number_of_steps(covariance, steps):
+    """``x_0`` given ``x_t`` has one variance in all directions, so the kernel is that of the prior. DDPM's leaves the
+    variance out."""
+    one = torch.eye(3, dtype=torch.float64)
+    prior = GaussianPrior(torch.zeros(3), one, fg.schedules.vp_cosine(1000))
+    means, variance, evidence = posterior(torch.zeros(3, dtype=torch.float64), one, MATRIX, Y, SCALE)
+    found = {}
+    for kernel in ("ddpm", "trace"):
+        guidance = fg.TDS(gaussian_likelihood(), 16384, covariance=covariance, base_kernel=kernel)
+        out = fg.sample(prior.denoiser(), (2, 3), guidance=guidance, steps=steps, seed=0, dtype=torch.float64)
+        found[kernel] = (out.log_evidence - evidence).abs().max().item()
+        if kernel == "trace":
+            # Some 1,800 first ancestors are left: five standard errors are 0.1 for the mean of unit variance.
+            assert torch.allclose(out.mean(), means, atol=0.06)
+            assert torch.allclose(out.variance(), variance.diagonal().expand_as(means), atol=0.06)
+    assert found["trace"] < 0.06 < 0.1 < found["ddpm"], found
+
+
+def test_the_trace_kernel_needs_a_gradient():
+    with pytest.raises(ValueError, match="base_kernel: expected 'ddpm' without the guided proposal"):
+        run(fg.FK(gaussian_likelihood(), 8, base_kernel="trace"))
+    with pytest.raises(ValueError, match="base_kernel: expected one of"):
+        run(fg.TDS(gaussian_likelihood(), 8, base_kernel="moment"))
+
+
 def test_default_covariance_is_moment_for_few_measurements():
     prior = example()
     few = run(fg.TDS(gaussian_likelihood(), 64), prior=prior)
@@ -91,11 +128,12 @@ def test_default_covariance_is_moment_for_few_measurements():
     assert torch.equal(*outs)
 
 
+@pytest.mark.parametrize("base_kernel", ["ddpm", "trace"])
 @pytest.mark.parametrize("covariance", ["point", "isotropic", "moment"])
-def test_fk_with_the_guided_proposal_and_difference_is_tds(covariance):
-    likelihood = gaussian_likelihood()
-    tds = run(fg.TDS(likelihood, 50, covariance=covariance), keep_ancestors=True)
-    fk = run(fg.FK(likelihood, 50, proposal="guided", covariance=covariance), keep_ancestors=True)
+def test_fk_with_the_guided_proposal_and_difference_is_tds(covariance, base_kernel):
+    likelihood, options = gaussian_likelihood(), dict(covariance=covariance, base_kernel=base_kernel)
+    tds = run(fg.TDS(likelihood, 50, **options), keep_ancestors=True)
+    fk = run(fg.FK(likelihood, 50, proposal="guided", **options), keep_ancestors=True)
     for name in ("x", "log_weights", "log_evidence", "log_evidence_error", "ess", "ancestors", "first_ancestors"):
         assert torch.equal(getattr(tds, name), getattr(fk, name)), name
 
