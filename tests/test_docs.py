@@ -155,6 +155,26 @@ def write(block: Block, folder: Path) -> None:
     path.write_text("".join([*lines[: place + 1], block.code, *lines[place + 1 :]]))
 
 
+# A path below one of the repository's folders, but for that of a page's own example and of a file that a command makes.
+_PATH = re.compile(r"(?<![\w./-])(?:benchmarks|csrc|docs|examples|fastguide|tests)(?:/\w+)+\.(?:cpp|cu|h|md|py|sh)\b")
+_TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"] + [
+    path
+    for folder in ("benchmarks", "csrc", "docs", "fastguide", "tests")
+    for path in sorted((ROOT / folder).rglob("*.*"))
+    if path.suffix in (".cpp", ".cu", ".cuh", ".h", ".md", ".py", ".pyi", ".sh")
+]
+
+
+def test_files_that_are_named_are_there():
+    gone = [
+        f"{text.relative_to(ROOT)}: {name}"
+        for text in _TEXTS
+        for name in _PATH.findall(text.read_text())
+        if "scale_and_shift" not in name and not (ROOT / name).exists()
+    ]
+    assert not gone, gone
+
+
 COMPILE_FOR_A_GPU = """
 import compile_kernels, triton
 triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -68,6 +69,23 @@ def test_every_folder_is_an_operation():
     ):
         names = {path.name for path in (ROOT / parent).iterdir() if path.is_dir() and path.name != "__pycache__"}
         assert names == {folder_of(operation) for operation in operations}
+
+
+# --- what csrc includes -------------------------------------------------------------------------------------
+
+# Each folder may include those before it and its own. An operation is a folder of its own, as is a drop-in's.
+INCLUDED = {"common": ("common",), "cpu": ("common", "cpu"), "cuda": ("common", "cuda")}
+CSRC = sorted(path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
+
+
+def test_includes_point_one_way():
+    assert len(CSRC) > 30
+    for path in CSRC:
+        folder = path.parent.relative_to(ROOT / "csrc")
+        allowed = INCLUDED.get(folder.parts[0], ("common", "cpu", "cuda", str(folder)))
+        for included in re.findall(r'^#include "(.*)"', path.read_text(), re.MULTILINE):
+            target = (path.parent / included).resolve().parent.relative_to(ROOT.resolve() / "csrc")
+            assert str(target) in allowed, f"{path.relative_to(ROOT)} includes {included}"
 
 
 # --- imports ------------------------------------------------------------------------------------------------

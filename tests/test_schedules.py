@@ -14,6 +14,7 @@ from fastguide.schedules import SPACINGS
 
 ZERO_TERMINAL = np.append(np.linspace(0.999, 0.01, 19) ** 2, 0.0)
 
+# Every class; each way to make a table, and one whose last alpha is 0.
 SCHEDULES = {
     "vp_linear": schedules.vp_linear(1000),
     "vp_scaled_linear": schedules.vp_scaled_linear(1000),

@@ -437,6 +437,7 @@ def test_the_edge_of_the_threshold():
 # --- survivors in place -------------------------------------------------------------------------------------
 
 
+# 1: one. 33: two of the groups of 16 and a rest. 1000: many groups of one block.
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("particles", [1, 33, 1000])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])  # all survive, some, few

@@ -13,7 +13,8 @@ from fastguide.ops._operation import explain, why_not
 from fastguide.reference import SCHEMES
 
 MARGIN = 256  # bytes
-TILE, SLOTS_OF_A_TILE = 2048, 8 * 2048  # csrc/cuda/resample.cu: beyond, a tile's slots are filled by other blocks too
+# csrc/ops/resample/cuda.cu: beyond, a tile's slots are filled by other blocks too
+TILE, SLOTS_OF_A_TILE = 2048, 8 * 2048
 COUNTER = dict(seed=0xFEDCBA9876543210, step=0xFFFFFFFE, stream=0xABCD)
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 both_orders = pytest.mark.parametrize("sorted", (True, False))

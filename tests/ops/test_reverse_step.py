@@ -12,9 +12,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastguide import ops
+from fastguide import ops, reference
 from fastguide.ops import DynamicThreshold
+from fastguide.ops.reverse_step.reference import neighbours
 
 PREDICTIONS = ("epsilon", "sample", "score", "v", "flow")
 CLIPS = (None, 0.7, (-0.4, 0.9), DynamicThreshold(0.9, 3.0), DynamicThreshold())
@@ -291,6 +293,43 @@ def test_rows_with_tau_zero_get_no_noise():
 
 
 # --- shapes and memory --------------------------------------------------------------------------------------
+
+
+# At either end, in the upper half and the lower one, between two values and at one; of one value, two, few and many.
+@pytest.mark.parametrize("ratio", (0.0, 0.2, 0.5, 0.9, 1.0))
+@pytest.mark.parametrize("elements", (1, 2, 7, 1001))
+def test_neighbours_of_a_quantile_are_those_of_a_sort(ratio, elements):
+    values = torch.randn(3, elements, generator=torch.Generator().manual_seed(0)).abs()
+    values[1, elements // 2] = math.nan  # above all others
+    values[2] = values[2].round()  # ties
+    found, places, between = neighbours(values, ratio)
+    rank = ratio * (elements - 1)
+    expected = values.sort(dim=1).values[:, [int(rank), min(int(rank) + 1, elements - 1)]]
+    for ours in (found, values.gather(1, places)):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+    assert between == rank - int(rank)
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_dynamic_threshold_sorts_its_state():
+    """A GPU sorts in many passes, and selects in few. Its kthvalue has no deterministic form."""
+    x, output = torch.randn(2, 2, 99, generator=torch.Generator().manual_seed(0))
+    clip = DynamicThreshold(0.9, 3.0)
+    with Names() as forward:
+        reference.reverse_step(x, output, STEP, clip=clip)
+    with Names() as backward:
+        reference.reverse_step_vjp(x, None, x, output, STEP, "epsilon", clip)
+    for names in (forward.found, backward.found):
+        assert "topk" in names and not names & {"sort", "argsort", "kthvalue"}
 
 
 @pytest.mark.parametrize("clip", (None, DynamicThreshold(0.9, 3.0)))  # which is made of a particle as a whole

@@ -304,13 +304,13 @@ class _Fused:
         """``(x_s, x0)`` of the steps at ``place``, one for all samples or one for each. ``noise`` is drawn where none
         is given; ``std`` takes the place of the plan's."""
         counter: dict[str, Any] = {"seed": 0}
-        levels: Coefficients
+        coefficients: Coefficients
         if isinstance(place, Tensor):
             alpha_t, sigma_t, alpha_s, sigma_s, _, tau = columns = plan.columns(place.to(x.device))
             if columns.is_cpu and (unknown := columns.isnan().any(0)).any():  # the parent takes one timestep alone
                 bad = place[unknown].tolist()
                 raise ValueError(f"timestep: expected those of the schedule, with a reverse step each, got {bad}")
-            levels = alpha_t, sigma_t, alpha_s, sigma_s, 0.0
+            coefficients = alpha_t, sigma_t, alpha_s, sigma_s, 0.0
             tau = tau.reshape(-1, *(1,) * (x.ndim - 1)).to(output.dtype)
         else:
             if not 0 <= place < len(plan.steps):
@@ -318,10 +318,10 @@ class _Fused:
             found = plan.steps[place]
             if found is None:
                 raise _NotServed(_NO_STEP)
-            levels, moving = found
+            coefficients, moving = found
             tau = moving[4]
             if noisy and noise is None and std is None and self.fused_noise and not isinstance(generator, list):
-                levels, noisy = moving, False
+                coefficients, noisy = moving, False
                 counter = self._counter(generator, place, self.first_sample, len(x))
         if noisy:
             if noise is not None and (noise.shape != x.shape or torch.promote_types(noise.dtype, x.dtype) != x.dtype):
@@ -332,7 +332,7 @@ class _Fused:
         if self._memory is None:
             self._memory = Memory()
         x_s, x0 = ops.reverse_step(
-            x, output, levels, prediction=plan.prediction, clip=plan.clip, clip_noise=plan.clip_noise,
+            x, output, coefficients, prediction=plan.prediction, clip=plan.clip, clip_noise=plan.clip_noise,
             displacement=displacement, return_x0=True, out=self._memory.pair(x, output, displacement), **counter,
         )  # fmt: skip
         return x_s, _in(output.dtype, x0) if plan.prediction == "sample" else x0

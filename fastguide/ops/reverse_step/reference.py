@@ -17,7 +17,7 @@ __all__ = [
     "dynamic_bound",
     "has_noise",
     "multipliers",
-    "ranks",
+    "neighbours",
     "reverse_step",
     "reverse_step_vjp",
     "scaled",
@@ -87,15 +87,25 @@ def dynamic_bound(x0: Tensor, clip: DynamicThreshold) -> Tensor:
     Returns:
         The bounds ``[N]``.
     """
-    ordered = x0.reshape(x0.shape[0], -1).abs().sort(dim=1).values
-    below, above, between = ranks(clip.ratio, ordered.shape[1])
-    return torch.lerp(ordered[:, below], ordered[:, above], between).clamp(1.0, clip.max_value)
+    values, _, between = neighbours(x0.reshape(x0.shape[0], -1).abs(), clip.ratio)
+    return torch.lerp(values[:, 0], values[:, 1], between).clamp(1.0, clip.max_value)
 
 
-def ranks(ratio: float, number: int) -> tuple[int, int, float]:
-    """The two order statistics around the ``ratio`` quantile of ``number`` values, and the fraction between them."""
+def neighbours(values: Tensor, ratio: float) -> tuple[Tensor, Tensor, float]:
+    """The two order statistics around the ``ratio`` quantile of each row: values and places ``[N, 2]``, and the
+    fraction between them.
+
+    By selection, since a sort takes many passes. ``kthvalue`` on a GPU refuses ``torch.use_deterministic_algorithms``.
+    """
+    number = values.shape[1]
     rank = ratio * (number - 1)
-    return int(rank), min(int(rank) + 1, number - 1), rank - int(rank)
+    below, above = int(rank), min(int(rank) + 1, number - 1)
+    if 2 * below >= number:  # the shorter end
+        found, low, high = values.topk(number - below, dim=1), number - 1 - below, number - 1 - above
+    else:
+        found, low, high = values.topk(above + 1, dim=1, largest=False), below, above
+    ordered, places = (torch.stack([end[:, low], end[:, high]], dim=1) for end in found)
+    return ordered, places, rank - below
 
 
 def has_noise(tau: Scalar) -> bool:
@@ -231,15 +241,13 @@ def _clip_x0_vjp(grad: Tensor, x0: Tensor, clip: Clip) -> Tensor:
         return grad
     if isinstance(clip, DynamicThreshold):  # the result is x0 / bound inside, and +-1 outside
         flat, grad = (v.reshape(v.shape[0], -1) for v in (x0, grad))
-        ordered, order = flat.abs().sort(dim=1)
-        below, above, between = ranks(clip.ratio, flat.shape[1])
-        quantile = torch.lerp(ordered[:, below], ordered[:, above], between)[:, None]
+        values, places, between = neighbours(flat.abs(), clip.ratio)
+        quantile = torch.lerp(values[:, :1], values[:, 1:], between)
         bound = quantile.clamp(1.0, clip.max_value)
         grad = torch.where(flat.abs() < bound, grad / bound, 0.0)
         grad_bound = -(grad * flat).sum(1, keepdim=True) / bound
         grad_quantile = torch.where(bound == quantile, grad_bound, 0.0)
-        for place, share in ((below, 1.0 - between), (above, between)):
-            one = order[:, place : place + 1]
+        for one, share in zip(places.split(1, dim=1), (1.0 - between, between), strict=True):
             grad = grad.scatter_add(1, one, share * grad_quantile * flat.gather(1, one).sign())
         return grad.reshape(x0.shape)
     low, high = clip if isinstance(clip, tuple) else (-clip, clip)

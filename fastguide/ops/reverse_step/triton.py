@@ -165,8 +165,4 @@ def dynamic_bounds(
     p, q = reference.multipliers(x, coefficients, prediction)[:2]
     output = model_output.float()
     x0 = output if prediction == "sample" else p * x.float() + q * output
-    # As reference.dynamic_bound, by selection: a sort of everything would take many passes over the state.
-    flat = x0.reshape(len(x0), -1).abs()
-    below, above, between = reference.ranks(clip.ratio, flat.shape[1])
-    low, high = (torch.kthvalue(flat, rank + 1, dim=1).values for rank in (below, above))
-    return torch.lerp(low, high, between).clamp(1.0, clip.max_value)
+    return reference.dynamic_bound(x0, clip)
