@@ -443,8 +443,8 @@ __device__ __forceinline__ Ends count_slots(Storage<kBlock>& storage, const Row&
     return found;
 }
 
-// Removes one slot from each particle that has any: the slot in which it survives. What is left are the spares. Returns
-// the survivors: bit i is this thread's i-th particle. `total` is the number of survivors in the block.
+// Removes one slot, the survivor's own, from each particle that has any. What is left are the spares. Returns the
+// survivors: bit i is this thread's i-th particle. `total` is the number of survivors in the block.
 template <int kBlock>
 __device__ __forceinline__ unsigned leave_spares(Storage<kBlock>& storage, Ends& slots, uint64_t& total) {
     unsigned alive = 0;
