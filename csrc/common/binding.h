@@ -59,7 +59,7 @@ public:
         if (!PyFloat_Check(value)) expected("a float");
         return PyFloat_AS_DOUBLE(value);
     }
-    // A value of an enumeration that ends with `last`, by its code.
+    // Reads the code of a value of an enumeration whose last value is `last`.
     template <class Enum>
     Enum code(const char* name, Enum last) {
         const uint64_t value = integer();
@@ -75,7 +75,7 @@ public:
         if (!data) null_ = name;
         return data;
     }
-    // Null for Python's None.
+    // The same, but returns null for Python's None.
     template <class T = void>
     T* pointer_or_none(const char* name) {
         if (!is_none()) return pointer<T>(name);
@@ -104,7 +104,7 @@ public:
         return static_cast<uint32_t>(value);
     }
 
-    // seed, step, stream and the first particle of a [particles, elements] array
+    // Reads seed, step, stream and the first particle of a [particles, elements] array.
     RandnShape counter(uint64_t particles, uint64_t elements) {
         const uint64_t seed = integer(), step = integer(), stream = integer(), first_particle = integer();
         return checked_shape(particles, elements, seed, step, stream, first_particle);
@@ -127,7 +127,7 @@ struct PhiloxWords {
     uint32_t key0, key1;
 };
 
-// A tuple of four words and one of two.
+// Reads a tuple of four words and a tuple of two words.
 inline PhiloxWords read_philox(Arguments& in) {
     Arguments counter = in.items(), key = in.items();
     counter.expect(4), key.expect(2);

@@ -24,7 +24,7 @@ FG_HD typename Lanes::F64 log_of_normal(typename Lanes::F64 x, typename Lanes::F
     F64 k = Lanes::of_bits(exponent | 0x4330000000000000u) - (0x1p52 + 1023.0);
     if constexpr (kShift) k = k + shift;
     F64 f = m - 1.0;
-    if constexpr (kTail) f = f + tail * Lanes::of_bits((2047u - exponent) << 52) * 0.5;  // 2^-k could be 2^-1024
+    if constexpr (kTail) f = f + tail * Lanes::of_bits((2047u - exponent) << 52) * 0.5;  // 2^(1-k) / 2: 2^-k may be subnormal
     const F64 s = f / (f + 2.0);
     const F64 z = s * s, w = z * z;
     const F64 even = ((w * 0x1.2efe21343f314p-3 + 0x1.746636708573cp-3) * w + 0x1.24924941afef6p-2) * w +

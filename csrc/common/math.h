@@ -74,7 +74,7 @@ template <class Lanes>
 FG_HD typename Lanes::F32 minus_two_log(typename Lanes::U32 w) {
     using F32 = typename Lanes::F32;
     using I32 = typename Lanes::I32;
-    // One signed integer serves both branches: ~w where the top bit of w is set, -(w + 1) where it is not.
+    // One signed integer serves both branches: ~w if the top bit of w is set, -(w + 1) if it is not.
     const I32 c = Lanes::to_signed(~w);
     const auto above_half = c >= 0;
     const I32 high = c & ~0xFF;

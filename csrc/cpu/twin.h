@@ -105,7 +105,7 @@ FG_INLINE auto sum_of(const Twin<V>& v) {
     return sum_of(v.a) + sum_of(v.b);
 }
 
-// The bits that any of the vectors has.
+// The bitwise OR of all the vectors.
 template <class V>
 FG_INLINE V any_of(V v) {
     return v;

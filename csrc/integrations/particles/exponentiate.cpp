@@ -24,7 +24,7 @@ constexpr uint64_t kBlock = 1024, kGrain = 16;  // elements of a block, and bloc
 // exp(d) for d <= 0. The relative error is at most 1e-15 + |d| 2^-53. Below 2^-1022 the result is subnormal or 0.
 FG_INLINE F64 exp_double(F64 d) {
     const auto x = exponential<WideLanes>(d, -746.0);
-    return as<F64>(as<U64>(x.e) + ((x.n + 1000) << 52)) * 0x1p-1000;  // an exponent in range, then 2^n
+    return as<F64>(as<U64>(x.e) + ((x.n + 1000) << 52)) * 0x1p-1000;  // in range first; the product may be subnormal
 }
 
 struct BlockSums {
