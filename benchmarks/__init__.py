@@ -1,5 +1,5 @@
-"""What every operation and sampler costs, beside what else does the same: ``python -m benchmarks --help``.
+"""What every operation and sampler costs, compared with alternatives: ``python -m benchmarks --help``.
 
-`ops` and `integrations` have a module for each, found by being there; `cases` says what a case is, `timing` how it is
-timed, `report` how it is shown.
+`ops` and `integrations` have one module for each; every module that is there is run. `cases` defines a case, `timing`
+measures it, `report` shows it.
 """

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in names:
         results.append(run(name, setting))
         print(text(results[-1]), flush=True)
-        if options.json:  # after each, so that what is cut off leaves the rest
+        if options.json:  # after each case, so that an interrupted run leaves a file
             write_json(options.json, about, results)
         if options.markdown:
             options.markdown.write_text(markdown(about, results))

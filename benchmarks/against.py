@@ -1,9 +1,9 @@
 """``python -m benchmarks.against DIR [NAME ...]``: each case of this checkout and of another one, in turn.
 
-DIR is another checkout of fastguide, built in place. Both run in processes of their own, each with its own benchmarks.
-Only what the case calls ours is built and timed. A line has the median times of both, and the median time of this one
-over the other's: below 1 this one is faster. The quotient of the processor's times, over all threads, follows: it
-depends less on what else the machine does.
+DIR is another checkout of fastguide, built in place. Each checkout runs in its own process, with its own benchmarks.
+Only the call ``ours`` of a case is built and timed, not its rivals. A line has the median times of both, and the
+quotient: the time of this checkout over the other's. Below 1 this one is faster. The quotient of the processor times,
+over all threads, follows. It depends less on what else the machine does.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _ROUNDS = 11
 
 
 class Checkout:
-    """The cases of a checkout, in a process that waits between its runs."""
+    """The cases of a checkout, in a process that waits between the runs."""
 
     def __init__(self, folder: Path, quick: bool):
         command = [sys.executable, "-P", __file__, "--serve", *(["--quick"] if quick else [])]
-        # Threads that spin while they wait would take the other process's time.
+        # Waiting threads must not spin: they would take time from the other process.
         environment = os.environ | {"PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
         self._process = subprocess.Popen(
             command, env=environment, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -53,7 +53,7 @@ class Checkout:
 
 
 def _serve(quick: bool) -> None:
-    """In the process of a checkout, whose ``benchmarks`` is the one that is imported."""
+    """Run in the process of a checkout: ``benchmarks`` is imported from that checkout."""
     import torch
 
     from benchmarks import __main__, cases  # type: ignore[import-not-found]  # noqa: F401  registers the cases
@@ -83,7 +83,7 @@ def _serve(quick: bool) -> None:
 
 
 def _seconds(call: Any, times: int) -> tuple[float, float]:
-    """Of one call, and the processor's."""
+    """The time of one call, and its processor time, both in seconds."""
     start, processor = time.perf_counter(), time.process_time()
     for _ in range(times):
         call()
@@ -91,7 +91,7 @@ def _seconds(call: Any, times: int) -> tuple[float, float]:
 
 
 def compare(other: Path, chosen: list[str], quick: bool, report: Callable[[str], None]) -> dict[str, float]:
-    """The quotient of the times of each case, this checkout's over the other's."""
+    """For each case, the time of this checkout divided by that of the other."""
     found: dict[str, float] = {}
     checkouts = [Checkout(Path(__file__).parents[1], quick), Checkout(other, quick)]
     for name in checkouts[0].cases:

@@ -1,6 +1,6 @@
-"""What a case is, the register of all, and what becomes of one when it runs.
+"""What a case is, the register of all cases, and how one is run.
 
-A case is built only when its turn comes, since some need gigabytes. Its check runs first: what is wrong is not timed.
+A case is built only when its turn comes, since some need gigabytes. Its check runs first: a wrong result is not timed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ CASES: dict[str, Callable[[Setting], Case]] = {}
 
 
 class Absent(Exception):
-    """What cannot be had here, and why."""
+    """Something is missing here; the message says what and why."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where to run. ``quick`` asks for sizes that take milliseconds: they test the code and time nothing of worth.
-    ``against``: the folder of another checkout, built in place, for the cases that compare with one."""
+    """Where and how to run. ``quick`` asks for sizes that take milliseconds: these test the code, and their times mean
+    nothing. ``against``: the folder of another checkout, built in place, for cases that compare with one."""
 
     device: torch.device
     quick: bool = False
@@ -39,7 +39,7 @@ class Setting:
     against: Path | None = None
 
     def pick(self, full: T, quick: T, gpu: T | None = None) -> T:
-        """``gpu``: a size in place of ``full`` where that is too small to fill a GPU."""
+        """The size for this setting. ``gpu`` replaces ``full`` on a GPU, if ``full`` is too small to fill one."""
         if self.quick:
             return quick
         return gpu if gpu is not None and self.device.type == "cuda" else full
@@ -55,8 +55,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Rival:
-    """Something else that does the same. ``at_least``: how many times faster we mean to be; ``at_most``: how many times
-    its time we may take. ``absent``: why it cannot run here, or ``""``."""
+    """Another implementation of the same thing. ``at_least``: our target, how many times faster we should be.
+    ``at_most``: the largest ratio of our time to its time. ``absent``: why it cannot run here, or ``""``."""
 
     name: str
     call: Call | None
@@ -66,7 +66,7 @@ class Rival:
 
 
 def rival(name: str, build: Callable[[], Call], **target: float) -> Rival:
-    """``build`` returns the call. Where it lacks a package or a device the rival is absent, for that reason."""
+    """A rival whose call is returned by ``build``. If a package or a device is missing, the rival is absent."""
     try:
         return Rival(name, build(), **target)
     except (Absent, ImportError) as error:
@@ -75,7 +75,7 @@ def rival(name: str, build: Callable[[], Call], **target: float) -> Rival:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that is no rival's time, such as bytes per particle."""
+    """A number that is not a time, such as bytes per particle."""
 
     name: str
     value: float
@@ -89,9 +89,9 @@ class Figure:
 
 @dataclass
 class Case:
-    """``check`` raises unless ``ours`` computes what it should. ``ours`` is None where the figures are all there is.
-    ``bytes``: the least that must be read and written, or None where memory is not what it is about. ``figures`` is
-    given our median in seconds."""
+    """One comparison. ``check`` raises unless ``ours`` computes the right result. ``ours`` is None if the case has only
+    figures. ``bytes``: the least number of bytes that must be read and written, or None if memory does not matter.
+    ``figures`` gets our median in seconds."""
 
     what: str
     elements: int
@@ -99,8 +99,8 @@ class Case:
     ours: Call | None
     check: Callable[[], None]
     rivals: Sequence[Rival] = ()
-    copy_at_most: float | None = None  # how many times a copy's time we may take
-    triad_at_most: float | None = None  # and a triad's
+    copy_at_most: float | None = None  # the largest ratio of our time to that of a copy
+    triad_at_most: float | None = None  # the same for a triad
     backend: str = ""
     least_rounds: int = 5
     figures: Callable[[float], Sequence[Figure]] = lambda seconds: ()
@@ -118,8 +118,9 @@ def case(name: str):
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """The cases that ``names`` select: an operation, a case, or the beginning of one; none selects all. By
-    operation, and within one as they are registered. Raises ``ValueError`` for a name that selects nothing."""
+    """The cases that ``names`` select. A name is an operation, a case, or the beginning of one; no name selects all.
+    Cases are sorted by operation, and then in the order of registration. Raises ``ValueError`` for a name that selects
+    nothing."""
     for name in names:
         if not any(known.startswith(name) for known in CASES):
             raise ValueError(f"expected the beginning of one of {', '.join(CASES)}; got {name!r}")
@@ -130,12 +131,12 @@ def chosen(names: Sequence[str]) -> list[str]:
 # --- running one --------------------------------------------------------------------------------------------
 
 OURS, COPY, TRIAD = "fastguide", "copy", "triad"
-NEW = "fastguide, into a new tensor"  # the rival of a call that writes into kept memory
+NEW = "fastguide, into a new tensor"  # the rival of a call that writes into memory that is kept
 
 
 @dataclass(frozen=True)
 class Row:
-    """The times of one contestant, per call; ``speed_up`` is its median over ours."""
+    """The times of one contestant, per call. ``speed_up`` is its median divided by ours."""
 
     name: str
     absent: str = ""
@@ -145,7 +146,7 @@ class Row:
     q3_s: float | None = None
     ns_per_element: float | None = None
     gb_per_s: float | None = None
-    of_copy: float | None = None  # share of a plain copy's bandwidth, measured between the same rounds
+    of_copy: float | None = None  # bandwidth as a share of that of a plain copy, measured in the same rounds
     of_triad: float | None = None
     speed_up: float | None = None
     target: str = ""
@@ -165,7 +166,7 @@ class Result:
 
 
 def run(name: str, setting: Setting) -> Result:
-    """Build, check, time."""
+    """Build, check and time a case."""
     try:
         case = CASES[name](setting)
         result = Result(name, "ok", "", case.what, case.elements, case.bytes)
@@ -177,14 +178,14 @@ def run(name: str, setting: Setting) -> Result:
         return result
     except (Absent, ImportError) as error:
         return Result(name, "absent", str(error))
-    except Exception as error:  # a case that cannot run must not take the others along
+    except Exception as error:  # a case that fails must not stop the others
         return Result(name, "failed", f"{type(error).__name__}: {error}")
     finally:
         gc.collect()
 
 
 def _time(case: Case, ours: Call, setting: Setting, result: Result) -> float:
-    """Fill in the rows; our median in seconds."""
+    """Fill in the rows. Returns our median in seconds."""
     rivals = [*case.rivals, *_yardsticks(case, setting.device)]
     calls = {OURS: ours} | {r.name: r.call for r in rivals if r.call is not None}
     times, broken = timing.alternate(
@@ -253,13 +254,13 @@ _TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-9, 
 
 
 def close(got: Tensor, expected: Tensor, factor: float = 1.0) -> None:
-    """Raise unless equal to a few roundings of ``got``'s dtype, for values of order one."""
+    """Raise unless both are equal to a few roundings of ``got``'s dtype, for values of order one."""
     tolerance = factor * _TOLERANCES[got.dtype]
     torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
 def ends(particles: int) -> list[slice]:
-    """The first two and the last two particles: where a kernel goes wrong first, in a size that a reference can do."""
+    """The first two and the last two particles. A kernel goes wrong there first, and a reference can compute them."""
     return [slice(0, min(2, particles)), slice(max(0, particles - 2), particles)]
 
 

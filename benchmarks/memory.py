@@ -22,11 +22,11 @@ from fastguide.ops.resample.reference import _exp_times
 
 from . import timing
 
-CHUNK = 1 << 22  # particles looked at at once
+CHUNK = 1 << 22  # particles checked at a time
 
 
 def measure(what: str, device: torch.device, *sizes: int) -> dict[str, float]:
-    """What `resample` or `gather` found in a process of its own; raises with its last words where it ended badly."""
+    """The results of `resample` or `gather`, run in a new process. Raises with its last output if it failed."""
     command = [sys.executable, "-m", "benchmarks.memory", what, str(device), *map(str, sizes)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=1800)
     if done.returncode:
@@ -39,14 +39,14 @@ def measure(what: str, device: torch.device, *sizes: int) -> dict[str, float]:
 
 
 def peak_of(call: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
-    """Most bytes held during ``call`` beyond those held before, and what it returned."""
+    """The largest number of bytes held during ``call``, less those held before, and what it returned."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         result = call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, result
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts over from what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is held now
     before = _high_water()
     result = call()
     return _high_water() - before, result
@@ -64,7 +64,7 @@ def resample(device: torch.device, particles: int) -> dict[str, float]:
     def call() -> tuple[Tensor, ...]:
         return ops.resample(log_weights, seed=7)
 
-    ops.resample(log_weights[:1000].clone(), seed=7)  # threads and code are no part of the peak
+    ops.resample(log_weights[:1000].clone(), seed=7)  # so that threads and code do not count for the peak
     peak, (ancestors, *_) = peak_of(call, device)
     wrong = wrong_offspring(log_weights, ancestors)
     del ancestors, _
@@ -77,8 +77,8 @@ def resample(device: torch.device, particles: int) -> dict[str, float]:
 
 
 def wrong_offspring(log_weights: Tensor, ancestors: Tensor) -> int:
-    """How many particles have offspring other than ``floor`` or ``ceil`` of ``N q_k / Q``, in integers; both ``[K]``,
-    ancestors ascending."""
+    """How many particles have a number of offspring other than ``floor`` or ``ceil`` of ``N q_k / Q``, in integers.
+    Both arguments are ``[K]``; ancestors ascend."""
     particles = len(log_weights)
     scale = 62 - max(particles - 1, 0).bit_length()
     top = log_weights.max().double()
@@ -96,13 +96,13 @@ def wrong_offspring(log_weights: Tensor, ancestors: Tensor) -> int:
 
 
 def _integer_weights(log_weights: Tensor, top: Tensor, scale: int) -> Tensor:
-    """`reference.integer_weights` of some particles ``[n]`` of a row, by that row's maximum and scale: a whole row of
-    1e8 would take that function 9 GB."""
+    """`reference.integer_weights` for some particles ``[n]`` of a row, from the maximum and scale of the row. For a
+    whole row of 1e8 that function would take 9 GB."""
     return _exp_times(log_weights.double() - top, scale)[0]
 
 
 def gather(device: torch.device, particles: int, elements: int) -> dict[str, float]:
-    """Bytes that a state and its gathering take in all: ours in place, and ``index_select`` into a second buffer."""
+    """Peak bytes of a state and gathering it: ours in place, and ``index_select`` into a second buffer."""
     state = torch.ones(particles, elements, device=device)
     log_weights = 0.5**0.5 * torch.randn(particles, device=device)
     ancestors = ops.resample(log_weights, seed=7, sorted=False)[0]
@@ -114,7 +114,7 @@ def gather(device: torch.device, particles: int, elements: int) -> dict[str, flo
 
 
 def _limit() -> None:
-    """No more memory than is free now: what asks for more ends here, not the machine."""
+    """Limit this process to the memory that is free now, so that it fails and not the machine."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
     resource.setrlimit(resource.RLIMIT_DATA, (int(0.8 * free), -1))
@@ -122,6 +122,6 @@ def _limit() -> None:
 
 if __name__ == "__main__":
     what, device, *sizes = sys.argv[1:]
-    if device == "cpu":  # a GPU's driver maps far more than it uses
+    if device == "cpu":  # a GPU driver maps far more memory than it uses
         _limit()
     print(json.dumps({"resample": resample, "gather": gather}[what](torch.device(device), *map(int, sizes))))

@@ -1,8 +1,8 @@
 """``python -m benchmarks.profile --sampler NAME [--steps N] [--particles K] [--device cuda] [--eager]``
 
-One run of a sampler on the digits prior for Nsight Systems and Nsight Compute: between cudaProfilerStart and
-cudaProfilerStop and within the NVTX range ``fastguide.run``, after a run that warms up. On a GPU the loop is one CUDA
-graph, unless ``--eager``.
+One run of a sampler on the digits prior, for Nsight Systems and Nsight Compute. It is between cudaProfilerStart and
+cudaProfilerStop, in the NVTX range ``fastguide.run``, after a run that warms up. On a GPU the loop is one CUDA graph,
+unless ``--eager`` is given.
 """
 
 from __future__ import annotations

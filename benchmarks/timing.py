@@ -1,7 +1,7 @@
-"""How time is taken: contestants in turn, in one process, from one allocator; medians and quartiles.
+"""How times are measured: contestants in turn, in one process, with one allocator; medians and quartiles.
 
-Times drift with the clock of the machine and with its other tenants. So every round runs each contestant once, in an
-order drawn anew, and what is compared was measured side by side.
+Times drift with the clock rate and with other programs. So every round runs each contestant once, in a new random
+order, and numbers that are compared were measured at the same time.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ import torch
 
 import fastguide as fg
 
-SAMPLE = 1e-3  # seconds that one sample lasts at least: calls shorter than that are repeated within it
-LONG = 1.0  # seconds from which a call is not worth a second one to warm it up
+SAMPLE = 1e-3  # seconds: the least time of one sample; shorter calls are repeated within it
+LONG = 1.0  # seconds: longer calls are not called again to warm up
 MOST_ROUNDS = 101
 
-_L2_FLUSH = 1 << 28  # bytes: more than any GPU's second-level cache holds
+_L2_FLUSH = 1 << 28  # bytes: larger than the second-level cache of any GPU
 
 
 def alternate(
     calls: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, least_rounds: int = 5
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds per call of each, one sample a round, for about ``seconds`` in all; and why those that raised did."""
+    """Seconds per call of each contestant, one sample in each round, for about ``seconds`` in all. Also the errors of
+    those that raised."""
     measure = _on_gpu if device.type == "cuda" else _on_cpu
     repeats, lasts, broken = {}, {}, {}
     for name, call in calls.items():
         try:
-            measure(call, 1)  # compiles, allocates, touches its pages
+            measure(call, 1)  # compiles, allocates memory and touches its pages
             lasts[name] = max(measure(call, 1), 1e-9)
             repeats[name] = max(1, math.ceil(SAMPLE / lasts[name]))
-        except Exception as error:  # say why, and go on with the others
+        except Exception as error:  # keep the reason, and go on with the others
             broken[name] = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
 
     times: dict[str, list[float]] = {name: [] for name in repeats}
@@ -56,7 +57,7 @@ def alternate(
         while rounds < least_rounds or (rounds < MOST_ROUNDS and time.perf_counter() < end):
             shuffle(order)
             for name in order:
-                if lasts[name] < LONG:  # its memory and its caches after the others: the first call finds them, untimed
+                if lasts[name] < LONG:  # untimed: brings its memory into the caches again
                     calls[name]()
                 times[name].append(measure(calls[name], repeats[name]))
             rounds += 1
@@ -74,8 +75,8 @@ def _on_cpu(call: Callable[[], Any], repeats: int) -> float:
 
 
 def _on_gpu(call: Callable[[], Any], repeats: int) -> float:
-    """Between two events on the stream, so that a call the host cannot issue fast enough pays for that."""
-    torch.empty(_L2_FLUSH, dtype=torch.int8, device="cuda").zero_()  # nobody finds its data in the cache
+    """The time between two events on the stream. It includes waits for a host that is too slow to launch."""
+    torch.empty(_L2_FLUSH, dtype=torch.int8, device="cuda").zero_()  # empties the cache
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -87,7 +88,7 @@ def _on_gpu(call: Callable[[], Any], repeats: int) -> float:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once all that was asked of the device is done."""
+    """The time in seconds, after the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -108,11 +109,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # <malloc.h>
 
 
 def keep_memory() -> str:
-    """Make glibc keep freed memory, for all alike, and say so.
+    """Make glibc keep freed memory, for all contestants. Returns a description.
 
-    By default it maps every block above some size (128 KiB to 32 MiB, it adapts) afresh and returns it when freed. A
-    large new tensor then costs page faults, which can double or triple a call's time. Blocks beyond the largest
-    threshold that glibc takes count as well, hence no mapping at all.
+    By default glibc maps every block above some size (128 KiB to 32 MiB, adaptive) anew and returns it when it is
+    freed. A large new tensor then costs page faults, which can double or triple the time of a call. Some blocks are
+    above the largest threshold that glibc accepts, so mapping is turned off.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -127,7 +128,7 @@ def keep_memory() -> str:
 
 
 def machine(device: torch.device, allocator: str) -> dict[str, Any]:
-    """What a number needs beside it to be worth repeating."""
+    """The facts about the machine that someone needs to repeat a number."""
     found = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),

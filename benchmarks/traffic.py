@@ -1,7 +1,7 @@
-"""Bytes that a sampler reads and writes around its network, and the same of another checkout, in a process of its own.
+"""Bytes that a sampler reads and writes around its network, also for another checkout in a process of its own.
 
-That process runs this file alone, with the other checkout's ``fastguide``. So it imports nothing of `benchmarks`, and
-what it calls exists in both.
+That process runs only this file, with the ``fastguide`` of the other checkout. So this file imports nothing from
+`benchmarks`, and calls only what exists in both.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from torch.utils._pytree import tree_leaves
 
 import fastguide as fg
 
-# No element is touched; what was there is written but not read; the first argument gives a shape; read as much of it as
-# is returned.
+# Kinds of operations. _NOTHING touches no element. _OVERWRITES writes the first argument and does not read it. For
+# _SHAPES the first argument only gives a shape. _PICKS reads as many elements as it returns. _PUTS writes as many
+# elements of the first argument as it is given.
 _NOTHING = ("empty", "new_empty", "_lazy_clone", "set_", "resize_", "_unsafe_view", "lift_fresh")
 _OVERWRITES = ("copy_", "fill_", "zero_")
 _SHAPES = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 _PICKS = ("index", "index_select", "gather")
-_PUTS = ("index_copy_", "index_put_", "_index_put_impl_")  # of the first argument write as much as they are given
+_PUTS = ("index_copy_", "index_put_", "_index_put_impl_")
 
 
 def count(call: Callable[[], Any]) -> tuple[Any, Counter[str]]:
     """What ``call`` returns, and the bytes that it reads and writes, by operation.
 
-    torch's operations are seen by a mode: the tensors that each is given are read, its results are written. A view and
-    an allocation are nothing, and elements that an expanded tensor repeats are one. The package does not see the mode,
-    which would lead it through the dispatcher; its kernels are counted where they are called. `gather_particles_`
-    moves the rows that are not in place. A copy that torch puts off until somebody writes is not counted.
+    A dispatch mode counts torch's operations: the argument tensors are read, the results are written. Views and
+    allocations count nothing. An element that an expanded tensor repeats counts once. The mode is hidden from the
+    package, because it would send the calls through the dispatcher; its kernels are counted where they are called. For
+    `gather_particles_` the particles that move are counted. A lazy copy (copy on write) is not counted.
     """
     moved: Counter[str] = Counter()
     with _kernels(moved), _Mode(moved):
@@ -87,7 +88,7 @@ def _tuple(results: Any) -> Sequence[Any]:
 
 
 def _bytes(values: Any) -> int:
-    """Of the tensors among ``values``."""
+    """The bytes of the tensors among ``values``."""
     total = 0
     for value in tree_leaves(values):
         if isinstance(value, Tensor):
@@ -98,11 +99,11 @@ def _bytes(values: Any) -> int:
 
 @contextlib.contextmanager
 def _kernels(moved: Counter[str]) -> Iterator[None]:
-    """Count the package's own operations: where kernels are functions of their own those, else the public functions."""
+    """Count the package's own operations: at the kernels, or in an older checkout at the public functions."""
     with contextlib.ExitStack() as patches:
         try:
             from fastguide.ops._operation import OPERATIONS
-        except ImportError:  # an older checkout, whose operations a mode does not lead elsewhere
+        except ImportError:  # an older checkout, in which a mode does not change the path of a call
             for name in fg.ops.__all__:
                 if not isinstance(getattr(fg.ops, name), type):
                     counted = _counted(name, getattr(fg.ops, name), moved)
@@ -114,7 +115,7 @@ def _kernels(moved: Counter[str]) -> Iterator[None]:
                 if kernel is None:
                     continue
                 module = sys.modules[kernel.__module__]
-                launch = getattr(module, "_launch", None)  # what small calls take without the rest
+                launch = getattr(module, "_launch", None)  # small calls call this directly
                 counted = _counted(operation.name, launch or kernel, moved)
                 patches.enter_context(mock.patch.object(module, counted.__name__, counted))
                 if launch is None:
@@ -142,11 +143,11 @@ def _gathered(ancestors: Tensor, *states: Tensor) -> int:
     return _bytes(ancestors) + sum(2 * state.nbytes // max(1, found.size) * displaced for state in states)
 
 
-# --- samplers around a network that costs nothing -----------------------------------------------------------
+# --- samplers with a network that costs nothing -------------------------------------------------------------
 
 
 class _Network(torch.autograd.Function):
-    """An output that is there already; backward, the gradient as it came."""
+    """Returns an output that exists already; the backward pass returns the gradient unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, output: Tensor) -> Tensor:
@@ -161,9 +162,9 @@ METHODS = ("plain", "dps", "tds")
 
 
 def sampler(method: str, shape: Sequence[int], steps: int, keeps: bool = True) -> Callable[[], Any]:
-    """``fastguide.sample`` by ``method``: plain with a guidance scale; DPS and TDS where half of an event is
-    measured. The noise of the measurement is so broad that few particles die. ``keeps``: whether the network keeps its
-    output, and hands out the same at every call; else it makes a new one, which is not counted."""
+    """``fastguide.sample`` by ``method``: plain with a guidance scale, or DPS or TDS with half of an event measured.
+    The noise of the measurement is so broad that few particles die. ``keeps``: whether the network returns the same
+    tensor at every call. Otherwise it makes a new one, which is not counted."""
 
     def network(seed: int) -> Callable[..., Tensor]:
         output = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -194,7 +195,7 @@ def sampler(method: str, shape: Sequence[int], steps: int, keeps: bool = True) -
 
 
 class Elsewhere:
-    """The same sampler of another checkout that is built in place, in a process that waits between its runs."""
+    """The same sampler of another checkout, built in place, in a process that waits between the runs."""
 
     def __init__(self, checkout: Path, method: str, shape: Sequence[int], steps: int):
         self.checkout = checkout
@@ -202,13 +203,13 @@ class Elsewhere:
         self._process = subprocess.Popen(
             command, env=os.environ | {"PYTHONPATH": str(checkout)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        self._end = weakref.finalize(self, self._process.communicate)  # it reads to the end of its input
+        self._end = weakref.finalize(self, self._process.communicate)  # the process ends when its input ends
 
     def ask(self, word: str) -> Any:
-        """``"run"`` gives the processor's seconds; ``"count"`` the bytes by operation, and the mean and deviation of
-        the samples."""
+        """``"run"`` returns the processor time in seconds. ``"count"`` returns the bytes by operation, and the mean and
+        standard deviation of the samples."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+        with contextlib.suppress(BrokenPipeError):  # the missing answer is reported below
             self._process.stdin.write(f"{word}\n".encode())
             self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -218,7 +219,8 @@ class Elsewhere:
 
 
 def processor_seconds(call: Callable[[], Any]) -> float:
-    """Of all threads, the system's work for them included. Other tenants of the machine count less than in its time."""
+    """The processor time of all threads, with the system's work for them. Other programs disturb it less than the
+    elapsed time."""
     start = time.process_time()
     call()
     return time.process_time() - start

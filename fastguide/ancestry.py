@@ -32,8 +32,8 @@ class Ancestry:
     def __init__(self, observations: int, particles: int, device: torch.device):
         self._one = torch.ones((), device=device)
         self.first = torch.arange(particles, dtype=torch.int32, device=device).repeat(observations, 1)  # [B, K]
-        # Of each step, [B]: the effective sample size before it, and the sum of the squared offspring after it. The
-        # logarithms of the product are taken once, at the end: on a GPU they would be seven launches a step.
+        # For each step, [B]: the effective sample size before it, and the sum of the squared offspring after it. The
+        # logarithms of the product are taken once, at the end: on a GPU they would take seven launches in each step.
         self._ess: list[Tensor] = []
         self._squares: list[Tensor] = []
 

@@ -192,7 +192,7 @@ class Samples:
         """Credible intervals of each element alone: ``low, high = out.interval(0.9)``.
 
         An interval includes its ends. It has at least the share ``level`` of all weight, if rounding errors of 1e-12
-        are left out. Of a small number of samples it has more than that.
+        are left out. With few samples it has more than that.
 
         Args:
             level: The share of the weight, in ``(0, 1)``; 0.9 by default.

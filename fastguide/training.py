@@ -60,7 +60,7 @@ def optimise(
             and the weights.
         steps: In all, those before a checkpoint included.
         learning_rate: At its peak.
-        weight_decay: Of AdamW.
+        weight_decay: The weight decay of AdamW.
         ema: Decay of the average for each step.
         rate: The learning rate over its peak, from the step and `steps`.
         report: Called after each step.

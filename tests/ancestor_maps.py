@@ -1,10 +1,10 @@
-"""Ancestors of every kind, and what they make of a state: for the tests of gather_particles_."""
+"""Ancestors of every kind, and the states after moving: for the tests of gather_particles_."""
 
 import torch
 
 
 def bytes_of(rows: int, particles: int, size: int, seed: int = 0) -> torch.Tensor:
-    """Particles that all differ, as far as their bytes allow."""
+    """Particles that all differ, if they have enough bytes."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(256, (rows, particles, size), generator=generator, dtype=torch.uint8)
 
@@ -18,7 +18,7 @@ def uniform(particles: int, seed: int = 0) -> torch.Tensor:
 
 
 def survivors(particles: int, seed: int = 0) -> torch.Tensor:
-    """Each ancestor its own: what ``resample(sorted=False)`` returns."""
+    """Ancestors that are their own ancestors, as ``resample(sorted=False)`` returns them."""
     chosen = uniform(particles, seed)
     places = torch.arange(particles)
     alive = torch.isin(places, chosen)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 
 def described(folder: Path) -> dict:
-    """How the kernels that Python finds in ``folder`` run, in a process that pytest's plugins have loaded nothing
-    into."""
+    """How the kernels that Python finds in ``folder`` run, in a new process without pytest's plugins."""
     script = Path(__file__).parent / "describe_build.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -16,7 +15,7 @@ def described(folder: Path) -> dict:
 
 
 def check_threads(found: dict) -> None:
-    (library,) = found["openmp"]  # a wheel that brings its own libgomp has two
+    (library,) = found["openmp"]  # fails if the wheel has its own libgomp too
     assert Path(found["torch"]).parents[1] in Path(library).parents
     assert found["busy_threads"] == 2 and found["new_threads"] == 0
 

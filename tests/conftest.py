@@ -1,4 +1,4 @@
-"""What all tests share: memory that is poisoned before it is written, thread counts, tolerances."""
+"""Fixtures of all tests: memory filled with NaN before it is written, thread counts, tolerances."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before fastguide is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before fastguide is imported
 
 from fastguide import memory
 from fastguide.ops import _native, _operation
 
-# Relative and absolute, for one pass over states of order one: the arithmetic is in float32 and rounded once
-# to the state's dtype (in float64 throughout for float64).
+# Relative and absolute tolerances for one pass over states of order one. The arithmetic is in float32 and rounded once
+# to the state's dtype; for float64 it is all in float64.
 TOLERANCES = {
     torch.float64: dict(rtol=1e-14, atol=1e-14),
     torch.float32: dict(rtol=5e-7, atol=5e-7),
@@ -32,7 +32,7 @@ ONCE += ("errors", "launch")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
 def pytest_collection_modifyitems(items):
-    """Tests that share something slow to make all run in one worker process."""
+    """Run tests that share a slow fixture in one worker process."""
     for item in items:
         if made := [name for name in ONCE if name in item.fixturenames]:
             item.add_marker(pytest.mark.xdist_group(made[0].replace("emulated_module", "cuda_device")))
@@ -40,22 +40,22 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """The tensors here are small: threads that wait for each other on a busy machine cost far more than they gain.
-    Tests of threads ask for them."""
+    """One thread by default: tensors are small, and on a busy machine threads that wait for each other cost far more
+    than they gain. Tests of threads set their number."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def same_seeds():
-    """What a test draws from torch's generator, a run's seed too, is the same in every run of the tests."""
+    """Seed torch's generator, so that every run of the tests draws the same numbers, also as seeds of runs."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """``torch.empty`` and kin return NaN, or the largest integer, so that an element nobody wrote is seen."""
+    """Make ``torch.empty`` and its kin return NaN, or the largest integer, so that an element nobody wrote is seen."""
     before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode("warn")  # what the filling hangs on
+    torch.set_deterministic_debug_mode("warn")  # the filling needs this mode
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.set_deterministic_debug_mode(before)
@@ -63,7 +63,7 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def reused_memory(monkeypatch):
-    """Loops use small blocks again as well, and find NaN in them."""
+    """Make loops reuse small blocks too, and fill reused blocks with NaN."""
     like = memory.Memory.like
 
     def poisoned(self: memory.Memory, x: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor | None:
@@ -76,7 +76,7 @@ def reused_memory(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_kernel_is_remembered():
-    """A test may exchange the compiled modules."""
+    """Clear the cache of chosen kernels, because a test may replace the compiled modules."""
     for operation in _operation.OPERATIONS.values():
         operation._chosen.clear()
 
@@ -99,7 +99,7 @@ def threads():
 
 @pytest.fixture
 def assert_close():
-    """``assert_close(got, expected)``: equal to the tolerance of ``got``'s dtype, ``expected`` in float64."""
+    """``assert_close(got, expected)``: equal to the tolerance of ``got``'s dtype. ``expected`` is float64."""
 
     def check(got: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
         tolerance = {name: factor * value for name, value in TOLERANCES[got.dtype].items()}
@@ -110,7 +110,7 @@ def assert_close():
 
 @pytest.fixture
 def instruction_set():
-    """``with instruction_set(name):`` runs the CPU kernels of its body with that one."""
+    """``with instruction_set(name):`` runs the CPU kernels of its body with that instruction set."""
     return _native.instruction_set
 
 
@@ -124,7 +124,7 @@ def emulated_module(tmp_path_factory):
 
 @pytest.fixture(params=("emulated", "cuda"))
 def cuda_device(request, monkeypatch) -> torch.device:
-    """Where ``backend="cuda"`` computes: the CPU, emulated, or a GPU where there is one."""
+    """Where ``backend="cuda"`` computes: the CPU by emulation, or a GPU if there is one."""
     if request.param == "cuda":
         if reason := _operation.backends()["cuda"].reason:
             pytest.skip(f"cuda: {reason}")

@@ -1,4 +1,4 @@
-"""Prints how the kernels built in the working directory run, as JSON: their threads, and the bits that they make."""
+"""Prints as JSON how the kernels built in the working directory run: their threads, and a hash of their results."""
 
 import hashlib
 import json
@@ -18,13 +18,13 @@ from fastguide.reference import FAMILIES, SCHEMES
 
 
 def seconds() -> dict[str, float]:
-    """What each thread of this process has computed."""
+    """The processor time of each thread of this process, in seconds."""
     tasks = Path("/proc/self/task").iterdir()
     return {task.name: int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks}
 
 
 def digest() -> str:
-    """Of what each operation makes of the same numbers."""
+    """A hash of the results of each operation for fixed inputs."""
     made = []
     for dtype in STATE_DTYPES:
         x = ops.randn((300, 17), seed=1, dtype=dtype)
@@ -52,7 +52,7 @@ torch.set_num_threads(2)
 torch.ones(1 << 20).exp()  # torch starts its threads
 before, shape, calls = seconds(), (64, 100_000), 0
 busy = 1
-while busy < 2 and calls < 1000:  # a busy machine may wake a thread when all is done
+while busy < 2 and calls < 1000:  # on a busy machine a thread may start too late to work
     ops.randn(shape, seed=0)
     calls += 1
     after = seconds()

@@ -4,8 +4,8 @@ With a checkout of diffusers at the installed version::
 
     PYTHONPATH=.:tests pytest -p in_place_of_diffusers CHECKOUT/tests/schedulers/test_scheduler_ddim.py ...
 
-What passes without ``-p`` has to pass with it. It would, too, if every step were left to diffusers' code: so at the
-end stands how many steps of each scheduler were fused, how many were left, and why.
+Tests that pass without ``-p`` must pass with it. They would pass too if diffusers' code took every step. So the end of
+the output says how many steps of each scheduler were fused, how many were not, and why.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Another thread writes to what a kernel reads. Any numbers may come of it, but no other memory is read or written,
-every ancestor is a particle, and the kernel returns.
+"""Another thread writes to the inputs of a kernel while it reads them. The results may be any numbers. But no other
+memory is read or written, every ancestor is a particle, and the kernel returns.
 
-The races are run in a process of their own, this file, so that what goes wrong there is a failed assertion here:
+The races run in a new process with this file as its program, so that a crash is a failed assertion:
 ``races.py SECONDS [MODULE]``, with the CPU's kernels or with the emulated ones of ``MODULE``.
 """
 
@@ -28,7 +28,7 @@ from fastguide.reference import SCHEMES, DynamicThreshold
 
 Case = tuple[str, Callable[[int], object], Callable[[int], object]]  # a name; write(which of four); read(seed)
 WILD = torch.iinfo(torch.int32)
-BACKEND = "cuda" if len(sys.argv) > 2 else "cpu"  # of the process that races
+BACKEND = "cuda" if len(sys.argv) > 2 else "cpu"  # in the process with the races
 
 
 def resample(
@@ -61,7 +61,7 @@ def gather(name: str, kinds: list[torch.Tensor], events: list[tuple[int, ...]], 
         torch.set_num_threads(1 + seed % 2)
         try:
             ops.gather_particles_(ancestors, *states, backend=BACKEND)
-        except ValueError as error:  # it saw one that is out of range
+        except ValueError as error:  # it saw an ancestor or a row out of range
             assert "ancestors: expected values in" in str(error)
 
     return f"gather {name} {events} {dtype}", lambda i: ancestors.copy_(kinds[i % len(kinds)]), read
@@ -150,14 +150,14 @@ def cases() -> list[Case]:
         plain = itertools.product(SCHEMES, (True, False), (None,), (torch.float32,))
         return [resample(*of) for of in plain] + gathers()
     long = itertools.product(SCHEMES, (True, False), (None, 0.5), (torch.float32, torch.float64))
-    short = itertools.product(SCHEMES, (False,), (None,), (torch.float32,), (30,), (3000,))  # are weighed once
+    short = itertools.product(SCHEMES, (False,), (None,), (torch.float32,), (30,), (3000,))  # weighed once
     resamples = [resample(*of) for of in (*long, *short)]
     others = [rows_of_y("gaussian", 3), rows_of_y("poisson", 40), dynamic_threshold(), mersenne_twister()]
     return resamples + gathers() + others
 
 
 def check(seconds: float, *module: str) -> None:
-    """Race for so long, in another process."""
+    """Run the races for ``seconds`` in another process."""
     command = [sys.executable, __file__, str(seconds), *module]
     environment = os.environ | {"PYTHONPATH": str(Path(fastguide.__file__).parents[1])}  # the same package
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)

@@ -1,4 +1,4 @@
-"""What the tests of the shipped priors share."""
+"""Helpers for the tests of the shipped priors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import fastguide as fg
 
 
 def assert_gradient_in_x(prior: fg.Denoiser, shape: tuple[int, ...]) -> None:
-    """The gradient in ``x_t`` of a float64 prior, along one direction, against central differences."""
+    """The gradient in ``x_t`` of a float64 prior, along one direction, equals central differences."""
     level, generator = prior.schedule.level(300), torch.Generator().manual_seed(0)
     x, direction = torch.randn(2, *shape, dtype=torch.float64, generator=generator)
 

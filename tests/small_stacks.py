@@ -1,6 +1,7 @@
-"""Calls everything that is compiled from threads with stacks of as many bytes as the argument says.
+"""Calls all compiled functions from threads whose stacks have as many bytes as the argument says.
 
-The name of each call is printed before it is made: the last one crashed. OMP_STACKSIZE says the same to OpenMP.
+The name of each call is printed before it is made, so the last name is the call that crashed. OMP_STACKSIZE sets the
+stacks of OpenMP's threads.
 """
 
 import functools
@@ -21,17 +22,17 @@ LEVELS = (0.5, 0.8, 0.9, 0.4, 0.2)
 
 
 def torch_calls(x: torch.Tensor) -> None:
-    """What torch does with as many elements, which a thread must survive for the rest to mean anything."""
+    """Calls of torch with equally many elements. If a thread does not survive these, the other calls say nothing."""
     y = (x * 2 + torch.randn_like(x)).clamp(-1, 1).exp()
     y.float().sort(dim=1).values.cumsum(1).logsumexp(1)
     y.index_select(1, torch.randint(x.shape[1], (x.shape[1],)))
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name, and a call on two threads where it is large enough."""
+    """Names and calls. A call that is large enough runs on two threads."""
     call = functools.partial
     for dtype in STATE_DTYPES:
-        # short particles, those that fill a tile in part, those of many tiles, and more than the caches hold
+        # short particles, particles of less than a tile, of many tiles, and a state larger than the caches
         shapes = ((3, 5), (9000, 5), (40, 700), (8, 9001), (80, 30_000))
         for shape in shapes if dtype == torch.float32 else shapes[:-1]:
             x = torch.randn(shape).to(dtype)
@@ -98,7 +99,7 @@ def main() -> None:
             for name, call in made:
                 print(isa, name, flush=True)
                 if isa == _native.instruction_sets()[0]:
-                    call()  # whatever Python imports at the first call needs a larger stack
+                    call()  # imports at the first call need a larger stack
                 failed: list[BaseException] = []
                 thread = threading.Thread(target=attempt, args=(call, failed))
                 thread.start()

@@ -51,12 +51,12 @@ def test_without_resampling_it_is_the_error_of_a_mean_of_weights():
 
 
 def test_the_formula_by_hand():
-    """Four particles of weights 1/2, 1/4, 1/8, 1/8; offspring 2, 1, 1, 0; then weights 0.4, 0.2, 0.1, 0.3."""
+    """Four particles with weights 1/2, 1/4, 1/8, 1/8; offspring 2, 1, 1, 0; then weights 0.4, 0.2, 0.1, 0.3."""
     ancestry = Ancestry(1, 4, CPU)
     before = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64)
     ancestry.follow(torch.tensor([[0, 1, 2, 0]], dtype=torch.int32), 1 / before.square().sum(1))
     factor = (1 - (0.25 + 0.0625 + 2 * 0.015625)) / (1 - (4 + 1 + 1) / 16)
-    pairs = 1 - (0.7**2 + 0.2**2 + 0.1**2)  # the first and the last are of one family
+    pairs = 1 - (0.7**2 + 0.2**2 + 0.1**2)  # the first and the last have the same ancestor
     found = ancestry.error(torch.tensor([[0.4, 0.2, 0.1, 0.3]], dtype=torch.float64).log())
     assert found.item() == pytest.approx(math.sqrt(1 - pairs / (3 / 4) * factor), rel=1e-12)
 
@@ -66,7 +66,7 @@ def test_one_family_one_particle_and_a_negative_variance():
     ancestors = torch.tensor([[2, 2, 2, 2], [0, 0, 1, 2]], dtype=torch.int32)
     ancestry.follow(ancestors, torch.tensor([1.3, 3.99], dtype=torch.float64))
     found = ancestry.error(torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]]).double().log())
-    assert found[0].item() == 1.0  # no two of different families: the largest that it can say
+    assert found[0].item() == 1.0  # all of one family: the largest possible value
     variance = 1 - (1 - 6 / 16) / (3 / 4) * (1 - 1 / 3.99) / (1 - 6 / 16)
     assert found[1].item() == pytest.approx(math.sqrt(variance), rel=1e-12)
     assert Ancestry(2, 1, CPU).error(torch.zeros(2, 1).double()).isnan().all()
@@ -95,8 +95,8 @@ def test_equal_weights_have_no_error():
     ids=str,
 )
 def test_the_error_is_that_over_many_runs(guidance, least):
-    """300 copies of one observation are 300 runs. The root mean square of their own errors is the standard deviation of
-    their evidences around the exact one of the discretised prior."""
+    """300 copies of one observation are 300 runs. The root mean square of their estimated errors is the standard
+    deviation of their evidences around the exact evidence of the discretised prior."""
     options = dict(guidance)
     method = fg.FK if options.pop("fk", False) else fg.TDS
     copies = 300
@@ -112,4 +112,4 @@ def test_the_error_is_that_over_many_runs(guidance, least):
     assert (out.effective_ancestors > least).all()
     estimate = out.log_evidence_error.square().nanmean().sqrt().item()
     print(f"\n{guidance}: spread {spread:.4f}, log {out.log_evidence.std().item():.4f}, own {estimate:.4f}")
-    assert estimate == pytest.approx(spread, rel=0.2)  # it is low by 10 %: the weights are skewed
+    assert estimate == pytest.approx(spread, rel=0.2)  # it is 10 % too low, because the weights are skewed

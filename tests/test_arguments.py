@@ -1,4 +1,4 @@
-"""Values that fit nowhere, in every argument of the public functions: each is one error that names the argument."""
+"""Values of a wrong kind, in every argument of the public functions. Each raises one error that names the argument."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FIT_NOWHERE = {
     "a list of tensors": [freed(2), freed(2)],
 }
 
-COUNTS = (  # that may be as large as they like
+COUNTS = (  # these have no upper limit
     "checkpoint_every", "chunk_size", "factor", "max_elements", "resample_frequency", "resample_steps", "sampling_idx",
     "time_steps",
 )  # fmt: skip
@@ -78,7 +78,7 @@ def steered(**given):
     return FKD(**given).resample(**weighed)
 
 
-# What is called, and arguments that it takes.
+# Functions, and valid arguments for them.
 CALLS = {
     "randn": (ops.randn, dict(shape=(2, 3), dtype=torch.float32, device="cpu", backend="auto", **COUNTER)),
     "reverse_step": (

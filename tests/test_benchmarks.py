@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery, at sizes of milliseconds. No time decides anything here."""
+"""The code of the benchmarks, at sizes that take milliseconds. No test depends on a time."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ QUICK = Setting(torch.device("cpu"), quick=True)
 
 @pytest.fixture(autouse=True)
 def default_allocator(monkeypatch):
-    monkeypatch.setattr(command, "keep_memory", lambda: "as it was")  # it would last for the other tests
+    monkeypatch.setattr(command, "keep_memory", lambda: "as it was")  # keep_memory would affect the other tests
 
 
 @pytest.fixture
 def register(monkeypatch):
-    """``register(case)`` under the name ``samplers/probe``, with every other case gone."""
+    """``register(case)`` registers a case as ``samplers/probe``. There are no other cases."""
 
     def put(build):
         monkeypatch.setattr(cases, "CASES", {"samplers/probe": build})
@@ -170,13 +170,13 @@ def test_json_holds_what_is_promised(tmp_path):
 def test_contestants_take_turns_in_changing_order():
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    clock = iter(range(1000))  # every reading a second later: one call a sample
+    clock = iter(range(1000))  # each reading is a second later, so a sample is one call
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
         times, broken = timing.alternate(calls, QUICK.device, seconds=30.0, least_rounds=1)
-    assert "".join(order[:6]) == "aabbcc" and not broken  # to see how long each takes
+    assert "".join(order[:6]) == "aabbcc" and not broken  # first, how long each takes
     rounds = ["".join(order[i : i + 3]) for i in range(6, len(order), 3)]
-    assert len(rounds) == 5 and len(set(rounds)) > 1  # 7 readings each: two a call, one to see whether time is up
+    assert len(rounds) == 5 and len(set(rounds)) > 1  # 7 readings a round: 2 for each call, 1 for the end
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert times == {name: [1.0] * 5 for name in "abc"}
 
@@ -219,11 +219,11 @@ def test_wrong_offspring_are_counted(monkeypatch):
     assert memory.wrong_offspring(log_weights, ancestors) == 0
     heaviest = log_weights.argmax().int()
     moved = torch.where(ancestors == heaviest, ancestors[0], ancestors).sort().values
-    assert memory.wrong_offspring(log_weights, moved) == 2  # one has none, another too many
+    assert memory.wrong_offspring(log_weights, moved) == 2  # one particle has none, another too many
 
 
 def test_peak_memory_is_what_is_allocated():
-    """In a process of its own, as it is measured: in this one the C library may have kept as much from other tests."""
+    """Measured in a new process: here the C library may have kept freed memory from other tests."""
     program = (
         "import torch; from benchmarks import memory\n"
         "peak, kept = memory.peak_of(lambda: torch.ones(1 << 24), torch.device('cpu'))\n"
@@ -245,7 +245,7 @@ _SWAPPED = torch.tensor([[1, 0, 2, 3, 4, 5, 6, 7]], dtype=torch.int32)
     ("call", "moved"),
     [
         (lambda: _A + _B, {"add": 12 * 128}),
-        (lambda: _A + _ROW, {"add": 8 * 128 + 4 * 16}),  # what an expanded tensor repeats is read once
+        (lambda: _A + _ROW, {"add": 8 * 128 + 4 * 16}),  # repeated elements of an expanded tensor are read once
         (lambda: _A.clone(), {"clone": 8 * 128}),
         (lambda: torch.empty(8, 16).copy_(_A), {"copy_": 8 * 128}),
         (lambda: torch.empty(8, 16).zero_(), {"zero_": 4 * 128}),
@@ -272,7 +272,7 @@ _SWAPPED = torch.tensor([[1, 0, 2, 3, 4, 5, 6, 7]], dtype=torch.int32)
     ],
 )
 def test_bytes_are_those_read_and_written(call, moved):
-    """One of each kind: read and written, in place, overwritten, picked, neither; and our own operations."""
+    """One of each kind: read and written, in place, overwritten, picked, neither. And our own operations."""
     assert traffic.count(call)[1] == moved
 
 
@@ -300,7 +300,7 @@ def test_another_checkout_is_counted_and_timed_in_its_own_process(capsys, tmp_pa
 
 
 def test_another_checkout_must_be_one(capsys, tmp_path):
-    with pytest.raises(RuntimeError, match="ended with status 1"):  # what is imported is not what was asked for
+    with pytest.raises(RuntimeError, match="ended with status 1"):  # its fastguide is not in that folder
         traffic.Elsewhere(tmp_path, "plain", (4, 3, 8, 8), 4).ask("run")
     for flags, said in (([], "expected the folder of a checkout"), (["--keep-memory"], "expected no --keep-memory")):
         folder = Path(cases.__file__).parents[1] if flags else tmp_path
@@ -338,7 +338,7 @@ def test_the_meter_sees_forward_and_backward_and_nothing_else(monkeypatch):
     clock = [0.0]
 
     class Slow(torch.autograd.Function):
-        """Three seconds forward and five back, by the clock."""
+        """Takes three seconds forward and five seconds back, by the fake clock."""
 
         @staticmethod
         def forward(ctx, x):

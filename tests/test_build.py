@@ -1,4 +1,4 @@
-"""What was built, what loads, and what is said of the rest."""
+"""What was built, what loads, and the messages about what is missing."""
 
 import json
 import os
@@ -51,14 +51,14 @@ import fastguide.ops._operation, fastguide.doctor
 
 
 def copy_sources(folder: Path) -> Path:
-    """The package as a clone has it, unbuilt."""
+    """Copy the package into ``folder`` like an unbuilt clone."""
     unbuilt = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
     return Path(shutil.copytree(ROOT / "fastguide", folder / "fastguide", ignore=unbuilt))
 
 
 def ask(code: str, clone: Path, site: Path, editable: Path | None = None) -> str:
-    """What ``code`` prints in the folder ``clone``, with what is installed in ``site``, and the compiled modules of an
-    editable installation of ``editable``, which it finds for any package of this name."""
+    """What ``code`` prints in the folder ``clone``, with the packages installed in ``site``. ``editable``: an editable
+    installation of this folder, whose compiled modules are found for any package of this name."""
     finder = f"""
 import importlib.util, sys
 from pathlib import Path
@@ -79,7 +79,7 @@ from fastguide import doctor
 
 
 def install(site: Path) -> Path:
-    """What an installation of another copy leaves, as far as Python's metadata tell."""
+    """Write the metadata that an installation of another copy leaves."""
     package = copy_sources(site)
     metadata = site / "fastguide-0.1.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
@@ -151,15 +151,15 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
 def rules(names: str) -> list[str]:
-    """The words on the lines of the build's rules that have one of ``names``, a regular expression."""
+    """The words on the lines of the build rules that define one of ``names``, a regular expression."""
     text = (ROOT / "csrc" / "rules.ninja").read_text()
     return " ".join(re.findall(rf"^(?:{names}) = (.*)$", text, re.M)).split()
 
 
 @pytest.fixture(scope="module")
 def compile_all(tmp_path_factory):
-    """``compile_all(sources, *command)``: each source's future, of its object and of what the compiler said; as many
-    run at a time as there are cores."""
+    """``compile_all(sources, *command)``: a future for each source, with its object and the compiler's output. As many
+    compilers run at a time as there are cores."""
     folder = tmp_path_factory.mktemp("objects")
 
     def compiled_object(source: Path, command: tuple[str, ...]) -> tuple[Path, subprocess.CompletedProcess]:
@@ -172,7 +172,7 @@ def compile_all(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cuda_objects(compile_all):
-    # The sources have no code of an architecture's own: their PTX is made once, which takes most of the time.
+    # The sources have no code for a single architecture. So their PTX is made once, which takes most of the time.
     known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     codes = [code for code in ARCHITECTURES if code in known]
     assert codes
@@ -209,7 +209,7 @@ def instructions(module: Path) -> str:
 @x86_64_only
 @of_each_module
 def test_a_module_has_the_registers_of_its_own_instruction_set(module):
-    # One that took a function from elsewhere might run AVX-512 code where there is none.
+    # A module that took a function from another module might run AVX-512 code on a processor without it.
     code = instructions(module)
     found = {register for register in ("zmm", "ymm") if f"%{register}" in code}
     assert found == {"avx512": {"zmm", "ymm"}, "avx2": {"ymm"}, "portable": set()}[module.name[5:].partition(".")[0]]
@@ -218,8 +218,8 @@ def test_a_module_has_the_registers_of_its_own_instruction_set(module):
 @x86_64_only
 @of_each_module
 def test_kernels_keep_large_buffers_off_the_stack(module):
-    # A function takes its frame at once, or page by page, in lines that follow each other or in a loop down to %r11. It
-    # may give one back by subtracting a negative number.
+    # A function allocates its frame at once, or page by page: in consecutive lines, or in a loop down to %r11. It may
+    # free a frame by subtracting a negative number.
     page = r"\tsub +\$0x1000,%rsp\n.*\tor[ql] +\$0x0,\(%rsp\)\n.*"
     at_once = r"\t(?:sub +\$0x(?!f{9})(\w+),%rsp|lea +-0x(\w+)\(%rsp\),%r11)\n"
     frames = re.findall(rf"((?:{page})*){at_once}", instructions(module))
@@ -273,7 +273,7 @@ def test_an_instruction_set_that_the_processor_lacks_is_not_loaded(processor, mo
 
 @x86_64_only
 def test_the_processor_is_asked_for_all_of_an_instruction_set():
-    # /proc/cpuinfo leaves out what the system does not save the registers of.
+    # /proc/cpuinfo leaves out instruction sets whose registers the system does not save.
     flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
     v3 = flags >= {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
     v4 = v3 and flags >= {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
@@ -281,7 +281,7 @@ def test_the_processor_is_asked_for_all_of_an_instruction_set():
 
 
 def test_a_stack_of_64_kb_is_enough_for_every_kernel():
-    # Where it is enough for torch, which the script looks at first. The last line names the call that crashed.
+    # The script first checks that the stack is large enough for torch. The last line names the call that crashed.
     size = 64 * 1024
     command = [sys.executable, ROOT / "tests" / "small_stacks.py", str(size)]
     environment = os.environ | {"OMP_STACKSIZE": f"{size}B", "PYTHONPATH": str(ROOT)}
@@ -297,7 +297,7 @@ def executable(path: Path, body: str) -> Path:
 
 
 def clone(folder: Path) -> Path:
-    """What setup.py needs, in ``folder``, and unless there is one a package of one file."""
+    """Make a clone in ``folder`` with what setup.py needs, and a package of one file if there is none."""
     for module in ("ninja", "setuptools"):
         pytest.importorskip(module, reason="setup.py needs it")
     for name in ("setup.py", "pyproject.toml", "LICENSE", "csrc"):
@@ -311,7 +311,7 @@ def clone(folder: Path) -> Path:
 
 
 def setup(folder: Path, *arguments: str, **environment: str | None) -> subprocess.CompletedProcess:
-    """setup.py run in ``folder``; None unsets a variable."""
+    """Run setup.py in ``folder``. None unsets an environment variable."""
     values = {name: value for name, value in (os.environ | environment).items() if value is not None}
     command = [sys.executable, "setup.py", "-q", *arguments]
     return subprocess.run(command, cwd=folder, env=values, capture_output=True, text=True)
@@ -321,8 +321,8 @@ def build(folder: Path, **environment: str | None) -> subprocess.CompletedProces
     return setup(folder, "build_ext", "--inplace", **environment)
 
 
-# In place of a compiler: the bookkeeping is what is tested, and g++ would take seconds. Answers for the compiler's
-# macros, and leaves an empty file at each -o and -MF.
+# A stand-in for a compiler: these tests are about bookkeeping, and g++ would take seconds. It prints the compiler's
+# macros, and writes an empty file for each -o and -MF.
 COMPILES = (
     'case "$*" in *-dM*) echo "#define __VERSION__ \\"1.2\\"";; esac\n'
     'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; [ "$1" = -MF ] && : > "$2"; shift; done'
@@ -372,7 +372,7 @@ def test_an_unknown_wish_for_the_cpu_is_named(tmp_path):
         (None, "CXX is not set, and g++, c++ and clang++ are not on PATH. Install g++ or clang++, or name one in CXX"),
         ("nosuch", "CXX='nosuch' is none. Install g++ or clang++, or name one in CXX. .*\n.*nosuch: .*not found"),
         ("env nosuch", "CXX='env nosuch' is none"),
-        ("echo", "CXX='echo' is none"),  # runs, and is no compiler
+        ("echo", "CXX='echo' is none"),  # it runs, but is not a compiler
     ),
 )
 def test_a_missing_compiler_is_named_before_nvcc_runs(cxx, words, tmp_path):
@@ -438,7 +438,7 @@ def test_clang_makes_the_same_bits_on_torchs_threads(described_here, tmp_path):
     assert done.returncode == 0 and not re.search("(warning|error): ", "\n".join(words)), words
     found = described(tmp_path)
     check_wheel.check_threads(found)
-    assert found["bits"] == described_here["bits"]  # and so the same instruction sets, in the same order
+    assert found["bits"] == described_here["bits"]  # so it has the same instruction sets, in the same order
 
 
 # --- what is published --------------------------------------------------------------------------------------

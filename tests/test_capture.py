@@ -1,8 +1,8 @@
-"""`fastguide.capture`: what a replay reads anew, what it keeps, what it refuses, and what is asked of CUDA.
+"""`fastguide.capture`: what a replay reads again, what it keeps, what it refuses, and the calls of CUDA.
 
-Without a GPU, `torch.fx` stands in for the graph: a fixed list of operations on fixed memory, as a CUDA graph is. What
-Python computed while it was recorded is a constant in it, too, so a seed or an observation that did not stand on the
-device would show.
+Without a GPU, `torch.fx` stands in for the graph. Like a CUDA graph, it is a fixed list of operations on fixed memory.
+Numbers that Python computed while recording are constants in it. So a test fails if a seed or an observation is not
+read from the device.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def copied(results, new):
 
 
 def traced(function, device):
-    """`capture._record` on the CPU."""
+    """Stands in for `capture._record` on the CPU, with a graph of `torch.fx`."""
     function()
     graph = make_fx(function)()
     results = graph()
@@ -53,14 +53,14 @@ def traced(function, device):
 
 
 def rerun(function, device):
-    """Runs what it recorded again: quick, and enough where the question is not what a graph reads."""
+    """Stands in for `capture._record` by calling the function again. Fast, for tests that are not about graphs."""
     results = function()
     return capturing._Recorded(results, lambda: copied(results, function()))
 
 
 @pytest.fixture(autouse=True)
 def recording(monkeypatch, request):
-    """On the CPU `rerun` records; of a test that names ``trace`` `traced` does."""
+    """On the CPU, record with `rerun`, or with `traced` in tests that use the fixture ``trace``."""
     if "device" not in request.fixturenames or request.getfixturevalue("device") == "cpu":
         monkeypatch.setattr(capturing, "_cuda_device", lambda device: device)
         monkeypatch.setattr(capturing, "_record", traced if "trace" in request.fixturenames else rerun)
@@ -113,7 +113,7 @@ LIKELIHOODS = {
     "Poisson": lambda seed: Poisson(measurement(seed, 2, 2).abs(), AveragePool(4), 0.3),
     "callable": lambda seed: Callable(nearness, y=measurement(seed, 8, 8)),
 }
-# Every method, with each covariance, proposal, potential and way to draw y whose loop does something else.
+# Every method, with each covariance, proposal, potential and way to draw y that changes the loop.
 GUIDANCES = {
     "plain": (None, lambda _: None),
     "DPS": ("pooled", lambda p: fg.DPS(p, zeta=lambda t: 0.2 + 0.01 * t)),
@@ -141,7 +141,7 @@ def guidance(name, seed):
 
 
 def arguments(name, device="cpu", prior=None, **options):
-    """Of `capture` and `sample`."""
+    """Arguments for both `capture` and `sample`."""
     DECODER.to(device)
     particles = name.startswith(("TDS", "FK"))
     options = {"steps": 3, "device": device, "keep_ancestors": particles} | options
@@ -170,7 +170,7 @@ def test_a_replay_is_the_eager_loop_of_its_seed_and_observation(name, device, tr
     for seed in SEEDS:
         y = {} if likelihood is None else {"y": LIKELIHOODS[likelihood](seed).y}
         outs.append(run(seed=seed, **y))
-    for seed, out in zip(SEEDS, outs, strict=True):  # what was returned before is left alone
+    for seed, out in zip(SEEDS, outs, strict=True):  # earlier results do not change
         expected = fg.sample(*given, guidance=guidance(name, seed), seed=seed, **options)
         assert_same(out, expected)
         assert (out.seed, out.times, out.method) == (expected.seed, expected.times, expected.method)
@@ -188,7 +188,7 @@ def test_a_start_and_the_forms_of_a_guidance_scale_are_read_anew(device, dtype, 
         again = arguments("plain", device, guided(other, device))[0], arguments("plain", device, guided(1.5, device))[0]
         assert_same(run(seed=5, x_T=x_T, guidance_scale=other), fg.sample(*again[0], seed=5, x_T=x_T, **options))
         assert_same(run(seed=6, guidance_scale=1.5), fg.sample(*again[1], seed=6, **options))
-        assert_same(run(seed=7), fg.sample(*given, seed=7, **options))  # what the capture was given
+        assert_same(run(seed=7), fg.sample(*given, seed=7, **options))  # the inputs of the capture
 
 
 def test_what_is_not_given_is_that_of_the_capture():
@@ -198,7 +198,7 @@ def test_what_is_not_given_is_that_of_the_capture():
     run = fg.capture(*given, guidance=fg.DPS(likelihood), **options)
     first = run(seed=1)
     assert not torch.equal(run(seed=1, y=other, x_T=measurement(0, 8, 8)).x, first.x)
-    assert torch.equal(likelihood.y, measurement(1, 2, 2))  # the caller's own
+    assert torch.equal(likelihood.y, measurement(1, 2, 2))  # the caller's own tensor is unchanged
     assert_same(run(seed=1), first)
     assert_same(first, fg.sample(*given, guidance=fg.DPS(likelihood), seed=1, **options))
     y.zero_()
@@ -245,7 +245,7 @@ def test_the_arguments_of_capture_are_those_of_sample():
 
 
 def test_the_example_of_the_docs_runs():
-    """With a small network, and without a GPU; `test_docs` runs it as it stands."""
+    """With a small network and without a GPU. `test_docs` runs it unchanged."""
     (block,) = (block for block in blocks("cuda-graphs") if "fg.capture" in block.code)
     names = dict(fg=fg, prior=denoiser(), likelihood=pooled(0), y=pooled(1).y)
     exec(block.code[block.code.index("run = ") :], names)
@@ -261,7 +261,7 @@ def test_the_example_of_the_docs_runs():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("autocast", (False, True))
 def test_weights_changed_in_place_count(device, autocast, trace):
-    """Under autocast too, whose cache holds casts of weights that need gradients."""
+    """Also under autocast, which caches casts of weights that need gradients."""
     given, options = arguments("plain", device)
     given[0].net.requires_grad_(True)
     modes = functools.partial(torch.autocast, device, torch.bfloat16, enabled=autocast)
@@ -296,7 +296,7 @@ def test_a_capture_in_inference_mode_serves_outside_of_it(device, trace):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_conditions_changed_in_place_count(device, trace):
-    """Another prompt is written into the tensor of the first."""
+    """Another prompt is written into the tensor of the first one."""
     network = Network().to(device).requires_grad_(False)
     condition = torch.zeros(2, 1, 1, 1, device=device)
     conditional = fg.Conditional(lambda x, t, shift: network(x, t) + shift, shift=condition)
@@ -330,13 +330,13 @@ class Count(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ("plain", "DPS", "TDS"))
 def test_a_replay_launches_little_beside_the_graph(name, monkeypatch):
-    """However many steps there are: what the host does is copy inputs, copy results and read the flags."""
+    """The number of launches does not depend on the steps: the host copies inputs and results, and reads the flags."""
     found = []
     for steps in (3, 9):
         given, options = arguments(name, steps=steps)
         run = fg.capture(*given, guidance=guidance(name, 0), **options)
         run._recorded = run._recorded._replace(replay=lambda: None)
-        x_T = torch.zeros(run._run.shape)  # noise is one kernel, where there is one
+        x_T = torch.zeros(run._run.shape)  # with kernels, noise is one launch
         with Count() as count:
             run(seed=1, x_T=x_T)
         found.append(count.operations)
@@ -370,7 +370,7 @@ def test_a_capture_needs_a_gpu(monkeypatch):
                 fg.capture(net, shape, **options)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     without = fg.Denoiser(lambda x, t: x, prior.schedule, "v")
-    for net, options in ((prior, dict(device="cuda:1")), (without, {})):  # of a function None is a GPU
+    for net, options in ((prior, dict(device="cuda:1")), (without, {})):  # for a function, None means a GPU
         with pytest.raises(ValueError, match=expected + r"cuda(:1)?, and torch sees none; fastguide.sample"):
             fg.capture(net, shape, **options)
 
@@ -463,14 +463,14 @@ def test_a_replay_names_the_observation_that_lost_its_particles(device, trace):
 def test_a_replay_warns_of_particles_without_a_reward(device, trace):
     threshold = torch.full((), torch.inf, device=device)
 
-    def reward(x, t):  # of the last level alone: particles of other levels have all their weight
+    def reward(x, t):  # NaN only at the last level; 0 before it
         return (
             torch.where(x.flatten(1).sum(1) > threshold, torch.nan, 0.0) if t < 0 else torch.zeros_like(x[:, 0, 0, 0])
         )
 
     given, options = arguments("FK", device)
     run = fg.capture(*given, guidance=fg.FK(reward, 8), **options)
-    threshold.copy_(run(seed=1).x.flatten(2).sum(2).median())  # read where it stands
+    threshold.copy_(run(seed=1).x.flatten(2).sum(2).median())  # the graph reads it from its memory
     message = "^reward: returned NaN for .* They got weight 0"
     with pytest.warns(RuntimeWarning, match=message) as caught:
         out = run(seed=1)
@@ -492,7 +492,7 @@ def test_a_loop_that_asks_the_device_is_refused(device):
         with pytest.raises(RuntimeError, match=r"^capture: the loop cannot be recorded as a CUDA graph: ") as caught:
             fg.capture(prior, (2, 1, 8, 8), steps=3)
         assert "asks" in [frame.name for frame in traceback.extract_tb(caught.value.__cause__.__traceback__)]
-    given, options = arguments("plain", device)  # a capture that broke leaves nothing behind
+    given, options = arguments("plain", device)  # a capture that failed has no effect on the next
     assert_same(fg.capture(*given, **options)(seed=1), fg.sample(*given, seed=1, **options))
 
 
@@ -500,7 +500,7 @@ def test_a_loop_that_asks_the_device_is_refused(device):
 
 
 class Cuda:
-    """Stands in for ``torch.cuda``: notes what is asked of it. The end of a broken capture is an error of its own."""
+    """Stands in for ``torch.cuda`` and records the calls. Ending a broken capture raises another error."""
 
     def __init__(self, monkeypatch):
         self.noted, self.stack, calls = [], ["main"], self
@@ -530,7 +530,7 @@ class Cuda:
             assert capture_error_mode == "thread_local"
             calls.stack.append(f"capture on {stream.name}")
             yield
-            if "broken" in calls.noted:  # torch leaves the stream of the capture the current one
+            if "broken" in calls.noted:  # then torch keeps the capture's stream as the current one
                 raise RuntimeError("the capture was invalidated")
             calls.stack.pop()
 
@@ -578,13 +578,13 @@ def test_a_broken_capture_says_what_broke_it(cuda):
 
 
 class Held:
-    """A network of all that may be read: parameters, buffers, and tensors of plain objects and closures."""
+    """A network that reads all kinds of tensors: parameters, buffers, and tensors in plain objects and closures."""
 
     def __init__(self):
         self.module = Network().requires_grad_(False)
         self.module.register_buffer("shift", torch.zeros(1))
         self.settings = types.SimpleNamespace(scale=torch.ones(1))
-        self.sparse = torch.eye(8).to_sparse()  # has no memory of the kind that is noted
+        self.sparse = torch.eye(8).to_sparse()  # its memory is not recorded
         inner = torch.ones(1)
         self.closure = lambda x: x * inner
 
@@ -597,7 +597,7 @@ class Held:
         return [*found, self.closure.__closure__[0].cell_contents]
 
     def replace(self):
-        """Puts others in their places, which no replay reads."""
+        """Replaces the tensors by others, which a replay does not read."""
         for layer in self.module.layers:
             layer.weight.data = torch.zeros_like(layer.weight)
             layer.bias = torch.nn.Parameter(torch.zeros_like(layer.bias))
@@ -624,7 +624,7 @@ def test_all_that_a_graph_reads_is_kept_and_freed_with_it(name, cuda):
     gc.collect()
     gc.disable()
     try:
-        del run  # needs no collector
+        del run  # freed without the garbage collector
         assert all(r() is None for r in (*read, *own, holders[-1]))
         assert holders[0]() is not None
     finally:
@@ -646,7 +646,7 @@ def test_a_capture_keeps_its_objects(cuda):
 
 
 def test_no_memory_of_the_loops_own_is_kept(cuda):
-    """It would stand beside that of the other steps."""
+    """The graph keeps none of the loop's reusable blocks: they would add to the graph's own memory."""
     given, options = arguments("DPS", steps=6)
     run = fg.capture(*given, guidance=guidance("DPS", 0), **options)
     kept = {s.data_ptr(): s.nbytes() for s in run._recorded.kept}
@@ -657,14 +657,14 @@ def test_no_memory_of_the_loops_own_is_kept(cuda):
 
 @pytest.mark.parametrize("wrap", [lambda net: net, functools.partial], ids=["itself", "partial"])
 def test_a_compiled_network_is_recorded_as_compiled(wrap, cuda):
-    """A recording notes what is read, and leaves what was compiled as it is."""
+    """Recording which tensors are read does not change compiled code."""
     torch.compiler.reset()  # forget what earlier tests compiled
     ran = []
 
     def backend(graph, inputs):
         def compiled(*args):
             ran.append(cuda.stack[-1])
-            with _disable_current_modes():  # a fused kernel is no operation
+            with _disable_current_modes():  # hide the operations, as a fused kernel does
                 return graph(*args)
 
         return compiled

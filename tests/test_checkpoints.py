@@ -1,4 +1,4 @@
-"""What a run goes on from, and what it refuses."""
+"""Which checkpoints a run continues from, and which it refuses."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ STEPS = 8
 
 
 def draw(path, *, guidance=None, prior=None, stop=None, **options):
-    """A run of 2 observations; with ``stop`` it is killed after that step."""
+    """A run with 2 observations. With ``stop`` it is killed after that step."""
 
     def kill(progress):
         if progress.step == stop:
@@ -34,7 +34,7 @@ def interrupt(path, **options):
 def is_refused(path, words, **options):
     with pytest.raises(ValueError, match=rf"checkpoint: expected a file of this very run, got \S*run.pt .*{words}"):
         draw(path, **options)
-    return path.exists()  # and left where it is
+    return path.exists()  # and the file is kept
 
 
 def reward(x0, s=1.0):
@@ -79,7 +79,7 @@ def network(factor):
     return fg.Denoiser(lambda x, t: factor * x, fg.schedules.vp_linear(100))
 
 
-# Two runs that differ in what one function does, for every function that a run takes.
+# For every function that a run takes, two runs that differ only in this function.
 PAIRS = {
     "reward": (dict(guidance=fg.FK(lambda x: x[:, 0], 16)), dict(guidance=fg.FK(lambda x: -x[:, 0], 16))),
     "reward at some steps": (
@@ -195,7 +195,7 @@ def test_functions_of_one_name_that_do_other_things_are_told_apart(name, tmp_pat
 
 
 def test_views_of_conjugate_and_negative_tensors_are_read(tmp_path):
-    """What they stand for counts, not their memory."""
+    """Their values count, not their memory."""
     path, mixed = tmp_path / "run.pt", torch.complex(torch.eye(3), 0.1 * torch.ones(3, 3))
 
     def guidance(matrix):
@@ -206,14 +206,14 @@ def test_views_of_conjugate_and_negative_tensors_are_read(tmp_path):
     assert is_refused(path, "likelihood", guidance=guidance(mixed))
     whole = draw(tmp_path / "other.pt", guidance=guidance(mixed.conj()))
     assert torch.equal(whole.x, draw(path, guidance=guidance(mixed.conj().resolve_conj())).x)
-    negative = mixed.conj().imag  # of a negative bit
+    negative = mixed.conj().imag  # a negative view
     assert negative.is_neg()
     interrupt(path, guidance=guidance(negative - torch.eye(3)))
     assert is_refused(path, "likelihood", guidance=guidance(negative))
 
 
 def test_the_samples_are_those_of_a_run_without_a_checkpoint(tmp_path):
-    """The trials leave torch's generator where it was, so a network that draws from it draws the same."""
+    """The trial calls restore torch's generator, so a network that draws from it draws the same numbers."""
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5))
     prior = fg.Denoiser(lambda x, t: net(x), fg.schedules.vp_linear(100))
     torch.manual_seed(0)
@@ -235,7 +235,7 @@ def test_a_random_network_goes_on_from_its_own_checkpoint(tmp_path):
 
 
 def test_rounding_refuses_nothing(tmp_path):
-    """What other threads change: the last digits of a network and of a reward."""
+    """Another number of threads changes the last digits of a network and of a reward."""
 
     def options(rounding):
         net = lambda x, t: 0.1 * x * (1 + rounding)  # noqa: E731
@@ -248,7 +248,8 @@ def test_rounding_refuses_nothing(tmp_path):
 
 
 def test_a_function_that_fails_in_a_trial_goes_by_its_name(tmp_path):
-    """A reward that asks for all 16 particles at once: one of its name is accepted, and another name is not."""
+    """A reward that needs all 16 particles at once fails in a trial. A function of the same name is accepted, and one
+    of another name is not."""
 
     def make(factor):
         def reward_of_all(x0):
@@ -279,8 +280,8 @@ def test_the_run_id_tells_the_rest_apart(tmp_path):
 
 
 def test_the_trials_are_run_once_for_a_run(tmp_path):
-    """Two calls of the network with one sample, and two small trials of the reward, however often the state is
-    saved."""
+    """There are two calls of the network with one sample, and two small trials of the reward, however often the state
+    is saved."""
     sizes = {"net": [], "reward": []}
 
     def net(x, t):
@@ -342,7 +343,7 @@ def test_y_of_another_observation_is_refused(tmp_path):
     assert is_refused(path, "of another likelihood$", guidance=fg.DPS(gaussian_likelihood(Y + 1e-3)))
 
 
-# Every method, and of FK each kind of potential and proposal, as each keeps another state.
+# Every method, and for FK each kind of potential and proposal, because each has another state.
 @pytest.mark.parametrize(
     "guidance",
     [
@@ -403,7 +404,7 @@ def test_a_file_of_something_else_is_refused(content, seed, tmp_path):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_refusal_names_the_arguments_that_differ_and_no_others(words, other, tmp_path):
-    """A network that depends on the time, and tables that depend on the steps, are not named for another ``steps``."""
+    """With another ``steps``, a network that depends on the time and tables that depend on the steps are not named."""
     path = tmp_path / "run.pt"
     prior = fg.Denoiser(lambda x, t: 0.1 * x * (t[0] / 100 + 0.5), fg.schedules.vp_linear(100))
     guidance = fg.FK(reward, 16, strength=lambda t: 1.0 + t, resample_steps=2)
@@ -422,7 +423,7 @@ def test_a_refusal_names_the_fields_of_a_latent_method(tmp_path):
     "guidance", [None, fg.FK(reward, 16), fg.TDS(gaussian_likelihood(), 16)], ids=("none", "FK", "TDS")
 )
 def test_a_run_goes_on_with_smaller_chunks(guidance, tmp_path):
-    """As after a run that was out of memory."""
+    """For example after a run that was out of memory."""
     path = tmp_path / "run.pt"
     interrupt(path, guidance=guidance)
     resumed = draw(path, guidance=guidance, chunk_size=5)

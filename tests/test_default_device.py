@@ -1,4 +1,4 @@
-"""Torch's default device is the caller's affair: whatever it is, the package computes where its arguments are."""
+"""The package computes where its arguments are, whatever torch's default device is."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from fastguide.integrations import fkd, k_diffusion
 
 PACKAGE = Path(fg.__file__).parent
 ELSEWHERE = {
-    "digits/networks.py",  # torch makes the parameters of a module on the default device, and so its constants
+    "digits/networks.py",  # torch makes the parameters of a module on the default device, so constants are there too
     "unet.py",  # the same
-    "digits/train.py",  # a program, whose process is its own
-    "phantoms/train.py",  # another
-    "training.py",  # what both call
-    "demo.py",  # a third
+    "digits/train.py",  # a program with its own process
+    "phantoms/train.py",  # another program
+    "training.py",  # used by both programs
+    "demo.py",  # a third program
 }
 
 
 def test_nothing_is_made_on_the_default_device():
-    """Every function that asks torch for its default device is told one."""
+    """Every call of a function that would use torch's default device gets a device."""
     names = {f.__name__.removeprefix("fft_") for f in _device_constructors()}
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -45,7 +45,7 @@ def test_nothing_is_made_on_the_default_device():
 
 
 def equal(f) -> None:
-    """``f()`` gives the same with another default device, tensors at any depth."""
+    """``f()`` returns the same with another default device. Its result may be nested."""
     expected = f()
     with torch.device("meta"):
         got = f()
@@ -81,7 +81,7 @@ PRIOR, PLACES = example().denoiser(), torch.tensor([[0, 0, 2, 3, 2]])
 # --- operations -----------------------------------------------------------------------------------------------
 
 
-# Each operation, and each scheme and family, which are code of their own.
+# Each operation, with each scheme and family, because these have their own code.
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
     "operation",
@@ -115,7 +115,7 @@ def test_operations(operation, backend):
 # --- samplers -------------------------------------------------------------------------------------------------
 
 
-# Every method draws its noise with a seed, and with one for each observation; torch's seed is drawn before any of them.
+# Every method draws noise with one seed, and with one for each observation. torch's seed is drawn before the method.
 @pytest.mark.parametrize(
     ("name", "options"), [*itertools.product(guidances(), ({"seed": 3}, {"seed": [3, 4]})), ("plain", {})], ids=str
 )

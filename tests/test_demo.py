@@ -1,4 +1,4 @@
-"""The command line and the demo: what it prints and draws, and the mixture's closed forms."""
+"""The command line and the demo: what they print and draw, and the closed forms of the mixture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_one_task_and_method(method, capsys, tmp_path):
     truth, row = (line for line in out.splitlines() if line.startswith("half"))
     assert 0.9 < float(truth.removeprefix("half    truth")) < 1.1
     psnr, ssim, residual, spread, seconds = (float(v) for v in row.split()[2:])
-    if method == "plain":  # knows nothing of the measurement
+    if method == "plain":  # does not use the measurement
         assert residual > 4 and abs(ssim) < 0.3
     else:
         assert 0.3 < residual < 2 and psnr > 12 and 0.35 < ssim < 1
@@ -47,7 +47,7 @@ def test_reward_steering_has_an_effect(tmp_path):
 
 
 def test_mixture_denoiser_and_posterior_by_quadrature():
-    """Against sums over a fine grid of x_0."""
+    """The closed forms equal sums over a fine grid of x_0."""
     means = torch.tensor([[-1.0, 0.5], [0.8, -0.2], [0.3, 1.1]], dtype=torch.float64)
     model = demo.Mixture(means, 0.3, fg.schedules.flow())
     axis = torch.linspace(-4, 4, 401, dtype=torch.float64)
@@ -73,7 +73,7 @@ def test_mixture_denoiser_and_posterior_by_quadrature():
 
 
 def test_sliced_wasserstein_of_a_shift():
-    """A cloud moved by ``d`` is ``|d| * mean |cos|`` away."""
+    """If a cloud of points moves by ``d``, the distance is ``|d| * mean |cos|``."""
     cloud = torch.randn(500, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     distance = demo.sliced_wasserstein(cloud, cloud + torch.tensor([3.0, 4.0]))
     assert math.isclose(distance, 5 * 2 / math.pi, rel_tol=1e-3)

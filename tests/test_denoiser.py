@@ -20,7 +20,7 @@ LEVELS = {
     "flow": (schedules.flow(), 0.4),
     "flow, nearly noise": (schedules.flow(), 0.999),
 }
-# Each prediction at each kind of level: amid the schedule and where alpha or sigma is nearly 0.
+# Each prediction at each kind of level: in the middle of the schedule, and where alpha or sigma is nearly 0.
 every_level = pytest.mark.parametrize("schedule, t", LEVELS.values(), ids=LEVELS.keys())
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
 
@@ -38,7 +38,7 @@ def exact_x0(x, level):
 
 
 def network(prediction, level):
-    """What a perfect network says, from the score of the marginal of ``x_t`` by autograd and nothing else."""
+    """The output of a perfect network, only from the score of the marginal of ``x_t`` by autograd."""
     marginal = torch.distributions.MultivariateNormal(
         level.alpha * MEAN, level.alpha**2 * COVARIANCE + level.sigma**2 * EYE
     )
@@ -177,7 +177,7 @@ def test_the_network_is_called_with_its_own_time(schedule, t, value, dtype):
     output = Denoiser(net, schedule)(x, schedule.level(t))
     ((seen, time),) = calls
     assert torch.equal(seen, x) and torch.equal(output, 2 * x)
-    expected = torch.float32 if dtype == torch.bfloat16 else dtype  # a half would round the time
+    expected = torch.float32 if dtype == torch.bfloat16 else dtype  # half precision would round the time
     assert time.shape == (4,) and time.dtype == (torch.int64 if schedule.discrete else expected)
     assert torch.equal(time, torch.full((4,), value, dtype=time.dtype))
 
@@ -192,12 +192,12 @@ def test_output_takes_the_dtype_of_the_state(dtype):
     assert torch.equal(denoiser(x, level), net_output.to(dtype))
     x0_hat = denoiser.x0_hat(x, level)
     assert x0_hat.dtype == dtype
-    expected = x.double() - 0.25 * net_output  # the output is not rounded before
+    expected = x.double() - 0.25 * net_output  # the output is not rounded first
     torch.testing.assert_close(x0_hat.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_half_precision_survives_a_small_alpha():
-    """``x / alpha`` of the cosine table's first level is out of float16's range; ``x0_hat`` is not."""
+    """At the first level of the cosine table, ``x / alpha`` is out of float16's range, but ``x0_hat`` is not."""
     schedule = schedules.vp_cosine(1000)
     level = schedule.level(999)
     x = torch.tensor([[4.0, -3.0]], dtype=torch.float16)
@@ -230,7 +230,7 @@ def test_classifier_free_guidance():
 
 
 def test_guidance_of_each_prediction_type_agrees():
-    """Mixing two predictions mixes their ``x0_hat`` with the same weights, whatever is predicted."""
+    """Mixing two outputs mixes their ``x0_hat`` with the same weights, for every prediction type."""
     schedule = schedules.vp_cosine(100)
     level = schedule.level(30)
     x, other = states(level), states(level).flip(1)
@@ -279,13 +279,13 @@ def test_a_network_that_returns_something_else(net, error, message, place):
 @pytest.mark.parametrize("cut", [torch.no_grad(), torch.inference_mode()], ids=["no_grad", "inference_mode"])
 @every_prediction
 def test_a_network_without_a_graph_is_no_silent_gradient(cut, prediction):
-    """``x0_hat`` is affine in ``x`` beside the network, so it would have a graph all the same."""
+    """``x0_hat`` depends on ``x`` without the network too, so it would have a graph even if the network has none."""
     schedule = schedules.flow()
     level = schedule.level(0.5)
     denoiser = Denoiser(cut(lambda x, t: 2 * x), schedule, prediction)
     mixed = Denoiser(lambda x, t: x, schedule, prediction, unconditional=cut(torch.mul), guidance_scale=2.0)
     x = torch.ones(2, 3)
-    assert torch.isfinite(denoiser.x0_hat(x, level)).all()  # nobody differentiates
+    assert torch.isfinite(denoiser.x0_hat(x, level)).all()  # no gradient is needed here
     with pytest.raises(ValueError, match="net: expected a network that autograd can differentiate, got an output"):
         denoiser.x0_hat(x.requires_grad_(), level)
     with pytest.raises(ValueError, match="unconditional: expected a network that autograd can differentiate"):

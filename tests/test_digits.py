@@ -1,4 +1,4 @@
-"""The shipped digits: what the files hold, and that the models are as good as `digits.train` said."""
+"""The shipped digits: the contents of the files, and that the models are as good as `digits.train` says."""
 
 import copy
 import sys
@@ -43,7 +43,7 @@ def test_held_out_images_are_digits():
     assert images.shape == (297, 1, 8, 8) and images.dtype == torch.float32
     assert labels.shape == (297,) and labels.dtype == torch.int64
     assert images.min() == -1 and images.max() == 1
-    assert torch.equal((images + 1) * 8, ((images + 1) * 8).round())  # 0..16, nothing between
+    assert torch.equal((images + 1) * 8, ((images + 1) * 8).round())  # integers 0 to 16
     counts = torch.bincount(labels, minlength=CLASSES)
     assert counts.min() >= 28 and counts.max() <= 31  # stratified
 
@@ -56,7 +56,7 @@ def test_held_out_is_disjoint_from_training():
     shipped, shipped_labels = digits.held_out()
     assert torch.equal(shipped, train.scaled(images[held]))
     assert torch.equal(shipped_labels, torch.from_numpy(labels[held]).long())
-    assert train.nearest(shipped, train.scaled(images[kept])).min() > 0.5  # and no duplicate sits on both sides
+    assert train.nearest(shipped, train.scaled(images[kept])).min() > 0.5  # no image is in both sets
 
 
 def test_loading_is_deterministic_and_independent():
@@ -93,7 +93,7 @@ def test_classifier_on_held_out_digits(classify):
 def test_samples_are_digits(classify, samples):
     share, counts = train.confident(classify, samples)
     assert share >= 0.9
-    assert min(counts) >= 16 and max(counts) <= 80, counts  # 40 expected of each
+    assert min(counts) >= 16 and max(counts) <= 80, counts  # 40 expected for each
     assert samples.min() > -1.6 and samples.max() < 1.6  # nothing was clipped
 
 
@@ -131,7 +131,7 @@ def test_latent_model(classify):
 
 
 def test_x0_hat_denoises():
-    """Wrong prediction type, schedule or time would show at one of these levels."""
+    """A wrong prediction type, schedule or time would fail at one of these levels."""
     prior, images = digits.prior(), digits.held_out()[0]
     generator = torch.Generator().manual_seed(3)
     errors = {}
@@ -139,7 +139,7 @@ def test_x0_hat_denoises():
         level = prior.schedule.level(t)
         x = level.alpha * images + level.sigma * torch.randn(images.shape, generator=generator)
         errors[t] = (prior.x0_hat(x, level) - images).square().mean().item()
-    spread = (images - images.mean(0)).square().mean().item()  # 0.29: of the mean image, all that noise allows
+    spread = (images - images.mean(0)).square().mean().item()  # 0.29: error of the mean image, best at pure noise
     assert errors[10] < 0.001 and errors[200] < 0.03 and errors[500] < 0.12, errors
     assert errors[10] < errors[200] < errors[500] < errors[800] < errors[999] < 1.1 * spread, errors
 
@@ -178,7 +178,7 @@ def test_dtypes(dtype, tolerance):
 
 
 def test_gradients_reach_the_state():
-    """Guidance needs the gradient in x_t, in double precision against finite differences."""
+    """Guidance needs the gradient in x_t. In double precision it equals finite differences."""
     assert_gradient_in_x(digits.prior(dtype=torch.float64), (2, 1, 8, 8))
 
 
@@ -187,7 +187,7 @@ def test_gradients_reach_the_state():
 
 def test_training_learns_and_repeats():
     images, labels = digits.held_out()
-    assert train.held_out_loss(digits.prior().net, images) < 0.28  # the loss is the one that was trained on
+    assert train.held_out_loss(digits.prior().net, images) < 0.28  # the same loss as in training
 
     def run():
         torch.manual_seed(0)

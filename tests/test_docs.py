@@ -1,10 +1,10 @@
-"""Every Python block of the README and of docs/ runs as it stands: page by page, in one namespace for each page.
+"""Every Python block of the README and of docs/ runs unchanged. The blocks of a page share one namespace.
 
-A comment before a block says more:
+A comment before a block may say more:
 
-- ``<!-- needs: NAME -->`` leaves it out where a module, or ``a GPU``, is missing.
-- ``<!-- file: PATH -->`` makes it a file of a copy of the repository, and ``<!-- file: PATH, after: TEXT -->`` makes it
-  lines of one, after the line that has the text. See `test_the_operation_that_is_added`.
+- ``<!-- needs: NAME -->`` skips the block if a module, or ``a GPU``, is missing.
+- ``<!-- file: PATH -->`` writes the block to a file in a copy of the repository. ``<!-- file: PATH, after: TEXT -->``
+  inserts it into a file, after the line that has the text. See `test_the_operation_that_is_added`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Block(NamedTuple):
     kind: str | None  # "needs", "file" or None
     value: str | None
     code: str
-    line: int  # of the page, that the code begins after
+    line: int  # the line of the page before the code
 
 
 def blocks(page: str) -> list[Block]:
@@ -51,7 +51,7 @@ def missing(name: str | None) -> bool:
     try:
         try:
             importlib.import_module(name)
-        except RuntimeError:  # a torchvision whose operators do not fit this torch; deepinv here uses none of them
+        except RuntimeError:  # a torchvision that does not fit this torch; deepinv does not need it here
             sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
             importlib.import_module(name)
     except ImportError:
@@ -60,7 +60,7 @@ def missing(name: str | None) -> bool:
 
 
 def run(page: str, block: Block, names: dict) -> None:
-    code = "\n" * block.line + block.code  # an error names the line of the page
+    code = "\n" * block.line + block.code  # so that an error has the line of the page
     exec(compile(code, str(PAGES[page]), "exec"), names)
 
 
@@ -85,7 +85,7 @@ def fkd(names: dict) -> None:
 
 
 def k_diffusion(names: dict) -> None:
-    assert torch.allclose(names["x"], torch.full((2, 1, 4, 4), 0.5))  # down to sigma = 0: what the model predicts
+    assert torch.allclose(names["x"], torch.full((2, 1, 4, 4), 0.5))  # down to sigma = 0: the model's prediction
 
 
 def particles_blackjax(names: dict) -> None:
@@ -110,7 +110,7 @@ CHECKS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # between diffusers and numpy
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from diffusers with numpy
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.kind != "file" for block in blocks(page))])
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
@@ -128,7 +128,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 
 
 def test_the_links_of_the_readme_lead_somewhere():
-    """Those of the pages are checked by ``mkdocs build --strict``."""
+    """The links of the other pages are checked by ``mkdocs build --strict``."""
     links = re.findall(r"\]\(([^)#]+)(?:#([^)]*))?\)", PAGES["README"].read_text())
     assert len(links) > 20
     for target, anchor in links:
@@ -186,7 +186,7 @@ assert found["cubin"] and not found["spills"], found
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_the_operation_that_is_added(tmp_path):
-    """In a copy of the repository whose one compiled module has that operation alone."""
+    """Run in a copy of the repository whose only compiled module has only that operation."""
     pytest.importorskip("triton")
     for name in ("fastguide", "benchmarks", "csrc"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))

@@ -1,4 +1,4 @@
-"""What ``fastguide doctor`` says of each backend."""
+"""What ``fastguide doctor`` says about each backend."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_doctor_shows_a_wrong_count(monkeypatch):
 
 def test_doctor_shows_what_a_compiler_raises(monkeypatch):
     def raises(counter, key):
-        raise LookupError("no ptxas\nand more of it")  # no RuntimeError, as Triton's are none
+        raise LookupError("no ptxas\nand more of it")  # not a RuntimeError, as in Triton
 
     monkeypatch.setitem(doctor._PHILOX, "cpu", raises)
     text = doctor.report()

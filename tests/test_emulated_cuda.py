@@ -1,4 +1,4 @@
-"""The stand-in for CUDA: what it computes, and that it shows the mistakes that it is there to show."""
+"""The emulation of CUDA: what it computes, and that it finds the mistakes that it is made to find."""
 
 import ctypes
 import os
@@ -147,7 +147,7 @@ extern "C" const char* launch(const char* name, int* out, unsigned blocks, unsig
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    """``launch(kernel, out, ...)``: the error's words."""
+    """``launch(kernel, out, ...)`` returns the error message."""
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("kernels")
@@ -245,4 +245,4 @@ def test_a_missing_barrier_of_the_grid_gives_a_wrong_answer(launch):
 def test_mistakes_that_would_hang_or_mix_up(launch, kernel, words):
     out = ints(*[0] * (BLOCKS * THREADS))
     assert words in launch(kernel, out, cooperative=kernel == "one_block_waits")
-    assert launch("votes", ints(*[0] * BLOCKS)) == "cudaSuccess"  # and the next launch knows nothing of it
+    assert launch("votes", ints(*[0] * BLOCKS)) == "cudaSuccess"  # the error does not affect the next launch

@@ -1,4 +1,4 @@
-"""What `fastguide.sample` says to wrong arguments: their name, what was expected and what came."""
+"""Errors of `fastguide.sample` for wrong arguments: the name, what was expected and what was passed."""
 
 import itertools
 import math
@@ -198,7 +198,7 @@ LIKELIHOOD_GUIDANCES = {
 }
 
 
-# y, operator, scale and what the error says.
+# y, operator, scale and the error message.
 UNFIT = [
     (
         torch.zeros(5, 3),
@@ -219,7 +219,7 @@ UNFIT = [
 ]
 
 
-# All take their likelihood in one way, but LatentPnP, which puts its decoder before the operator.
+# All take their likelihood in the same way, except LatentPnP, which puts its decoder before the operator.
 @pytest.mark.parametrize(
     ("name", "unfit"),
     [*itertools.product(("DPS", "LatentPnP"), UNFIT), *itertools.product(("PnP", "PiGDM", "TDS", "FK"), UNFIT[:1])],
@@ -427,7 +427,8 @@ def test_potentials_and_proposals_of_another_shape():
 
 
 def reward_of_one_row(value, from_call):
-    """Zero, but ``value`` for observation 1 from this call on; one is made at the start, one in each step."""
+    """A reward of zero; for observation 1 it is ``value`` from call ``from_call`` on. One call is made at the start,
+    one in each step."""
     calls = []
 
     def f(x0):
@@ -446,7 +447,7 @@ def reward_of_one_row(value, from_call):
 )
 @pytest.mark.filterwarnings("ignore:reward. returned NaN")
 def test_weights_that_are_lost_name_observation_and_step(value, from_call, when):
-    """``-inf`` on the way kills nobody: ``x_0`` may meet the constraint."""
+    """``-inf`` before the last step kills no particle: ``x_0`` may still meet the constraint."""
     guidance = FK(reward_of_one_row(value, from_call), 3)
     when = "after the last step" if value == -math.inf else when
     message = "log_weights: expected a finite largest weight, got none for observation 1"
@@ -554,7 +555,7 @@ def test_the_one_of_two_networks_that_diverges_is_named(name, guidance):
 
 
 def test_a_gradient_that_is_not_finite_is_named():
-    """A square root's at 0."""
+    """The gradient of a square root at 0 is not finite."""
 
     def root(x0):
         return (x0 * 0.0).abs().sqrt().sum(1) + x0.sum(1)
@@ -629,7 +630,7 @@ def test_a_checkpoint_of_another_run(tmp_path):
 # --- wrong types --------------------------------------------------------------------------------------------
 
 
-# Without a check, these values fail in code that does not know the argument's name.
+# Without a check, these values would fail in code that does not know the name of the argument.
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -679,7 +680,7 @@ def test_numbers_and_tables_of_numpy(options):
 
 
 def test_a_sharp_reward_guides_only_where_that_is_asked_for():
-    """Its gradient at ``x0_hat`` may be of any size."""
+    """The gradient of a sharp reward at ``x0_hat`` may have any size."""
     sharp = FK(lambda x0: -1e4 * x0.square().sum(1), 4, proposal="guided")
     check(ValueError, "covariance: expected 'point' with a reward that is no likelihood, got None", guidance=sharp)
     sample(guidance=FK(reward, 4, covariance="point"))

@@ -1,4 +1,4 @@
-"""Every program of examples/ runs, in a short form, and what it prints is right."""
+"""Every program of examples/ runs with short settings, and what it prints is right."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from fastguide import digits
 from fastguide.digits import train
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy's, of the tensors that matplotlib draws
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from numpy, for tensors that matplotlib draws
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
@@ -40,7 +40,7 @@ def numbers(text: str) -> list[float]:
 
 
 def line(text: str, start: str) -> list[float]:
-    """The numbers of the line that starts so."""
+    """The numbers of the line that starts with ``start``."""
     (found,) = (row.removeprefix(start) for row in text.splitlines() if row.startswith(start))
     return numbers(found)
 
@@ -151,5 +151,5 @@ def test_diffusers_pipeline(run, pipelines, tmp_path):
     for task in ("inpainting", "super-resolution"):
         restored, prior, residual = line(pixels, f"{task}:")
         assert restored > prior + 1.5 and 0.3 < residual < 2
-        assert len(line(latents, f"{task}:")) == 3  # random weights, so that only this can be said
+        assert len(line(latents, f"{task}:")) == 3  # weights are random: only the number of values is known
     assert Path("fastguide-examples/diffusers_pipeline.png").stat().st_size > 10_000  # the default folder

@@ -1,4 +1,4 @@
-"""The edge between the package and what users bring: networks, ambient modes, writes, NaN, derivatives, scales."""
+"""What users pass to the package: networks, ambient modes, writes to memory, NaN, derivatives, guidance scales."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def draw(net, guidance=None, shape=(2, 3), **options) -> torch.Tensor:
         lambda out: [out],
         lambda out: {"sample": out},
         lambda out: types.SimpleNamespace(sample=out),
-        lambda out: torch.cat([out, torch.full_like(out, torch.nan)], 1),  # learned variance, which is not read
+        lambda out: torch.cat([out, torch.full_like(out, torch.nan)], 1),  # a learned variance, which is ignored
         lambda out: out.numpy(),
         lambda out: out.double(),
     ],
@@ -187,7 +187,7 @@ def test_a_complex_operator_of_real_measurements_is_refused():
 
 
 def test_complex_functions_of_complex_measurements():
-    """Of complex measurements the adjoint may be complex, and its real part counts."""
+    """The adjoint of complex measurements may return complex numbers. Its real part is used."""
     y = torch.complex(ROWS, ROWS.flip(1))
     matrix = torch.complex(MATRIX, MATRIX.flip(1)).to(torch.complex64)
     function = Function(
@@ -204,7 +204,7 @@ def test_complex_functions_of_complex_measurements():
 
 @pytest.mark.parametrize("space", ["latent", "pixel"])
 def test_decoders_return_what_functions_do(space):
-    """A tensor, or an output object with one, as those of diffusers' autoencoders have it."""
+    """A decoder returns a tensor, or an object with one, as diffusers' autoencoders do."""
 
     def outcome(wrap):
         likelihood = L.Gaussian(ROWS, Function(lambda x: wrap(x[:, :2])), 0.3)
@@ -234,7 +234,7 @@ class CodeOperator(LinearOperator, Code):
 
 
 class Holding(LinearOperator):
-    """And is held by itself."""
+    """Also holds a reference to itself."""
 
     def __init__(self, module):
         self.module, self.operator = module, self
@@ -249,7 +249,7 @@ def functions(m):
 
 
 IDENTITY = fg.operators.Identity()
-# What has a module with dropout, a network or a guidance, and the arguments that are named.
+# A network or a guidance that has a module with dropout, and the arguments that the message names.
 TRAINING = [
     ("net", lambda m: m),
     ("net unconditional", lambda m: fg.Denoiser(m, SCHEDULE, unconditional=m, guidance_scale=2.0)),
@@ -279,7 +279,7 @@ TRAINING = [
 
 @pytest.mark.parametrize("names, make", TRAINING)
 def test_modules_in_training_mode_are_named(names, make):
-    """Once for each argument."""
+    """Each argument is named once."""
 
     def named(training, p=0.5):
         module = Code(p)
@@ -315,7 +315,7 @@ def test_a_run_warns_once_of_training_where_it_is_called():
 @pytest.mark.parametrize("name", ["DPS", "PnP", "PiGDM", "TDS"])
 @pytest.mark.parametrize("operator", ["matrix", "blur"])
 def test_autocast_reaches_the_network_alone(name, operator):
-    """A network without a matrix product gives the same bits: nothing of the package is rounded to bfloat16."""
+    """A network without a matrix product gives the same bits: the package itself rounds nothing to bfloat16."""
     generator = torch.Generator().manual_seed(0)
     if operator == "matrix":
         operator, shape = fg.operators.Matrix(torch.randn(10, 12, generator=generator), (3, 2, 2)), (2, 3, 2, 2)
@@ -341,7 +341,7 @@ def test_autocast_reaches_the_network_alone(name, operator):
 
 
 def test_autocast_does_not_reach_a_likelihood_that_is_called():
-    """As in a reward, which runs under the caller's autocast."""
+    """For example in a reward, which runs under the caller's autocast."""
     generator = torch.Generator().manual_seed(0)
     matrix, x0 = torch.randn(10, 12, generator=generator), torch.randn(2, 12, generator=generator)
     likelihood = fg.likelihoods.Gaussian(torch.zeros(1, 10), fg.operators.Matrix(matrix), 0.1)
@@ -370,7 +370,7 @@ def test_the_network_computes_in_the_callers_autocast():
 def test_grad_modes_around_sample_change_nothing(name, mode):
     expected = run(name, steps=4)
     with mode():
-        again = run(name, steps=4)  # the likelihood is made under the mode, too
+        again = run(name, steps=4)  # the likelihood is also made in this mode
     assert_same(expected, again)
     assert not expected.x.requires_grad and not again.x.requires_grad and not again.x.is_inference()
 
@@ -385,7 +385,7 @@ def test_a_network_made_in_inference_mode_is_named():
         fg.sample(denoiser, (2, 3), guidance=guidance, **options)
     assert "net: holds tensors made in torch.inference_mode" in caught.value.__notes__[1]
     fg.sample(denoiser, (2, 3), **options)
-    net = copy.deepcopy(net)  # what the note says
+    net = copy.deepcopy(net)  # as the message advises
     assert fg.sample(denoiser, (2, 3), guidance=guidance, **options).x.isfinite().all()
 
 
@@ -414,7 +414,7 @@ def test_a_network_may_write_into_what_it_gets(name):
 
 @pytest.mark.parametrize("name", ["tds", "fk"])
 def test_a_network_may_reuse_the_memory_of_its_output(name):
-    """As a CUDA graph of the user's does: what a network returned is overwritten by its next call."""
+    """The next call of a network may overwrite its last output, as a user's CUDA graph does."""
     kept: dict[torch.Size, torch.Tensor] = {}
     truth = example()
 
@@ -474,7 +474,7 @@ def test_what_a_callback_keeps_stays_what_it_was(name):
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4, 1e8])
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_a_gradient_neither_overflows_nor_vanishes_in_float16(dtypes, scale, prediction):
-    """Normalised, the step does not depend on the scale of the noise. In float16 its gradient would."""
+    """DPS is normalised here, so the step must not depend on the scale of the noise, though the gradient does."""
 
     class Net(torch.nn.Module):
         def __init__(self, dtype):
@@ -496,7 +496,7 @@ def test_a_gradient_neither_overflows_nor_vanishes_in_float16(dtypes, scale, pre
 @pytest.mark.parametrize("schedule", [fg.schedules.vp_cosine(1000), fg.schedules.flow()], ids=["cosine", "flow"])
 @pytest.mark.parametrize("name", ["DPS", "PiGDM", "TDS"])
 def test_a_network_that_differentiates_its_input_serves_at_every_level(name, schedule):
-    """The first level says nothing about x_0, and guidance takes no derivative there."""
+    """At the first level guidance takes no derivative, because x_t says nothing about x_0."""
 
     def energy(x, t):
         with torch.enable_grad():
@@ -553,7 +553,7 @@ def test_an_operator_that_is_not_finite_is_named(guidance, value):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("guidance", [fg.DPS, fg.PnP, lambda v: fg.PnP(v, solver="gradient")])
 def test_one_measurement_that_is_not_finite_is_named(guidance, value):
-    """The others would hide it in a norm, a conjugate gradient or a comparison."""
+    """Without a check, the others could hide it in a norm, a conjugate gradient or a comparison."""
 
     def operator(x):
         z = x @ MATRIX.T
@@ -596,7 +596,7 @@ def test_networks_may_return_the_same_memory_every_time(prediction, array):
 
 
 class _InOneBuffer(torch.autograd.Function):
-    """``k x`` in memory that all calls share, with a graph, as a callable that replays CUDA graphs returns it."""
+    """``k x`` with an autograd graph, in memory that all calls share, as callables that replay CUDA graphs return."""
 
     memory = torch.empty(8, 3, dtype=torch.float64)
 
@@ -622,7 +622,7 @@ def test_networks_with_a_graph_may_return_the_same_memory_every_time(guidance):
 
 
 class _Remembers(fg.operators.LinearOperator):
-    """Returns the same memory at every call without a derivative, if ``reuse``."""
+    """With ``reuse``, returns the same memory at every call without a derivative."""
 
     def __init__(self, reuse):
         self.reuse, self.memory = reuse, {}
@@ -664,7 +664,7 @@ def test_functions_of_the_time_may_return_the_same_memory_every_time():
 
 
 def test_the_clean_time_is_no_index_of_a_rewards_table():
-    """``weights[-1]`` would be that of the noisiest level."""
+    """The clean time is -1, and ``weights[-1]`` would be the weight of the noisiest level."""
     weights = [1.0] * 100
     with pytest.raises(TypeError, match="indices must be integers"):
         draw(clean, fg.FK(lambda x0, t: weights[t] * x0.sum(1), 4))

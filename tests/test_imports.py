@@ -1,4 +1,4 @@
-"""What an import loads: each in a new process, since this one has loaded everything."""
+"""What an import loads. Each test needs a new process, because this one has loaded everything."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def loaded(before: str, imported: str, *path: Path) -> set[str]:
-    """The modules that ``imported`` loads after ``before``, but for Python's own."""
+    """The modules that ``imported`` loads after ``before``, without those of Python itself."""
     code = f"""
 import json, sys
 sys.path[:0] = {[str(ROOT), *map(str, path)]!r}
@@ -36,12 +36,12 @@ def test_fastguide_loads_only_torch_and_its_own_core():
     parts = {name.split(".")[1] for name in names if "." in name}
     assert "sampling" in parts
     assert not parts & {"cli", "demo", "digits", "doctor", "integrations"}
-    assert "fastguide.ops._triton" not in names  # before a call asks for it
+    assert "fastguide.ops._triton" not in names  # loaded by the first call that needs it
 
 
 def test_the_diffusers_schedulers_load_no_models_and_survive_a_mismatched_torchvision(tmp_path):
     pytest.importorskip("diffusers")
-    # transformers imports torchvision wherever it is installed, and diffusers' models import transformers.
+    # diffusers' models import transformers, which imports torchvision if it is installed.
     package, metadata = tmp_path / "torchvision", tmp_path / "torchvision-0.1.dist-info"
     package.mkdir(), metadata.mkdir()
     (package / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')

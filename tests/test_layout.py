@@ -1,4 +1,4 @@
-"""The package's layout: where an operation's files stand, and which module may import which."""
+"""The layout of the package: where the files of an operation are, and which module may import which."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastguide.ops._operation import OPERATIONS
 
 ROOT = Path(__file__).parents[1]
 
-# Each may import those before it and its own, and no others.
+# Each layer may import the layers before it and itself, and no others.
 LAYERS = (
     ("arguments",),
     ("memory", "ancestry", "metrics"),
@@ -104,7 +104,7 @@ MODULES = modules()
 
 
 def imports(name: str, path: Path) -> Iterator[str]:
-    """The modules of the package that one imports anywhere in it, but for what only type checkers read."""
+    """The modules of the package that a module imports anywhere, except imports for type checkers only."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     tree = ast.parse(path.read_text())
     unread = {

@@ -1,4 +1,4 @@
-"""Error models against the densities of scipy.stats, constants included; their gradients against autograd."""
+"""Error models against the densities of scipy.stats, with all constants. Their gradients against autograd."""
 
 import math
 
@@ -77,7 +77,7 @@ def check(got, expected, rtol=1e-11):
 
 
 def check_gradient(f, z, rtol=1e-10):
-    """``f(z) -> (log_prob, gradient)``: the gradient is that of the log-density."""
+    """Check that ``f(z) -> (log_prob, gradient)`` returns the gradient of its log-density."""
     leaf = z.clone().requires_grad_()
     (expected,) = torch.autograd.grad(f(leaf)[0].sum(), leaf)
     gradient = f(z)[1]
@@ -88,7 +88,7 @@ def check_gradient(f, z, rtol=1e-10):
 # --- densities ----------------------------------------------------------------------------------------------
 
 
-# A density sees only what the operator returns: every model with one operator, and every operator with one model.
+# A density depends only on the operator's output: so test every model with one operator, every operator with one model.
 @pytest.mark.parametrize(
     ("model", "of"), [*(("gaussian", o) for o in OPERATORS), *((m, "pool") for m in MODELS if m != "gaussian")]
 )
@@ -127,7 +127,7 @@ def test_poisson(scale, background):
     expected = per_row(stats.poisson.logpmf(counts.numpy(), rate.numpy()))
     check(likelihood.log_prob(z), expected)
     check_gradient(lambda z: likelihood.log_prob_and_gradient(z, y, scale), z)
-    exact = (rate > counts.clamp(min=0.2) / 2).flatten(1).all(1)  # what guidance follows is the same there
+    exact = (rate > counts.clamp(min=0.2) / 2).flatten(1).all(1)  # where guidance follows the exact density
     assert 0 < exact.sum() < 5
     check(likelihood.log_prob_and_gradient(z, y, scale)[0][exact], expected[exact])
 
@@ -135,7 +135,7 @@ def test_poisson(scale, background):
 @pytest.mark.parametrize("observations", [1, 3])
 @pytest.mark.parametrize(("method", "particles"), [("DPS", 1), ("TDS", 1), ("TDS", 4), ("FK", 4)])
 def test_log_factorials_are_worked_out_once_in_a_run(method, particles, observations, monkeypatch):
-    """Of a scale that follows the time the operation does it, with the same result."""
+    """If the scale depends on the time, the operation computes them in each call, with the same result."""
     made, given = [], []
     worked_out, operation = reference.log_factorials, ops.log_prob_and_gradient
     monkeypatch.setattr(likelihoods, "log_factorials", lambda y, scale: made.append(len(y)) or worked_out(y, scale))
@@ -176,7 +176,7 @@ def test_log_factorials_are_those_of_the_y_and_the_scale_that_are_asked_for():
         expected = Poisson(other, Identity(), scale, 0.5).log_prob_and_gradient(z, other, scale)
         for a, b in zip(likelihood.log_prob_and_gradient(z, other, scale), expected, strict=True):
             torch.testing.assert_close(a, b)
-    assert Poisson(y, Identity(), 1.0)._log_factorials is None  # the caller may write to y between two calls
+    assert Poisson(y, Identity(), 1.0)._log_factorials is None  # no cache: the caller may write to y between calls
 
 
 def test_poisson_adds_to_one_over_the_counts_at_any_rate():
@@ -200,7 +200,7 @@ def test_poisson_of_counts_between_integers():
 
 
 def test_poisson_of_large_counts_keeps_its_precision_in_float32():
-    """Terms of 1e6 cancel to about ten."""
+    """Terms of 1e6 cancel, and about ten is left."""
     counts = torch.as_tensor(RANDOM.poisson(1e5, (3, 1000))).float()
     rate = torch.as_tensor(RANDOM.normal(1e5, 300, (3, 1000))).float()
     expected = per_row(stats.poisson.logpmf(counts.double().numpy(), rate.double().numpy()))
@@ -242,7 +242,7 @@ def test_float32_computes_to_float32(make, density):
 @every_operator
 @pytest.mark.parametrize("scale, spread", [(0.7, 0.3), (0.05, 0.9), (2.0, 1e-3)])
 def test_isotropic_gaussian(operator, event, measurement, scale, spread):
-    """A dense normal of covariance ``s^2 I + r^2 A A^T``."""
+    """Equal to a dense normal density with covariance ``s^2 I + r^2 A A^T``."""
     x, y = normal(4, *event), normal(4, *measurement, seed=1)
     likelihood = Gaussian(y, operator, scale)
     a = operator.matrix(event).numpy()
@@ -260,7 +260,7 @@ def test_isotropic_gaussian(operator, event, measurement, scale, spread):
     check_gradient(lambda z: likelihood.log_prob_and_gradient(z, y, scale, spread), z, rtol=1e-8)
 
 
-# A model takes its share of the diagonal of A A^T, which is the operator's.
+# A model adds its share of the diagonal of A A^T, which the operator gives.
 @pytest.mark.parametrize(
     ("name", "of"), [("student 1", "wide"), ("laplace", "wide"), *(("student 4.5", o) for o in OPERATORS)]
 )
@@ -323,7 +323,7 @@ def test_moment_of_one_measurement_holds_its_variance():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("m", [1, 4])
 def test_moment_of_a_gram_that_is_not_finite(m, bad):
-    """That row's density is NaN, which a particle filter reports; the others are as they were."""
+    """The density of that row is NaN, which a particle filter reports. The other rows do not change."""
     y, z, gram = normal(3, m), normal(3, m, seed=1), grams(3, m)
     likelihood = Gaussian(y, Identity(), SCALE)
     log_prob, gradient = likelihood.moment(z, y, SCALE, gram)
@@ -352,7 +352,7 @@ def test_moment_is_isotropic_for_that_gram():
 def test_moment_adds_the_diagonal(name):
     make, density = MODELS[name]
     y, z, gram = normal(4, 2, 2), normal(4, 2, 2, seed=1), grams(4, 4)
-    gram[0, 0, 0] = -3.0  # a variance that is none adds nothing
+    gram[0, 0, 0] = -3.0  # a negative variance adds nothing
     share = 0.5 if name == "laplace" else 1.0
     added = share * gram.diagonal(dim1=1, dim2=2).clamp(min=0).reshape(4, 2, 2)
     likelihood = make(y, Identity())
@@ -421,7 +421,7 @@ def test_isotropic_variances_of_an_operator_that_knows_nothing(name):
 
 
 def test_isotropic_variances_by_the_diagonal_alone():
-    """A blur without a spectrum knows the diagonal of ``A A^T``."""
+    """A blur without a spectrum gives the diagonal of ``A A^T``."""
     operator = Blur(normal(3, 3, seed=4), "zeros")
     x, y = normal(2, 1, 4, 5), normal(2, 1, 4, 5, seed=1)
     a, z = operator.matrix((1, 4, 5)), operator(x)
@@ -437,7 +437,7 @@ def test_isotropic_variances_by_the_diagonal_alone():
     "operator", [Blur(torch.full((3, 3), 1 / 9), "circular"), Blur(normal(3, 3, seed=4).abs(), "zeros")]
 )
 def test_isotropic_variances_that_guide_are_no_less_than_half_the_covariance(operator, scale):
-    """By the diagonal of ``A A^T`` alone a step along what all measurements see would be many times too long."""
+    """With only the diagonal of ``A A^T``, a step in a direction that all measurements see would be far too long."""
     operators = (operator, Function(operator), Function(operator, linear=True, event=(1, 4, 5)))
     gram = (a := operator.matrix((1, 4, 5))) @ a.T
     for known in operators:
@@ -470,7 +470,7 @@ def test_curvature_of_a_gaussian_is_its_hessian():
 
 @every_model
 def test_gradient_is_curvature_times_residual(make, density):
-    """What makes reweighted least squares a descent: the weight of each residual is its slope."""
+    """The gradient is curvature times residual. This makes reweighted least squares a descent method."""
     y, z = normal(4, 6), normal(4, 6, seed=1)
     likelihood = make(y, Identity())
     weight = likelihood.curvature(z, y, SCALE)
@@ -487,7 +487,7 @@ def test_curvature_of_laplace_is_held_where_the_residual_vanishes():
 
 @pytest.mark.parametrize("scale, background", [(1.0, 0.0), (0.5, 2.0)])
 def test_curvature_of_poisson_is_its_information(scale, background):
-    """``E[(d log p / dz)^2]`` over the counts."""
+    """The curvature is the Fisher information ``E[(d log p / dz)^2]`` over the counts."""
     z = torch.tensor([[1.3, 4.0, 20.0]]).double()
     rate = (z + background) / scale
     counts = torch.arange(200.0).double()[:, None]
@@ -496,14 +496,14 @@ def test_curvature_of_poisson_is_its_information(scale, background):
     slope = likelihood.log_prob_and_gradient(*every, scale)[1]
     exact = (counts / rate - 1) / scale
     torch.testing.assert_close(slope[counts[:, 0] < 0.6], exact[counts[:, 0] < 0.6])
-    slope = exact  # also where counts far above the rate have a parabola
+    slope = exact  # without the parabola at counts far above the rate
     information = (torch.as_tensor(stats.poisson.pmf(counts.numpy(), rate.numpy())) * slope**2).sum(0)
     torch.testing.assert_close(likelihood.curvature(z, scale * counts, scale)[0], information)
 
 
 @pytest.mark.parametrize("scale, background", [(1.0, 0.0), (0.02, 0.01)])
 def test_curvature_of_poisson_at_dark_rates_is_the_parabolas(scale, background):
-    """Of no count and of one: how fast the gradient falls."""
+    """For no count and for one count, the curvature is minus the derivative of the gradient."""
     counts, rate = (
         torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0]]).double(),
         torch.tensor([[-2.0, 0.0, 0.05, 0.0, 0.4]]).double(),
@@ -575,7 +575,7 @@ def test_a_scale_for_each_detector_or_observation(make, density, kind):
 
 @pytest.mark.parametrize("name", ["gaussian", "student 4.5", "laplace"])
 def test_isotropic_variances_with_a_scale_for_each_detector(name):
-    """The variances of ``A x_0`` add; what noise of another basis leaves of ``A A^T`` is its diagonal."""
+    """The variances of ``A x_0`` are added. With different scales only the diagonal of ``A A^T`` is used."""
     make, density = MODELS[name]
     operator, event, measurement = OPERATORS["wide"]
     x, y, s = normal(4, *event), normal(4, *measurement, seed=1), scales(measurement, "detector")
@@ -634,7 +634,7 @@ def fourier(x):
 
 @pytest.mark.parametrize("adjoint", [False, True])
 def test_complex_measurements(adjoint):
-    """Real and imaginary parts are measurements alike."""
+    """Real and imaginary parts count as separate measurements."""
     x, y = normal(4, 8), torch.complex(normal(2, 3, seed=1), normal(2, 3, seed=2))
     rows, c = torch.tensor([0, 1, 1, 0]), fourier(torch.eye(8).double()).T
     if adjoint:
@@ -662,7 +662,7 @@ def test_complex_measurements(adjoint):
 
 
 def test_a_complex_matrix():
-    """Its real and imaginary rows are measurements alike; there are no closed forms."""
+    """The real and imaginary parts of its rows count as separate measurements. There are no closed forms."""
     c = torch.complex(normal(3, 8, seed=4), normal(3, 8, seed=5))
     x, v, y = normal(4, 2, 4), normal(4, 3, 2, seed=3), torch.complex(normal(2, 3, seed=1), normal(2, 3, seed=2))
     operator = Matrix(c, (2, 4))
@@ -687,13 +687,13 @@ def test_a_complex_matrix():
 @pytest.mark.parametrize("m", [(3,), (3, 2), (1, 3, 2)], ids=str)
 @pytest.mark.parametrize("name", ["gaussian", "student 4.5", "laplace"])
 def test_scales_of_complex_measurements(name, m):
-    """Of the shape of the measurement for both parts alike, of that of the pairs for each."""
+    """A scale in the shape of the measurement is for both parts. In the shape of the pairs, each part has its own."""
     make, density = MODELS[name]
     x, y = (torch.complex(normal(4, *m, seed=i), normal(4, *m, seed=i + 1)) for i in (0, 2))
     operator = Function(lambda x: torch.complex(x[..., 0], x[..., 1]))
     x, pairs = torch.view_as_real(x), torch.view_as_real(y)
     s = normal(4, *m, 2, seed=5).abs() + 0.1
-    given = (  # and the same for each number
+    given = (  # a scale, and the same scale for each real number
         (s[0, ..., 0], s[:1, ..., :1]),
         (s[:1, ..., 0], s[:1, ..., :1]),
         (s[..., 0], s[..., :1]),

@@ -1,4 +1,4 @@
-"""What the logger "fastguide" says."""
+"""The messages of the logger "fastguide"."""
 
 import logging
 
@@ -11,7 +11,7 @@ from fastguide.ops import _native, _operation
 
 @pytest.fixture
 def logged(caplog, monkeypatch):
-    """The messages, of a process that has chosen nothing yet."""
+    """The messages of a process that has not yet chosen a backend."""
     caplog.set_level(logging.DEBUG, logger="fastguide")
     _operation._log_choice.cache_clear()
     return lambda: [record.getMessage() for record in caplog.records if record.name == "fastguide"]
@@ -45,6 +45,6 @@ def test_logging_does_not_break_a_compiled_graph(logged):
 
 
 def test_nothing_is_prepared_for_a_logger_that_is_off(monkeypatch):
-    monkeypatch.setattr(_operation, "_log_choice", None)  # a call would raise
+    monkeypatch.setattr(_operation, "_log_choice", None)  # calling it would raise
     ops.randn((2, 3), seed=0, backend="reference")
     assert any(isinstance(handler, logging.NullHandler) for handler in logging.getLogger("fastguide").handlers)

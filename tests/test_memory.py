@@ -1,4 +1,4 @@
-"""A block is used again only when nobody else can read it."""
+"""A block of memory is reused only if nobody else can read it."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def test_memory_that_somebody_else_holds_is_copied(name):
 
 
 def test_memory_that_torch_did_not_allocate_is_copied():
-    """Its holders are unknown: the array's other views, or another process."""
+    """Its holders are unknown: they may be other views of the array, or another process."""
     array = X.numpy().copy()
     for given in (torch.from_numpy(array), torch.from_dlpack(array), X.clone().share_memory_()):
         assert address(Memory().own(given)) != address(given)
 
 
 def test_references_that_the_interpreter_adds_do_not_count(monkeypatch):
-    """torch's compiler adds one to those of every block, once it has been at work in the process."""
+    """Once torch's compiler was used in the process, every block has one more reference."""
     counted = memory_module._holders
     monkeypatch.setattr(memory_module, "_holders", lambda block: (counted(block)[0] + 1, counted(block)[1]))
     memory = Memory()
@@ -187,21 +187,21 @@ WRITERS = {
 }
 
 
-# Every way to write that there is into one of two that may share their memory.
+# Every way to write into one of two tensors that may share their memory.
 @pytest.mark.parametrize("order", ["the copy", "the original"])
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_copy_is_one_once_somebody_writes(name, order):
     memory = Memory()
     original = given_out(memory)
     pair = [original, memory.copy(original)]
-    assert all(map(torch._C._is_cow_tensor, pair))  # until then it costs nothing
+    assert all(map(torch._C._is_cow_tensor, pair))  # nothing is copied before a write
     written, other = pair[::-1] if order == "the copy" else pair
     WRITERS[name](written)
     assert torch.equal(other, X) and not torch.equal(written, X)
 
 
 def test_memory_of_others_is_copied_at_once():
-    """Who has an address of it may write there."""
+    """Somebody may have its address and write there."""
     memory, others = Memory(), X.clone()
     array = others.numpy()
     copied = memory.copy(others)
@@ -239,7 +239,7 @@ KEEPERS = {
 
 
 def steps(name: str, net) -> torch.Tensor:
-    """Five steps of a loop around ``net(x)``, which predicts ``x_0``."""
+    """Five steps of a loop with the network ``net(x)``, which predicts ``x_0``."""
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     if name == "scheduler":
         diffusers = pytest.importorskip("diffusers")
@@ -266,7 +266,7 @@ def steps(name: str, net) -> torch.Tensor:
     return fg.sample(prior, (2, 3, 4), guidance=guidance, steps=5, seed=1).x
 
 
-# Which memory is used again is each loop's own; that somebody holds it is seen alike in all.
+# Each loop decides which memory it reuses. All loops check in the same way whether somebody holds it.
 LOOPS = ("plain", "DPS", "PnP", "PiGDM", "TDS", "scheduler", "k-diffusion")
 
 
@@ -291,7 +291,7 @@ def test_a_loop_uses_no_memory_that_the_network_keeps(name, keep, monkeypatch):
     ("name", "blocks"), [("plain", 3), ("PnP", 3), ("TDS", 5), ("scheduler", 4), ("k-diffusion", 3)]
 )
 def test_a_loop_goes_back_and_forth(name, blocks, monkeypatch):
-    """It makes as few blocks as it holds at once, whatever its number of steps."""
+    """It makes only as many blocks as it holds at once, for any number of steps."""
     made = []
     like = fg.memory.Memory.like
 
@@ -310,7 +310,7 @@ def test_a_loop_goes_back_and_forth(name, blocks, monkeypatch):
 @pytest.mark.parametrize("name", ["DPS", "TDS"])
 def test_a_loop_uses_the_gradients_memory_again(name, monkeypatch):
     places, density = [], ops.log_prob_and_gradient
-    monkeypatch.setattr(fg.memory, "_LEAST", 50)  # bytes: not the times that the network gets
+    monkeypatch.setattr(fg.memory, "_LEAST", 50)  # bytes; excludes the times for the network
 
     def noted(z, y, **options):
         results = density(z, y, **options)

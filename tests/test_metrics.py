@@ -9,7 +9,7 @@ from fastguide import metrics
 
 
 def images(batch: int = 1):
-    """A truth and a poor copy of it, ``[batch, 24, 20]``, the same in every row."""
+    """A true image and a poor copy of it, ``[batch, 24, 20]``, the same in every row."""
     i, j = torch.meshgrid(torch.arange(24.0).double(), torch.arange(20.0).double(), indexing="ij")
     truth = torch.sin(0.5 * i) * torch.cos(0.3 * j)
     x = 0.8 * truth + 0.1 * torch.cos(1.1 * i + 0.7 * j) + 0.05
@@ -17,7 +17,7 @@ def images(batch: int = 1):
 
 
 def test_the_numbers_are_those_of_scikit_image():
-    """Those of scikit-image 0.26.0, on the arrays of `images` and with ``o = dict(gaussian_weights=True,
+    """The numbers of scikit-image 0.26.0 for the arrays of `images`, with ``o = dict(gaussian_weights=True,
     use_sample_covariance=False)``:
 
     structural_similarity(truth, x, data_range=2.0, sigma=1.5, **o)
@@ -55,7 +55,7 @@ def test_equal_images():
 
 
 def test_psnr_of_a_known_error():
-    """An error of 0.1 in a range of 1 is 20 dB; in a range of 2 it is 6.02 dB more."""
+    """An error of 0.1 in a range of 1 gives 20 dB; in a range of 2 it gives 6.02 dB more."""
     truth = torch.zeros(2, 5, dtype=torch.float64)
     assert metrics.psnr(truth + 0.1, truth, data_range=1.0).tolist() == pytest.approx([20.0, 20.0])
     assert metrics.psnr(truth - 0.1, truth, data_range=2).tolist() == pytest.approx([20.0 + 20 * math.log10(2)] * 2)

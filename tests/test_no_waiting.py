@@ -1,9 +1,9 @@
-"""No loop waits for the host, and none is fed by it: that is what makes it capturable as a CUDA graph.
+"""No loop waits for the device, and none reads values of the host. So every loop can be captured as a CUDA graph.
 
-Every algorithm runs on fake tensors of the ``meta`` device, which have no values, and every operation's reference on
-that device itself. Whatever would ask the device a question (``item``, ``bool``, ``nonzero``, a shape that depends on
-data) has no answer there and raises; `watched` refuses what moves between devices, and what is known to wait on a GPU.
-But for values, the states are those of a run on the CPU.
+Every algorithm runs on fake tensors on the ``meta`` device, which have no values. Every operation's reference runs on
+the ``meta`` device itself. Operations that need values (``item``, ``bool``, ``nonzero``, a shape that depends on data)
+raise there. `watched` refuses copies between devices, and operations that are known to wait on a GPU. Except for
+values, the states are those of a run on the CPU.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ VP = (0.6, 0.8, 0.8, 0.6, 0.3)
 
 
 class NothingFed(TorchDispatchMode):
-    """Refuses a tensor of the host's values, wherever it is, and what GPUs leave to solver libraries: nobody says which
-    of their calls a graph may hold."""
+    """Refuses tensors made from values of the host, on any device, and functions that solver libraries compute on GPUs:
+    these libraries do not say which of their calls a graph can hold."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name()
@@ -63,7 +63,8 @@ def brightness(x):
 
 
 def guidances(device: str) -> dict[str, object]:
-    """Iterations, which are all alike, are few; ``"moment"``, which takes the longest, stands where it is named."""
+    """The guidance objects. They have few iterations, because all are alike. ``"moment"``, the slowest, is used only
+    where it is named."""
     y, few = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 2, 2)
     pool, mask = AveragePool(4), Inpainting(torch.ones(1, 8, 8, dtype=torch.bool))
     blur = Blur(torch.ones(3, 3) / 9, padding="zeros")
@@ -94,14 +95,14 @@ def guidances(device: str) -> dict[str, object]:
 
 @contextlib.contextmanager
 def fake_tensors():
-    """Of the ``meta`` device too, and in the place of the tensors that a guidance object was made with."""
+    """Fake tensors, also on the ``meta`` device. They also replace the tensors that a guidance object has."""
     with torch._functorch.config.patch(fake_tensor_allow_meta=True), FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
 
 def loop(guidance, device: str, chunk_size: int | None = None, clip=None) -> list[State]:
-    """The states of `fastguide.sample` between what it checks before the first step and after the last; on ``meta`` of
-    fake tensors."""
+    """The states of the loop in `fastguide.sample`, without its checks before the first and after the last step. On
+    ``meta`` these are fake tensors."""
     nothing = contextlib.nullcontext()
     with fake_tensors() if device == "meta" else nothing:
         prior = fg.Denoiser(Network(device), fg.schedules.vp_cosine(100), prediction="v")
@@ -109,7 +110,7 @@ def loop(guidance, device: str, chunk_size: int | None = None, clip=None) -> lis
         run = sampling.prepare_run(prior, shape, guidance, 3, None, None, clip, 7, None, dtype, device, chunk_size)
         guidance = guidance.prepare(run)
         state = guidance.start(run)
-        guidance.step(run, state, 0)  # an operator's spectrum is made on the host, once; a capture is warmed up as well
+        guidance.step(run, state, 0)  # warm-up, as in a capture: an operator computes its spectrum on the host, once
         states = [guidance.start(run)]
         with watch() if device == "meta" else nothing:
             for i in range(run.steps):
@@ -171,7 +172,7 @@ def test_the_watch_lets_arithmetic_pass():
 
 
 def test_operations_ask_nothing():
-    """The references, which serve a GPU without kernels; in the loops above stands one fake operator for each."""
+    """The references, which serve GPUs without kernels. The loops above call only a fake version of each operation."""
     x, log_weights = torch.zeros(6, 5, device="meta"), torch.zeros(2, 3, device="meta")
     levels = tuple(torch.full((6,), c, device="meta") for c in VP)
     rows = torch.zeros(6, dtype=torch.int64, device="meta")
@@ -194,7 +195,7 @@ def test_operations_ask_nothing():
 
 
 class Launches(TorchDispatchMode):
-    """Counts what takes a kernel: no views, no allocations, no passes that only the stand-in device makes for flags."""
+    """Counts operations that launch a kernel: no views, no allocations, no passes that only this device needs."""
 
     def __init__(self):
         super().__init__()
@@ -220,8 +221,8 @@ class Costless(torch.autograd.Function):
         return gradient
 
 
-# On a GPU `resample` is one of these, and one kernel where an observation has at most 4,096 particles. The like of
-# `gather_particles_` is two or three kernels and a clearing. Following the first ancestors takes six. So with second
+# On a GPU `resample` counts here as one operation, and is one kernel if an observation has at most 4,096 particles.
+# `gather_particles_` is two or three kernels and a memset. Following the first ancestors takes six. So with second
 # moments a step of the loop launches at most 40.
 @pytest.mark.parametrize(("covariance", "most"), [("moment", 31), ("isotropic", 32)])
 @pytest.mark.parametrize("operator", [AveragePool(4), fg.operators.Matrix(torch.ones(4, 64), (1, 8, 8))])

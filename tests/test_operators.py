@@ -1,4 +1,4 @@
-"""Operators against their dense matrices, against scipy, and by what an adjoint and a pseudo-inverse are."""
+"""Operators against their dense matrices, against scipy, and by the definitions of adjoint and pseudo-inverse."""
 
 import copy
 import inspect
@@ -35,7 +35,7 @@ def normal(*shape, seed=0, dtype=torch.float64):
 
 
 def stride_and_mix(x):
-    """A linear function with more columns than rows: each second element plus thrice the next."""
+    """A linear function with more columns than rows: every second element plus three times the next one."""
     return x[:, ::2] + 3.0 * x.roll(-1, 1)[:, ::2]
 
 
@@ -49,8 +49,8 @@ ROWS = torch.tensor([0.2, 0.7, -0.3], dtype=torch.float64)
 COLUMNS = torch.tensor([0.1, 0.5, 0.9, -0.2, 0.3], dtype=torch.float64)
 RANK_TWO = normal(5, 2, seed=1) @ normal(2, 7, seed=2)
 
-# name: (operator, event, measurement, rank). Of each class: one and several channels or none, more measurements than
-# elements and fewer, full rank and less, and each way to its spectrum.
+# name: (operator, event, measurement, rank). Each class is here with one channel, several or none, with more and with
+# fewer measurements than elements, with full and lower rank, and with each way to compute its spectrum.
 OPERATORS = {
     "identity": (Identity(), (2, 3), (2, 3), 6),
     "inpainting": (Inpainting(torch.arange(40).reshape(2, 4, 5) % 3 == 1), (2, 4, 5), (13,), 13),
@@ -88,20 +88,20 @@ def cases(names=OPERATORS):
     return pytest.mark.parametrize("operator, event, measurement, rank", [OPERATORS[n] for n in names], ids=names)
 
 
-# float64 tells a wrong formula from rounding; float32 finds what an operator does not convert.
+# float64 separates wrong formulas from rounding. float32 finds tensors that an operator does not convert.
 precision = pytest.mark.parametrize(
     "dtype, rtol", [(torch.float64, 1e-11), (torch.float32, 2e-5)], ids=["float64", "float32"]
 )
 
 
 def dense_of(f, shape):
-    """The matrix of a linear function of rows of this shape."""
+    """The matrix of a linear function on events of this shape."""
     size = math.prod(shape)
     return f(torch.eye(size, dtype=torch.float64).reshape(size, *shape)).flatten(1).T
 
 
 def close(got, expected, rtol, scale=None):
-    """Equal to ``rtol`` of the largest element, since elements cancel."""
+    """Equal to ``rtol`` times the largest element, because terms cancel within elements."""
     scale = float(expected.abs().max()) if scale is None else scale
     torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=rtol * max(scale, 1e-300) + 1e-300)
 
@@ -131,7 +131,7 @@ def test_parallel_beam_sums_rows_at_angle_0_and_columns_at_a_right_angle():
 
 @pytest.mark.parametrize("angle", [0.1, math.pi / 4, 1.2, 2.0, -0.7])
 def test_parallel_beam_of_a_square_is_a_trapezoid(angle):
-    """The chord of a square of side 8, in closed form, averaged over each bin by many rays."""
+    """The chord lengths of a square of side 8, in closed form, averaged over each bin by many rays."""
     found = ParallelBeam([angle], 8, 12)(torch.ones(1, 1, 8, 8, dtype=torch.float64))[0]
     s = (torch.arange(12 * 4000, dtype=torch.float64) + 0.5) / 4000 - 6
     cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
@@ -148,10 +148,10 @@ def test_parallel_beam_of_a_disc_is_its_chord():
     angles = torch.tensor([0.0, 0.3, 1.1, 2.9])
     found = ParallelBeam(angles, size)(disc).reshape(4, size)
     s = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    away = s - (x0 * angles.cos() + y0 * angles.sin())[:, None]  # of the ray from the centre of the disc
+    away = s - (x0 * angles.cos() + y0 * angles.sin())[:, None]  # distance of the ray from the centre of the disc
     expected = 2 * (radius**2 - away**2).clamp(min=0).sqrt()
-    inner = away.abs() < 0.9 * radius  # where a chord changes little over a bin
-    assert (found - expected)[inner].abs().max() < 0.35  # the disc is one of pixels; its chords are up to 80
+    inner = away.abs() < 0.9 * radius  # where the chord changes little within a bin
+    assert (found - expected)[inner].abs().max() < 0.35  # the disc is made of pixels; its chords are up to 80
     assert (found[away.abs() > radius + 1.5]).abs().max() < 1e-6
 
 
@@ -226,7 +226,7 @@ def test_transform_diagonalises_the_gram_matrix(operator, event, measurement, ra
 def test_solve_gram(operator, event, measurement, rank, dtype, rtol):
     dense = operator.matrix(event)
     v = normal(3, *measurement)
-    for a, b in ((0.3, 1e-3), (2.0, 50.0)):  # mostly the operator, and mostly the noise
+    for a, b in ((0.3, 1e-3), (2.0, 50.0)):  # the operator dominates, and the noise dominates
         matrix = a * dense @ dense.T + b * torch.eye(dense.shape[0], dtype=torch.float64)
         expected = torch.linalg.solve(matrix, v.flatten(1).T).T.reshape(v.shape)
         got = operator.to(dtype=dtype).solve_gram(v.to(dtype), a, b)
@@ -254,7 +254,7 @@ def test_gram_logdet(operator, event, measurement, rank):
         got = operator.gram_logdet(normal(2, *measurement), a, b)
         assert got.dtype == torch.float64 and got.shape == ()
         if b == 0.0 and rank < len(gram):
-            assert got < -60 * (len(gram) - rank)  # -inf, but for the rounding of eigenvalues that are 0
+            assert got < -60 * (len(gram) - rank)  # -inf up to rounding of the eigenvalues that are 0
         else:
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     single = operator.to(dtype=torch.float32).gram_logdet(normal(2, *measurement, dtype=torch.float32), 1.0, 1e-2)
@@ -284,7 +284,7 @@ def test_unknown_spectrum_and_diagonal():
 
 
 class Dense(LinearOperator):
-    """As a user writes one: the two products, and nothing else."""
+    """An operator as a user may write it: only the two products."""
 
     def __init__(self, matrix):
         self.dense = matrix
@@ -396,7 +396,7 @@ def test_pseudo_inverse_in_float32(operator, event, measurement, rank):
 @pytest.mark.parametrize("padding", ["circular", "zeros"])
 @pytest.mark.parametrize("size", [16, 128])
 def test_blur_pseudo_inverse_does_not_lose_modes_with_the_size(padding, size):
-    """A Gaussian of 0.7 pixels has singular values down to 0.8 %, well above rounding: all come back, in
+    """A Gaussian of 0.7 pixels has singular values down to 0.8 %, far above rounding. All modes are restored, in
     float32 and at any size."""
     taps = torch.exp(-0.5 * (torch.arange(-4, 5) / 0.7) ** 2)
     operator = Blur(torch.outer(taps / taps.sum(), taps / taps.sum()), padding)
@@ -406,8 +406,8 @@ def test_blur_pseudo_inverse_does_not_lose_modes_with_the_size(padding, size):
 
 @pytest.mark.parametrize("padding", ["circular", "zeros"])
 def test_blur_pseudo_inverse_stays_bounded_in_float32(padding):
-    """A wide Gaussian's smallest singular values, 1e-16 of the largest and less, are rounding: they are left
-    out, and what is measured is met."""
+    """The smallest singular values of a wide Gaussian, below 1e-16 of the largest, are rounding. They are left out, and
+    the measurement is still reproduced."""
     taps = torch.exp(-0.5 * (torch.arange(-7, 8) / 2.0) ** 2)
     operator = Blur(torch.outer(taps / taps.sum(), taps / taps.sum()), padding)
     x = normal(1, 2, 64, 64, dtype=torch.float32)
@@ -416,13 +416,13 @@ def test_blur_pseudo_inverse_stays_bounded_in_float32(padding):
     assert back.norm() < 1.01 * x.norm()  # a projection of x
     close(operator(back), y, 2e-3)
     noise = 1e-3 * normal(1, 2, 64, 64, seed=1, dtype=torch.float32)
-    # nothing is amplified by more than the least singular value kept, sqrt(8 eps)
+    # the amplification is at most 1 / the smallest singular value that is kept, sqrt(8 eps)
     assert operator.pseudo_inverse(noise).norm() < noise.norm() / math.sqrt(8 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
 def test_a_low_rank_matrix_of_float32_keeps_its_rank_in_float64(shape):
-    """Its null singular values are the rounding of its elements, not information."""
+    """Its smallest singular values come only from the rounding of its elements."""
     m, d = shape
     matrix = (normal(m, 3, seed=1) @ normal(3, d, seed=2)).float()
     operator = Matrix(matrix)
@@ -434,7 +434,7 @@ def test_a_low_rank_matrix_of_float32_keeps_its_rank_in_float64(shape):
 
 
 def test_an_ill_conditioned_matrix():
-    """Singular values over six decades: those of ``A A^T``, over twelve, would be lost by forming it."""
+    """Singular values over six decades. ``A A^T`` would have twelve, and lose the small ones, so it is not formed."""
     u, v = torch.linalg.qr(normal(6, 6, seed=1)).Q, torch.linalg.qr(normal(6, 6, seed=2)).Q
     s = torch.logspace(0, -6, 6, dtype=torch.float64)
     operator = Matrix(u @ torch.diag(s) @ v.T)
@@ -546,7 +546,7 @@ def test_one_blur_serves_every_size_and_dtype_in_turn(name):
 
 
 def changing(kind):
-    """An operator, and the tensor that it is made of."""
+    """An operator, and the tensor that it is made from."""
     if kind == "matrix":
         matrix = normal(4, 6, seed=1)
         return Matrix(matrix), matrix, (6,), (4,)
@@ -561,7 +561,7 @@ def test_what_is_written_to_after_construction_counts(kind, moved):
     x, y = normal(2, *event, seed=2), normal(2, *measurement, seed=3)
     if moved:
         operator = operator.to()
-    operator(x), operator.solve_gram(y, 0.3, 0.1), operator.pseudo_inverse(y)  # what is kept is kept
+    operator(x), operator.solve_gram(y, 0.3, 0.1), operator.pseudo_inverse(y)  # now the caches are filled
     with torch.no_grad():
         tensor.mul_(3.0)
         tensor[0].mul_(-1.0)
@@ -600,8 +600,8 @@ def test_a_blur_learns_its_kernel():
         lambda k: zeros.gram_diagonal(v),
     ):
         with torch.no_grad():
-            f(kernel)  # kept without a graph, which is not to be used
-        for _ in range(2):  # a graph for each backward pass
+            f(kernel)  # cached without a graph; must not be used below
+        for _ in range(2):  # each backward pass needs its own graph
             (got,) = torch.autograd.grad(f(kernel).square().sum(), kernel)
         step = 1e-6 * normal(3, 3, seed=4)
         values = []
@@ -823,7 +823,7 @@ def test_errors_name_the_argument(call, error, message):
 
 
 def by_matrix(a, back):
-    """A user's own operator ``x -> a x``, whose adjoint is ``back``."""
+    """A user's operator ``x -> a x`` with the adjoint ``back``."""
 
     class Own(fg.operators.LinearOperator):
         def __call__(self, x):
@@ -859,7 +859,7 @@ def test_a_wrong_adjoint_is_refused(operator):
 
 
 class Halves(fg.operators.LinearOperator):
-    """Computes in half precision inside, with an adjoint that is right to that."""
+    """Computes in half precision; its adjoint is right only to that precision."""
 
     def __call__(self, x):
         return (x.bfloat16() @ A.T.bfloat16()).to(x.dtype)
@@ -940,7 +940,7 @@ def test_a_class_without_a_spectrum_gives_what_its_spectrum_gives(method):
 
 
 class Forgetful(Dense):
-    """Its eigenvalues belong to a basis that it does not state."""
+    """Has eigenvalues, but does not say in which basis."""
 
     def eigenvalues(self, y):
         return torch.linalg.eigvalsh(self.dense @ self.dense.T).to(y.dtype)
@@ -1019,7 +1019,7 @@ def test_particles_of_observations_with_masks_and_scales_of_their_own(chunk_size
 @pytest.mark.parametrize("method", ["PnP", "PiGDM", "DPS"])
 @pytest.mark.parametrize("kind", ["masks", "dense"])
 def test_guided_samples_of_observations_with_operators_and_scales_of_their_own(method, kind):
-    """Those of one call for each observation."""
+    """The samples equal those of one call for each observation."""
     prior, _ = pixels_prior()
     y, s = normal(3, 3, seed=5), 0.2 + torch.rand(3, 3, generator=torch.Generator().manual_seed(0)).double()
     make = {"PnP": fg.PnP, "PiGDM": fg.PiGDM, "DPS": lambda lik: fg.DPS(lik, "score", normalize=False)}[method]
@@ -1046,7 +1046,7 @@ def test_guided_samples_of_observations_with_operators_and_scales_of_their_own(m
 
 
 class InNumpy(LinearOperator):
-    """Of which autograd can differentiate nothing, as of the projectors of other packages."""
+    """An operator that autograd cannot differentiate, like the projectors of other packages."""
 
     def __init__(self, matrix):
         self.array = matrix.numpy()
@@ -1106,7 +1106,7 @@ class Weighted(LinearOperator):
 
 
 class WeightedReversed(Weighted):
-    """The same, with eigenvalues of which the standard basis is not known to be the eigenbasis."""
+    """The same, but with reversed eigenvalues: the package does not know that the standard basis is the eigenbasis."""
 
     def eigenvalues(self, y):
         return self.weights.flip(1) ** 2
@@ -1121,7 +1121,7 @@ class WeightedReversed(Weighted):
 @pytest.mark.parametrize("kind", [Weighted, WeightedReversed])
 @pytest.mark.parametrize("method", ["TDS", "FK"])
 def test_particles_of_observations_with_spectra_of_their_own(method, kind, chunk_size):
-    """Those of one call for each observation; a chunk of as many particles as observations is no exception."""
+    """Equal to one call for each observation, also with chunks of as many particles as there are observations."""
     prior, _ = pixels_prior()
     weights, y = 0.5 + torch.rand(3, 6, generator=torch.Generator().manual_seed(0)).double(), normal(3, 6, seed=5)
     options = dict(steps=5, seed=0, dtype=torch.float64, chunk_size=chunk_size)
@@ -1142,7 +1142,7 @@ def test_particles_of_observations_with_spectra_of_their_own(method, kind, chunk
     [dict(samples_per_observation=3), dict(chunk_size=2), dict(guidance=fg.TDS), dict(guidance=fg.FK)],
 )
 def test_a_function_with_a_row_for_each_observation_is_refused_where_others_come(options):
-    """Three samples of one observation would be taken for one of each of three."""
+    """Otherwise three samples of one observation would be taken for one sample of each of three observations."""
     weights, y = normal(3, 6, seed=1), normal(3, 6, seed=5)
     likelihood = fg.likelihoods.Gaussian(y, Function(lambda x: weights * x), 0.3)
     guidance = options.get("guidance", fg.PnP)
@@ -1224,7 +1224,7 @@ def test_latents_of_observations_with_masks_of_their_own(solver):
 
 @pytest.mark.parametrize("write", ["in place", "numpy", "data"])
 def test_what_was_computed_of_a_matrix_or_a_kernel_follows_every_write(write):
-    """numpy and ``.data`` leave no trace in the tensor's version."""
+    """Writes by numpy and ``.data`` do not change the tensor's version."""
 
     def triple(tensor):
         if write == "in place":
@@ -1245,7 +1245,7 @@ def test_what_was_computed_of_a_matrix_or_a_kernel_follows_every_write(write):
         operator = make(tensor)
         operator.to("cpu", torch.float32).eigenvalues(measured)
         triple(tensor)
-        found = operator.to("cpu", torch.float32)  # as each run does it
+        found = operator.to("cpu", torch.float32)  # as in each run
         torch.testing.assert_close(
             found.eigenvalues(measured), make(tensor.clone()).eigenvalues(measured), rtol=1e-4, atol=1e-5
         )

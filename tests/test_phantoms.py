@@ -1,4 +1,4 @@
-"""The phantoms and their prior: fixed phantoms that look like heads, and a prior as good as after its training."""
+"""The phantoms and their prior: the phantoms never change and look like heads; the prior is as good as trained."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ FILE = Path(phantoms.__file__).parent / "weights.safetensors"
 
 def test_a_phantom_depends_on_its_seed_and_index_alone():
     ten = phantoms.generate(10, seed=3)
-    assert torch.equal(phantoms.generate(100, seed=3)[:10], ten)  # in more than one block
+    assert torch.equal(phantoms.generate(100, seed=3)[:10], ten)  # 100 take more than one block
     assert torch.equal(phantoms.generate(4, seed=3, first=6), ten[6:])
     far = phantoms.generate(2, seed=3, first=2**40)
     assert torch.equal(phantoms.generate(1, seed=3, first=2**40 + 1)[0], far[1])
@@ -27,7 +27,7 @@ def test_a_phantom_depends_on_its_seed_and_index_alone():
 
 
 def test_phantoms_never_change():
-    """Numbers kept from the first version; the last bits of a sine belong to the machine."""
+    """Equal to numbers from the first version, except for the last bits, which depend on the machine's sine."""
     x = phantoms.generate(64, seed=0)
     assert x.double().mean().item() == pytest.approx(-0.5759127, abs=1e-5)
     row = [-0.28895, -0.28895, -0.53616, -0.53616, -0.28895, -0.53616, -0.53567, -0.49142]
@@ -43,13 +43,13 @@ def test_phantoms_are_heads():
     middle = x[:, 0, 28:36, 28:36].flatten(1)
     assert middle.mean() < 0.1 and middle.std(1).median() > 0.1  # the brain, which is not uniform
     spread = x.std(0)[0, 20:44, 20:44]
-    assert spread.min() > 0.2  # no pixel of the inside is the same in all
+    assert spread.min() > 0.2  # no pixel inside has the same value in all phantoms
 
 
 def test_edges_are_anti_aliased():
-    """The grey above the background sums to the area, however an ellipse lies on the grid."""
+    """The grey above the background sums to the area of an ellipse, for any position on the grid."""
     for x0, a, b in ((0.0, 0.5, 0.5), (0.013, 0.31, 0.4), (-0.2, 0.11, 0.08)):
-        brain = a / 2  # of the same grey as the skull
+        brain = a / 2  # with the same grey as the skull
         halves = np.array([[a, brain]]), np.array([[b, brain]])
         image = generator._render(
             *np.full((2, 1, 2), x0), *halves, np.full((1, 2), 0.3), np.zeros((1, 2)), np.ones((1, 2), bool)
@@ -86,7 +86,7 @@ def test_the_weights_are_small_and_load_as_they_were_rounded(prior):
 
 
 def test_x0_hat_denoises(prior):
-    """After 5,748 of the 9,000 steps of its training the error was above each of these bounds."""
+    """The bounds are tight: after 5,748 of the 9,000 training steps the error was above each of them."""
     errors = train.denoising_errors(prior, phantoms.generate(32, seed=5))
     assert errors.keys() == BOUNDS.keys()
     assert all(errors[t] < bound for t, bound in BOUNDS.items()), errors
@@ -99,7 +99,7 @@ def test_samples_are_heads(prior):
     x = training.draw(prior, (32, 1, 64, 64), steps=25, seed=2)
     assert (x[:, :, [0, -1]] + 1).abs().max() < 0.1 and (x[:, :, :, [0, -1]] + 1).abs().max() < 0.1
     assert x.amax((1, 2, 3)).min() > 0.2 and x.max() < 1.3  # the skull
-    # 32 new phantoms are 0.3 away; the same with a fifth less contrast 2.3, blurred over 5 x 5 pixels 3.1.
+    # The distance is 0.3 for 32 new phantoms, 2.3 if they have a fifth less contrast, 3.1 if blurred over 5 x 5 pixels.
     assert training.energy_distance(x, phantoms.generate(200, seed=5)) < 0.8
 
 
@@ -126,7 +126,7 @@ def test_dtypes(prior, dtype, tolerance):
 
 
 def test_gradients_reach_the_state():
-    """Guidance needs the gradient in x_t, in double precision against finite differences."""
+    """Guidance needs the gradient in x_t. In double precision it equals finite differences."""
     pytest.importorskip("safetensors")
     assert_gradient_in_x(phantoms.prior(dtype=torch.float64), (1, 1, 64, 64))
 
@@ -136,7 +136,7 @@ def test_gradients_reach_the_state():
 
 @pytest.fixture
 def small(monkeypatch):
-    """A network and batches that train in no time."""
+    """A network and batches that are small enough to train quickly."""
     monkeypatch.setattr(train, "CONFIG", train.CONFIG | {"widths": [8, 16]})
     monkeypatch.setattr(train, "BATCH", 4)
 

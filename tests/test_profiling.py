@@ -1,4 +1,4 @@
-"""NVTX ranges: which phases each algorithm's step has, and that there are none where no tool listens."""
+"""NVTX ranges: the phases of a step of each algorithm, and that there are none without a profiler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastguide.guidance.plain import Plain
 
 
 class Recorder:
-    """Stands in for ``nvtx``: the ranges in their order, those within others behind them and a slash."""
+    """Stands in for ``nvtx`` and records the ranges in order. A range inside another is named ``outer/inner``."""
 
     def __init__(self):
         self.found, self.open = [], []
@@ -30,7 +30,7 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """For a process that a tool has started."""
+    """A recorder, and an environment as in a process that a profiler has started."""
     found = Recorder()
     monkeypatch.setitem(sys.modules, "nvtx", found)
     monkeypatch.setenv("NVTX_INJECTION64_PATH", "/a/tool.so")
@@ -40,7 +40,7 @@ def recorder(monkeypatch):
 
 
 def phases(recorder, guidance, steps: int = 3, chunk_size: int | None = None) -> list[list[str]]:
-    """Of the start and of each step."""
+    """The recorded ranges of the start and of each step."""
     run = sampling.prepare_run(
         example().denoiser(), (2, 3), guidance, steps, None, None, None, 0, None, torch.float64, "cpu", chunk_size
     )
@@ -66,7 +66,7 @@ def same(z):
 GUIDED = ["network", "gradient", "step"]
 SOLVED = ["network", "solve", "step"]
 MOVED = ["resample", "gather", "step"]
-# The start, a step, the last step.
+# The ranges of the start, of a step, and of the last step.
 PHASES = {
     "plain": (Plain(), [], ["network", "step"], ["network", "step"]),
     "DPS": (fg.DPS(gaussian_likelihood()), [], GUIDED, GUIDED),
@@ -173,7 +173,7 @@ def test_compiled_code_has_none(recorder):
 
 
 def test_the_real_nvtx_takes_them(recorder, monkeypatch):
-    """No tool is loaded from that file, so that its functions do nothing: what is called is checked, and how."""
+    """The profiler's file does not exist, so nvtx's functions do nothing. The test checks that they are called."""
     monkeypatch.delitem(sys.modules, "nvtx")
     nvtx = pytest.importorskip("nvtx")
     with profiling.phase("step"), profiling.phase("network"):

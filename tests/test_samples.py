@@ -1,4 +1,4 @@
-"""What can be asked of samples: moments, quantiles, draws, a file, a line of text."""
+"""The methods of samples: moments, quantiles, draws, files, text."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from fastguide import Samples
 
 
 def weighted(weights, x, **options):
-    """One observation, an event of one element; weights are shares."""
+    """One observation with an event of one element. ``weights`` are shares."""
     log_weights = torch.tensor([weights], dtype=torch.float64).log() + 7.0
     return Samples(torch.tensor(x).reshape(1, -1, 1), log_weights, **options)
 
@@ -92,7 +92,7 @@ def test_quantiles_of_equal_weights_are_numpys(count, dtype):
 
 
 def test_quantiles_of_unequal_weights_by_hand():
-    """Sorted: -1 with 0.1, 0 with 0.4, 2 with 0.2, 5 with 0.3; the shares reached are 0.1, 0.5, 0.7 and 1."""
+    """Sorted values and weights: -1 with 0.1, 0 with 0.4, 2 with 0.2, 5 with 0.3. Running sums: 0.1, 0.5, 0.7, 1."""
     out = weighted([0.2, 0.1, 0.3, 0.4], [2.0, -1.0, 5.0, 0.0])
     expected = {0.0: -1, 0.1: -1, 0.11: 0, 0.5: 0, 0.5001: 2, 0.7: 2, 0.71: 5, 1.0: 5}
     for share, value in expected.items():
@@ -127,11 +127,11 @@ def test_other_shares_are_refused(q):
 
 
 def test_intervals_by_hand():
-    """Sorted: -1 with 0.1, 0 with 0.4, 2 with 0.2, 5 with 0.3."""
+    """Sorted values and weights: -1 with 0.1, 0 with 0.4, 2 with 0.2, 5 with 0.3."""
     out = weighted([0.2, 0.1, 0.3, 0.4], [2.0, -1.0, 5.0, 0.0])
     equal_tailed = {0.9: (-1, 5), 0.7: (0, 5), 0.3: (0, 2), 0.2: (0, 2), 0.1: (0, 2)}
     narrowest = {0.9: (0, 5), 0.8: (0, 5), 0.7: (-1, 2), 0.6: (0, 2), 0.5: (-1, 0), 0.4: (0, 0), 0.2: (2, 2)}
-    narrowest[0.2] = (0, 0)  # the first of those of width 0
+    narrowest[0.2] = (0, 0)  # the first interval of width 0
     for level, expected in equal_tailed.items():
         assert tuple(out.interval(level).flatten().tolist()) == expected, level
     for level, expected in narrowest.items():
@@ -159,8 +159,8 @@ def test_intervals_of_a_gaussian_posterior():
     means, covariance, _ = posterior(mean, covariance, MATRIX, Y, SCALE)
     guidance = fg.TDS(gaussian_likelihood(), 20_000)
     out = fg.sample(example().denoiser(), (2, 3), guidance=guidance, steps=20, seed=0, dtype=torch.float64)
-    half = 1.6448536 * covariance.diagonal().sqrt()  # the normal's quantile of 0.95
-    for narrowest, tolerance in ((False, 0.05), (True, 0.15)):  # the density is flat where the narrowest one ends
+    half = 1.6448536 * covariance.diagonal().sqrt()  # the 0.95 quantile of the normal
+    for narrowest, tolerance in ((False, 0.05), (True, 0.15)):  # the narrowest is hard to locate
         low, high = out.interval(0.9, narrowest=narrowest)
         assert low.shape == (2, 3)
         assert ((low - (means - half)).abs() < tolerance * half).all()
@@ -169,7 +169,8 @@ def test_intervals_of_a_gaussian_posterior():
 
 
 def test_the_narrowest_interval_of_a_skew_density_begins_at_its_peak():
-    """The exponential density: from 0 to -log(1 - level). By equal samples, its quantiles, and by weights on a grid."""
+    """For the exponential density it is [0, -log(1 - level)]. Tested with equal weights on its quantiles, and with
+    weights on a grid."""
     share = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     grid = torch.linspace(0, 12, 4001, dtype=torch.float64)
     for out in (equal(-torch.log1p(-share)[None, :, None]), Samples(grid[None, :, None], -grid[None])):
@@ -203,7 +204,7 @@ def test_draws_of_equal_weights_take_each_sample_once():
 
 
 def test_a_draw_does_not_share_numbers_with_the_run_of_its_seed():
-    """Which particle is drawn says nothing about the noise of the steps."""
+    """The choice of the particle is independent of the noise of the steps."""
     rows, particles = 4000, 1000
     x = torch.arange(float(particles)).expand(rows, -1)[..., None]
     drawn = equal(x).draw(1, seed=3).flatten()
@@ -414,10 +415,10 @@ def test_a_frame_of_too_many_elements_is_refused():
 
 @pytest.fixture(params=["InferenceData", "DataTree"])
 def arviz(request, monkeypatch):
-    """The installed ArviZ; and a stand-in for version 1 and later, which need Python 3.12, where `to_arviz` needs only
+    """The installed ArviZ, and a stand-in for version 1. Version 1 needs Python 3.12, and `to_arviz` then needs only
     xarray."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # that version 1 is another
+        warnings.simplefilter("ignore", FutureWarning)  # about the changes in version 1
         found = pytest.importorskip("arviz")
     if hasattr(found, "InferenceData") and request.param == "DataTree":
         monkeypatch.setitem(sys.modules, "arviz", types.ModuleType("arviz"))

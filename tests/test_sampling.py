@@ -46,11 +46,11 @@ def assert_same(a: fg.Samples, b: fg.Samples) -> None:
         assert (u is None and v is None) or torch.equal(u, v), name
 
 
-# Chunks of one sample, of some particles of an observation, and of all those of two.
+# Chunks of one sample, of some particles of one observation, and of all particles of two.
 @ALL
 @pytest.mark.parametrize("chunk_size", [1, 5, 48])
 def test_chunks_change_nothing(name, chunk_size):
-    """The operations' bits do not depend on the chunk; a network's matrix product may, in the last of them."""
+    """The bits of the operations do not depend on the chunk. Those of a network's matrix product may, in the last."""
     a, b, again = (run(name, chunk_size=size, steps=4) for size in (None, chunk_size, chunk_size))
     assert torch.allclose(a.x, b.x, atol=1e-11)
     assert_same(b, again)
@@ -74,7 +74,7 @@ def test_nothing_of_the_users_sees_more_than_a_chunk(proposal):
     fg.sample(
         denoiser, (2, 3), guidance=fg.FK(reward, 10, proposal=proposal, covariance="point"), steps=3, chunk_size=7
     )
-    assert set(sizes) == {7, 6}  # of 20
+    assert set(sizes) == {7, 6}  # 20 samples in chunks of 7
 
 
 @ALL
@@ -153,7 +153,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match="checkpoint: expected a file of this very run"):
             again(likelihood, **options)
-    again(gaussian_likelihood())  # the very same goes on
+    again(gaussian_likelihood())  # the same run continues
     assert not file.exists()
 
 
@@ -199,7 +199,7 @@ def test_weights_evidence_and_draws_agree():
 def test_x_T_starts_the_run():
     x_T = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     a = run("plain", x_T=x_T, eta=0.0)
-    assert_same(a, run("plain", x_T=x_T, eta=0.0, seed=99))  # nothing random is left
+    assert_same(a, run("plain", x_T=x_T, eta=0.0, seed=99))  # no randomness is left
     assert torch.equal(x_T, torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
 
 
@@ -221,8 +221,8 @@ def test_eta_forms_agree(eta):
 )
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_prior_is_sampled(schedule, eta):
-    """Means and covariances of many plain samples, for every schedule, against the exact law of the chain, which
-    tends to the prior's."""
+    """Means and covariances of many plain samples, for every schedule, equal those of the exact chain. These are close
+    to the prior's."""
     prior = example(schedule)
     x = fg.sample(prior.denoiser(), (20000, 3), steps=100, eta=eta, dtype=torch.float64).x
     mean, covariance = prior.chain(100, eta)
@@ -432,7 +432,7 @@ def test_a_callback_sees_predictions_rewards_and_ancestors(name):
 def test_a_schedule_may_be_a_table_of_any_kind(name, draw):
     table = [0.2 + 0.05 * i for i in range(12)]
     expected = draw(table)
-    tensors = [] if name == "guidance_scale" else [torch.tensor(table, dtype=torch.float64)]  # [B] there
+    tensors = [] if name == "guidance_scale" else [torch.tensor(table, dtype=torch.float64)]  # there it means [B]
     for same in (tuple(table), np.array(table), *tensors):
         assert_same(draw(same), expected)
     expected = draw(0.5)

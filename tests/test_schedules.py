@@ -1,4 +1,4 @@
-"""Schedules against formulas recomputed here, against diffusers, and by what lists of levels must satisfy."""
+"""Schedules against formulas computed here, against diffusers, and conditions that lists of levels must satisfy."""
 
 import itertools
 import math
@@ -78,9 +78,9 @@ def test_vp_tables_are_those_of_diffusers(make, name, options):
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DDPMScheduler(1000, beta_schedule=name, **options).alphas_cumprod.double().numpy()
     ours = make(1000)
-    # Theirs multiplies a thousand float32 factors.
+    # diffusers multiplies a thousand float32 factors.
     np.testing.assert_allclose(ours.alpha(np.arange(1000)) ** 2, theirs, rtol=1e-4, atol=1e-8)
-    if name != "squaredcos_cap_v2":  # whose last entry float32 does not hold apart from 0
+    if name != "squaredcos_cap_v2":  # in float32 its last entry rounds to 0
         table = schedules.from_alphas_cumprod(torch.as_tensor(theirs))
         np.testing.assert_array_equal(table.alpha(np.arange(1000)), np.sqrt(theirs))
 
@@ -111,7 +111,7 @@ def test_clean_level(schedule):
     assert schedule.sigma(schedule.clean) == 0.0
 
 
-# All schedules take times alike: every dtype with one of them, and every schedule with integers, where floats come out.
+# All schedules take times in the same way: every dtype is tested with one schedule, and integers with every schedule.
 @pytest.mark.parametrize(
     ("schedule", "dtype"),
     [
@@ -152,14 +152,14 @@ def test_the_table_is_read_only_and_not_the_callers():
 
 @every_schedule
 @every_spacing
-@pytest.mark.parametrize("steps", [1, 2, np.int64(20)])  # the top alone, the least that are spaced, many
+@pytest.mark.parametrize("steps", [1, 2, np.int64(20)])  # only the first level, the fewest that are spaced, many
 def test_levels_descend_from_the_top_to_the_clean_one(schedule, spacing, steps):
     levels = schedule.levels(steps, spacing)
     assert len(levels) == steps + 1
     assert levels[0].t == schedule.t_max
     assert levels[-1] == (schedule.clean, 1.0, 0.0)
     assert np.all(np.diff([level.t for level in levels]) < 0)
-    # sigma / alpha strictly falls, without dividing where alpha = 0
+    # sigma / alpha falls strictly; written without a division because alpha may be 0
     for high, low in itertools.pairwise(levels):
         assert high.sigma * low.alpha > low.sigma * high.alpha
     for level in levels:
@@ -175,7 +175,7 @@ def ratios(levels):
 @pytest.mark.parametrize("name", ["ve", "edm"])
 @pytest.mark.parametrize("steps", [2, 18])
 def test_karras_levels(name, steps):
-    """Karras et al. 2022, eq. 5, with their N of steps and rho = 7."""
+    """Equal to Karras et al. 2022, eq. 5, with N steps and rho = 7."""
     schedule = SCHEDULES[name]
     low, high = schedule.t_min ** (1 / 7), schedule.t_max ** (1 / 7)
     expected = [(high + i / (steps - 1) * (low - high)) ** 7 for i in range(steps)]
@@ -202,7 +202,7 @@ def test_ends_of_spacings():
 @every_table
 @pytest.mark.parametrize("spacing", ["karras", "logsnr"])
 def test_table_spacings_take_the_nearest_entries(schedule, spacing):
-    """Each is the entry nearest in index to the wanted ratio, where that gives distinct ones."""
+    """Each level is the entry nearest in index to the wanted ratio, if that gives distinct entries."""
     index = np.arange(schedule.t_max + 1)
     with np.errstate(divide="ignore"):
         table = schedule.sigma(index) / schedule.alpha(index)

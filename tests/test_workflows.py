@@ -1,4 +1,4 @@
-"""What .github/workflows promises. They cannot run here."""
+"""Checks of the files in .github/workflows, which cannot run here."""
 
 import re
 import tomllib

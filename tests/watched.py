@@ -1,5 +1,5 @@
-"""What would break the capture of a loop, found without a GPU: operations that wait for the device or are fed by the
-host. Tensors of the ``meta`` device stand in for a GPU's."""
+"""Finds, without a GPU, what would break the capture of a loop: operations that wait for the device, or that read
+values of the host. Tensors on the ``meta`` device stand in for those on a GPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Making(TorchFunctionMode):
-    """A tensor on a device that is made of the host's numbers, which no operation shows."""
+    """Refuses to make a tensor on a device from numbers of the host, which a dispatch mode does not see."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -49,6 +49,6 @@ class _Making(TorchFunctionMode):
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Raises for what no graph holds. What is compiled runs as it was written."""
+    """Raises for what a graph cannot hold. Compiled functions run eagerly."""
     with torch.compiler.set_stance("force_eager"), _Making(), _Operations():
         yield

@@ -1,1 +1,1 @@
-"""The drop-ins, beside the projects whose calls they take over."""
+"""The drop-in replacements, against the projects that they replace."""

@@ -1,5 +1,5 @@
 """DPS and DiffPIR against deepinv's own: inpainting, with the digits network and with a denoiser that costs nothing.
-That both give the same samples of the same noise is tested (tests/integrations/test_deepinv.py)."""
+With the same noise both give the same samples: see tests/integrations/test_deepinv.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DigitsDenoiser(nn.Module):
 
 
 def shrink(x: Tensor, sigma: Tensor) -> Tensor:
-    """The denoiser of standard normals: next to nothing beside the samplers themselves."""
+    """The denoiser of standard normals. It costs next to nothing."""
     return x / (1.0 + sigma**2)
 
 
@@ -58,7 +58,7 @@ def _build(name: str, network: bool, options: dict[str, Any], setting: Setting) 
     def check() -> None:
         got, expected = (call() for call in calls)
         assert got.shape == expected.shape and got.dtype == expected.dtype
-        for far in (lambda x: physics.A(x) - y, lambda x: x.diff()):  # from the measurement, and from pixel to pixel
+        for far in (lambda x: physics.A(x) - y, lambda x: x.diff()):  # residuals, and differences of neighbours
             ours_far, theirs_far = (far(x).square().mean().sqrt() for x in (got, expected))
             assert abs(ours_far / theirs_far - 1.0) < (0.05 if y.numel() > 1000 else 0.5), (ours_far, theirs_far)
 

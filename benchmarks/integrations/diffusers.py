@@ -36,7 +36,7 @@ def _build(name: str, shape: tuple[int, ...], fused_noise: bool, at_least: float
     output = setting.randn(*x.shape, seed=1)
 
     def run(scheduler: Any, follow: bool = False, seed: int = 0, steps: int = steps) -> torch.Tensor:
-        """Each step from the same state, or, to ``follow``, from the last."""
+        """Takes each step from the same state, or with ``follow`` from the last one."""
         scheduler.is_scale_input_called, scheduler._step_index, scheduler.lower_order_nums = True, None, 0
         generator = torch.Generator(x.device).manual_seed(seed)
         options = {"generator": generator} if name in NOISY else {}
@@ -52,7 +52,7 @@ def _build(name: str, shape: tuple[int, ...], fused_noise: bool, at_least: float
         theirs = _scheduler("diffusers", name, steps, x.device)
         torch.testing.assert_close(run(ours, follow=True), run(theirs, follow=True), rtol=1e-3, atol=1e-3)
         ours.fused_noise = fused_noise
-        if fused_noise:  # as large as theirs, and none in the last step
+        if fused_noise:  # noise of the same size, and none in the last step
             torch.testing.assert_close(run(ours), run(theirs), rtol=1e-3, atol=1e-3)
             first = run(theirs, steps=1)
             apart, expected = ((run(s, seed=1, steps=1) - first).std() for s in (ours, theirs))

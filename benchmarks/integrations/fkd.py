@@ -1,4 +1,4 @@
-"""FKD, which steers with particles, against the same in plain torch."""
+"""FKD, which steers with particles, against the same algorithm in plain torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..cases import Case, Setting, case, rival
 
 
 class PlainFKD:
-    """The FKD of the text-to-image pipelines of Singhal et al. 2025, in plain torch: what `FKD` does under ``strict``,
-    at steps that weigh."""
+    """The FKD of the text-to-image pipelines of Singhal et al. 2025, in plain torch: what `FKD` does with ``strict`` at
+    steps that weigh."""
 
     def __init__(
         self,

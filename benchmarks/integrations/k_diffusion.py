@@ -24,13 +24,13 @@ NOISY = [name for name in SAMPLERS if name.endswith(("ancestral", "sde"))]
 
 @functools.cache
 def original_k_diffusion() -> types.ModuleType:
-    """`k_diffusion.sampling` alone: what the package imports besides, for training, may be absent, or a torchvision
-    wheel that does not fit this torch."""
+    """`k_diffusion.sampling` without the rest of the package. The rest imports packages for training that may be
+    missing, or a torchvision that does not fit this torch."""
     spec = importlib.util.find_spec("k_diffusion")
     if spec is None:
         raise Absent("k-diffusion is not installed")
     for name in ("scipy.integrate", "torchdiffeq", "torchsde", "PIL.Image", "safetensors", "tqdm.auto"):
-        importlib.import_module(name)  # what it needs stays, whereas mock forgets what is imported below
+        importlib.import_module(name)  # loaded here, because mock unloads what is imported below
     package, transforms = types.ModuleType("k_diffusion"), types.ModuleType("torchvision.transforms")
     package.__path__ = list(spec.submodule_search_locations or ())
     transforms.functional = None  # type: ignore[attr-defined]  # of images; no sampler calls it
@@ -43,8 +43,8 @@ def original_k_diffusion() -> types.ModuleType:
 
 
 def _k_diffusion_case(name: str, philox: bool, shape: tuple[int, ...], at_least: float, setting: Setting) -> Case:
-    """A model that costs nothing and says what it is handed. With ``philox`` the rival keeps its own noise, but in the
-    check, where it takes ours."""
+    """A model that costs nothing and returns what it is given. With ``philox`` the rival uses its own noise, except in
+    the check, where it uses ours."""
     if name.endswith("sde") and not philox and importlib.util.find_spec("torchsde") is None:
         raise Absent("torchsde, which makes the noise, is not installed")
     steps = setting.pick(10, 3)
@@ -57,7 +57,7 @@ def _k_diffusion_case(name: str, philox: bool, shape: tuple[int, ...], at_least:
         return getattr(module, f"sample_{name}")(model, x, sigmas, disable=True, **noise)
 
     def check() -> None:
-        torch.testing.assert_close(run(k_diffusion), x0_hat, rtol=1e-5, atol=1e-5)  # at 0, what the model says
+        torch.testing.assert_close(run(k_diffusion), x0_hat, rtol=1e-5, atol=1e-5)  # at level 0: the model's output
         try:
             modules = k_diffusion, original_k_diffusion()
         except (Absent, ImportError):

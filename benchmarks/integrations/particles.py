@@ -28,7 +28,7 @@ def _check_particles(name: str, values: np.ndarray) -> None:
     got = ours(values)
     try:
         theirs = getattr(_their_resampling(), name)
-    except Absent:  # then numpy says what it can
+    except Absent:  # then check with numpy alone
         if name in particles.SCHEMES:
             copies, shares = np.bincount(got, minlength=len(values)), len(values) * values
             assert copies.sum() == len(values) == len(copies)

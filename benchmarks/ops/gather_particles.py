@@ -1,4 +1,4 @@
-"""Moving particles to where their offspring belong."""
+"""Replacing particles by their ancestors."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def _case(setting: Setting, particles: int, elements: int, **target: float) -> C
         share = found["ours"] / found["index_select"]
         return [
             Figure("dead particles", dead / particles, "of all"),
-            # a hair above a half, for what else the process does meanwhile
+            # a little above a half: the process does other things too
             Figure("state and peak, of index_select's", share, "", at_most=0.51),
         ]
 
     return Case(
         f"{particles} particles of {elements}, float32, ESS/K = {ess.item() / particles:.2f}",
         elements=state.numel(),
-        bytes=2 * dead * elements * 4 + ancestors.nbytes,  # the dead alone are read and written
-        # again and again: survivors stay where they are; as the loops call it, which do not wait for a GPU
+        bytes=2 * dead * elements * 4 + ancestors.nbytes,  # only the dead are read and written
+        # repeated calls are alike, because survivors stay in place; check=False as in loops, which do not wait
         ours=partial(ops.gather_particles_, ancestors, state, check=False),
         check=check,
         rivals=[

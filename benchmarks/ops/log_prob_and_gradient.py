@@ -1,4 +1,4 @@
-"""``log p(y | z)`` and its gradient, beside the same expression in plain PyTorch."""
+"""``log p(y | z)`` and its gradient, against the same expression in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OBSERVATIONS = 4
 
 
 def _case(setting: Setting, family: str, **options: float) -> Case:
-    """Residuals of order one; four observations of as many particles each."""
+    """Residuals of order one; four observations with equally many particles."""
     particles, measurements = setting.pick((4096, 3072), (8, 33), (65536, 3072))
     z, y = setting.randn(particles, measurements), setting.randn(OBSERVATIONS, measurements, seed=1)
     if family == "poisson":

@@ -1,4 +1,4 @@
-"""The guided step of a particle filter, with its part of the weight."""
+"""The guided step of a particle filter and the change of the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # x, x0_hat, displacement, log_w
 
 
 class Eager:
-    """The same in eager PyTorch, in buffers that it keeps."""
+    """The same in eager PyTorch, in buffers that are reused."""
 
     def __init__(self, inputs: Inputs, numbers: tuple[float, float, float]):
         self.inputs, self.numbers = inputs, numbers

@@ -1,7 +1,7 @@
 """Resampling from log-weights.
 
-Rivals that start from normalised weights are given them: that leaves out a softmax, to their advantage. torch's
-float32 prefix sums are wrong from about 1e5 particles on; the same in float64 stands beside it.
+Rivals that start from normalised weights get them. So they need no softmax, which is to their advantage. torch's
+float32 prefix sums are wrong from about 1e5 particles on; a rival in float64 is there too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SEED, STEP = 7, 3
 
 
 class Torch:
-    """softmax, cumsum, searchsorted ``[..., K] -> [..., K]``, in buffers that it keeps."""
+    """softmax, cumsum, searchsorted ``[..., K] -> [..., K]``, in buffers that are reused."""
 
     def __init__(self, log_weights: Tensor, scheme: str, dtype: torch.dtype):
         self.log_weights, self.scheme = log_weights.to(dtype), scheme
@@ -94,7 +94,7 @@ def _numpy(setting: Setting, log_weights: Tensor) -> Call:
 def _case(setting: Setting, scheme: str, shape: tuple[int, ...], rivals, copy_at_most: float | None = None) -> Case:
     """``rivals(log_weights)``: log-weights ``shape`` of standard deviation 1, so that the ESS is about 0.37 K."""
     log_weights = setting.randn(*shape)
-    # as the loops call it, which do not wait for a GPU
+    # check=False as in loops, which do not wait for a GPU
     ours = partial(ops.resample, log_weights, scheme=scheme, seed=SEED, step=STEP, check=False)
 
     def check() -> None:
@@ -156,7 +156,7 @@ def systematic_1e8(setting: Setting) -> Case:
     if setting.device.type == "cpu" and not setting.quick:
         raise Absent("timed on a GPU; on a CPU resample/memory-1e8 is of that size")
     particles = setting.pick(100_000_000, 9000)
-    target = 1 / 0.65  # of a copy's bandwidth, in log-weights read and results written
+    target = 1 / 0.65  # at least 0.65 of the bandwidth of a copy, for log-weights and results
 
     def rivals(log_weights: Tensor) -> list[Rival]:
         return _torch_rivals(log_weights, "systematic", at_least=20.0)
@@ -210,7 +210,7 @@ def batched(setting: Setting) -> Case:
 
 @case("resample/memory-1e8")
 def huge(setting: Setting) -> Case:
-    """In a process of its own, which looks at its peak and then at every offspring count."""
+    """Run in a new process, which measures its peak memory and checks every offspring count."""
     particles = setting.pick(100_000_000, 20_000)
     found: dict[str, float] = {}
 

@@ -23,7 +23,7 @@ SHAPES = (64, 3, 256, 256), (4, 3, 8, 8), (1024, 4, 256, 256)  # on the CPU, qui
 
 
 def coefficients(eta: float, index: int = 600) -> Coefficients:
-    """The step of 20 down from a table index of DDPM's linear betas: one of 50."""
+    """The step from a table index of DDPM's linear betas to the index 20 below: one of 50 steps."""
     schedule = fg.schedules.vp_linear(1000)
     t, s = schedule.level(index), schedule.level(index - 20)
     return t.alpha, t.sigma, s.alpha, s.sigma, noise(t, s, eta)
@@ -36,7 +36,7 @@ def multipliers(values: Coefficients) -> tuple:
 
 
 class Eager:
-    """The step in eager PyTorch, in buffers that it keeps. Numbers only, or tensors ``[N, 1, ...]`` throughout."""
+    """The step in eager PyTorch, in buffers that are reused. Coefficients are all numbers, or all ``[N, 1, ...]``."""
 
     def __init__(self, x: Tensor, eps: Tensor, numbers: tuple, clip: float | None):
         self.x, self.eps, self.numbers, self.clip = x, eps, numbers, clip
@@ -109,7 +109,7 @@ def _case(
                 clip=clip, seed=SEED, step=STEP, first_particle=rows.start,
             )  # fmt: skip
             close(got[rows], expected)
-        # the rivals, given our noise, must compute the same
+        # with our noise, the rivals must compute the same
         eager.z.copy_(ops.randn(shape, seed=SEED, step=STEP, dtype=dtype, device=setting.device))
         close(eager.step(), got, factor=4)
         step(x, eps, eager.z)
@@ -202,7 +202,7 @@ def per_sample(setting: Setting) -> Case:
 
 @case("reverse_step/small")
 def small(setting: Setting) -> Case:
-    """A chunk of actions: all overhead. Without a clip, which costs diffusers a pass and us nothing."""
+    """A chunk of actions, which is small: the time is overhead. No clip: it costs diffusers a pass and us nothing."""
     shape, values = (1, 16, 7), coefficients(1.0)
     found = _case(
         setting,
@@ -232,7 +232,7 @@ def _scheduler(kind: str):
 
 
 def DDIM(x: Tensor, eps: Tensor, values: Coefficients) -> Call:
-    """``DDIMScheduler.step`` of the very step that ours takes."""
+    """``DDIMScheduler.step`` for the same step as ours."""
     step = partial(_scheduler("DDIMScheduler").step, eps, 600, x, eta=1.0, return_dict=False)
     z = ops.randn(x.shape, seed=SEED, step=STEP, device=x.device)
     close(step(variance_noise=z)[0], ops.reverse_step(x, eps, values, seed=SEED, step=STEP))
@@ -240,7 +240,7 @@ def DDIM(x: Tensor, eps: Tensor, values: Coefficients) -> Call:
 
 
 def DDPM(x: Tensor, eps: Tensor, values: Coefficients) -> Call:
-    """``DDPMScheduler.step`` of the very step that ours takes."""
+    """``DDPMScheduler.step`` for the same step as ours."""
     step = partial(_scheduler("DDPMScheduler").step, eps, 600, x, return_dict=False)
     theirs = torch.randn(x.shape, device=x.device, generator=torch.Generator(x.device).manual_seed(0))
     ours = ops.randn(x.shape, seed=SEED, step=STEP, device=x.device)

@@ -1,4 +1,4 @@
-"""Solves with the positive part of many small matrices, beside torch's eigenvalues."""
+"""Solves with the positive part of many small matrices, against torch's eigenvalues."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Whole samplers: what of their time is not the network's own, and the same loops elsewhere."""
+"""Whole samplers: their time without the network's, and the same loops in other packages."""

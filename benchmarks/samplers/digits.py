@@ -1,4 +1,4 @@
-"""Every method on the digits prior, around the network's passes alone."""
+"""Every method on the digits prior, compared with the passes of the network alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRIOR_MISS = 0.73  # how far the prior's own samples are from y, root mean squar
 
 
 def _guidances(decode: Net) -> dict[str, Callable]:
-    """By name: from the likelihood of one row per observation, and the number of particles."""
+    """The methods by name: functions of the likelihood and the number of particles."""
     return {
         "plain": lambda likelihood, particles: None,
         "dps": lambda likelihood, particles: fg.DPS(likelihood, zeta=0.25),
@@ -83,7 +83,7 @@ class Digits:
         return self.y.repeat_interleave(self.samples, 0)
 
     def miss(self, x: Tensor) -> float:
-        """Root mean square distance from ``y`` of ``x``, as many samples for each observation."""
+        """The root mean square distance of ``x`` from ``y``. All observations have equally many samples."""
         y = self.y.repeat_interleave(len(x) // self.observations, 0)
         return (self.operator(x) - y).square().mean().sqrt().item()
 
@@ -146,7 +146,7 @@ def _diffusers(task: Digits) -> Call:
 
 
 def _deepinv(task: Digits) -> Call:
-    """deepinv's DPS of the same network, task and number of evaluations; its own noise levels (VP, linear betas)."""
+    """deepinv's DPS with the same network, task and number of evaluations, but its own levels (VP, linear betas)."""
     deepinv = import_deepinv()
     schedule = task.prior.schedule
     times = torch.arange(1000)
@@ -168,8 +168,8 @@ def _deepinv(task: Digits) -> Call:
     y[:, task.mask] = task.repeated_y()
     dps = deepinv.sampling.DPS(
         Denoiser().to(task.device),
-        num_steps=task.steps + 1,  # it counts the clean end
-        weight=20.0,  # of 1 to 40, one that fits y as well as a sampler should
+        num_steps=task.steps + 1,  # deepinv counts the clean end too
+        weight=20.0,  # of the weights 1 to 40, one that fits y as well as a sampler should
         minus_one_one=False,
         dtype=torch.float32,
         device=task.device,

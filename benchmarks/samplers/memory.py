@@ -1,4 +1,4 @@
-"""What a loop costs around a network that costs nothing: bytes, copies, checks and page faults."""
+"""What a loop costs with a network that costs nothing: bytes, copies, checks and page faults."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..cases import Absent, Call, Case, Figure, Setting, case, cpu_only, rival
 
 @case("samplers/memory")
 def memory(setting: Setting) -> Case:
-    """The loop around a network that costs nothing, beside its kernel alone: copies, checks and page faults."""
+    """The loop with a network that costs nothing, against its kernel alone: copies, checks and page faults."""
     shape, steps = setting.pick((64, 3, 256, 256), (2, 3, 8, 8), (1024, 4, 256, 256)), 20
     eps = setting.randn(*shape)
     prior = fg.Denoiser(lambda x, t: eps, fg.schedules.vp_linear(1000))
@@ -54,12 +54,12 @@ def memory(setting: Setting) -> Case:
 
 
 def _bytes(setting: Setting, method: str) -> Case:
-    """Bytes and time around a network that costs nothing, beside those of another checkout."""
+    """Bytes and time with a network that costs nothing, against those of another checkout."""
     cpu_only(setting)
     shape, steps = setting.pick((64, 3, 256, 256), (4, 3, 8, 8)), setting.pick(20, 4)
     ours, elements = traffic.sampler(method, shape, steps), steps * math.prod(shape)
     label = "--against" if setting.against is None else f"{timing.commit(setting.against)}, in a process of its own"
-    counts: list[Counter[str]] = []  # ours, the same where networks keep no output, and the other checkout's
+    counts: list[Counter[str]] = []  # ours, ours if networks keep no output, and the other checkout's
     other: list[traffic.Elsewhere] = []
 
     def elsewhere() -> Call:

@@ -56,7 +56,7 @@ class Meter:
         self.seconds += timing.now(self.device) - self._since
 
     def replay(self) -> None:
-        """The same passes again, and nothing else."""
+        """Runs the same passes again, and nothing else."""
         for net, x, rest, gradients in self._passes:
             with torch.set_grad_enabled(bool(gradients)):
                 x = x.detach().requires_grad_(bool(gradients))
@@ -68,7 +68,7 @@ class Meter:
 def time_outside(
     device: torch.device, run: Callable[[Callable[[Net], Net]], object], times: int
 ) -> tuple[float, float]:
-    """Seconds of ``run`` that are not its networks's, and their share; ``run`` wraps them in what it is given."""
+    """The seconds of ``run`` outside of its networks, and their share. ``run`` wraps its networks in its argument."""
     outside = []
     for _ in range(times):
         meter = Meter(device)

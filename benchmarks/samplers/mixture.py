@@ -1,4 +1,4 @@
-"""Twisted diffusion sampling of a mixture in two dimensions, against the same loop as one writes it in PyTorch."""
+"""Twisted diffusion sampling of a mixture in two dimensions, against a straightforward loop in PyTorch."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .meter import Meter, Net, time_outside, unwrapped
 
 
 class Mixture:
-    """25 equal modes on a grid: their exact denoiser ``net(x [N, 2], t [N])``, and ``log p(y)``. As on every such grid
-    the coordinates are independent, so that five modes for each coordinate are all there is to compute."""
+    """25 equal modes on a grid: the exact denoiser ``net(x [N, 2], t [N])``, and ``log p(y)``. On a grid the
+    coordinates are independent, so only five modes for each coordinate are computed."""
 
     def __init__(self, device: torch.device):
         self.grid, self.width = torch.arange(-2.0, 3.0, device=device), 0.15
         self.schedule = fg.schedules.vp_linear(1000)
         times = torch.arange(1000)
         levels = torch.stack([self.schedule.alpha(times), self.schedule.sigma(times)])
-        self.levels = levels.to(device, torch.float32)  # looked up there: a graph waits for nobody
+        self.levels = levels.to(device, torch.float32)  # on the device: a graph cannot wait for the host
         self.matrix, self.scale = torch.tensor([[1.0, 0.6]], device=device), 0.25
         self.y = torch.tensor([[0.9]], device=device)
 
@@ -49,8 +49,8 @@ class Mixture:
 
 
 def eager_tds(model: Mixture, net: Net, particles: int, steps: int, resample: Callable[[Tensor], Tensor]) -> float:
-    """Twisted diffusion sampling with the ``"moment"`` covariance of one measurement, as one writes it in PyTorch;
-    ``resample(weights [K]) -> ancestors [K]``. Returns ``log p(y)``."""
+    """Twisted diffusion sampling with the ``"moment"`` covariance of one measurement, written directly in PyTorch.
+    ``resample(weights [K])`` returns ancestors ``[K]``. Returns ``log p(y)``."""
     levels = model.schedule.levels(steps)
     matrix, y, scale = model.matrix, model.y, model.scale
 
@@ -101,7 +101,7 @@ def _resample_particles(weights: Tensor) -> Tensor:
 def _resample_numpy(weights: Tensor) -> Tensor:
     positions = (np.arange(len(weights)) + np.random.random()) / len(weights)
     found = np.searchsorted(np.cumsum(weights.numpy()), positions)
-    return torch.from_numpy(found).clamp_(max=len(weights) - 1)  # the sum may end below 1
+    return torch.from_numpy(found).clamp_(max=len(weights) - 1)  # rounding may leave the sum below 1
 
 
 def _resample_torch(weights: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class Points:
 
     def check(self, meter: Meter) -> None:
         found, exact = self.run(meter.wrap).log_evidence.item(), self.model.evidence()
-        allowed = max(0.05, 20.0 * self.samples**-0.5)  # some four standard deviations, and the steps' share
+        allowed = max(0.05, 20.0 * self.samples**-0.5)  # about four standard deviations, and the error of the steps
         assert abs(found - exact) < allowed, f"log p(y) = {found}, expected {exact}"
 
 
@@ -144,7 +144,7 @@ def mixture_tds(setting: Setting) -> Case:
     meter = Meter(setting.device, record=True)
 
     def eager(resample: Callable[[Tensor], Tensor]) -> Call:
-        # Fewer particles tell as well whether it is the same algorithm.
+        # Fewer particles are enough to see that it is the same algorithm.
         torch.manual_seed(0)
         found = eager_tds(model, model, setting.pick(10_000, particles), steps, resample)
         assert abs(found - exact) < 0.3, f"the eager loop finds log p(y) = {found}, expected {exact}"

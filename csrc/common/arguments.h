@@ -1,4 +1,4 @@
-// The checks that the modules make on what Python passes.
+// Checks of the arguments that Python passes.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +16,12 @@ inline void check_below(const char* name, uint64_t value, uint64_t bound) {
                                     std::to_string(value));
 }
 
-// A tensor whose memory was freed, or never there, has elements and no address.
+// A tensor whose memory was freed or never allocated has elements but no address.
 inline void expect_memory(const char* name, const void* data, uint64_t elements) {
     if (!data && elements) throw std::invalid_argument(std::string(name) + " must be in memory, got a null pointer");
 }
 
-// Of one call of resample.
+// Checks the particles and slots of one call of resample.
 inline void check_counts(uint64_t particles, uint64_t number) {
     for (const uint64_t count : {particles, number})
         check_below("particles and number, less one,", count - 1, (uint64_t{1} << 31) - 1);

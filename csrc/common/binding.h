@@ -1,14 +1,14 @@
-// How Python calls a kernel: by position and without a signature, which would cost a small step a tenth of its few
-// microseconds. The callers are fastguide's own; what is out of range or of another kind is an error here too, since they
-// leave the numbers to it. Pointers arrive as integers: csrc knows no tensor library.
+// How Python calls a kernel: by position and without a signature. A signature would cost a small step a tenth of its
+// few microseconds. Only fastguide calls these functions. They check types and ranges, because the callers do not.
+// Pointers arrive as integers: csrc knows no tensor library.
 //
-// A binding stands beside its kernel, and registers itself:
+// A binding stands beside its kernel and registers itself:
 //
 //   PyObject* twice(Arguments& in) { return PyLong_FromUnsignedLongLong(2 * in.integer()); }
 //   Binding binding{"twice", fastcall<twice, 1>, "Two times a number."};
 //
-// The 1 is the number of arguments: the function reads as many, in their order. Read them in declarations or in braces:
-// C++ evaluates the arguments of a call in any order.
+// The 1 is the number of arguments. The function reads that many, in their order. Read them in declarations or in
+// braces: C++ evaluates the arguments of a call in any order.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -24,7 +24,7 @@
 
 namespace fastguide {
 
-// What Python raises once the error is set.
+// Thrown when Python's error is already set.
 struct ErrorIsSet {};
 
 struct TypeError : std::invalid_argument {
@@ -59,7 +59,7 @@ public:
         if (!PyFloat_Check(value)) expected("a float");
         return PyFloat_AS_DOUBLE(value);
     }
-    // A value of an enumeration that ends with `last`, by its code.
+    // Reads the code of a value of an enumeration whose last value is `last`.
     template <class Enum>
     Enum code(const char* name, Enum last) {
         const uint64_t value = integer();
@@ -68,21 +68,21 @@ public:
     }
     Dtype dtype(Dtype last = Dtype::float64) { return code("dtype", last); }
 
-    // `expect_memory` says whether it may be null.
+    // May be null here; `expect_memory` checks that later.
     template <class T = void>
     T* pointer(const char* name) {
         T* data = reinterpret_cast<T*>(static_cast<uintptr_t>(integer()));
         if (!data) null_ = name;
         return data;
     }
-    // Null for Python's None.
+    // The same, but returns null for Python's None.
     template <class T = void>
     T* pointer_or_none(const char* name) {
         if (!is_none()) return pointer<T>(name);
         ++next_;
         return nullptr;
     }
-    // Of the pointers since the last such question.
+    // Checks the pointers read since the last call of this.
     void expect_memory(uint64_t elements) {
         if (null_) fastguide::expect_memory(null_, nullptr, elements);
         null_ = nullptr;
@@ -91,7 +91,7 @@ public:
     bool is_none() const { return *next_ == Py_None; }
     bool is_tuple() const { return PyTuple_Check(*next_); }
     bool is_float() const { return PyFloat_Check(*next_); }
-    // Those in a list or a tuple.
+    // The items of a list or a tuple.
     Arguments items() {
         PyObject* value = *next_++;
         if (!PyTuple_Check(value) && !PyList_Check(value)) expected("a list or a tuple");
@@ -104,14 +104,14 @@ public:
         return static_cast<uint32_t>(value);
     }
 
-    // seed, step, stream and the first particle of a [particles, elements] array
+    // Reads seed, step, stream and the first particle of a [particles, elements] array.
     RandnShape counter(uint64_t particles, uint64_t elements) {
         const uint64_t seed = integer(), step = integer(), stream = integer(), first_particle = integer();
         return checked_shape(particles, elements, seed, step, stream, first_particle);
     }
 
 private:
-    // Of the argument that was read last: its place, counted from 1, and what it should have been.
+    // Says which argument was read last, counted from 1, and what was expected.
     [[noreturn]] void expected(const char* kind) const {
         throw TypeError("argument " + std::to_string(next_ - first_) + ": expected " + kind);
     }
@@ -127,7 +127,7 @@ struct PhiloxWords {
     uint32_t key0, key1;
 };
 
-// A tuple of four words and one of two.
+// Reads a tuple of four words and a tuple of two words.
 inline PhiloxWords read_philox(Arguments& in) {
     Arguments counter = in.items(), key = in.items();
     counter.expect(4), key.expect(2);
@@ -136,7 +136,7 @@ inline PhiloxWords read_philox(Arguments& in) {
     return {four, key0, key.word()};
 }
 
-// Lets other threads of Python run as long as it lives.
+// Releases Python's lock (the GIL) during its lifetime.
 class WithoutGil {
 public:
     WithoutGil() : state_(PyEval_SaveThread()) {}
@@ -148,7 +148,7 @@ private:
     PyThreadState* state_;
 };
 
-// What f(), which runs without Python's lock, returns.
+// Runs f() without Python's lock and returns its result.
 template <class F>
 auto without_gil(const F& f) {
     const WithoutGil released;
@@ -157,7 +157,7 @@ auto without_gil(const F& f) {
 
 inline PyObject* none() { return Py_NewRef(Py_None); }
 
-// `kFunction` of `kCount` arguments as Python calls it; C++'s exceptions are raised as Python's.
+// Wraps `kFunction`, of `kCount` arguments, for Python. C++ exceptions become Python exceptions.
 template <PyObject* (*kFunction)(Arguments&), Py_ssize_t kCount>
 PyObject* fastcall(PyObject*, PyObject* const* values, Py_ssize_t given) {
     try {
@@ -177,7 +177,7 @@ PyObject* fastcall(PyObject*, PyObject* const* values, Py_ssize_t given) {
     return nullptr;
 }
 
-// A function of the module, which module.cpp makes of all that there are.
+// One function of the module. module.cpp adds all of them.
 class Binding {
 public:
     Binding(const char* name, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t), const char* doc)
@@ -188,7 +188,7 @@ public:
     Binding(const Binding&) = delete;
     Binding& operator=(const Binding&) = delete;
 
-    // Returns whether Python took them.
+    // Returns whether Python accepted them all.
     static bool add_all(PyObject* module) {
         for (Binding* each = last_; each; each = each->next_)
             if (PyModule_AddFunctions(module, each->methods_) != 0) return false;
@@ -197,7 +197,7 @@ public:
 
 private:
     static Binding* last_;
-    PyMethodDef methods_[2];  // and the end of a list
+    PyMethodDef methods_[2];  // the function, and the empty entry that ends a list
     Binding* next_;
 };
 

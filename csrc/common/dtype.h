@@ -1,4 +1,4 @@
-// Element types, by the code that Python passes (fastguide/ops/_native.py), and the narrow formats' rounding.
+// Element types, by the code that Python passes (fastguide/ops/_native.py), and rounding to the 16-bit ones.
 #pragma once
 
 #include <cstdint>
@@ -25,9 +25,9 @@ struct BFloat16 {
 FG_HD Half to_half(float x) {
     const uint32_t sign = (bits_of(x) >> 16) & 0x8000u;
     const uint32_t magnitude = bits_of(x) & 0x7FFFFFFFu;
-    // 13 bits of the mantissa go; the exponent moves from bias 127 to bias 15.
+    // Drop 13 bits of the mantissa; move the exponent from bias 127 to bias 15.
     const uint32_t normal = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - ((127u - 15u) << 23)) >> 13;
-    // Below 2^-14 the spacing is 2^-24, that of float32 beside 1/2: let the addition round.
+    // Below 2^-14 the spacing is 2^-24, as in float32 next to 1/2: let the addition round.
     const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u;
     const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
     const uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;

@@ -1,5 +1,5 @@
-// float64 logarithms made of IEEE operations alone, one rounding each, so that every machine computes the same
-// bits. Written for `Lanes` as common/math.h is; these ask for F64, U64, `select`, `bits` and `of_bits`.
+// float64 logarithms from IEEE operations alone, one rounding each, so that every machine computes the same bits.
+// `Lanes` is used as in common/math.h. It must provide F64, U64, `select`, `bits` and `of_bits`.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace fastguide {
 
-// ln((x + tail) 2^shift) of a normal x > 0, a tail below its rounding, and a shift for each lane.
+// ln((x + tail) 2^shift) for a normal x > 0, a tail smaller than x's rounding unit, and a shift for each lane.
 //
 // x = 2^k m, sqrt(1/2) <= m < sqrt(2). With f = m - 1 and s = f / (2 + f), ln m = 2 artanh s
 // = f - f^2/2 + s (f^2/2 + R), R = 2 artanh(s) / s - 2 = s^2 (2/3 + 2/5 s^2 + ...), fitted to 2^-59 of the whole.
@@ -24,7 +24,7 @@ FG_HD typename Lanes::F64 log_of_normal(typename Lanes::F64 x, typename Lanes::F
     F64 k = Lanes::of_bits(exponent | 0x4330000000000000u) - (0x1p52 + 1023.0);
     if constexpr (kShift) k = k + shift;
     F64 f = m - 1.0;
-    if constexpr (kTail) f = f + tail * Lanes::of_bits((2047u - exponent) << 52) * 0.5;  // 2^-k could be 2^-1024
+    if constexpr (kTail) f = f + tail * Lanes::of_bits((2047u - exponent) << 52) * 0.5;  // 2^(1-k) / 2: 2^-k may be subnormal
     const F64 s = f / (f + 2.0);
     const F64 z = s * s, w = z * z;
     const F64 even = ((w * 0x1.2efe21343f314p-3 + 0x1.746636708573cp-3) * w + 0x1.24924941afef6p-2) * w +
@@ -35,7 +35,7 @@ FG_HD typename Lanes::F64 log_of_normal(typename Lanes::F64 x, typename Lanes::F
     return k * 0x1.62e42fefa3800p-1 - ((half_square - rest) - f);  // k ln 2 in two parts, the large one exact
 }
 
-// ln x, within 0.8 ulp; of 0, negative values, infinity and NaN as std::log.
+// ln x, within 0.8 ulp. Like std::log for 0, negative values, infinity and NaN.
 template <class Lanes>
 FG_HD typename Lanes::F64 log_double(typename Lanes::F64 x) {
     using F64 = typename Lanes::F64;
@@ -58,8 +58,8 @@ FG_HD typename Lanes::F64 log1p_double(typename Lanes::F64 x) {
     return Lanes::select(finite, log_of_normal<Lanes, true>(sum, tail), sum);
 }
 
-// ln Gamma(x) for x > 0, within 2^-46 below 8 and within 2 ulp above; exactly 0 at 1 and 2. Stirling's series,
-// to which arguments below 8 are moved.
+// ln Gamma(x) for x > 0, within 2^-46 below 8 and within 2 ulp above; exactly 0 at 1 and 2. Stirling's series;
+// arguments below 8 are first moved up by 8.
 template <class Lanes>
 FG_HD typename Lanes::F64 log_gamma_double(typename Lanes::F64 x) {
     using F64 = typename Lanes::F64;

@@ -1,10 +1,10 @@
-// float32 functions made of IEEE operations alone (additions, multiplications, fused multiply-adds written as
-// such, one correctly rounded square root), so that every machine computes the same bits. The compiler itself
-// contracts nothing (-ffp-contract=off, -fmad=false). The polynomials are minimax fits with the leading
-// coefficients rounded to float32 before the rest is fitted.
+// float32 functions from IEEE operations alone (additions, multiplications, explicit fused multiply-adds, one
+// correctly rounded square root), so that every machine computes the same bits. The compiler fuses nothing by
+// itself (-ffp-contract=off, -fmad=false). The polynomials are minimax fits. Their leading coefficients were rounded
+// to float32 before the rest was fitted.
 //
-// Written once for one lane or many: `Lanes` says what a float and a word are, and has the operations that the
-// language has no common word for.
+// Each function is written once, for one lane or many. `Lanes` names the types of a float and a word, and has the
+// operations that differ between scalars and vectors.
 #pragma once
 
 #include <cmath>
@@ -35,7 +35,7 @@ FG_HD float float_of(uint32_t bits) {
 #endif
 }
 
-// One lane: what a GPU thread has, and plain C++.
+// One lane: a GPU thread, or plain C++.
 struct OneLane {
     using F32 = float;
     using I32 = int32_t;
@@ -66,19 +66,19 @@ struct OneLane {
     }
 };
 
-// -2 ln((w + 1) / 2^32). With u = 2^-k (1 - s/2), s in [0, 1], it is 2k ln 2 - 2 ln(1 - s/2): all terms
-// positive, so nothing cancels. Beside u = 1 s is the exact integer ~w over 2^31, so that the relative
-// accuracy holds down to 2^-32. Integers enter in two halves, each exact as a float: s = s_high + s_low has
-// no rounding. (-2 ln(1 - s/2) - s) / s^2 is fitted to 2^-27.9 of the whole.
+// -2 ln u for u = (w + 1) / 2^32. With u = 2^-k (1 - s/2), s in [0, 1], it is 2k ln 2 - 2 ln(1 - s/2). All terms are
+// positive, so nothing cancels. Near u = 1, s is the exact integer ~w over 2^31, so the relative accuracy holds down
+// to 2^-32. The integer is split into two halves, each exact as a float: s = s_high + s_low has no rounding.
+// (-2 ln(1 - s/2) - s) / s^2 is fitted to 2^-27.9 of the result.
 template <class Lanes>
 FG_HD typename Lanes::F32 minus_two_log(typename Lanes::U32 w) {
     using F32 = typename Lanes::F32;
     using I32 = typename Lanes::I32;
-    // One signed integer serves both branches: ~w where the top bit of w is set, -(w + 1) where it is not.
+    // One signed integer serves both branches: ~w if the top bit of w is set, -(w + 1) if it is not.
     const I32 c = Lanes::to_signed(~w);
     const auto above_half = c >= 0;
     const I32 high = c & ~0xFF;
-    // 31 less the exponent of w + 1: the float's sign and exponent are 256 + 127 + exponent.
+    // 31 minus the exponent of w + 1: the float's sign and exponent bits are 256 + 127 + exponent.
     const I32 leading = 414 - Lanes::to_signed(Lanes::bits(Lanes::to_float(c)) >> 23);
     const I32 halvings = Lanes::select(above_half, I32{}, leading);
     const F32 scale = Lanes::of_bits(Lanes::to_unsigned(halvings + (127 - 31)) << 23);
@@ -104,9 +104,9 @@ struct SinCos {
     F32 sin, cos;
 };
 
-// Sine and cosine of 2 pi w / 2^32. The nearest multiple of pi/2 is taken off in integers, so that both keep
-// their relative accuracy beside their zeros, and are exactly zero there. Of sin(pi/2 y) / y and cos(pi/2 y) on
-// |y| <= 1/2 the fits are good to 2^-28 and 2^-31.
+// Sine and cosine of 2 pi w / 2^32. The nearest multiple of pi/2 is subtracted in integers, so both keep their
+// relative accuracy near their zeros, and are exactly zero there. On |y| <= 1/2 the fit of sin(pi/2 y) / y is good to
+// 2^-28, and that of cos(pi/2 y) to 2^-31.
 template <class Lanes>
 FG_HD SinCos<typename Lanes::F32> sincos_of_turn(typename Lanes::U32 w) {
     using F32 = typename Lanes::F32;

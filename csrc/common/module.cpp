@@ -1,4 +1,4 @@
-// The Python module FG_MODULE, of the bindings that are linked with this.
+// The Python module FG_MODULE. It has all bindings that are linked with this file.
 #include "binding.h"
 
 namespace fastguide {

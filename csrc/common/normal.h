@@ -3,10 +3,10 @@
 //   u = (w_even + 1) / 2^32 exactly, r = sqrt(-2 ln u), angle = 2 pi w_odd / 2^32
 //   (w0, w1) -> z0 = r cos(angle), z1 = r sin(angle);  (w2, w3) -> z2, z3
 //
-// All 32 bits go into the radius, so |z| reaches sqrt(64 ln 2) = 6.66. float32 is within 4 ulp of the exact
-// value for every pair of words. Over all 2^32 radius words r is within 1.86 * 2^-24 of it, over all 2^32
-// angle words sine and cosine within 1.84 * 2^-24, relatively; with the product's rounding, mantissa by
-// mantissa, 3.74 ulp bounds them all.
+// The radius uses all 32 bits, so |z| reaches sqrt(64 ln 2) = 6.66. A float32 result is within 4 ulp of the exact
+// value for every pair of words: the relative error of r is at most 1.86 * 2^-24 over all 2^32 radius words, and that
+// of sine and cosine at most 1.84 * 2^-24 over all 2^32 angle words. With the rounding of the product, the bound over
+// all mantissas is 3.74 ulp.
 #pragma once
 
 #include "math.h"
@@ -26,7 +26,7 @@ FG_HD Pair<typename Lanes::F32> normal_pair(typename Lanes::U32 radius_word, typ
     return {r * turn.cos, r * turn.sin};
 }
 
-// In double, with the C library: u and the angle's residue are exact before they enter it.
+// In double, with the C library. Its arguments are exact up to here: u, and the angle modulo pi/2.
 inline Pair<double> normal_pair_double(uint32_t radius_word, uint32_t angle_word) {
     const double r = std::sqrt(-2.0 * std::log((static_cast<double>(radius_word) + 1.0) * 0x1p-32));
     const uint32_t quadrant = (angle_word + 0x20000000u) >> 30;

@@ -8,13 +8,13 @@
 
 namespace fastguide {
 
-// [rows, particles] of so many bytes each.
+// An array [rows, particles]; each particle has `bytes` bytes.
 struct ParticleArray {
     void* data;
     uint64_t bytes;
 };
 
-// Of a list of pairs: data, bytes of each.
+// Reads a list of pairs (data, bytes of one particle).
 inline std::vector<ParticleArray> read_states(Arguments& in) {
     Arguments items = in.items();
     std::vector<ParticleArray> states;

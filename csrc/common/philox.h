@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011), and how fastguide counts.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011), and the counters that fastguide gives to it.
 //
 // The contract of randn, the same for every backend:
 //
@@ -7,9 +7,9 @@
 //   counter   { g, low 32 bits of p, bits 32..47 of p | stream << 16, step }     stream < 2^16, step < 2^32
 //   key       { low 32 bits of seed, high 32 bits of seed }
 //
-// The four output words of a counter give elements 4g .. 4g+3 (normal.h). Every particle starts a new group;
-// one whose D is not a multiple of four discards the tail of its last group. So a value depends on the seed,
-// the stream, the step, the global particle and the element, and on nothing else.
+// The four output words of a counter give elements 4g .. 4g+3 (normal.h). Every particle starts a new group. If D is
+// not a multiple of four, the rest of the last group is discarded. So a value depends on the seed, the stream, the
+// step, the global particle and the element, and on nothing else.
 #pragma once
 
 #include <cstdint>

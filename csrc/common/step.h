@@ -1,5 +1,5 @@
-// The reverse step x_s = a x + b clip(x0_hat) + c x0_hat + displacement + tau z, x0_hat = p x + q output, by its
-// coefficients.
+// The multipliers of the reverse step x_s = a x + b clip(x0_hat) + c x0_hat + displacement + tau z with
+// x0_hat = p x + q output.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace fastguide {
 
-// By the code that Python passes: the order of fastguide.reference.PREDICTIONS.
+// The codes that Python passes, in the order of fastguide.reference.PREDICTIONS.
 enum class Prediction : int { epsilon = 0, sample = 1, score = 2, v = 3, flow = 4 };
 
 struct Coefficients {
@@ -19,7 +19,7 @@ struct Multipliers {
     double p, q, a, b, tau, c;
 };
 
-// x0_hat = p x + q output. fastguide.ops.predict_x0.reference.x0_coefficients, operation by operation.
+// x0_hat = p x + q output. The same operations as in fastguide.ops.predict_x0.reference.x0_coefficients.
 struct X0Multipliers {
     double p, q;
 };
@@ -35,17 +35,17 @@ FG_HD X0Multipliers x0_multipliers(double alpha, double sigma, Prediction predic
     return {0.0, 1.0};
 }
 
-// fastguide.ops.reverse_step.reference.multipliers, operation by operation.
+// The same operations as in fastguide.ops.reverse_step.reference.multipliers.
 FG_HD Multipliers multipliers(const Coefficients& l, Prediction prediction, bool clip_noise) {
     const double square = l.sigma_s * l.sigma_s - l.tau * l.tau;
     const double a = std::sqrt(square < 0.0 ? 0.0 : square) / l.sigma_t;
-    const double share = l.alpha_t * a;  // of x0_hat in the noise
+    const double share = l.alpha_t * a;  // how much of x0_hat the predicted noise contains
     const auto [p, q] = x0_multipliers(l.alpha_t, l.sigma_t, prediction);
     return {p, q, a, clip_noise ? l.alpha_s - share : l.alpha_s, l.tau, clip_noise ? 0.0 : -share};
 }
 
-// none; range: to [low, high]; dynamic: to the `low` quantile of each particle's |x0|, held in [1, high], and
-// divided by it.
+// none: no clipping. range: clip to [low, high]. dynamic: the bound is the `low` quantile of the particle's |x0|, kept
+// within [1, high]; clip to [-bound, bound] and divide by the bound.
 enum class ClipKind : int { none = 0, range = 1, dynamic = 2 };
 
 struct Clip {

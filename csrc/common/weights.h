@@ -1,7 +1,8 @@
-// What resampling is made of: weights, shares and random numbers as integers, from IEEE operations on float64 alone,
-// none fused, so that every machine draws the same ancestors. fastguide/reference.py says the same in PyTorch.
+// The parts of resampling: weights, shares and random numbers as integers. They come from IEEE operations on float64
+// alone, none of them fused, so that every machine draws the same ancestors. fastguide/reference.py does the same in
+// PyTorch.
 //
-// Written once for one lane or many, as math.h is.
+// Each function is written once, for one lane or many, as in math.h.
 #pragma once
 
 #include "math.h"
@@ -11,7 +12,7 @@ namespace fastguide {
 
 enum class Scheme : int { systematic = 0, stratified = 1, multinomial = 2, residual = 3 };
 
-// What one call of resample is given besides its log-weights [rows, particles], and where its results go.
+// The arguments and results of one call of resample, apart from its log-weights [rows, particles].
 struct Resampling {
     uint64_t rows, particles, number;  // the last two below 2^31
     Scheme scheme;
@@ -25,7 +26,7 @@ struct Resampling {
     double *log_mean_weight, *ess;  // [rows]
 };
 
-// One lane: what a GPU thread has, and plain C++.
+// One lane: a GPU thread, or plain C++.
 struct OneWideLane {
     using F64 = double;
     using I64 = int64_t;
@@ -68,22 +69,22 @@ struct OneWideLane {
 
 // --- weights ------------------------------------------------------------------------------------------------
 
-// e 2^n with e in [1/2^0.5, 2^0.5]; n is an integer in the last 12 bits.
+// e 2^n with e in [1/2^0.5, 2^0.5]. The integer n is the last 12 bits of the field.
 template <class Lanes>
 struct Exponential {
     typename Lanes::F64 e;
     typename Lanes::U64 n;
 };
 
-// exp(d) for d <= 0, or exp(least): exp(-64) 2^62 rounds to 0. 2^n is taken off; 2^f on |f| <= 1/2 is a minimax fit
-// good to 2^-57.
+// exp(max(d, least)) for d <= 0. The default is low enough: exp(-64) 2^62 rounds to 0. With d / ln 2 = n + f, 2^f on
+// |f| <= 1/2 is a minimax fit good to 2^-57.
 template <class Lanes>
 FG_HD Exponential<Lanes> exponential(typename Lanes::F64 d, double least = -64.0) {
     using F64 = typename Lanes::F64;
     const F64 t = Lanes::larger(d, F64{} + least) * 0x1.71547652b82fep+0;
-    const F64 shifted = t + 0x1.8p52;  // leaves no room for a fraction
+    const F64 shifted = t + 0x1.8p52;  // rounds t to an integer: the sum has no bits for a fraction
     const F64 f = t - (shifted - 0x1.8p52);
-    const F64 y = f * f;  // even and odd powers apart: two chains of half the length
+    const F64 y = f * f;  // even and odd powers apart: two independent chains of half the length
     F64 even = y * 0x1.e611d959ea80ap-28 + 0x1.62bfcdd1c88bcp-20;
     F64 odd = y * 0x1.e7ac1c9b857e2p-32 + 0x1.b526488a246c8p-24;
     even = even * y + 0x1.4309130bff348p-13;
@@ -98,7 +99,7 @@ FG_HD Exponential<Lanes> exponential(typename Lanes::F64 d, double least = -64.0
     return {e, Lanes::to_unsigned(Lanes::bits(shifted))};
 }
 
-// round(e 2^(n + scale)), the exponent added to the bits of e, and the same of its square.
+// round(e 2^(n + scale)): n + scale is added to the exponent bits of e. integer_square does the same for the square.
 template <class Lanes>
 FG_HD typename Lanes::I64 integer_weight(const Exponential<Lanes>& x, int scale) {
     const auto moved = Lanes::to_unsigned(Lanes::bits(x.e)) + ((x.n + static_cast<uint64_t>(scale)) << 52);
@@ -111,7 +112,7 @@ FG_HD typename Lanes::I64 integer_square(const Exponential<Lanes>& x, int scale)
     return Lanes::nearest(Lanes::of_bits(Lanes::to_signed(moved)));
 }
 
-// S of the weights round(exp(log_w - max) 2^S) of so many particles: their sum stays below 2^62.
+// The S of the integer weights round(exp(log_w - max) 2^S). With it, the sum over the particles stays below 2^62.
 inline int weight_scale(uint64_t particles) {
     int scale = 62;
     while (particles > uint64_t{1} << (62 - scale)) --scale;
@@ -120,7 +121,7 @@ inline int weight_scale(uint64_t particles) {
 
 // --- shares -------------------------------------------------------------------------------------------------
 
-// Of N < 2^32 slots, particles that weigh q of Q have N q / Q = whole + rest / Q.
+// N < 2^32 slots to be shared by the weight. Particles with weight q out of Q get N q / Q = whole + rest / Q slots.
 struct Slots {
     uint64_t number, total;
     double ratio;  // N / Q
@@ -135,7 +136,8 @@ struct Share {
     typename Lanes::I64 whole, rest;
 };
 
-// The nearest integer, as floating point sees it: the rest is exact, modulo 2^64, and a bit more than Q / 2 at most.
+// `whole` is the nearest integer up to the rounding of the float64 product. `rest` is exact modulo 2^64, and its size
+// is at most a little more than Q / 2.
 template <class Lanes>
 FG_HD Share<Lanes> nearest_share(typename Lanes::I64 q, const Slots& slots) {
     using U64 = typename Lanes::U64;
@@ -162,7 +164,7 @@ FG_HD typename Lanes::I64 systematic_slots(typename Lanes::I64 q, const Slots& s
 
 // --- random numbers -----------------------------------------------------------------------------------------
 
-// floor(u q / 2^64) for 0 <= q <= 2^62 and u of the two low words, in 32-bit limbs.
+// floor(u q / 2^64) for 0 <= q <= 2^62, in 32-bit limbs. u is made of the low words of w0 and w1.
 template <class Lanes>
 FG_HD typename Lanes::I64 uniform_below(uint64_t q, typename Lanes::U64 w0, typename Lanes::U64 w1) {
     using U64 = typename Lanes::U64;
@@ -173,7 +175,7 @@ FG_HD typename Lanes::I64 uniform_below(uint64_t q, typename Lanes::U64 w0, type
     return Lanes::to_signed(high + (cross >> 32) + (other >> 32) + (middle >> 32));
 }
 
-// round(-ln((word + 1) / 2^32) 2^26) of the low word: ln(3/2 + f) on |f| <= 1/2 is a minimax fit good to 7e-10.
+// round(-ln((w + 1) / 2^32) 2^26) for the low word w: ln(3/2 + f) on |f| <= 1/2 is a minimax fit good to 7e-10.
 template <class Lanes>
 FG_HD typename Lanes::U64 integer_exponential(typename Lanes::U64 word) {
     using F64 = typename Lanes::F64;
@@ -198,12 +200,12 @@ FG_HD typename Lanes::U64 integer_exponential(typename Lanes::U64 word) {
     return Lanes::to_unsigned(Lanes::bits(shifted)) - k2To52;
 }
 
-// Sorted uniforms: sums of exponentials times `ratio`, held below `bound`.
+// Sorted uniforms are running sums of exponentials times `ratio`, at most `bound`.
 struct Spacing {
     double ratio, bound;
 };
 
-// Uniforms below `total`, from the sum of one exponential more than there are of them.
+// For uniforms below `total`. `exponentials` is the sum of one exponential more than there are uniforms.
 FG_HD Spacing spacing_of(double total, int64_t exponentials) {
     return {total / static_cast<double>(exponentials > 1 ? exponentials : 1), total * (1.0 - 0x1p-53)};
 }
@@ -213,7 +215,8 @@ FG_HD typename Lanes::F64 sorted_uniform(typename Lanes::I64 sum, const Spacing&
     return Lanes::smaller(Lanes::to_double(sum) * spacing.ratio, typename Lanes::F64{} + spacing.bound);
 }
 
-// What is left of a prefix's share after whole copies, as the sorted uniforms below the number of slots left see it.
+// The share of a prefix minus its whole copies: the bound that is compared with sorted uniforms below the number of
+// remaining slots.
 template <class Lanes>
 FG_HD typename Lanes::F64 remainder_of(const Share<Lanes>& share, typename Lanes::I64 copies, double reciprocal) {
     using F64 = typename Lanes::F64;

@@ -1,11 +1,11 @@
-// Elements a vector at a time, and those that fill none.
+// Loops over elements, one vector at a time, with the last partial vector.
 #pragma once
 
 #include "simd.h"
 
 namespace fastguide::cpu {
 
-// How lanes are read and written: all of them,
+// Reads and writes all lanes of a vector.
 template <class R, bool kStreamed = false>
 struct AllLanes {
     static FG_INLINE Vector<R> read(const R* from) { return load<Vector<R>>(from); }
@@ -16,7 +16,7 @@ struct AllLanes {
     }
 };
 
-// or the first of them.
+// Reads and writes only the first `count` lanes.
 template <class R>
 struct SomeLanes {
     int count;
@@ -26,8 +26,8 @@ struct SomeLanes {
     FG_INLINE void write_result(R* to, Vector<R> v) const { store_some(to, v, count); }
 };
 
-// f(i, lanes) for the elements [begin, end), from i on as many as there are lanes. Results that are written past the caches,
-// from `result` on, are aligned.
+// Calls f(i, lanes) for the elements [begin, end): elements i, i + 1, ... as many as `lanes` has. `result` is the address
+// of element 0 of the result. With `past_caches`, full vectors are written past the caches, at aligned addresses.
 template <class R, class F>
 FG_INLINE void each_vector(const R* result, bool past_caches, uint64_t begin, uint64_t end, const F& f) {
     constexpr uint64_t kLanes = kLanesOf<R>;
@@ -44,23 +44,23 @@ FG_INLINE void each_vector(const R* result, bool past_caches, uint64_t begin, ui
     if (i < end) f(i, SomeLanes<R>{static_cast<int>(end - i)});
 }
 
-// Whether a value that a loop has read is NaN or infinite. The loop itself looks: a pass over each tile before it takes a
-// fifth of a large step without noise.
+// Finds out whether a loop has read a NaN or an infinite value. The loop itself checks: a separate pass over each tile
+// would take a fifth of a large step without noise.
 template <class R>
 struct Watch {
-    Vector<R> zeros{};  // 0 times a finite value is 0, and times any other NaN
+    Vector<R> zeros{};  // 0 times a finite value is 0; 0 times any other value is NaN
 
     FG_INLINE void see(Vector<R> v) { zeros += v * R{0}; }
-    // Sets the flag, as many threads may at once.
+    // Sets the flag. Many threads may do so at once.
     FG_INLINE void report(int32_t* not_finite) const {
-        const Vector<R> each = zeros;  // a vector whose lanes are indexed stays in memory: not the one of the loop
+        const Vector<R> each = zeros;  // a copy: indexing lanes puts a vector into memory, and the loop's must not go there
         R sum = 0;
         for (int lane = 0; lane < kLanesOf<R>; ++lane) sum += each[lane];
         if (sum != R{0}) __atomic_store_n(not_finite, 1, __ATOMIC_RELAXED);
     }
 };
 
-// from[count], in a pass of its own.
+// Checks from[count] in a separate pass.
 template <class R>
 void watch(const R* from, uint64_t count, int32_t* not_finite) {
     Watch<R> watched;

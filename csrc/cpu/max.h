@@ -5,7 +5,7 @@
 
 namespace fastguide::cpu {
 
-// NaN if there is one.
+// Returns NaN if any value is NaN.
 template <class T>
 FG_INLINE double largest(const T* values, int64_t count) {
     constexpr int kLanes = kLanesOf<T>;

@@ -1,4 +1,4 @@
-// Memory that a large result is about to be written to.
+// Large pages for large results.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace fastguide::cpu {
 
-// Fresh memory costs a fault for each of its pages when it is first written, together several times what the kernel
-// that writes it takes: ask for large pages. A wish: where the system has none, nothing changes.
+// The first write to each page of new memory costs a page fault. Together these take several times as long as the
+// kernel that writes the memory, so ask for large pages. This is only a hint: without large pages nothing changes.
 inline void large_pages(const void* data, uint64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     constexpr uintptr_t kLarge = uintptr_t{2} << 20;

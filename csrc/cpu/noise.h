@@ -1,5 +1,5 @@
-// The normals of common/philox.h and common/normal.h in vectors, a tile at a time: what randn writes, and what
-// a step adds before it leaves the first-level cache.
+// The normals of common/philox.h and common/normal.h in vectors, one tile at a time. randn writes them; a step adds
+// them while they are still in the first-level cache.
 #pragma once
 
 #include "../common/normal.h"
@@ -7,8 +7,8 @@
 
 namespace fastguide::cpu {
 
-// Four words of Philox in 64-bit lanes. Only the low words count: a product's own high word may stand above
-// them, and the next multiplication does not look at it.
+// Four words of Philox in 64-bit lanes. Only the low 32 bits count. The high bits may hold the rest of a product; the
+// next multiplication ignores them.
 template <class V>
 struct WordsOf {
     V w0, w1, w2, w3;
@@ -31,7 +31,8 @@ struct Two {
     F32 first, second;
 };
 
-// The words of 4 * kLanes64 normals, and these in the order of memory, if counter i was in lane lane_of_group(i).
+// The words of 4 * kLanes64 normals. normals_of returns these in memory order if counter i was in lane
+// lane_of_group(i).
 struct WordPairs {
     U32 radius, angle;
 };
@@ -62,17 +63,18 @@ FG_INLINE U64 group_lanes() {
     return v;
 }
 
-constexpr int kNormals = 4 * kLanes64;  // of one call of normals_of
-constexpr int kAbreast = 2;             // calls whose arithmetic runs in the shadow of each other's latencies
+constexpr int kNormals = 4 * kLanes64;  // from one call of normals_of
+constexpr int kAbreast = 2;             // calls that are interleaved, so that each hides the latency of the other
 
-// Making normals leaves the memory idle: `meanwhile(i, n)` is called where a tile's elements [i, i + n) are made.
+// Making normals does not use the memory bus, so other work can: `meanwhile(i, n)` is called when a tile's elements
+// [i, i + n) are made. This one does nothing.
 struct Nothing {
     FG_INLINE void operator()(uint64_t, uint64_t) const {}
 };
 
-// Elements [4 * group, 4 * group + count) of one particle. The first two rounds are those of a counter whose last
-// three words are the particle's: each has one product for all lanes.
-// `kStreamed`: past the caches, to an `out` aligned to kBytes.
+// Elements [4 * group, 4 * group + count) of one particle. Three of the four counter words are the same in all lanes, so
+// in each of the first two rounds one product is computed once for all lanes.
+// `kStreamed`: writes past the caches; `out` must be aligned to kBytes.
 template <bool kStreamed, class Meanwhile>
 FG_INLINE void normals_of_particle(float* out, const RandnShape& shape, uint64_t row, uint64_t group, uint64_t count,
                                    const Meanwhile& meanwhile) {
@@ -93,7 +95,7 @@ FG_INLINE void normals_of_particle(float* out, const RandnShape& shape, uint64_t
         groups += uint64_t{kLanes64};
         return pairs_of(philox<2>({(p1 >> 32) ^ low1 ^ key0_next, p1, second_high ^ p0, second_low}, key0, key1));
     };
-    // The integers of the next normals run in the units that the floats of these leave idle.
+    // The next words are computed beside the current normals: integer units work while floating-point units do.
     WordPairs words[kAbreast];
     for (int i = 0; i < kAbreast; ++i) words[i] = next();
     constexpr uint64_t kAtOnce = kAbreast * kNormals;
@@ -116,7 +118,7 @@ FG_INLINE void normals_of_particle(float* out, const RandnShape& shape, uint64_t
     }
 }
 
-// All elements of particles [row, row + count) of one or two: no more of Box-Muller than they need.
+// All elements of particles [row, row + count) that have one or two elements each. Computes only the pairs they need.
 template <int kElements, class Meanwhile>
 FG_INLINE void normals_of_points(float* out, const RandnShape& shape, uint64_t row, uint64_t count,
                                  const Meanwhile& meanwhile) {
@@ -151,7 +153,7 @@ FG_INLINE void normals_of_points(float* out, const RandnShape& shape, uint64_t r
     }
 }
 
-// All elements of particles [row, row + rows), each of few groups: lanes run on from one particle to the next.
+// All elements of particles [row, row + rows) that have few groups each. The lanes of one vector span several particles.
 template <class Meanwhile>
 FG_INLINE void normals_of_short_particles(float* out, const RandnShape& shape, uint64_t row, uint64_t rows,
                                           const Meanwhile& meanwhile) {
@@ -187,20 +189,20 @@ FG_INLINE void normals_of_short_particles(float* out, const RandnShape& shape, u
         for (uint64_t i = 0; i < taken; ++i) {
             at = at + 1 == groups ? 0 : at + 1;
             const uint64_t kept = at == 0 ? last : 4;
-            // The surplus is overwritten by the next four, or nobody's where these are the tile's last.
+            // The next four overwrite the surplus. The last four of the tile have no next: they write no surplus.
             __builtin_memcpy(out, four + 4 * i, left > 0 ? 4 * sizeof(float) : kept * sizeof(float));
             out += kept;
         }
     }
 }
 
-// What a kernel works on at a time: whole rows [row, row + rows), or elements [begin, begin + count) of one row,
-// begin a multiple of four.
+// The unit of work of a kernel: whole rows [row, row + rows), or elements [begin, begin + count) of one row. `begin` is a
+// multiple of four.
 struct Tile {
     uint64_t row, rows, begin, count;
 };
 
-constexpr uint64_t kLeastAlone = 4 * kNormals;  // elements from which particles are worth setting up one by one
+constexpr uint64_t kLeastAlone = 4 * kNormals;  // particles with at least so many elements are made one by one
 
 template <bool kStreamed = false, class Meanwhile = Nothing>
 void noise_tile(float* out, const RandnShape& shape, const Tile& tile, const Meanwhile& meanwhile = {}) {

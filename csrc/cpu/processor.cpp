@@ -1,4 +1,4 @@
-// What the module was compiled for, what this processor has, and Philox itself.
+// The instruction set of this module, those of this processor, and Philox for tests.
 #include "../common/binding.h"
 #include "../common/philox.h"
 #include "simd.h"
@@ -11,8 +11,8 @@ namespace fastguide::cpu {
 namespace {
 
 #if defined(__x86_64__)
-// Whether the processor has all of x86-64-v3 or v4. Clang before 18 compiles for them but does not know them by these
-// names here, nor MOVBE, F16C and LZCNT. The compiler's answers include whether the system saves the registers.
+// Whether the processor has all of x86-64-v3 or v4. Clang before 18 can compile for them, but its __builtin_cpu_supports
+// does not know these names, nor MOVBE, F16C and LZCNT. The builtin also checks that the system saves the registers.
 bool has_v3() {
     unsigned a, b, basic, extended, d;
     if (!__get_cpuid(1, &a, &b, &basic, &d) || !__get_cpuid(0x80000001, &a, &b, &extended, &d)) return false;

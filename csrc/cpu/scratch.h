@@ -1,6 +1,7 @@
-// Memory of a kernel's own. Allocate before anything is written and outside of parallel regions: it may throw.
+// Scratch memory of a kernel. Allocate it before any result is written and outside of parallel regions, because it may
+// throw.
 //
-// Buffers live here and not on the stack: a thread's stack may be 64 kB, and its callers' frames need most of that.
+// Buffers are here and not on the stack: a thread's stack may be 64 kB, and the frames of its callers need most of it.
 #pragma once
 
 #include <new>
@@ -30,14 +31,14 @@ struct Scratch {
     }
 };
 
-// What is left of one thread's part of a workspace. Passed by value: what a function takes is free when it returns.
-// Begun at zero it counts how much will be taken.
+// The free rest of one thread's part of a workspace. Passed by value, so what a function takes is free again when it
+// returns. A Memory that starts at address zero only counts how much is taken.
 struct Memory {
     static constexpr uint64_t kLine = 64;
     uintptr_t next = 0;
 
-    // A line stays free after each buffer: those of a power of two would meet in the cache, and the address sanitizer
-    // sees what writes past an end.
+    // A cache line stays free after each buffer. Otherwise buffers whose size is a power of two would share cache sets.
+    // It also lets the address sanitizer see writes past the end.
     template <class T>
     T* take(uint64_t count) {
         T* const at = reinterpret_cast<T*>(next);
@@ -50,7 +51,7 @@ struct Memory {
     }
 };
 
-// The memory of each of `members` threads that share the work.
+// The scratch memory of `members` threads that share the work.
 class Workspace {
 public:
     Workspace(const Memory& counted, int members) : each_(counted.next) {
@@ -58,7 +59,7 @@ public:
         memory_.allocate(each_ * static_cast<uint64_t>(members) + Memory::kLine);
         first_ = (reinterpret_cast<uintptr_t>(memory_.data) + Memory::kLine - 1) / Memory::kLine * Memory::kLine;
     }
-    // Of one member: what another workspace gave it.
+    // A workspace for one thread, inside memory that another workspace gave to it.
     explicit Workspace(const Memory& given) : each_(0), first_(given.next) {}
 
     Memory of(int member) const { return {first_ + each_ * static_cast<uint64_t>(member)}; }

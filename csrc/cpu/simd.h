@@ -1,8 +1,8 @@
-// One width of vector for each instruction set that a kernel is compiled for, by the compiler's vector
-// extensions; intrinsics only where those have no word for the instruction. Every operation is one IEEE
-// operation in each lane, so all instruction sets give the same bits.
+// Vectors of one width for each instruction set, by the compiler's vector extensions. Intrinsics are used only for
+// instructions that the extensions cannot express. Every operation is one IEEE operation in each lane, so all
+// instruction sets give the same bits.
 //
-// All sources are compiled once for each, into a module of their own.
+// All sources are compiled once for each instruction set, into one module each.
 #pragma once
 
 #include <cstdint>
@@ -65,7 +65,7 @@ FG_INLINE void store(T* to, V v) {
     __builtin_memcpy(to, &v, sizeof v);
 }
 
-// The first n lanes, and zeros.
+// Loads n lanes; the others are zero.
 template <class V, class T>
 FG_INLINE V load_some(const T* from, int n) {
     V v{};
@@ -78,7 +78,7 @@ FG_INLINE void store_some(T* to, V v, int n) {
     __builtin_memcpy(to, &v, static_cast<std::size_t>(n) * sizeof(T));
 }
 
-// The first n lanes of v, and zeros.
+// Keeps the first n lanes of v; the others become zero.
 template <class V>
 FG_INLINE V first_lanes(V v, int n) {
     decltype(v < v) left{};
@@ -101,8 +101,8 @@ FG_INLINE To as(From v) {
 
 // --- float32 ------------------------------------------------------------------------------------------------
 
-// a * b + c rounded once. Without the instruction: the product is exact in double, the sum is rounded to odd
-// there, and rounding that to float is then right (Boldo and Melquiond 2008).
+// a * b + c rounded once. Without an FMA instruction the product is exact in double and the sum is rounded to odd in
+// double; rounding that to float gives the correct result (Boldo and Melquiond 2008).
 #if defined(__AVX512F__)
 FG_INLINE F32 fused(F32 a, F32 b, F32 c) { return as<F32>(_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c)); }
 #elif defined(__FMA__)
@@ -115,7 +115,7 @@ FG_INLINE F64 sum_to_odd(F64 p, F64 c) {
     const F64 t = s - p;
     const F64 error = (p - (s - t)) + (c - t);
     const I64 negative = error < 0.0, positive = error > 0.0;
-    // Cut off towards zero, then the last bit says that something was there.
+    // Round towards zero; then set the last bit if the sum was not exact.
     const I64 opposite = s < 0.0 ? positive : negative;
     return as<F64>((as<I64>(s) + opposite) | ((negative | positive) & 1));
 }
@@ -174,7 +174,7 @@ FG_INLINE U32 join_low_words(U64 even, U64 odd) {
 #endif
 }
 
-// Of a = a0 a1 a2 a3 and b, in each 16 bytes: a0 b0 a1 b1, and a2 b2 a3 b3.
+// In each 16 bytes, a0 a1 a2 a3 and b0 b1 b2 b3 become a0 b0 a1 b1 (low) and a2 b2 a3 b3 (high).
 FG_INLINE F32 interleave_low(F32 a, F32 b) {
 #if defined(__AVX512F__)
     return as<F32>(_mm512_unpacklo_ps((__m512)a, (__m512)b));
@@ -199,7 +199,7 @@ FG_INLINE F32 interleave_high(F32 a, F32 b) {
 FG_INLINE uint32_t lanes_above(I32 a, I32 b) {
 #if defined(__AVX512F__)
     uint32_t mask;
-    // Not left to the compiler: GCC 12, short of registers, stores the 16 bits and reads 32.
+    // In assembly, because GCC 12, when short of registers, stores the 16 bits and reads back 32.
     __asm__("kmovw %1, %0" : "=r"(mask) : "k"(_mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b)));
     return mask;
 #elif defined(__AVX2__)
@@ -222,7 +222,7 @@ FG_INLINE U64 multiply_by_word(U64 a, U64 b) {
 #endif
 }
 
-// Inclusive prefix sums of the lanes, and the last lane in all.
+// prefix_sums: inclusive prefix sums of the lanes. last_lane: the last lane copied to all lanes.
 #if defined(__AVX512F__)
 FG_INLINE I64 prefix_sums(I64 v) {
     const __m512i zero{};
@@ -243,7 +243,7 @@ FG_INLINE I64 prefix_sums(I64 v) { return v + __builtin_shufflevector(I64{}, v, 
 FG_INLINE I64 last_lane(I64 v) { return __builtin_shufflevector(v, v, 1, 1); }
 #endif
 
-// What the functions of common/math.h are made of, in all lanes.
+// The operations that common/math.h needs, in all lanes.
 struct VectorLanes {
     using F32 = cpu::F32;
     using I32 = cpu::I32;
@@ -264,7 +264,7 @@ struct VectorLanes {
 
 // --- float64 ------------------------------------------------------------------------------------------------
 
-#if defined(__AVX512F__)  // GCC would convert in halves
+#if defined(__AVX512F__)  // GCC would convert the two halves separately
 FG_INLINE F64 widen(HalfF32 v) { return as<F64>(_mm512_cvtps_pd((__m256)v)); }
 FG_INLINE I64 widen(HalfU32 v) { return as<I64>(_mm512_cvtepu32_epi64((__m256i)v)); }
 FG_INLINE HalfI32 narrow(I64 v) { return as<HalfI32>(_mm512_cvtepi64_epi32((__m512i)v)); }
@@ -285,13 +285,13 @@ FG_INLINE I64 widen(HalfU32 v) { return __builtin_convertvector(v, I64); }
 FG_INLINE HalfI32 narrow(I64 v) { return __builtin_convertvector(v, HalfI32); }
 #endif
 
-// As doubles.
+// Loads values as doubles.
 FG_INLINE F64 load_wide(const float* from) { return widen(load<HalfF32>(from)); }
 FG_INLINE F64 load_wide(const double* from) { return load<F64>(from); }
 FG_INLINE F64 load_wide_some(const float* from, int n) { return widen(load_some<HalfF32>(from, n)); }
 FG_INLINE F64 load_wide_some(const double* from, int n) { return load_some<F64>(from, n); }
 
-// The smaller and the larger of each lane; b where one is NaN.
+// The smaller and the larger value in each lane. The result is b if a or b is NaN.
 #if defined(__AVX512F__)
 FG_INLINE F64 smaller(F64 a, F64 b) { return as<F64>(_mm512_min_pd((__m512d)a, (__m512d)b)); }
 FG_INLINE F64 larger(F64 a, F64 b) { return as<F64>(_mm512_max_pd((__m512d)a, (__m512d)b)); }
@@ -314,7 +314,7 @@ FG_INLINE F32 smaller(F32 a, F32 b) { return a < b ? a : b; }
 FG_INLINE F32 larger(F32 a, F32 b) { return a > b ? a : b; }
 #endif
 
-// Of four lanes at most: as many values as are compared with a bound at a time.
+// How many bounds are compared with a value at a time: at most four.
 constexpr int kBounds = kLanes64 < 4 ? kLanes64 : 4;
 typedef double Bounds __attribute__((vector_size(8 * kBounds)));
 typedef int64_t Counts __attribute__((vector_size(8 * kBounds)));
@@ -329,7 +329,7 @@ FG_INLINE void count_below(Counts& counts, double value, Bounds bounds) {
 #endif
 }
 
-// Of integers in [0, 2^63): rounded to nearest.
+// Rounds to nearest. v must be in [0, 2^63).
 FG_INLINE F64 to_double(I64 v) {
 #if defined(__AVX512DQ__) || !defined(__x86_64__)
     return __builtin_convertvector(v, F64);
@@ -340,18 +340,18 @@ FG_INLINE F64 to_double(I64 v) {
 #endif
 }
 
-// The nearest integers, ties to even, of 0 <= v <= 2^62; of others, any.
+// The nearest integers, ties to even, for 0 <= v <= 2^62. For other v the result may be any integer.
 FG_INLINE I64 nearest(F64 v) {
 #if defined(__AVX512DQ__)
     return as<I64>(_mm512_cvtpd_epi64((__m512d)v));
-#else  // its multiples of 2^32, and the exact rest: an addition that leaves no room for a fraction rounds it
+#else  // v = multiples of 2^32 + an exact rest; adding 1.5 2^52 rounds the rest, as the sum has no bits for a fraction
     const F64 high = v * 0x1p-32 + 0x1p52;
     const F64 rest = (v - (high - 0x1p52) * 0x1p32) + 0x1.8p52;
     return as<I64>((as<U64>(high) << 32) + (as<U64>(rest) - as<U64>(splat(0x1.8p52))));
 #endif
 }
 
-// What the functions of common/weights.h are made of, in all lanes.
+// The operations that common/weights.h needs, in all lanes.
 struct WideLanes {
     using F64 = cpu::F64;
     using I64 = cpu::I64;
@@ -383,7 +383,7 @@ FG_INLINE F64 square_root(F64 v) {
 #endif
 }
 
-// What the functions of common/log.h are made of, in all lanes.
+// The operations that common/log.h needs, in all lanes.
 struct VectorLanes64 {
     using F64 = cpu::F64;
     using U64 = cpu::U64;
@@ -408,12 +408,12 @@ FG_INLINE U16 to_half(F32 v) { return as<U16>(_mm256_cvtps_ph((__m256)v, _MM_FRO
 FG_INLINE F32 from_half(U16 h) {
     const U32 bits = __builtin_convertvector(h, U32);
     const U32 sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7FFFu) << 13;
-    // 2^112 times what the bits say in float32's bias of 127 instead of 15; subnormals come out right too.
+    // As a float32 (bias 127 instead of 15) the bits mean 2^-112 times the value. The product is right for subnormals too.
     const F32 finite = as<F32>(magnitude) * 0x1p112f;
     const U32 special = magnitude | 0x7F800000u;
     return as<F32>(((magnitude >= 0x0F800000u) ? special : as<U32>(finite)) | sign);
 }
-FG_INLINE U16 to_half(F32 v) {  // as common/dtype.h
+FG_INLINE U16 to_half(F32 v) {  // as in common/dtype.h
     const U32 bits = as<U32>(v);
     const U32 sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
     const U32 normal = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - ((127u - 15u) << 23)) >> 13;
@@ -433,7 +433,8 @@ FG_INLINE U16 to_bfloat16(F32 v) {
 
 // --- past the caches ----------------------------------------------------------------------------------------
 
-// To a `to` aligned to kBytes; large results that nobody reads soon need not be read into the cache first.
+// Writes past the caches; `to` must be aligned to kBytes. An ordinary store first reads the line into the cache, which is
+// wasted for a large result that nobody reads soon.
 FG_INLINE void stream(float* to, F32 v) {
 #if defined(__AVX512F__)
     _mm512_stream_ps(to, (__m512)v);

@@ -1,8 +1,8 @@
-// The reverse step a tile at a time: what reverse_step and propose_and_weigh share.
+// The reverse step, one tile at a time. reverse_step and propose_and_weigh share it.
 //
-// A tile's inputs that are not in the type of the arithmetic are widened into buffers in the first-level cache, and
-// its results narrowed from there, so that there is one kernel for float and one for double. The multiply-adds of float
-// are fused, one rounding for two; those of double are not, and its results are those of fastguide.reference.
+// Inputs of another dtype are converted, tile by tile, into buffers in the first-level cache, and results are converted
+// from there. So there is one kernel for float and one for double. The multiply-adds of float are fused (one rounding).
+// Those of double are not, and the results are those of fastguide.reference.
 #pragma once
 
 #include "../common/step.h"
@@ -13,31 +13,31 @@
 
 namespace fastguide::cpu {
 
-// One call, all tensors [particles, elements]. The arithmetic is in float, or in double where x is.
+// One call. All tensors are [particles, elements]. The arithmetic is in double if x is double, otherwise in float.
 struct ReverseStep {
     Input x, output, displacement, unconditional;  // the last two may have no data
     void *x_s, *x0;                 // in x's dtype; x0 may be null
     int32_t* not_finite;            // flags of x, output, displacement and unconditional; may be null
-    const double* coefficients;     // five numbers, or for each of the five a column [particles]
-    bool in_columns;                // whether the latter
+    const double* coefficients;     // five numbers, or five columns [particles]
+    bool in_columns;                // whether they are columns
     double displacement_scale;
-    const double* displacement_scales;  // [particles]; null where all have that scale
-    bool per_particle;                  // whether coefficients or scales are
+    const double* displacement_scales;  // [particles]; null if all have displacement_scale
+    bool per_particle;                  // whether coefficients or displacement scales differ between particles
     double guidance_scale;
-    const double* guidance_scales;  // as the displacement's
+    const double* guidance_scales;  // [particles]; null if all have guidance_scale
     Prediction prediction;
     Clip clip;
-    bool clip_noise;  // whether the noise, too, is that of the clipped x0
+    bool clip_noise;  // whether the predicted noise is computed from the clipped x0 too
     RandnShape shape;
     int threads;
 };
 
 // --- a particle's multipliers -------------------------------------------------------------------------------
 
-// Those of common/step.h, the displacement's scale, and 1 / (2 tau), or 0 where tau is.
+// The multipliers of common/step.h, the displacement's scale, and 1 / (2 tau), which is 0 if tau is 0.
 enum Factor : int { kP, kQ, kA, kB, kTau, kC, kScale, kHalfInverse, kFactors };
 
-// One particle's, the same for all elements,
+// The multipliers of one particle, the same for all its elements.
 template <class R>
 struct OneParticle {
     static constexpr bool kMixed = false;
@@ -55,7 +55,7 @@ struct OneParticle {
     }
 };
 
-// or, for short particles, each element's.
+// The multipliers of each element, for tiles of short particles.
 template <class R>
 struct EachElement {
     static constexpr bool kMixed = true;
@@ -69,20 +69,21 @@ struct EachElement {
 
 // --- the arithmetic -----------------------------------------------------------------------------------------
 
-// Some elements of a call. What may be null is not there. The compiler takes what a loop decides by these out of it.
+// Some elements of a call. A null pointer means that the call does not have that part. The compiler moves the tests of
+// these fields out of the loops.
 template <class R>
 struct Span {
     const R *x, *output, *displacement, *z;  // the last two may be null
     R *x_s, *x0, *terms;                     // the last two may be null
-    R low, high;                             // x0 is clipped to
-    bool sample;                             // whether the output is x0
-    bool keeps_noise;                        // that of x0 before it is clipped
-    bool scaled;                             // whether the displacement is
-    bool guided;                             // whether the output is, whose parts are watched before
-    bool past_caches;                        // x_s and x0, which are equally aligned
+    R low, high;                             // x0 is clipped to this range
+    bool sample;                             // whether the output is x0_hat
+    bool keeps_noise;                        // the predicted noise comes from x0_hat before clipping
+    bool scaled;                             // the displacement is already multiplied by its scale
+    bool guided;                             // the output is already guided, and its parts were checked then
+    bool past_caches;                        // x_s and x0 are written past the caches; both have the same alignment
     int32_t* not_finite;                     // flags of x, output and displacement; may be null
 
-    // Weighted particles are not displaced either where there is no noise.
+    // The same without noise. Weighted particles without noise are not displaced either.
     FG_INLINE Span without_noise() const {
         Span s = *this;
         s.z = nullptr;
@@ -91,7 +92,7 @@ struct Span {
     }
 };
 
-// What a loop has read.
+// Checks the values that a loop reads.
 template <class R>
 struct Seen {
     Watch<R> x, output, displacement;
@@ -104,8 +105,8 @@ FG_INLINE Vector<R> x0_lanes(bool sample, const Source& m, const R* x, const R* 
     return sample ? out : fused(m.get(kQ, i, lanes), out, m.get(kP, i, lanes) * lanes.read(x + i));
 }
 
-// `kPlain`: no optional part but the noise. The tests that this leaves out take 5 % of a step in the caches.
-// `kWatched`: the inputs that are read are `seen`.
+// `kPlain`: the noise is the only optional part. The tests that this saves take 5 % of a step whose data is in the caches.
+// `kWatched`: `seen` checks the inputs.
 template <bool kPlain, bool kWatched, class R, class Source, class Lanes>
 FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const Lanes& lanes, Seen<R>& seen) {
     using V = Vector<R>;
@@ -118,7 +119,7 @@ FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const L
     V displacement{}, z{};
     if (!kPlain && s.displacement) {
         displacement = lanes.read(s.displacement + i);
-        if constexpr (Source::kMixed)  // of weighted particles none where tau = 0, not even a NaN
+        if constexpr (Source::kMixed)  // a weighted particle with tau = 0 takes no displacement, not even a NaN
             if (s.terms) displacement = get(kTau) != R{0} ? displacement : V{};
         if (kWatched) seen.displacement.see(displacement);
         if (!s.scaled) displacement = get(kScale) * displacement;
@@ -130,13 +131,13 @@ FG_INLINE void step_lanes(const Span<R>& s, const Source& m, uint64_t i, const L
     }
     lanes.write_result(s.x_s + i, x_s);
     if (!kPlain && s.x0) lanes.write_result(s.x0 + i, x0);
-    if (!kPlain && s.terms)  // of tau times the ratio: delta (z + delta / 2) with delta = displacement / tau
+    if (!kPlain && s.terms)  // tau times a term of the log-ratio delta (z + delta / 2), delta = displacement / tau
         lanes.write(s.terms + i, displacement * fused(get(kHalfInverse), displacement, z));
 }
 
 template <bool kPlain, bool kWatched, class R, class Source>
 void step_span_as(const Span<R>& span, const Source& source, uint64_t begin, uint64_t end) {
-    const Span<R> s = span;  // no store can change copies
+    const Span<R> s = span;  // a copy: the compiler knows that no store changes it
     const Source m = source;
     Seen<R> seen;
     each_vector(s.x_s, s.past_caches, begin, end, [&](uint64_t i, const auto& lanes) __attribute__((always_inline)) {
@@ -161,7 +162,7 @@ FG_INLINE void step_span(const Span<R>& s, const Source& source, uint64_t begin,
 
 // --- classifier-free guidance -------------------------------------------------------------------------------
 
-// to = unconditional + scale (output - unconditional). `to` may be one of them.
+// to = unconditional + scale (output - unconditional). `to` may be one of the inputs.
 template <bool kWatched, class R>
 void guide(R* to, const R* output, const R* unconditional, R scale, uint64_t count, int32_t* not_finite) {
     Watch<R> outputs, bases;
@@ -173,8 +174,8 @@ void guide(R* to, const R* output, const R* unconditional, R scale, uint64_t cou
     if (kWatched) outputs.report(not_finite + 1), bases.report(not_finite + 3);
 }
 
-// The output of `count` elements from `begin` on, guided where it is to be: of particle `row`, or of all where they have
-// one scale. It is in `buffer`, or where it was.
+// Returns the output of `count` elements from `begin` on, guided if the call has an unconditional output. The elements
+// are those of particle `row`, or of several particles if all have one scale. The result is in `buffer`, or in place.
 template <class R>
 const R* output_of(const ReverseStep& s, R* buffer, R* base, uint64_t row, uint64_t begin, uint64_t count, int32_t* not_finite) {
     const R* const output = staged(buffer, s.output, begin, count);
@@ -188,13 +189,13 @@ const R* output_of(const ReverseStep& s, R* buffer, R* base, uint64_t row, uint6
 
 // --- tiles --------------------------------------------------------------------------------------------------
 
-constexpr uint64_t kLongParticle = 16;  // elements from which a particle has its own loop
+constexpr uint64_t kLongParticle = 16;  // a particle with at least so many elements has its own loop
 
-// A call, with what all its tiles share.
+// A call, and the values that all its tiles share.
 template <class R>
 struct Prepared {
     const ReverseStep& step;
-    OneParticle<R> common;  // where all particles have the same
+    OneParticle<R> common;  // the multipliers, if all particles have the same
     R low, high;
     bool past_caches;
     Scratch<R> bounds;  // each particle's dynamic threshold
@@ -230,7 +231,7 @@ private:
     void find_bounds();
 };
 
-// x0_hat before it is clipped, of one particle's elements.
+// x0_hat before it is clipped, for `count` elements of particle `row`.
 template <class R>
 FG_INLINE void x0_of(R* x0, const R* x, const R* output, const Prepared<R>& call, uint64_t row, uint64_t count) {
     const OneParticle<R> m = call.of(row);
@@ -243,7 +244,7 @@ FG_INLINE void x0_of(R* x0, const R* x, const R* output, const Prepared<R>& call
 template <class R>
 constexpr Dtype kDtype = sizeof(R) == 4 ? Dtype::float32 : Dtype::float64;
 
-// x0_hat is made anew for each look at it, and kept nowhere.
+// x0_hat is computed again in each pass; it is not stored.
 template <class R>
 void Prepared<R>::find_bounds() {
     const uint64_t particles = step.shape.particles, elements = step.shape.elements;
@@ -277,7 +278,7 @@ void Prepared<R>::find_bounds() {
     });
 }
 
-// What the tiles of a call need beside its arrays; null where there is no need.
+// The scratch buffers of a tile. A buffer that the call does not need is null.
 template <class R>
 struct TileBuffers {
     R *x, *output, *unconditional, *displacement, *z, *x_s, *x0;
@@ -304,8 +305,9 @@ struct TileBuffers {
     }
 };
 
-// The output of a tile to x0_hat as the dynamic threshold has it. Where the noise keeps that of x0_hat before, the
-// displacement takes it, known before the threshold. The inputs are watched here, where they are still to be seen.
+// Replaces the output of a tile by x0_hat, clipped to the dynamic threshold. If the noise comes from the unclipped x0_hat,
+// its part c x0_hat is added to the displacement before clipping. The inputs are checked here: later loops do not see
+// them.
 template <class R>
 void clip_tile(const Prepared<R>& call, const Tile& tile, const TileBuffers<R>& buffers, Span<R>& span) {
     const uint64_t in_row = tile.rows == 1 ? tile.count : call.step.shape.elements;
@@ -336,8 +338,8 @@ void clip_tile(const Prepared<R>& call, const Tile& tile, const TileBuffers<R>& 
     if (span.keeps_noise) span.displacement = buffers.displacement, span.scaled = true, span.keeps_noise = false;
 }
 
-// x_s, and x0 if it is asked for, of one tile; and unless null the terms of tau times the log-density ratio, for which
-// nothing is displaced where tau is 0.
+// Computes x_s of one tile, and x0 if the call wants it. `terms`, unless null, receives the terms of tau times the
+// log-density ratio; particles with tau = 0 are then not displaced.
 template <class R>
 void step_tile(const Prepared<R>& call, const Tile& tile, R* terms, Memory memory) {
     const ReverseStep& s = call.step;
@@ -346,7 +348,7 @@ void step_tile(const Prepared<R>& call, const Tile& tile, R* terms, Memory memor
     const TileBuffers<R> buffers(call, memory);
     bool noisy = call.common.value[kTau] != R{0};
     for (uint64_t i = 0; s.per_particle && !noisy && i < tile.rows; ++i) noisy = call.tau_of(tile.row + i) != R{0};
-    if (noisy) {  // which leaves the memory idle: without these fetches a large step takes a fifth longer
+    if (noisy) {  // making noise does not use the memory bus: without these prefetches a large step takes a fifth longer
         noise_tile(buffers.z, s.shape, tile, [&](uint64_t at, uint64_t n) __attribute__((always_inline)) {
             prefetch(s.x, begin + at, n), prefetch(s.output, begin + at, n);
             prefetch(s.displacement, begin + at, n), prefetch(s.unconditional, begin + at, n);

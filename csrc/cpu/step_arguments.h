@@ -1,4 +1,4 @@
-// What the bindings of reverse_step and propose_and_weigh read alike.
+// Arguments that the bindings of reverse_step and propose_and_weigh both read.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ inline void read_inputs(Arguments& in, ReverseStep& step, const char* output) {
     step.displacement = {in.pointer_or_none("displacement"), in.dtype()};
 }
 
-// A tuple of five floats, kept in `five`, or the address of five columns.
+// Either a tuple of five floats, which are kept in `five`, or the address of five columns.
 inline void read_coefficients(Arguments& in, ReverseStep& step, double (&five)[5]) {
     step.in_columns = !in.is_tuple();
     if (step.in_columns) {
@@ -34,7 +34,7 @@ inline void read_coefficients(Arguments& in, ReverseStep& step, double (&five)[5
     step.coefficients = five;
 }
 
-// The displacement's scale, a float or the address of a column; after the coefficients.
+// The scale of the displacement: a float or the address of a column. Call it after read_coefficients.
 inline void read_scale(Arguments& in, ReverseStep& step) {
     step.displacement_scale = 1.0;
     if (in.is_float()) step.displacement_scale = in.number();
@@ -43,7 +43,7 @@ inline void read_scale(Arguments& in, ReverseStep& step) {
     step.per_particle = step.in_columns || step.displacement_scales;
 }
 
-// What the other output is, and how far the first is moved away from it.
+// The unconditional output and the guidance scale: a float or the address of a column.
 inline void read_guidance(Arguments& in, ReverseStep& step) {
     step.unconditional = {in.pointer_or_none("unconditional"), in.dtype()};
     if (in.is_float()) step.guidance_scale = in.number();
@@ -51,14 +51,14 @@ inline void read_guidance(Arguments& in, ReverseStep& step) {
     if (!std::isfinite(step.guidance_scale)) throw std::invalid_argument("guidance_scale: expected a finite one");
 }
 
-// none, a range or a dynamic threshold, by its code and two numbers.
+// The code of a ClipKind and two numbers.
 inline void read_clip(Arguments& in, ReverseStep& step) {
     const ClipKind kind = in.code("clip", ClipKind::dynamic);
     const double low = in.number();
     step.clip = {kind, low, in.number()};
 }
 
-// The shape of a state, [N, *event], a counter, and the number of threads. All that came before must be in memory.
+// The shape [N, *event], the counter and the number of threads. Checks that the pointers read before are not null.
 inline void read_shape(Arguments& in, ReverseStep& step) {
     if (!in.is_tuple()) throw TypeError("expected [N, *event]");
     Arguments sizes = in.items();

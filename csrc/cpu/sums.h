@@ -1,5 +1,5 @@
-// Sums in an order that nothing but the number of terms decides, whatever the width of vectors: term i in place i modulo
-// kPlaces, and the places to each other in halves.
+// Sums in an order that depends only on the number of terms, not on the width of vectors. Term i is added to place
+// i modulo kPlaces. Then the second half of the places is added to the first, until one place is left.
 #pragma once
 
 #include "simd.h"
@@ -11,7 +11,7 @@ constexpr int kPlaceVectors = kPlaces / kLanes64;
 
 constexpr auto added_up = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
 
-// op over all places, in halves.
+// Combines all places by op, halving their number each time.
 template <class T, class V, class Op>
 FG_INLINE T over_places(const V (&places)[kPlaceVectors], const Op& op) {
     V all[kPlaceVectors];
@@ -25,7 +25,7 @@ FG_INLINE T over_places(const V (&places)[kPlaceVectors], const Op& op) {
     return lane[0];
 }
 
-// The sum of a few terms, fewer than there are places.
+// The sum of fewer than kPlaces terms.
 template <int kCount, class R>
 FG_INLINE double sum_of_few(const R* terms) {
     double place[kCount];
@@ -38,7 +38,7 @@ FG_INLINE double sum_of_few(const R* terms) {
     return place[0];
 }
 
-// sums[rows] of terms[rows, elements] with few elements. Both may begin at one place.
+// sums[rows] of terms[rows, elements], with fewer than kPlaces elements. Both arrays may start at the same address.
 template <class R>
 __attribute__((noinline)) void sum_short_rows(double* sums, const R* terms, uint64_t rows, uint64_t elements) {
     switch (elements) {
@@ -53,15 +53,15 @@ __attribute__((noinline)) void sum_short_rows(double* sums, const R* terms, uint
     }
 }
 
-// The sum of terms[count], four of a place in their own type, and all such fours in double. Reads a vector at a time, past
-// the end too.
+// The sum of terms[count]. In each place, four terms at a time are added in their own type, and the fours are added in
+// double. Reads whole vectors, also past the end.
 template <class R>
 FG_INLINE double sum_in_fours(const R* terms, uint64_t count) {
     constexpr bool kFloat = std::is_same_v<R, float>;
     constexpr uint64_t kAtOnce = 4 * kPlaces;
     using V = std::conditional_t<kFloat, HalfF32, F64>;
     F64 places[kPlaceVectors] = {};
-    // at(k): the terms from k * kLanes64 on
+    // at(k): the vector of terms from k * kLanes64 on
     const auto add_four = [&](const auto& at) __attribute__((always_inline)) {
         for (int k = 0; k < kPlaceVectors; ++k) {
             const V four = (at(k) + at(k + kPlaceVectors)) + (at(k + 2 * kPlaceVectors) + at(k + 3 * kPlaceVectors));

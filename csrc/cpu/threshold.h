@@ -1,11 +1,11 @@
-// The dynamic threshold of a particle: exact order statistics of |x0| without sorting it.
+// The dynamic threshold of a particle: exact order statistics of |x0|, without sorting.
 #pragma once
 
 #include "simd.h"
 
 namespace fastguide::cpu {
 
-// The bits of |v|: they ascend with it, and those of a NaN are above all others, where a sort puts it.
+// The bits of |v| as an integer. They have the same order as |v|. NaN is above all others, as in a sort.
 FG_INLINE uint32_t magnitude(float v) {
     uint32_t bits;
     __builtin_memcpy(&bits, &v, sizeof bits);
@@ -18,12 +18,13 @@ FG_INLINE uint64_t magnitude(double v) {
 }
 
 constexpr int threshold_bits(uint64_t count) { return count < 1024 ? 5 : 11; }
-// How many counts the threshold of so many elements needs.
+// The number of counts that the threshold of `count` elements needs.
 constexpr uint64_t counts_of_threshold(uint64_t count) { return uint64_t{1} << threshold_bits(count); }
 
-// The `ratio` quantile of |x0|, between the two order statistics it lies between, held in [1, most]. `each(f)` calls
-// f(x0) for each of the `count` elements. Digit by digit: how many of those that share the digits found so far have
-// which next one. Another thread may change x0 between two looks: no digit is sought past the last.
+// The `ratio` quantile of |x0|, interpolated between two order statistics and kept within [1, most]. `each(f)` calls
+// f(x0) for each of the `count` elements. The lower order statistic is found digit by digit: each pass counts the next
+// digit of the elements that have the digits found so far. Another thread may change x0 between two passes, so the
+// search for a digit stops at the largest digit, whatever the counts are.
 template <class R, class Each>
 FG_INLINE R threshold(uint64_t* counts, uint64_t count, double ratio, double most, const Each& each) {
     using U = decltype(magnitude(R{}));
@@ -57,7 +58,7 @@ FG_INLINE R threshold(uint64_t* counts, uint64_t count, double ratio, double mos
     __builtin_memcpy(&ends[0], &low, sizeof low);
     __builtin_memcpy(&ends[1], &high, sizeof high);
     const double from = static_cast<double>(ends[0]), to = static_cast<double>(ends[1]);
-    // as torch.lerp, in double
+    // the formula of torch.lerp, in double
     const double quantile = between < 0.5 ? from + between * (to - from) : to - (to - from) * (1.0 - between);
     const double bound = quantile < 1.0 ? 1.0 : quantile;  // a NaN stays
     return static_cast<R>(bound > most ? most : bound);

@@ -1,5 +1,5 @@
-// How the element-wise kernels walk a row-major [rows, elements] array: in tiles that stay in the first-level
-// cache, shared out to threads. No result depends on the sharing.
+// How the element-wise kernels go through a row-major [rows, elements] array: in tiles that fit the first-level cache,
+// divided among threads. No result depends on the number of threads.
 #pragma once
 
 #include "noise.h"
@@ -9,16 +9,16 @@
 #include <thread>
 #endif
 
-// What GCC makes of "omp parallel". Clang would call a library of its own, with threads of its own, beside the libgomp
-// that torch has loaded.
+// GCC compiles "omp parallel" to this call. Clang would call another library, with another set of threads beside those of
+// the libgomp that torch has loaded.
 extern "C" void GOMP_parallel(void (*member)(void*), void* data, unsigned threads, unsigned flags);
 
 namespace fastguide::cpu {
 
 constexpr uint64_t kTile = 2048;  // elements
-constexpr uint64_t kPastCaches = uint64_t{8} << 20;  // bytes from which results are written past the caches
+constexpr uint64_t kPastCaches = uint64_t{8} << 20;  // results of at least so many bytes are written past the caches
 
-// The tiles (noise.h has what one is) of such an array that has elements.
+// The tiles of a [rows, elements] array; noise.h defines Tile. `elements` must not be 0.
 struct Tiling {
     uint64_t rows, elements;
 
@@ -28,7 +28,7 @@ struct Tiling {
         const uint64_t per_tile = rows_per_tile();
         return per_tile > 1 ? (rows + per_tile - 1) / per_tile : rows * tiles_per_row();
     }
-    // The elements of the largest tile.
+    // The number of elements of the largest tile.
     uint64_t largest() const {
         const uint64_t per_tile = rows_per_tile() < rows ? rows_per_tile() : rows;
         return elements < kTile ? per_tile * elements : kTile;
@@ -46,8 +46,8 @@ struct Tiling {
     }
 };
 
-// How [0, count) is shared out to at most `threads` threads. `grain` indices are the least worth a thread. Several
-// pieces for each thread, so that one that the machine has put aside holds up nobody for long.
+// How [0, count) is divided among at most `threads` threads. A thread gets at least `grain` indices. There are several
+// pieces for each thread, so that a thread that the system has paused delays the others only little.
 struct Sharing {
     uint64_t count, pieces;
     int team;
@@ -60,7 +60,7 @@ struct Sharing {
     }
 };
 
-// f(begin, end, memory) for the pieces, with each thread's part of the workspace.
+// Calls f(begin, end, memory) for each piece. `memory` is the thread's part of the workspace.
 template <class F>
 FG_INLINE void share_ranges(const Sharing& sharing, const Workspace& workspace, const F& f) {
     const uint64_t count = sharing.count, pieces = sharing.pieces;
@@ -72,7 +72,7 @@ FG_INLINE void share_ranges(const Sharing& sharing, const Workspace& workspace, 
         for (uint64_t piece; (piece = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < pieces;)
             f(count * piece / pieces, count * (piece + 1) / pieces, memory);
     };
-#if defined(FG_THREAD_SANITIZER)  // which knows nothing of OpenMP's threads
+#if defined(FG_THREAD_SANITIZER)  // the sanitizer does not understand the threads of OpenMP
     std::thread others[8];
     const int helpers = sharing.team - 1 < 8 ? sharing.team - 1 : 8;
     for (int i = 0; i < helpers; ++i) others[i] = std::thread(work);
@@ -84,7 +84,7 @@ FG_INLINE void share_ranges(const Sharing& sharing, const Workspace& workspace, 
 #endif
 }
 
-// f(begin, end) without memory.
+// Calls f(begin, end), without scratch memory.
 template <class F>
 FG_INLINE void share_ranges(uint64_t count, uint64_t grain, int threads, const F& f) {
     const Workspace none({}, 0);
@@ -92,15 +92,15 @@ FG_INLINE void share_ranges(uint64_t count, uint64_t grain, int threads, const F
     share_ranges(Sharing(count, grain, threads), none, forget);
 }
 
-// f(index, memory) for each of [0, count): each thread has as much memory as `counted` counted. What f takes of it,
-// take from `counted` before, at the most that any index needs.
+// Calls f(index, memory) for each index in [0, count). Each thread has as much scratch memory as `counted` has counted.
+// Before the call, take from `counted` the most that f takes for any index.
 template <class F>
 FG_INLINE void share_out(uint64_t count, uint64_t grain, int threads, const Memory& counted, const F& f) {
     const Sharing sharing(count, grain, threads);
     const Workspace workspace(counted, sharing.team);
     share_ranges(sharing, workspace, [&](uint64_t begin, uint64_t end, const Memory& memory) {
         for (uint64_t i = begin; i < end; ++i) f(i, memory);
-        stream_fence();  // what f wrote past the caches
+        stream_fence();  // completes the writes past the caches
     });
 }
 

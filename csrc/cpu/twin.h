@@ -1,5 +1,5 @@
-// Two vectors that go through the same operations, or two such pairs: independent chains of instructions side by side,
-// so that each hides the latency of the other: with one vector at a time, resampling 1e6 particles takes 1.9 times as long.
+// Two vectors that go through the same operations, or two such pairs. These are independent chains of instructions, so
+// each hides the latency of the other. With one vector at a time, resampling 1e6 particles takes 1.9 times as long.
 #pragma once
 
 #include "simd.h"
@@ -45,7 +45,7 @@ FG_TWIN(|)
 FG_TWIN(^)
 FG_TWIN(<<)
 FG_TWIN(>>)
-FG_TWIN(<)  // of integers
+FG_TWIN(<)  // the comparisons are for integers only
 FG_TWIN(<=)
 FG_TWIN(>)
 #undef FG_TWIN
@@ -60,7 +60,7 @@ FG_INLINE Twin<V> multiply_low_words(U64 x, const Twin<V>& y) {
     return {multiply_low_words(x, y.a), multiply_low_words(x, y.b)};
 }
 
-// What the functions of common/weights.h are made of, for twins of what `Lanes` has.
+// The operations that common/weights.h needs, for twins of the types of `Lanes`.
 template <class Lanes>
 struct TwinLanes {
     using F64 = Twin<typename Lanes::F64>;
@@ -105,7 +105,7 @@ FG_INLINE auto sum_of(const Twin<V>& v) {
     return sum_of(v.a) + sum_of(v.b);
 }
 
-// The bits that any of the vectors has.
+// The bitwise OR of all the vectors.
 template <class V>
 FG_INLINE V any_of(V v) {
     return v;

@@ -1,5 +1,5 @@
-// Element types in vectors: a kernel works on float or double, and what is narrower is widened and narrowed a
-// tile at a time.
+// Element types in vectors. A kernel works on float or double. Narrower types are widened and narrowed one tile at a
+// time.
 #pragma once
 
 #include <type_traits>
@@ -9,13 +9,13 @@
 
 namespace fastguide::cpu {
 
-// A contiguous tensor that a kernel reads,
+// A contiguous tensor that a kernel reads.
 struct Input {
     const void* data;
     Dtype dtype;
 };
 
-// or writes.
+// A contiguous tensor that a kernel writes.
 struct Result {
     void* data;
     Dtype dtype;
@@ -26,7 +26,7 @@ FG_INLINE F32 widen_lanes(const BFloat16* from) { return from_bfloat16(load<U16>
 FG_INLINE void narrow_lanes(Half* to, F32 v) { store(to, to_half(v)); }
 FG_INLINE void narrow_lanes(BFloat16* to, F32 v) { store(to, to_bfloat16(v)); }
 
-// float16 or bfloat16 to float, `count` elements.
+// Converts `count` elements from float16 or bfloat16 to float.
 template <class T>
 FG_INLINE void widen(float* to, const T* from, uint64_t count) {
     uint64_t i = 0;
@@ -38,7 +38,7 @@ FG_INLINE void widen(float* to, const T* from, uint64_t count) {
     }
 }
 
-// float to float16 or bfloat16, to nearest even.
+// Converts `count` elements from float to float16 or bfloat16, to nearest even.
 template <class T>
 FG_INLINE void narrow(T* to, const float* from, uint64_t count) {
     uint64_t i = 0;
@@ -50,7 +50,7 @@ FG_INLINE void narrow(T* to, const float* from, uint64_t count) {
     }
 }
 
-// f(T{}) for the element type that `dtype` names.
+// Calls f(T{}) with the element type T that `dtype` names.
 template <class F>
 FG_INLINE void with_type(Dtype dtype, const F& f) {
     switch (dtype) {
@@ -61,7 +61,7 @@ FG_INLINE void with_type(Dtype dtype, const F& f) {
     }
 }
 
-// Between any two types; between float64 and a narrow one by way of float, as torch does.
+// Converts between any two types. Between float64 and a 16-bit type it goes through float, as torch does.
 template <class To, class From>
 FG_INLINE void convert(To* to, const From* from, uint64_t count) {
     if constexpr (sizeof(To) > 2 && sizeof(From) > 2) {
@@ -81,7 +81,7 @@ FG_INLINE void convert(To* to, const From* from, uint64_t count) {
     }
 }
 
-// Elements [begin, begin + count) as R: where they are, or converted into `buffer`.
+// Elements [begin, begin + count) as R: in place if they are R already, otherwise converted into `buffer`.
 template <class R>
 FG_INLINE const R* staged(R* buffer, const Input& from, uint64_t begin, uint64_t count) {
     const R* at = buffer;
@@ -94,7 +94,7 @@ FG_INLINE const R* staged(R* buffer, const Input& from, uint64_t begin, uint64_t
     return at;
 }
 
-// buffer[count] to where elements [begin, begin + count) belong.
+// Converts buffer[count] to elements [begin, begin + count) of `to`.
 template <class R>
 FG_INLINE void put(const Result& to, uint64_t begin, const R* buffer, uint64_t count) {
     with_type(to.dtype, [&](auto type) __attribute__((always_inline)) {
@@ -102,7 +102,7 @@ FG_INLINE void put(const Result& to, uint64_t begin, const R* buffer, uint64_t c
     });
 }
 
-// Into the first-level cache, while somebody computes something else.
+// Prefetches elements into the first-level cache while other work runs.
 FG_INLINE void prefetch(const Input& from, uint64_t begin, uint64_t count) {
     if (!from.data) return;
     const uint64_t size = size_of(from.dtype);

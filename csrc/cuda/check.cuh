@@ -10,14 +10,15 @@
 
 namespace fastguide::cuda {
 
-// The error of a launch, by its CUDA name. Errors inside a kernel show at the caller's next synchronisation.
+// Throws if a launch failed, with the CUDA name of the error. Errors inside a kernel show at the caller's next
+// synchronisation.
 inline void check(cudaError_t error, const char* what) {
     if (error != cudaSuccess)
         throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " +
                                  cudaGetErrorString(error));
 }
 
-// kernel<<<blocks, threads, 0, queue>>>(arguments...), checked, and in C++ that every compiler reads.
+// kernel<<<blocks, threads, 0, queue>>>(arguments...) in plain C++, with a check for errors.
 template <class... Parameters, class... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), dim3 blocks, unsigned threads, cudaStream_t queue,
             Arguments&&... arguments) {
@@ -28,7 +29,7 @@ void launch(const char* what, void (*kernel)(Parameters...), dim3 blocks, unsign
     check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what);
 }
 
-// As many blocks as run at once on the device that is current, but no more than `most`, as one cooperative launch.
+// One cooperative launch with as many blocks as run at once on the current device, but no more than `most`.
 template <class... Parameters, class... Arguments>
 void launch_together(const char* what, void (*kernel)(Parameters...), uint64_t most, unsigned threads,
                      cudaStream_t queue, Arguments&&... arguments) {

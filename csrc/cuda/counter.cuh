@@ -8,18 +8,18 @@
 
 namespace fastguide::cuda {
 
-// Where a seed and a step stand on the device, or null where they are numbers.
+// The device addresses of a seed and a step. Null means that the number in the call is used.
 struct CounterOnDevice {
     const int64_t *seed, *step;
 };
 
-// Their addresses, each 0 where there is none.
+// Reads the two addresses; 0 means none.
 inline CounterOnDevice read_counter(Arguments& in) {
     const auto seed = in.pointer<const int64_t>("seed");
     return {seed, in.pointer<const int64_t>("step")};
 }
 
-// `call` with the seed and the step that stand there now: a launch that a graph replays reads them anew.
+// Returns `call` with the seed and the step read from the device. So a launch that a graph replays uses the current ones.
 template <class Call>
 __device__ __forceinline__ Call with_counter(Call call, const CounterOnDevice& at) {
     if (at.seed) call.seed = static_cast<uint64_t>(*at.seed);

@@ -6,7 +6,7 @@
 functions run inside ``jax.jit``, ``scan`` and ``vmap``, as a callback on the host to `fastguide.ops.resample`.
 
 Weights are summed as integers, so that sums are exact for any number of weights; blackjax sums in float32. The indices
-follow the same distribution as blackjax's but are not the same numbers: ``rng_key`` seeds a generator of our own.
+follow the same distribution as blackjax's but are other numbers, because ``rng_key`` seeds fastguide's own generator.
 Weights that cannot be used raise no error, as in blackjax: if one is NaN, infinite or negative, or none is above 0,
 blackjax's own function chooses the indices.
 

@@ -7,11 +7,10 @@
 denoiser ``f(x, sigma)`` into what `fastguide.sample` takes. Images are in the range of the physics and the denoiser,
 usually [0, 1]. A state is ``x_t = x_0 + sigma eps`` in that range.
 
-A physics may have one mask or kernel for each sample of a batch. Those of an observation then serve all its particles.
+A physics may have one mask or kernel for each sample of a batch. All particles of an observation then share its mask.
 All measurements of a ``StackedPhysics`` must have the same noise model.
 
-This module imports nothing of deepinv: it recognises objects by the names of their classes. Objects stay on their
-device.
+This module does not import deepinv: it recognises objects by the names of their classes. Objects stay on their device.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ Shape = Sequence[int]
 
 
 def _is(value: Any, name: str) -> bool:
-    """Whether a class of that name is among the bases."""
+    """Whether the class of ``value`` or one of its bases is called ``name``."""
     return any(base.__name__ == name for base in type(value).__mro__)
 
 
@@ -56,7 +55,7 @@ _DERIVED = ("angle", "Fh", "Fhc", "Fh2")
 
 
 def _rows_of(physics: Any) -> int | None:
-    """How many samples have a mask or kernel of their own in the physics; None where all share one."""
+    """How many samples have their own mask or kernel in the physics; None if all share one."""
     for part in getattr(physics, "physics_list", [physics]):
         least = 1 if _is(part, "Inpainting") else 4  # dimensions of a value with rows: mostly those of images
         for name in _OF_EACH_SAMPLE:
@@ -67,7 +66,7 @@ def _rows_of(physics: Any) -> int | None:
 
 
 def _with_rows(physics: Any, rows: Tensor, number: int) -> Any:
-    """A copy of a physics with ``number`` samples' own masks or kernels that has only ``rows`` of them."""
+    """A copy of a physics that has ``number`` masks or kernels. The copy keeps only those of the samples ``rows``."""
     chosen = copy.copy(physics)
     for registry in ("_parameters", "_buffers", "_modules"):
         setattr(chosen, registry, dict(getattr(physics, registry)))
@@ -104,7 +103,7 @@ class _Physics(operators.Operator):
         return value.to(x.dtype.to_complex() if value.is_complex() else x.dtype)
 
     def _check_rows(self, x: Tensor) -> None:
-        """Raise if the physics has another number of samples. Broadcasting would give a sample the mask of another."""
+        """Raise if the physics has another number of samples: broadcasting would give a sample the mask of another."""
         if self.observations not in (None, len(x)):
             raise ValueError(
                 f"physics: expected one {self} for all samples, or one for each of {len(x)}, got {self.observations}"
@@ -153,8 +152,8 @@ class _DecomposablePhysics(_LinearPhysics):
 
 
 class _BlurFFT(_DecomposablePhysics):
-    """A blur with the whole spectrum. deepinv keeps half of it, in real and imaginary parts, which is no orthonormal
-    basis.
+    """A blur with the whole spectrum. deepinv keeps only half of it, in real and imaginary parts. These are not an
+    orthonormal basis.
     """
 
     def __init__(self, physics: Any, compute_dtype: torch.dtype | None):
@@ -171,7 +170,7 @@ class _BlurFFT(_DecomposablePhysics):
 
 
 class _Stack(_Physics):
-    """Several measurements as one ``[B, m]``: each is flattened, one after the other. ``y`` gives their shapes."""
+    """Several measurements as one tensor ``[B, m]``: they are flattened and concatenated. ``y`` gives their shapes."""
 
     def __init__(self, physics: Any, compute_dtype: torch.dtype | None, y: Any):
         super().__init__(physics, compute_dtype)
@@ -315,7 +314,7 @@ def likelihood(y: Tensor, physics: Any, scale: likelihoods.Scale | None = None) 
 
 
 def _checked(y: Any, physics: Any) -> Any:
-    """``y``, checked: a measurement, or the measurements of a stack."""
+    """``y`` after checks: a measurement, or the measurements of a stack."""
     for part in y if _is(physics, "StackedPhysics") else [y]:
         tensor("y", part, readable=True)
         if part.ndim < 2 or not part.numel():
@@ -339,7 +338,7 @@ def _measured(y: Any, physics: Any, dtype: torch.dtype | None = None) -> tuple[_
 
 
 def _noise_of(physics: Any) -> Any:
-    """The noise model. All parts of a stack must have the same."""
+    """The noise model. All parts of a stack must have the same one."""
     if not _is(physics, "StackedPhysics"):
         return physics.noise_model
     noises, kinds = [part.noise_model for part in physics.physics_list], set()
@@ -358,7 +357,7 @@ def _gaussian_scale(physics: Any) -> float:
 
 
 def _number_or_rows(noise: Any, name: str, y: Tensor) -> float | Tensor:
-    """One number, or a tensor ``[B, 1, ...]`` with the dimensions of ``y`` where each observation has its own."""
+    """One number, or a tensor ``[B, 1, ...]`` with as many dimensions as ``y`` if observations have different ones."""
     values = as_tensor(getattr(noise, name))
     if values.numel() != len(y) or len(y) == 1 or (values == values.flatten()[0]).all():
         return _number(noise, name)
@@ -741,7 +740,7 @@ class DPS(nn.Module):
         if denoise_output:
             if _is(self.solver, "AncestralSolver"):
                 scale, sigma = posterior.scale_t(t[-1]), posterior.sigma_t(t[-1])
-            else:  # the last step has added this noise
+            else:  # the last step has already added this noise
                 scale = posterior.scale_t(t[-2])
                 sigma = posterior.diffusion(t[-2]) * (t[1] - t[0]).abs().sqrt() / scale
             if sigma > 0 and scale > 0:
@@ -824,7 +823,7 @@ class _Posterior:
         return (scale * weight) * denoised - weight * x - (unit / scale) * gradient
 
     def by_euler(self, x: Tensor, times: list[float], seed: int, verbose: bool, states: list[Tensor] | None) -> Tensor:
-        """``x`` at the last time, by Euler-Maruyama steps. ``states`` receives the states on the way."""
+        """``x`` at the last time, by Euler-Maruyama steps. ``states``, unless None, receives all states."""
         alpha = min(float(self.alpha(time)) for time in times[:-1])
         if not alpha >= 0:
             raise ValueError(f"alpha: expected values >= 0, got {alpha:g}")

@@ -61,8 +61,8 @@ class FKD:
         reward_min_value: The reward before the first step.
         latent_to_decode_fn: ``latent_to_decode_fn(x0_preds)`` returns images: a tensor or a sequence. Neither function
             may write into ``x0_preds``.
-        device: Where rewards and weights are kept, in float64 (rewards in float32 with ``strict``). None is CUDA if
-            torch has it, as in the authors' class, else the CPU.
+        device: Where rewards and weights are kept, in float64 (rewards in float32 with ``strict``). None is CUDA if it
+            is available, as in the authors' class, else the CPU.
         scheme: A resampling scheme of `fastguide.ops.resample`. Not with ``strict``.
         seed: An integer in ``[0, 2^64)``. None draws one from torch's global generator. A step that is taken again
             draws other numbers. Not with ``strict``.
@@ -144,8 +144,8 @@ class FKD:
     def resample(self, *, sampling_idx: int, latents: Tensor, x0_preds: Tensor) -> tuple[Tensor, Any]:
         """Weighs and resamples the particles after step ``sampling_idx``.
 
-        A step that does not weigh returns the latents as they are. The call waits for the device where images are not a
-        tensor, with ``strict``, and at the last step, to warn of unusable rewards.
+        A step that does not weigh returns the latents as they are. The call waits for the device if images are not a
+        tensor, with ``strict``, and at the last step to warn of unusable rewards.
 
         Args:
             sampling_idx: The step, an integer >= 0. 0 is the first.
@@ -172,7 +172,7 @@ class FKD:
         version = None if x0_preds.is_inference() else x0_preds._version
         images = self.latent_to_decode_fn(x0_preds)
         rewards = self._as_tensor(self.reward_fn(images))
-        if version is not None and x0_preds._version != version:  # a copy would cost as much as the resampling
+        if version is not None and x0_preds._version != version:  # comparing copies would cost too much
             raise ValueError(
                 "latent_to_decode_fn, reward_fn: expected functions that leave x0_preds as they are, got one that "
                 "writes into them; it can write into a clone"

@@ -526,7 +526,7 @@ class _Run:
                 )
 
     def expect_decreasing(self, eta: float) -> None:
-        """Raise if a level rises: an SDE's noise would have a negative variance."""
+        """Raise if a level rises: the noise of the SDE would have a negative variance."""
         for i, (sigma_t, sigma_s) in enumerate(pairwise(self.levels)):
             if sigma_s > sigma_t:
                 raise ValueError(
@@ -538,15 +538,15 @@ class _Run:
         return self.model(x, self.x.new_full(x.shape[:1], sigma), **self.extra_args)
 
     def widened(self, x: Tensor) -> Tensor:
-        """``x`` in the wider of its dtype and that of the sigmas, as the Euler steps of k-diffusion leave it. Its
-        other steps do not widen.
+        """``x`` in the wider of its dtype and that of the sigmas. The Euler steps of k-diffusion widen like this; its
+        other steps do not.
         """
         return x.to(torch.promote_types(x.dtype, self.sigmas.dtype))
 
     def toward(self, i: int, x: Tensor, denoised: Tensor, ratio: float, growth: float) -> tuple[Tensor, Tensor]:
-        """``x`` and ``ratio x + (1 - ratio) denoised``, reported.
+        """``x`` and the next state ``ratio x + (1 - ratio) denoised``, after the callback was called.
 
-        The callback may change ``x`` but not where it was heading.
+        If the callback changes ``x``, the next state stays as it was.
         """
         if self.callback is None:
             x = self.widened(x)
@@ -576,7 +576,7 @@ def _not_negative(name: str, value: Any) -> float:
 
 
 def _to_host(sigmas: Tensor) -> Tensor:
-    """The levels on the host: the only wait for the device."""
+    """The levels on the host. This is the only wait for the device."""
     return sigmas.detach().cpu()
 
 
@@ -626,7 +626,7 @@ class _Noise:
 
 
 def _mix(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """``(1 - weight) a + weight b``. Two dtypes, as under autocast, give the wider."""
+    """``(1 - weight) a + weight b``, in the wider dtype if they differ, as under autocast."""
     if a.dtype != b.dtype:
         dtype = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(dtype), b.to(dtype)

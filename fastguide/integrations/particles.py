@@ -5,11 +5,11 @@
 `patch` replaces the functions inside ``particles`` instead, so that every ``particles.SMC`` uses these.
 
 A scheme draws the same numbers as the scheme of `particles`, in the same order and from the same generator. That is
-numpy's global generator; for `ssp` it is numba's if ``particles.resampling`` is loaded. Only a function compiled by
-numba can seed that. Weights are summed in the same order too. With the same seed, float64 weights therefore give the
-same ancestors, ties included. There is one exception. Rounding can leave the sum of the weights below the last
-uniforms; `particles` then reads past the end of ``W``, and here those uniforms choose the last particle whose weight is
-not 0.
+numpy's global generator; for `ssp` it is numba's if ``particles.resampling`` is loaded (only a function compiled by
+numba can seed that one). Weights are summed in the same order too. With the same seed, float64 weights therefore give
+the same ancestors, ties included. There is one exception. Rounding can leave the sum of the weights below the last
+uniforms. Then `particles` reads past the end of ``W``; here those uniforms choose the last particle whose weight is not
+0.
 
 `exp_and_normalise`, `essl` and `log_mean_exp` agree with `particles` to 1e-13: they have their own exponential, and the
 order of summation differs. All functions compute in float64.
@@ -295,8 +295,8 @@ def _at(array: NDArray[Any]) -> int:
 
 def _uniforms(count: int) -> Doubles:
     """``np.random.rand(count)``. The generator is left as numpy would leave it."""
-    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # not in its stub
-    if not isinstance(generator, np.random.MT19937):  # another generator was set
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # missing in numpy's stubs
+    if not isinstance(generator, np.random.MT19937):  # the user has set another generator
         return np.random.rand(count)
     uniforms = np.empty(count)
     key = generator.ctypes.state_address  # [624] words, and the position among them
@@ -306,8 +306,8 @@ def _uniforms(count: int) -> Doubles:
 
 
 def _numba_uniforms(count: int) -> Doubles:
-    """Uniforms of numba's generator, from which compiled functions draw. Its state has this thread's position, then
-    its words.
+    """Uniforms of numba's generator, from which compiled functions draw. Its state is the position of this thread, then
+    the words.
     """
     from numba import _helperlib  # type: ignore
 

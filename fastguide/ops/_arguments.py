@@ -1,7 +1,8 @@
 """The arguments that operations share: states, counters, coefficients and clips, each checked and parsed once.
 
-What comes out is what ``torch.library``'s schemas and every backend take. A counter is four numbers, and a tensor
-instead of the seed or of the step; coefficients are five floats, or a table ``[5, N]``; a clip is a tuple of floats.
+The results have the forms that ``torch.library``'s schemas and every backend take. A counter is four numbers, and
+perhaps tensors that replace the seed and the step. Coefficients are five floats, or a table ``[5, N]``. A clip is a
+tuple of floats.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ SCALARS = "float[] coefficients, Tensor? table"
 
 
 def own(name: str, value: Any, expected: str = "a tensor") -> Tensor:
-    """A tensor argument as kernels read it: of plain memory, and what is a view of the negative (`torch._neg_view`)
-    written out."""
+    """A tensor argument as kernels read it: a plain tensor with memory. A negative view (`torch._neg_view`) is
+    copied."""
     compiling = is_compiling()
     if compiling or type(value) is not Tensor or not has_memory(value) or value.is_nested:
         arguments.tensor(name, value, expected)
@@ -71,10 +72,10 @@ def own(name: str, value: Any, expected: str = "a tensor") -> Tensor:
 
 
 def unwrapped(value: Tensor) -> Tensor:
-    """A subclass that only adds methods as torch's own tensor of the same memory; anything else as it is."""
+    """A plain tensor with the same memory, for a subclass that only adds methods; any other value as it is."""
     if type(value) is Tensor or isinstance(value, torch.nn.Parameter) or is_wrapper(value):
         return value
-    return value if is_compiling() else value.as_subclass(Tensor)  # compile knows what it traces
+    return value if is_compiling() else value.as_subclass(Tensor)  # torch.compile handles the subclass itself
 
 
 def state(name: str, value: Any, like: Tensor | None = None, like_name: str = "x") -> Tensor:
@@ -97,16 +98,16 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """What the results of an element-wise operation have: that of ``x`` where the channels come last in memory, else
-    contiguous."""
-    if x.ndim not in _CHANNELS_LAST or x.is_contiguous() or transformed():  # inside a transform torch does not say
+    """The layout of the results of an element-wise operation: channels_last if ``x`` has it, else contiguous."""
+    if x.ndim not in _CHANNELS_LAST or x.is_contiguous() or transformed():  # inside a transform torch does not know it
         return torch.contiguous_format
     form = _CHANNELS_LAST[x.ndim]
     return form if x.is_contiguous(memory_format=form) else torch.contiguous_format
 
 
 def channels_moved(form: torch.memory_format, *tensors: Tensor | None, back: bool = False) -> tuple[Any, ...]:
-    """The tensors with their channels last, a contiguous view of such a layout; or back again."""
+    """The tensors with the channels as the last dimension, so that a channels_last tensor is contiguous. ``back``
+    undoes it."""
     if form is torch.contiguous_format:
         return tensors
     where, to = (-1, 1) if back else (1, -1)
@@ -114,7 +115,7 @@ def channels_moved(form: torch.memory_format, *tensors: Tensor | None, back: boo
 
 
 def span(x: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte and of that after the last."""
+    """The address of the first byte, and the address after the last byte."""
     if x.numel() == 0:
         return 0, 0
     steps = sum((number - 1) * stride for number, stride in zip(x.shape, x.stride(), strict=True))
@@ -157,7 +158,7 @@ def _expect_writable(name: str, tensor: Tensor, others: Sequence[Tensor | None])
     """Raise where a kernel must not write into ``tensor``, or where it would write into one of ``others``."""
     if not is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{name}: expected a tensor made outside of torch.inference_mode, or a call inside of it")
-    if traced() or is_wrapper(tensor) or transformed():  # there are no addresses
+    if traced() or is_wrapper(tensor) or transformed():  # such tensors have no addresses
         return
     start, end = span(tensor)
     for other in others:
@@ -168,7 +169,7 @@ def _expect_writable(name: str, tensor: Tensor, others: Sequence[Tensor | None])
 
 
 def not_finite(value: Any, number: int, device: torch.device, others: Sequence[Tensor | None]) -> Tensor | None:
-    """The argument ``not_finite`` of an operation: ``number`` flags, one for each input that it watches."""
+    """The argument ``not_finite`` of an operation: ``number`` flags, one for each input that is checked."""
     if value is None:
         return None
     arguments.tensor("not_finite", value)
@@ -185,12 +186,12 @@ def not_finite(value: Any, number: int, device: torch.device, others: Sequence[T
 
 
 def readable(value: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a device, or for a tracer."""
+    """Whether values can be read without waiting for a device, and outside of tracing."""
     return value.device.type == "cpu" and not (traced() or is_wrapper(value) or is_batched(value))
 
 
 def index(name: str, indices: Tensor, size: int) -> None:
-    """Raise where one of ``indices`` is not in ``[0, size)``; reads them."""
+    """Raise if one of ``indices`` is not in ``[0, size)``. Reads the values."""
     outside = ((indices < 0) | (indices >= size)).flatten().nonzero()
     if len(outside):
         refuse_index(name, indices, size, int(outside[0]))
@@ -212,9 +213,9 @@ def counter(
     device: torch.device,
     first_name: str = "first_particle",
 ) -> Counter:
-    """``seed, step, stream, first_particle, seed_tensor, step_tensor`` of normals ``shape = [N, *event]``."""
+    """``seed, step, stream, first_particle, seed_tensor, step_tensor`` for normals of ``shape`` ``[N, *event]``."""
     for name, value, bits in (("seed", seed, 64), ("step", step, 32), ("stream", stream, 16), (first_name, first, 48)):
-        if isinstance(value, Tensor) and bits in (64, 32):  # its value is not looked at: that would wait for the device
+        if isinstance(value, Tensor) and bits in (64, 32):  # its value is not read: that would wait for the device
             arguments.tensor(name, value)
             elsewhere = value.device.type != device.type or device.index not in (None, value.device.index)
             if value.dtype != torch.int64 or value.numel() != 1 or elsewhere:
@@ -237,7 +238,7 @@ def counter(
 
 
 def read(seed: int, step: int, seed_tensor: Tensor | None, step_tensor: Tensor | None) -> tuple[int, int]:
-    """The seed and the step as numbers, those of tensors too."""
+    """The seed and the step as numbers. Reads the tensors, if there are any."""
     if seed_tensor is not None:
         seed = int(seed_tensor) & (1 << 64) - 1
     if step_tensor is not None:
@@ -252,7 +253,7 @@ _NAMES = {5: ("alpha_t", "sigma_t", "alpha_s", "sigma_s", "tau"), 2: ("alpha", "
 
 def scalars(coefficients: Any, x: Tensor, prediction: str, argument: str = "coefficients", count: int = 5) -> Scalars:
     """``(alpha_t, sigma_t, alpha_s, sigma_s, tau)``, or ``(alpha, sigma)``, each a float or a tensor ``[N]``. Values of
-    tensors are not looked at here: `expect_scalars` does it when the operation runs."""
+    tensors are not checked here: `expect_scalars` checks them when the operation runs."""
     names = _NAMES[count]
     if not isinstance(coefficients, Sequence | np.ndarray) or isinstance(coefficients, str | bytes):
         raise ValueError(f"{argument}: expected {', '.join(names)}, got {got(coefficients)}")
@@ -282,7 +283,7 @@ def scalars(coefficients: Any, x: Tensor, prediction: str, argument: str = "coef
 
 
 def expect_scalars(table: Tensor | None, prediction: str, argument: str = "coefficients") -> None:
-    """Raise where the values of a table on the CPU are no coefficients. On a GPU that would wait for the device."""
+    """Raise if the values of a table on the CPU are not valid. On a GPU the check would wait for the device."""
     if table is None or not readable(table):
         return
     for name, row in zip(_NAMES[len(table)], table, strict=True):
@@ -311,17 +312,17 @@ def _any(condition: bool | Tensor) -> bool:
 
 
 def unpacked_scalars(coefficients: Sequence[float], table: Tensor | None) -> Coefficients:
-    """As the references take them."""
+    """The coefficients as the references take them."""
     alpha_t, sigma_t, alpha_s, sigma_s, tau = coefficients if table is None else table.unbind()
     return alpha_t, sigma_t, alpha_s, sigma_s, tau
 
 
 def per_sample(name: str, value: Any, x: Tensor) -> tuple[float, Tensor | None]:
-    """A finite number, or 1 and a float64 tensor ``[N]``, whose values are looked at on the CPU only."""
+    """A finite number and None, or 1 and a float64 tensor ``[N]``. Values of tensors are checked on the CPU only."""
     if not isinstance(value, Tensor):
         return number(name, value, others=f" or a tensor [{x.shape[0]}]"), None
     value = own(name, value)
-    fits = value.ndim == 0 or value.shape == x.shape[:1]  # not by `in`, which compares symbols for identity
+    fits = value.ndim == 0 or value.shape == x.shape[:1]  # not with `in`: it compares symbolic sizes by identity
     if not fits or not value.is_floating_point() or value.device != x.device:
         raise ValueError(
             f"{name}: expected a number or a floating tensor [{x.shape[0]}] on {x.device}, "
@@ -334,7 +335,7 @@ def per_sample(name: str, value: Any, x: Tensor) -> tuple[float, Tensor | None]:
 
 
 def guidance(unconditional: Any, scale: Any, x: Tensor) -> tuple[Tensor | None, float, Tensor | None]:
-    """The unconditional output and the guidance scale as `GUIDANCE` has them: both, or neither and the scale 1."""
+    """The unconditional output and the guidance scale in the form of `GUIDANCE`: both, or None and the scale 1."""
     if (unconditional is None) != (scale is None):
         given, missing = ("unconditional", "guidance_scale")[:: 1 if scale is None else -1]
         raise ValueError(f"{missing}: expected a value together with {given}, got None")
@@ -344,12 +345,12 @@ def guidance(unconditional: Any, scale: Any, x: Tensor) -> tuple[Tensor | None, 
 
 
 def unpacked(number: float, tensor: Tensor | None) -> Scalar:
-    """What `per_sample` made two of."""
+    """The number or the tensor that `per_sample` got: the inverse of `per_sample`."""
     return number if tensor is None else tensor
 
 
 def address(number: float, tensor: Tensor | None) -> float | int:
-    """The same as the cpu kernels take it; ``tensor`` must be contiguous."""
+    """The same in the form that the cpu kernels take. ``tensor`` must be contiguous."""
     return number if tensor is None else tensor.data_ptr()
 
 
@@ -367,7 +368,7 @@ def clip(value: Any) -> tuple[float, ...]:
         if ratio is None or most is None or not (0.0 <= ratio <= 1.0 and most >= 1.0):
             raise ValueError(f"clip: expected 0 <= ratio <= 1 and max_value >= 1, got {got(value)}")
         return (ratio, most, 0.0)
-    bounds = tuple(map(as_float, value if isinstance(value, tuple) else (0.0, value)))  # a number must be above 0
+    bounds = tuple(map(as_float, value if isinstance(value, tuple) else (0.0, value)))  # 0: a number must be above it
     if len(bounds) != 2 or bounds[0] is None or bounds[1] is None or not bounds[0] < bounds[1]:
         raise ValueError(
             f"clip: expected a number > 0, (low, high) with low < high, or a DynamicThreshold, got {got(value)}"
@@ -376,12 +377,12 @@ def clip(value: Any) -> tuple[float, ...]:
 
 
 def unpacked_clip(value: Sequence[float]) -> Clip:
-    """As the references take it."""
+    """The clip as the references take it."""
     if not value:
         return None
     return DynamicThreshold(*value[:2]) if len(value) == 3 else (value[0], value[1])
 
 
 def codes(value: Sequence[float]) -> tuple[int, float, float]:
-    """As the cpu kernels take it."""
+    """The clip as the cpu kernels take it: its code and two numbers."""
     return len(value) and len(value) - 1, value[0] if value else 0.0, value[1] if value else 0.0

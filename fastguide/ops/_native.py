@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch  # before the modules: the libgomp.so.1 that they ask for is then torch's, and so are the threads
+import torch  # before the modules, so that they use torch's libgomp.so.1 and its threads
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ __all__ = [
     "module",
 ]
 
-log = logging.getLogger("fastguide")  # the package's only one: which modules are loaded, which backends serve a call
+log = logging.getLogger("fastguide")  # the package's only logger: loaded modules, and the backend of a call
 log.addHandler(logging.NullHandler())
 
 _PACKAGE = Path(__file__).parents[1]
@@ -45,13 +45,13 @@ CUDA_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def build_record() -> dict[str, Any]:
-    """What setup.py wrote of the build: compiler, flags, what became of CUDA. Empty without a build."""
+    """What setup.py wrote about the build: compiler, flags, whether CUDA was built. Empty without a build."""
     path = _PACKAGE / "_build.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _installed_elsewhere(here: Path) -> Path | None:
-    """Another copy of the package, that pip installed, where ``here`` shadows it."""
+    """The copy of the package that pip installed and ``here`` hides, if there is one."""
     for distribution in importlib.metadata.distributions(name="fastguide"):
         folder = Path(str(distribution.locate_file("fastguide"))).resolve()
         if (folder / "__init__.py").exists() and folder != here:
@@ -69,14 +69,14 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 def _find(name: str) -> tuple[ModuleType | None, str]:
     full, here, other, record = f"fastguide.{name}", _PACKAGE.resolve(), None, build_record()
-    if (said := _build_of(name, record)) != "built":  # a file that is there is of an earlier build
+    if (said := _build_of(name, record)) != "built":  # if there is a file, it is from an earlier build
         return None, f"{full} was not built: {said}"
     try:
         module = importlib.import_module(full)
         folder = Path(str(module.__file__)).parent.resolve()
         if folder == here:
             return module, ""
-        other = folder  # an editable installation of other sources finds its own, for any package of this name
+        other = folder  # an editable installation of other sources redirects the import to its own modules
     except ModuleNotFoundError as error:
         if error.name != full:
             return None, f"{full} did not load: {error}"
@@ -97,7 +97,7 @@ def _find(name: str) -> tuple[ModuleType | None, str]:
 
 
 def _build_of(name: str, record: dict[str, Any]) -> str:
-    """What ``record`` says became of module ``name``: "built", unless it says otherwise."""
+    """The result of building module ``name``, from ``record``: "built", or why not."""
     if name != "_cuda":
         return record.get("cpu", {}).get(name.removeprefix("_cpu_"), "built")
     cuda = record.get("cuda", {"status": "built"})
@@ -105,7 +105,7 @@ def _build_of(name: str, record: dict[str, Any]) -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those for which this processor has a CPU module, the best first."""
+    """The instruction sets whose CPU module runs on this processor, best first."""
     portable, error = _load("_cpu_portable")  # runs on every processor
     if portable is None:
         raise RuntimeError(error)
@@ -113,7 +113,7 @@ def instruction_sets() -> list[str]:
 
 
 def _load_cpu() -> tuple[ModuleType | None, str]:
-    """The module of the best instruction set, or of the one that FASTGUIDE_ISA names; or why it is not there."""
+    """The module of the best instruction set, or the one that FASTGUIDE_ISA names; or why it did not load."""
     error = _load("_cpu_portable")[1]
     if error:
         return None, error
@@ -130,8 +130,8 @@ _modules = {"cpu": _load_cpu(), "cuda": _load("_cuda")}
 
 @contextlib.contextmanager
 def instruction_set(isa: str) -> Iterator[None]:
-    """``with instruction_set("avx2"):`` runs the CPU kernels of its body with that one; for tests, as the bits are the
-    same."""
+    """``with instruction_set("avx2"):`` runs the CPU kernels of its body with AVX2. For tests only: results have the
+    same bits."""
     if isa not in (found := instruction_sets()):
         raise ValueError(f"isa: expected one of {', '.join(found)} (this processor has no others), got {isa!r}")
     before, loaded = _modules["cpu"], _load(f"_cpu_{isa}")
@@ -168,11 +168,11 @@ def module(name: str) -> Any:
 
 @contextlib.contextmanager
 def cuda_stream(device: torch.device) -> Iterator[int]:
-    """The current stream of ``device``, which is the current device meanwhile."""
+    """The current stream of ``device``. In the body, ``device`` is the current device."""
     with torch.cuda.device(device):
         yield torch.cuda.current_stream().cuda_stream
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor stands on the device; 0 for None."""
+    """The address of a tensor's memory; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -1,7 +1,7 @@
 """What the operations share: choose a backend and call it, eagerly or through torch's dispatcher.
 
-`why_not` is the one predicate. ``backend="auto"`` takes the first of `ORDER` for which it says nothing; a named backend
-that cannot serve raises what it says. Importing this touches no GPU.
+`why_not` says why a backend cannot serve a call. ``backend="auto"`` takes the first of `ORDER` for which it returns no
+reason. A named backend that cannot serve the call raises the reason. Importing this touches no GPU.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ._native import log
 
 __all__ = ["OPERATIONS", "ORDER", "Backend", "Operation", "backends", "choice", "explain", "why_not"]
 
-ORDER = ("cuda", "cpu", "triton", "reference")  # on each device the fastest first
+ORDER = ("cuda", "cpu", "triton", "reference")  # the fastest first, on each device
 OPERATIONS: dict[str, Operation] = {}
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = {"cuda": _FLOATS, "cpu": (*_FLOATS, torch.float64), "triton": _FLOATS}
-# Whether Triton's kernels run in its interpreter, on CPU tensors: asked of the environment, without an import.
+# Whether Triton's kernels run in its interpreter, on CPU tensors. Read from the environment: no import of Triton.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 _NO_TRANSFORMS = "has no function transforms or forward-mode derivatives, and the call is inside one"
 
@@ -41,30 +41,31 @@ _library = torch.library.Library("fastguide", "DEF")
 class Operation:
     """One operation, registered as ``torch.ops.fastguide.<name>``.
 
-    Its functions take the arguments of the schema, one by one, which the public function has checked and parsed. A
-    result that was not asked for is None, or empty where the dispatcher took part. Eager, compiled and fake calls take
-    the same way. ``out``: tensors for the results, which `_arguments.out` has checked. A kernel writes into them; what
-    the reference or the dispatcher returns is copied. ``not_finite``: a flag for each tensor that is ``watched``,
-    which is set to 1 where that has a NaN or an infinite value in the type of the arithmetic, and stays as it is
-    otherwise. A kernel looks at what it reads anyway.
+    Its functions take the arguments of the schema one by one. The public function has checked and parsed them. A result
+    that was not requested is None, or empty if the call went through the dispatcher. Eager, compiled and fake calls use
+    the same functions. ``out``: tensors for the results, checked by `_arguments.out`. A kernel writes into them; the
+    results of the reference or the dispatcher are copied into them. ``not_finite``: a flag for each ``watched`` tensor.
+    It is set to 1 if the tensor has a NaN or an infinite value in the dtype of the arithmetic, and stays as it is
+    otherwise. A kernel checks the values that it reads anyway.
 
     Args:
         schema: ``"name(arguments) -> results"`` as ``torch.library`` writes it; ``str backend`` is added as the last
             argument.
-        reference: the operation in plain PyTorch. What it returns is new memory, as the dispatcher demands.
-        fake: results of the shapes, dtypes and strides of the others, without values.
-        kernels: what computes it, by backend: a function, or ``"module:function"``, imported when it is first chosen.
-            The reference is not named.
-        dtypes: what the kernels serve where that is not the floating states; None: anything.
-        place: the device and the dtype of a call, by which a backend is chosen; default: those of the first argument.
-        obstacle: why no kernel can serve these arguments, or ``""``.
-        differentiable: whether results have derivatives: the reference's, by autograd, where ``vjp`` has none.
-        vjp: ``vjp(arguments, results, grads, needed)``, a shorter way to them. ``grads`` has a gradient or None for
-            each result, ``needed`` the names of the arguments that want one. Returns gradients by name, or None for
-            the reference's. Whether gradients are enabled says whether the derivative is to be differentiated too.
-        keep_results: whether ``vjp`` reads the results; else they are not kept, and it is given none.
-        watched: what ``not_finite`` is about: names of arguments, or a function of all of them that returns tensors.
-            None where an argument is absent.
+        reference: the operation in plain PyTorch. It must return new memory, as the dispatcher demands.
+        fake: returns results with the right shapes, dtypes and strides, but without values.
+        kernels: the kernel of each backend except the reference: a function, or ``"module:function"``, which is
+            imported when it is first chosen.
+        dtypes: the dtypes that the kernels serve, if these are not the floating states; None: any dtype.
+        place: returns the device and the dtype of a call, which decide the backend; default: those of the first
+            argument.
+        obstacle: returns why no kernel can serve these arguments, or ``""``.
+        differentiable: whether results have derivatives: those of ``vjp``, or else of the reference by autograd.
+        vjp: ``vjp(arguments, results, grads, needed)``, a faster derivative. ``grads`` has a gradient or None for each
+            result. ``needed`` has the names of the arguments that need one. Returns gradients by name, or None to use
+            the reference. Gradients are enabled inside if the derivative will be differentiated again.
+        keep_results: whether ``vjp`` reads the results. If not, they are not kept and ``vjp`` gets none.
+        watched: the tensors that ``not_finite`` is about: names of arguments, or a function of all arguments that
+            returns tensors, with None for one that is absent.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Operation:
         self.seed = self.names.index("seed") if "seed" in self.names else None
         self.tensors = [i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
         self.changed = [i for i in self.tensors if arguments[i].alias_info and arguments[i].alias_info.is_write]
-        self._chosen: dict[Any, Callable[..., Any]] = {}  # kernels of earlier calls: what is loaded stays loaded
+        self._chosen: dict[Any, Callable[..., Any]] = {}  # cache of chosen kernels; a loaded kernel stays loaded
         OPERATIONS[self.name] = self
 
     # --- choose and call ---
@@ -114,8 +115,8 @@ class Operation:
     def __call__(
         self, backend: str, *args: Any, out: Sequence[Tensor] | None = None, not_finite: Tensor | None = None
     ) -> Any:
-        """The results. The dispatcher takes part only where something must see the call: tracing, a tensor without
-        memory of its own, autograd."""
+        """Run the operation. The call goes through the dispatcher only if something must see it: tracing, a tensor
+        without memory of its own, or autograd."""
         if type(backend) is not str:
             one_of("backend", backend, ("auto", *ORDER))
         seen, differentiable = traced(), False
@@ -177,7 +178,7 @@ class Operation:
         return results
 
     def _watch(self, not_finite: Tensor | None, args: Sequence[Any]) -> None:
-        """What a kernel does with the flags, in passes of its own."""
+        """Set the flags as a kernel would, in separate passes over the tensors."""
         if not_finite is None or args[0].numel() == 0:
             return
         dtype = torch.promote_types(args[0].dtype, torch.float32)
@@ -194,12 +195,12 @@ class Operation:
         return kernel
 
     def _dispatch(self, backend: str, args: tuple[Any, ...]) -> Any:
-        """Through torch's dispatcher, whose integers are signed."""
+        """Call the operation through torch's dispatcher. Its integers are signed, so a large seed becomes negative."""
         signed = (v - (1 << 64) if i == self.seed and v >= 1 << 63 else v for i, v in enumerate(args))
         return self.overload(*signed, backend)
 
     def _dispatched(self, *args: Any) -> Any:
-        """`_run` for torch's dispatcher, which makes lists of tuples and knows no absent result."""
+        """`_run` for torch's dispatcher, which turns tuples into lists and cannot return None."""
         given: list[Any] = [
             tuple(v) if type(v) is list and i not in self.tensors else v for i, v in enumerate(args[:-1])
         ]
@@ -211,13 +212,13 @@ class Operation:
         return results
 
     def _named(self, args: Sequence[Any], places: Sequence[int]) -> dict[str, Any]:
-        """The arguments at ``places``, by the names that the public function has for them."""
+        """The arguments at ``places``, by their names in the public function."""
         named: dict[str, Any] = {}
         for i in places:
             if isinstance(args[i], list):
                 named |= {f"{self.names[i]}[{j}]": value for j, value in enumerate(args[i])}
             else:
-                name = "coefficients" if "coefficients" in self.names else "levels"  # what a table has
+                name = "coefficients" if "coefficients" in self.names else "levels"  # the public name of a table
                 named[name if self.names[i] == "table" else self.names[i].removesuffix("_tensor")] = args[i]
         return named
 
@@ -239,7 +240,7 @@ class Operation:
         names = [self.names[i] for i in needed]
         found = self.vjp(args, saved[len(self.tensors) :], grads, names) if self.vjp else None
         if found is None:
-            again = torch.is_grad_enabled()  # a derivative of the derivative may follow
+            again = torch.is_grad_enabled()  # whether the derivative may be differentiated again
             with torch.enable_grad():
                 for i in needed:
                     args[i] = args[i] if again else args[i].detach().requires_grad_()
@@ -257,9 +258,9 @@ class Operation:
 
 
 def plain(x: Tensor, *others: Tensor) -> bool:
-    """Fast check of the common case: torch's own contiguous CPU tensors of one shape, seen by neither autograd, a mode
-    nor a transform, which the cpu kernels serve. It saves 3 us, most of a small step. Those kernels check dtypes and
-    numbers themselves; `UNUSUAL` errors of theirs lead to the full checks."""
+    """Fast check for the common case: plain contiguous CPU tensors of one shape, no autograd, no mode, no transform.
+    The cpu kernels serve these. It saves 3 us, most of a small step. The kernels check dtypes and numbers themselves;
+    if they raise one of `UNUSUAL`, the caller falls back to the full checks."""
     if type(x) is not Tensor or not x.is_cpu or traced() or transformed():
         return False
     try:
@@ -283,8 +284,8 @@ def writable(
     number: int,
     inputs: Sequence[Tensor],
 ) -> bool:
-    """The same for what a kernel writes beside `plain` inputs: ``out``, tensors with the dtypes of ``like`` that are
-    plain too, or None, and the ``number`` flags, or None. The full checks take 50 us more, in every step of a loop."""
+    """The same check for what a kernel writes: ``out`` (plain tensors with the dtypes of ``like``, or None), and
+    ``not_finite`` (``number`` flags, or None). The full checks would take 50 us more in every step of a loop."""
     if out is not None and [tensor.dtype for tensor in out] != [tensor.dtype for tensor in like]:
         return False
     written = [*(out or ())]
@@ -310,7 +311,7 @@ def writable(
 
 
 def tell_autograd(out: Sequence[Tensor] | None, not_finite: Tensor | None) -> None:
-    """That a kernel has written into these tensors, which autograd did not see."""
+    """Tell autograd that a kernel has written into these tensors."""
     written = [*(out or ()), *(() if not_finite is None else (not_finite,))]
     torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
 
@@ -331,8 +332,8 @@ UNUSUAL = (KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 
 @dataclass(frozen=True)
 class Backend:
-    """What is known of one backend. ``loaded``: its code is in this process. ``reason``: why it can serve
-    nothing, or ``""`` when it can serve its ``operations``. ``details``: how it was built, and runs."""
+    """What is known about one backend. ``loaded``: whether its code is in this process. ``reason``: why it can serve
+    nothing, or ``""`` if it can serve its ``operations``. ``details``: how it was built, and how it runs."""
 
     name: str
     loaded: bool
@@ -342,7 +343,7 @@ class Backend:
 
 
 def backends() -> dict[str, Backend]:
-    """Every backend by name, in the order in which ``auto`` asks them."""
+    """Every backend by name, in the order in which ``auto`` tries them."""
     record = _native.build_record()
     cuda_details = dict(record.get("cuda", {}))
     kept = ("compiler", "cxxflags")
@@ -362,7 +363,7 @@ def backends() -> dict[str, Backend]:
 
 
 def load_error(name: str) -> str:
-    """Why the code of backend ``name`` is not there, or ``""``."""
+    """Why the code of backend ``name`` did not load, or ``""``."""
     if name == "reference":
         return ""
     return _triton_error() if name == "triton" else _native.load_error(name)
@@ -371,7 +372,7 @@ def load_error(name: str) -> str:
 @functools.cache
 def _triton_error() -> str:
     try:
-        from . import _triton  # noqa: F401  torch.compile follows this, and no importlib
+        from . import _triton  # noqa: F401  torch.compile can trace this, but not importlib
     except ImportError as error:
         return f"triton did not load: {error}"
     return ""
@@ -392,10 +393,11 @@ def _gpu_reason(name: str, index: int) -> str:
     if name == "triton":
         return "" if major >= 8 else f"triton serves compute capability 8.0 or higher, and this GPU has {major}.{minor}"
     record = _native.build_record()["cuda"]
-    known = torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]  # of builds with CUDA
+    known = torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]  # only builds with CUDA have it
     if known < int(record["nvcc"].partition(".")[0]):
         return f"cuda was compiled by nvcc {record['nvcc']}, and this driver serves CUDA {known}: it needs a newer one"
-    # Code of an architecture runs on its own major version from its minor one on; PTX, kept of the last, on all later.
+    # Code for an architecture runs on the same major version with the same or a higher minor version. The last
+    # architecture has PTX too, which runs on all later ones.
     archs = [divmod(int(arch), 10) for arch in record["archs"]]
     if archs[-1] <= (major, minor) or any(arch[0] == major and arch[1] <= minor for arch in archs):
         return ""
@@ -405,8 +407,8 @@ def _gpu_reason(name: str, index: int) -> str:
 
 
 def why_not(backend: str, operation: str, *, device: torch.device, dtype: torch.dtype, obstacle: str = "") -> str:
-    """Why ``backend`` cannot serve this call, or ``""`` when it can. ``obstacle``: what it is about the arguments that
-    no kernel can serve, or ``""``."""
+    """Why ``backend`` cannot serve this call, or ``""`` if it can. ``obstacle``: why no kernel can serve these
+    arguments, or ``""``."""
     if backend not in OPERATIONS[operation].kernels:
         return f"{backend} has no kernel for {operation}"
     if backend == "reference":
@@ -435,15 +437,15 @@ def _device_of(backend: str) -> str:
 def select(
     operation: str, backend: str = "auto", *, device: torch.device, dtype: torch.dtype, obstacle: str = ""
 ) -> str:
-    """The name of the backend that serves the call: ``backend``, or for ``"auto"`` the fastest that can. Warns, once
-    for each reason, where that is the reference."""
+    """The name of the backend that serves the call: ``backend``, or for ``"auto"`` the fastest one that can. Warns,
+    once for each reason, if ``"auto"`` must pass over a compiled kernel."""
     call: dict[str, Any] = dict(device=device, dtype=dtype, obstacle=obstacle)
     if not isinstance(backend, str) or backend != "auto":
         one_of("backend", backend, ("auto", *ORDER))
         if reason := why_not(backend, operation, **call):
             raise RuntimeError(f"backend={backend!r} cannot serve {operation}: {reason}")
         return backend
-    own = device.type  # a compiled backend has the name of the devices that it serves
+    own = device.type  # compiled backends are named after their devices
     if own in _DTYPES and not why_not(own, operation, **call):
         return own
     missing = ""
@@ -461,7 +463,7 @@ def select(
 
 @functools.cache
 def _warn_passed_over(device: str, reason: str, chosen: str) -> None:
-    # Once: what is missing stays missing for as long as the process lives.
+    # Once: what is missing stays missing until the process ends.
     instead = "slowly, in plain PyTorch" if chosen == "reference" else f"with those of {chosen}"
     warnings.warn(
         f"fastguide runs on {device} tensors without its compiled kernels, {instead}: {reason}. "
@@ -473,7 +475,7 @@ def _warn_passed_over(device: str, reason: str, chosen: str) -> None:
 
 @functools.cache
 def _warn_reference(operation: str, obstacle: str) -> None:
-    # Once: a loop would say it at every step.
+    # Once: a loop would warn at every step.
     warnings.warn(
         f"{operation} runs in plain PyTorch, which is slower than its kernel: the kernel {obstacle}. "
         'backend="reference" chooses this without a warning.',
@@ -485,7 +487,7 @@ def _warn_reference(operation: str, obstacle: str) -> None:
 def choice(
     operation: str, device: torch.device | str, dtype: torch.dtype, *, obstacle: str = ""
 ) -> tuple[str | None, dict[str, str]]:
-    """What ``auto`` chooses for a call, or None, and for each faster backend why not that one."""
+    """The backend that ``auto`` chooses for a call, or None, and why each faster backend was not chosen."""
     passed_over: dict[str, str] = {}
     for name in ORDER:
         reason = _why_not_auto(name, operation, device=torch.device(device), dtype=dtype, obstacle=obstacle)
@@ -504,7 +506,7 @@ def explain(operation: str, device: torch.device | str, dtype: torch.dtype, *, o
 
 @functools.cache
 def _log_choice(operation: str, backend: str, device: torch.device, dtype: torch.dtype, obstacle: str) -> None:
-    # Once for each kind of call: a loop would say it at every step.
+    # Once for each kind of call: a loop would log it at every step.
     if backend == "auto":
         words = explain(operation, device, dtype, obstacle=obstacle).replace("\n ", ";")
     else:

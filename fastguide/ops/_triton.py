@@ -1,9 +1,9 @@
 """What the Triton kernels share: tiles of ``[particles, elements]``, launches, and normals.
 
-The normals are added before a state leaves the registers. Philox4x32-10 is Triton's own; its counters are those of
-``csrc/common/philox.h``, integer for integer. The floats are the operations of ``csrc/common/math.h`` and ``normal.h``,
-whose comments say why they are right: multiply-adds are fused where they are written and nowhere else, which is why
-kernels are launched with ``enable_fp_fusion=False``.
+The normals are added while a state is in registers. Philox4x32-10 is Triton's own; the counters are exactly those of
+``csrc/common/philox.h``. The floating-point operations are those of ``csrc/common/math.h`` and ``normal.h``, where
+comments say why they are right. They need multiply-adds to be fused only where written, so kernels are launched with
+``enable_fp_fusion=False``.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import triton.language as tl
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Arguments for whose values (1, multiples of 16) no kernel is compiled anew: ``do_not_specialize`` of every kernel.
+# ``do_not_specialize`` of every kernel: special values of these arguments (1, multiples of 16) compile no new kernel.
 VARYING = ["particles", "seed", "step", "stream", "first_particle"]
 
-OPTIONS = {} if INTERPRETED.value else {"enable_fp_fusion": False}  # of every launch
+OPTIONS = {} if INTERPRETED.value else {"enable_fp_fusion": False}  # options of every launch
 
-_LEAST_GROUPS = 8  # of a tile's row, where the row has as many: 128 bytes of float32
+_LEAST_GROUPS = 8  # a tile's row has at least so many groups, if the particle has: 128 bytes of float32
 
 
 def ceil_div(a: int, b: int) -> int:
-    """As `triton.cdiv`, which the host takes 2 us to call."""
+    """The same as `triton.cdiv`, which takes 2 us on the host."""
     return -(-a // b)
 
 
 def groups_of_tile(elements: int, block: int) -> int:
-    """Groups of four elements in a tile's row, a power of two and at most ``block`` elements: the most with which no
-    more than an eighth of the tiles stands past the end of a row."""
+    """How many groups of four elements a tile's row has: a power of two, at most ``block`` elements. It is the largest
+    number with which tiles exceed the end of a row by at most an eighth of the row."""
     groups = max(1, (elements + 3) // 4)
     most = min(1 << (groups - 1).bit_length(), block // 4)
     width, best, least = most, most, math.inf
@@ -50,23 +50,23 @@ def groups_of_tile(elements: int, block: int) -> int:
 
 
 def alignment(elements: int) -> int:
-    """The largest power of two up to 16 that divides the elements of a particle: what the compiler may count on."""
+    """The largest power of two up to 16 that divides the number of elements, which the compiler may rely on."""
     return math.gcd(elements, 16)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous, at an address that 16 divides. A kernel that sums gets no others: the compiler would cut its tiles
-    otherwise, and sum in another order."""
+    """The tensor, contiguous and at an address that is a multiple of 16. Kernels that sum need this: for other
+    addresses the compiler lays out tiles differently and sums in another order."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def abreast(dtype: torch.dtype) -> int:
-    """Groups of normals that fill 16 bytes of a state."""
+    """How many groups of normals fill 16 bytes of a state."""
     return 1 if dtype == torch.float32 else 2
 
 
-@functools.cache  # asked for at every launch
+@functools.cache  # needed at every launch
 def shape_of_tile(elements: int, block: int, abreast: int) -> tuple[int, int]:
     """``(ROWS, GROUPS)`` of a launch whose tiles have ``block`` elements."""
     groups = max(groups_of_tile(elements, block), abreast)
@@ -81,22 +81,22 @@ _HEURISTICS = {"ROWS": lambda args: _shape_of_config(args)[0], "GROUPS": lambda 
 
 CONFIGS = [triton.Config(dict(BLOCK=block), num_warps=warps) for block, warps in ((1024, 4), (2048, 4), (4096, 8))]
 
-_WORTH_TUNING = 1 << 22  # elements: below, every configuration takes as long as its launch
+_WORTH_TUNING = 1 << 22  # elements; below this, every configuration takes about as long as its launch
 
 
 class Tuned:
-    """An element-wise kernel in two forms: for large states the fastest of `CONFIGS`, measured once for each set of
-    the constants ``key``, and before a capture; for others the first of them.
+    """An element-wise kernel in two forms. Large states take the fastest of `CONFIGS`. It is measured once for each set
+    of the constants ``key``; this must happen before a capture. Other states take the first of `CONFIGS`.
 
-    The kernel has arguments ``particles, elements``, and constants ``ALIGN`` and ``ABREAST``, which the call gives by
-    `alignment` and `abreast`, and ``BLOCK, ROWS, GROUPS``, which are added here: `tile_of_program` is the tile."""
+    The kernel has arguments ``particles, elements`` and five constants. The call passes ``ALIGN`` and ``ABREAST``, from
+    `alignment` and `abreast`. ``BLOCK, ROWS, GROUPS`` are added here; `tile_of_program` gives the tile."""
 
     def __init__(self, kernel: Any, key: list[str]):
         self.plain = kernel
         self.large = triton.autotune(CONFIGS, key)(triton.heuristics(_HEURISTICS)(kernel))
 
     def __call__(self, particles: int, elements: int, *args: Any, **constants: Any) -> None:
-        """``args``: the kernel's. The first is a state of ``particles``, each of ``elements``."""
+        """``args``: the kernel's arguments. The first is a state ``[particles, elements]``."""
 
         def grid(meta: Mapping[str, Any]) -> tuple[int]:
             return (ceil_div(particles, meta["ROWS"]) * ceil_div(elements, 4 * meta["GROUPS"]),)
@@ -114,7 +114,7 @@ class Tuned:
 
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the device that is current: for the body, that of ``x``."""
+    """Makes the device of ``x`` the current one, because Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
@@ -130,7 +130,7 @@ def tile_of_program(particles, elements, ROWS: tl.constexpr, GROUPS: tl.constexp
 
 @triton.jit
 def read_counter(seed, step, seed_on_device, step_on_device):
-    """The seed and the step of a launch: numbers, or what stands on the device."""
+    """The seed and the step of a launch: numbers, or values read from the device."""
     if seed_on_device is not None:
         seed = tl.load(seed_on_device).to(tl.uint64, bitcast=True)
     if step_on_device is not None:
@@ -140,15 +140,15 @@ def read_counter(seed, step, seed_on_device, step_on_device):
 
 @triton.jit
 def flag_not_finite(flag, tile):
-    """Sets the flag where a value of the ``tile`` ``[ROWS, COLUMNS]`` is NaN or infinite."""
-    finite = tl.abs(tile) < float("inf")  # a NaN is not
+    """Sets the flag if a value of the ``tile`` ``[ROWS, COLUMNS]`` is NaN or infinite."""
+    finite = tl.abs(tile) < float("inf")  # False for NaN
     tl.store(flag, 1, mask=tl.min(tl.min(finite.to(tl.int32), axis=1), axis=0) == 0)
 
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr):
-    """float32 as a state of ``dtype``, to the nearest."""
-    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts off
+    """float32 rounded to the nearest value of ``dtype``."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
         bits = value.to(tl.uint32, bitcast=True)
         up = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
         value = tl.where(value == value, up, value)
@@ -160,8 +160,8 @@ def rounded(value, dtype: tl.constexpr):
 
 @triton.jit
 def sum_of_splits(sums, row, splits, BLOCK: tl.constexpr):
-    """The sums ``[1]`` of the float64 parts of ``row``, from ``sums`` ``[rows, splits]``. Their order depends on the
-    number of parts alone; that of torch's sums depends on the number of rows too."""
+    """The sum ``[1]`` of the float64 parts ``sums[row]`` of ``sums`` ``[rows, splits]``. The order of the sum depends
+    only on the number of parts; with `torch.sum` it would depend on the number of rows too."""
     total = tl.zeros([1, BLOCK], tl.float64)
     for first in range(0, splits, BLOCK):
         place = first + tl.arange(0, BLOCK)[None, :]
@@ -169,14 +169,14 @@ def sum_of_splits(sums, row, splits, BLOCK: tl.constexpr):
     return tl.sum(total, axis=1)
 
 
-SUM_BLOCK = 64  # parts that are added at a time; not tuned, as BLOCK of the kernels that sum
+SUM_BLOCK = 64  # parts that are added at a time; not tuned, because the order of a sum depends on it
 
 
 # --- normals ------------------------------------------------------------------------------------------------
 
 
 def _constants(*values: str) -> tl.constexpr:
-    """One global: Triton looks at each at every launch."""
+    """Several numbers as one global, because Triton checks each global at every launch."""
     return tl.constexpr(tuple(float.fromhex(value) for value in values))
 
 
@@ -235,7 +235,7 @@ def _cos_sin_of_turn(w):
 
 @triton.jit
 def _four_normals(seed, step, stream, particle, group):
-    """Elements 4g .. 4g + 3 of each particle (int64) and group, which are broadcast."""
+    """Elements 4g .. 4g + 3 of each particle (int64) and group g. Particles and groups are broadcast."""
     low = particle.to(tl.uint32)
     high = ((particle >> 32).to(tl.uint32) & 0xFFFF) | (stream.to(tl.uint32) << 16)
     w0, w1, w2, w3 = tl.philox(seed, group.to(tl.uint32), low, high, step.to(tl.uint32))
@@ -248,7 +248,7 @@ def _four_normals(seed, step, stream, particle, group):
 @triton.jit
 def normals(seed, step, stream, particle, first_group, GROUPS: tl.constexpr, ABREAST: tl.constexpr):
     """The normals ``[ROWS, 4 GROUPS]`` of ``particle`` ``[ROWS]`` (int64) and the groups from ``first_group`` on.
-    A thread makes ABREAST (1 or 2) groups that follow each other: as many elements as 16 bytes of a state hold."""
+    A thread makes ABREAST (1 or 2) groups in a row: as many elements as 16 bytes of a state hold."""
     particle = particle[:, None]
     if ABREAST == 1:
         group = first_group + tl.arange(0, GROUPS)[None, :]
@@ -258,6 +258,6 @@ def normals(seed, step, stream, particle, first_group, GROUPS: tl.constexpr, ABR
         a0, a1, a2, a3 = _four_normals(seed, step, stream, particle, group)
         b0, b1, b2, b3 = _four_normals(seed, step, stream, particle, group + 1)
         z0, z1, z2, z3 = tl.join(a0, b0), tl.join(a1, b1), tl.join(a2, b2), tl.join(a3, b3)
-    # The index that joins last is the one that counts fastest.
+    # The last join makes the fastest dimension.
     z = tl.join(tl.join(z0, z2), tl.join(z1, z3))
     return z.reshape([particle.shape[0], 4 * GROUPS])

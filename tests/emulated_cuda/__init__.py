@@ -1,8 +1,8 @@
-"""csrc's CUDA kernels compiled as plain C++ against the stand-ins for CUDA's headers in this folder, run on the host.
+"""csrc's CUDA kernels compiled as plain C++ with the replacement headers in this folder, and run on the host.
 
-What a GPU computes can so be tested where there is none: the arithmetic, every bound, and what is missing between
-threads and blocks as far as cuda_runtime_api.h says. Of the hardware it shows nothing: no races within one stretch
-between barriers, no limit of registers or memory, no speed.
+This tests without a GPU what the kernels compute: the arithmetic, all bounds, and missing barriers between threads and
+blocks, as far as cuda_runtime_api.h says. It shows nothing about the hardware: no races between two barriers, no limits
+of registers or memory, no speed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 SOURCES = [CSRC / "common" / "module.cpp", *sorted(CSRC.glob("**/*.cu"))]
 
-# No contraction, as in csrc/rules.ninja. What is not aligned as its type asks traps, as it would on a GPU. A fortified
-# longjmp takes another thread's stack for none.
+# No contraction, as in csrc/rules.ninja. A misaligned access traps, as on a GPU. A fortified longjmp would reject the
+# stack of another coroutine.
 _FLAGS = (
     "-DFG_MODULE=_cuda -std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -U_FORTIFY_SOURCE "
     "-fno-strict-aliasing -fsanitize=alignment -fsanitize-undefined-trap-on-error -x c++"
@@ -33,7 +33,7 @@ _FLAGS = (
 
 
 def compile_library(library: Path, sources: Sequence[Path], *headers: str) -> None:
-    """Compile ``sources``, side by side, into the shared ``library``; raises with the compiler's words."""
+    """Compile ``sources`` in parallel into the shared ``library``. Raises with the compiler's output."""
     cxx = shlex.split(os.environ.get("CXX", "g++"))
     include = [f"-I{HERE}", *(f"-isystem{folder}" for folder in headers)]
     objects = [str(library.with_name(f"{source.parent.name}.{source.name}.o")) for source in sources]
@@ -49,14 +49,14 @@ def compile_library(library: Path, sources: Sequence[Path], *headers: str) -> No
 
 
 def build_module(folder: Path) -> ModuleType:
-    """``fastguide._cuda`` for pointers on the host, built in ``folder``. The streams that it takes mean nothing."""
+    """``fastguide._cuda`` for pointers on the host, built in ``folder``. It ignores the streams that it is given."""
     library = folder / "_cuda.so"
     compile_library(library, SOURCES, sysconfig.get_paths()["include"])
     return load(library)
 
 
 def load(library: Path) -> ModuleType:
-    """What `build_module` built."""
+    """Load the module that `build_module` built."""
     spec = importlib.util.spec_from_file_location("_cuda", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -66,7 +66,7 @@ def load(library: Path) -> ModuleType:
 
 def serve(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``module`` serve ``backend="cuda"``, for tensors on the CPU."""
-    from fastguide.ops import _native  # not before conftest.py has set Triton's environment
+    from fastguide.ops import _native  # after conftest.py has set Triton's environment
 
     backends = sys.modules["fastguide.ops._operation"]  # the package's attribute of that name is its function
     device_of, device_reason = backends._device_of, backends._device_reason

@@ -1,19 +1,17 @@
-// A stand-in for CUDA's headers, with which the sources of csrc/cuda compile as plain C++ and run on the host: for
-// tests, where there is no GPU. What it has is what they use.
+// Replaces CUDA's headers, so that the CUDA sources of csrc compile as plain C++ and run on the host: for tests without a
+// GPU. It has only what these sources use.
 //
-// A launch has ended when it returns. Blocks run one after the other, in a shuffled order; those of a cooperative
-// launch live together, and each runs ahead to the next barrier of the grid. The threads of a block are coroutines of
-// one thread of the system: each runs ahead to the next barrier, the first of them first or the last of them first, in
-// turn, so that whoever reads what was only by chance written before him reads the wrong thing sooner or later. It is
-// all the same in each run.
+// A launch has finished when it returns. Blocks run one after the other, in a shuffled order. The blocks of a cooperative
+// launch exist at the same time, and each runs to the next barrier of the grid. The threads of a block are coroutines of
+// one system thread. Each runs to the next barrier. The order alternates between first thread first and last thread
+// first, so a read that relies on an earlier write without a barrier fails in one of them. Every run has the same orders.
 //
-// An error of the launch: a barrier that some threads do not reach, or where they wait at different ones; one of the
-// grid in a launch that is not cooperative; CUB's temporary storage used again without a barrier between. Not seen:
-// races within one stretch between barriers that both orders leave without effect, and anything that hangs on warps
-// running in step.
+// A launch fails if some threads do not reach a barrier, or wait at different barriers; if a launch that is not
+// cooperative has a barrier of the grid; or if CUB's temporary storage is used again without a barrier in between. Not
+// found: races between two barriers that have no effect in either order, and mistakes that need warps to run in step.
 //
-// Shared memory is what is thread-local in the library: poisoned for each block, and put aside where blocks live
-// together.
+// Shared memory is the thread-local memory of the library. It is poisoned for each block, and saved and restored for
+// blocks that exist at the same time.
 #pragma once
 
 #include <link.h>
@@ -73,10 +71,10 @@ namespace emulated {
 
 constexpr std::size_t kStackBytes = 1 << 16;
 constexpr unsigned kMaxThreads = 1024;
-constexpr char kPoison = 0x5A;  // of memory that nobody has written
-constexpr int kProcessors = 3, kBlocksOnEach = 2;  // a device so small that loops over the grid go round
+constexpr char kPoison = 0x5A;  // fills memory that nobody has written
+constexpr int kProcessors = 3, kBlocksOnEach = 2;  // a small device, so that loops over the grid repeat
 
-struct Line {  // of the source, where a thread waits
+struct Line {  // the source line where a thread waits
     int number;
 };
 
@@ -86,7 +84,7 @@ struct Coroutine;
 struct Thread {
     Block* block;
     unsigned index;
-    Coroutine* waiting = nullptr;  // at a barrier
+    Coroutine* waiting = nullptr;  // set while it waits at a barrier
     bool whole_grid = false;
     int line = 0;
 };
@@ -95,15 +93,15 @@ struct Block {
     uint3 index;
     std::vector<Thread> threads{};
     bool begun = false;
-    unsigned barriers = 0;                     // the kernel's own, so far
+    unsigned barriers = 0;                     // barriers of the kernel so far
     std::map<const void*, unsigned> used{};    // CUB's temporary storage: `barriers` when it was used last
-    std::vector<std::max_align_t> exchange{};  // what threads show each other within a collective operation
-    std::vector<char> shared{};                // its shared memory, while another block runs
+    std::vector<std::max_align_t> exchange{};  // values that threads exchange in a collective operation
+    std::vector<char> shared{};                // saved shared memory, while another block runs
 };
 
 struct Coroutine {
     ucontext_t begin;
-    jmp_buf at;  // where it left: swapcontext would ask the system at each switch
+    jmp_buf at;  // where it continues; swapcontext would make a system call at each switch
     bool has_begun = false;
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     Thread* thread = nullptr;
@@ -114,7 +112,7 @@ struct SharedMemory {
     std::size_t bytes;
 };
 
-// What is thread-local in this library, for this thread.
+// The thread-local memory of this library, for this thread.
 inline SharedMemory find_shared_memory() {
     static thread_local char one_of_it;
     SharedMemory found{&one_of_it, 0};
@@ -141,10 +139,10 @@ struct Machine {
     Coroutine* running = nullptr;
     const std::function<void()>* kernel = nullptr;
     bool cooperative = false;
-    std::vector<Thread*> order;  // not begun: from `next`
+    std::vector<Thread*> order;  // from `next` on, threads that have not started
     std::size_t next = 0;
     SharedMemory shared{};
-    Block* inside = nullptr;  // whose shared memory it is now
+    Block* inside = nullptr;  // the block that shared memory belongs to now
     std::string failure;
 };
 
@@ -169,10 +167,10 @@ inline void leave() {
 
 inline void fail(const std::string& what) {
     machine.failure = what;
-    leave();  // and nobody comes back
+    leave();  // does not return
 }
 
-// What a coroutine does: threads that nobody has begun, for as long as they end without a barrier.
+// The body of a coroutine: runs threads that have not started, until one waits at a barrier.
 inline void work() {
     for (;;) {
         while (machine.next < machine.order.size()) {
@@ -218,7 +216,7 @@ inline void wait(bool whole_grid, Line line) {
     enter(thread);
 }
 
-// Whether all of these threads wait at one barrier: none has ended, and none waits elsewhere.
+// Whether all of these threads wait at the same barrier: none has ended, and none waits elsewhere.
 inline bool together(const std::vector<Thread>& threads) {
     return std::all_of(threads.begin(), threads.end(), [&](const Thread& t) {
         return t.waiting && t.whole_grid == threads[0].whole_grid && t.line == threads[0].line;
@@ -259,7 +257,7 @@ inline void advance(Block& block, bool& descending) {
     }
 }
 
-// Runs blocks that live together to their end, or to a failure: each as far as it comes without the others.
+// Runs blocks that exist at the same time until they end or one fails. Each runs as far as it can without the others.
 inline void run(std::vector<Block*> blocks, unsigned threads, bool descending) {
     for (Block* block : blocks) {
         for (unsigned i = 0; i < threads; ++i) block->threads.push_back({block, i});
@@ -307,17 +305,17 @@ inline cudaError_t launch(dim3 grid, dim3 block, bool cooperative, const std::fu
         for (Block* each : all)
             if (machine.failure.empty()) {
                 run({each}, block.x, random() & 1);
-                *each = {};  // there may be many
+                *each = {};  // frees its memory: there may be many blocks
             }
     }
-    std::copy(before.begin(), before.end(), machine.shared.at);  // there may be more than kernels' variables
+    std::copy(before.begin(), before.end(), machine.shared.at);  // restores other thread-local variables too
     if (machine.failure.empty()) return cudaSuccess;
-    machine.pool.clear();  // some are in the middle of a kernel
+    machine.pool.clear();  // some stopped in the middle of a kernel
     machine.idle.clear();
     return cudaErrorLaunchFailure;
 }
 
-// The values that all threads of the block give, in their order. Every thread must call it.
+// The values of all threads of the block, in order. Every thread must call this.
 template <class T>
 std::vector<T> exchange(const T& value, Line line) {
     static_assert(std::is_trivially_copyable_v<T>);
@@ -332,7 +330,7 @@ std::vector<T> exchange(const T& value, Line line) {
     return values;
 }
 
-// A barrier of the kernel's own, after which CUB's temporary storage may be used again.
+// A barrier of the kernel itself. After it, CUB's temporary storage may be used again.
 inline void count_barrier() {
     if (threadIdx.x == 0) ++this_thread().block->barriers;
 }

@@ -62,7 +62,7 @@ def test_pigdm_equals_its_closed_form(i, scale):
     x0_hat = run.denoiser.x0_hat(x, t)
     r2 = t.sigma**2 / (t.alpha**2 + t.sigma**2)
     gram = r2 * MATRIX @ MATRIX.T + scale**2 * torch.eye(2, dtype=torch.float64)
-    score = (Y - x0_hat @ MATRIX.T) @ torch.linalg.inv(gram) @ MATRIX @ gain  # of the isotropic approximation
+    score = (Y - x0_hat @ MATRIX.T) @ torch.linalg.inv(gram) @ MATRIX @ gain  # in the isotropic approximation
     wanted = step_by_hand(run, x, i, x0_hat, t.sigma**2 / t.alpha * score)
     assert torch.allclose(got, wanted, atol=1e-10)
 
@@ -167,7 +167,7 @@ def image_operators():
     }
 
 
-# Every solver of every kind of operator, with little said by the prior and with much.
+# Every solver with every kind of operator, for a weak and a strong prior.
 CASES = [
     (name, solver)
     for name, operator in image_operators().items()
@@ -194,7 +194,7 @@ def test_pnp_inner_solution_equals_the_closed_form(name, solver, rho):
 
 
 def test_pnp_reweighted_least_squares_finds_the_minimum():
-    """Student-t and Poisson errors: at the solution the objective's gradient vanishes."""
+    """For Student-t and Poisson errors, the gradient of the objective is 0 at the solution."""
     generator = torch.Generator().manual_seed(0)
     x0 = torch.rand(3, 1, 6, 6, dtype=torch.float64, generator=generator) + 0.5
     operator = fg.operators.Blur(KERNEL, padding="zeros")
@@ -214,7 +214,7 @@ def test_pnp_reweighted_least_squares_finds_the_minimum():
 
 
 def test_pnp_nonlinear_solvers_agree():
-    """A nonlinear operator, Gauss-Newton against plain gradient steps."""
+    """With a nonlinear operator, Gauss-Newton and plain gradient steps have the same result."""
     generator = torch.Generator().manual_seed(0)
     x0 = 0.5 * torch.randn(4, 5, dtype=torch.float64, generator=generator)
     operator = fg.operators.Function(lambda x: torch.tanh(x[:, :3]) * (1 + 0.1 * x[:, 2:5]))
@@ -242,7 +242,7 @@ def test_pnp_step_splits_the_noise_as_diffpir(zeta):
 
 
 def test_latent_pnp_in_a_linear_latent_space_is_pnp():
-    """With an invertible linear decoder both spaces have closed forms."""
+    """With an invertible linear decoder there are closed forms in both spaces."""
     generator = torch.Generator().manual_seed(3)
     mixing = torch.eye(3, dtype=torch.float64) + 0.3 * torch.randn(3, 3, dtype=torch.float64, generator=generator)
     inverse = torch.linalg.inv(mixing)
@@ -302,7 +302,7 @@ for parameter in LSTM.parameters():  # the same in every run
 
 
 class OldFunction(torch.autograd.Function):
-    """As tomography packages write their projectors: one static method each way, no jvp, no vmap."""
+    """A projector as in tomography packages: one static method for each direction, no jvp, no vmap."""
 
     @staticmethod
     def forward(ctx, x):
@@ -328,7 +328,7 @@ class NewFunction(torch.autograd.Function):
 
 
 class NumpyFunction(OldFunction):
-    """Its backward pass leaves autograd."""
+    """Its backward pass uses numpy, so autograd cannot differentiate it again."""
 
     @staticmethod
     def backward(ctx, v):
@@ -361,7 +361,7 @@ def checkpointed(x):
 
 
 def distances(x):
-    # Of points in the plane, but for those of a point to itself, which have no derivative.
+    # Distances between different points: the distance of a point to itself has no derivative.
     return torch.cdist(x.reshape(-1, 2, 3)[:, :1], x.reshape(-1, 2, 3)[:, 1:]).flatten(1)
 
 
@@ -379,7 +379,7 @@ def histogram(x):
     return torch.zeros(len(x), 3, dtype=x.dtype).scatter_add(1, bins, x)
 
 
-OPERATORS = {  # the function, and its matrix where it is linear
+OPERATORS = {  # the function, and its matrix if it is linear
     "tanh": (lambda x: torch.tanh(x @ MIXING.T), None),
     "an old autograd.Function": (OldFunction.apply, MIXING),
     "a new autograd.Function": (NewFunction.apply, MIXING),
@@ -403,7 +403,7 @@ OPERATORS = {  # the function, and its matrix where it is linear
     "softmax": (lambda x: x.softmax(1), None),
     "histogram": (histogram, torch.eye(3, dtype=torch.float64).repeat_interleave(2, 1)),
 }
-SOLVERS = {  # the others are for torch to say
+SOLVERS = {  # for the others the solver depends on torch's version
     "tanh": "gauss-newton",
     "an old autograd.Function": "gauss-newton",
     "a new autograd.Function": "gauss-newton",
@@ -414,7 +414,7 @@ SOLVERS = {  # the others are for torch to say
 
 
 def data_term(name):
-    """Half-quadratic splitting of an operator: function, ``x0``, ``y``, and the guidance of scale 0.3 and rho 4."""
+    """A data step with an operator: the function, ``x0``, ``y``, and the guidance with scale 0.3 and rho 4."""
     function, _ = OPERATORS[name]
     generator = torch.Generator().manual_seed(1)
     x0, moved = torch.randn(2, 2, 6, dtype=torch.float64, generator=generator)
@@ -424,8 +424,8 @@ def data_term(name):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_pnp_serves_every_operator_with_a_backward_pass(name):
-    """``auto`` takes Gauss-Newton where the backward pass can be differentiated, else gradient steps. Both end in the
-    minimum, which has a closed form where the operator is linear."""
+    """``auto`` takes Gauss-Newton if the backward pass can be differentiated, else gradient steps. Both end in the
+    minimum, which has a closed form if the operator is linear."""
     function, x0, y, guidance = data_term(name)
     run = make_run(event=(6,))
     guidance = replace(guidance, iterations=60).prepare(run)
@@ -438,7 +438,7 @@ def test_pnp_serves_every_operator_with_a_backward_pass(name):
     start, end = x0.clone().requires_grad_(), x.clone().requires_grad_()
     before, after = objective(start), objective(end)
     assert after < 0.95 * before
-    if name not in ("sort", "max_pool"):  # whose minima may be kinks
+    if name not in ("sort", "max_pool"):  # their minima may be at kinks
         (a,), (b,) = torch.autograd.grad(before, start), torch.autograd.grad(after, end)
         assert b.norm() < 1e-6 * a.norm()
     matrix = OPERATORS[name][1]
@@ -456,7 +456,7 @@ def test_pnp_serves_every_operator_with_a_backward_pass(name):
     ids=["tanh", "sigmoid", "square", "exp"],
 )
 def test_no_solver_ends_above_its_start(f, noise, mean, solver):
-    """A whole Gauss-Newton step climbs here: the means were 554, 8.1, 1671 and infinite."""
+    """A full Gauss-Newton step goes up here: with full steps the means were 554, 8.1, 1671 and infinite."""
     generator = torch.Generator().manual_seed(0)
     matrix, x0, truth = (torch.randn(n, 6, generator=generator) for n in (3, 500, 500))
 
@@ -490,7 +490,7 @@ def test_pnp_of_an_operator_without_a_derivative():
 
 
 def test_gradient_steps_never_end_above_their_start():
-    """Far from concave: the operator oscillates within the noise."""
+    """Also if the objective is far from concave: the operator oscillates within the noise."""
     x0 = torch.linspace(-2, 2, 64, dtype=torch.float64)[:, None]
     y = torch.zeros(64, 1, dtype=torch.float64)
     likelihood = fg.likelihoods.Gaussian(y, fg.operators.Function(lambda x: torch.sin(40 * x) + x), 0.05)
@@ -567,7 +567,7 @@ GUIDANCES = {
 @pytest.mark.parametrize("name", GUIDANCES)
 @pytest.mark.parametrize("chunk_size", (None, 2))
 def test_each_observation_has_its_conditions(name, chunk_size):
-    """Observation ``b`` of a batch is what it is where all have its condition, here the mean of the prior."""
+    """Observation ``b`` of a batch is the same as in a run where all have its condition (the mean of the prior)."""
     means = torch.tensor([[-1.0, 0.0], [0.5, 2.0]])
 
     def net(x, t, mean):
@@ -603,7 +603,7 @@ def test_a_network_may_write_into_its_conditions(rows, guidance):
 
     assert torch.equal(run(writes), run(lambda x, t, mean: x / 2 + mean["a"][0] * 3.0))
     assert torch.equal(mean, torch.tensor([[-1.0, 0.0], [0.5, 2.0]])[:rows])
-    # of one sample, too
+    # also with one sample
     net = fg.Conditional(writes, mean={"a": [mean]})
     net(torch.zeros(rows, 2), torch.zeros(rows))
     assert torch.equal(mean, torch.tensor([[-1.0, 0.0], [0.5, 2.0]])[:rows])

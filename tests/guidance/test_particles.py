@@ -68,7 +68,7 @@ def test_reaches_the_closed_form_like_one_over_root_k(method, closed_form):
 @pytest.mark.parametrize("covariance", ["point", "isotropic", "moment"])
 @pytest.mark.parametrize("resampler", ["systematic", "stratified", "multinomial", "residual"])
 def test_every_covariance_and_resampler_has_the_same_limit(covariance, resampler, closed_form):
-    # A wide likelihood, so that "point" too is usable: what changes is the variance, not the limit.
+    # A wide likelihood, so that "point" works too. The covariance changes the variance, not the limit.
     prior, scale = example(), 1.5
     means, variance, evidence = posterior(*prior.chain(STEPS), MATRIX, Y, scale)
     out = run(fg.TDS(gaussian_likelihood(scale=scale), 4096, covariance=covariance, resampler=resampler))
@@ -141,8 +141,8 @@ def test_fk_with_the_guided_proposal_and_difference_is_tds(covariance, base_kern
 @pytest.mark.parametrize("proposal", ["base", "guided"])
 @pytest.mark.parametrize("potential", ["difference", "max", "sum", "callable"])
 def test_every_potential_and_proposal_reaches_the_same_target(potential, proposal):
-    """Target ``N(m, V) exp(r)`` with a quadratic reward: Gaussian again. A mild one for "sum", whose potentials on the
-    way add up to it some two hundred times."""
+    """The target ``N(m, V) exp(r)`` with a quadratic reward is Gaussian again. The reward is mild for "sum", which adds
+    it up some two hundred times during the run."""
     m, v = example().chain(STEPS)
     centre = torch.tensor([0.3, 0.1, -0.2], dtype=torch.float64)
     curvature = 0.02 if potential == "sum" else 0.25
@@ -171,7 +171,7 @@ def test_every_potential_and_proposal_reaches_the_same_target(potential, proposa
 
 
 def test_own_proposal_with_its_density_ratio(closed_form):
-    """A proposal shifted by a constant, weighed by its ratio, changes nothing in the limit."""
+    """A proposal that is shifted by a constant and weighed by its density ratio has the same limit."""
     shift = torch.tensor([0.4, -0.3, 0.2], dtype=torch.float64)
 
     def proposal(x, x0_hat, coefficients, *, seed, step):
@@ -214,7 +214,7 @@ def test_resampling_happens_at_the_steps_asked_for(resample_steps):
     )
     identity = torch.arange(40, dtype=torch.int32)
     moved = [i for i in range(STEPS) if not torch.equal(out.ancestors[i], identity.expand(2, -1))]
-    if resample_steps is None:  # at t = 1 all weights are equal, and resampling moves nobody
+    if resample_steps is None:  # at t = 1 all weights are equal, and resampling moves no particle
         assert moved == list(range(1, STEPS))
     else:
         assert moved == ([4, 8, 12, 16] if resample_steps == 4 else resample_steps)
@@ -229,7 +229,7 @@ def test_a_row_above_the_threshold_keeps_its_particles():
 
 
 def test_observations_are_independent_of_each_other():
-    """Observation 0 has the same particles whether or not another is run beside it."""
+    """Observation 0 has the same particles, alone or together with another."""
     both = run(fg.TDS(gaussian_likelihood(), 30))
     alone = fg.sample(
         example().denoiser(),
@@ -244,8 +244,8 @@ def test_observations_are_independent_of_each_other():
 
 
 def test_zero_reward_probability_kills_particles_and_no_more():
-    """A hard constraint on ``x0_hat`` all the way: who once was outside has weight 0 for good. The evidence is that of
-    the paths that stayed inside, at most the share of those that end there."""
+    """A hard constraint on ``x0_hat`` at every step: a particle that was once outside has weight 0 forever. The
+    evidence is the share of paths that stay inside, which is at most the share of paths that end inside."""
 
     def reward(x0):
         return torch.where(x0[:, 0] > 0.3, 0.0, -math.inf)
@@ -268,7 +268,7 @@ def partial_difference(new, old):
 @pytest.mark.parametrize("proposal", ["base", "guided"])
 @pytest.mark.parametrize("potential", ["difference", "max", "sum", partial_difference])
 def test_a_reward_of_nan_is_a_particle_of_weight_0(potential, proposal):
-    """With a warning that says how many; its gradient guides nobody."""
+    """A warning says how many there are. The gradient of such a reward guides no particle."""
 
     def reward(x0):
         return 0.1 * torch.sqrt(2.0 - x0[:, 0])  # its gradient is NaN as well
@@ -283,7 +283,7 @@ def test_a_reward_of_nan_is_a_particle_of_weight_0(potential, proposal):
 # --- potentials at some steps alone -------------------------------------------------------------------------
 
 
-# Each potential by each proposal with steps given in either way; without a threshold, and without steps, some of them.
+# Each potential with each proposal, and steps as a number or a list. Some cases without a threshold or without steps.
 @pytest.mark.parametrize("proposal", ["base", "guided"])
 @pytest.mark.parametrize(
     "potential, resample_steps, ess_threshold, levels",
@@ -296,8 +296,8 @@ def test_a_reward_of_nan_is_a_particle_of_weight_0(potential, proposal):
 def test_a_potential_stands_at_the_resampling_steps_and_at_the_end(
     resample_steps, ess_threshold, levels, potential, proposal
 ):
-    """A unit Gaussian and ``r = -(x_1 - 1)^2 / 2``: the target is a Gaussian of mean 0.5 with log Z = -0.597, but for
-    what 50 steps change. The reward is called where a potential or a gradient needs it, and nowhere else."""
+    """A unit Gaussian and ``r = -(x_1 - 1)^2 / 2``: the target is a Gaussian with mean 0.5 and log Z = -0.597, up to
+    the error of 50 steps. The reward is called only where a potential or a gradient needs it."""
     one = torch.ones(1, dtype=torch.float64)
     prior = GaussianPrior(0.0 * one, torch.diag(one), fg.schedules.flow())
     variance = prior.chain(50)[1].item()
@@ -328,7 +328,7 @@ def test_a_potential_stands_at_the_resampling_steps_and_at_the_end(
 
 @pytest.mark.parametrize("potential", ["difference", "max", "sum"])
 def test_strength_may_follow_the_time(potential):
-    """The target has the strength of the last step, whatever the others are."""
+    """The target has the strength of the last step; the other strengths do not matter."""
     one = torch.ones(1, dtype=torch.float64)
     prior = GaussianPrior(0.0 * one, torch.diag(one), fg.schedules.flow())
     variance = prior.chain(20)[1].item()
@@ -350,7 +350,7 @@ def test_strength_may_follow_the_time(potential):
 
 
 def test_strength_0_takes_a_hard_constraint_away():
-    """``exp(0 * r)`` is 1 also for ``r = -inf``: nobody dies on the way."""
+    """``exp(0 * r)`` is 1 also for ``r = -inf``, so no particle dies."""
 
     def inside(x0):
         return torch.where(x0[:, 0] > 0.3, 0.0, -math.inf)
@@ -401,7 +401,7 @@ def test_a_module_as_a_reward_takes_the_time():
 
 
 def test_the_guided_proposal_follows_those_of_a_sum_that_have_a_gradient():
-    """Half of the reward has none: the target is the same, and so is the evidence."""
+    """Half of the reward has no gradient. The target and the evidence are the same."""
     likelihood = gaussian_likelihood(Y[:1])
 
     def hard(x0):
@@ -440,7 +440,7 @@ def test_a_reward_that_returns_something_else(bad, message):
 
 
 def writing(f):
-    """``f``, which then overwrites all that it was given."""
+    """``f``, but it overwrites all its arguments afterwards."""
 
     def g(*args, **kwargs):
         returned = f(*(a.clone() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
@@ -490,7 +490,7 @@ def test_a_reward_keeps_what_it_returned(proposal):
 
 
 def test_fk_of_a_likelihood_with_the_base_proposal_needs_no_derivative():
-    """Also by default: the network has none."""
+    """Also with default options. The network here has no derivative."""
 
     class Detached(GaussianPrior):
         def __call__(self, x, t):
@@ -505,7 +505,7 @@ def test_fk_of_a_likelihood_with_the_base_proposal_needs_no_derivative():
 
 
 def test_tds_finds_both_modes_with_their_mass_and_dps_does_not(capsys):
-    """Two separated modes, unequal masses after the measurement: the exact ones are known."""
+    """Two separated modes have unequal masses after the measurement, which are known exactly."""
     model = Mixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), 0.25, fg.schedules.flow())
     prior = fg.Denoiser(model, model.schedule, "sample")
     matrix, y, scale = torch.tensor([[1.0, 0.5]]), torch.tensor([[0.15]]), 1.0
@@ -518,7 +518,7 @@ def test_tds_finds_both_modes_with_their_mass_and_dps_does_not(capsys):
     mass = (out.weights * (out.x[..., 0] > 0)).sum().item()
     dps = fg.sample(prior, (4096, 2), guidance=fg.DPS(likelihood, zeta=1.0, normalize=False), **options).x
     dps_mass = (dps[:, 0] > 0).double().mean().item()
-    with capsys.disabled():  # for all to see
+    with capsys.disabled():  # print the numbers also if the test passes
         print(f"\nmass of the right mode: exact {exact_mass:.3f}, TDS {mass:.3f}, DPS {dps_mass:.3f} (not exact)")
         print(f"log p(y): exact {evidence:.3f}, TDS {out.log_evidence.item():.3f}")
         rounded = [[round(v, 3) for v in m.tolist()] for m in (exact_mean, out.mean()[0], dps.mean(0))]
@@ -526,14 +526,14 @@ def test_tds_finds_both_modes_with_their_mass_and_dps_does_not(capsys):
     assert abs(mass - exact_mass) < 0.03
     assert abs(out.log_evidence.item() - evidence) < 0.05
     assert torch.allclose(out.mean()[0], exact_mean, atol=0.12)
-    # Published DPS ignores the covariance of x_0 given x_t: its answer is off by many standard errors.
+    # DPS as published ignores the covariance of x_0 given x_t, so its result is wrong by many standard errors.
     assert abs(dps_mass - exact_mass) > 0.05 or (dps.mean(0) - exact_mean).abs().max() > 0.25
 
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_moment_covariance_on_separated_modes(seed):
-    """25 modes 8 apart in 8 dimensions, one measurement: the benchmark of Cardoso et al. 2024. The evidence tells of
-    every level, the first too, where ``alpha`` is 0.006 and the covariance of ``x_0`` far from the identity."""
+    """25 modes at distances of 8 in 8 dimensions, one measurement: the benchmark of Cardoso et al. 2024. The evidence
+    depends on every level, also the first, where ``alpha`` is 0.006 and Cov(x_0) is far from the identity."""
     generator = torch.Generator().manual_seed(seed)
     dimensions, particles = 8, 2000
     grid = 8 * torch.arange(-2.0, 3.0, dtype=torch.float64)
@@ -614,7 +614,8 @@ def test_a_sharp_likelihood_does_not_explode_by_default(kind, method):
 @pytest.mark.parametrize("kind", ["function", "class", "uneven", "square", "detectors"])
 @pytest.mark.parametrize("method", ["TDS", "FK", "DPS"])
 def test_measurements_that_see_the_same_do_not_explode(kind, method):
-    """Positive rows, as of a blur or a projector: the largest eigenvalue of ``A A^T`` is many times its diagonal."""
+    """With positive rows, as in a blur or a projector, the largest eigenvalue of ``A A^T`` is many times its
+    diagonal."""
     matrix = torch.rand(40, 64, generator=torch.Generator().manual_seed(1))
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(2))
     scale = torch.linspace(0.1, 0.3, 40) if kind == "detectors" else 0.1
@@ -651,7 +652,8 @@ def test_measurements_that_see_the_same_do_not_explode(kind, method):
     ],
 )
 def test_a_constraint_that_predictions_break_on_the_way(method):
-    """N(0, 1) times exp(x / 2) for x > 0.5: the prediction of every particle breaks the constraint at first."""
+    """The target is N(0, 1) times exp(x / 2) for x > 0.5. At first the prediction of every particle breaks the
+    constraint."""
     schedule = fg.schedules.flow()
 
     def net(x, t):

@@ -1,4 +1,4 @@
-"""fastguide.integrations.blackjax where blackjax takes its own resampling."""
+"""fastguide.integrations.blackjax against blackjax's own resampling."""
 
 import pytest
 
@@ -32,10 +32,10 @@ def test_mean_numbers_of_offspring(scheme, num):
     counts = np.apply_along_axis(np.bincount, 1, indices, minlength=50)
     share = num * np.asarray(weights, np.float64)
     error = (counts.mean(0) - share) / np.sqrt(np.maximum(share, 1e-2) / 400)
-    assert np.abs(error).max() < 4.5  # multinomial counts vary most, by their mean
+    assert np.abs(error).max() < 4.5  # multinomial counts vary most: their variance is their mean
     if scheme == "systematic":
         assert np.abs(counts - share).max() < 1 + 1e-5 * num
-    assert len({row.tobytes() for row in indices}) > 1  # the key matters
+    assert len({row.tobytes() for row in indices}) > 1  # the indices depend on the key
     np.testing.assert_array_equal(resample(keys[0], weights, num), indices[0])
 
 
@@ -80,7 +80,7 @@ BAD = {
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("bad", BAD)
 def test_unusable_weights_are_theirs(scheme, bad):
-    """The very indices of blackjax, also in one row of a batch, whose others are ours."""
+    """With unusable weights the indices are blackjax's own. In a batch, only such rows are."""
     key, good, weights = jax.random.key(4), jnp.array([0.1, 0.2, 0.3, 0.2, 0.2]), jnp.array(BAD[bad])
     f = getattr(ours, scheme)
     expected = getattr(theirs, scheme)(key, weights, 8)
@@ -92,13 +92,13 @@ def test_unusable_weights_are_theirs(scheme, bad):
     np.testing.assert_array_equal(rows[1], expected)
     for row in (rows[0], rows[2]):
         np.testing.assert_array_equal(row, f(key, good, 8))
-    if scheme in ("systematic", "stratified"):  # what that is: of positions in (0, 1), those from the NaN on
+    if scheme in ("systematic", "stratified"):  # what blackjax returns then
         known = {"NaN": [0, 0, 1, 1, 2, 2, 2, 2], "infinite": [0, 0, 1, 1, 2, 2, 2, 2], "zero": [4] * 8}
         np.testing.assert_array_equal(expected, known.get(bad, expected))
 
 
 def test_tempered_smc_finds_the_posterior():
-    """Prior ``N(0, 1)``, one observation ``1.5 ~ N(x, 0.5^2)``: the posterior is ``N(1.2, 0.2)``."""
+    """With the prior ``N(0, 1)`` and an observation ``1.5 ~ N(x, 0.5^2)``, the posterior is ``N(1.2, 0.2)``."""
     parameters = {"step_size": 0.4, "inverse_mass_matrix": jnp.ones(1), "num_integration_steps": 4}
     smc = blackjax.tempered_smc(
         lambda x: -0.5 * jnp.sum(x**2),

@@ -1,4 +1,4 @@
-"""Against deepinv itself: operators, densities, denoisers, and the samplers of the same name given the same noise."""
+"""Against deepinv itself: operators, densities, denoisers, and samplers of the same name with the same noise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _import_original() -> types.ModuleType:
     try:
         try:
             import deepinv
-        except RuntimeError:  # a torchvision whose operators do not fit this torch; none of them is used here
+        except RuntimeError:  # a torchvision that does not fit this torch; it is not needed here
             name = "torchvision._meta_registrations"
             sys.modules[name] = types.ModuleType(name)
             import deepinv
@@ -49,7 +49,7 @@ def householder(v):
 
 
 def user_made():
-    """Of orthonormal U and V, each its own adjoint."""
+    """A decomposable physics with orthonormal U and V. Each is its own adjoint."""
     u, v = householder(randn(6, seed=1)), householder(randn(6, seed=2))
     return dinv.physics.DecomposablePhysics(U=u, U_adjoint=u, V=v, V_adjoint=v, mask=torch.arange(6.0))
 
@@ -143,7 +143,7 @@ def test_nonlinear_physics():
 
 @pytest.mark.filterwarnings("error")
 def test_complex_physics():
-    """Real and imaginary parts are measurements alike; ``A_dagger`` of real measurements must be real."""
+    """Real and imaginary parts count as separate measurements. ``A_dagger`` of real measurements must be real."""
     matrix, x = torch.complex(randn(3, 5), randn(3, 5, seed=1)), randn(2, 5, seed=2)
     physics = dinv.physics.LinearPhysics(
         A=lambda x: x.to(matrix.dtype) @ matrix.T,
@@ -210,7 +210,7 @@ def test_scale_in_place_of_the_noise_models():
     physics = dinv.physics.Denoising(dinv.physics.ZeroNoise())
     assert ours.likelihood(X, physics).scale_at(1.0) == 0.0
     assert ours.likelihood(X, physics, scale=0.2).scale_at(1.0) == 0.2
-    physics.noise_model = dinv.physics.GaussianNoise(torch.full((3,), 0.25))  # one number, said three times
+    physics.noise_model = dinv.physics.GaussianNoise(torch.full((3,), 0.25))  # the same number three times
     assert ours.likelihood(X, physics).scale_at(1.0) == 0.25
     assert ours.likelihood(X, physics, scale=lambda t: t).scale_at(7.0) == 7.0
 
@@ -231,7 +231,7 @@ def test_inpainting_counts_what_was_measured():
     density = torch.distributions.Normal(X, 0.3).log_prob(y) * each
     assert likelihood.y.shape == (3, 12)
     torch.testing.assert_close(likelihood.log_prob(X).float(), density.flatten(1).sum(1))
-    # Other numbers of each, or in the mask, have no such operator
+    # Different numbers of measured elements, or other values in the mask, have no such operator
     fewer = torch.cat([mask, mask, torch.ones_like(mask)]).reshape(3, 1, 4, 5)
     for other in (fewer, 0.5 * mask):
         physics.update(mask=other)
@@ -268,7 +268,7 @@ def test_likelihood_errors():
 
 
 class Small(dinv.models.Denoiser):
-    """Far from linear in both."""
+    """A denoiser that is far from linear in both arguments."""
 
     def __init__(self, channels=1):
         super().__init__()
@@ -292,7 +292,7 @@ def test_prior(dtype):
 
 
 def test_prior_of_a_network():
-    """A denoiser of deepinv's own, in a run of float64."""
+    """A denoiser of deepinv, in a run in float64."""
     denoiser = dinv.models.DRUNet(1, 1, nc=(4, 4, 4, 4), nb=1, pretrained=None)
     prior, x = (
         ours.prior(denoiser, dtype=torch.float32),
@@ -315,7 +315,7 @@ def test_prior_errors():
 
 
 def test_posterior_of_a_gaussian_prior():
-    """TDS is exact: mean, variance and evidence, of the prior that 40 steps make."""
+    """TDS is exact: mean, variance and evidence are those for the prior of 40 steps."""
     schedule, steps, particles = fg.schedules.edm(0.01, 40.0), 40, 4000
     prior = gaussian.example(schedule)
     sampler = ours.Sampler(
@@ -335,7 +335,7 @@ def test_posterior_of_a_gaussian_prior():
 
     x = sampler(gaussian.Y, physics, seed=1)
     torch.testing.assert_close(x, samples.draw(1, seed=1)[:, 0], rtol=0, atol=0)
-    both = sampler.sample(gaussian.Y[:1], physics, seed=1, shape=(2, 3))  # of one observation
+    both = sampler.sample(gaussian.Y[:1], physics, seed=1, shape=(2, 3))  # samples of one observation
     assert both.x.shape == (2, particles, 3)
     assert ((both.mean() - mean[:1]).abs() < 4 * error).all()
 
@@ -355,7 +355,7 @@ def test_sampler_is_fastguides_own(name):
 
 
 def test_sampler_of_other_physics():
-    """Without a spectrum, without linearity, and of an exact measurement; the seed is torch's where none is given."""
+    """A physics without a spectrum, a nonlinear one, and an exact measurement. The default seed is from torch."""
     x = torch.rand(2, 1, 8, 8, generator=generator())
     blur = dinv.physics.Blur(KERNEL, padding="circular", noise_model=dinv.physics.GaussianNoise(0.05))
     exact = dinv.physics.Inpainting((1, 8, 8), mask=0.5, rng=generator())
@@ -382,7 +382,7 @@ def test_sampler_with_a_likelihood():
 
 
 def philox(seed):
-    """``randn_like`` of the noise of `fastguide.sample`: of step 0, 1, ..."""
+    """A ``randn_like`` that returns the noise of `fastguide.sample` for step 0, 1, ..."""
     steps = iter(range(1000))
     return lambda x, **_: fg.ops.randn(x.shape, seed=seed, step=next(steps), dtype=x.dtype)
 
@@ -432,7 +432,7 @@ def solvers():
         return dict(timesteps=torch.linspace(1.0, 0.01, 12, dtype=torch.float64), rng=torch.Generator())
 
     class Halved(dinv.sampling.EulerSolver):
-        """A user's own."""
+        """A user's own solver."""
 
         def step(self, sde, t0, t1, x0, *args, **kwargs):
             middle, _ = super().step(sde, t0, (t0 + t1) / 2, x0, *args, **kwargs)
@@ -453,7 +453,7 @@ def solvers():
     "options", (dict(alpha=0.6), dict(schedule="ve", guidance="annealed", alpha=lambda t: t, minus_one_one=False))
 )
 def test_dps_with_a_solver_object(name, options):
-    """From the same generator it is deepinv's own, with the solver's times and whatever it draws."""
+    """With the same generator, the result is deepinv's, with the solver's times and all that the solver draws."""
     physics = dinv.physics.Inpainting((1, 8, 8), mask=0.5, rng=generator())
     physics.noise_model = dinv.physics.GaussianNoise(0.1)
     y, denoiser = physics(torch.rand(3, 1, 8, 8, generator=generator())), Small()
@@ -479,7 +479,7 @@ def test_dps_by_euler_draws_other_noise_in_each_call():
 
 @pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)))
 def test_dps_by_euler_under_ambient_modes(mode):
-    """They reach the denoiser at most, which here has nothing that they change."""
+    """Ambient modes affect only the denoiser, and this denoiser does not depend on them."""
     physics = matrix_physics(randn(9, 20))
     y, denoiser = physics.A(X.flatten(1)), lambda x, sigma: 0.9 * x
     dps = ours.DPS(denoiser, solver="euler", num_steps=6)
@@ -490,7 +490,7 @@ def test_dps_by_euler_under_ambient_modes(mode):
 
 
 def test_diffpir_under_autocast():
-    """With a physics that is a matrix product."""
+    """The physics is a matrix product, which autocast would round."""
     physics = matrix_physics(randn(9, 20), noise_model=dinv.physics.GaussianNoise(0.1))
     y, fidelity = physics.A(X.flatten(1)), dinv.optim.data_fidelity.L2()
     diffpir = ours.DiffPIR(lambda x, sigma: 0.9 * x, fidelity, max_iter=4)
@@ -530,7 +530,7 @@ def masks(counts):
 
 KERNELS = torch.rand(2, 1, 3, 3, generator=generator()) / 5
 
-# Of two observations, and of each alone
+# A physics for two observations, or for the chosen ones of them.
 OF_EACH = {
     "Inpainting": lambda rows, **kw: dinv.physics.Inpainting((1, 8, 8), mask=masks((30, 30))[rows], **kw),
     "Inpainting, of other numbers": lambda rows, **kw: dinv.physics.Inpainting(
@@ -554,7 +554,7 @@ def rows_of(y, b):
 @pytest.mark.parametrize("name", OF_EACH)
 @pytest.mark.parametrize("chunk_size", (None, 2, 3))
 def test_particles_of_a_physics_of_each_observation(name, chunk_size):
-    """Log-weights and gradients are those of each observation alone."""
+    """Log-weights and gradients equal those of each observation alone."""
     noise = dict(noise_model=dinv.physics.GaussianNoise(0.1))
     physics = OF_EACH[name](slice(None), **noise)
     channels = 2 if name == "MRI" else 1
@@ -578,7 +578,7 @@ def test_particles_of_a_physics_of_each_observation(name, chunk_size):
 
 
 def test_log_determinants_of_each_observation():
-    """A A^T + I in the spectrum of each, against dense matrices."""
+    """Log-determinants of A A^T + I from the spectrum of each observation equal those of dense matrices."""
     physics = OF_EACH["BlurFFT"](slice(None))
     operator = ours.operator(physics, torch.float64)
     rows = torch.tensor([1, 0, 1])
@@ -591,7 +591,7 @@ def test_log_determinants_of_each_observation():
 
 
 def stack(second=0.1):
-    """A blurred image and half of its pixels."""
+    """A stack of two measurements: a blurred image, and half of the pixels."""
     parts = (
         dinv.physics.Blur(KERNEL, padding="circular", noise_model=dinv.physics.GaussianNoise(0.1)),
         dinv.physics.Inpainting((1, 8, 8), mask=0.5, rng=generator(), noise_model=dinv.physics.GaussianNoise(second)),
@@ -628,7 +628,7 @@ def test_stacked_physics():
     physics, _ = stack(0.2)
     with pytest.raises(ValueError, match="physics: expected one noise_model for all measurements, got"):
         ours.likelihood(y, physics)
-    assert ours.DPS(Small(), num_steps=4)(y, physics, seed=1).isfinite().all()  # which asks for no scale
+    assert ours.DPS(Small(), num_steps=4)(y, physics, seed=1).isfinite().all()  # DPS needs no scale
 
 
 def test_dps_from_and_to_other_times():
@@ -716,7 +716,7 @@ def test_diffpir_makes_one_evaluation_less():
 @pytest.mark.parametrize("name", ("DPS", "DiffPIR"))
 @pytest.mark.parametrize("method", ("__init__", "forward"))
 def test_signatures(name, method):
-    """deepinv's arguments in their places, with their defaults; minus_one_one is one of its keywords."""
+    """The arguments have deepinv's order and defaults; minus_one_one is one of its keyword arguments."""
 
     def arguments(owner):
         parameters = inspect.signature(getattr(getattr(owner, name), method)).parameters.values()
@@ -752,7 +752,7 @@ def test_errors():
 
 
 def test_within_deepinv():
-    """Our samplers where deepinv takes its own."""
+    """deepinv's DiffusionSampler works with our samplers."""
     physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1))
     for sampler in (
         ours.DPS(Small(), num_steps=4, dtype=torch.float32),
@@ -760,7 +760,7 @@ def test_within_deepinv():
         ours.Sampler(Small(), fg.PiGDM, steps=4),
     ):
         torch.manual_seed(0)
-        many = torch.stack([X, *(sampler(X, physics) for _ in range(6))])  # deepinv counts where it starts
+        many = torch.stack([X, *(sampler(X, physics) for _ in range(6))])  # deepinv counts the start as a sample
         torch.manual_seed(0)
         statistics = dinv.sampling.DiffusionSampler(sampler, max_iter=6, clip=None, verbose=False)
         mean, variance = statistics(X, physics)

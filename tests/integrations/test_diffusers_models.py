@@ -1,4 +1,4 @@
-"""Models, schedulers and pipelines of diffusers as priors: plain sampling is the pipeline's own, and guidance works."""
+"""Models, schedulers and pipelines of diffusers as priors: plain sampling equals the pipeline, and guidance works."""
 
 import copy
 import math
@@ -34,13 +34,13 @@ from fastguide import digits  # noqa: E402
 from fastguide.digits import train  # noqa: E402
 from fastguide.integrations.diffusers import accelerate, codec, denoiser, from_pipeline  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # between diffusers and numpy
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from diffusers with numpy
 
 DOWN, UP = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
 
 
 def made(kind, seed=0, **config):
-    """A model of random weights, none of them zero, whose output is of order one."""
+    """A model with random weights. No parameter is all zeros, and the output is of order one."""
     torch.manual_seed(seed)
     model = kind(**config).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -100,7 +100,7 @@ def normals(*shape, seed=0, dtype=torch.float32):
 
 @torch.no_grad()
 def scheduler_loop(scheduler, net, x, steps, **options):
-    """As a pipeline of diffusers does it. ``net(x, t)``."""
+    """Sample with ``net(x, t)`` as a pipeline of diffusers does."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps)
     for i, t in enumerate(scheduler.timesteps):
@@ -112,7 +112,7 @@ def scheduler_loop(scheduler, net, x, steps, **options):
 
 
 def assert_same(got, expected):
-    """But for the rounding of the schedulers, which compute their coefficients in float32."""
+    """Equal up to rounding: the schedulers compute their coefficients in float32."""
     assert got.shape == expected.shape and got.dtype == expected.dtype
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -172,7 +172,7 @@ def test_pixel_pipeline_with_clipping(tmp_path, monkeypatch):
 
 
 def _images(x):
-    """As pipelines return them."""
+    """Images in the form that pipelines return."""
     return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
@@ -191,7 +191,7 @@ def test_dit_pipeline_and_its_null_class(tmp_path):
     np.testing.assert_allclose(_images(images), expected, atol=1e-4)
     plain = from_pipeline(pipe, class_labels=207)[0]
     level = prior.schedule.level(500)
-    assert (plain(x_T, level) - prior(x_T, level)).abs().max() > 0.01  # guidance does something here
+    assert (plain(x_T, level) - prior(x_T, level)).abs().max() > 0.01  # guidance has an effect here
 
 
 def test_unconditional_latent_pipeline(tmp_path):
@@ -218,7 +218,7 @@ def test_prompt_embeddings_and_guidance(guidance_scale):
         return torch.lerp(*outputs, guidance_scale)
 
     expected = scheduler_loop(scheduler, net, x_T, 6)
-    conditions = dict(prompt_embeds=embeds, cross_attention_kwargs={})  # has no negative: it holds no tensor
+    conditions = dict(prompt_embeds=embeds, cross_attention_kwargs={})  # needs no negative, as it holds no tensor
     if guidance_scale != 1:
         conditions |= dict(negative_prompt_embeds=negative, guidance_scale=guidance_scale)
     prior = denoiser(model, scheduler, **conditions)
@@ -283,7 +283,7 @@ def test_arguments_within_a_dictionary():
     ],
 )
 def test_no_call_of_a_model_waits_for_the_device(make, conditions):
-    """As a CUDA graph needs it, backward pass and decoder included."""
+    """A CUDA graph needs this, also in the backward pass and the decoder."""
     scheduler = FlowMatchEulerDiscreteScheduler() if make is sd3 else DDIMScheduler()
     prior = denoiser(make().to("meta"), scheduler, **conditions)
     decode, level = codec(autoencoder().to("meta"))[1], prior.schedule.levels(3)[1]
@@ -478,7 +478,7 @@ def stable_diffusion_3():
 @pytest.mark.parametrize("made_pipe", [stable_diffusion, stable_diffusion_xl, stable_diffusion_3])
 @pytest.mark.parametrize("guidance_scale, negative_prompt", [(1.0, None), (3.0, None), (3.0, "a bad lake")])
 def test_prompts(made_pipe, guidance_scale, negative_prompt):
-    """Plain sampling is the pipeline, from the same noise."""
+    """Plain sampling equals the pipeline, with the same noise."""
     pipe = made_pipe().to(torch.float64)
     pipe.set_progress_bar_config(disable=True)
     x_T, prompts = normals(2, 2, 8, 4, dtype=torch.float64), ["a lake", "two men in a boat"]
@@ -548,7 +548,7 @@ def test_a_guidance_scale_for_each_observation_or_step():
     torch.testing.assert_close(both[0], guided_draw(3.0)[0], rtol=1e-5, atol=1e-6)
     no_guidance = from_pipeline(stable_diffusion(), prompt="a lake")[0]
     expected = fg.sample(no_guidance, (2, 2, 8, 8), steps=3, eta=0.0, seed=1).x
-    torch.testing.assert_close(both[1], expected[1], rtol=1e-5, atol=1e-6)  # below 1 there is none
+    torch.testing.assert_close(both[1], expected[1], rtol=1e-5, atol=1e-6)  # a scale below 1 is no guidance
     for table in ([0.5, 0.0, 1.0], lambda t: 0.5):
         torch.testing.assert_close(guided_draw(table), expected, rtol=1e-5, atol=1e-6)
 
@@ -586,7 +586,7 @@ def test_prompts_that_are_not_read():
             self.register_modules(unet=unet, scheduler=scheduler)
 
         def encode_prompt(self, **kwargs):
-            return normals(1, 5, 12), normals(1, 5), normals(1, 5, 12), normals(1, 5)  # with masks, as PixArt's
+            return normals(1, 5, 12), normals(1, 5), normals(1, 5, 12), normals(1, 5)  # with masks, as in PixArt
 
     for model in (conditional_unet(), dit()):
         with pytest.raises(ValueError, match="prompt: expected None with Prompted of "):
@@ -601,8 +601,8 @@ def test_prompts_that_are_not_read():
 
 @pytest.mark.parametrize("chunk_size", (None, 2, 3))
 def test_prompts_for_each_observation(chunk_size):
-    """With two observations of two particles in chunks of two, embeddings of two rows would fit as they are, and be
-    wrong."""
+    """With two observations, two particles and chunks of two samples, the two rows of embeddings would fit a chunk
+    unchanged, and be wrong."""
     model, embeds, none = conditional_unet(), normals(2, 5, 12), normals(1, 5, 12, seed=1)
 
     def run(rows):
@@ -721,7 +721,7 @@ def test_what_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A latent pipeline's folder: an autoencoder and a U-Net of diffusers, trained here on the digits."""
+    """The folder of a latent pipeline: an autoencoder and a U-Net of diffusers, trained here on the digits."""
     pytest.importorskip("sklearn")
     images, _, known, _ = train.load(seed=0)
     images = train.scaled(images[known])
@@ -776,7 +776,7 @@ def latent_model(trained):
 
 
 def decoded(decode, out):
-    """The images of samples, or the mean of a posterior's."""
+    """The images of samples; for weighted particles, their mean."""
     with torch.no_grad():
         if out.log_weights is None:
             return decode(out.x)
@@ -804,7 +804,7 @@ def test_guidance_of_latents_by_their_images(latent_model):
     of_latent = fg.likelihoods.Gaussian(y, fg.operators.Function(lambda z: pool(decode(z))), scale=0.1)
 
     def residual_and_psnr(guidance, steps):
-        """The distance from ``y`` in its noise's standard deviations."""
+        """The distance from ``y`` in standard deviations of its noise, and the PSNR."""
         images = decoded(decode, fg.sample(prior, (4, 2, 4, 4), guidance=guidance, steps=steps, seed=1))
         return (pool(images) - y).square().mean().sqrt() / 0.1, train.psnr(truth, images)
 
@@ -822,7 +822,7 @@ def test_guidance_of_latents_by_their_images(latent_model):
 
 
 def test_latents_of_an_autoencoder_with_attention():
-    """As those of Stable Diffusion have it in their middle block: no forward-mode derivative passes it."""
+    """Autoencoders of Stable Diffusion have attention in the middle block. It has no forward-mode derivative."""
     vae = made(
         AutoencoderKL, in_channels=3, out_channels=3, down_block_types=DOWN, up_block_types=UP,
         block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, scaling_factor=1.0,
@@ -847,7 +847,7 @@ def test_latents_of_an_autoencoder_with_attention():
 
 
 def test_steering_by_a_reward_of_the_images(latent_model):
-    """The evidence and the mean reward of ``p(x) exp(3 r(x))``, against a thousand samples of the prior."""
+    """The evidence and the mean reward of ``p(x) exp(3 r(x))`` agree with a thousand samples of the prior."""
     prior, _, decode = latent_model
     classify = digits.classifier()
 

@@ -1,5 +1,5 @@
-"""The schedulers of `fastguide.integrations.diffusers` against diffusers' own: the same results of the same noise, in
-every configuration; what is left to the parent, and that nothing waits for a device."""
+"""The schedulers of `fastguide.integrations.diffusers` against diffusers' own: the same results with the same noise, in
+every configuration. Also which steps the parent takes, and that no step waits for a device."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def trajectory(scheduler, steps: int = 10, *, dtypes=(F32, F32), outputs: int = 
 
 
 def assert_same(got: list, expected: list, tolerance: float = 3e-5) -> None:
-    """To float32's rounding, a hundred times larger where x0 is a small difference over a small alpha."""
+    """Equal up to float32 rounding. Callers allow more where x0 is a small difference divided by a small alpha."""
     *got, got_state = got
     *expected, state = expected
     assert torch.equal(got_state, state)
@@ -96,8 +96,8 @@ CHURN = dict(s_churn=3.0, s_tmin=0.1, s_tmax=10.0, s_noise=1.1)
 
 
 def cases():
-    """Each option of a scheduler with those that it meets in the arithmetic. Of tables of levels, which are read alike
-    whatever the prediction, each is there once."""
+    """Each option of a scheduler, together with options that act on the same arithmetic. Each table of levels is there
+    only once, because the prediction type does not change how it is read."""
     for prediction, config in itertools.product(PREDICTIONS, CLIPS):
         config = dict(prediction_type=prediction, **config)
         yield "DDPMScheduler", config, {}
@@ -121,7 +121,7 @@ def cases():
     yield "EulerAncestralDiscreteScheduler", {}, {}
     for config in ({}, *SPACINGS, ZERO_SNR):
         yield "EulerAncestralDiscreteScheduler", dict(prediction_type="v_prediction", **config), {}
-    for algorithm, (order, solver) in itertools.product(  # a step of the first order has no kind of solver
+    for algorithm, (order, solver) in itertools.product(  # solver types differ from the second order on
         ("dpmsolver++", "sde-dpmsolver++"), ((1, "midpoint"), *itertools.product((2, 3), ("midpoint", "heun")))
     ):
         config = dict(algorithm_type=algorithm, solver_order=order, solver_type=solver)
@@ -149,11 +149,11 @@ def cases():
 CASES = [pytest.param(*case, id=f"{i}-{case[0]}") for i, case in enumerate(cases())]
 
 
-# Every scheduler with each value of each setting that it reads, and with the settings that act on each other.
+# Every scheduler with each value of each setting that it reads, and with combinations of settings that interact.
 @pytest.mark.parametrize(("name", "config", "options"), CASES)
 def test_trajectories(name, config, options):
     theirs, mine = both(name, **config)
-    for steps in (10, 16):  # DPM-Solver treats fewer than 15 in a way of its own
+    for steps in (10, 16):  # DPM-Solver treats fewer than 15 steps differently
         assert_same(trajectory(mine, steps, **options), trajectory(theirs, steps, **options))
     assert not mine.parent_calls
 
@@ -183,13 +183,13 @@ def test_channels_that_come_last_stay_there(name):
     assert all(result.is_contiguous(memory_format=torch.channels_last) for result in results)
 
 
-# Of the state and of the output: narrow, mixed either way, wide.
+# The dtypes of the state and of the output: narrow, mixed in both ways, wide.
 @pytest.mark.parametrize("dtypes", [(F16, F16), (BF16, BF16), (F32, F16), (F16, F32), (F64, F64)])
 @pytest.mark.parametrize(
     ("name", "prediction"), [*itertools.product(NAMES[:2], PREDICTIONS), *((n, "") for n in NAMES)]
 )
 def test_dtypes(name, prediction, dtypes):
-    """Its dtypes, and errors that are no larger than the parent's, whose every operation rounds."""
+    """The result has the parent's dtypes, and errors no larger than the parent's, which rounds in every operation."""
     theirs, mine = both(name, **(dict(prediction_type=prediction, clip_sample=False) if prediction else {}))
     for scheduler in (theirs, mine):
         scheduler.set_timesteps(10)
@@ -205,7 +205,7 @@ def test_dtypes(name, prediction, dtypes):
             setattr(scheduler, attribute, None)
         scheduler.is_scale_input_called, scheduler.model_outputs, scheduler.lower_order_nums = True, [None] * 2, 0
         torch.manual_seed(3)
-        # noise is drawn in the dtype of the output: compare what is not noise
+        # noise is drawn in the dtype of the output, so only the rest is compared
         options = dict(generator=torch.Generator().manual_seed(1)) if kind != "exact" else {}
         steps[kind] = scheduler.step(*inputs, return_dict=False, **options)
     for mine_, theirs_, exact in list(zip(steps["mine"], steps["theirs"], steps["exact"], strict=True))[::-1]:
@@ -343,7 +343,7 @@ def test_the_index_of_a_timestep():
     theirs, mine = both("DPMSolverMultistepScheduler")
     for scheduler in (theirs, mine):
         scheduler.set_timesteps(timesteps=[900, 600, 600, 300])
-    for t in (900, 600, 300, 17):  # the second of two, and the last for one that is not there
+    for t in (900, 600, 300, 17):  # one timestep occurs twice, and one is not in the schedule
         assert mine.index_for_timestep(t) == theirs.index_for_timestep(t)
         assert mine.index_for_timestep(torch.tensor(t)) == theirs.index_for_timestep(torch.tensor(t))
 
@@ -369,7 +369,7 @@ def test_without_a_schedule_or_with_timesteps_of_ones_own(name):
 
 
 def test_what_changes_under_way_is_noticed():
-    """Betas, sigmas and options that somebody sets after steps were taken."""
+    """Betas, sigmas and options may be changed after some steps."""
     for name, config, change in (
         ("DDIMScheduler", {}, lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod**2)),
         ("DDIMScheduler", {}, lambda s: s.alphas_cumprod.mul_(0.9)),
@@ -427,7 +427,7 @@ def test_gradients_are_the_parents():
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
-# --- what the parent does -----------------------------------------------------------------------------------
+# --- steps that the parent takes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -549,7 +549,7 @@ def test_errors_are_the_parents(name, config, call):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fused_noise", (False, True))
 def test_no_step_asks_the_device(name, fused_noise):
-    """Tensors without values: a question to them is an error. The parent asks, but where it counts its steps."""
+    """Tensors on ``meta`` have no values, so reading one is an error. The parent reads, unless it counts its steps."""
     theirs, mine = both(name)
     mine.fused_noise = fused_noise
     options = dict(eta=0.5) if name == "DDIMScheduler" else {}
@@ -609,7 +609,7 @@ def test_timesteps_of_their_own(name, options, prediction, fused_noise):
 
 
 class Replay:
-    """While it is entered, torch.randn gives what was given."""
+    """A context manager in which torch.randn returns the given noise."""
 
     def __init__(self, noise):
         self.noise = noise
@@ -729,7 +729,7 @@ def test_a_sample_is_the_same_in_whatever_batch(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_batches_of_one_schedule_are_independent(name):
-    """The mean of 64 batches of one generator varies as that of independent noise does."""
+    """The mean over 64 batches from one generator varies as for independent noise."""
     scheduler, generator = stochastic(name), torch.Generator().manual_seed(0)
     x, output, means = normal(1, 1, 16, 16), normal(1, 1, 16, 16, seed=1), {True: [], False: []}
     scheduler.set_timesteps(4)
@@ -772,7 +772,7 @@ def test_visits_to_a_step_draw_anew_and_chunks_of_a_batch_do_not():
 
     start, later = scheduler.timesteps[2], scheduler.timesteps[5]
     generator = torch.Generator().manual_seed(3)
-    whole = [visit(t) for t in (start, later, later, start)]  # a step, one taken twice, and another run
+    whole = [visit(t) for t in (start, later, later, start)]  # a step, a step taken twice, and a new run
     assert all((a - b).abs().max() > 0.01 for a, b in [(whole[1], whole[2]), (whole[0], whole[3])])
     generator = torch.Generator().manual_seed(3)
     scheduler.set_timesteps(10)
@@ -822,7 +822,7 @@ STOCHASTIC = [("DDPMScheduler", {}), ("DDIMScheduler", dict(eta=1.0))]
 
 @pytest.mark.parametrize(("name", "options"), STOCHASTIC)
 def test_no_noise_comes_twice(name, options):
-    """Whatever form the timestep has and however the batch is cut."""
+    """For every form of the timestep, and every way to split the batch."""
     scheduler, generator, x = stochastic(name), torch.Generator().manual_seed(3), torch.zeros(2, 500)
     scheduler.set_timesteps(10)
     t = scheduler.timesteps
@@ -830,7 +830,7 @@ def test_no_noise_comes_twice(name, options):
         (0, torch.stack([t[2], t[5]])), (0, t[2]), (0, t[5]), (0, torch.stack([t[5], t[2]])),
         (0, torch.stack([t[2], t[5]])), (1, t[2]), (1, torch.stack([t[5], t[2]])), (0, t[2]),
     ]  # fmt: skip
-    noise: dict[int, list] = {}  # of each sample
+    noise: dict[int, list] = {}  # for each sample
     for first, timestep in visits:
         scheduler.first_sample = first
         drawn = scheduler.step(x, timestep, x, generator=generator, **options).prev_sample
@@ -871,12 +871,12 @@ def test_a_scheduler_in_the_middle_of_a_run_can_be_copied():
     step(scheduler, 0)
     other, loaded = copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))
     assert torch.equal(step(other, 1), step(scheduler, 1))
-    assert (step(loaded, 2) - step(scheduler, 2)).abs().max() > 0.01  # a run of its own
+    assert (step(loaded, 2) - step(scheduler, 2)).abs().max() > 0.01  # it starts its own run
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fused_noise_is_that_of_randn(name):
-    """What a step adds to its mean is its standard deviation times the normals of seed, step and sample."""
+    """A step adds to its mean the standard deviation times the normals of seed, step and sample."""
     x, output = normal(*SHAPE), normal(*SHAPE, seed=1)
     results = []
     for fused in (True, False):
@@ -936,7 +936,7 @@ def test_a_pipeline_in_one_line(tmp_path):
     assert not pipe.scheduler.parent_calls
     pipe.save_pretrained(tmp_path)
     loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path)
-    assert type(loaded.scheduler) is diffusers.DDPMScheduler  # whoever loads it may not have fastguide
+    assert type(loaded.scheduler) is diffusers.DDPMScheduler  # it may be loaded without fastguide
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDPMScheduler"]
     torch.testing.assert_close(images(loaded), expected, rtol=1e-4, atol=1e-4)
     ours.accelerate(loaded, fused_noise=True)
@@ -944,7 +944,7 @@ def test_a_pipeline_in_one_line(tmp_path):
 
 
 def test_the_line_of_the_pipeline_with_ddim():
-    """Which passes ``use_clipped_model_output=None``, and makes a scheduler of diffusers' own of what it is given."""
+    """The DDIM pipeline passes ``use_clipped_model_output=None``, and converts its scheduler to diffusers' class."""
     pipe = pipeline(diffusers.DDIMPipeline, diffusers.DDIMScheduler())
     expected = images(pipe, eta=0.5)
     pipe.scheduler = ours.DDIMScheduler.from_config(pipe.scheduler.config)
@@ -983,7 +983,7 @@ def test_accelerate_counts_anew():
 
 
 def test_timesteps_that_stand_elsewhere():
-    """A slice of those on a device; here on none, so that a question to it would be an error."""
+    """The timesteps may be a slice of a tensor on a device. Here it is on ``meta``, so reading one is an error."""
     _, mine = both("DDPMScheduler")
     mine.set_timesteps(10)
     values, full = mine.timesteps.tolist(), mine.timesteps.to("meta")

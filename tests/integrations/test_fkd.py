@@ -1,4 +1,4 @@
-"""FKD against closed forms, on chains of few states whose every path can be counted."""
+"""FKD against closed forms, on chains with few states, so that all paths can be counted."""
 
 import enum
 import inspect
@@ -57,7 +57,7 @@ def test_steps_that_weigh():
 
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_product_of_potentials(potential):
-    """``exp(lmbda * r(x_0))``, of a particle that is alone, so that none takes its place."""
+    """It is ``exp(lmbda * r(x_0))``. There is only one particle, so no other one replaces it."""
     for minimum in (0.0, -3.0):
         fkd = _fkd(potential_type=potential, num_particles=1, reward_min_value=minimum)
         for i, reward in ((1, 0.3), (3, -0.4), (5, 1.7), (9, 0.9)):
@@ -76,7 +76,7 @@ def test_product_of_potentials(potential):
     ],
 )
 def test_log_potentials_and_weights_that_are_kept(potential, expected):
-    """Rewards 0.2, 0.3 and then -0.1, 0.4, of weights too even to be resampled."""
+    """Rewards 0.2, 0.3 and then -0.1, 0.4. The weights are too even to resample."""
     fkd = _fkd(potential_type=potential, num_particles=2)
     total = torch.zeros(2, dtype=torch.float64)
     for i, rewards, log_potential in zip((1, 3), ((0.2, 0.3), (-0.1, 0.4)), expected, strict=True):
@@ -97,7 +97,8 @@ def test_log_potentials_and_weights_that_are_kept(potential, expected):
     ],
 )
 def test_last_weight_of_the_original(potential, forced, adaptive):
-    """Of a particle that is alone: over the product of the steps that resampled, none of the adaptive ones."""
+    """With one particle. The last weight is divided by the potentials of the steps that resampled. An adaptive step
+    never resamples one particle, so it has no such steps."""
     for expected, changed in ((forced, {"adaptive_resampling": False}), (adaptive, {})):
         fkd = _fkd(potential_type=potential, num_particles=1, strict=True, seed=None, **changed)
         for i, reward in ((1, 0.3), (3, -0.4), (5, 1.7), (9, 0.9)):
@@ -134,7 +135,7 @@ def test_the_original_forgets_weights_and_clamps_them():
         fkd.resample(sampling_idx=i, latents=_column(0, 1), x0_preds=_column(*rewards))
     torch.testing.assert_close(fkd.log_weights, 2.0 * torch.tensor([-0.1, 0.1], dtype=torch.float64), rtol=0, atol=1e-6)
 
-    rewards = _column(12.0, 40.0, 11.0, float("nan"))  # exp(24), exp(80), exp(22) and nothing
+    rewards = _column(12.0, 40.0, 11.0, float("nan"))  # weights exp(24), exp(80), exp(22) and 0
     for seed in range(20):
         torch.manual_seed(seed)
         strict, ours = _fkd(strict=True, seed=None, adaptive_resampling=False), _fkd(seed=seed)
@@ -159,7 +160,7 @@ def test_the_original_resamples_last_only_below_half():
 
 
 def _chain(fkd, generator, particles):
-    """A walk over the states 0, 1, 2 with the reward of a state; ``r`` of each level is that of the state now."""
+    """A random walk over the states 0, 1, 2. The reward at each step is that of the current state."""
     x = torch.randint(3, (particles,), generator=generator)
     for i in range(fkd.last_step + 1):
         x = torch.multinomial(TRANSITION[x], 1, generator=generator)[:, 0]
@@ -176,7 +177,7 @@ REWARD = torch.tensor([0.0, 1.2, -0.7], dtype=torch.float64)
 @pytest.mark.parametrize("scheme", ["systematic", "multinomial"])
 def test_target_of_a_discrete_chain(potential, adaptive, scheme):
     steps, particles = 4, 40_000
-    lmbda = 0.3 if potential == "add" else 1.0  # "add" goes furthest astray on the way
+    lmbda = 0.3 if potential == "add" else 1.0  # with "add" the weights vary most during the run
     fkd = _fkd(
         potential_type=potential,
         lmbda=lmbda,
@@ -218,7 +219,7 @@ def test_images_may_be_a_list_and_rewards_too():
     new, images = fkd.resample(sampling_idx=1, latents=latents, x0_preds=latents)
     assert images == ["image 2"] * 4
     assert new.dtype == torch.half and torch.equal(new, kept[[2, 2, 2, 2]])
-    assert torch.equal(latents, kept)  # the caller's own
+    assert torch.equal(latents, kept)  # the caller's own latents are unchanged
 
 
 @pytest.mark.filterwarnings("ignore:reward_fn:RuntimeWarning")
@@ -240,10 +241,10 @@ def test_dead_particles():
 )
 @pytest.mark.parametrize("strict", [False, True])
 def test_unusable_rewards_are_warned_of(device, strict):
-    """At once on the CPU; on a GPU after the last step, so that no other waits."""
+    """On the CPU the warning comes at once. On a GPU it comes after the last step, so that no other step waits."""
     given = {1: (math.nan, 0.0, math.nan, 1.0), 3: (0.0, 0.1, 0.0, 0.2), 5: (math.nan,) * 4, 9: (0.0, 0.0, 0.0, 0.0)}
     if strict:
-        given[5] = given[3]  # the original raises where no weight is above 0
+        given[5] = given[3]  # the original raises if no weight is above 0
     options = dict(strict=True, seed=None) if strict else {}
     fkd = _fkd(reward_fn=lambda x: x[:, 0], device=device, **options)
     seen = {}
@@ -268,7 +269,7 @@ def test_unusable_rewards_are_warned_of(device, strict):
 @pytest.mark.parametrize("adaptive", [True, False])
 @pytest.mark.parametrize("rewards", [(math.nan,) * 4, (0.0, math.inf, 1.0, 2.0)])
 def test_a_step_without_usable_rewards_does_not_count(potential, adaptive, rewards):
-    """Between others, of which the first is too even to resample."""
+    """The step is between two others. The weights of the first are too even to resample."""
     runs = []
     for middle in ([(3, rewards)], []):
         fkd = _fkd(potential_type=potential, adaptive_resampling=adaptive)
@@ -294,7 +295,7 @@ REWARDS = {
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", REWARDS)
 def test_rewards_of_many_kinds(kind):
-    """Python's numbers keep their float64."""
+    """Python numbers keep float64 precision."""
     rewards = [0.3, 0.1, 0.2, 0.25]
     fkd = _fkd(reward_fn=REWARDS[kind])
     fkd.resample(sampling_idx=1, latents=torch.arange(4), x0_preds=_column(*rewards))
@@ -312,13 +313,13 @@ def test_rewards_that_are_no_numbers(bad):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_rewards_in_memory_that_is_used_again(strict):
-    """``"diff"`` compares them with those of the step before."""
+    """The reward function returns the same memory at each step. ``"diff"`` needs the rewards of the step before."""
     memory = torch.empty(4)
     options = dict(strict=True, seed=None) if strict else {}
     fkd = _fkd(reward_fn=lambda images: memory.copy_(images[:, 0]), **options)
     for step, rewards in ((1, (0.0, 0.1, 0.2, 0.3)), (3, (0.3, 0.3, 0.3, 0.3))):
         fkd.resample(sampling_idx=step, latents=torch.arange(4), x0_preds=_column(*rewards))
-    expected = [0.6, 0.4, 0.2, 0.0] if strict else [0.6] * 4  # the original's weights are of the last step alone
+    expected = [0.6, 0.4, 0.2, 0.0] if strict else [0.6] * 4  # the original's weights are only of the last step
     torch.testing.assert_close(fkd.log_weights, torch.tensor(expected).double(), rtol=0, atol=1e-6)
 
 
@@ -332,7 +333,7 @@ def test_ancestors(strict):
         0: ((0.0, 9.0, 0.0, 0.0), None),  # does not weigh
         1: ((0.0, 0.1, 0.1, 0.0), [0, 1, 2, 3]),  # too even
         3: ((0.0, 9.0, 0.0, 0.0), [1, 1, 1, 1]),
-        4: ((9.0, 0.0, 0.0, 0.0), [1, 1, 1, 1]),  # does not weigh: those of step 3 still
+        4: ((9.0, 0.0, 0.0, 0.0), [1, 1, 1, 1]),  # does not weigh: ancestors of step 3 stay
     }
     for step, (rewards, expected) in steps.items():
         before = latents
@@ -357,7 +358,7 @@ def test_a_step_taken_again_draws_other_numbers():
 
 
 def test_no_two_visits_draw_the_same_numbers():
-    """The steps to weigh may go on beyond the last of ``time_steps``."""
+    """Steps may go on after the last of ``time_steps``."""
     x = _column(*(0.05 * k for k in range(64)))
     options = dict(num_particles=64, scheme="multinomial", adaptive_resampling=False, potential_type="rt")
     fkd = _fkd(**options, resample_frequency=1, resampling_t_start=0, resampling_t_end=6, time_steps=3)

@@ -1,5 +1,5 @@
-"""Against k-diffusion itself, from the same torch seed: every sampler with its options, callbacks and noise. In
-float64, where no rounding hides a difference."""
+"""Against k-diffusion itself, with the same torch seed: every sampler with its options, callbacks and noise. In
+float64, so that rounding does not hide a difference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ try:
     original = original_k_diffusion()
 except (Absent, ImportError) as error:
     pytest.skip(f"k-diffusion: {error}", allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde, of the last bit of an end
+pytestmark = pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde, about rounding at an end
 
 SAMPLERS = [name for name in ours.__all__ if name.startswith("sample_")]
 CHURNED = ("sample_euler", "sample_heun", "sample_dpm_2")
@@ -33,7 +33,7 @@ NOISY = [name for name in SAMPLERS if name in SDES or name.endswith("ancestral")
 
 
 def model(x, sigma, shift=0.0):
-    """Nonlinear in both, so that no difference is lost."""
+    """Nonlinear in both arguments, so that differences are visible."""
     sigma = sigma.reshape(-1, *(1,) * (x.ndim - 1))
     return torch.tanh(x / (1 + sigma**2) ** 0.5 + shift) - 0.1 * sigma.log1p() * torch.sin(3 * x)
 
@@ -48,7 +48,7 @@ def levels(dtype=torch.float64, n=7):
 
 
 def both(name, *args, seed=5, **options):
-    """What the two give, and the next number of the generator after each."""
+    """The results of both modules. Checks that both leave the generator in the same state."""
     results = []
     for module in (ours, original):
         torch.manual_seed(seed)
@@ -85,14 +85,14 @@ def test_equals_the_original(name, options, ends_at_zero):
     ),
 )
 def test_equals_the_original_in_other_dtypes(name, dtype, of_sigmas, tolerance):
-    """To how the original rounds: after every operation, its levels too."""
+    """Equal up to the rounding of the original, which rounds after every operation, also its levels."""
     x, expected = both(name, start(dtype), levels(of_sigmas))
     torch.testing.assert_close(x, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ("sample_euler", "sample_dpmpp_2m", "sample_euler_ancestral", "sample_dpmpp_2m_sde"))
 def test_a_model_of_another_dtype(name):
-    """As under autocast: the wider of two dtypes, in a fused step too."""
+    """The result has the wider dtype, as under autocast, also in a fused step."""
     for state, denoised in ((torch.float32, torch.float16), (torch.float16, torch.float32)):
         seen = []
         for module in (ours, original):
@@ -109,7 +109,7 @@ def test_a_model_of_another_dtype(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_callback_may_change_the_state(name):
-    """As inpainting by a callback does. What was denoised is the callback's as well, where the original has read it."""
+    """As in inpainting by a callback. It may also overwrite ``denoised``, if the original has already read it."""
 
     def paint(step):
         step["x"][..., :2] = 5.0
@@ -125,7 +125,8 @@ def test_a_callback_may_change_the_state(name):
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in SDES and name != "sample_dpmpp_2m"])
 def test_a_model_may_have_one_output(name):
-    """Which it overwrites, as a captured graph does. The others read an earlier one in both projects."""
+    """The model overwrites its output at each call, as a captured graph does. The samplers that are left out read an
+    earlier output, in both projects."""
     results = []
     for reused in (False, True):
         output = torch.empty_like(start())
@@ -146,7 +147,7 @@ RISING, REPEATED, REPEATED_LAST = [0.1, 0.5, 0.3, 0.0], [1.0, 0.5, 0.5, 0.2, 0.0
 @pytest.mark.parametrize("noise", ("default", "caller's"))
 @pytest.mark.parametrize("sigmas", (RISING, REPEATED, REPEATED_LAST))
 def test_rising_and_repeated_levels(name, eta, noise, sigmas):
-    """Equal to the original, or an error that names the levels, before any evaluation, where the original is NaN."""
+    """Equal to the original. If the original is NaN, ours raises an error with the levels before any evaluation."""
     options = {}
     if name in NOISY:
         options["eta"] = eta
@@ -168,7 +169,7 @@ def test_rising_and_repeated_levels(name, eta, noise, sigmas):
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("kind", (np.float32, np.float64))
 def test_sigmas_of_numpy(name, kind):
-    """As a tensor of their dtype, also from an array that is read backwards."""
+    """A numpy array works like a tensor of its dtype, also with negative strides."""
     array = levels().numpy().astype(kind)
     expected = both(name, start(), torch.from_numpy(array))[0]
     for sigmas in (array, array[::-1].copy()[::-1]):
@@ -254,7 +255,7 @@ def test_a_noise_sampler_is_asked_the_same(name):
     ),
 )
 def test_levels(name, args):
-    assert torch.equal(getattr(ours, name)(*args), getattr(original, name)(*args))  # a Brownian path is rough
+    assert torch.equal(getattr(ours, name)(*args), getattr(original, name)(*args))  # exact: a Brownian path is rough
     signatures = [inspect.signature(getattr(module, name)).parameters for module in (ours, original)]
     assert [(p.name, p.default) for p in signatures[0].values()] == [
         (p.name, p.default) for p in signatures[1].values()
@@ -298,7 +299,7 @@ def test_brownian_tree_errors(monkeypatch):
 
 @pytest.mark.parametrize("name", NOISY)
 def test_philox_noise(name):
-    """Fused into the step, and as k-diffusion calls it, it is the same noise; and for a part of a batch."""
+    """The noise is the same if it is fused into the step, if k-diffusion calls it, and for a part of a batch."""
     x, sigmas = start(), levels()
     fused = getattr(ours, name)(
         model, x, sigmas, disable=True, s_noise=1.2, noise_sampler=ours.PhiloxNoiseSampler(x, seed=7)
@@ -316,7 +317,7 @@ def test_philox_noise(name):
 
 
 def test_philox_noise_does_not_repeat():
-    """Not between objects without a seed, not between two runs of one, not the numbers of a start of the same seed."""
+    """Noise differs between objects without a seed, between two runs of one object, and from a start with that seed."""
     x = start()
     torch.manual_seed(3)
     first, second = (ours.PhiloxNoiseSampler(x) for _ in range(2))
@@ -338,7 +339,7 @@ def test_philox_noise_does_not_repeat():
 
 @pytest.fixture
 def installed(monkeypatch):
-    """k-diffusion as a user has it, whether or not its other modules can be imported here."""
+    """k-diffusion as if it were installed, even if its other modules cannot be imported here."""
     ours._original.cache_clear()
     monkeypatch.setitem(sys.modules, "k_diffusion.sampling", original)
     yield
@@ -357,7 +358,7 @@ def test_names_of_the_original(installed):
 
 
 def test_in_place_of_the_original(monkeypatch):
-    """Standing in ``sys.modules`` for it, the module still finds it."""
+    """If our module replaces the original in ``sys.modules``, it still finds the original."""
     package = types.ModuleType("k_diffusion")
     package.__path__ = [str(Path(original.__file__).parent)]
     utils = types.ModuleType("k_diffusion.utils")
@@ -418,7 +419,7 @@ def test_progress(monkeypatch, capsys):
     + [(name, noise) for name in NOISY for noise in ("caller's", "philox")],
 )
 def test_no_step_waits(name, noise, monkeypatch):
-    """States and sigmas on the ``meta`` device have no values to ask for, but for the one read before the loop."""
+    """States and sigmas on the ``meta`` device have no values. Only the one read before the loop is allowed."""
     reads, asked = [], []
     monkeypatch.setattr(ours, "_to_host", lambda sigmas: reads.append(sigmas) or levels(torch.float32))
     x, sigmas = start(torch.float32).to("meta"), levels(torch.float32).to("meta")
@@ -431,7 +432,7 @@ def test_no_step_waits(name, noise, monkeypatch):
         out = getattr(ours, name)(model, x, sigmas, callback=lambda _: None, disable=True, **options)
     assert out.device.type == "meta" and out.shape == x.shape
     assert len(reads) == 1 and reads[0] is sigmas
-    assert all(sigma.device.type == "meta" for sigma in asked)  # where the sigmas are, as k-diffusion's
+    assert all(sigma.device.type == "meta" for sigma in asked)  # on the device of the sigmas, as in k-diffusion
 
 
 def test_sigmas_are_read_from_the_device():
@@ -442,7 +443,7 @@ def test_sigmas_are_read_from_the_device():
 @pytest.mark.parametrize("name", SDES)
 @pytest.mark.parametrize("given", (False, True))
 def test_a_brownian_tree_is_asked_on_the_host(name, given, monkeypatch):
-    """It compares levels: on a device it would wait for them."""
+    """It compares levels, which would wait for a device."""
     expected = both(name, start(), levels())[1]
     monkeypatch.setattr(ours, "_to_host", lambda sigmas: levels())
     torch.manual_seed(5)

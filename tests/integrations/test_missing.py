@@ -1,4 +1,4 @@
-"""What a drop-in says where the package that it serves is not installed."""
+"""The error of a drop-in module if its package is not installed."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ CALLS = {
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, str]:
-    """Of each, in one new process, which takes a second."""
+    """The error of each module, from one new process, which takes a second."""
     code = """
 import json, sys
 def error(missing, call):

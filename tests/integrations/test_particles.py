@@ -1,4 +1,4 @@
-"""fastguide.integrations.particles against particles itself: the same generator, the same ancestors, bit for bit."""
+"""fastguide.integrations.particles against particles itself: the same generator gives the same ancestors."""
 
 import itertools
 import re
@@ -105,11 +105,11 @@ def test_ssp_decides_by_the_quotient_to_the_last_bit(monkeypatch, share):
 
 @pytest.mark.parametrize("scheme", ["systematic", "stratified", "multinomial"])
 def test_a_sum_below_one_goes_to_the_last_live_particle(scheme):
-    W = np.array([0.2, 0.3, 0.4, 0.0])  # theirs reads past the end
+    W = np.array([0.2, 0.3, 0.4, 0.0])  # the original reads past the end
     np.random.seed(0)
     A = getattr(ours, scheme)(W, 1000)
     assert set(A) == {0, 1, 2}
-    # both draw from a CDF that ends at 0.9: the 0.1 that is missing is the last's
+    # the CDF ends at 0.9: the missing 0.1 goes to the last live particle
     assert abs(np.mean(A == 2) - 0.5) < 0.06
 
 
@@ -132,7 +132,7 @@ def test_errors_are_theirs():
 @pytest.mark.parametrize("position", [0, 1, 311, 312, 623, 624])
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 311, 312, 313, 5000])
 def test_uniforms_are_numpys_and_so_is_the_generator_after_them(position, count):
-    """From every kind of place: before the end of the words by an odd number, at it, and past it."""
+    """From every kind of position in the generator's words: an odd number before the end, at the end, and past it."""
     np.random.seed(7)
     start = np.random.get_state(legacy=False)
     start["state"]["pos"] = position
@@ -183,7 +183,8 @@ def test_ssp_draws_from_numpy_where_particles_is_not_loaded(monkeypatch):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_long_rows_on_every_instruction_set_and_number_of_threads(scheme):
-    """Enough for several threads, with a stretch of dead particles and one that takes a tenth of all."""
+    """Rows are long enough for several threads. They have a range of dead particles, and one with a tenth of the
+    weight."""
     W = _weights(150_000, 1.0)
     W[40_000:90_000] = 0.0
     W[100_000] = W.sum() / 9
@@ -283,7 +284,7 @@ def test_log_weights_of_any_layout_and_none():
 
 
 class _RandomWalk(state_space_models.StateSpaceModel):
-    """A random walk seen through noise: the Kalman filter knows its likelihood."""
+    """A random walk with noisy observations. The Kalman filter gives its likelihood."""
 
     def PX0(self):
         return distributions.Normal(loc=0.0, scale=1.0)

@@ -1,5 +1,5 @@
-"""The cpu kernels of `fastguide.integrations.particles` against numpy, which adds one weight after the other as well;
-against `particles` itself: test_particles.py."""
+"""The cpu kernels of `fastguide.integrations.particles` against numpy, which also adds weights one after the other. For
+tests against `particles` itself see test_particles.py."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from fastguide.integrations import particles
 from fastguide.ops import _native
 
-SIZES = (1, 2, 5, 1025, 70_000)  # the last is shared out to threads
+SIZES = (1, 2, 5, 1025, 70_000)  # the last is divided among threads
 
 
-# Threads share out the same work whatever the instructions: one thread with the best, several with each.
+# The division among threads does not depend on the instruction set: one thread with the best, several with each.
 @pytest.fixture(
     params=[(_native.instruction_sets()[0], 1), *((name, 3) for name in _native.instruction_sets())],
     ids=str,
@@ -34,7 +34,7 @@ def weights(number: int, spread: float = 1.0, dead: bool = False) -> np.ndarray:
 
 
 def inverted(W: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """The first k whose sum reaches a position; beyond all sums the last that has a weight."""
+    """The first k whose sum reaches a position. For a position above all sums, the last k with a weight."""
     return np.minimum(np.searchsorted(np.cumsum(W), positions), np.flatnonzero(W)[-1])
 
 
@@ -115,7 +115,7 @@ def test_functions_of_log_weights(number):
     np.testing.assert_allclose(particles.log_mean_exp(lw, W), expected, rtol=1e-13)
 
 
-# A number takes two words of the generator, which makes 624 at a time: up to their end, just past it, and many times.
+# A number takes two words; the generator makes 624 words at a time. Counts up to their end, just past it, and far past.
 @pytest.mark.parametrize("count", (1, 311, 312, 625, 5000))
 def test_uniforms_are_numpys(count):
     for skipped in (0, 1, 623):
@@ -131,7 +131,7 @@ def test_uniforms_are_numpys(count):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, list])
 def test_log_mean_exp_of_narrow_weights(dtype):
-    """Summed in float64, as numpy.average does."""
+    """Sums are in float64, as in numpy.average."""
     v = np.random.default_rng(0).standard_normal(70_000)
     W = np.random.default_rng(1).random(70_000).astype(np.float16)
     W = W.tolist() if dtype is list else W.astype(dtype)

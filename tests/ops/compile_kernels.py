@@ -1,7 +1,7 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and prints what came of each as one line of JSON.
+"""Compiles the Triton kernels for GPUs that need not be there, and prints one line of JSON for each.
 
-``python tests/ops/compile_kernels.py`` (without TRITON_INTERPRET), on every core. Registers and spills are those that
-ptxas reports.
+Run ``python tests/ops/compile_kernels.py`` without TRITON_INTERPRET. It uses every core. Registers and spills are those
+that ptxas reports.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from fastguide.ops import _triton as tiles
 from fastguide.reference import FAMILIES
 
-# Not by an import statement: in fastguide.ops the name of an operation is its function.
+# Not by an import statement: in fastguide.ops, the name of an operation is a function.
 NAMES = ("log_prob_and_gradient", "predict_x0", "propose_and_weigh", "randn", "reverse_step", "solve_positive_part")
 log_prob_and_gradient, predict_x0, propose_and_weigh, randn, reverse_step, solve_positive_part = (
     importlib.import_module(f"fastguide.ops.{name}.triton") for name in NAMES
 )
 
-# What is compiled for which architecture. Registers hardly differ between them, nor between dtypes: one gets both, and
-# the one that has fewest instructions for bfloat16 gets that.
+# The pairs of architecture and dtype that are compiled. Registers hardly differ between architectures or dtypes. So one
+# architecture gets both dtypes, and the one with the fewest instructions for bfloat16 gets bfloat16.
 PARTS = ((90, "fp32"), (90, "bf16"), (80, "bf16"), (100, "fp32"), (80, None), (90, None), (100, None))
 TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTEGERS = dict(particles="i32", elements="i64", seed="u64", step="u32", stream="u32", first_particle="i64")
@@ -59,8 +59,8 @@ ABSENT = dict.fromkeys(
 
 
 def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, object], tuple[int, int] | None]]:
-    """Name, which begins with that of the operation; kernel; types of its pointers; constants; and how many states it
-    reads and writes, or None where it moves other things in bulk, too."""
+    """For each kernel: its name, which begins with the operation's; the kernel; the types of its pointers; constants;
+    and how many states it reads and writes, or None if it also moves other large tensors."""
     pointer, count = f"*{state}", dict(ALIGN=16, ABREAST=4 // TYPES[state] if state == "fp32" else 2)
     step = dict(x=pointer, output=pointer, x_s=pointer)
     weigher = propose_and_weigh.propose_and_weigh_kernel
@@ -97,12 +97,12 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
 
 
 def cases_without_states() -> Iterator[tuple[str, object, dict[str, str], dict[str, object], tuple[int, int]]]:
-    """As `cases`."""
+    """The same as `cases`, for kernels without states."""
     sums = dict(BLOCK=tiles.SUM_BLOCK)
     yield "weigh", propose_and_weigh.weigh_kernel, dict(sums="*fp64", before="*fp64", after="*fp64"), sums, (0, 0)
     yield "total", log_prob_and_gradient.total_kernel, dict(sums="*fp64", total="*fp64"), sums, (0, 0)
     matrices = dict(gram="*fp64", residual="*fp64", solution="*fp64", log_density="*fp64")
-    for m in (4, 16):  # several matrices a program, and one
+    for m in (4, 16):  # several matrices in a program, and one
         several = min(solve_positive_part.PRODUCTS // m**3, solve_positive_part.MOST)
         kernel = solve_positive_part.solve_positive_part_kernel
         yield f"solve_positive_part, {m}", kernel, matrices, dict(BLOCK=several, MATRICES=several, M=m), (0, 0)
@@ -140,9 +140,9 @@ def compiled(kernel, pointers: dict[str, str], constants: dict[str, object], arc
 
 
 def compile_all(architecture: int, state: str | None) -> list[str]:
-    """A line of JSON for each kernel on states of a dtype, or for those that have none."""
+    """A line of JSON for each kernel: for states of one dtype, or for kernels without states."""
     lines = []
-    # Of the same elements a thread, the last needs the most registers.
+    # Among configurations with equally many elements per thread, the last needs the most registers.
     configs = (tiles.CONFIGS[0], tiles.CONFIGS[-1]) if architecture == 90 else tiles.CONFIGS[1:2]
     for name, kernel, pointers, constants, moved in cases(state) if state else cases_without_states():
         for config in tiles.CONFIGS[1:2] if "BLOCK" in constants else configs:

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for the GPUs that fastguide is for, which needs none of them."""
+"""The Triton kernels compiled for the GPUs that fastguide supports. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> list[dict]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # compiled here and now
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # so that nothing comes from a cache
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -35,7 +35,7 @@ def test_every_kernel_compiles_for_every_architecture(kernels):
 
 def test_no_register_spills(kernels):
     assert [k for k in kernels if k["spills"]] == []
-    # 512 threads of a multiprocessor at the least, where the memory must be kept busy
+    # at least 512 threads run on a multiprocessor, to keep the memory busy
     assert all(k["registers"] <= 128 for k in kernels if not k["name"].startswith("solve_positive_part"))
 
 
@@ -44,16 +44,16 @@ def test_another_batch_seed_or_step_is_the_same_code(kernels):
 
 
 def test_states_move_128_bits_at_a_time(kernels):
-    """A thread has ``block / (32 warps)`` elements, in pieces of 16 bytes of each state that is read or written."""
+    """A thread has ``block / (32 warps)`` elements. It reads and writes each state in pieces of 16 bytes."""
     for kernel in kernels:
         if kernel["state"] is None:
             continue
-        if kernel["moved"] is None:  # they read y as it is, and each has its own number of inputs
-            half = kernel["name"].endswith("poisson") and kernel["state"] == "bf16"  # four a thread: 64 bits of z
+        if kernel["moved"] is None:  # these read y too, and have different numbers of inputs
+            half = kernel["name"].endswith("poisson") and kernel["state"] == "bf16"  # four elements: 64 bits of z
             assert kernel["wide_loads"] >= (1 if half else 2) and kernel["wide_stores"] >= (0 if half else 1)
             continue
         elements = kernel["block"] // (256 if kernel["block"] == 4096 else 128)
         pieces = elements * {"fp32": 4, "bf16": 2}[kernel["state"]] // 16
         reads, writes = kernel["moved"]
         assert (kernel["wide_loads"], kernel["wide_stores"]) == (reads * pieces, writes * pieces)
-        assert kernel["shared"] <= 64  # bytes, of sums: no state goes through shared memory
+        assert kernel["shared"] <= 64  # bytes, for sums only: states do not go through shared memory

@@ -1,4 +1,4 @@
-"""The CUDA kernels of gather_particles_ against plain indexing, emulated and on a GPU."""
+"""The CUDA kernels of gather_particles_ against plain indexing, by emulation or on a GPU."""
 
 import itertools
 
@@ -15,8 +15,8 @@ both_indices = pytest.mark.parametrize("index_dtype", (torch.int32, torch.int64)
 
 
 def gather(ancestors, *states, device, offset=0, workspace_bytes=None):
-    """What becomes of uint8 states ``[B, K, bytes]``, each in a buffer whose margins must stay as they were, ``offset``
-    bytes from an aligned address; the flags."""
+    """The moved uint8 states ``[B, K, bytes]``, and the flags. Each state is in a buffer, ``offset`` bytes from an
+    aligned address. The margins of the buffer must not change."""
     rows, particles = ancestors.shape
     ancestors = ancestors.to(device)
     begin = MARGIN + offset
@@ -60,14 +60,14 @@ def test_every_map_of_five(index_dtype, cuda_device):
     check(ancestors, *(bytes_of(len(ancestors), 5, size, seed=size) for size in (1, 3, 8)), device=cuda_device)
 
 
-# A unit is what divides the size, of 1 to 16 bytes: each with one, few, and more than the 32 threads of a particle.
+# The size decides the unit, 1 to 16 bytes. Each with one unit in a particle, with few, and with more than 32 threads.
 @pytest.mark.parametrize("size", (1, 3, 513, 2, 6, 514, 4, 12, 516, 8, 24, 520, 16, 48, 528, 4096))
 def test_particles_of_every_size(size, cuda_device):
     ancestors = torch.stack([make(70) for make in MAPS.values()]).int()
     check(ancestors, bytes_of(len(ancestors), 70, size), device=cuda_device)
 
 
-# A unit is what divides the address as well: each of 1, 2, 4 and 8 bytes, in particles of one, few and many.
+# The address decides the unit too: units of 1, 2, 4 and 8 bytes, in particles of one, few and many units.
 @pytest.mark.parametrize("offset", (1, 2, 4, 8))
 @pytest.mark.parametrize("size", (16, 48, 1024))
 def test_addresses_that_are_not_aligned(offset, size, cuda_device):
@@ -75,7 +75,7 @@ def test_addresses_that_are_not_aligned(offset, size, cuda_device):
     check(ancestors, bytes_of(len(ancestors), 50, size), offset=offset, device=cuda_device)
 
 
-# Around a warp, a block and a round of one.
+# Sizes around a warp, a block, and all elements that a block takes in one round.
 @pytest.mark.parametrize("particles", (1, 2, 3, 31, 129, 1023, 1024, 1025, 5000))
 def test_numbers_of_particles(particles, cuda_device):
     ancestors = torch.stack([make(particles) for make in MAPS.values()] * 2).int()
@@ -88,7 +88,7 @@ def test_more_than_a_round_of_the_grid(rows, particles, size, cuda_device):
     check(ancestors, bytes_of(rows, particles, size), device=cuda_device)
 
 
-# --- what is launched for what ------------------------------------------------------------------------------
+# --- kinds of rows ------------------------------------------------------------------------------------------
 
 
 def test_rows_are_told_apart(cuda_device):
@@ -111,9 +111,9 @@ def test_resamples_own_order_moves_without_the_workspace(cuda_device):
 # --- the workspace ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("columns", (1, 2, 3, 7, 25, 26, 60))  # of the 25 that 100 bytes have in units of 4
+@pytest.mark.parametrize("columns", (1, 2, 3, 7, 25, 26, 60))  # 100 bytes are 25 columns of 4-byte units
 def test_a_workspace_smaller_than_the_state(columns, cuda_device):
-    ancestors = torch.stack([make(40) for make in reversed(MAPS.values())]).int()  # the first rows do without
+    ancestors = torch.stack([make(40) for make in reversed(MAPS.values())]).int()  # the first rows need no workspace
     states = [bytes_of(len(ancestors), 40, size) for size in (4, 100, 25)]
     check(ancestors, *states, device=cuda_device, workspace_bytes=columns * 40 * 4 + 3)
 
@@ -127,9 +127,9 @@ def test_a_workspace_without_room(cuda_device):
 @pytest.mark.parametrize(
     ("rows", "particles", "sizes", "expected"),
     (
-        (2, 100, (8, 4), 1600),  # the state
+        (2, 100, (8, 4), 1600),  # the size of the state
         (1, 16384, (12288,), 16384 * 12288 // 64),
-        (1, 16384, (12288, 4 * 12288, 1), 16384 * 12288 // 16),  # the largest state's
+        (1, 16384, (12288, 4 * 12288, 1), 16384 * 12288 // 16),  # 1/64 of the largest state
         (1, 2_000_000, (8,), 16_000_000),
         (5, 100_000, (160,), 2**21),
         (5, 200_000, (160,), 200_000 * 16),
@@ -163,7 +163,7 @@ def test_the_operation_refuses_them(cuda_device):
     before = state.clone()
     with pytest.raises(ValueError, match=r"ancestors: expected values in \[0, 3\), got 7 at 4"):
         ops.gather_particles_(ancestors, state, backend="cuda")
-    ops.gather_particles_(ancestors, state, check=False, backend="cuda")  # says nothing, and moves nothing either
+    ops.gather_particles_(ancestors, state, check=False, backend="cuda")  # raises nothing, and moves nothing
     assert torch.equal(state, before)
 
 
@@ -181,7 +181,7 @@ def test_bounds(cuda_device):
 DTYPES = (torch.bool, torch.uint8, torch.int16, torch.int64, torch.bfloat16, torch.float32, torch.complex128)
 
 
-# Of 1 to 480 bytes, and of none. More than 8 are moved in several launches.
+# Particles of 1 to 480 bytes, and of no bytes. More than 8 states take several launches.
 @pytest.mark.parametrize("event", ((), (3,), (2, 3, 5), (7, 0)))
 @pytest.mark.parametrize("number", (0, 1, 20))
 def test_many_states_of_any_dtype(event, number, cuda_device):
@@ -215,7 +215,7 @@ def test_states_that_share_memory_are_refused(cuda_device):
     assert torch.equal(memory.cpu(), torch.arange(33.0))
 
 
-@pytest.mark.parametrize("order", ((0, 2, 1), (1, 2, 0)))  # in place, and through a copy
+@pytest.mark.parametrize("order", ((0, 2, 1), (1, 2, 0)))  # one is moved in place, the other through a copy
 def test_views(order, cuda_device):
     ancestors, state = uniform(30), torch.randn(30, 30, 30)
     moved = state.to(cuda_device, copy=True).permute(order)
@@ -231,7 +231,7 @@ def test_autograd_learns_of_the_change(cuda_device):
         ops.gather_particles_(ancestors, y, backend="cuda")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    with torch.inference_mode():  # whose tensors count no versions
+    with torch.inference_mode():  # its tensors have no version counter
         state = torch.arange(3.0, device=cuda_device)
         ops.gather_particles_(ancestors, state, backend="cuda")
         assert state.tolist() == [1.0, 1.0, 2.0]

@@ -1,4 +1,4 @@
-"""The gather kernel against plain indexing: every map, any bytes, and no memory that it need not take."""
+"""The gather kernel against plain indexing: every kind of ancestors, any number of bytes, and no needless memory."""
 
 import itertools
 
@@ -10,12 +10,12 @@ from fastguide import ops
 from fastguide.ops import _native
 
 MARGIN = 64
-ASIDE = 4096  # bytes of a particle that the kernel moves at a time where there is an order
+ASIDE = 4096  # bytes of a particle that the kernel moves at a time if the copies have an order
 
 
 def gather(ancestors: torch.Tensor, *states: torch.Tensor, threads: int = 1) -> tuple[list[torch.Tensor], int, int]:
-    """What becomes of uint8 states ``[B, K, bytes]``, each in the middle of a buffer whose margins must stay as they
-    were; the kernel's two numbers."""
+    """The moved uint8 states ``[B, K, bytes]``, and the kernel's two numbers. Each state is in the middle of a buffer,
+    whose margins must not change."""
     rows, particles = ancestors.shape
     buffers = [torch.full((state.numel() + 2 * MARGIN,), 0xA5, dtype=torch.uint8) for state in states]
     views = [b[MARGIN : MARGIN + s.numel()].view(s.shape) for b, s in zip(buffers, states, strict=True)]
@@ -40,7 +40,8 @@ both_indices = pytest.mark.parametrize("index_dtype", (torch.int32, torch.int64)
 
 @both_indices
 def test_every_map_of_five(index_dtype):
-    """All 3,125, each a row: ends that lead into cycles, cycles of every length, several of them."""
+    """All 3,125 maps, one in each row. They have chains that lead into cycles, cycles of every length, and several
+    cycles."""
     ancestors = torch.tensor(list(itertools.product(range(5), repeat=5)), dtype=index_dtype)
     states = [bytes_of(len(ancestors), 5, size, seed=size) for size in (1, 3, 8)]
     moved, bad, _ = gather(ancestors, *states)
@@ -49,7 +50,7 @@ def test_every_map_of_five(index_dtype):
         assert torch.equal(got, indexed(ancestors, state))
 
 
-# The nine sizes that have code of their own, then two that share the general code. A row for each map.
+# The nine sizes with their own code, then two that share the general code. One row for each map.
 @both_indices
 @pytest.mark.parametrize("size", (1, 2, 4, 8, 12, 16, 24, 32, 64, 3, 100))
 def test_particles_of_every_size(index_dtype, size):
@@ -67,7 +68,7 @@ def test_large_particles_move_in_pieces(size):
     assert torch.equal(moved, indexed(ancestors, state))
 
 
-# Around a block, which is 1024 particles.
+# Sizes around a block, which is 1024 particles.
 @pytest.mark.parametrize("particles", (1, 2, 3, 1023, 1024, 1025, 5000))
 def test_numbers_of_particles(particles):
     ancestors = torch.stack([make(particles) for make in MAPS.values()] * 2).int()
@@ -92,7 +93,7 @@ def test_no_rows_or_no_particles(shape):
     assert moved.shape == (2, 3, 0)
 
 
-# One row that threads share, few of them, few large particles, and rows by the hundred. A call for each map.
+# One row that threads share, few rows, few large particles, and hundreds of rows. One call for each map.
 @every_map
 @pytest.mark.parametrize(
     "rows, particles, size", ((1, 600_000, 4), (3, 200_000, 5), (2, 300, ASIDE + 100), (999, 700, 8))
@@ -166,7 +167,7 @@ def test_int32_does_not_count_further():
         _native.module("cpu").gather_particles(0, False, 1, 2**31, [], 1)
 
 
-# check=False spares a GPU the wait; here looking costs nothing.
+# check=False avoids a wait for a GPU. On the CPU ancestors are always checked.
 @pytest.mark.parametrize(("check", "backend"), ((True, "cpu"), (False, "cpu"), (True, "reference")))
 def test_the_operation_refuses_them(check, backend):
     ancestors, state = torch.tensor([[0, 1, 2], [1, 7, -1]]), torch.rand(2, 3, 4)
@@ -229,7 +230,7 @@ def test_torchs_threads_are_used(threads):
     assert torch.equal(state, expected)
 
 
-# Made of 120 numbers in memory: the state, [K, *event] with K = 5.
+# States [K, *event] with K = 5, as views of 120 numbers in memory.
 VIEWS = {
     "channels last": lambda m: m.view(5, 4, 3, 2).permute(0, 3, 1, 2),  # in place
     "particles last": lambda m: m.view(24, 5).T,
@@ -270,7 +271,7 @@ def test_only_views_that_are_not_dense_are_copied(monkeypatch):
 @pytest.mark.parametrize("turn", (lambda x: x, lambda x: x.view(3, 4).T))
 @pytest.mark.filterwarnings("error")
 def test_views_of_the_negative(turn):
-    """The kernel moves their bytes; a copy has the sign written out, and copying back takes it off again."""
+    """The kernel moves the bytes of a negative view. A copy has the sign applied, and copying back removes it."""
     memory = torch.arange(12.0)
     state = turn(torch._neg_view(memory))
     ancestors = torch.arange(len(state)).flip(0)
@@ -342,7 +343,7 @@ def test_parts_of_one_buffer_move_as_the_whole(parts):
 def test_ancestors_among_the_states(index_dtype):
     ancestors, state = uniform(30).to(index_dtype), torch.randn(30, 2)
     expected, moved = ancestors[ancestors.long()], state[ancestors.long()]
-    ops.gather_particles_(ancestors, ancestors, state, backend="cpu")  # they say what moves as they were when called
+    ops.gather_particles_(ancestors, ancestors, state, backend="cpu")  # the ancestors at the time of the call count
     assert torch.equal(ancestors, expected) and torch.equal(state, moved)
 
 
@@ -354,7 +355,7 @@ def test_autograd_learns_of_the_change():
         ops.gather_particles_(ancestors, y, backend="cpu")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    with torch.inference_mode():  # whose tensors count no versions
+    with torch.inference_mode():  # its tensors have no version counter
         state = torch.arange(3.0)
         ops.gather_particles_(ancestors, state, backend="cpu")
         assert state.tolist() == [1.0, 1.0, 2.0]

@@ -1,4 +1,4 @@
-"""`log_prob_and_gradient` on both backends: the densities of scipy.stats, autograd, and what it refuses."""
+"""`log_prob_and_gradient` on all backends against the densities of scipy.stats and autograd, and its errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def measured(family: str, rows: int, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Something to observe, or the mean of it: counts and rates around 5, zeros among them, or any numbers."""
+    """Measurements: counts around 5 with some zeros for Poisson, else any numbers."""
     values = normal(rows, *shape, seed=seed, dtype=dtype)
     return (5 * values.abs()).round() if family == "poisson" else values
 
@@ -46,7 +46,8 @@ def located(family: str, rows: int, *shape: int, seed: int = 1, dtype: torch.dty
 
 
 def poisson_log_prob(counts: np.ndarray, rate: np.ndarray) -> np.ndarray:
-    """By scipy; below half the counts the parabola of the same value and slope there, and of a Gaussian's curvature."""
+    """The density by scipy. Below half the counts it is the parabola with the value and slope there, and a Gaussian's
+    curvature."""
     floor = np.maximum(counts, 0.2) / 2
     held, below = np.maximum(rate, floor), np.maximum(floor - rate, 0.0)
     exact = special.xlogy(counts, held) - held - special.gammaln(counts + 1)
@@ -54,7 +55,7 @@ def poisson_log_prob(counts: np.ndarray, rate: np.ndarray) -> np.ndarray:
 
 
 def expected_log_prob(family: str, z: Tensor, y: Tensor, scale: float, extra_variance: Tensor | None = None) -> Tensor:
-    """By scipy, in float64; ``y`` has a row for each sample."""
+    """The log-densities by scipy, in float64. ``y`` has a row for each sample."""
     y, z = y.double().numpy(), z.double().numpy()
     width = np.sqrt(scale**2 + (0.0 if extra_variance is None else extra_variance.double().numpy()))
     if family == "gaussian":
@@ -83,7 +84,7 @@ def expected_gradient(family: str, z: Tensor, y: Tensor, scale: float, extra_var
     return (counts / rate.maximum(floor) - 1 + (floor - rate).clamp(min=0) / counts.clamp(min=1)) / scale
 
 
-# float32's arithmetic in the reference; what narrower types lose in z and y both sides lose.
+# The reference computes in float32. Rounding of z and y to narrower types is the same on both sides.
 RTOL = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,
@@ -118,7 +119,7 @@ def check(
 
 @every_family
 @every_backend
-# A scalar, short of 16 elements, 17, two tiles and a tail. 16 bits are only read and written otherwise.
+# A scalar, fewer than 16 elements, 17, two tiles and a rest. 16-bit dtypes are only read and written differently.
 @pytest.mark.parametrize(
     ("measurement", "dtype"),
     [
@@ -138,9 +139,9 @@ def test_log_densities_and_gradients(family, backend, dtype, measurement):
 
 @every_family
 @every_backend
-@pytest.mark.parametrize("elements", (3, 16, 2500))  # short rows are gathered, of others a part at a time is read
+@pytest.mark.parametrize("elements", (3, 16, 2500))  # short rows are gathered; long ones are read in parts
 def test_rows_of_y(family, backend, elements):
-    """One for all, and any row of many: the numbers of ``y[rows]``."""
+    """One row for all, or any of many rows: the results are those for ``y[rows]``."""
     z, y = located(family, 9, elements), measured(family, 4, elements)
     options = dict(family=family, scale=1.0, backend=backend, **OPTIONS[family])
     check(ops.log_prob_and_gradient(z, y[:1], **options), family, z, y[:1].expand(9, -1), 1.0)
@@ -157,7 +158,7 @@ def test_rows_of_y(family, backend, elements):
 
 @pytest.mark.parametrize("family", ("gaussian", "student_t", "laplace"))
 @every_backend
-# As above.
+# The same sizes as above.
 @pytest.mark.parametrize(
     ("measurement", "dtype"),
     [*itertools.product(((2, 3), (2500,)), WIDE), *itertools.product(((2500,),), NARROW)],
@@ -173,7 +174,7 @@ def test_extra_variance(family, backend, dtype, measurement):
 @every_family
 @every_backend
 def test_dtypes_mix(family, backend):
-    """In the wider of the two, and the gradient like ``z``."""
+    """The arithmetic is in the wider dtype. The gradient has the dtype of ``z``."""
     for z_dtype, y_dtype in ((torch.float32, torch.float64), (torch.float64, torch.float32), (torch.bfloat16,) * 2):
         z, y = located(family, 3, 40, dtype=z_dtype), measured(family, 3, 40, dtype=y_dtype)
         options = dict(family=family, scale=1.0, backend=backend, **OPTIONS[family])
@@ -221,7 +222,7 @@ def test_the_backends_agree(family):
 
 @every_family
 @every_backend
-@pytest.mark.parametrize("elements", (5, 40, 2500))  # a short row, one with a tail, two tiles
+@pytest.mark.parametrize("elements", (5, 40, 2500))  # a short row, a row with a rest, two tiles
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_nan_stays_in_its_sample(family, backend, elements, dtype):
     z, y = located(family, 4, elements, dtype=dtype), measured(family, 4, elements, dtype=dtype)
@@ -235,7 +236,7 @@ def test_nan_stays_in_its_sample(family, backend, elements, dtype):
     assert torch.equal(log_prob[others], clean[0][others]) and torch.equal(gradient[others], clean[1][others])
 
 
-# The kernel sums a short row, rows of full vectors and those with a tail each in a loop; the reference has one way.
+# The kernel has separate loops for short rows, for rows of full vectors and for a rest. The reference has one loop.
 @every_family
 @pytest.mark.parametrize(("backend", "elements"), [("cpu", 1), ("cpu", 16), ("cpu", 40), ("reference", 16)])
 def test_infinitely_far_is_infinitely_unlikely(family, backend, elements):
@@ -246,11 +247,11 @@ def test_infinitely_far_is_infinitely_unlikely(family, backend, elements):
     assert torch.isfinite(log_prob[0]) and log_prob[1] == -math.inf
 
 
-@pytest.mark.parametrize("elements", [1, 40, 5000])  # a short row, one with a tail, three tiles
+@pytest.mark.parametrize("elements", [1, 40, 5000])  # a short row, a row with a rest, three tiles
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_family
 def test_infinite_and_nan_locations_in_every_dtype(family, dtype, elements):
-    """The kernel says what the reference says."""
+    """The kernel returns what the reference returns."""
     z, y = located(family, 4, elements, dtype=dtype), measured(family, 1, elements, dtype=dtype)
     z[0, -1], z[1, -1], z[2, -1] = math.inf, -math.inf, math.nan
     options = dict(family=family, scale=1.0, **OPTIONS[family])
@@ -261,7 +262,8 @@ def test_infinite_and_nan_locations_in_every_dtype(family, dtype, elements):
 
 @every_backend
 def test_poisson_rates_below_the_floor(backend):
-    """A parabola: at half the counts the slope is 1, and it grows as a Gaussian's of the counts' variance."""
+    """The density is a parabola: at half the counts the slope is 1, and its change is that of a Gaussian with the
+    variance of the counts."""
     y, z = torch.tensor([[3.0, 0.0]]), torch.tensor([[-2.0, -1.0]])
     log_prob, gradient = ops.log_prob_and_gradient(z, y, family="poisson", scale=1.0, backend=backend)
     of_three = stats.poisson.logpmf(3, 1.5) - 3.5 - 3.5**2 / 6
@@ -272,7 +274,7 @@ def test_poisson_rates_below_the_floor(backend):
 
 @every_backend
 def test_the_gradient_of_poisson_is_that_of_its_density(backend):
-    """Also across the rate at which the parabola begins, and at rates below 0."""
+    """Also across the rate where the parabola begins, and at rates below 0."""
     if backend == "triton":
         pytest.skip("differences need float64, which the triton kernel does not serve")
     counts = torch.tensor([0.0, 0.05, 0.3, 1.0, 2.5, 30.0]).double()
@@ -301,7 +303,7 @@ def two_threads():
     torch.set_num_threads(threads)
 
 
-# None, some, and so many that torch shares out the sum of one row.
+# No elements, some, and so many that torch divides the sum of one row among threads.
 @pytest.mark.parametrize("elements", (0, 1, 2, 7, 33, 100_001))
 def test_log_factorials(elements, two_threads):
     y = 0.7 * measured("poisson", 5, elements)
@@ -309,12 +311,12 @@ def test_log_factorials(elements, two_threads):
     expected = special.gammaln(y.numpy() / 0.7 + 1).sum(1)
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, torch.as_tensor(expected), rtol=1e-13, atol=1e-13)
-    for row in range(5):  # of a row alone they are the same bits
+    for row in range(5):  # a row alone has the same bits
         assert torch.equal(reference.log_factorials(y[row : row + 1], 0.7), got[row : row + 1])
 
 
 @pytest.mark.parametrize("backend", ("cpu", "reference", "triton"))
-@pytest.mark.parametrize("elements", (7, 40, 2500))  # a short row, a long one and one of two tiles
+@pytest.mark.parametrize("elements", (7, 40, 2500))  # a short row, a long one, and one of two tiles
 @pytest.mark.parametrize("with_rows", (False, True))
 def test_given_log_factorials_are_taken(backend, elements, with_rows):
     if backend == "triton":
@@ -385,7 +387,7 @@ def test_autograd_takes_the_kernels_bits(family):
 @every_family
 @pytest.mark.parametrize("with_rows", (False, True))
 def test_further_derivatives(family, with_rows):
-    """Of the log-density the second and third, and of the gradient the first."""
+    """The second and third derivatives of the log-density, and the first derivative of the gradient."""
     z, y = located(family, 3, 4), measured(family, 3, 4)
     rows = torch.tensor([2, 0, 2]) if with_rows else None
     extra_variance = None if family == "poisson" else normal(1, 4, seed=3) ** 2
@@ -398,7 +400,7 @@ def test_further_derivatives(family, with_rows):
         (first,) = torch.autograd.grad(log_prob.sum(), leaf, create_graph=True)
         (second,) = torch.autograd.grad((weights * first).sum(), leaf, create_graph=True)
         third = torch.zeros_like(z)
-        if second.requires_grad:  # that of a Gaussian is constant
+        if second.requires_grad:  # for a Gaussian it is constant
             (third,) = torch.autograd.grad((weights * second).sum(), leaf, retain_graph=True)
         (of_gradient,) = torch.autograd.grad((weights * gradient).sum(), leaf, retain_graph=True)
         (of_both,) = torch.autograd.grad((weights * gradient).sum() + log_prob.sum(), leaf)
@@ -426,7 +428,7 @@ def test_other_derivatives_are_the_references(name):
         assert (values[0] != 0).all()
 
 
-@pytest.mark.parametrize("backend", ("cpu", "reference"))  # Triton's squares are float32: up to residuals of 1e19
+@pytest.mark.parametrize("backend", ("cpu", "reference"))  # Triton's squares are float32: residuals up to 1e19
 def test_student_t_of_residuals_whose_square_is_no_float32(backend):
     z = torch.tensor([[1e17], [3e18], [2e19], [-1e30], [3e38]])
     log_prob, gradient = ops.log_prob_and_gradient(
@@ -434,7 +436,7 @@ def test_student_t_of_residuals_whose_square_is_no_float32(backend):
     )
     expected = stats.t.logpdf(z[:, 0].double().numpy(), 4.0, scale=0.5)
     torch.testing.assert_close(log_prob, torch.as_tensor(expected), rtol=1e-6, atol=0.0)
-    torch.testing.assert_close(gradient, -5.0 / z, rtol=1e-5, atol=0.0)  # of log |z|^-(df + 1)
+    torch.testing.assert_close(gradient, -5.0 / z, rtol=1e-5, atol=0.0)  # the gradient of log |z|^-(df + 1)
 
 
 def test_transforms_of_torch_func():
@@ -506,7 +508,7 @@ def test_isotropic_gaussian_is_one_pass_where_the_gram_is_diagonal(operator, eve
 
 
 class Weighing(Identity):
-    """Diagonal, and not a multiple of the identity."""
+    """A diagonal operator that is not a multiple of the identity."""
 
     def __call__(self, x):
         return x * torch.arange(1.0, 4.0, dtype=x.dtype)
@@ -518,7 +520,7 @@ class Weighing(Identity):
 
 
 class Solving(Weighing):
-    """Has an inverse of its own, which is to be asked."""
+    """An operator with its own solver, which must be called."""
 
     def solve_gram(self, v, a, b):
         return 2.0 * super().solve_gram(v, a, b)
@@ -536,7 +538,7 @@ def test_isotropic_gaussian_of_a_diagonal_operator():
 
 
 def test_a_likelihood_of_the_users_own():
-    """One that knows nothing of rows or of the operation."""
+    """It does not use rows or the operation."""
 
     class Quartic(Likelihood):
         def log_prob_and_gradient(self, z, y, scale, spread=0.0):
@@ -624,7 +626,7 @@ def test_rows_out_of_range(backend, bad):
 
 
 def test_no_gradient_of_the_results_is_a_gradient_of_zero():
-    """As torch's own functions, which `torch.autograd.gradcheck` asks for it."""
+    """If no result has a gradient, the input's gradient is zero, as for torch's own functions (see `gradcheck`)."""
     y = torch.tensor([[0.5, -1.0]], dtype=torch.float64)
     z = torch.tensor([[0.3, 0.2]], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(

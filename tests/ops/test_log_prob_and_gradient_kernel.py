@@ -15,10 +15,10 @@ from torch import Tensor
 from fastguide.ops import _native
 from fastguide.reference import FAMILIES, density_constant
 
-# Rows short of 16 are summed by themselves; then 16 places and a tail; 512, up to which a product is one logarithm; one
-# tile, two, three.
+# Rows of fewer than 16 elements have their own sums. Then 16 places and a rest; 512, the most for one logarithm of a
+# product; one tile, two, three.
 ELEMENTS = (1, 3, 15, 16, 17, 512, 513, 2048, 2049, 5000)
-SOURCES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of z
+SOURCES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # dtypes of z
 DF, BACKGROUND, MARGIN = 4.5, 0.25, 64
 
 
@@ -36,7 +36,7 @@ def kernel(
     gradient: bool = True,
     threads: int = 1,
 ) -> tuple[Tensor, Tensor, int]:
-    """Results from the middle of poisoned buffers, whose margins must stay as they were."""
+    """The results, written into the middle of poisoned buffers. The margins must not change."""
     n, elements = z.shape
     assert y.dtype == (torch.float64 if z.dtype == torch.float64 else torch.float32)
     log_prob = torch.full((n + 2 * MARGIN,), math.nan, dtype=torch.float64)
@@ -61,7 +61,7 @@ def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, size
 
 
 def arguments(family: str, n: int, elements: int, source: torch.dtype, size: float = 1.0) -> tuple[Tensor, Tensor]:
-    """``z`` and ``y``, residuals around ``size``; counts and rates around ``5 + size``."""
+    """``z`` and ``y`` with residuals around ``size``; for Poisson, counts and rates around ``5 + size``."""
     y_dtype = torch.float64 if source == torch.float64 else torch.float32
     z, y = numbers(n, elements, size=size), numbers(n, elements, seed=1, size=size)
     if family == "poisson":
@@ -120,7 +120,7 @@ def test_log_gamma():
         error = [abs(mpmath.mpf(float(a)) - b) for a, b in zip(functions(low)[2], exact, strict=True)]
         assert 2.0**-48 < float(max(error)) < 2.0**-46
         assert ulps(functions(high)[2], [mpmath.loggamma(mpmath.mpf(v)) for v in high]) <= 2.0
-    assert functions([1.0, 2.0])[2].tolist() == [0.0, 0.0]  # no count and one count have no factorial
+    assert functions([1.0, 2.0])[2].tolist() == [0.0, 0.0]  # ln Gamma(1) and ln Gamma(2) are exactly 0
 
 
 def test_logs_of_everything_else():
@@ -165,8 +165,9 @@ def exact(family: str, z: Tensor, y: Tensor, scale: float, df: float = DF, extra
     return sum(t.sum(1) for t in terms), sum(abs(t).sum(1) for t in terms), gradient, abs(gradient)
 
 
-# Of the log-density, in 2^-53 of the sum of its terms' absolute values; of the gradient, in units of z's last place
-# there: half of one is rounding alone. Each within two of what was measured on five samples of each number of elements.
+# Bounds of errors. The log-density: in 2^-53 of the sum of its terms' absolute values. The gradient: in units in the
+# last place in z's dtype; 0.5 is the final rounding alone. Each bound is at most twice what was measured on five
+# samples of each number of elements.
 BOUNDS = {
     # family, extra_variance: (log-density, gradient in float64, in the others)
     ("gaussian", False): (8.0, 3.0, 0.501),
@@ -206,11 +207,11 @@ def test_error_bounds(family, with_added, source):
 
 @pytest.mark.parametrize("elements", (1, 16, 2500))
 def test_many_degrees_of_freedom(elements):
-    """``ln(1 + r^2 / (df v))`` is multiplied by ``(df + 1) / 2``: it has to be right to its own last place."""
+    """``ln(1 + r^2 / (df v))`` is multiplied by ``(df + 1) / 2``, so it must be right to its own last place."""
     for df in (9e3, 1.1e4, 1e8, 1e12):
         z, y = arguments("student_t", 3, elements, torch.float64)
         r = (y - z).numpy().astype(Long) / Long(0.7)
-        # The expansion of the kernel's part in 1 / df: what cancels in the constant is not its concern.
+        # Only the kernel's part of the density, without the constant.
         part = -(Long(df) + 1) / 2 * np.log1p(r * r / Long(df))
         constant = density_constant("student_t", 0.7, df, False)
         got = kernel("student_t", z, y, df=df)[0].numpy() - elements * constant
@@ -229,7 +230,7 @@ def test_the_product_of_student_t_does_not_overflow(elements, size):
 
 
 def tree(terms: np.ndarray) -> float:
-    """16 lanes for each 2,048 terms, folded in halves; the tiles in their order."""
+    """The kernel's order: 16 places for each 2,048 terms, combined in halves; then tile after tile."""
     total = None
     for begin in range(0, len(terms), 2048):
         lanes = np.zeros(16)
@@ -288,8 +289,8 @@ def test_the_functions_have_the_same_bits(name, arguments_of_log, instruction_se
             np.testing.assert_array_equal(got, want)
 
 
-# Every way of sharing out: parts of one row and of several, tiles of short rows and of longer ones. Laplace's terms are
-# added as the Gaussian's; Student's t has products, and Poisson sums of y besides.
+# Every division among threads: parts of one row and of several, tiles of short rows and of longer ones. Laplace's terms
+# are added like the Gaussian's. Student's t has products, and Poisson also has sums over y.
 @pytest.mark.parametrize("family", ("gaussian", "student_t", "poisson"))
 @pytest.mark.parametrize(("n", "elements"), ((1, 200_001), (3, 50_000), (30_000, 3), (5000, 20)))
 def test_threads_give_the_same_bits(family, n, elements):

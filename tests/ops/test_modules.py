@@ -1,4 +1,4 @@
-"""The stub of the compiled modules, beside the modules."""
+"""The stub of the compiled modules agrees with the modules."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ def described(protocol: str) -> dict[str, int]:
 
 
 def found(module) -> dict[str, int]:
-    """The same of a module, whose functions say how many they expect."""
+    """The same for a module. The error of a function says how many arguments it expects."""
     arguments = {}
     for name, function in vars(module).items():
         if callable(function) and not name.startswith("_"):

@@ -1,4 +1,4 @@
-"""``not_finite=``: flags of the inputs that have a NaN or an infinite value, beside the bits of a call without it."""
+"""``not_finite=``: flags for inputs with a NaN or an infinite value. The results have the bits of a call without it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOISY = (0.6, 0.8, 0.8, 0.6, 0.35)
 STILL = (0.6, 0.8, 0.8, 0.6, 0.0)
 BAD = (math.nan, math.inf, -math.inf)
 
-# What each flag is about, in order.
+# The input of each flag, in order.
 WATCHED = {
     "reverse_step": ("x", "model_output", "displacement", "unconditional"),
     "propose_and_weigh": ("x", "x0_hat", "displacement"),
@@ -28,7 +28,7 @@ WATCHED = {
 
 
 def given(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> dict:
-    """Arguments of a call, all finite."""
+    """Arguments of a call, with finite values."""
     x, output, other = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype).unbind()
     if name == "predict_x0":
         number = dict(levels=NOISY[:2], prediction="v", guidance_scale=2.0)
@@ -68,8 +68,8 @@ def only(name: str, which: str) -> list[int]:
 # --- what is flagged ----------------------------------------------------------------------------------------
 
 
-# Triton has one loop for all sizes, and widens every narrow dtype as it loads: three tiles in a row, the last not full,
-# and one narrow dtype. Its interpreter is slow.
+# Triton's interpreter is slow, so it gets few cases. Triton has one loop for all sizes: three tiles in a row, the last
+# not full. It widens all narrow dtypes in the same way: one narrow dtype.
 @pytest.mark.parametrize(
     ("backend", "dtype", "elements"),
     [
@@ -85,7 +85,7 @@ def test_each_flag_is_of_its_input(name, backend, dtype, elements):
     arguments = given(name, (2, elements), dtype)
     call, flags = partial(getattr(ops, name), backend=backend), flags_of(name)
     assert same(call(**arguments, not_finite=flags), call(**arguments)) and not flags.any()
-    if backend == "cpu":  # the ends of vectors and of tiles, and what fills neither
+    if backend == "cpu":  # the ends of vectors and tiles, and the rests
         bad_places = itertools.product(BAD, (0, 63, 64, 2047, 2048, 2099, 2100, 4199))
     else:
         bad_places = zip(BAD, (0, 40, 2 * elements - 1), strict=True)
@@ -96,7 +96,7 @@ def test_each_flag_is_of_its_input(name, backend, dtype, elements):
         assert flags.tolist() == only(name, which) and flags._version > before
     before = flags.fill_(1).clone()
     call(**arguments, not_finite=flags)
-    assert torch.equal(flags, before)  # they stay
+    assert torch.equal(flags, before)  # flags are never cleared
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -116,7 +116,7 @@ def test_without_an_input_its_flag_is_left_alone(backend):
 
 
 def table(particles: int) -> tuple[torch.Tensor, ...]:
-    """Every other particle gets no noise."""
+    """Coefficients for each particle. Every second particle gets no noise."""
     return tuple(torch.tensor([(NOISY, STILL)[n % 2][i] for n in range(particles)]) for i in range(5))
 
 
@@ -132,7 +132,7 @@ OPTIONS = {
 }
 
 
-# Multipliers of each element, of each of several particles in a tile, and of two tiles.
+# Multipliers for each element; for each of several particles in a tile; for a particle of two tiles.
 @pytest.mark.parametrize("shape", [(5, 3), (6, 40), (2, 2100)])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -163,7 +163,7 @@ def test_results_written_past_the_caches(name):
         assert found(name, arguments, **one, backend="cpu") == only(name, which)
 
 
-# A clip and a size choose among the cpu's loops. The other backends have one way, past the clip.
+# The clip and the size choose a loop of the cpu kernel. The other backends have one loop, after the clip.
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in Triton's interpreter
 @pytest.mark.parametrize(
     ("backend", "clip", "elements"),
@@ -182,9 +182,9 @@ def test_a_displacement_of_weighted_particles_counts_where_it_is_used(backend, c
         for coefficients, used in ((NOISY, True), (STILL, False), (table(4), row % 2 == 0)):
             one = dict(displacement=moved, coefficients=coefficients)
             assert found("propose_and_weigh", arguments, **one) == [0, 0, int(used)]
-            one |= dict(x=spoiled(arguments["x"], row * elements))  # which counts in any case
+            one |= dict(x=spoiled(arguments["x"], row * elements))  # x counts in any case
             assert found("propose_and_weigh", arguments, **one) == [1, 0, int(used)]
-    # of a displacement that is finite its multiple is not looked at
+    # a finite displacement is not flagged, even if its product with the scale is infinite
     large = dict(displacement=torch.full((4, elements), 3e38), displacement_scale=10.0)
     assert found("propose_and_weigh", arguments, **large) == [0, 0, 0]
 
@@ -211,7 +211,7 @@ def test_nothing_is_finite(name, backend, shape):
     assert not any(found(name, given(name, shape), backend=backend))
 
 
-# --- who sees the call --------------------------------------------------------------------------------------
+# --- tracing, autograd and wrappers -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["reverse_step", "predict_x0"])

@@ -1,5 +1,5 @@
-"""What the operations share: the choice of a backend; the operators that ``torch.compile`` sees, by torch's own checks,
-and compiled loops, which make the eager bits."""
+"""The common part of the operations: the choice of a backend, torch's own checks of the operators, and compiled loops,
+which must give the bits of eager calls."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def normal(*shape: int, seed: int = 0, dtype=torch.float32, grad: bool = False) 
 
 
 def turned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, last axis first in memory."""
+    """The same values in another layout: the last axis is the first in memory."""
     return tensor.detach().movedim(-1, 0).contiguous().movedim(0, -1).requires_grad_(tensor.requires_grad)
 
 
@@ -60,7 +60,7 @@ def turned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_cpu_module_is_built_and_loaded():
-    served = tuple(name for name in OPERATIONS if name != "solve_positive_part")  # torch's eigenvalues do that
+    served = tuple(name for name in OPERATIONS if name != "solve_positive_part")  # on the CPU the reference serves it
     assert backends()["cpu"] == Backend("cpu", True, "", served, backends()["cpu"].details)
     assert backends()["cpu"].details["instruction_set"]
     flags = _native.build_record()["cxxflags"]
@@ -129,7 +129,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """``a_gpu(capability, driver, archs)``: as if torch saw such a GPU, and the cuda module had been built for them."""
+    """``a_gpu(capability, driver, archs)``: as if torch saw this GPU and the cuda module were built for ``archs``."""
 
     def pretend(capability: tuple[int, int], driver: int, archs: list[str]) -> None:
         record = {"cuda": {"status": "built", "reason": "", "nvcc": "13.0", "archs": archs, "error": []}}
@@ -152,7 +152,7 @@ def a_gpu(monkeypatch):
     [
         ((8, 0), 13000, ["80", "90"], ""),
         ((8, 9), 13020, ["80", "90"], ""),  # code of the same major version
-        ((12, 0), 13000, ["80", "90"], ""),  # PTX of the last
+        ((12, 0), 13000, ["80", "90"], ""),  # PTX of the last architecture
         ((9, 0), 13000, ["80", "100"], "cuda was compiled for sm_80, sm_100, and this GPU is sm_90: build with"),
         ((8, 0), 13000, ["86", "90"], "this GPU is sm_80: build with FASTGUIDE_CUDA_ARCHS=80"),
         ((9, 0), 12080, ["90"], "cuda was compiled by nvcc 13.0, and this driver serves CUDA 12"),
@@ -176,7 +176,7 @@ def test_a_gpu_without_our_kernels_takes_the_next_backend_and_warns_once(a_gpu, 
     assert "triton serves compute capability 8.0" in why_not("triton", "randn", device=GPU, dtype=torch.float32)
 
 
-# --- what an operation is made of ---------------------------------------------------------------------------
+# --- the definition of an operation -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -213,10 +213,10 @@ def test_a_binding_says_which_argument_it_did_not_expect():
 
 
 def check(operator, *arguments) -> None:
-    """Schema (nothing written, nothing aliased that it does not say), autograd registration, fake against real
-    shapes, dtypes and strides, and AOT dispatch with static and dynamic shapes against eager.
+    """Torch's checks: the schema (writes and aliases are declared), autograd registration, fake against real shapes,
+    dtypes and strides, and AOT dispatch with static and dynamic shapes against eager.
 
-    Of what an operator takes, each choice is checked once, and with others where they meet: values are other tests'."""
+    Each option of an operator is checked once, and together with options that interact. Other tests check values."""
     torch.library.opcheck(operator.default, arguments)
 
 
@@ -280,7 +280,7 @@ REVERSE_STEP_OPTIONS = [
 ]
 
 
-# With a gradient opcheck looks at all that it does without one, and more.
+# With a gradient, opcheck makes all checks that it makes without one, and more.
 @pytest.mark.parametrize(
     ("options", "grad", "return_x0"),
     [
@@ -323,7 +323,7 @@ def test_opcheck_propose_and_weigh(weights_shape, dtype, coefficients, layout):
     check(OPERATORS.propose_and_weigh, *states, weights, values, table, bounds, *scale, *counter, "auto")
 
 
-# A scheme changes values alone: each has one of rows, one row, fewer ancestors, a single particle.
+# A scheme changes only values. So each scheme gets one case: several rows, one row, fewer ancestors, one particle.
 @pytest.mark.parametrize(
     ("scheme", "shape", "num", "threshold", "keep_sorted"),
     [
@@ -392,7 +392,7 @@ LEVELS = [(0.1, 0.995), (0.5, 0.866), (0.8, 0.6), (0.95, 0.31), (1.0, 0.0)]
 
 
 def twisted_loop(x, weights, y, seed):
-    """A particle filter in small: every operation, and some arithmetic of the user's between them."""
+    """A small particle filter: every operation, with some user arithmetic in between."""
     rows, particles = weights.shape
     history = []
     for i in range(len(LEVELS) - 1):
@@ -442,7 +442,7 @@ def test_a_compiled_loop_gives_the_eager_bits(dynamic):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_eager_operations():
-    """Nothing of the user's between the operations, whose own arithmetic inductor could contract."""
+    """There is no user arithmetic between the operations, because inductor may fuse multiply-adds in it."""
 
     def operations(x, weights):
         ancestors, weights, _, ess = ops.resample(weights, seed=1, sorted=False, check=False)
@@ -472,7 +472,7 @@ def test_every_operation_is_one_operator_of_the_graph():
 # --- gradients ----------------------------------------------------------------------------------------------
 
 
-# In float32: test_reverse_step.py has the derivatives themselves, of float64.
+# In float32. test_reverse_step.py tests the values of the derivatives, in float64.
 @pytest.mark.parametrize("prediction", reference.PREDICTIONS)
 @pytest.mark.parametrize("clip", (None, (-1, 2), DynamicThreshold(0.9, 3.0)))
 @pytest.mark.parametrize("return_x0", (False, True))
@@ -536,7 +536,7 @@ def test_a_compiled_function_of_any_size_takes_a_scale_for_each_sample():
 
 
 def test_a_recorded_graph_holds_the_operators():
-    """A kernel writes where a recorder does not look: the record would hold memory that nobody fills."""
+    """A recorder does not see what a kernel writes. A record of a kernel's memory would never be filled."""
 
     def loop(x):
         z = ops.randn(x.shape, seed=3)
@@ -568,7 +568,7 @@ def test_log_densities_in_a_compiled_function(family, backend):
         total, *values = function(x)
         return [*torch.autograd.grad(total, x), *values]
 
-    options = {"cpp.vec_isa_ok": False} if backend == "inductor" else None  # looking for AVX takes g++ 10 s
+    options = {"cpp.vec_isa_ok": False} if backend == "inductor" else None  # inductor's test for AVX takes 10 s
     compiled = torch.compile(loss, fullgraph=True, backend=backend, options=options)
     for a, b in zip(results(compiled), results(loss), strict=True):
         assert torch.equal(a, b)
@@ -687,7 +687,7 @@ def test_a_call_that_no_kernel_serves_says_so_once(call, reason):
     backends._warn_reference.cache_clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*plain PyTorch")
-        expected = call("reference")  # chosen by name: nothing to say
+        expected = call("reference")  # chosen by name: no warning
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -712,7 +712,7 @@ def test_seeds_pass_through_the_signed_schema():
 
 @pytest.mark.parametrize("backend", ("auto", "cpu", "reference"))
 def test_seeds_and_steps_are_numbers_or_tensors(backend):
-    """The same bits, eager and compiled; and a compiled loop runs on with another seed."""
+    """Both give the same bits, eager and compiled. A compiled loop also works with another seed."""
     x, weights = normal(3, 5), normal(3, seed=1)
 
     def draws(x, weights, seed, step):
@@ -739,7 +739,7 @@ def test_seeds_and_steps_are_numbers_or_tensors(backend):
 
 @pytest.mark.parametrize("first", (3, 2**64 - 3))
 def test_a_compiled_function_takes_any_integer_seed(first):
-    """torch compiles for the first seed, then for any, then for seeds from 2^63 on (or below, whichever is second)."""
+    """torch compiles once for the first seed, once for any seed on one side of 2^63, and once for the other side."""
     x, weights, graphs = normal(3, 5), normal(3, seed=1), 0
 
     def draws(x, weights, seed, step):
@@ -807,7 +807,7 @@ CALLS = {name: (value, call) for name, value, call in calls()}
 
 
 class Labelled(torch.Tensor):
-    """Adds nothing but a name."""
+    """A subclass that only adds a name."""
 
 
 def labelled(value):
@@ -827,7 +827,7 @@ def test_subclasses_and_views_of_the_negative_are_read_right(name, make):
 
 @pytest.mark.parametrize("name", [n for n in CALLS if n != "resample"])
 def test_a_tensor_without_memory_is_seen_in_every_argument(name):
-    """A TwoTensor's pointer is 0, which would mean that there is none."""
+    """The pointer of a TwoTensor is 0, which a kernel would take for no tensor."""
     value, call = CALLS[name]
     both = call(TwoTensor(value.clone(), value.clone()))
     assert isinstance(both, TwoTensor)
@@ -920,7 +920,7 @@ def test_a_tensor_of_another_layout_is_refused_by_name(name, backend, monkeypatc
 
 
 def fake_calls():
-    """Every tensor argument of every operation: ``arguments`` and a call of all of them. The changed ones are last."""
+    """For every operation: its tensor arguments, and a call with all of them. Arguments that it changes come last."""
     x, w = normal(6, 2), normal(3, 5, seed=2)
     counter = {"seed": torch.tensor([1]), "step": torch.tensor([2])}
     table = {f"coefficients[{i}]": torch.full((6,), c) for i, c in enumerate(VP)}

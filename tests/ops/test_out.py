@@ -1,4 +1,4 @@
-"""``out=``: results in memory of the caller's, the bits of a call without it."""
+"""``out=``: results are written into the caller's memory, with the bits of a call without it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastguide import ops
 
 LEVELS = (0.6, 0.8, 0.8, 0.6, 0.35)
 TABLE = tuple(torch.full((3,), value, dtype=torch.float64) for value in LEVELS)
-# One particle is shorter than a vector, and with its neighbour does not fill the next.
+# A particle is 35 elements: not a multiple of any vector.
 X, OUTPUT, MOVED = (x.clone() for x in torch.randn(3, 3, 5, 7, generator=torch.Generator().manual_seed(0)))
 WEIGHTS = torch.tensor([0.0, -1.0, 0.5])
 
-# Each operation; reverse_step also with a table and with two results. Calls with numbers alone take a short way.
+# Each operation; reverse_step also with a table and with two results. Calls with plain numbers take a shorter path.
 CALLS = {
     "randn": partial(ops.randn, (3, 5, 7), seed=1),
     "predict_x0": partial(
@@ -105,7 +105,7 @@ def test_other_dtypes(dtype):
     x = X.to(dtype)
     out = torch.empty_like(x)
     assert torch.equal(ops.reverse_step(x, OUTPUT, LEVELS, out=out), ops.reverse_step(x, OUTPUT, LEVELS))
-    for y in (OUTPUT, OUTPUT.double()):  # of a float64 y the gradient is made in float64
+    for y in (OUTPUT, OUTPUT.double()):  # with a float64 y the gradient is computed in float64
         call = partial(ops.log_prob_and_gradient, x, y, family="laplace", scale=0.5)
         assert same(call(out=empty(call())), call())
 
@@ -201,7 +201,7 @@ def test_a_row_that_is_refused_is_refused_with_out():
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_an_inference_tensor_is_written_to_in_inference_mode_alone(backend):
-    """As torch does."""
+    """torch's own functions behave the same."""
     call = partial(CALLS["reverse_step"], backend=backend)
     with torch.inference_mode():
         out = torch.empty_like(X)

@@ -31,7 +31,7 @@ def needs(backend: str, dtype: torch.dtype = torch.float32) -> None:
 
 
 def by_solving(x, output, alpha: float, sigma: float, prediction: str) -> torch.Tensor:
-    """``x_0`` from two linear equations for ``(x_0, eps)``: what ``x_t`` is, and what the network says."""
+    """``x_0`` from two linear equations for ``(x_0, eps)``: the definition of ``x_t``, and the network's output."""
     said = {
         "epsilon": (0.0, 1.0),
         "sample": (1.0, 0.0),
@@ -44,11 +44,11 @@ def by_solving(x, output, alpha: float, sigma: float, prediction: str) -> torch.
 
 
 def guided(output, base, scale) -> torch.Tensor:
-    """As a mean of the two outputs, in float64."""
+    """The guided output as a weighted mean of the two outputs, in float64."""
     return (1.0 - scale) * base.double() + scale * output.double()
 
 
-# 7: within a vector. 33: a vector and a rest. 2049: two tiles.
+# Elements of a particle. 7: less than a vector. 33: vectors and a rest. 2049: two tiles.
 @pytest.mark.parametrize("shape", [(5, 7), (4, 3, 11), (2, 2049)])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -68,13 +68,13 @@ def test_against_the_definitions(backend, dtype, shape, assert_close):
             w = scale if scale is None or isinstance(scale, float) else float(scale[i])
             level = (float(alphas[i]), float(sigmas[i])) if per_level else LEVEL
             said = output[i].double() if w is None else guided(output[i], base[i], w)
-            assert_close(got[i], by_solving(x[i], said, *level, prediction), 40.0)  # of terms as large as that
+            assert_close(got[i], by_solving(x[i], said, *level, prediction), 40.0)  # the terms are that much larger
 
 
 @pytest.mark.parametrize("prediction", ("sample", "v", "flow"))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pure_noise(backend, prediction):
-    """``alpha = 0``: the network alone says what ``x_0`` is."""
+    """With ``alpha = 0``, ``x_0`` comes from the network alone."""
     needs(backend)
     x, output, base = inputs((2, 9), torch.float32)
     got = ops.predict_x0(
@@ -102,7 +102,7 @@ def test_channels_that_come_last_stay_there(form):
             v.contiguous(memory_format=layout).requires_grad_() for v in inputs(shape, torch.float32)
         )  # fmt: skip
         x0_hat = ops.predict_x0(x, output, LEVEL, unconditional=base, **options)
-        with torch.no_grad():  # the other way into the kernel
+        with torch.no_grad():  # the other path to the kernel
             assert torch.equal(ops.predict_x0(x, output, LEVEL, unconditional=base, **options), x0_hat)
         assert x0_hat.is_contiguous(memory_format=layout)
         x0_hat.square().sum().backward()
@@ -141,7 +141,7 @@ def test_empty_states(backend, shape):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_no_bit_depends_on_the_instruction_set_the_batch_or_the_threads(dtype, threads, instruction_set):
-    # 2.1e6 float32 elements: written past the caches, from an address that no vector divides
+    # 2.1e6 float32 elements are written past the caches; rows start at addresses that are not aligned
     for shape in ((7, 13), (3, 5000), (3, 700_001) if dtype == torch.float32 else (2, 3)):
         x, output, base = inputs(shape, dtype)
         grad = inputs(shape, dtype, seed=1)[0]
@@ -164,7 +164,7 @@ def test_no_bit_depends_on_the_instruction_set_the_batch_or_the_threads(dtype, t
 
 
 def test_fused_multiply_adds_of_float32():
-    """The bits of the formula, one rounding for each multiply-add."""
+    """The results have the bits of the formula with one rounding for each multiply-add."""
     x, output, base = inputs((5, 301), torch.float32)
     scale = torch.tensor(2.3, dtype=torch.float32).double()
     p, q = (torch.tensor(v, dtype=torch.float32).double() for v in (1.0 / 0.6, -0.8 / 0.6))
@@ -213,11 +213,11 @@ def test_gradcheck_in_levels_and_scale():
         return ops.predict_x0(x, output, (alpha, sigma), prediction="v", unconditional=base, guidance_scale=scale)
 
     assert torch.autograd.gradcheck(f, (x, output, base, alpha, sigma, scale))
-    one = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)  # of all samples
+    one = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)  # one for all samples
     assert torch.autograd.gradcheck(lambda s: f(x, output, base, alpha, sigma, s), (one,))
 
 
-# The prediction is two factors, the same for every backend and dtype: one backend has them all.
+# The prediction type only changes two factors, which are the same for all backends: one backend tests all types.
 @pytest.mark.parametrize(
     ("backend", "prediction"), [*(("cpu", p) for p in PREDICTIONS), *((b, "v") for b in BACKENDS if b != "cpu")]
 )

@@ -30,7 +30,7 @@ def inputs(shape, dtype=torch.float64, push: float = 0.3, seed: int = 0) -> tupl
 
 
 def expectation(x, x0_hat, displacement, log_weights, coefficients) -> tuple[torch.Tensor, torch.Tensor]:
-    """In float64, with the densities as torch.distributions has them; coefficients are floats, ``tau > 0``."""
+    """The expected result in float64, with densities of torch.distributions. Coefficients are floats, ``tau > 0``."""
     alpha_t, sigma_t, alpha_s, sigma_s, tau = coefficients
     x, x0_hat, displacement = (v.double().flatten(1) for v in (x, x0_hat, displacement))
     eps_hat = (x - alpha_t * x0_hat) / sigma_t
@@ -43,7 +43,7 @@ def expectation(x, x0_hat, displacement, log_weights, coefficients) -> tuple[tor
 # --- the formula --------------------------------------------------------------------------------------------
 
 
-# In the dtypes that the arithmetic has; test_propose_and_weigh_kernel.py has all of them.
+# In the dtypes of the arithmetic. test_propose_and_weigh_kernel.py tests all dtypes.
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("shape", [(7,), (4, 3, 2, 7), (2, 1009)])
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
@@ -56,10 +56,10 @@ def test_against_normal_densities(levels, shape, dtype, assert_close):
     expected_x, expected_weights = expectation(*columns, log_weights, coefficients)
     assert x_s.dtype == dtype and x_s.shape == shape
     assert_close(x_s.reshape(shape[0], -1), expected_x, 2.0)
-    # delta and z are float32, or float64, whatever the state is kept in
+    # delta and z are float32, or float64, for any dtype of the state
     eps = 2e-15 if dtype == torch.float64 else 3e-7
     if dtype == torch.float64 and levels == "small tau":
-        eps = 1e-12  # of the expectation: it subtracts two quadratics
+        eps = 1e-12  # the error of the expectation, which subtracts two quadratics
     torch.testing.assert_close(weights, expected_weights, rtol=eps, atol=eps * math.sqrt(math.prod(shape[1:])))
 
 
@@ -118,8 +118,8 @@ def test_no_displacement_no_weight():
 
 @pytest.mark.parametrize("elements", [1, 10, 1003, 1_000_000])
 def test_large_states_lose_nothing(elements):
-    """Against ``math.fsum``, beside which a float32 running sum of a million terms is off by 1e-2 here. Float32 terms
-    and a tree of float32 sums would do: their roundings are allowed."""
+    """Against ``math.fsum``. A float32 running sum of a million terms would be wrong by 1e-2 here. The tolerance allows
+    the rounding of float32 terms and of a tree of float32 sums."""
     x, x0_hat, displacement, log_weights = inputs((2, elements), torch.float32, push=0.01)
     tau = 0.25  # a power of two, so that delta is exact
     _, weights = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, (0.6, 0.8, 0.8, 0.6, tau), **COUNTER)
@@ -133,7 +133,7 @@ def test_large_states_lose_nothing(elements):
 
 
 def test_no_cancellation_of_large_quadratics():
-    """300,000 elements beside tau = 1e-3: the densities are about 2e6 each, their ratio about 1."""
+    """With 300,000 elements and tau = 1e-3 each log-density is about 2e6, and their difference is about 1."""
     x, x0_hat, displacement, log_weights = inputs((1, 300_000), torch.float32, push=1e-6)
     coefficients = LEVELS["small tau"]
     _, weights = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, coefficients, **COUNTER)
@@ -217,8 +217,8 @@ def test_the_bits_do_not_depend_on_threads_or_chunks(threads):
 @pytest.mark.parametrize("levels", ("vp", "ve", "flow from noise"))
 @pytest.mark.parametrize("push", (0.05, 0.2))
 def test_mean_of_the_ratio_under_the_proposal_is_one(levels, push):
-    """``E_q[p / q] = 1``, whatever the displacement; 200,000 proposals from one state, and the importance-weighted
-    mean of x_s is the base kernel's."""
+    """``E_q[p / q] = 1`` for any displacement, with 200,000 proposals from one state. The importance-weighted mean of
+    x_s is that of the base kernel."""
     number, elements = 200_000, 6
     x, x0_hat, displacement, _ = inputs((1, elements), torch.float32, push=push * LEVELS[levels][4] / 0.35)
     many = [v.expand(number, elements) for v in (x, x0_hat, displacement)]
@@ -228,7 +228,7 @@ def test_mean_of_the_ratio_under_the_proposal_is_one(levels, push):
     assert error < 0.01
     assert abs(float(ratio.mean()) - 1.0) < 4 * error
     base = ops.reverse_step(x, x0_hat, LEVELS[levels], prediction="sample", seed=5)
-    base = base - LEVELS[levels][4] * ops.randn((1, elements), seed=5)  # the base kernel's mean
+    base = base - LEVELS[levels][4] * ops.randn((1, elements), seed=5)  # the mean of the base kernel
     weighted = ratio[:, None] * (x_s - base).double()
     errors = weighted.std(0) / math.sqrt(number)
     assert (weighted.mean(0).abs() < 4 * errors).all()
@@ -291,13 +291,13 @@ SCALED = {
 CLIPS = (None, 0.7, (-0.4, 0.9), ops.DynamicThreshold(0.9, 3.0))
 
 
-# 5: multipliers of each element. 40: of each row. 2500: two tiles. bfloat16 is converted as every dtype but x's own.
+# 5: multipliers for each element. 40: for each row. 2500: two tiles. bfloat16 is converted, like any dtype but x's own.
 @pytest.mark.parametrize("elements", (5, 40, 2500))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("backend", ("cpu", "triton", "reference"))
 @pytest.mark.parametrize("name", SCALED)
 def test_clip_and_scale_are_those_made_before(name, backend, dtype, elements, assert_close):
-    """Against the same step of what was clipped and scaled in float64 before."""
+    """Equal to the step with a prediction and a displacement that were clipped and scaled before, in float64."""
     if reason := ops._operation.why_not(backend, name, device=torch.device("cpu"), dtype=dtype):
         pytest.skip(reason)
     generator = torch.Generator().manual_seed(0)
@@ -319,7 +319,7 @@ def test_clip_and_scale_are_those_made_before(name, backend, dtype, elements, as
 
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
 def test_a_scale_of_a_displacement_that_the_noise_of_a_dynamic_threshold_shares(backend, assert_close):
-    """``clip_noise=False``: the kernel adds the displacement to what the threshold does not see."""
+    """With ``clip_noise=False`` the kernel adds the displacement to the part that is not clipped."""
     generator = torch.Generator().manual_seed(0)
     x, x0, d = torch.randn(3, 4, 33, generator=generator).unbind()
     levels, clip = (0.6, 0.8, 0.8, 0.6, 0.35), ops.DynamicThreshold(0.8, 3.0)

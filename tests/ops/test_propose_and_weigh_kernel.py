@@ -1,5 +1,5 @@
-"""The cpu kernel of `propose_and_weigh`: the state of `reverse_step`, bit for bit; the weights against exact sums of
-the kernel's own normals; and what no result may depend on."""
+"""The cpu kernel of `propose_and_weigh`. The state has the bits of `reverse_step`. The weights agree with exact sums
+over the kernel's own normals. No result depends on threads, instruction set or addresses."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def inputs(particles: int, elements: int, dtypes=(torch.float32,) * 3, weights_d
 
 
 def per_sample(particles: int) -> tuple[torch.Tensor, ...]:
-    """Every third particle gets no noise."""
+    """Coefficients for each particle. Every third particle gets no noise."""
     rows = [(VP, STILL, (0.5, 0.7, 0.9, 0.3, 0.3))[n % 3] for n in range(particles)]
     return tuple(torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in range(5))
 
 
 def levels_of(coefficients, x):
-    """As the kernel takes them, checked by nobody."""
+    """Coefficients as the kernel takes them, without checks."""
     if isinstance(coefficients[0], float):
         return tuple(coefficients), None
     return _arguments.scalars(coefficients, x, "sample")
@@ -42,7 +42,7 @@ def levels_of(coefficients, x):
 def kernel(
     x, x0_hat, displacement, log_weights, coefficients, *, threads=1, seed=0, step=0, stream=0, first_particle=0
 ):
-    """x_s and the log-weights into the middle of poisoned buffers, whose margins must stay as they were."""
+    """x_s and the log-weights, written into the middle of poisoned buffers. The margins must not change."""
     particles, elements = x.shape
     levels, table = levels_of(coefficients, x)
     buffers, results = [], []
@@ -69,7 +69,7 @@ def assert_same_bits(got, expected) -> None:
 
 
 def state_of(x, x0_hat, displacement, coefficients, **counter) -> torch.Tensor:
-    """By `reverse_step`; particles without noise without their displacement."""
+    """The state by `reverse_step`. Particles without noise get no displacement."""
     tau = coefficients[4]
     if isinstance(tau, torch.Tensor):
         displacement = torch.where(tau[:, None] > 0, displacement, 0.0)
@@ -81,8 +81,8 @@ def state_of(x, x0_hat, displacement, coefficients, **counter) -> torch.Tensor:
 
 
 def ratios(x, displacement, coefficients, **counter) -> tuple[torch.Tensor, torch.Tensor]:
-    """``-(sum(delta z) + sum(delta^2) / 2)`` ``[N]`` in float64, by ``math.fsum``, of the displacement and the normals
-    that the kernel has; and the sum of ``|delta| (|z| + |delta| / 2)``."""
+    """``-(sum(delta z) + sum(delta^2) / 2)`` ``[N]`` in float64, by ``math.fsum``, from the kernel's displacement and
+    normals. Also the sum of ``|delta| (|z| + |delta| / 2)``."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     tau = torch.as_tensor(coefficients[4], dtype=compute).double().expand(x.shape[0])[:, None]
     z = ops.randn(x.shape, dtype=compute, backend="cpu", **counter).double()
@@ -93,10 +93,11 @@ def ratios(x, displacement, coefficients, **counter) -> tuple[torch.Tensor, torc
 
 # --- values -------------------------------------------------------------------------------------------------
 
-# The error of a particle's log-density ratio over the sum of |delta| (|z| + |delta| / 2), from so many elements on. Its
-# terms are float, or double, with the roundings of 1 / (2 tau) and two more; four of them are added so, the rest in
-# double. Measured over 40,000 particles of one element to 10 of a million, at five tau: float 1.2e-7, 7.3e-8, 5.8e-8,
-# 2.5e-8, 1.1e-8, 5.5e-9 and 4.8e-9 (at a million); double 6.5e-16, 4.6e-16, 2.9e-16, 1.5e-16, 6e-17, 5e-17, 3.4e-16.
+# Bounds of the error of a particle's log-density ratio, divided by the sum of |delta| (|z| + |delta| / 2), from so many
+# elements on. Terms are float or double, with the roundings of 1 / (2 tau) and two more. Four terms at a time are added
+# in that type, the rest in double. Measured with 40,000 particles of one element to 10 of a million, at five tau: float
+# 1.2e-7, 7.3e-8, 5.8e-8, 2.5e-8, 1.1e-8, 5.5e-9 and 4.8e-9 (at a million); double 6.5e-16, 4.6e-16, 2.9e-16, 1.5e-16,
+# 6e-17, 5e-17, 3.4e-16.
 ALLOWED = {
     torch.float32: {1: 1.7e-7, 7: 1.1e-7, 17: 8e-8, 100: 4e-8, 1000: 1.6e-8, 10_000: 8e-9, 1_000_000: 8e-9},
     torch.float64: {1: 9e-16, 7: 7e-16, 17: 5e-16, 100: 3e-16, 1000: 2e-16, 10_000: 2e-16, 1_000_000: 5e-16},
@@ -121,7 +122,8 @@ def test_error_of_the_ratio(dtype, elements):
     assert 0.05 * allowed(dtype, elements) < worst <= allowed(dtype, elements)
 
 
-# Up to 15 terms are added by themselves, others 64 at a time: fewer, as many, several and a part; a tile, and one more.
+# Up to 15 terms have their own sum; more terms are added 64 at a time. So: fewer than 64, 64, several times 64 and a
+# rest, a tile, and one element more.
 @pytest.mark.parametrize("elements", (1, 2, 3, 4, 5, 15, 16, 64, 1000, 2048, 2049))
 def test_every_size(elements):
     for particles in (0, 1, 3, 257):
@@ -134,7 +136,7 @@ def test_every_size(elements):
             assert ((weights - log_weights - ratio).abs() <= error).all()
 
 
-# Each is converted by itself: every dtype with every one of each other tensor.
+# Each tensor is converted on its own: every dtype of one tensor with every dtype of each other tensor.
 @pytest.mark.parametrize("dtypes", [(FLOATS[i], FLOATS[k], FLOATS[(i + k) % 4]) for i in range(4) for k in range(4)])
 def test_every_mix_of_dtypes(dtypes):
     compute = torch.float64 if dtypes[0] == torch.float64 else torch.float32
@@ -158,7 +160,7 @@ def test_float32_log_weights_are_rounded_once(elements):
 @pytest.mark.parametrize("elements", (1, 3, 70, 3000))
 @pytest.mark.parametrize("weights_dtype", (torch.float32, torch.float64))
 def test_without_noise_the_bits_of_the_base_kernel(elements, weights_dtype):
-    """Not even a NaN of the displacement comes through, and a weight keeps its bits."""
+    """Not even a NaN in the displacement has an effect, and the weights keep their bits."""
     x, x0_hat, displacement, log_weights = inputs(6, elements, weights_dtype=weights_dtype)
     displacement[1::3] = math.nan
     log_weights[1] = -0.0
@@ -184,7 +186,7 @@ def test_not_finite_particles_keep_to_themselves(elements):
 
 
 def test_the_smallest_tau():
-    """1 / tau past the largest float: no displacement is still no weight."""
+    """1 / tau overflows float. A displacement of 0 must still not change the weight."""
     x, x0_hat, displacement, log_weights = inputs(3, 5)
     for tau in (1e-39, 1e-44, 1e-60):
         x_s, weights = kernel(x, x0_hat, 0 * displacement, log_weights, (*VP[:4], tau), seed=1)
@@ -195,7 +197,7 @@ def test_the_smallest_tau():
 
 
 def settings():
-    """Calls that between them take every way through the kernel."""
+    """Calls that together take every path through the kernel."""
     for particles, elements in ((67, 1), (67, 2), (67, 3), (67, 7), (41, 33), (41, 100), (5, 2049), (2, 5000)):
         for dtypes in ((torch.float32,) * 3, (torch.bfloat16, torch.float16, torch.float32), (torch.float64,) * 3):
             for coefficients in (VP, per_sample(particles)):
@@ -230,10 +232,10 @@ def test_threads_give_the_same_bits(particles, elements, mixed):
 
 
 @pytest.mark.parametrize("name", _native.instruction_sets())
-@pytest.mark.parametrize("elements", (3001, 3024))  # the second's rows begin where a vector does
+@pytest.mark.parametrize("elements", (3001, 3024))  # with 3024, rows start at aligned addresses
 @pytest.mark.parametrize("mixed", (False, True))
 def test_large_results_have_the_same_bits(name, elements, mixed, instruction_set):
-    """From 8 MiB they are written past the caches, and each normal is used where it is made."""
+    """From 8 MiB on, results are written past the caches, and each normal is used as soon as it is made."""
     particles, rows = 701, (0, 1, 2, 350, 700)
     tensors = inputs(particles, elements)
     coefficients = per_sample(particles) if mixed else VP

@@ -1,4 +1,4 @@
-"""The CUDA kernels, emulated, while their inputs are written to."""
+"""The emulated CUDA kernels while another thread writes to their inputs."""
 
 import races
 

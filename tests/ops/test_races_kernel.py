@@ -1,4 +1,4 @@
-"""The CPU kernels, while their inputs are written to."""
+"""The CPU kernels while another thread writes to their inputs."""
 
 import races
 

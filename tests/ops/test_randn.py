@@ -27,7 +27,7 @@ MASK = 0xFFFFFFFF
 
 
 def test_memory_is_poisoned():
-    """The fixture of conftest.py: without it none of these would be seen."""
+    """The fixture of conftest.py works. Without it, other tests would not see an element that nobody wrote."""
     for dtype in FLOATS:
         like = torch.zeros(3, dtype=dtype)
         for memory in (torch.empty(3, dtype=dtype), torch.empty_like(like), like.new_empty(3)):
@@ -70,7 +70,7 @@ def test_philox_known_answers(counter, key, words):
 
 
 def normals_by_hand(particles, elements, *, seed=0, step=0, stream=0, first_particle=0) -> np.ndarray:
-    """float64 normals from the contract: counters in Python integers, Box-Muller as the textbook has it."""
+    """float64 normals from the contract: counters in Python integers, Box-Muller as in textbooks."""
     out = np.empty((particles, (elements + 3) // 4 * 4))
     for row in range(particles):
         particle = first_particle + row
@@ -152,7 +152,7 @@ def test_odd_shapes_are_filled(backend, shape):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_bits_do_not_depend_on_the_threads(backend, dtype, threads):
-    # enough for the kernel to wake its second thread, and no whole groups
+    # enough elements for a second thread, and not a multiple of a group
     with threads(1):
         one = ops.randn((3, 30_003), seed=4, dtype=dtype, backend=backend)
     with threads(2):
@@ -173,18 +173,18 @@ def test_relations_between_the_dtypes(backend):
     torch.testing.assert_close(single.double(), double, rtol=4 * 2**-23, atol=0)
     if backend == "reference":
         assert torch.equal(single, double.float())
-    assert not torch.equal(double, single.double())  # float64 has bits of its own
+    assert not torch.equal(double, single.double())  # float64 is more than widened float32
 
 
 def ulps(a: torch.Tensor, b: torch.Tensor) -> int:
-    """The largest number of float32 values between two tensors' elements."""
+    """The largest distance between elements of two tensors, counted in float32 values."""
     ordered = [torch.where(x < 0, -(x & 0x7FFFFFFF), x) for x in (t.view(torch.int32).long() for t in (a, b))]
     return int((ordered[0] - ordered[1]).abs().max())
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_backends_agree_within_four_ulps(backend):
-    """Two times 300,000 values; the worst found was 3."""
+    """Two times 300,000 values. The largest distance found was 3."""
     shape = (150, 2003)
     for seed in (0, 2**64 - 1):
         expected = ops.randn(shape, seed=seed, backend="reference")
@@ -209,13 +209,13 @@ def test_box_muller_at_the_edges():
 def test_moments_and_kolmogorov_smirnov(backend):
     z = ops.randn((500, 1000), seed=2026, dtype=torch.float64, backend=backend).flatten()
     n = z.numel()
-    # power: the moment, and the variance of one sample's contribution to it
+    # power: the moment, and the variance of one sample of it
     moments = {1: (0.0, 1.0), 2: (1.0, 2.0), 3: (0.0, 15.0), 4: (3.0, 96.0), 6: (15.0, 10170.0)}
     for power, (value, variance) in moments.items():
         error = float((z**power).mean()) - value
         assert abs(error) < 4 * math.sqrt(variance / n), power
     assert scipy.stats.kstest(z[:200_000].numpy(), "norm").pvalue > 0.01
-    radius2 = (z[0::2] ** 2 + z[1::2] ** 2)[:100_000]  # of a pair: exponential with mean 2, angle uniform
+    radius2 = (z[0::2] ** 2 + z[1::2] ** 2)[:100_000]  # for a pair it is exponential with mean 2; the angle is uniform
     assert scipy.stats.kstest(radius2.numpy(), "expon", args=(0, 2)).pvalue > 0.01
     turn = torch.atan2(z[1::2], z[0::2])[:100_000] / (2 * math.pi) + 0.5
     assert scipy.stats.kstest(turn.numpy(), "uniform").pvalue > 0.01
@@ -246,7 +246,7 @@ def test_neighbours_are_uncorrelated(backend):
     checked["step against stream"] = z, ops.randn(shape, **{**base, "step": 3, "stream": 7})
     for name, (a, b) in checked.items():
         assert correlation(a, b) < 4, name
-        assert correlation(a**2 - 1, b**2 - 1) < 2 * 4, name  # of variance 2 each
+        assert correlation(a**2 - 1, b**2 - 1) < 2 * 4, name  # each has variance 2
 
 
 # --- errors -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""randn's CUDA kernel, emulated and on a GPU: the bits of the CPU's, whose values test_randn_kernel.py knows."""
+"""randn's CUDA kernel, by emulation or on a GPU, has the bits of the CPU kernel, which test_randn_kernel.py tests."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ def test_philox_known_answers(counter, key, expected, cuda_device):
     assert tuple(word & 0xFFFFFFFF for word in out.tolist()) == expected
 
 
-# Part of a group of four, a group, and two, four, five and many, the last in part. A thread has one, or of 16 bits two.
+# Part of a group of four, one group, two, four, five and many groups. A thread makes one group, two in 16-bit dtypes.
 @pytest.mark.parametrize("elements", (1, 2, 3, 4, 5, 16, 17, 1000))
 @pytest.mark.parametrize("offset", (0, 1))  # an odd address cannot take 16-byte stores
 def test_bits_of_the_cpu(elements, offset, cuda_device):
@@ -41,7 +41,7 @@ def test_bits_of_the_cpu(elements, offset, cuda_device):
 
 
 def test_more_units_than_a_launch_has_threads(cuda_device):
-    shape = (2**22 + 1000, 5)  # two groups each, and at most 2^22 threads: strides carry from group to row
+    shape = (2**22 + 1000, 5)  # two groups each and at most 2^22 threads, so strides carry from group to row
     z = ops.randn(shape, seed=1, device=cuda_device, backend="cuda")
     assert torch.equal(z.cpu(), ops.randn(shape, seed=1, backend="cpu"))
 

@@ -1,4 +1,4 @@
-"""The randn kernels against float64 arithmetic written here, from the contract in csrc/common/philox.h."""
+"""The randn kernels against float64 arithmetic that is written here from the contract in csrc/common/philox.h."""
 
 import itertools
 import math
@@ -10,7 +10,8 @@ import torch
 from fastguide.doctor import KNOWN_ANSWERS
 from fastguide.ops import _native
 
-# One and two have loops of their own; part of a group of four, a group, two, four, five; particles made one by one.
+# Elements of a particle: 1 and 2 have their own loops; part of a group of four, one group, two, four, five groups;
+# particles that are made one by one.
 ELEMENTS = (1, 2, 3, 4, 5, 16, 17, 1000)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -32,8 +33,8 @@ def philox(counter, key):
 
 
 def normals(words):
-    """Float64 normals of words [..., 2] (radius, angle). The cosine of an angle near pi/2 is absolutely, not
-    relatively, accurate, so the quadrant comes off first, in integers."""
+    """Float64 normals from words [..., 2] (radius, angle). Near pi/2 numpy's cosine has only absolute accuracy, so the
+    quadrant is subtracted first, in integers."""
     words = np.asarray(words, dtype=np.int64)
     r = np.sqrt(-2.0 * np.log((words[..., 0] + 1) * 2.0**-32))
     quadrant = (words[..., 1] + 2**29) // 2**30
@@ -66,7 +67,7 @@ def ulps(value, true):
 
 
 def cpu(particles, elements, dtype=torch.float32, *, seed=0, step=0, stream=0, first_particle=0, threads=2):
-    """randn into the middle of a poisoned buffer, whose margins must stay as they were."""
+    """randn, written into the middle of a poisoned buffer. The margins must not change."""
     margin = 64
     size = particles * elements
     buffer = torch.full((size + 2 * margin,), math.nan, dtype=dtype)
@@ -114,7 +115,7 @@ def test_narrow_dtypes_are_the_rounded_float32(dtype, elements):
 
 
 def edge_words():
-    """Radii at both tails, each power of two and its neighbours; angles around every eighth of a turn."""
+    """Radius words at both ends, and around each power of two; angle words around every eighth of a turn."""
     powers = [2**k + d for k in range(33) for d in (-2, -1, 0, 1)]
     near_one = [2**32 - w for w in range(1, 5000)]
     radii = sorted({w for w in [*powers, *range(5000), *near_one] if 0 <= w < 2**32})
@@ -133,7 +134,7 @@ def kernel_normals(words):
 def test_tails_and_zeros_within_4_ulp():
     radii, angles = edge_words()
     rng = np.random.default_rng(0)
-    # Every edge radius with random and edge angles, every edge angle with random and edge radii.
+    # Every edge radius with random and edge angles, and every edge angle with random and edge radii.
     words = np.concatenate(
         [
             np.stack(pair, axis=-1)
@@ -152,9 +153,9 @@ def test_tails_and_zeros_within_4_ulp():
 
 def test_extreme_words():
     z = kernel_normals([[0, 0], [0xFFFFFFFF, 12345], [0, 2**30], [2**31 - 1, 2**29]])
-    assert ulps(float(z[0, 0]), math.sqrt(64 * math.log(2))) <= 4 and z[0, 1] == 0.0  # the tail reaches 6.66
+    assert ulps(float(z[0, 0]), math.sqrt(64 * math.log(2))) <= 4 and z[0, 1] == 0.0  # the largest value is 6.66
     assert (z[1] == 0.0).all()  # u = 1
-    assert z[2, 0] == 0.0 and z[2, 1] == z[0, 0]  # a quarter turn has no cosine
+    assert z[2, 0] == 0.0 and z[2, 1] == z[0, 0]  # the cosine of a quarter turn is 0
     np.testing.assert_allclose(z[3], math.sqrt(math.log(2)), rtol=2e-7)  # u = 1/2 at an eighth
 
 
@@ -214,7 +215,7 @@ def test_a_million_normals_are_normal(layout):
     n = z.size
     assert abs(z.mean()) < 5 / math.sqrt(n)
     assert abs(z.var() - 1) < 5 * math.sqrt(2 / n)
-    stats = pytest.importorskip("scipy.stats")  # not where benchmarks/gpu.sh runs
+    stats = pytest.importorskip("scipy.stats")  # missing where benchmarks/gpu.sh runs
     assert abs(stats.skew(z)) < 5 * math.sqrt(6 / n)
     assert abs(stats.kurtosis(z)) < 5 * math.sqrt(24 / n)
     assert stats.kstest(z, "norm").pvalue > 1e-4
@@ -226,7 +227,7 @@ def test_a_million_normals_are_normal(layout):
 
 
 @pytest.mark.parametrize("name", _native.instruction_sets()[1:])
-@pytest.mark.parametrize("elements", (*ELEMENTS, 2048, 5000))  # and a tile, and more than two
+@pytest.mark.parametrize("elements", (*ELEMENTS, 2048, 5000))  # also a tile, and more than two tiles
 def test_every_instruction_set_gives_the_same_bits(name, elements, instruction_set):
     best = {dtype: cpu(67, elements, dtype, **COUNTERS) for dtype in DTYPES}
     with instruction_set(name):

@@ -1,6 +1,6 @@
-"""`resample` and `gather_particles_`: exact integers, the laws of the four schemes, degenerate weights.
+"""`resample` and `gather_particles_`: exact integers, the distributions of the four schemes, degenerate weights.
 
-The integers are checked against Python's, which do not overflow, and real numbers against `mpmath`.
+Integers are checked against Python's, which do not overflow. Real numbers are checked against `mpmath`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def random_weights(*shape: int, spread: float = 2.0, seed: int = 0, dtype=torch.
 
 
 def counts_of(ancestors: torch.Tensor, particles: int) -> torch.Tensor:
-    """Offspring ``[..., K]`` of ancestors ``[..., N]``."""
+    """The numbers of offspring ``[..., K]`` from ancestors ``[..., N]``."""
     flat = ancestors.long().reshape(-1, ancestors.shape[-1])
     counts = torch.zeros(flat.shape[0], particles, dtype=torch.int64)
     counts.scatter_add_(1, flat, torch.ones_like(flat))
@@ -49,7 +49,7 @@ def exact_prefix_sums(log_weights: torch.Tensor) -> list[int]:
 
 
 def polynomial_by_hand(coefficients: list[float], x: float) -> float:
-    """Even and odd powers apart, one Python float operation (IEEE double, never fused) after another."""
+    """The polynomial with even and odd powers apart, in single Python float operations (IEEE double, never fused)."""
     parts = [0.0, 0.0]
     for power in range(len(coefficients) - 1, -1, -1):
         coefficient = coefficients[len(coefficients) - 1 - power]
@@ -58,7 +58,7 @@ def polynomial_by_hand(coefficients: list[float], x: float) -> float:
 
 
 def integer_weight_by_hand(log_weight: float, top: float, scale: int) -> tuple[int, int]:
-    """What `integer_weights` says it does, in Python floats."""
+    """What the docstring of `integer_weights` says, in Python floats."""
     t = max(log_weight - top, -64.0) * 1.4426950408889634
     n = float(round(t))  # Python rounds half to even, as IEEE does
     e = polynomial_by_hand(formulas._EXP2, t - n)
@@ -83,7 +83,7 @@ def test_integer_weights_to_the_last_bit(values, finite):
 
 
 def test_every_bit_of_the_exponential():
-    """Rows of four, whose integers have more bits than the float64 that they come from."""
+    """With rows of four the integers have more bits than float64, so every bit of the exponential counts."""
     rows = torch.rand(1000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * -3
     rows[:, 0] = 0.0
     q, v, top, scale = reference.integer_weights(rows)
@@ -95,7 +95,7 @@ def test_every_bit_of_the_exponential():
 @fast
 @given(st.lists(st.floats(-5, 0) | st.floats(-50, 0) | st.floats(-1e4, 0), min_size=1, max_size=6))
 def test_integer_weights_are_the_exponentials(values):
-    """To a rounding to integers, three of float64, and one of the log-weight."""
+    """Equal up to the rounding to integers, three roundings of float64, and one of the log-weight."""
     row = torch.tensor([0.0, *values], dtype=torch.float64)
     q, v, _, scale = reference.integer_weights(row[None])
     with mpmath.workdps(60):
@@ -171,7 +171,7 @@ def exponential_by_hand(word: int) -> int:
 
 
 def sorted_uniforms_by_hand(exponentials: list[int], total: float) -> list[float]:
-    """One fewer than there are exponentials, below ``total``; each operation one of IEEE float64."""
+    """One uniform fewer than there are exponentials, below ``total``. Each operation is one of IEEE float64."""
     ratio = total / float(max(sum(exponentials), 1))
     sums = itertools.accumulate(exponentials[:-1])
     return [min(float(s) * ratio, math.nextafter(total, 0.0)) for s in sums]
@@ -193,12 +193,12 @@ def test_exponentials_and_sorted_uniforms_to_the_last_bit(number):
 
 
 def test_exponentials_at_the_ends():
-    """The largest word gives 0, the smallest 32 ln 2; a total of nothing at all divides by 1."""
+    """The largest word gives 0, and the smallest gives 32 ln 2. If all exponentials are 0, the divisor is 1."""
     assert exponential_by_hand(2**32 - 1) == 0 and exponential_by_hand(0) == round(32 * math.log(2) * 2**26)
     zeros = torch.zeros(1, 3, dtype=torch.int64)
     u = formulas._sorted_uniforms(zeros, torch.tensor([[2]]), torch.tensor([[8.0]]).double())
     assert u.tolist() == [[0.0, 0.0]]
-    last = torch.tensor([[5, 3, 0]])  # u = total, but for the bound
+    last = torch.tensor([[5, 3, 0]])  # without the bound, u would be total
     u = formulas._sorted_uniforms(last, torch.tensor([[2]]), torch.tensor([[8.0]]).double())
     assert u.tolist() == [[5.0, math.nextafter(8.0, 0.0)]]
 
@@ -212,7 +212,7 @@ def test_exponentials_are_exponential():
 
 @pytest.mark.parametrize("number", [1, 2, 5, 20])
 def test_sorted_uniforms_are_order_statistics(number):
-    """The i-th of N is Beta(i, N + 1 - i), and the gaps have its covariance."""
+    """The i-th of N has the distribution Beta(i, N + 1 - i), and the gaps have the right covariance."""
     rows = 20_000
     exponentials = formulas._exponentials(rows, number + 1, 11, 0, 0, torch.device("cpu"))
     one = torch.ones(rows, 1, dtype=torch.float64)
@@ -245,7 +245,7 @@ def test_residual_is_exact(weights, number):
 
 
 def residual_by_hand(weights: list[int], number: int, exponentials: list[int]) -> list[int]:
-    """``floor(N w)`` copies of each, and the slots that are left by sorted uniforms from the remainders."""
+    """``floor(N w)`` copies of each. Sorted uniforms draw the remaining slots from the remainders."""
     total = sum(weights)
     copies, remainders = zip(*(divmod(number * weight, total) for weight in weights), strict=True)
     sure = [k for k, count in enumerate(copies) for _ in range(count)]
@@ -260,8 +260,8 @@ def residual_by_hand(weights: list[int], number: int, exponentials: list[int]) -
 
 
 def test_residual_keeps_small_remainders():
-    """One draw from 10^6 particles, nearly all of the weight on the first and a tenth of it spread over the others,
-    2^-23 each."""
+    """One draw from 10^6 particles. The first has nearly all of the weight; the others have 2^-23 each, a tenth in
+    all."""
     log_weights = torch.full((1, 10**6), math.log(0.1 / 10**6), dtype=torch.float64)
     log_weights[0, 0] = 0.0
     q, *_ = reference.integer_weights(log_weights)
@@ -277,10 +277,11 @@ def test_residual_keeps_small_remainders():
 # --- the laws of the schemes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [1, 7, 16, 100])  # one, fewer than there are particles, as many, more
+@pytest.mark.parametrize("number", [1, 7, 16, 100])  # one, fewer than particles, as many, more
 @pytest.mark.parametrize("spread", [0.1, 2.0, 20.0])  # nearly equal weights, unequal ones, nearly all on one
 def test_offspring_bounds(number, spread):
-    """Of N w_k in exact integers: systematic floor or ceil; stratified less than 2 off; residual at least floor."""
+    """Offspring against N w_k in exact integers. Systematic: floor or ceil. Stratified: at most 2 above ceil or 1 below
+    floor. Residual: at least floor."""
     particles = 16
     rows = random_weights(10, particles, spread=spread, seed=number)
     q, *_ = reference.integer_weights(rows)
@@ -305,8 +306,8 @@ def test_offspring_bounds(number, spread):
 @pytest.mark.parametrize("number", [5, 8, 13])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_counts_have_the_weights_as_their_mean(scheme, number):
-    """One slot of each draw, chosen independently of it, has the weights as its law: 20,000 of them, chi-squared.
-    And the mean counts against N w, with the covariance that the draws show (Hotelling)."""
+    """One slot of each draw, chosen independently of the draw, is distributed like the weights (20,000 draws,
+    chi-squared test). The mean counts equal N w (Hotelling's test, with the covariance of the draws)."""
     weights = np.array([0.02, 0.3, 0.0, 0.11, 0.05, 0.27, 0.15, 0.1])
     rows, seeds = 500, 40
     log_weights = torch.log(torch.from_numpy(weights)).expand(rows, -1)
@@ -379,7 +380,7 @@ def test_first_rows_that_are_refused():
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (50,), (1, 300_000)])
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])  # whose exponentials overflow, and are 0
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])  # exp of these overflows, or is 0
 def test_ess_and_mean_weight(shape, dtype, offset):
     rows = (random_weights(*shape, dtype=torch.float64) + offset).to(dtype)
     _, after, log_mean_weight, ess = ops.resample(rows)
@@ -387,7 +388,7 @@ def test_ess_and_mean_weight(shape, dtype, offset):
     expected = torch.logsumexp(lw, -1) - math.log(shape[-1])
     torch.testing.assert_close(log_mean_weight, expected, rtol=1e-14, atol=1e-13)
     expected_ess = torch.exp(2 * torch.logsumexp(lw, -1) - torch.logsumexp(2 * lw, -1))
-    # at offsets of 1e4 the expectation's own rounding is exp(2e4 * 1e-16)
+    # at offsets of 1e4 the expectation itself has an error of exp(2e4 * 1e-16)
     torch.testing.assert_close(ess, expected_ess, rtol=1e-9 if offset == 0.0 else 3e-11 * abs(offset), atol=0)
     assert log_mean_weight.dtype == ess.dtype == torch.float64 and after.dtype == dtype
     assert ((ess >= 1 - 1e-12) & (ess <= shape[-1] * (1 + 1e-12))).all()
@@ -424,7 +425,7 @@ def test_each_row_decides_for_itself(scheme, keep_sorted, dtype):
 
 
 def test_the_edge_of_the_threshold():
-    """ESS exactly 2 of 4: at the threshold a row keeps its particles, a hair above it is resampled."""
+    """The ESS is exactly 2 of 4. With a threshold of 1/2 the row keeps its particles; just above, it is resampled."""
     row = torch.tensor([0.0, -math.inf, 0.0, -math.inf])
     identity, pairs = torch.arange(4).int(), torch.tensor([0, 0, 2, 2]).int()
     assert float(ops.resample(row)[3]) == 2.0
@@ -440,7 +441,7 @@ def test_the_edge_of_the_threshold():
 # 1: one. 33: two of the groups of 16 and a rest. 1000: many groups of one block.
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("particles", [1, 33, 1000])
-@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])  # all survive, some, few
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])  # all, some, or few survive
 def test_unsorted_ancestors_keep_survivors_in_place(scheme, particles, spread):
     rows = random_weights(6, particles, spread=spread)
     ordered = ops.resample(rows, scheme=scheme, seed=4)
@@ -482,7 +483,7 @@ class TestDegenerate:
     def test_dead_particles_are_never_chosen(self, scheme, dtype):
         rows = random_weights(50, 40, dtype=dtype)
         dead = random_weights(50, 40, seed=9) > 0.3
-        dead[:, 0] = dead[:, -1] = True  # the ends too, where a search would overshoot
+        dead[:, 0] = dead[:, -1] = True  # also the ends, where a search might go too far
         dead[:, 7] = False
         rows[dead] = -math.inf
         for number in (None, 1000):
@@ -491,10 +492,10 @@ class TestDegenerate:
         placed = ops.resample(rows, scheme=scheme, seed=5, sorted=False)[0]
         assert not dead.gather(1, placed.long()).any()
 
-    # Of 1e4 exponentials overflow or are 0; beside 3e38 float32 has no place for the differences.
+    # exp(1e4) overflows and exp(-1e4) is 0. At 3e38, float32 rounds the differences away.
     @pytest.mark.parametrize("offset", [1e4, -1e4, 3e38, -3e38])
     def test_weights_far_from_zero(self, scheme, dtype, offset):
-        row = torch.tensor([0.0, 1024.0, -1024.0, 1024.0], dtype=dtype)  # exact beside 1e4; all equal beside 3e38
+        row = torch.tensor([0.0, 1024.0, -1024.0, 1024.0], dtype=dtype)  # exact at 1e4; all equal at 3e38
         ancestors, _, log_mean_weight, ess = ops.resample(row + offset, scheme=scheme, num=1000, seed=2)
         if abs(offset) == 1e4:
             assert set(ancestors.tolist()) == {1, 3} and float(ess) == 2.0
@@ -503,7 +504,7 @@ class TestDegenerate:
             assert set(ancestors.tolist()) == {0, 1, 2, 3} and float(ess) == 4.0
             assert float(log_mean_weight) == float((row + offset)[0])
 
-    # Each is found in its own way, and every scheme passes such a row by.
+    # Each kind is detected in a different way, and every scheme must skip such a row.
     @pytest.mark.parametrize(
         ("bad", "what"), [(math.nan, "NaN"), (math.inf, r"\+inf"), (-math.inf, "no live particle")]
     )
@@ -551,7 +552,7 @@ def test_rows_depend_on_themselves_and_their_index(scheme, keep_sorted):
     changed = ops.resample(other, **options)
     for a, b, c in zip(batch, prefix, changed, strict=True):
         assert torch.equal(a[:4], b) and torch.equal(a[1], c[1])
-    # the same weights in another row meet other uniforms
+    # the same weights in another row get other uniforms
     repeated = ops.resample(rows[:1].expand(64, -1), **options)[0]
     assert len({tuple(r) for r in repeated.sort(dim=1).values.tolist()}) > 1
 
@@ -581,7 +582,7 @@ def test_the_bits_do_not_depend_on_the_threads(scheme, shape, threads):
 
 
 def test_the_order_of_the_weights_changes_only_names():
-    """Sums of integers do not depend on their order: ESS and mean weight are the same to the last bit."""
+    """Sums of integers do not depend on the order, so ESS and mean weight are equal to the last bit."""
     row = random_weights(100_001, spread=10.0)
     shuffled = row[torch.from_numpy(np.random.default_rng(0).permutation(100_001))]
     a, b = ops.resample(row), ops.resample(shuffled)
@@ -617,15 +618,15 @@ def test_a_million_ancestors_of_a_million_particles(scheme):
         assert (counts - expected).abs().max() < 1 + 1e-6
     if scheme == "residual":
         assert (counts - expected.floor()).min() >= -1e-9
-    # the resampled mean of a function is the weighted one
+    # the mean of a function after resampling is the weighted mean before
     f = torch.sin(row) + row
     exact = float((torch.softmax(row, 0) * f).sum())
     assert abs(float(f[ancestors.long()].mean()) - exact) < 4 * float(f.std()) * math.sqrt(2 / float(ess))
 
 
 def test_float32_prefix_sums_are_wrong_and_integers_are_not():
-    """Systematic resampling with K = N = 10^6: every ancestor is the one that exact prefix sums give; a float32
-    CDF gives most slots another one, and points past the end."""
+    """Systematic resampling with K = N = 10^6. Every ancestor is the one from exact prefix sums. A float32 CDF gives
+    another one in most slots, and some past the end."""
     number = 1_000_000
     row = random_weights(number, spread=2.0, dtype=torch.float32)
     ancestors = ops.resample(row, seed=21)[0].numpy()
@@ -688,7 +689,7 @@ def test_gather_any_map_and_one_row(index_dtype):
     generator = torch.Generator().manual_seed(0)
     for ancestors in (
         torch.randint(9, (9,), generator=generator),
-        torch.arange(9).flip(0),  # every one moves: no order of plain copies would do
+        torch.arange(9).flip(0),  # all move, so no order of plain copies works
         torch.arange(9).roll(1),
         torch.zeros(9).long(),
         torch.arange(9),

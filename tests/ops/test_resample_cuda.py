@@ -1,4 +1,4 @@
-"""resample's CUDA kernels, emulated and on a GPU: the bits of the CPU's, which test_resample_kernel.py checks."""
+"""resample's CUDA kernels, by emulation or on a GPU, have the bits of the CPU kernel (see test_resample_kernel.py)."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def kernel(
     sorted: bool = True,
     garbage: int = 0xA5,
 ) -> Results:
-    """On the device of ``log_weights``. Every output and the workspace in the middle of a buffer of garbage, whose
-    margins must stay as they were."""
+    """Results on the device of ``log_weights``. Every output and the workspace is in the middle of a buffer of garbage.
+    The margins must not change."""
     cuda, device = _native.module("cuda"), log_weights.device
     rows, particles = log_weights.shape
     number = particles if num is None else num
@@ -61,13 +61,13 @@ def kernel(
 
 
 def assert_same(got: Results, expected: Results) -> None:
-    """To the last bit."""
+    """Equal to the last bit."""
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def check(log_weights: torch.Tensor, device: torch.device, scheme: str, **options) -> Results:
-    """The kernel's results, which must be the CPU backend's."""
+    """The kernel's results. They must equal those of the CPU backend."""
     expected = ops.resample(log_weights, scheme=scheme, check=False, backend="cpu", **options)
     assert_same(kernel(log_weights.to(device), scheme, **options), expected)
     return expected
@@ -79,7 +79,7 @@ def normal_weights(rows: int, particles: int, spread: float = 1.0, dtype: torch.
 
 
 def mostly_dead(rows: int, particles: int, dtype: torch.dtype) -> torch.Tensor:
-    """The living stand together, but for one."""
+    """Few living particles, side by side except for one."""
     weights = normal_weights(rows, particles, 1.0, dtype)
     place = torch.arange(particles)
     alive = (place >= particles // 2) & (place < particles // 2 + particles // 20 + 1) | (place == particles // 7)
@@ -89,7 +89,7 @@ def mostly_dead(rows: int, particles: int, dtype: torch.dtype) -> torch.Tensor:
 KINDS = {
     "spread 1": lambda *shape: normal_weights(*shape, 1.0, torch.float32),
     "spread 4": lambda *shape: normal_weights(*shape, 4.0, torch.float64),
-    "spread 10,000": lambda *shape: normal_weights(*shape, 1e4, torch.float32),  # one holds all
+    "spread 10,000": lambda *shape: normal_weights(*shape, 1e4, torch.float32),  # one particle has all the weight
     "equal": lambda *shape: torch.full(shape, -3.0),
     "mostly dead": lambda *shape: mostly_dead(*shape, torch.float64),
 }
@@ -99,12 +99,12 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 # --- the bits of the CPU ------------------------------------------------------------------------------------
 
 
-# Each scheme with each kind of weights on which one may fail; what is above a size's limits takes another kernel.
+# Each scheme with each kind of weights that may make it fail. Sizes above a limit take another kernel.
 @every_scheme
 @every_kind
 def test_rows_of_one_launch(scheme, kind, cuda_device):
     longest = 2048 if scheme == "residual" else 4096
-    for particles in (1, 3, 31, 1024, 1025, longest):  # around what the smaller block holds, and the most
+    for particles in (1, 3, 31, 1024, 1025, longest):  # around the size of the smaller block, and the longest short row
         for rows in (2,) if particles > 100 else (1, 5):
             weights = KINDS[kind](rows, particles)
             for num in (None, 1, particles // 3 + 1, min(2 * particles + 5, longest)):
@@ -114,7 +114,7 @@ def test_rows_of_one_launch(scheme, kind, cuda_device):
             assert _native.module("cuda").resample_workspace(*shape) == 0
 
 
-# The same of longer rows, whose sums and places go from tile to tile by way of tables.
+# The same for longer rows, where tables pass sums from tile to tile.
 @every_scheme
 @every_kind
 def test_rows_of_many_tiles(scheme, kind, cuda_device):
@@ -130,10 +130,10 @@ def test_rows_of_many_tiles(scheme, kind, cuda_device):
 def test_more_slots_than_a_block_fills(scheme, sorted, cuda_device):
     particles = 3 * SLOTS_OF_A_TILE + 777
     weights = torch.full((4, particles), -40.0)
-    weights[0, particles // 2] = 0.0  # all slots to one
-    weights[1, 5 * TILE - 2 : 5 * TILE + 3] = 0.0  # to neighbours in two tiles
-    weights[2, ::TILE] = torch.linspace(0.0, 3.0, particles // TILE + 1)  # to one in each tile
-    weights[3] = -1.0  # to one of each, and in the last tile to one of them as many as to all others
+    weights[0, particles // 2] = 0.0  # one particle gets all slots
+    weights[1, 5 * TILE - 2 : 5 * TILE + 3] = 0.0  # neighbours in two tiles get them
+    weights[2, ::TILE] = torch.linspace(0.0, 3.0, particles // TILE + 1)  # one particle in each tile gets them
+    weights[3] = -1.0  # all alike, except that the last one gets as many as all others
     weights[3, -1] = math.log(particles) - 1.0
     ancestors = check(weights, cuda_device, scheme, sorted=sorted, seed=5)[0]
     assert (ancestors[0] == particles // 2).all()
@@ -144,7 +144,7 @@ def test_more_slots_than_a_block_fills(scheme, sorted, cuda_device):
 
 def test_more_tiles_than_the_scan_takes_at_once(cuda_device):
     weights = normal_weights(1, 4100 * TILE + 5, 1.0, torch.float32)
-    check(weights, cuda_device, "residual", sorted=False, seed=7)  # which scans all four tables
+    check(weights, cuda_device, "residual", sorted=False, seed=7)  # uses all four tables
 
 
 @every_scheme
@@ -162,7 +162,7 @@ def test_thresholds_and_bad_rows(scheme, cuda_device):
                 got = check(weights, cuda_device, scheme, ess_threshold=threshold, sorted=sorted, seed=1)
                 assert got[3].isnan().tolist() == [row in (7, 8, 9, 10) for row in range(12)]
                 kept.add(int((got[0] == torch.arange(particles)).all(1).sum()))
-        assert len(kept) > 2 or particles < 1000  # mixtures of rows that do and do not
+        assert len(kept) > 2 or particles < 1000  # some rows keep their particles, some do not
         got = check(weights, cuda_device, scheme, num=particles + 1)
         assert (got[0][7:11] == 0).all() and got[1][7:11].isnan().all()
 
@@ -213,12 +213,12 @@ def test_randn_takes_a_seed_and_a_step_on_the_device(cuda_device):
 @both_orders
 @pytest.mark.parametrize("particles", (1000, 100_000))
 def test_a_replayed_graph_decides_anew_and_draws_from_the_seed_that_stands_there(scheme, sorted, particles):
-    """A replay decides anew, and draws from the seed that stands there."""
+    """A replay decides again whether to resample, and reads the seed again from the device."""
     spreads = torch.tensor([0.1, 2.0])[:, None].double()
     weights, seed = torch.empty(2, particles, dtype=torch.float64, device="cuda"), torch.tensor([0], device="cuda")
     options = dict(scheme=scheme, sorted=sorted, ess_threshold=0.5, check=False)
     weights.copy_(normal_weights(2, particles))
-    ops.resample(weights, seed=seed, backend="cuda", **options)  # its kernels are loaded at their first launch
+    ops.resample(weights, seed=seed, backend="cuda", **options)  # the first launch loads the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = ops.resample(weights, seed=seed, backend="cuda", **options)
@@ -251,7 +251,7 @@ def test_the_operation(scheme, cuda_device):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_row_draws_alone_as_in_a_larger_call(cuda_device, scheme):
-    for particles in (7, 5000):  # in one launch, and in tiles
+    for particles in (7, 5000):  # a short row in one launch, a long one in tiles
         check(normal_weights(2, particles), cuda_device, scheme, seed=3, step=1, first_row=5)
 
 

@@ -1,4 +1,4 @@
-"""The resampling kernel against the reference, bit for bit, and against the laws of the schemes on its own."""
+"""The resampling kernel against the reference, bit for bit, and against the distributions of the schemes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from fastguide.reference import SCHEMES
 
 DTYPES = (torch.float32, torch.float64)
 MARGIN = 64
-# One more and one less than a vector, a group of 16, a block of 1024, the 4096 whose weights are kept, and the 32768
-# from which a row is shared out.
+# Sizes around a vector, a group of 16, a block of 1024, and 4096, up to which integer weights are kept.
 SIZES = (1, 2, 3, 7, 16, 17, 1023, 1024, 1025, 2048, 2049, 4096, 4097)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
@@ -40,7 +39,7 @@ def kernel(
     sorted: bool = True,
     threads: int = 1,
 ) -> Results:
-    """Every output in the middle of a poisoned buffer, whose margins must stay as they were."""
+    """The results. Every output is in the middle of a poisoned buffer, whose margins must not change."""
     rows, particles = log_weights.shape
     number = particles if num is None else num
     keep_from = math.inf if ess_threshold is None else float(ess_threshold * particles)
@@ -68,8 +67,8 @@ def kernel(
 
 
 def assert_same(got: Results, expected: Results) -> None:
-    """Ancestors and effective sample sizes to the last bit; of the mean weight an ulp of its logarithm, which may be
-    21."""
+    """Ancestors and effective sample sizes are equal to the last bit. The log of the mean weight may differ by an ulp
+    of 21, its largest size."""
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[3].nan_to_num(-1.0), expected[3].nan_to_num(-1.0))
     torch.testing.assert_close(got[2], expected[2], rtol=2**-52, atol=2**-48, equal_nan=True)
@@ -88,7 +87,7 @@ def normal_weights(rows: int, particles: int, spread: float, dtype: torch.dtype,
 
 
 def half_dead(rows: int, particles: int, dtype: torch.dtype) -> torch.Tensor:
-    """The first and the last quarter, and half of the rest, one by one."""
+    """The first and the last quarter are dead, and about half of the rest, at random."""
     weights = normal_weights(rows, particles, 1.0, dtype)
     place = torch.arange(particles)
     dead = (place < particles // 4) | (place >= particles - particles // 4)
@@ -98,7 +97,7 @@ def half_dead(rows: int, particles: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def one_heavy(rows: int, particles: int, dtype: torch.dtype) -> torch.Tensor:
-    """One particle, at another place in each row, weighs as much as all others together."""
+    """One particle, in a different place in each row, weighs as much as all others together."""
     weights = normal_weights(rows, particles, 0.1, dtype)
     place = (torch.arange(rows) * 37 + particles // 3) % particles
     weights[torch.arange(rows), place] = math.log(max(particles - 1, 1))
@@ -108,7 +107,7 @@ def one_heavy(rows: int, particles: int, dtype: torch.dtype) -> torch.Tensor:
 KINDS = {
     "spread 1": lambda *shape: normal_weights(*shape[:2], 1.0, shape[2]),
     "spread 5": lambda *shape: normal_weights(*shape[:2], 5.0, shape[2]),
-    "spread 10,000": lambda *shape: normal_weights(*shape[:2], 1e4, shape[2]),  # one particle holds all
+    "spread 10,000": lambda *shape: normal_weights(*shape[:2], 1e4, shape[2]),  # one particle has all the weight
     "equal": lambda rows, particles, dtype: torch.full((rows, particles), -3.0, dtype=dtype),
     "half dead": half_dead,
     "one heavy": one_heavy,
@@ -119,13 +118,13 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 # --- the reference's bits -----------------------------------------------------------------------------------
 
 
-# Every kind of weights that a scheme may fail on: nearly equal, unequal, all on one, equal, many dead, half on one.
+# Every kind of weights that may make a scheme fail: nearly equal, unequal, all on one, equal, many dead, half on one.
 @every_scheme
 @both_dtypes
 @every_kind
 def test_ancestors_are_the_references(scheme, dtype, kind):
     counter = dict(seed=0xFEDCBA9876543210, step=0xFFFFFFFE, stream=0xABCD)
-    # Of one row or several and of three other numbers of slots, each size meets all six pairs: one for each kind.
+    # Each size meets all six pairs of one row or several and three other numbers of slots: one pair for each kind.
     for turn, particles in enumerate(SIZES, start=list(KINDS).index(kind)):
         rows = (3 if particles > 100 else 64) if turn % 2 else 1
         weights = KINDS[kind](rows, particles, dtype)
@@ -151,7 +150,7 @@ def test_long_rows_on_any_number_of_threads(scheme, rows, particles):
 @every_scheme
 @pytest.mark.parametrize(("particles", "number"), ((3, 300_000), (300_000, 3), (1500, 100_000)))
 def test_other_numbers_on_any_number_of_threads(scheme, particles, number):
-    """Many slots for each particle, and many particles for each slot: windows run out on either side."""
+    """Many slots for each particle, and many particles for each slot: the window of uniforms moves in both cases."""
     for kind in ("spread 1", "one heavy"):
         weights = KINDS[kind](2, particles, torch.float64)
         expected = reference.resample(weights, scheme=scheme, num=number, seed=5)
@@ -219,7 +218,7 @@ def test_a_long_row_with_something_bad_anywhere(bad):
 
 
 def test_rows_are_counted_beyond_a_word_of_the_counter():
-    """A row's uniforms come from its own index: a batch that starts at another row differs."""
+    """The uniforms of a row come from its own index, so rows with equal weights differ."""
     weights = torch.zeros(1, 100).expand(40, -1).contiguous()
     ancestors = kernel(weights, "multinomial")[0]
     assert len({tuple(row) for row in ancestors.tolist()}) == 40
@@ -231,7 +230,8 @@ def test_rows_are_counted_beyond_a_word_of_the_counter():
 @both_dtypes
 @pytest.mark.parametrize("kind", ("spread 1", "spread 5", "half dead", "one heavy"))
 def test_offspring_in_exact_integers(dtype, kind):
-    """Of N w_k: systematic floor or ceil, residual at least floor, stratified within an interval's strata."""
+    """Offspring against N w_k. Systematic: floor or ceil. Residual: at least floor. Stratified: between floor - 1 and
+    floor + 2, as for the strata of an interval."""
     for particles, number in ((2049, 2049), (2049, 100), (50, 30_000)):
         weights = KINDS[kind](1, particles, dtype)
         integers = reference.integer_weights(weights)[0][0].tolist()
@@ -269,7 +269,7 @@ SHARES = np.array([0.02, 0.3, 0.0, 0.11, 0.05, 0.27, 0.15, 0.1])
 
 
 def offspring(scheme: str, number: int, rows: int = 40_000) -> np.ndarray:
-    """Of particles with the weights SHARES, ``[rows, 8]``."""
+    """The numbers of offspring of particles with the weights SHARES, ``[rows, 8]``."""
     weights = torch.log(torch.from_numpy(SHARES)).expand(rows, -1).contiguous()
     ancestors = kernel(weights, scheme, num=number, seed=17)[0].long()
     return torch.zeros(rows, 8, dtype=torch.int64).scatter_add_(1, ancestors, torch.ones_like(ancestors)).numpy()
@@ -283,7 +283,7 @@ def test_multinomial_offspring_are_binomial(number):
         law = scipy.stats.binom(number, share)
         values = np.arange(number + 1)
         expected = law.pmf(values) * rows
-        kept = expected >= 5  # a chi-squared test of the rest together
+        kept = expected >= 5  # the chi-squared test takes the rest together
         observed = np.bincount(counts[:, k], minlength=number + 1)
         pairs = [(observed[kept], expected[kept])]
         if (rest := expected[~kept].sum()) > 1:
@@ -319,7 +319,8 @@ def test_residual_offspring_are_multinomial_in_the_remainders(number):
 
 @pytest.mark.parametrize("number", (1, 2, 9, 41))
 def test_stratified_offspring_have_a_bernoulli_for_each_stratum(number):
-    """A count is the sum over strata of independent Bernoullis with the overlap of stratum and particle."""
+    """A count is a sum of independent Bernoulli variables, one for each stratum. The probability is the overlap of the
+    stratum with the particle."""
     counts = offspring("stratified", number)
     ends = np.minimum(np.cumsum(SHARES), 1.0) * number
     strata = np.arange(number)[:, None]
@@ -343,7 +344,7 @@ def test_systematic_offspring_share_one_uniform(number):
 
 @pytest.mark.parametrize("number", (3, 1000))
 def test_multinomial_slots_are_order_statistics(number):
-    """10^5 equal particles are a fine ruler: slot i of N lies where the i-th of N uniforms does, Beta(i, N + 1 - i)."""
+    """With 10^5 equal particles the ancestor of slot i of N shows the i-th of N sorted uniforms: Beta(i, N + 1 - i)."""
     particles, rows = 100_000, 300
     slots = [kernel(torch.zeros(1, particles), "multinomial", num=number, seed=seed)[0][0] for seed in range(rows)]
     u = (torch.stack(slots).double().numpy() + 0.5) / particles
@@ -353,9 +354,9 @@ def test_multinomial_slots_are_order_statistics(number):
 
 # --- mean weight and effective sample size ------------------------------------------------------------------
 
-# Measured against mpmath, 20 rows each: relative errors of the ESS, and absolute ones of the log of the mean weight
-# over max(1, its size), in units of 2^-53. Those of large sets are the rounding to integers, about sqrt(K) 2^-S of a
-# sum >= 1.
+# Errors against mpmath, 20 rows each, in units of 2^-53: relative errors of the ESS, and errors of the log of the mean
+# weight divided by max(1, its size). For large sets they come from the rounding to integers, about sqrt(K) 2^-S of a
+# sum that is at least 1.
 #
 #              spread 0.1     1          5            50           10,000
 #   K = 7      2.4, 1.0       2.7, 1.8   2.3, 1.2     1.9, 0.8     0.0, 0.8
@@ -366,7 +367,7 @@ def test_multinomial_slots_are_order_statistics(number):
 @both_dtypes
 @pytest.mark.parametrize("spread", (0.1, 1.0, 5.0, 50.0, 1e4))
 def test_ess_and_mean_weight_are_the_exact_ones(dtype, spread):
-    for particles in (1, 7, 1500):  # the last are two blocks
+    for particles in (1, 7, 1500):  # 1500 is two blocks
         weights = normal_weights(2, particles, spread, dtype)
         _, _, means, sizes = kernel(weights)
         rounding = particles * 2.0 ** -(62 - max(particles - 1, 0).bit_length())
@@ -431,7 +432,7 @@ def test_what_the_binding_refuses():
     for place, value, error in (
         (1, 1, ValueError),  # float16
         (1, 4, ValueError),
-        (2, 1, ValueError),  # a row, and no memory
+        (2, 1, ValueError),  # one row, but null pointers
         (3, 0, ValueError),
         (3, (1 << 31) + 1, ValueError),
         (4, 0, ValueError),

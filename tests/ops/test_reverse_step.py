@@ -1,6 +1,6 @@
-"""`reverse_step` against Bayes' rule, in float64 and derived here, and against diffusers.
+"""`reverse_step` against Bayes' rule, derived here in float64, and against diffusers.
 
-Nothing of the package is used to compute an expectation, `randn` excepted, which has its own tests.
+Expectations use nothing from the package except `randn`, which has its own tests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PREDICTIONS = ("epsilon", "sample", "score", "v", "flow")
 CLIPS = (None, 0.7, (-0.4, 0.9), DynamicThreshold(0.9, 3.0), DynamicThreshold())
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-# (alpha_t, sigma_t), (alpha_s, sigma_s) of the schedules' kinds
+# (alpha_t, sigma_t), (alpha_s, sigma_s) for each kind of schedule
 LEVELS = {
     "vp": ((0.6, 0.8), (0.8, 0.6)),
     "ve": ((1.0, 3.0), (1.0, 1.25)),
@@ -39,7 +39,7 @@ STEP = (0.6, 0.8, 0.8, 0.6, 0.35)
 
 
 def x0_by_solving(x, output, alpha: float, sigma: float, prediction: str) -> np.ndarray:
-    """``x_0`` from the two linear equations for ``(x_0, eps)``: ``x_t``'s and the network's."""
+    """``x_0`` from two linear equations for ``(x_0, eps)``: the definition of ``x_t``, and the network's output."""
     said = {
         "epsilon": (0.0, 1.0),
         "sample": (1.0, 0.0),
@@ -64,8 +64,8 @@ def clip_by_hand(x0: np.ndarray, clip) -> np.ndarray:
 
 
 def posterior(t, s) -> tuple[float, float, float]:
-    """Of ``q(x_s | x_t, x_0) = N(a x_t + b x_0, variance)``, by Bayes' rule from ``x_s | x_0 ~ N(alpha_s x_0,
-    sigma_s^2)`` and the Markov kernel ``x_t | x_s ~ N(k x_s, v)``."""
+    """``a, b, variance`` of ``q(x_s | x_t, x_0) = N(a x_t + b x_0, variance)``, by Bayes' rule from ``x_s | x_0 ~
+    N(alpha_s x_0, sigma_s^2)`` and the Markov kernel ``x_t | x_s ~ N(k x_s, v)``."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = t, s
     k = alpha_t / alpha_s
     v = sigma_t**2 - k**2 * sigma_s**2
@@ -80,8 +80,8 @@ def coefficients_of(t, s, eta: float) -> tuple[float, float, float, float, float
 
 
 def mean_by_hand(x: np.ndarray, x0: np.ndarray, t, s, eta: float) -> np.ndarray:
-    """Bayes' rule for ``eta = 1``. For less noise the mean ``a x_t + b x_0`` that keeps the marginals (Song,
-    Meng, Ermon 2021): from ``x_t = alpha_t x_0 + sigma_t eps`` must come ``N(alpha_s x_0, sigma_s^2)``, so
+    """Bayes' rule for ``eta = 1``. For less noise, the mean ``a x_t + b x_0`` that keeps the marginals (Song, Meng,
+    Ermon 2021): ``x_t = alpha_t x_0 + sigma_t eps`` must lead to ``N(alpha_s x_0, sigma_s^2)``, so
     ``a alpha_t + b = alpha_s`` and ``(a sigma_t)^2 + tau^2 = sigma_s^2``."""
     a, b, variance = posterior(t, s)
     if eta != 1.0:
@@ -106,7 +106,7 @@ DETERMINED = [
 ]
 
 
-# In the dtypes that the arithmetic has; what narrower states add, a rounding, is in test_reverse_step_kernel.py.
+# In the dtypes of the arithmetic. test_reverse_step_kernel.py tests narrower states, which add a rounding.
 @pytest.mark.parametrize(("prediction", "levels"), DETERMINED)
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
 def test_against_bayes_rule(prediction, levels, dtype, assert_close):
@@ -114,7 +114,7 @@ def test_against_bayes_rule(prediction, levels, dtype, assert_close):
     x, output, displacement = inputs((3, 2, 5), dtype)
     z = ops.randn(x.shape, seed=9, step=4, stream=2, first_particle=6, dtype=torch.float64).numpy()
     x64, output64 = x.double().numpy(), output.double().numpy()
-    # x0_hat of noisy levels is several times the size of x, and the error of a step with it
+    # at noisy levels x0_hat is several times as large as x, and so is the error of a step
     x0_raw = x0_by_solving(x64, output64, *t, prediction)
     scale = max(1.0, float(np.abs(x0_raw).max()))
     for clip, moved, eta in itertools.product(CLIPS, (False, True), (0.0, 0.5, 1.0)):
@@ -141,7 +141,7 @@ def test_against_bayes_rule(prediction, levels, dtype, assert_close):
         assert_close(x_s, torch.from_numpy(expected), scale)
 
 
-# The prediction makes a sample's multipliers, the clip another kernel; the two dtypes that the arithmetic has.
+# The prediction changes the multipliers, and the clip changes the loop. In the two dtypes of the arithmetic.
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("clip", (None, (-0.4, 0.9), DynamicThreshold(0.9, 3.0)))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
@@ -177,7 +177,7 @@ def test_floats_and_tensors_may_be_mixed(kinds, coefficient_dtype, assert_close)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
 def test_guidance_against_the_step_from_the_guided_output(prediction, backend):
-    """The formula by hand, in float64; 1 is the conditional step, 0 the unconditional one."""
+    """The guided output by its formula, in float64. Scale 1 is the conditional step, 0 the unconditional one."""
     x, output, displacement = inputs((4, 30))
     base = inputs((4, 30), seed=1)[0]
     coefficients = coefficients_of(*LEVELS["vp"], 0.5)
@@ -212,13 +212,13 @@ def test_gradients_with_guidance(clip, each):
 @pytest.mark.parametrize("prediction", ("sample", "v", "flow"))
 @pytest.mark.parametrize("eta", (0.0, 1.0))
 def test_levels_of_pure_noise(prediction, eta):
-    """``alpha_t = 0``, ``sigma_t = 1``: x_t says nothing of x_0, and the network alone gives it."""
+    """With ``alpha_t = 0`` and ``sigma_t = 1``, x_t says nothing about x_0. Only the network does."""
     x, output, _ = inputs((2, 9))
     t, s = (0.0, 1.0), (0.28, 0.96)
     x_s, x0 = ops.reverse_step(x, output, coefficients_of(t, s, eta), prediction=prediction, seed=2, return_x0=True)
     expected_x0 = {"sample": output, "v": -output, "flow": x - output}[prediction]
     torch.testing.assert_close(x0, expected_x0, rtol=1e-14, atol=1e-14)
-    # the posterior forgets x_t: x_s is the prediction noised to its level
+    # the posterior does not depend on x_t: x_s is the prediction plus noise of its level
     noise = ops.randn(x.shape, seed=2, dtype=torch.float64) if eta == 1.0 else x
     torch.testing.assert_close(x_s, s[0] * expected_x0 + s[1] * noise, rtol=1e-14, atol=1e-14)
 
@@ -231,7 +231,7 @@ def test_pure_noise_is_an_error_where_the_prediction_does_not_determine_x0(predi
             ops.reverse_step(x, output, (alpha, 1.0, 0.5, 0.5, 0.0), prediction=prediction)
 
 
-# x0 depends on the prediction; what is rounded to a dtype is x0 whatever it was made of.
+# x0 depends on the prediction. Rounding to a dtype does not, so the dtypes need only one prediction.
 @pytest.mark.parametrize(
     ("prediction", "dtype"),
     [*((p, torch.float32) for p in PREDICTIONS), *(("v", d) for d in FLOATS if d != torch.float32)],
@@ -246,7 +246,7 @@ def test_the_last_step_returns_x0(prediction, dtype, assert_close):
 
 
 def test_large_noise_keeps_its_accuracy(assert_close):
-    """sigma from 80 to 79.9, eta 1: nearly all of x_t stays."""
+    """From sigma 80 to 79.9 with eta = 1, where nearly all of x_t stays."""
     x, output, _ = inputs((2, 50), torch.float32)
     x = 80 * x
     t, s = (1.0, 80.0), (1.0, 79.9)
@@ -264,7 +264,7 @@ def test_large_noise_keeps_its_accuracy(assert_close):
 def test_the_noise_is_tau_times_randn(dtype, assert_close):
     x, output, _ = inputs((4, 6, 3), dtype)
     *levels, tau = coefficients_of(*LEVELS["ve"], 0.8)
-    shifted = (*levels[:3], math.sqrt(levels[3] ** 2 - tau**2), 0.0)  # the same mean, without its noise
+    shifted = (*levels[:3], math.sqrt(levels[3] ** 2 - tau**2), 0.0)  # the same mean, without noise
     counter = dict(seed=2**64 - 1, step=2**32 - 1, stream=7, first_particle=1000)
     noise = ops.reverse_step(x, output, (*levels, tau), **counter) - ops.reverse_step(x, output, shifted)
     z = ops.randn(x.shape, dtype=dtype, **counter)
@@ -332,7 +332,7 @@ def test_no_dynamic_threshold_sorts_its_state():
         assert "topk" in names and not names & {"sort", "argsort", "kthvalue"}
 
 
-@pytest.mark.parametrize("clip", (None, DynamicThreshold(0.9, 3.0)))  # which is made of a particle as a whole
+@pytest.mark.parametrize("clip", (None, DynamicThreshold(0.9, 3.0)))  # the threshold needs a whole particle
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0,), (5,), (1, 1), (3, 1009), (2, 3, 5, 7)])
 @pytest.mark.parametrize("per_sample", (False, True))
 def test_odd_shapes(shape, clip, per_sample, assert_close):
@@ -367,7 +367,7 @@ def strided(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", ("channels last", "transposed", "every other"))
-@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))  # read where they are, and converted
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))  # read in place, and converted
 @pytest.mark.parametrize("eta, clip", ((1.0, None), (0.0, None), (0.0, DynamicThreshold(0.9, 3.0))))
 def test_non_contiguous_inputs(layout, dtype, eta, clip):
     x, output, displacement = inputs((3, 4, 5, 6), dtype)
@@ -412,7 +412,7 @@ def test_other_dtypes_beside_x(assert_close):
 # --- gradients ----------------------------------------------------------------------------------------------
 
 
-# Each prediction has two factors, each kind of clip a derivative, with the noise that it keeps or without.
+# Each prediction has two factors. Each kind of clip has its own derivative, for both values of clip_noise.
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(
     ("clip", "clip_noise"),
@@ -446,11 +446,11 @@ def test_gradients(prediction, clip, clip_noise, per_sample):
 
 STEPS, SEED = 10, 77
 KINDS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}  # diffusers' names, and ours
-TO_ROUNDING = {torch.float64: 1e-14, torch.float32: 5e-6}  # of the largest value, over a whole trajectory
+TO_ROUNDING = {torch.float64: 1e-14, torch.float32: 5e-6}  # relative to the largest value, over a whole trajectory
 
 
 def supplied(dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A start, and a network's outputs for every step; images, since diffusers thresholds over three axes."""
+    """A start, and outputs of a network for every step. They are images, since diffusers thresholds over three axes."""
     x, *outputs = torch.randn(
         STEPS + 1, 3, 2, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     ).to(dtype)
@@ -468,7 +468,7 @@ def assert_same_trajectories(ours: list, theirs: list) -> None:
 
 
 def table_levels(scheduler, timesteps, previous) -> list:
-    """``(t, s)`` of each step, each ``(alpha, sigma)``, from diffusers' ``alphas_cumprod``."""
+    """The levels ``(t, s)`` of each step, each as ``(alpha, sigma)``, from diffusers' ``alphas_cumprod``."""
 
     def level(index: int) -> tuple[float, float]:
         bar = float(scheduler.alphas_cumprod[index]) if index >= 0 else 1.0
@@ -499,7 +499,7 @@ DDIM_SETTINGS = {
 }
 
 
-# clip_noise means nothing without a clip, and "epsilon" does not determine x_0 at the first level of zero terminal SNR.
+# Left out: clip_noise without a clip has no effect; "epsilon" does not determine x_0 where the terminal SNR is zero.
 DDIM_CASES = [
     (setting, kind, eta, clip_noise)
     for setting, kind, eta, clip_noise in itertools.product(DDIM_SETTINGS, KINDS, (0.0, 0.9), (True, False))
@@ -507,7 +507,7 @@ DDIM_CASES = [
 ]
 
 
-# float32 is compared with DDPM's, below.
+# For float32 see the test of DDPM below.
 @pytest.mark.parametrize(("setting", "kind", "eta", "clip_noise"), DDIM_CASES)
 def test_diffusers_ddim(setting, kind, eta, clip_noise):
     diffusers = pytest.importorskip("diffusers")
@@ -551,14 +551,14 @@ def test_diffusers_ddpm(kind, clip, dtype, monkeypatch):
 
 
 def theirs_over(scheduler, timesteps, x, outputs, monkeypatch) -> list:
-    """diffusers' own loop, with our noise in place of what its generator would draw."""
+    """diffusers' own loop, but with our noise instead of its generator's."""
     states = []
     for i, (t, output) in enumerate(zip(timesteps, outputs, strict=True)):
         noise = noise_of_step(i, x)
         module = type(scheduler).__module__
         monkeypatch.setattr(f"{module}.randn_tensor", lambda *args, noise=noise, **kwargs: noise)
         if hasattr(scheduler, "scale_model_input"):
-            scheduler.scale_model_input(x, t)  # only so that it does not warn
+            scheduler.scale_model_input(x, t)  # only to avoid a warning
         x = scheduler.step(output, t, x).prev_sample
         states.append(x)
     return states
@@ -568,10 +568,10 @@ def theirs_over(scheduler, timesteps, x, outputs, monkeypatch) -> list:
 @pytest.mark.parametrize("kind", ("epsilon", "v_prediction"))
 @pytest.mark.parametrize("scaling", ("vp", "ve"))
 def test_diffusers_euler(name, kind, scaling, monkeypatch):
-    """Their state is ``x / alpha_t``, at ``sigma = sigma_t / alpha_t``, whatever the table; it starts at
-    ``init_noise_sigma``, not 1. Ours runs on the VP levels ``alpha = (1 + sigma^2)^-1/2`` and is divided by
-    ``alpha_s``, or on theirs, with ``alpha = 1``; there v, made for VP, is first turned into ``eps``. The
-    ancestral scheduler is eta = 1, the other one eta = 0."""
+    """For every table, diffusers' state is ``x / alpha_t`` at ``sigma = sigma_t / alpha_t``. It starts at
+    ``init_noise_sigma``, not at 1. Our run has the VP levels ``alpha = (1 + sigma^2)^-1/2``, and its result is divided
+    by ``alpha_s``; or it has diffusers' levels, with ``alpha = 1``. In the second case v, which is defined for VP, is
+    first turned into ``eps``. The ancestral scheduler has eta = 1, the other one eta = 0."""
     diffusers = pytest.importorskip("diffusers")
     scheduler = getattr(diffusers, name)(prediction_type=kind, timestep_spacing="trailing")
     scheduler.set_timesteps(STEPS)
@@ -586,7 +586,7 @@ def test_diffusers_euler(name, kind, scaling, monkeypatch):
     ours, state = [], alphas[0] * x
     for i, output in enumerate(outputs):
         prediction = KINDS[kind]
-        if scaling == "ve" and prediction == "v":  # v = alpha eps - sigma x_0 of the VP level
+        if scaling == "ve" and prediction == "v":  # v = alpha eps - sigma x_0 at the VP level
             vp = (1.0 + sigmas[i] ** 2) ** -0.5
             output, prediction = vp * (output + sigmas[i] * vp * state), "epsilon"
         coefficients = coefficients_of(levels[i], levels[i + 1], eta)
@@ -598,8 +598,8 @@ def test_diffusers_euler(name, kind, scaling, monkeypatch):
 @pytest.mark.parametrize("stochastic", (False, True))
 @pytest.mark.parametrize("shift", (1.0, 3.0))
 def test_diffusers_flow_match_euler(stochastic, shift, monkeypatch):
-    """``alpha = 1 - sigma``, from ``alpha = 0``. Their stochastic sampling draws all of its noise afresh:
-    ``tau = sigma_s``."""
+    """The levels have ``alpha = 1 - sigma`` and start at ``alpha = 0``. diffusers' stochastic sampling draws all noise
+    anew at each step: ``tau = sigma_s``."""
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=stochastic)
     scheduler.set_timesteps(STEPS)
@@ -684,7 +684,7 @@ def test_errors(changes, error, message):
         ops.reverse_step(**arguments)
 
 
-# Each number has its own check: its sign, and that it is finite.
+# Each number has its own check of sign and finiteness.
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
 @pytest.mark.parametrize("name", GOOD)
 def test_coefficients_of_each_sample_are_checked_as_numbers_are(name, value):

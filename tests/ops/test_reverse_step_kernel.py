@@ -1,5 +1,6 @@
-"""The cpu kernel of `reverse_step`: the bits of the reference's formula with fused multiply-adds and the kernel's own
-normals, its error against the reference in float64, and what no result may depend on."""
+"""The cpu kernel of `reverse_step`. It has the bits of the reference's formula with fused multiply-adds and the
+kernel's own normals. Its error is bounded against the reference in float64. No result depends on threads, instruction
+set or addresses."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def inputs(particles: int, elements: int, dtypes=(torch.float32,) * 3, seed: int
 
 
 def per_sample(particles: int, rows=(VP, STILL, (0.5, 0.7, 0.9, 0.3, 0.3))) -> tuple[torch.Tensor, ...]:
-    """Levels that go round ``rows``; every third particle gets no noise."""
+    """Coefficients for each particle, which repeat ``rows``. Every third particle gets no noise."""
     chosen = [rows[n % len(rows)] for n in range(particles)] or [VP][:0]
     return tuple(torch.tensor([row[i] for row in chosen], dtype=torch.float64) for i in range(5))
 
@@ -34,7 +35,7 @@ def per_sample(particles: int, rows=(VP, STILL, (0.5, 0.7, 0.9, 0.3, 0.3))) -> t
 def kernel(x, output, coefficients, *, prediction="epsilon", unconditional=None, guidance_scale=1.0, clip=None,
            clip_noise=True, displacement=None, threads=1, offset=64,
            seed=0, step=0, stream=0, first_particle=0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """x_s and x0 into the middle of poisoned buffers, whose margins must stay as they were."""
+    """x_s and x0, written into the middle of poisoned buffers. The margins must not change."""
     particles, elements = x.shape
     levels, table = _arguments.scalars(coefficients, x, "sample")
     bounds = _arguments.clip(clip)
@@ -64,14 +65,15 @@ def kernel(x, output, coefficients, *, prediction="epsilon", unconditional=None,
 
 
 def assert_same(got, expected) -> None:
-    """Equal values, zeros of either sign, NaN where NaN is."""
+    """Equal values. Zeros may have either sign; NaN equals NaN."""
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         torch.testing.assert_close(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def fused(a, b, c):
-    """a * b + c rounded once, of float32: the product is exact in float64. Of float64 rounded twice, as the kernel."""
+    """a * b + c as in the kernel. float32 is rounded once, as the product is exact in float64; float64 is rounded
+    twice."""
     return (a.double() * b.double() + c.double()).to(c.dtype)
 
 
@@ -79,7 +81,7 @@ def expected_of(
     x, output, coefficients, *, prediction="epsilon", unconditional=None, guidance_scale=1.0, clip=None,
     clip_noise=True, displacement=None, **counter
 ):  # fmt: skip
-    """x_s and x0, operation by operation."""
+    """x_s and x0 by the same operations as in the kernel."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     state, out = x.to(dtype), output.to(dtype)
     if unconditional is not None:
@@ -103,19 +105,19 @@ def expected_of(
 # --- the formula's bits -----------------------------------------------------------------------------------
 
 
-# One and two have loops of their own; part of a group of four normals, a group, two, four (from which on each particle
-# has its own loop), five; long particles: several to a tile, one element less than a tile, a tile, one more.
+# Elements of a particle. 1 and 2 have their own loops. Then part of a group of four normals, one group, two, four (from
+# here on each particle has its own loop), five groups. Then several particles in a tile, and around one tile.
 @pytest.mark.parametrize("elements", (1, 2, 3, 4, 5, 16, 17, 1000, 2047, 2048, 2049))
 def test_every_size(elements):
-    for particles in (0, 1, 3, 257):  # the last are several tiles from 16 elements on
+    for particles in (0, 1, 3, 257):  # 257 are several tiles from 16 elements on
         x, output, displacement = inputs(particles, elements)
         for coefficients in (VP, STILL, per_sample(particles)):
             options = dict(displacement=displacement, clip=1.5, **COUNTER)
             assert_same(kernel(x, output, coefficients, **options), expected_of(x, output, coefficients, **options))
 
 
-# A prediction chooses two multipliers, or none ("sample"); a dtype chooses the arithmetic, and buffers or none.
-# Every prediction in float32, and every dtype with and without multipliers.
+# A prediction has two multipliers, or none ("sample"). A dtype decides the arithmetic and the buffers. So: every
+# prediction in float32, and every dtype with and without multipliers.
 @pytest.mark.parametrize(
     ("prediction", "dtype"),
     [
@@ -124,7 +126,7 @@ def test_every_size(elements):
     ],
 )
 def test_every_option(prediction, dtype):
-    # multipliers of each element, of each particle, of a particle of several vectors, and of one of two tiles
+    # multipliers for each element; for each particle; a particle of several vectors; a particle of two tiles
     for particles, elements in ((3, 5), (70, 33), (5, 100), (2, 2500)):
         x, output, displacement = inputs(particles, elements, (dtype,) * 3)
         for coefficients, moved, clip, clip_noise in itertools.product(
@@ -135,12 +137,12 @@ def test_every_option(prediction, dtype):
             assert_same(kernel(x, output, coefficients, **options), expected_of(x, output, coefficients, **options))
 
 
-# The output is guided into a buffer: whole tiles at once with one scale, row by row with one for each particle; from
-# where it is, or from a buffer of a conversion. A dynamic threshold guides it once more.
+# The guided output is written into a buffer: a whole tile with one scale, row by row with a scale for each particle. It
+# is read in place, or from a conversion buffer. A dynamic threshold computes it once more.
 @pytest.mark.parametrize(("dtype", "given"), [*zip(FLOATS, FLOATS, strict=True), (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize("each", (False, True))
 def test_classifier_free_guidance(dtype, given, each):
-    rank = DynamicThreshold(1.0, 100.0)  # of the largest: nothing to interpolate
+    rank = DynamicThreshold(1.0, 100.0)  # the largest value: no interpolation
     for particles, elements in ((3, 5), (70, 33), (5, 100), (2, 2500)):
         x, output, displacement = inputs(particles, elements, (dtype, given, dtype))
         base = inputs(particles, elements, (given,), seed=1)[0]
@@ -151,14 +153,14 @@ def test_classifier_free_guidance(dtype, given, each):
             options = dict(unconditional=base, guidance_scale=scale, clip=clip, clip_noise=clip_noise, **COUNTER)
             options |= dict(displacement=displacement if moved else None, prediction="v")
             got, expected = (f(x, output, coefficients, **options) for f in (kernel, expected_of))
-            if clip == rank and not clip_noise:  # added to the displacement first
+            if clip == rank and not clip_noise:  # the kernel adds it to the displacement first
                 for a, b in zip(got, expected, strict=True):
                     torch.testing.assert_close(a, b, rtol=16 * ROUNDING[dtype], atol=16 * ROUNDING[dtype])
             else:
                 assert_same(got, expected)
 
 
-# Each is converted by itself: every dtype with every one of each other tensor.
+# Each tensor is converted on its own: every dtype of one tensor with every dtype of each other tensor.
 @pytest.mark.parametrize("dtypes", [(FLOATS[i], FLOATS[k], FLOATS[(i + k) % 4]) for i in range(4) for k in range(4)])
 def test_every_mix_of_dtypes(dtypes):
     for particles, elements in ((300, 9), (1, 2500)):
@@ -172,8 +174,8 @@ def test_every_mix_of_dtypes(dtypes):
 @pytest.mark.parametrize("clip", (None, (-0.4, 0.9), DynamicThreshold(0.9, 3.0), DynamicThreshold(0.2, math.inf)))
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_not_finite_inputs(prediction, clip, dtype):
-    """A NaN stays one through every clip; a threshold treats NaN as the largest, as a sort does."""
-    for elements in (1, 70, 3000):  # part of a vector, several and a part, two tiles
+    """A NaN stays NaN in every clip. A threshold treats NaN as the largest value, as a sort does."""
+    for elements in (1, 70, 3000):  # part of a vector, several vectors and a part, two tiles
         x, output, displacement = inputs(40, elements, (dtype,) * 3)
         specials = torch.tensor([math.nan, math.inf, -math.inf, -0.0], dtype=dtype)
         generator = torch.Generator().manual_seed(1)
@@ -191,24 +193,24 @@ def test_not_finite_inputs(prediction, clip, dtype):
 # --- dynamic threshold --------------------------------------------------------------------------------------
 
 
-# The least numbers, the last that is counted in digits of 5 bits, the first of 11, and two tiles.
+# Small numbers, the last number with digits of 5 bits, the first with digits of 11 bits, and two tiles.
 @pytest.mark.parametrize("elements", (1, 2, 101, 1023, 1024, 2049))
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_threshold_is_an_exact_order_statistic(elements, dtype):
-    """At a ratio whose rank is whole there is nothing to interpolate, and the bits are the reference's."""
+    """If the rank of a ratio is an integer, there is no interpolation, and the bits are the reference's."""
     x, output, displacement = inputs(5, elements, (dtype,) * 3)
     for tenth in range(11):
         rank = (elements - 1) * tenth // 10
         ratio = rank / (elements - 1) if elements > 1 else tenth / 10
         if ratio * (elements - 1) != rank and elements > 1:
-            continue  # the product does not round to the whole number
+            continue  # the product is not exactly an integer
         for coefficients in (VP, per_sample(5)):
             options = dict(clip=DynamicThreshold(ratio, 100.0), displacement=displacement, **COUNTER)
             got, expected = (f(3 * x, output, coefficients, **options) for f in (kernel, expected_of))
             assert_same(got, expected)
 
 
-# Both ends, and what lies nearer to the lower of the two, in the middle, and nearer to the upper.
+# Both ends, and quantiles nearer to the lower of two values, in the middle, and nearer to the upper one.
 @pytest.mark.parametrize("ratio", (0.0, 0.003, 0.5, 0.7, 0.995, 1.0))
 @pytest.mark.parametrize("elements", (2, 7, 3000))
 def test_a_threshold_between_two_order_statistics(ratio, elements):
@@ -253,8 +255,8 @@ ROUNDING = {torch.float32: 2**-24, torch.float64: 2**-53, torch.float16: 2**-11,
 
 
 def errors(dtype: torch.dtype, prediction: str, elements: int, seed: int = 0) -> tuple[float, float]:
-    """The largest errors of x_s and x0 against the reference in float64, its normals included, in units of the
-    dtype's rounding error times the sum of the magnitudes of the terms."""
+    """The largest errors of x_s and x0 against the reference in float64 with its own normals. The unit is the dtype's
+    rounding error times the sum of the magnitudes of the terms."""
     x, output, displacement = inputs(4, elements, (dtype,) * 3, seed=seed)
     x64, output64, displacement64 = x.double(), output.double(), displacement.double()
     worst = [0.0, 0.0]
@@ -274,9 +276,9 @@ def errors(dtype: torch.dtype, prediction: str, elements: int, seed: int = 0) ->
     return worst[0], worst[1]
 
 
-# Of x_s and x0. Measured with `errors` over six seeds of 240,000 elements, at every level above: float32 3.8, 3.3, 3.6,
-# 3.3, 3.3 and 2.3, 0, 2.2, 2.5, 2.2 for the predictions in this order; float16 and bfloat16 1.0, the rounding of the
-# result and no more; float64 up to 4.0, of two libraries' cosines, and the same x0.
+# Bounds for x_s and x0. Measured with `errors` over six seeds of 240,000 elements, at every level above. float32: 3.8,
+# 3.3, 3.6, 3.3, 3.3 for x_s and 2.3, 0, 2.2, 2.5, 2.2 for x0, with the predictions in this order. float16 and bfloat16:
+# 1.0, only the rounding of the result. float64: up to 4.0 for x_s, because two libraries' cosines differ; x0 is equal.
 ALLOWED = {
     torch.float32: dict(epsilon=(4.6, 2.8), sample=(4.2, 0.0), score=(4.5, 2.8), v=(4.2, 3.2), flow=(4.2, 2.8)),
     torch.float16: dict.fromkeys(reference.PREDICTIONS, (1.01, 1.01)),
@@ -291,14 +293,14 @@ def test_error_against_float64(dtype, prediction):
     x_s, x0 = errors(dtype, prediction, 2500)
     allowed = ALLOWED[dtype][prediction]
     assert x_s <= allowed[0] and x0 <= allowed[1]
-    assert x_s >= 0.25 * allowed[0]  # the measure measures
+    assert x_s >= 0.25 * allowed[0]  # the bound is not too loose
 
 
 # --- what no result depends on ------------------------------------------------------------------------------
 
 
 def settings():
-    """Calls that between them take every way through the kernel: (x, output, coefficients, options)."""
+    """Calls that together take every path through the kernel: (x, output, coefficients, options)."""
     for particles, elements in ((67, 1), (67, 2), (67, 7), (41, 100), (5, 2049), (2, 5000)):
         for dtypes in ((torch.float32,) * 3, (torch.bfloat16, torch.float16, torch.float32), (torch.float64,) * 3):
             x, output, displacement = inputs(particles, elements, dtypes)
@@ -333,33 +335,34 @@ def test_chunks_give_the_same_bits():
 @pytest.mark.parametrize("clip", (None, DynamicThreshold(0.9, 3.0)))
 def test_threads_give_the_same_bits(particles, elements, clip):
     x, output, displacement = inputs(particles, elements)
-    clip = clip if elements > 3 else None  # of three elements: slow, and nothing new
+    clip = clip if elements > 3 else None  # slow with three elements, and nothing new
     options = dict(clip=clip, displacement=displacement, seed=9)
     one, *others = (kernel(x, output, VP, **options, threads=threads) for threads in (1, 2, 3))
     assert all(torch.equal(a, b) for other in others for a, b in zip(one, other, strict=True))
 
 
 def test_large_results_have_the_same_bits(instruction_set):
-    """From 8 MiB they are written past the caches, from wherever the rows begin."""
+    """From 8 MiB on, results are written past the caches, also if rows start at addresses that are not aligned."""
     x, output, _ = inputs(701, 3001)
     expected = expected_of(x, output, STILL, clip=1.0)
-    offsets = (64, 65, 80)  # x0 aligned as x_s, otherwise, and as it again
+    offsets = (64, 65, 80)  # x0 aligned like x_s, differently, and like x_s again
     for name, offset, threads in itertools.product(_native.instruction_sets(), offsets, (1, 2)):
         with instruction_set(name):
             assert_same(kernel(x, output, STILL, clip=1.0, offset=offset, threads=threads), expected)
 
 
-# A prediction is two factors, whatever moves: test_every_option has each with each.
+# A prediction only changes two factors: test_every_option has all combinations.
 @pytest.mark.parametrize(("prediction", "moved"), (("epsilon", True), ("sample", False)))
 def test_large_noisy_steps_have_the_same_bits(prediction, moved, instruction_set):
-    """From 8 MiB each normal is used where it is made, if rows begin where a vector does; they end amid normals."""
+    """From 8 MiB on, each normal is used as soon as it is made, if rows start at aligned addresses. Rows end within a
+    group of normals."""
     x, output, displacement = inputs(701, 3024)
     for coefficients, clip in ((VP, None), (per_sample(701), (-0.4, 0.9))):
         options = dict(prediction=prediction, clip=clip, displacement=displacement if moved else None, **COUNTER)
         expected = expected_of(x, output, coefficients, **options)
         for name in _native.instruction_sets():
             with instruction_set(name):
-                for threads, offset in ((1, 64), (2, 64), (1, 80)):  # at 80 the rows of x0 begin elsewhere
+                for threads, offset in ((1, 64), (2, 64), (1, 80)):  # at 80 x0 is aligned differently from x_s
                     assert_same(kernel(x, output, coefficients, offset=offset, threads=threads, **options), expected)
                 x_s = ops.reverse_step(x, output, coefficients, backend="cpu", **options)  # without x0
             assert_same([x_s], expected[:1])
@@ -446,7 +449,7 @@ def test_numbers_of_any_kind_are_coefficients():
         (dict(shape=()), TypeError),
         (dict(shape=(2, 1.0)), TypeError),
         (dict(shape=(0, 2**33, 4)), ValueError),
-        (dict(shape=(1, 4)), ValueError),  # whose arrays are null
+        (dict(shape=(1, 4)), ValueError),  # its pointers are null
         (dict(seed=True), TypeError),
         (dict(seed=-1), OverflowError),
         (dict(seed=2**64), OverflowError),
@@ -459,12 +462,12 @@ def test_the_module_takes_no_wrong_call(change, error):
                      unconditional_dtype=0, guidance_scale=1.0, clip=0, low=0.0, high=0.0,
                      clip_noise=True, levels=VP, displacement_scale=1.0, shape=(0, 4), seed=0, step=0,
                      stream=0, first_particle=0, threads=1)  # fmt: skip
-    _native.module("cpu").reverse_step(*arguments.values())  # of no particles: reads nothing
+    _native.module("cpu").reverse_step(*arguments.values())  # no particles: reads nothing
     with pytest.raises(error):
         _native.module("cpu").reverse_step(*list((arguments | change).values())[: change.get("count", 26)])
 
 
-# --- derivatives that the operator does not know ------------------------------------------------------------
+# --- derivatives outside of the operator --------------------------------------------------------------------
 
 
 def test_function_transforms_and_forward_mode_go_through_the_reference():
@@ -491,7 +494,7 @@ def test_derivatives_in_coefficients_go_through_the_reference():
     step = ops.reverse_step(x, output, (*VP[:4], tau), seed=1)
     expected = torch.autograd.grad(reference.reverse_step(x, output, (*VP[:4], tau), seed=1).sum(), tau)[0]
     torch.testing.assert_close(torch.autograd.grad(step.sum(), tau)[0], expected)
-    with torch.no_grad():  # none is asked for: the kernel
+    with torch.no_grad():  # no derivative: the kernel runs
         got = ops.reverse_step(x, output, (*VP[:4], tau), seed=1, backend="cpu")
     torch.testing.assert_close(got, step, rtol=1e-14, atol=1e-14)
 

@@ -1,4 +1,4 @@
-"""Solving with the positive part of small matrices: by eigenvalues, by matrix products, and in Triton's kernel."""
+"""Solving with the positive part of small matrices: by eigenvalues, by matrix products, and by the Triton kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def grams(number: int, m: int, condition: float = 1.0) -> tuple[torch.Tensor, ...]:
-    """Symmetric matrices with eigenvalues of both signs, their bases and their spectra."""
+    """Symmetric matrices with eigenvalues of both signs, with their eigenvectors and eigenvalues."""
     basis = torch.linalg.qr(normal(number, m, m)).Q
     spectrum = normal(number, m, seed=1) * torch.logspace(0, -math.log10(condition), m, dtype=torch.float64)
     gram = basis @ torch.diag_embed(spectrum) @ basis.mT
@@ -41,7 +41,7 @@ def by_triton(gram, residual, variance):
 
 
 @pytest.mark.parametrize("solve", (by_eigenvalues, solve_by_products, by_triton))
-@pytest.mark.parametrize("m", (2, 7, 16))  # a power of two, padded, and the most
+@pytest.mark.parametrize("m", (2, 7, 16))  # a power of two, a padded size, the largest
 @pytest.mark.parametrize("condition", (1.0, 1e4, 1e9))
 def test_negative_eigenvalues_count_as_zero(solve, m, condition):
     gram, basis, spectrum = grams(5, m, condition)
@@ -51,7 +51,7 @@ def test_negative_eigenvalues_count_as_zero(solve, m, condition):
         expected = (basis @ ((basis.mT @ residual[..., None])[..., 0] / held)[..., None])[..., 0]
         density = log_density(residual, expected, torch.log(held).sum(1))
         solution, found = solve(gram, residual, variance)
-        allowed = 1e-10 / variance  # an eigenvalue below 1e-10 of the largest may come in as half of itself
+        allowed = 1e-10 / variance  # an eigenvalue below 1e-10 of the largest may count as half of itself
         torch.testing.assert_close(solution, expected, rtol=allowed, atol=allowed * float(expected.abs().max()))
         torch.testing.assert_close(found, density, rtol=10 * allowed, atol=m * allowed)
     nothing, found = solve(torch.zeros_like(gram), residual, 0.01)
@@ -70,7 +70,7 @@ def test_a_matrix_that_is_not_finite_gives_nan_and_spoils_no_other(solve):
             torch.testing.assert_close(got[::2], right[::2])
 
 
-@pytest.mark.parametrize(("number", "m"), ((0, 3), (1, 1), (33, 2), (70, 4), (9, 5)))  # no, some and many in a program
+@pytest.mark.parametrize(("number", "m"), ((0, 3), (1, 1), (33, 2), (70, 4), (9, 5)))  # none; some, many in a program
 def test_the_kernel_solves_any_number_of_matrices(number, m):
     gram, residual = grams(number, m)[0], normal(number, m, seed=2)
     for got, expected in zip(by_triton(gram, residual, 0.3), by_eigenvalues(gram, residual, 0.3), strict=True):
@@ -78,7 +78,7 @@ def test_the_kernel_solves_any_number_of_matrices(number, m):
 
 
 def test_gradients_are_those_of_the_formula():
-    # The eigenvalues are 0.1 and more from 0, where the positive part has no derivative.
+    # The eigenvalues are at least 0.1 away from 0, where the positive part has no derivative.
     root = normal(3, 4, 4)
     gram = (root @ root.mT + 0.1 * torch.eye(4, dtype=torch.float64)).requires_grad_()
     residual = normal(3, 4, seed=2).requires_grad_()

@@ -1,4 +1,4 @@
-"""The Triton kernels against the cpu backend and the reference: in Triton's interpreter where there is no GPU."""
+"""The Triton kernels against the cpu backend and the reference. Without a GPU they run in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Every alignment; tiles of one row and of several, rows of one tile and of several, with and without a remainder.
 SHAPES = ((5, 1), (7, 2), (3, 3), (4, 4), (33, 7), (5, 8), (9, 66), (3, 68), (40, 33), (2, 1000), (2, 2047), (1, 3072))
-# Tiles depend on shapes alone: bfloat16 has those of every alignment, and float16, which only rounds otherwise, two of
-# them: the interpreter takes 50 ms for a tile of normals.
+# The interpreter takes 50 ms for a tile of normals, so there are few cases. Tiles depend only on shapes: bfloat16 has
+# shapes of every alignment. float16 differs only in its rounding: two shapes.
 STATES = [
     *((shape, torch.float32) for shape in SHAPES),
     *((shape, torch.bfloat16) for shape in ((5, 1), (7, 2), (4, 4), (5, 8), (9, 66), (2, 2047), (1, 3072))),
@@ -38,13 +38,13 @@ def inputs(shape, dtype=torch.float32, number: int = 3, seed: int = 0) -> list[t
 
 
 def per_sample(particles: int) -> tuple[torch.Tensor, ...]:
-    """Every other particle gets no noise."""
+    """Coefficients for each particle. Every second particle gets no noise."""
     rows = [(VP, STILL)[n % 2] for n in range(particles)]
     return tuple(torch.tensor([row[i] for row in rows], dtype=torch.float64, device=DEVICE) for i in range(5))
 
 
 def error(got: torch.Tensor, exact: torch.Tensor) -> float:
-    """The largest, in roundings of the dtype of values of order one."""
+    """The largest error, in units of the dtype's rounding of values of order one."""
     assert got.shape == exact.shape and torch.equal(got.isnan(), exact.isnan())
     finite = exact.isfinite()
     assert torch.equal(got[~finite].double().nan_to_num(nan=0.5), exact[~finite].nan_to_num(nan=0.5))
@@ -59,13 +59,13 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
 def test_randn(shape, dtype):
     z = ops.randn(shape, dtype=dtype, device=DEVICE, backend="triton", **COUNTER)
     exact = reference.randn(shape, dtype=torch.float64, device=DEVICE, **COUNTER)
-    # 4 ulp, and one more in the interpreter, whose multiply-adds round twice; 16 bits round the float32 value.
+    # 4 ulp, and one more in the interpreter, where multiply-adds round twice. 16-bit dtypes round the float32 value.
     relative = ((z.double() - exact).abs() / exact.abs()).max() / ROUNDING[dtype]
     assert relative <= (5.0 if dtype == torch.float32 else 1.01)
 
 
 def test_randn_counts_as_the_others_do():
-    """No part of a counter is lost, and a particle is its own whatever the batch."""
+    """Every part of the counter is used, and a particle does not depend on the batch."""
     whole = ops.randn((300, 10), device=DEVICE, backend="triton", seed=5)
     assert torch.equal(whole[100:], ops.randn((200, 10), device=DEVICE, backend="triton", seed=5, first_particle=100))
     counters = [dict(seed=s, step=t, stream=u, first_particle=p)
@@ -100,8 +100,8 @@ def test_reverse_step(shape, dtype):
             assert a.dtype == dtype and error(a, b) <= (8.0 if dtype == torch.float32 else 1.1)
 
 
-# A prediction's multipliers are made before the kernel, and "sample" has none: every clip with and without multipliers,
-# and each other prediction once, with the noise of the unclipped x0, which uses all of its multipliers.
+# The multipliers of a prediction are computed before the kernel, and "sample" has none. So: every clip with and without
+# multipliers, and each other prediction once, with clip_noise=False, which uses all multipliers.
 @pytest.mark.parametrize(
     ("prediction", "clip", "clip_noise"),
     [
@@ -164,7 +164,7 @@ def test_derivatives_of_reverse_step():
 # --- propose_and_weigh --------------------------------------------------------------------------------------
 
 
-# With rows as long as a program takes, and of two programs and of three.
+# Rows of one program, as long as possible, and rows of two and three programs.
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [*STATES, *itertools.product(((1, 8192), (2, 8193), (1, 16_400)), (torch.float32, torch.bfloat16))],
@@ -206,7 +206,7 @@ def test_without_noise_the_base_step(elements):
     ("elements", "dtype"), ((3, torch.float32), (100, torch.float32), (9000, torch.float32), (12, torch.bfloat16))
 )
 def test_chunks_give_the_same_bits(elements, dtype):
-    """Also where they begin at an address that 16 does not divide."""
+    """Also if a chunk starts at an address that is not a multiple of 16."""
     x, x0_hat, displacement = inputs((4, elements), dtype)
     log_weights = inputs((4,), number=1)[0]
     options = dict(seed=3, backend="triton")
@@ -217,7 +217,7 @@ def test_chunks_give_the_same_bits(elements, dtype):
     assert all(torch.equal(a, b[1:3]) for a, b in zip(part, whole, strict=True))
     density = dict(family="student_t", scale=0.7, df=3.0, backend="triton")
     whole = ops.log_prob_and_gradient(x, x0_hat, **density)
-    for rows in (slice(1, 3), slice(3, 4)):  # one sample, with one row of y, is not another kernel
+    for rows in (slice(1, 3), slice(3, 4)):  # one sample with one row of y takes the same kernel
         part = ops.log_prob_and_gradient(x[rows], x0_hat[rows], **density)
         assert all(torch.equal(a, b[rows]) for a, b in zip(part, whole, strict=True))
 
@@ -235,11 +235,11 @@ def test_empty(shape):
 
 
 def density(family: str, shape: tuple[int, ...], dtype: torch.dtype, y_of: str, spread: bool) -> tuple:
-    """``z``, ``y`` and options; ``y`` of one row, of each sample's, or of any."""
+    """``z``, ``y`` and options. ``y`` has one row, a row for each sample, or rows that are chosen by ``rows``."""
     z, y, extra_variance = inputs(shape, number=3, seed=3)
     if family == "poisson":
         z, y = 5.0 * z.abs(), (4.0 * y.abs()).round()
-        z[0, 0] = -1.0  # a rate held at its floor
+        z[0, 0] = -1.0  # a rate below the floor
     y = {"one": y[:1], "each": y, "rows": torch.cat([y, y])[: shape[0] + 1]}[y_of]
     generator = torch.Generator().manual_seed(4)
     rows = torch.randint(len(y), shape[:1], generator=generator).to(DEVICE) if y_of == "rows" else None
@@ -250,8 +250,8 @@ def density(family: str, shape: tuple[int, ...], dtype: torch.dtype, y_of: str, 
     return z.to(dtype), y, options
 
 
-# One element, rows that begin at any address, many elements, and more than one program has; of 16 bits, which are only
-# read and written otherwise, the second and the last.
+# One element, rows at any address, many elements, and more than one program takes. 16-bit dtypes are only read and
+# written differently, so they get the second and the last case.
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -270,7 +270,7 @@ def test_log_prob_and_gradient(shape, dtype, family):
         wide = options | dict(extra_variance=options["extra_variance"].double() if spread else None)
         exact, exact_gradient = reference.log_prob_and_gradient(z.double(), y.double(), **wide)
         assert log_prob.dtype == torch.float64 and gradient.dtype == dtype
-        # Terms of either sign, each rounded to float32 (float64 for Poisson).
+        # The tolerance: terms of either sign, each rounded to float32 (float64 for Poisson).
         one = 2.0 + (z.double() - y[options["rows"]].double() if y_of == "rows" else z.double() - y.double()) ** 2
         size = one.sum(1) if family != "poisson" else 1e3 * exact.abs()
         rounding = 2**-24 if family != "poisson" else 2**-52
@@ -282,7 +282,7 @@ def test_log_prob_and_gradient(shape, dtype, family):
 
 
 def test_student_t_of_small_residuals():
-    """log(1 + u) where 1 + u is 1 in float32."""
+    """log(1 + u) is right even if 1 + u is 1 in float32."""
     z = torch.zeros(1, 1000, device=DEVICE)
     y = torch.full_like(z, 1e-4)
     options = dict(family="student_t", scale=1.0, df=3.0)
@@ -304,7 +304,7 @@ def test_bad_measurements_are_nan_and_keep_to_themselves(family, elements):
         assert torch.equal(a[[0, 3]], b[[0, 3]])
 
 
-@pytest.mark.parametrize("splits", (2, 64, 71, 200))  # below, at and above the parts that are added at a time
+@pytest.mark.parametrize("splits", (2, 64, 71, 200))  # fewer and more parts than are added at a time
 def test_sums_of_parts_do_not_depend_on_the_batch(splits):
     """torch adds 64 parts and more in an order that depends on the number of rows."""
     density = importlib.import_module("fastguide.ops.log_prob_and_gradient.triton")

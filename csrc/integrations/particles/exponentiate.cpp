@@ -1,4 +1,4 @@
-// exp of log-weights less the largest, and sums of it, a block at a time: no result depends on the sharing.
+// exp(log-weight - the largest) and its sums, one block at a time. No result depends on the number of threads.
 #include "../../common/binding.h"
 #include "../../common/weights.h"
 #include "../../cpu/max.h"
@@ -9,8 +9,8 @@
 namespace fastguide::cpu {
 namespace {
 
-// w[count] = exp(log_weight - the largest), divided by its sum to `out` unless that is null. `sums`: the largest
-// log-weight, the sum of w, and that of its squares, or of its products with `weights` unless that is null.
+// w[count] = exp(log_weight - the largest). `out`, unless null, receives w divided by its sum. `sums`: the largest
+// log-weight, the sum of w, and the sum of its products with `weights`, or of its squares if `weights` is null.
 struct Exponentials {
     const double *log_weights, *weights;
     double* out;
@@ -19,19 +19,19 @@ struct Exponentials {
     int threads;
 };
 
-constexpr uint64_t kBlock = 1024, kGrain = 16;  // elements, and blocks worth a thread
+constexpr uint64_t kBlock = 1024, kGrain = 16;  // elements of a block, and blocks worth a thread
 
-// exp(d) for d <= 0, to 1e-15 and |d| 2^-53 of it, as if d had been rounded; below 2^-1022 a subnormal number or 0.
+// exp(d) for d <= 0. The relative error is at most 1e-15 + |d| 2^-53. Below 2^-1022 the result is subnormal or 0.
 FG_INLINE F64 exp_double(F64 d) {
     const auto x = exponential<WideLanes>(d, -746.0);
-    return as<F64>(as<U64>(x.e) + ((x.n + 1000) << 52)) * 0x1p-1000;  // an exponent in range, then 2^n
+    return as<F64>(as<U64>(x.e) + ((x.n + 1000) << 52)) * 0x1p-1000;  // in range first; the product may be subnormal
 }
 
 struct BlockSums {
     double weights, others;
 };
 
-// Of up to kBlock elements; `out` and `weights` as in Exponentials.
+// The sums of one block of up to kBlock elements. `out` and `weights` are as in Exponentials.
 BlockSums exponentiate_block(const double* log_weights, const double* weights, double* out, uint64_t count, double top,
                              Memory memory) {
     double *const w = memory.take<double>(count + kLanes64), *const others = memory.take<double>(count + kLanes64);
@@ -67,7 +67,7 @@ void exponentiate(Exponentials& call) {
         sums.data[block] = exponentiate_block(call.log_weights + at, call.weights ? call.weights + at : nullptr,
                                               call.out ? call.out + at : nullptr, size(block), top, memory);
     });
-    call.sums[0] = top, call.sums[1] = call.sums[2] = top - top;  // NaN unless that is finite
+    call.sums[0] = top, call.sums[1] = call.sums[2] = top - top;  // 0, or NaN if `top` is not finite
     for (uint64_t block = 0; block < blocks; ++block) {
         call.sums[1] += sums.data[block].weights;
         call.sums[2] += sums.data[block].others;

@@ -1,5 +1,6 @@
-// Resampling as `particles` (Chopin and Papaspiliopoulos 2020) has it, to the same bits: prefix sums of float64 weights
-// in their order, compared with positions in float64. Two sums of a call run side by side; what follows is shared out.
+// Resampling with the same bits as `particles` (Chopin and Papaspiliopoulos 2020): prefix sums of float64 weights, in
+// their order, compared with positions in float64. The sums of weights and of positions run on two threads. The rest is
+// divided among all threads.
 #include "../../common/binding.h"
 #include "../../cpu/memory.h"
 #include "../../cpu/scratch.h"
@@ -8,10 +9,10 @@
 namespace fastguide::cpu {
 namespace {
 
-// What positions[number] hold of uniforms: one for all strata, one for each, or logarithms of number + 1.
+// What `positions` holds: one uniform for all strata, one uniform for each, or the logarithms of number + 1 uniforms.
 enum class Draws : int { one = 0, strata = 1, spacings = 2 };
 
-// Ancestors[number] of weights[particles] divided by `scale`. The positions are overwritten.
+// A call that finds ancestors[number] from weights[particles] / scale. The positions are overwritten.
 struct Inversion {
     const double* weights;
     uint64_t particles;
@@ -23,7 +24,7 @@ struct Inversion {
     int threads;
 };
 
-// `number` ancestors of weights[particles], each as often as its share says.
+// A call that gives each particle its share of `number` ancestors.
 struct Shares {
     const double* weights;
     uint64_t particles;
@@ -33,11 +34,11 @@ struct Shares {
 };
 
 constexpr uint64_t kBlock = 1024, kGrain = 16 * kBlock;
-constexpr uint64_t kPiece = 16 * kBlock;  // steps of a merge
-constexpr uint64_t kShort = 64 * kBlock;  // not worth a second thread
+constexpr uint64_t kPiece = 16 * kBlock;  // steps of a merge that are worth a thread
+constexpr uint64_t kShort = 64 * kBlock;  // shorter calls are not worth a second thread
 
-// sums[k] = W[0] / scale + ... + W[k] / scale, or an earlier sum that is larger, and NaN from the first NaN on;
-// infinity for the last particle whose weight is not 0. Returns the place of that.
+// sums[k] = W[0] / scale + ... + W[k] / scale, or an earlier sum that is larger, and NaN from the first NaN on. The sum of
+// the last particle whose weight is not 0 becomes infinity. Returns that particle's place.
 uint64_t sum_weights(const Inversion& call, double* sums) {
     double total = 0.0, largest = -__builtin_inf();
     for (uint64_t begin = 0; begin < call.particles; begin += kBlock) {
@@ -59,7 +60,7 @@ uint64_t sum_weights(const Inversion& call, double* sums) {
     return last;
 }
 
-// In place: uniforms to positions in their strata, or logarithms of uniforms to arrival times.
+// Turns uniforms into positions in their strata, or logarithms of uniforms into arrival times, in place.
 void place(const Inversion& call) {
     double* at = call.positions;
     const double number = static_cast<double>(call.number), first = at[0];
@@ -76,8 +77,8 @@ void place(const Inversion& call) {
     }
 }
 
-// The positions and the sums merged, both ascending: position n belongs to the first k with !(positions[n] > sums[k]).
-// A step takes the next of either; before step i, n + k = i.
+// Merges the positions and the sums, which both ascend. Position n belongs to the first k with !(positions[n] > sums[k]).
+// A step takes the next position or the next sum. Before step i, n + k = i.
 struct Merge {
     const double *positions, *sums;
     int64_t* ancestors;
@@ -86,7 +87,7 @@ struct Merge {
     FG_INLINE bool passes(uint64_t n, uint64_t k) const { return positions[n] > sums[k]; }
     uint64_t steps() const { return number + last; }
 
-    // The first k in [low, high] that is not passed, of which `high` is one.
+    // The first k in [low, high] that is not passed. `high` must not be passed.
     template <class F>
     static FG_INLINE uint64_t first_not_passed(uint64_t low, uint64_t high, const F& passed) {
         while (low < high) {
@@ -105,7 +106,7 @@ struct Merge {
                                 [&](uint64_t k) { return passes(i - k - 1, k); });
     }
 
-    // Bit i says whether the sum does not reach position i of four, all four bits from that on.
+    // Bit i says whether position i of four is above the sum. Positions ascend, so all bits after a set bit are set.
     static FG_INLINE uint32_t beyond(const double* four, double sum) {
 #if defined(__AVX2__)
         const __m256d above = _mm256_cmp_pd(_mm256_loadu_pd(four), _mm256_set1_pd(sum), _CMP_GT_OQ);
@@ -116,7 +117,7 @@ struct Merge {
         return bits;
 #endif
     }
-    // Four positions, those of them that k does not reach to be overwritten.
+    // Writes k for four positions. Later steps overwrite those that do not belong to k.
     FG_INLINE void step(uint64_t& n, uint64_t& k) const {
         const uint32_t bits = beyond(positions + n, sums[k]);
         for (int i = 0; i < 4; ++i) ancestors[n + i] = static_cast<int64_t>(k);
@@ -124,7 +125,7 @@ struct Merge {
         k += bits != 0;
     }
 
-    // Steps `begin` to `end` in parts walked together, as each step waits for the one before.
+    // Takes the steps from `begin` to `end`. Each step waits for the one before, so four parts are walked together.
     void walk(uint64_t begin, uint64_t end) const {
         constexpr int kParts = 4;
         uint64_t n[kParts], k[kParts], stop[kParts];
@@ -179,7 +180,7 @@ void invert(const Inversion& call) {
 
 uint64_t parts_of(uint64_t particles) { return (particles + kGrain - 1) / kGrain; }
 
-// sums[part] = f(first k, last k + 1) for each part of the particles.
+// sums[part] = f(begin, end) for each part [begin, end) of the particles.
 template <class F>
 void sum_parts(uint64_t particles, int threads, int64_t* sums, const F& f) {
     share_out(parts_of(particles), 1, threads, [&](uint64_t part) {
@@ -188,11 +189,11 @@ void sum_parts(uint64_t particles, int threads, int64_t* sums, const F& f) {
     });
 }
 
-// ancestors[start], ...: copies[k] of each k.
+// Writes copies[k] times k from ancestors[start] on, for each k.
 void repeat(const int64_t* copies, uint64_t begin, uint64_t end, int64_t* ancestors, int64_t start, int64_t limit) {
     for (uint64_t k = begin; k < end; ++k) {
         const int64_t stop = start + copies[k];
-        if (start + 4 <= limit) {  // four, whatever their number, which a branch could not foresee: the next overwrite
+        if (start + 4 <= limit) {  // always four: a branch on their number is hard to predict; the next k overwrites
             for (int i = 0; i < 4; ++i) ancestors[start + i] = static_cast<int64_t>(k);
             start += 4;
         }
@@ -216,8 +217,8 @@ void repeat_all(const int64_t* copies, uint64_t particles, int64_t* ancestors, i
     });
 }
 
-// The whole part of each share number W[k], and the rest unless null. Returns the sum of the whole parts, or -1 where
-// one is below 0 or above `number`, or that sum is.
+// Splits each share number * W[k] into its whole part and the rest (unless null). Returns the sum of the whole parts, or -1
+// if a whole part or the sum is outside [0, number].
 int64_t split_shares(const Shares& call, int64_t* whole, double* rest) {
     const uint64_t parts = parts_of(call.particles);
     const Scratch<int64_t> sums(parts);
@@ -242,7 +243,7 @@ int64_t split_shares(const Shares& call, int64_t* whole, double* rest) {
     return sum;
 }
 
-// One number in a vector: what compilers choose between without a branch.
+// One number in a vector. Compilers choose between such values without a branch.
 typedef double One __attribute__((vector_size(16)));
 typedef int64_t Choice __attribute__((vector_size(16)));
 
@@ -257,8 +258,8 @@ FG_INLINE Choice less(One a, One b) {
 FG_INLINE Choice choose(Choice which, Choice a, Choice b) { return (which & a) | (~which & b); }
 FG_INLINE One choose(Choice which, One a, One b) { return (One)choose(which, (Choice)a, (Choice)b); }
 
-// floor(number W[k]) copies of each k, and rest[particles] of the shares. Returns how many copies, or -1 if a share is
-// out of range or they are more than `number`.
+// Makes floor(number W[k]) copies of each k, and the rests of the shares. Returns the number of copies, or -1 if a share
+// is out of range or there are more than `number` copies.
 int64_t whole_copies(const Shares& call, double* rest) {
     const Scratch<int64_t> copies(call.particles);
     large_pages(copies.data, call.particles * sizeof(int64_t));
@@ -267,26 +268,27 @@ int64_t whole_copies(const Shares& call, double* rest) {
     return sum;
 }
 
-// Srinivasan's sampling process with uniforms[particles - 1]. Returns whether the copies were `number`.
+// Srinivasan's sampling process with uniforms[particles - 1]. Returns whether there were `number` copies.
 //
-// The fractions of the shares two at a time: one gives to the other until it has none left or the other is whole, at
-// random such that neither changes in the mean. What is left of both, x, meets the next, y.
+// It takes the fractions of the shares two at a time. One gives to the other until the giver has none left or the other is
+// whole. Which one gives is random, such that the mean of each stays the same. The fraction that remains, x, is then paired
+// with the next one, y.
 bool round_in_pairs(const Shares& call, const double* uniforms) {
     const Scratch<int64_t> copies(call.particles);
     large_pages(copies.data, call.particles * sizeof(int64_t));
     int64_t sum = split_shares(call, copies.data, nullptr);
     if (sum < 0) return false;
-    const auto fraction = [&](uint64_t k) {  // before its copies are changed
+    const auto fraction = [&](uint64_t k) {  // only valid before copies[k] changes
         return one(static_cast<double>(call.number) * call.weights[k] - static_cast<double>(copies.data[k]));
     };
     One x = fraction(0);
-    Choice owner{}, first = ~Choice{};  // whose x is; whether it is the first of the pair
+    Choice owner{}, first = ~Choice{};  // the particle that has x; whether it is the first of the pair
     for (uint64_t n = 0; n + 1 < call.particles; ++n) {
         const double u = uniforms[n], v = 1.0 - u;
         const One y = fraction(n + 1), to_x = 1.0 - x, to_y = 1.0 - y;
         const Choice y_fits = less(y, to_x), x_fits = less(x, to_y), next = Choice{} + static_cast<int64_t>(n + 1);
-        // What the first of the pair would gain less u times what either would, as linear functions of x: each step
-        // waits for the x of the one before. Where rounding could matter, the quotient itself decides.
+        // The gain of the first of the pair minus u times the sum of both gains, as a linear function of x. Each step
+        // waits for the x of the step before, so this must be short. If rounding could matter, the quotient decides.
         const One fitting = choose(first, v * y, -u * y) + choose(first, one(-u), one(v)) * x;
         const One full = choose(first, v - u * to_y, v * to_y - u) + choose(first, one(-v), one(u)) * x;
         const One margin = choose(y_fits, fitting, full);
@@ -296,14 +298,14 @@ bool round_in_pairs(const Shares& call, const double* uniforms) {
             second = Choice{} - (both[0] > 0.0 && u < choose(first, x_gains, y_gains)[0] / both[0]);
         }
         const Choice x_grows = first ^ second;
-        first = choose(x_grows, y_fits, x_fits);  // the other has none left
-        const Choice changes = first ^ x_grows;  // the owner
+        first = choose(x_grows, y_fits, x_fits);  // whether the giver has none left
+        const Choice changes = first ^ x_grows;  // whether the owner of x changes
         copies.data[choose(changes, owner, next)[0]] += 1 + first[0];
         sum += 1 + first[0];
         owner = choose(changes, next, owner);
         x = choose(first, x + y, choose(x_grows, y - to_x, x - to_y));
     }
-    if (sum == call.number - 1 && x[0] > 0.99) {  // rounding kept it from being whole
+    if (sum == call.number - 1 && x[0] > 0.99) {  // x would be whole without rounding
         ++copies.data[owner[0]];
         ++sum;
     }
@@ -311,7 +313,7 @@ bool round_in_pairs(const Shares& call, const double* uniforms) {
     return sum == call.number;
 }
 
-// Each k, or where it is killed the next of drawn[the number of those + 1].
+// ancestors[k] is k, or the next of `drawn` if k is killed. `drawn` has one more entry than there are killed particles.
 void replace_killed(const bool* killed, const int64_t* drawn, int64_t* ancestors, uint64_t particles) {
     for (uint64_t k = 0, n = 0; k < particles; ++k) {
         const int64_t own = static_cast<int64_t>(k), other = drawn[n];

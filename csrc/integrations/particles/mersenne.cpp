@@ -1,4 +1,5 @@
-// The 32-bit Mersenne Twister MT19937 (Matsumoto and Nishimura 1998) on another generator's state, many words at a time.
+// The 32-bit Mersenne Twister MT19937 (Matsumoto and Nishimura 1998), many words at a time, on the state of numpy's or
+// numba's generator.
 #include "../../common/binding.h"
 #include "../../cpu/simd.h"
 
@@ -12,7 +13,8 @@ FG_INLINE uint32_t twisted(uint32_t first, uint32_t next, uint32_t middle) {
     return middle ^ (joined >> 1) ^ (-(joined & 1u) & 0x9908B0DFu);
 }
 
-// Each word from words that are not yet replaced, or were long before: the compiler's vectors are shorter than that.
+// Each new word depends on words that are still old, or were replaced at least a vector's length before. So the compiler
+// may vectorise.
 void twist(uint32_t* key) {
     for (int i = 0; i < kWords - kMiddle; ++i) key[i] = twisted(key[i], key[i + 1], key[i + kMiddle]);
     for (int i = kWords - kMiddle; i < kWords - 1; ++i) key[i] = twisted(key[i], key[i + 1], key[i + kMiddle - kWords]);
@@ -27,18 +29,18 @@ FG_INLINE Word tempered(Word word) {
     return word ^ (word >> 18);
 }
 
-// 27 bits of the low word and 26 of the high one, in 2^-53.
+// Doubles of 53 bits: 27 from the low word of each pair, 26 from the high word, times 2^-53.
 FG_INLINE F64 doubles(const uint32_t* words) {
     const U64 pair = as<U64>(tempered(load<U32>(words)));
     return to_double(as<I64>((((pair & 0xFFFFFFFFu) >> 5) << 26) | (pair >> 38))) * 0x1p-53;
 }
 
-// Uniforms in [0, 1) as numpy makes them of the words of MT19937, whose key[624] and position move on.
+// Uniforms in [0, 1), made from the words of MT19937 as numpy makes them. Advances key[624] and the position.
 void mersenne_doubles(uint32_t* key, int32_t* position, double* out, uint64_t count) {
-    int32_t at = __atomic_load_n(position, __ATOMIC_RELAXED);  // once: another thread may set it meanwhile
+    int32_t at = __atomic_load_n(position, __ATOMIC_RELAXED);  // read once: another thread may set it meanwhile
     at = at < 0 || at > kWords ? kWords : at;
     uint32_t halves[2 * kLanes64] = {};
-    uint64_t half = 0;  // words of a pair that are kept from before the last twist
+    uint64_t half = 0;  // how many words of a pair were kept from before the last twist
     for (uint64_t done = 0; done < count;) {
         if (at == kWords) {
             twist(key);

@@ -1,17 +1,17 @@
 // state[b, k] = state[b, ancestors[b, k]] in place, for particles of any number of bytes.
 //
-// Where every survivor keeps its place (a[a[k]] == a[k]), nothing that is read is written: the particles that die
-// are copied over in any order, by any thread, without other memory.
+// If every survivor keeps its place (a[a[k]] == a[k]), no particle is both read and written. Then the dead particles are
+// overwritten in any order, by any thread, without scratch memory.
 //
-// Of ascending ancestors those from below are copied from the last particle down, then those from above from the
-// first one up: each is read before it is overwritten.
+// If the ancestors of a row ascend, first the particles whose ancestor is below them are copied, from the last one down.
+// Then those whose ancestor is above them are copied, from the first one up. So each is read before it is overwritten.
 //
-// Any other row is taken from its ends: a particle that nobody reads is overwritten, whereupon its ancestor may
-// have no reader left, and so on. What remains are cycles, each of which puts one particle aside. The order costs
-// two indices for each particle of such a row; the particles themselves are never held twice.
+// For any other row an order is found first. A particle that nobody reads is overwritten; then its ancestor may have no
+// reader left, and so on. What remains are cycles; each cycle puts one particle aside. The order takes two indices for
+// each particle of such a row. The particles themselves are not stored twice.
 //
-// Another thread may write to the ancestors meanwhile. So each address is made from one read of an ancestor that is held
-// in its row after that read, whatever an earlier look found (`read_held`), and no loop ends by ancestors alone.
+// Another thread may write to the ancestors meanwhile. So each address comes from one read of an ancestor, which is checked
+// after that read (`read_held`), whatever an earlier check found. No loop relies on ancestors alone to end.
 #include "../../common/particles.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/tiles.h"
@@ -19,17 +19,17 @@
 namespace fastguide::cpu {
 namespace {
 
-// The place of the first ancestor out of range, or -1, and the memory that the call took for itself.
+// The place of the first ancestor out of range, or -1, and the bytes of scratch memory that the call took.
 struct Gathered {
     int64_t bad;
     uint64_t scratch;
 };
 
-constexpr uint64_t kBlock = 1024;          // ancestors looked at in one go
-constexpr uint64_t kScanGrain = 256;       // blocks worth a thread where they are only looked at
-constexpr uint64_t kTurnBytes = 1 << 16;   // of particles, copied in one go
-constexpr uint64_t kCopyGrain = 4;         // such turns worth a thread
-constexpr uint64_t kPieceBytes = 1 << 12;  // of one particle, put aside at a time
+constexpr uint64_t kBlock = 1024;          // ancestors that are checked at a time
+constexpr uint64_t kScanGrain = 256;       // blocks worth a thread if they are only checked
+constexpr uint64_t kTurnBytes = 1 << 16;   // bytes of particles that are copied in one turn
+constexpr uint64_t kCopyGrain = 4;         // turns worth a thread
+constexpr uint64_t kPieceBytes = 1 << 12;  // bytes of one particle that are put aside at a time
 
 template <class Index>
 struct Map {
@@ -40,7 +40,7 @@ struct Map {
     const Index* row(uint64_t b) const { return ancestors + b * particles; }
 };
 
-// f(row, begin, end) for blocks of `size` particles.
+// Calls f(row, begin, end) for blocks of `size` particles.
 template <class Index, class F>
 FG_INLINE void in_blocks(const Map<Index>& map, uint64_t size, uint64_t grain, int threads, const F& f) {
     const uint64_t blocks = (map.particles + size - 1) / size;
@@ -56,19 +56,20 @@ FG_INLINE void raise_flag(int* flag) {
     if (!raised(flag)) __atomic_store_n(flag, 1, __ATOMIC_RELAXED);
 }
 
-// One read of an ancestor: the compiler may not make two of it.
+// Reads an ancestor once: the compiler may not read it twice.
 template <class Index>
 FG_INLINE Index read_once(const Index* a) {
     return __atomic_load_n(a, __ATOMIC_RELAXED);
 }
 
-// The same, and `last` where it is out of range. A branch, as what waits for the ancestor would wait for a choice too.
+// The same, but returns `last` if the ancestor is out of range. A branch is predicted; a conditional move would make the
+// next loads wait.
 template <class Index>
 FG_INLINE Index read_held(const Index* a, Index last) {
     using Word = std::make_unsigned_t<Index>;
     const Index ancestor = read_once(a);
     if (static_cast<Word>(ancestor) <= static_cast<Word>(last)) return ancestor;  // a negative one is larger than any
-    __asm__ volatile("");  // or GCC makes a choice of it
+    __asm__ volatile("");  // otherwise GCC makes it a conditional move
     return last;
 }
 
@@ -80,7 +81,7 @@ struct Look {
     bool moves;
 };
 
-// This loop and that of `ascends` are of one type throughout and have no way out, so that they vectorise.
+// This loop and the one in `ascends` use one integer type and have no early exit, so that they vectorise.
 template <class Index>
 FG_INLINE Look<Index> look(const Index* a, Index begin, Index end) {
     using Word = std::make_unsigned_t<Index>;
@@ -93,7 +94,7 @@ FG_INLINE Look<Index> look(const Index* a, Index begin, Index end) {
     return {largest, difference != 0};
 }
 
-// Whether an ancestor is to be overwritten itself.
+// Whether any ancestor is itself overwritten.
 template <class Index>
 FG_INLINE bool ancestors_move(const Index* a, Index begin, Index end, Index last) {
     Index difference = 0;
@@ -111,7 +112,7 @@ FG_INLINE bool ascends(const Index* a, Index particles) {
     return falls == 0;
 }
 
-// Or -1, where they have been put right.
+// Returns -1 if there is none: another thread may have corrected it meanwhile.
 template <class Index>
 int64_t first_out_of_range(const Map<Index>& map) {
     for (uint64_t at = 0; at < map.rows * map.particles; ++at)
@@ -120,11 +121,11 @@ int64_t first_out_of_range(const Map<Index>& map) {
     return -1;
 }
 
-// The particles that move in an order in which each is read before it is overwritten; ~k is the first of a cycle,
-// to be put aside for the cycle's last. Returns their number.
+// Lists the particles that move, in an order in which each is read before it is overwritten. ~k marks the first of a
+// cycle: it is put aside for the last of the cycle. Returns the length of the list.
 template <class Index>
 uint64_t put_in_order(const Index* a, Index particles, Index* order, Index* readers) {
-    const Index done = -1;  // or less, where ancestors were changed: none is put in the order twice
+    const Index done = -1;  // less if ancestors were changed meanwhile; no particle is listed twice
     const auto ancestor_of = [=](Index k) { return read_held(a + k, static_cast<Index>(particles - 1)); };
     uint64_t count = 0;
     for (Index k = 0; k < particles; ++k) readers[k] = 0;
@@ -156,8 +157,8 @@ uint64_t put_in_order(const Index* a, Index particles, Index* order, Index* read
 
 // --- copies -------------------------------------------------------------------------------------------------
 
-// `width` bytes at the same place of each of a row's particles, which are `stride` apart. Both are constants for
-// the common small particles (kBytes > 0), and the copies single instructions.
+// `width` bytes at the same place in each particle of a row. Particles are `stride` bytes apart. For common small particles
+// (kBytes > 0) both are constants, and a copy is one instruction.
 template <uint64_t kBytes, class Index>
 struct Column {
     char* data;
@@ -174,9 +175,9 @@ struct Column {
             __builtin_memcpy(to, from, width);
     }
 
-    // In any order: first which particles move, then the copies, so that there is no branch to guess for each.
+    // Copies in any order. First lists the particles that move, so that no branch for each must be predicted.
     void copy(Index begin, Index end) const {
-        uint16_t moved[kBlock];  // less `begin`
+        uint16_t moved[kBlock];  // k - begin
         uint64_t count = 0;
         for (Index k = begin; k < end; ++k) {
             moved[count] = static_cast<uint16_t>(k - begin);
@@ -220,7 +221,7 @@ struct Bytes {
     constexpr uint64_t operator()() const { return kValue; }
 };
 
-// f(n), n() the number of bytes of the particles if that is a common small one, and 0 else.
+// Calls f(n). n() is the number of bytes of a particle if that is a common small number, otherwise 0.
 template <class F>
 FG_INLINE void with_bytes(uint64_t bytes, const F& f) {
     switch (bytes) {
@@ -237,11 +238,11 @@ FG_INLINE void with_bytes(uint64_t bytes, const F& f) {
     }
 }
 
-// A row whose copies have an order.
+// A row whose copies need an order.
 template <class Index>
 struct OrderedRow {
     uint64_t row;
-    const Index* order;  // none where they ascend
+    const Index* order;  // null if the ancestors ascend
     uint64_t count;
 };
 
@@ -266,7 +267,7 @@ Gathered gather(const Map<Index>& map, const ParticleArray* states, std::size_t 
     uint64_t scratch = 0, ordered = 0, tangled = 0;
     Scratch<OrderedRow<Index>> rows;
     Scratch<bool> is_ordered;
-    Scratch<Index> indices;  // of each tangled row: its order, and who is read how often
+    Scratch<Index> indices;  // for each tangled row: its order, and how often each particle is read
     if (entangled) {
         scratch += is_ordered.allocate(map.rows);
         share_out(map.rows, kScanGrain * kBlock / particles + 1, threads, [&](uint64_t b) {
@@ -290,7 +291,7 @@ Gathered gather(const Map<Index>& map, const ParticleArray* states, std::size_t 
         });
     }
 
-    for (std::size_t s = 0; s < count; ++s) {  // one after the other: a state given twice is moved twice
+    for (std::size_t s = 0; s < count; ++s) {  // one after the other, so that a state given twice is moved twice
         const uint64_t bytes = states[s].bytes, a_turn = kTurnBytes / (bytes + 1) + 1;
         if (bytes == 0) continue;
         with_bytes(bytes, [&](auto fixed) {
@@ -319,8 +320,8 @@ Gathered gather(const Map<Index>& map, const ParticleArray* states, std::size_t 
     return {-1, scratch};
 }
 
-// ancestors, whether they are int64 or else int32, rows, particles, states (a list of data, bytes of each), threads.
-// Returns the place of the first ancestor out of range or -1, and the bytes of memory that it took.
+// ancestors, whether they are int64 (otherwise int32), rows, particles, states (a list of pairs: data, bytes of one
+// particle), threads. Returns the place of the first ancestor out of range or -1, and the bytes of scratch memory.
 PyObject* gather_particles(Arguments& in) {
     const void* const ancestors = in.pointer("ancestors");
     const bool wide = in.flag();

@@ -1,17 +1,18 @@
 // state[b, k] = state[b, ancestors[b, k]] in place, for particles of any number of bytes.
 //
-// The host learns nothing of the ancestors. It launches for every call, and a graph may keep:
+// The host does not read the ancestors. Every call makes the same launches, so a graph can capture them:
 //
-//   look      what each row needs: nothing, copies in any order, or more; and whether an ancestor is out of range
-//   move      rows in which every survivor keeps its place (a[a[k]] == a[k]): nothing that is read is written, so the
-//             particles that die are copied over, by anybody, at once. What resample(sorted=False) returns is such
-//   exchange  the other rows, through a workspace much smaller than the state: as many columns as it holds are packed
-//             in their new order, and once all blocks have read theirs they are written back. It returns at once
-//             where there is no such row. One cooperative launch, which a graph keeps like any other: a pair of
-//             launches for each part of the columns would cost their microseconds where there is nothing to do
+//   look      finds what each row needs: nothing, copies in any order, or an exchange; and whether an ancestor is out of
+//             range
+//   move      handles rows in which every survivor keeps its place (a[a[k]] == a[k]), as in those that
+//             resample(sorted=False) returns. No particle is both read and written, so all copies run at once
+//   exchange  handles the other rows, through a workspace much smaller than the state. As many columns as fit are packed
+//             in their new order; once all blocks have read theirs, the columns are written back. It returns at once if
+//             there is no such row. It is one cooperative launch: a pair of launches for each part of the columns would
+//             cost several microseconds even with nothing to do
 //
-// Another stream may write to the ancestors meanwhile. So a particle whose ancestor is out of range when it is to move
-// stays, whatever `look` found.
+// Another stream may write to the ancestors meanwhile. So `move` and `exchange` check again: a particle whose ancestor is
+// out of range stays, whatever `look` found.
 #include "../../common/binding.h"
 
 #include <cooperative_groups.h>
@@ -27,22 +28,22 @@
 namespace fastguide::cuda {
 namespace detail {
 
-// What a call reads and needs, all of it on the device that is current.
+// The arguments of a call. All memory is on the current device.
 struct Gathering {
     const void* ancestors;  // [rows, particles], int64 if `wide`, else int32
     bool wide;
     uint64_t rows, particles;
-    uint32_t* flags;  // [rows + 2]; the last is 0 afterwards unless an ancestor is out of range
+    uint32_t* flags;  // [rows + 2]; afterwards the last is 0 unless an ancestor is out of range
     void* workspace;  // aligned to 16 bytes
     uint64_t workspace_bytes;
 };
 
 constexpr unsigned kThreads = 256;
 constexpr unsigned kExchangeThreads = 512;
-constexpr uint64_t kMaxBlocks = 1 << 11;  // a few times what a GPU runs at once; more would cost where nothing moves
-constexpr unsigned kLooks = 4;            // ancestors that a thread looks at before its block compares notes
+constexpr uint64_t kMaxBlocks = 1 << 11;  // a few times what a GPU runs at once; more would cost time if nothing moves
+constexpr unsigned kLooks = 4;            // ancestors that a thread reads before its block combines the results
 constexpr unsigned kInFlight = 4;         // units that a thread loads before it stores the first
-constexpr unsigned kMaxStates = 8;        // moved by one launch
+constexpr unsigned kMaxStates = 8;        // states that one launch moves
 constexpr uint64_t kMaxUnit = 16, kMaxLanes = 32;
 
 enum : uint32_t { kMoves = 1, kEntangled = 2 };
@@ -51,7 +52,7 @@ template <class Index>
 struct Map {
     const Index* ancestors;
     uint64_t rows, particles;
-    uint32_t* flags;  // of each row, of all of them, and whether an ancestor is out of range
+    uint32_t* flags;  // one for each row, one for all rows, and whether an ancestor is out of range
 
     __device__ uint32_t of_all() const { return flags[rows]; }
     __device__ bool outside() const { return flags[rows + 1] != 0; }
@@ -89,16 +90,15 @@ __global__ void __launch_bounds__(kThreads) look_kernel(const Map<Index> map, ui
 // --- states -------------------------------------------------------------------------------------------------
 
 struct Stride {
-    uint64_t places, particle;  // of all rows' particles; within a row
+    uint64_t places, particle;  // places: among the particles of all rows; particle: within a row
     uint32_t row, column;
 };
 
-// Particles are made of units, the widest that their size and address allow, which lanes of a warp share: a column is
-// as many units as there are lanes. A group of lanes takes columns of the flat index (row, particle, column), `stride`
-// apart.
+// Particles consist of units, as wide as their size and address allow. A group of lanes of a warp moves a column: one unit
+// for each lane. The group takes every `stride`-th column of the flat index (row, particle, column).
 struct State {
     void* data;
-    uint64_t units;  // of a particle
+    uint64_t units;  // in a particle
     Stride stride;
     uint32_t columns;
     unsigned unit_bytes, log2_lanes;
@@ -109,7 +109,7 @@ struct Batch {
     unsigned count;
 };
 
-// f(Unit{}) with the unsigned type of so many bytes.
+// Calls f(Unit{}) with the unsigned type of `bytes` bytes.
 template <class F>
 __device__ void with_unit(unsigned bytes, const F& f) {
     switch (bytes) {
@@ -132,7 +132,7 @@ __device__ void move_units(const Map<Index>& map, const State& state) {
     auto row = static_cast<uint32_t>(place / map.particles), column = static_cast<uint32_t>(group % state.columns);
     while (place < end) {
         uint64_t to[kInFlight];
-        Index back[kInFlight];  // so many particles before it the ancestor lies; 0 where nothing is to be done
+        Index back[kInFlight];  // the particle's index minus its ancestor's; 0 if there is nothing to do
 #pragma unroll
         for (unsigned j = 0; j < kInFlight; ++j) {
             const bool live = place < end;
@@ -168,7 +168,7 @@ __device__ void move_units(const Map<Index>& map, const State& state) {
     }
 }
 
-template <class Index>  // 64 registers: half the threads that a processor has room for, each with loads in flight
+template <class Index>  // 64 registers: only half of the possible threads run, but each has several loads in flight
 __global__ void __launch_bounds__(kThreads, 4) move_kernel(const Map<Index> map, const __grid_constant__ Batch batch) {
     if (map.of_all() == 0 || map.outside()) return;
     const State& state = batch.states[blockIdx.y];
@@ -183,9 +183,9 @@ __device__ inline bool any_entangled(const uint32_t* flags, uint64_t rows) {
     return __syncthreads_or(found) != 0;
 }
 
-// As many rows at a time as the workspace has room for, or else of one row as many units of each particle. Between
-// pack and unpack the whole grid waits. No wait is needed before the next pack: it reads what this unpack does not
-// write, and a cell of the workspace is always the same thread's.
+// Takes as many rows at a time as fit the workspace. If not even one row fits, takes as many units of each particle as fit.
+// The whole grid waits between pack and unpack. The next pack need not wait: it does not read what this unpack writes, and
+// each cell of the workspace belongs to one thread.
 template <class Unit, class Index>
 __device__ void exchange_units(const Map<Index>& map, const State& state, Unit* __restrict__ workspace, uint64_t room) {
     Unit* const data = static_cast<Unit*>(state.data);
@@ -196,7 +196,7 @@ __device__ void exchange_units(const Map<Index>& map, const State& state, Unit* 
         if (!any_entangled(map.flags + first_row, rows)) continue;
         for (uint64_t first = 0; first < state.units; first += most_width) {
             const uint64_t width = min(most_width, state.units - first);
-            // f(its cell, itself, its ancestor's) for every unit of these that moves
+            // Calls f(its cell, the unit, its ancestor's unit) for every unit that moves.
             const auto each = [&](const auto& f) {
                 const uint64_t threads = static_cast<uint64_t>(gridDim.x) * kExchangeThreads;
                 uint64_t cell = static_cast<uint64_t>(blockIdx.x) * kExchangeThreads + threadIdx.x;
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kExchangeThreads, 2)
         with_unit(state.unit_bytes, [&](auto unit) {
             exchange_units(map, state, static_cast<decltype(unit)*>(workspace), bytes / sizeof(unit));
         });
-        if (s + 1 < batch.count) cooperative_groups::this_grid().sync();  // other units: other owners of its bytes
+        if (s + 1 < batch.count) cooperative_groups::this_grid().sync();  // with other units, cells have other threads
     }
 }
 
@@ -271,8 +271,8 @@ void move_batch(const Map<Index>& map, Batch& batch, const Gathering& call, cuda
                     kExchangeThreads, queue, map, batch, call.workspace, call.workspace_bytes);
 }
 
-// Launches in order see the states in order, and so a state given twice is moved twice. In one launch the states are
-// moved side by side: none may lie where another one does.
+// One launch moves its states at the same time, so they may not overlap. Overlapping states go into separate launches, in
+// order. So a state given twice is moved twice.
 bool overlaps(const Batch& batch, const State& state, uint64_t particles) {
     const auto end = [&](const State& s) {
         return static_cast<const char*>(s.data) + particles * s.units * s.unit_bytes;
@@ -303,8 +303,8 @@ void gather(const Gathering& call, const std::vector<ParticleArray>& states, cud
     if (batch.count > 0) move_batch(map, batch, call, queue);
 }
 
-// rows, particles, states. Returns the bytes of workspace that gather_particles wants: a 64th of the largest state, but
-// 2 MiB where that is more, and room for 16 bytes of each particle of a row; never more than the state.
+// rows, particles, states. Returns the bytes of workspace for gather_particles: the largest of 1/64 of a state, 2 MiB, and
+// 16 bytes for each particle of a row; but not more than the state.
 PyObject* call_workspace(Arguments& in) {
     const uint64_t rows = in.integer(), particles = in.integer();
     uint64_t most = 0;
@@ -316,8 +316,8 @@ PyObject* call_workspace(Arguments& in) {
     return PyLong_FromUnsignedLongLong(most);
 }
 
-// ancestors, whether they are int64, rows, particles, states, flags, workspace, its bytes, CUDA stream. Returns at once;
-// throws where a launch failed, or the workspace holds less than a unit of each particle.
+// ancestors, whether they are int64, rows, particles, states, flags, workspace, its bytes, CUDA stream. Returns at once.
+// Throws if a launch failed, or if the workspace cannot hold one unit of each particle of a row.
 PyObject* call_gather_particles(Arguments& in) {
     Gathering call{};
     call.ancestors = in.pointer("ancestors"), call.wide = in.flag();

@@ -1,7 +1,7 @@
 // Log-densities of the error models and their gradients, in one pass over z and y.
 //
-// Terms are doubles, whatever the type of the arrays. Their sum has one order on every machine: within a tile of 2,048
-// elements that of cpu/sums.h, and the tiles of a sample one after the other.
+// Terms are doubles, whatever the type of the arrays. The order of their sum is the same on every machine: that of
+// cpu/sums.h within a tile of 2,048 elements, and then the tiles of a sample one after the other.
 #include "../../common/binding.h"
 #include "../../common/log.h"
 #include "../../cpu/memory.h"
@@ -13,26 +13,26 @@
 namespace fastguide::cpu {
 namespace {
 
-// By the code that Python passes: the order of fastguide.reference.FAMILIES.
+// The codes that Python passes, in the order of fastguide.reference.FAMILIES.
 enum class Family : int { gaussian = 0, student_t = 1, laplace = 2, poisson = 3 };
 
-// log p(y | z) of one measurement. Poisson's scale is the gain. `constant`: the part of log p that depends on neither z,
-// y nor an extra variance.
+// log p(y | z) of one measurement. For Poisson, `scale` is the gain. `constant`: the part of log p that does not depend on
+// z, y or an extra variance.
 struct LogDensity {
     Family family;
     double scale, df, background, constant;
 };
 
-// The arrays of a call. z has any dtype; y and extra are float64 where z is, else float32.
+// The arrays of a call. z has any dtype. y and extra are float64 if z is float64, otherwise float32.
 struct DensityArrays {
     const void* z;                 // [samples, elements]
     const void* y;                 // [y_rows, elements]
-    const int64_t* rows;           // [samples]: the row of y of each; null where y has one row, or one for each sample
+    const int64_t* rows;           // [samples]: the row of y for each; null if y has one row, or one for each sample
     const void* extra;             // variances [extra_rows, elements], one row or one for each sample; or null
-    const double* log_factorials;  // [y_rows]: the sum of ln(counts!) of each row of y, where known; or null
+    const double* log_factorials;  // [y_rows]: the sum of ln(counts!) of each row of y, if known; or null
     double* log_prob;              // [samples]
     void* gradient;                // like z, or null
-    Dtype dtype;                   // of z
+    Dtype dtype;                   // the dtype of z
     uint64_t samples, elements, y_rows, extra_rows;
 };
 
@@ -46,7 +46,8 @@ FG_INLINE F64 narrowed(double, F64 v) { return v; }
 
 // --- sums ---------------------------------------------------------------------------------------------------
 
-// Totals take the terms of a part of a row, at most kTile of them, a vector at a time: vector v of every kPlaceVectors.
+// A Total takes the terms of a part of a row, at most kTile of them, one vector at a time. v is the number of the vector
+// modulo kPlaceVectors.
 
 // The sum of the terms, or with kLog of ln(1 + term).
 template <bool kLog>
@@ -62,9 +63,9 @@ struct PlainTotal {
     FG_INLINE double total() const { return over_places<double>(places, added_up); }
 };
 
-// The sum of ln(1 + term), term >= 0, as the logarithm of a product, good to 2^-53 of each factor. Mantissas and exponents
-// are kept apart, so that nothing overflows: a place takes at most 128 mantissas below 2. Student's t is up to 4 times as
-// fast as with a logarithm for each term.
+// The sum of ln(1 + term), term >= 0, as the logarithm of a product. Each factor adds a relative error of at most 2^-53.
+// Mantissas and exponents are kept apart, so nothing overflows: a place takes at most 128 mantissas below 2. Student's t is
+// up to 4 times as fast as with a logarithm for each term.
 struct LogProduct {
     F64 mantissas[kPlaceVectors];
     U64 exponents[kPlaceVectors] = {};
@@ -80,7 +81,7 @@ struct LogProduct {
         exponents[v] += (bits >> 52) - 1023u;
         finite[v] &= factor < kInfinity;
     }
-    // Infinity and NaN have no mantissa.
+    // False if a factor was infinite or NaN: those have no mantissa.
     FG_INLINE bool valid() const {
         return over_places<int64_t>(finite, [](auto a, auto b) { return a & b; }) != 0;
     }
@@ -94,10 +95,10 @@ struct LogProduct {
     }
 };
 
-// Calls finish(row, sum) for each row of [rows, elements]. In short rows, of fewer than kPlaces elements,
-// fill(tile, terms, memory) writes a tile's terms, row after row; in others sum_part(row, begin, count, memory) returns
-// the sum of a part: short rows in that way would take 4 times as long with 7 elements, and 100 times with one.
-// `counted`: the memory that the two functions take.
+// Calls finish(row, sum) for each row of [rows, elements]. For short rows, with fewer than kPlaces elements,
+// fill(tile, terms, memory) writes the terms of a tile, row after row. For other rows, sum_part(row, begin, count, memory)
+// returns the sum of a part. With sum_part, short rows would take 4 times as long with 7 elements, and 100 times with one.
+// `counted`: the scratch memory that the two functions take.
 template <class Fill, class SumPart, class Finish>
 FG_INLINE void sum_rows(uint64_t rows, uint64_t elements, int threads, Memory counted, const Fill& fill,
                         const SumPart& sum_part, const Finish& finish) {
@@ -139,7 +140,7 @@ FG_INLINE void sum_rows(uint64_t rows, uint64_t elements, int threads, Memory co
 
 // --- rows of y and of extra variances -----------------------------------------------------------------------
 
-// What each sample has of `rows` rows: the only one, that of its own number, or that which `index` says.
+// A row of values for each sample: the only row, the row `index[sample]`, or the row of the sample's own number.
 template <class Real>
 struct Values {
     const Real* data;
@@ -152,7 +153,7 @@ struct Values {
     const Real* of(uint64_t sample) const { return data + row_of(sample) * elements; }
 };
 
-// Writes `row` `times` times.
+// Writes `times` copies of `row`.
 template <class Real>
 FG_INLINE void repeat(Real* to, const Real* row, uint64_t elements, uint64_t times) {
     const uint64_t whole = elements * times;
@@ -163,8 +164,8 @@ FG_INLINE void repeat(Real* to, const Real* row, uint64_t elements, uint64_t tim
     }
 }
 
-// The values beside the z of a tile of short rows, row after row. What all tiles share is laid out once, which gains up to
-// a sixth.
+// The values for the z of a tile of short rows, row after row. If all rows have the same values, these are laid out once
+// for all tiles, which saves up to a sixth of the time.
 template <class Real>
 struct ShortRows {
     Values<Real> values;
@@ -193,8 +194,8 @@ struct ShortRows {
 
 // --- densities ----------------------------------------------------------------------------------------------
 
-// A density has at(z, y, extra), the term of a measurement and its derivative in z. The log-density of a sample is
-// factor * total + constants. Total is PlainTotal, or what is faster and may turn out not to be valid.
+// A density has at(z, y, extra), which returns the term of a measurement and its derivative in z. The log-density of a
+// sample is factor * total + constants. Total is PlainTotal, or a faster one that may turn out not to be valid.
 struct Point {
     F64 term, gradient;
 };
@@ -219,7 +220,7 @@ struct Gaussian {
     }
 };
 
-// The term is r^2 / (df v), and the sum is that of ln(1 + term).
+// The term is r^2 / (df v). The total is the sum of ln(1 + term).
 template <bool kExtra>
 struct StudentT {
     using Plain = PlainTotal<true>;
@@ -287,8 +288,8 @@ struct Poisson {
     }
 };
 
-// take(v, at, terms) for the vectors of `count` elements, v of every kPlaceVectors, the terms of those from `at` on and
-// zeros beyond the end; and writes the gradient unless null.
+// Calls take(v, at, terms) for each vector of `count` elements. v is the number of the vector modulo kPlaceVectors. The
+// terms are those of the elements from `at` on, and zeros beyond the end. Writes the gradient unless null.
 template <class Density, class Real, class Take>
 FG_INLINE void each(const Density& density, const Real* z, const Real* y, const Real* extra, Real* gradient,
                     uint64_t count, const Take& take) {
@@ -311,7 +312,7 @@ FG_INLINE void each(const Density& density, const Real* z, const Real* y, const 
     }
 }
 
-// Makes `valid` false where the total is not.
+// Sets `valid` to whether the total is.
 template <class Total, class Density, class Real>
 FG_INLINE double total_of(const Density& density, const Real* z, const Real* y, const Real* extra, Real* gradient,
                           uint64_t count, bool& valid) {
@@ -339,7 +340,8 @@ struct LogFactorial {
     FG_INLINE Point at(F64 y, F64, F64) const { return {log_gamma_double<Lanes>(y * per_gain + 1.0), F64{}}; }
 };
 
-// to[row] = factor * the sum of the row's terms, for the rows of `values`, or the `number` that its index names.
+// to[row] = factor * the sum of the row's terms, for `number` rows of `values`: the first ones, or those that its index
+// names.
 template <class Term, class Real>
 void sum_of_rows(double* to, double factor, const Term& term_of, const Values<Real>& values, uint64_t number,
                  int threads) {
@@ -351,7 +353,7 @@ void sum_of_rows(double* to, double factor, const Term& term_of, const Values<Re
         number, values.elements, threads, Memory{},
         [&](const Tile& tile, double* terms, const Memory&) {
             if (!values.index) return store_terms(values.of(tile.row), terms, tile.count);
-            for (uint64_t i = 0; i < tile.rows; ++i)  // the next row overwrites what one writes past its end
+            for (uint64_t i = 0; i < tile.rows; ++i)  // a row writes past its end; the next row overwrites that
                 store_terms(values.of(tile.row + i), terms + i * values.elements, values.elements);
         },
         [&](uint64_t row, uint64_t begin, uint64_t count, const Memory&) {
@@ -362,7 +364,7 @@ void sum_of_rows(double* to, double factor, const Term& term_of, const Values<Re
         [&](uint64_t row, double sum) { to[values.row_of(row)] = factor * sum; });
 }
 
-// The sum of ln(counts!) of each row of y that a sample has.
+// The sum of ln(counts!) of each row of y that a sample uses.
 template <class Real>
 void sum_log_factorials(double* to, const LogDensity& d, const Values<Real>& y, uint64_t samples, int threads) {
     if (!y.index) return sum_of_rows(to, 1.0, LogFactorial(d), y, y.rows, threads);
@@ -377,7 +379,7 @@ void sum_log_factorials(double* to, const LogDensity& d, const Values<Real>& y, 
 
 // --- the whole ----------------------------------------------------------------------------------------------
 
-// `subtracted`: for each row of y, or of extra variances, what is subtracted whatever z is; or no data.
+// `subtracted`: for each row of y, or of extra variances, a number to subtract that does not depend on z; or no data.
 template <class Total, class Real, class Density>
 void evaluate_with(const Density& density, const DensityArrays& a, const Values<Real>& y, const Values<Real>& extra,
                    double constant, const Values<double>& subtracted, int threads) {
@@ -388,7 +390,7 @@ void evaluate_with(const Density& density, const DensityArrays& a, const Values<
     Memory counted;
     if (narrow_z) counted.take<Real>(most);
     if (y.index && a.elements < kPlaces) counted.take<Real>(most);
-    // use(z, gradient) with the `count` elements from `at` on, as Real.
+    // Calls use(z, gradient) with the `count` elements from `at` on, as Real.
     const auto in_reals = [&](uint64_t at, uint64_t count, Memory memory, const auto& use)
                               __attribute__((always_inline)) {
         Real* const buffer = narrow_z ? memory.take<Real>(count) : nullptr;
@@ -415,7 +417,7 @@ void evaluate_with(const Density& density, const DensityArrays& a, const Values<
                 total = total_of<Total>(density, z, of_y, of_extra, gradient, count, valid);
             });
             if (valid) return total;
-            // z is converted anew: the gradient may stand where it was.
+            // z is converted again: the gradient may have overwritten the buffer.
             Real* const buffer = narrow_z ? memory.take<Real>(count) : nullptr;
             return total_of<Plain>(density, staged(buffer, {a.z, a.dtype}, at, count), of_y, of_extra,
                                    static_cast<Real*>(nullptr), count, valid);
@@ -426,7 +428,7 @@ void evaluate_with(const Density& density, const DensityArrays& a, const Values<
         });
 }
 
-// Copies `count` rows, and returns the largest; a negative one counts as larger than any other.
+// Copies `count` row indices and returns the largest. A negative one counts as larger than any other.
 uint64_t largest_of_copy(int64_t* __restrict__ to, const int64_t* __restrict__ from, uint64_t count) {
     uint64_t largest = 0;
     for (uint64_t i = 0; i < count; ++i) {
@@ -437,7 +439,7 @@ uint64_t largest_of_copy(int64_t* __restrict__ to, const int64_t* __restrict__ f
     return largest;
 }
 
-constexpr double kManyDegrees = 1e4;  // of freedom: from here on a product's rounding errors are multiplied by too much
+constexpr double kManyDegrees = 1e4;  // degrees of freedom; from here on the factor makes LogProduct's errors too large
 
 template <class Real>
 void log_prob_and_gradient_in(const LogDensity& d, const DensityArrays& a, int threads) {
@@ -470,10 +472,10 @@ void log_prob_and_gradient_in(const LogDensity& d, const DensityArrays& a, int t
     }
 }
 
-// Returns the place of the first row out of range, and then nothing is written, or -1.
+// Returns -1, or the place of the first row index out of range; nothing is written then.
 int64_t log_prob_and_gradient(const LogDensity& density, const DensityArrays& arrays, int threads) {
     DensityArrays own = arrays;
-    Scratch<int64_t> rows;  // a copy is checked and used, as another thread may write to those of the call meanwhile
+    Scratch<int64_t> rows;  // a copy is checked and used, because another thread may write to the call's own meanwhile
     if (arrays.rows) {
         rows.allocate(arrays.samples);
         own.rows = rows.data;

@@ -1,9 +1,9 @@
-// Classifier-free guidance and the predicted clean sample, and the gradients of both, in one pass each:
+// Classifier-free guidance and the predicted clean sample in one pass, and their gradients in another:
 //
-//   guided = unconditional + scale (output - unconditional)        where there is one, else the output
+//   guided = unconditional + scale (output - unconditional)        if there is an unconditional output, else the output
 //   x0_hat = p x + q guided
 //
-// The gradients are multiples of the one that comes in: p, q scale and q (1 - scale) times it.
+// The gradients are multiples of the incoming gradient: p, q scale and q (1 - scale) times it.
 #include <cmath>
 
 #include "../../common/binding.h"
@@ -16,7 +16,7 @@
 namespace fastguide::cpu {
 namespace {
 
-// A number for all samples, or one for each.
+// One number for all samples, or one for each.
 struct Numbers {
     double common;
     const double* each;
@@ -24,7 +24,7 @@ struct Numbers {
     double of(uint64_t row) const { return each ? each[row] : common; }
 };
 
-// What both directions know, of tensors [samples, elements].
+// What the forward and the backward pass both need. Tensors are [samples, elements].
 struct Conversion {
     Prediction prediction;
     Numbers alpha, sigma, scale;
@@ -34,7 +34,7 @@ struct Conversion {
     bool per_sample() const { return alpha.each || scale.each; }
 };
 
-// value(i, lanes) of `count` elements to `to`, a vector at a time; past the caches if asked to.
+// Writes value(i, lanes) for `count` elements to `to`, one vector at a time.
 template <class R, class Value>
 FG_INLINE void fill(R* to, uint64_t count, bool past_caches, const Value& value) {
     each_vector(to, past_caches, 0, count, [&](uint64_t i, const auto& lanes) __attribute__((always_inline)) {
@@ -42,7 +42,7 @@ FG_INLINE void fill(R* to, uint64_t count, bool past_caches, const Value& value)
     });
 }
 
-// The same into a result of any type, by way of `buffer` where it is another.
+// The same into a result of any type. If the type is not R, the values go through `buffer`.
 template <class R, class Value>
 FG_INLINE void write(const Result& result, uint64_t begin, uint64_t count, bool past_caches, R* buffer, const Value& value) {
     with_type(result.dtype, [&](auto type) __attribute__((always_inline)) {
@@ -57,10 +57,11 @@ FG_INLINE void write(const Result& result, uint64_t begin, uint64_t count, bool 
     });
 }
 
-// f(row, begin, count, memory) for the elements from `begin` on, all of them with the numbers of sample `row`.
+// Calls f(row, begin, count, memory) for `count` elements from `begin` on. The numbers of sample `row` hold for all of
+// them.
 template <class R, class F>
 void over_samples(const Conversion& c, int buffers, const F& f) {
-    // Where all have the same numbers it does not matter where a sample ends.
+    // If all samples have the same numbers, the ends of samples do not matter.
     const Tiling tiling = c.per_sample() ? Tiling{c.samples, c.elements} : Tiling{1, c.samples * c.elements};
     Memory counted;
     for (int i = 0; i < buffers; ++i) counted.take<R>(kTile);
@@ -74,7 +75,7 @@ void over_samples(const Conversion& c, int buffers, const F& f) {
 
 bool past_caches(const Conversion& c) { return c.samples * c.elements * sizeof(float) >= kPastCaches; }
 
-// `not_finite`: flags of output and unconditional; read where `kWatched`.
+// `not_finite`: flags of output and unconditional; used only if `kWatched`.
 template <class R, bool kWatched>
 void predict(const Conversion& c, const Input& x, const Input& output, const Input& unconditional, const Result& x0,
              int32_t* not_finite) {
@@ -199,8 +200,8 @@ PyObject* predict_x0(Arguments& in) {
     return none();
 }
 
-// grad of x0_hat, its dtype, the gradients in x, model_output and unconditional (each or None), each with its dtype, a
-// conversion
+// gradient in x0_hat, its dtype, the gradients in x, model_output and unconditional (each may be None), each followed by
+// its dtype, a conversion
 PyObject* predict_x0_backward(Arguments& in) {
     const void* data = in.pointer("grad");
     const Input grad{data, in.dtype()};

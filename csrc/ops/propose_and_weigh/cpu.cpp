@@ -5,7 +5,7 @@
 namespace fastguide::cpu {
 namespace {
 
-// [particles], in double or float.
+// Log-weights [particles], in double or float.
 struct Weights {
     const void* before;
     void* after;
@@ -20,14 +20,14 @@ void propose_and_weigh_as(const ReverseStep& step, const Weights& weights) {
     const auto before = static_cast<const W*>(weights.before);
     const auto after = static_cast<W*>(weights.after);
     const double inverse = 1.0 / static_cast<double>(call.common.value[kTau]);
-    // `sum` of tau times the terms of its log-density ratio; a weight without noise keeps its bits
+    // `sum`: tau times the particle's log-density ratio. A weight without noise keeps its bits.
     const auto weigh = [&](uint64_t row, double sum) __attribute__((always_inline)) {
         const double tau = static_cast<double>(call.tau_of(row)), weight = static_cast<double>(before[row]);
         const double over = step.per_particle ? 1.0 / tau : inverse;
         after[row] = tau == 0.0 ? before[row] : static_cast<W>(weight - sum * over);
     };
     const uint64_t parts = tiling.rows_per_tile() > 1 ? 1 : tiling.tiles_per_row();
-    const Scratch<double> sums(parts > 1 ? tiling.tiles() : 0);  // one particle's tiles may be many threads'
+    const Scratch<double> sums(parts > 1 ? tiling.tiles() : 0);  // different threads may take the tiles of one particle
     const uint64_t most = tiling.largest() + kLanes64, most_rows = elements < kPlaces ? most : 0;
     Memory counted = TileBuffers<R>::counted(call);
     counted.take<R>(most), counted.take<double>(most_rows);
@@ -69,7 +69,7 @@ PyObject* propose_and_weigh(Arguments& in) {
     read_coefficients(in, step, five);
     read_scale(in, step);
     read_shape(in, step);
-    expect_memory("log_weights", weights.before, step.shape.particles);  // which may have no other elements
+    expect_memory("log_weights", weights.before, step.shape.particles);  // particles have weights even without elements
     without_gil([&] {
         prepare_results(step);
         if (step.shape.particles == 0) return;

@@ -7,12 +7,12 @@
 #include "../../cuda/counter.cuh"
 
 namespace fastguide::cuda {
-namespace detail {  // named: nvcc puts a hash of the command line into the names of an anonymous one
+namespace detail {  // not anonymous: nvcc would put a hash of the command line into its names
 
 constexpr unsigned kThreads = 256;
-constexpr uint64_t kMaxBlocks = 1u << 14;  // beyond, a thread takes several units and divides once
+constexpr uint64_t kMaxBlocks = 1u << 14;  // for larger arrays a thread takes several units, with one division in all
 
-// A thread's unit of work: as many groups of four normals as fill 16 bytes.
+// A thread's unit of work: as many groups of four normals as 16 bytes hold.
 template <class T>
 struct alignas(16) Unit {
     static constexpr int groups = 4 / static_cast<int>(sizeof(T));
@@ -36,8 +36,8 @@ __device__ void four_normals(const RandnShape& shape, Position at, T* z) {
     z[3] = round_to<T>(second.z1);
 }
 
-// Units of the flat index row * groups + group. kWide: elements % 4 == 0 and `out` is aligned to 16 bytes, so
-// that unit u lies at element 4 * Unit::groups * u whatever rows it spans.
+// Units of the flat index row * groups + group. kWide: elements % 4 == 0 and `out` is aligned to 16 bytes. Then unit u is
+// at element 4 * Unit::groups * u, even if it spans two rows.
 template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads)
     randn_kernel(T* __restrict__ out, const RandnShape given, const CounterOnDevice counter, uint64_t groups,
@@ -99,7 +99,7 @@ __global__ void philox_kernel(uint32_t* out, Words4 counter, uint32_t key0, uint
 }
 
 // out, its dtype, particles, elements, seed, step, stream, first_particle, addresses of a seed and of a step on the device
-// (or 0), which take the place of the numbers, CUDA stream. Returns at once.
+// (or 0) that replace the numbers, CUDA stream. Returns at once.
 PyObject* call_randn(Arguments& in) {
     void* const out = in.pointer("out");
     const Dtype dtype = in.dtype(Dtype::bfloat16);
@@ -118,7 +118,7 @@ PyObject* call_randn(Arguments& in) {
     return none();
 }
 
-// four words on the device, counter, key, CUDA stream: the known answers, asked of the hardware itself
+// four words on the device, counter, key, CUDA stream. For tests of the known answers on the hardware.
 PyObject* call_philox(Arguments& in) {
     const auto out = in.pointer<uint32_t>("out");
     const auto [counter, key0, key1] = read_philox(in);

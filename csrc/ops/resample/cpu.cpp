@@ -1,11 +1,12 @@
-// Resampling in a few passes over the log-weights of a row, a block of particles at a time: the largest, the sums of
-// the integer weights, then for each particle the number of slots before its end, from which ancestors follow. The
-// integer weights are computed anew in each pass: reading them back would cost as much, and 8 bytes a particle.
+// Resampling in a few passes over the log-weights of a row, one block of particles at a time. The passes find the
+// largest log-weight, the sums of the integer weights, and for each particle the number of slots of all particles up to
+// it, which gives the ancestors. Each pass computes the integer weights again: reading them back would take as long, and
+// 8 bytes a particle.
 //
-// What a pass needs of the blocks before its own are prefix sums of integers, so no result depends on the sharing.
+// From the blocks before its own, a pass needs only prefix sums of integers. So no result depends on the number of threads.
 //
-// Another thread may write to the log-weights meanwhile. So before a pass counts slots from a block's weights, it looks
-// whether they are in range and come to the sum that the first pass found: see Row::weights_of.
+// Another thread may write to the log-weights meanwhile. So before a pass counts slots from the weights of a block, it
+// checks that they are in range and have the sum that the first pass found: see Row::weights_of.
 #include "../../common/binding.h"
 #include "../../common/log.h"
 #include "../../common/weights.h"
@@ -24,17 +25,17 @@ struct Resampling : fastguide::Resampling {
     int threads;
 };
 
-constexpr int64_t kBlock = 1024;         // particles or slots: the buffers for them stay in the first-level cache
-constexpr int64_t kKept = 4 * kBlock;    // rows this short keep their integer weights from one pass to the next
-constexpr int64_t kShort = 256 * kBlock;  // and these may be shared out whole
-constexpr int64_t kLong = 32 * kBlock;   // rows worth more than one thread
+constexpr int64_t kBlock = 1024;         // particles or slots; their buffers fit the first-level cache
+constexpr int64_t kKept = 4 * kBlock;    // rows up to this size keep their integer weights between passes
+constexpr int64_t kShort = 256 * kBlock;  // rows up to this size may be given to one thread each
+constexpr int64_t kLong = 32 * kBlock;   // rows from this size on are worth several threads
 constexpr uint64_t kBlockGrain = 16;
 constexpr int kGroup = 16;  // particles whose slots are filled together
 constexpr int kFour = 4 * kLanes64, kEight = 2 * kFour;
 
 FG_INLINE int64_t blocks_of(int64_t count) { return (count + kBlock - 1) / kBlock; }
 FG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-// Room for so many, whatever number of them is stored at a time.
+// `count` rounded up, so that stores of whole vectors and groups stay inside a buffer of this size.
 constexpr uint64_t padded_to_vectors(int64_t count) {
     static_assert(64 % kEight == 0 && 64 % kGroup == 0);
     return static_cast<uint64_t>((count + 63) / 64 * 64);
@@ -64,7 +65,7 @@ FG_INLINE uint64_t sum_of_lanes(V v) {
     return sum;
 }
 
-// `sum` and what comes before each element or with it; moves `sum` on.
+// Running sums, each with its own element, that start from `sum`. Adds all elements to `sum`.
 FG_INLINE I64 running_sums(I64& sum, I64 v) {
     const I64 within = prefix_sums(v), sums = sum + within;
     sum += last_lane(within);
@@ -83,23 +84,23 @@ FG_INLINE void store_narrow(int32_t* to, const Twin<V>& v) {
     store_narrow(to + sizeof(V) / sizeof(int64_t), v.b);
 }
 
-// Of integer weights: their sum, that of their squares or 0, and the bits that any of them has.
+// Sums over integer weights: the weights, their squares (or 0), and the bitwise OR of the weights.
 struct Sums {
     uint64_t weights, squares, bits;
 
-    // Whether no weight is negative, and their sum no more than `count` times the largest that a weight can be.
+    // Whether no weight is negative, and the sum is at most `count` times the largest possible weight.
     bool in_range(int64_t count, int scale) const {
         return bits >> (scale + 1) == 0 && weights <= static_cast<uint64_t>(count) << scale;
     }
 };
 
-// The integer weights of `count` particles, a multiple of kEight, and their sums modulo 2^64: those of weights that change
-// meanwhile may be any number. Not inlined, lest GCC spill.
+// The integer weights of `count` particles, a multiple of kEight, and their sums modulo 2^64 (if weights change meanwhile,
+// a sum may be any number). Not inlined: GCC would spill registers.
 template <bool kSquares, class T>
 __attribute__((noinline)) Sums weigh_whole(int64_t* q, const T* log_weights, int64_t count, double top, int scale) {
     U64 weights{}, squares{}, bits{};
     for (int64_t i = 0; i < count; i += kEight) {
-        auto x = exponential<EightLanes>(load_eight(log_weights + i) - top);  // const, GCC would copy it by halves
+        auto x = exponential<EightLanes>(load_eight(log_weights + i) - top);  // not const: GCC would then copy it in halves
         const Eight<I64> weight = integer_weight(x, scale);
         store(q + i, weight);
         weights += sum_of(EightLanes::to_unsigned(weight));
@@ -111,7 +112,7 @@ __attribute__((noinline)) Sums weigh_whole(int64_t* q, const T* log_weights, int
     return {sum_of_lanes(weights), sum_of_lanes(squares), any};
 }
 
-// The same for any number up to kBlock; zeros to the next multiple of kEight.
+// The same for any `count` up to kBlock. The weights are padded with zeros to the next multiple of kEight.
 template <bool kSquares, class T>
 FG_INLINE Sums weigh(int64_t* q, const T* log_weights, int64_t count, double top, int scale) {
     const int64_t whole = count / kEight * kEight;
@@ -141,7 +142,7 @@ struct RandomWords {
     }
 };
 
-// Exponentials of one block of [0, uniforms], all but the very last of which are stored; returns their sum.
+// Draws one block of the uniforms + 1 exponentials of a row and returns their sum. The last of the row is not stored.
 FG_INLINE int64_t draw_exponentials(uint32_t* out, const RandomWords& random, int64_t block, int64_t uniforms) {
     constexpr int kHalf = 4 * kLanes64, kDrawn = 2 * kHalf;
     const int64_t end = smaller(uniforms, (block + 1) * kBlock);
@@ -175,7 +176,7 @@ FG_INLINE int64_t draw_exponentials(uint32_t* out, const RandomWords& random, in
     return sum + static_cast<int64_t>(sum_of_lanes(sums));
 }
 
-// The sorted uniforms of a row, made of its exponentials in a window that moves on.
+// The sorted uniforms of a row, computed from its exponentials in a moving window.
 class Uniforms {
 public:
     Uniforms(const uint32_t* exponentials, const int64_t* sums, int64_t count, const Spacing& spacing, double* window)
@@ -183,9 +184,9 @@ public:
 
     static uint64_t window(int64_t count) { return static_cast<uint64_t>(smaller(count, 2 * kBlock) + 2 * kAhead); }
 
-    // Moves to the first that is not below `bound`, and returns how many are.
+    // Moves to the first uniform that is not below `bound`, and returns how many are below.
     int64_t seek(double bound) {
-        int64_t low = 0, high = blocks_of(count_) - 1;  // its block is the first whose sum at the end is not below
+        int64_t low = 0, high = blocks_of(count_) - 1;  // find the first block whose last uniform is not below
         while (low < high) {
             const int64_t middle = (low + high) / 2;
             if (sorted_uniform<OneWideLane>(sums_[middle + 1], spacing_) < bound) low = middle + 1;
@@ -204,8 +205,9 @@ public:
         return window_[begin_] < bound;
     }
 
-    // counts[k]: how many lie below bounds[k], bits of doubles that ascend, a multiple of kFour of them; moves to the
-    // first that is not below the last. Four quarters of them are four chains of steps that need not wait for each other.
+    // counts[k]: how many uniforms are below bounds[k]. The bounds are the bits of ascending doubles; their number is a
+    // multiple of kFour. Moves to the first uniform that is not below the last bound. The bounds are handled in four
+    // quarters: four independent chains of instructions.
     void count(int32_t* counts, const int64_t* bounds, int64_t number) {
         const int64_t quarter = number / 4;
         for (bool first = true;; first = false) {
@@ -232,9 +234,9 @@ public:
     }
 
 private:
-    static constexpr int kAhead = 2 * kBounds;  // compared at a time: about half of it lies below the last bound
+    static constexpr int kAhead = 2 * kBounds;  // uniforms compared at a time; about half are below the last bound
 
-    // The window's first that is not below the bound.
+    // The place in the window of the first uniform that is not below the bound.
     FG_INLINE int64_t first_not_below(double bound) const {
         const double* at = window_ + begin_;
         for (int64_t left = end_ - begin_; left > 0;) {
@@ -255,7 +257,7 @@ private:
         return counts[0] + counts[1];
     }
 
-    // What is left to the front, then the next block; infinity after it all.
+    // Moves the rest of the window to its front and adds the next block. Infinity follows the last uniform.
     void refill() {
         const int64_t begin = next_block_ * kBlock, size = smaller(count_ - begin, kBlock), left = end_ - begin_;
         if (left > kBlock || (size <= 0 && left > 0)) return;
@@ -280,7 +282,7 @@ private:
     }
 
     const uint32_t* exponentials_;
-    const int64_t* sums_;  // before each block
+    const int64_t* sums_;  // the sum of the exponentials before each block
     int64_t count_;
     Spacing spacing_;
     double* const window_;
@@ -289,7 +291,7 @@ private:
 
 // --- slots to ancestors -------------------------------------------------------------------------------------
 
-// Copies of a particle's number that are stored at once.
+// Copies of one particle's index, stored at once.
 using Copies = std::conditional_t<kBytes == 64, HalfI32, I32>;
 constexpr int kStored = sizeof(Copies) / sizeof(int32_t), kCopies = 8;
 
@@ -297,7 +299,7 @@ FG_INLINE void store_copies(int32_t* to, Copies copies) {
     for (int i = 0; i < kCopies; i += kStored) store(to + i, copies);
 }
 
-// At least kCopies of them: the last store reaches back over what is there already.
+// Fills at least kCopies slots. The last store overlaps the one before.
 FG_INLINE void fill_many(int32_t* from, int32_t* to, int32_t value) {
     const Copies copies = value - Copies{};
     for (; from < to - kCopies; from += kCopies) store_copies(from, copies);
@@ -309,7 +311,7 @@ FG_INLINE void fill_exactly(int32_t* from, int32_t* to, int32_t value) {
     for (; from < to; ++from) *from = value;
 }
 
-// Of 16 particles, bit i says whether particle i has more slots than `count`.
+// For a group of 16 particles, bit i says whether particle i has more slots than `count`.
 FG_INLINE uint32_t more_slots(const int32_t* ends, int32_t count) {
     uint32_t mask = 0;
     for (int i = 0; i < kGroup; i += kLanes32)
@@ -317,8 +319,8 @@ FG_INLINE uint32_t more_slots(const int32_t* ends, int32_t count) {
     return mask;
 }
 
-// Particle `first` + k into slots ends[k - 1] to ends[k], for whole groups of particles. Four copies of each are stored,
-// those too many under what is stored next; nothing at `limit` or after it.
+// Writes particle `first` + k into slots ends[k - 1] to ends[k], for whole groups of particles. kCopies copies of each are
+// stored without a branch; the next particle overwrites the surplus. Nothing is written at `limit` or after it.
 FG_INLINE void fill_slots(int32_t* out, const int32_t* ends, int64_t count, int64_t first, int64_t limit) {
     for (int64_t k = 0; k < count; k += kGroup) {
         const int32_t* end = ends + k;
@@ -338,8 +340,8 @@ FG_INLINE void fill_slots(int32_t* out, const int32_t* ends, int64_t count, int6
     }
 }
 
-// The same for the slots that a particle has beyond its first, one particle's after the other's from `out` on; notes
-// who has any slot. Returns how many slots it filled, with `room` for them.
+// The same for the spares, the slots that a particle has beyond its first. They are written one after the other from `out`
+// on; `out` has `room` slots. Sets the bits of the particles that have any slot. Returns the number of spares.
 FG_INLINE int64_t fill_spares(int32_t* out, uint16_t* alive, const int32_t* ends, int64_t count, int64_t first,
                               int64_t room) {
     int64_t at = 0;
@@ -375,7 +377,8 @@ FG_INLINE int64_t fill_spares(int32_t* out, uint16_t* alive, const int32_t* ends
     return at;
 }
 
-// The living of particles `first`.. to their own places, spares in the order in which they stand to the others.
+// Writes the ancestors of `size` slots from `first` on. A living particle keeps its own slot; the slots of the dead take
+// the spares in order.
 FG_INLINE void place(int32_t* out, const uint16_t* alive, const int32_t* spares, int64_t first, int64_t size) {
     int64_t k = 0;
 #if defined(__AVX512F__)
@@ -389,15 +392,15 @@ FG_INLINE void place(int32_t* out, const uint16_t* alive, const int32_t* spares,
 #endif
     for (; k < size; ++k) {
         const int32_t dead = (alive[k / kGroup] >> (k % kGroup) & 1) - 1, name = static_cast<int32_t>(first + k);
-        out[k] = name ^ ((name ^ *spares) & dead);  // no branch: who lives is not foreseen
+        out[k] = name ^ ((name ^ *spares) & dead);  // no branch: the processor could not predict who lives
         spares -= dead;
     }
 }
 
 // --- a row --------------------------------------------------------------------------------------------------
 
-// Of each block of a row, and one entry more: first what a pass sums over the block, then the sums over all before.
-// `kept`: the weights of a row short enough.
+// Tables with an entry for each block of a row, and one more. A pass first writes the sums over each block. These then
+// become the sums over all blocks before. `kept`: the integer weights of a short row.
 struct Tables {
     int64_t *weights, *squares, *copies, *slots, *spares, *exponentials;
     uint16_t* alive;
@@ -415,8 +418,8 @@ struct Tables {
     }
 };
 
-// What a thread needs for a block: its weights unless the row keeps them, its slots after kGroup others, and what the
-// scheme asks for.
+// The buffers of a thread for one block: the weights unless the row keeps them, the slots (with kGroup entries before
+// them), and what the scheme needs.
 struct BlockBuffers {
     int64_t* weights;
     int32_t *slots, *copies;
@@ -434,7 +437,7 @@ struct BlockBuffers {
 };
 
 FG_INLINE int64_t sum_before(int64_t* sums, int64_t count) {
-    uint64_t sum = 0;  // modulo 2^64, as the squares of weights that change meanwhile may be any number
+    uint64_t sum = 0;  // modulo 2^64: if weights change meanwhile, their squares may be any number
     for (int64_t i = 0; i < count; ++i) {
         const auto own = static_cast<uint64_t>(sums[i]);
         sums[i] = static_cast<int64_t>(sum);
@@ -488,7 +491,7 @@ public:
     }
 
 private:
-    // f(begin, end, buffers) for ranges of [0, count)
+    // Calls f(begin, end, buffers) for ranges of [0, count).
     template <class F>
     FG_INLINE void share_blocks(int64_t count, const F& f) {
         const Sharing sharing(static_cast<uint64_t>(blocks_of(count)), kBlockGrain, threads_);
@@ -518,8 +521,8 @@ private:
     }
 
     // The integer weights of a block: in `buffer`, or where the first pass left them. Null if they are out of range or
-    // no longer come to the sum that the tables have. Any others ascend from the table's entry for this block to that
-    // for the next, and so do the slots that are counted from them.
+    // their sum is no longer the one in the tables. Otherwise their running sums ascend from the table's entry for this
+    // block to the next entry, and so do the slots that are counted from them.
     FG_INLINE int64_t* weights_of(int64_t block, int64_t size, int64_t* buffer) {
         if (particles_ <= kKept) return tables_.kept + block * kBlock;
         const Sums sums = weigh<false>(buffer, log_weights_ + block * kBlock, size, top_, scale_);
@@ -531,7 +534,7 @@ private:
         for_each_block(particles_, [&](int64_t block, int64_t size, const BlockBuffers& buffers) {
             int64_t* const q = particles_ <= kKept ? tables_.kept + block * kBlock : buffers.weights;
             Sums sums = weigh<true>(q, log_weights_ + block * kBlock, size, top_, scale_);
-            if (!sums.in_range(size, scale_)) {  // changed since the largest was found: all count as dead
+            if (!sums.in_range(size, scale_)) {  // they changed after the largest was found: set them all to 0
                 sums = {};
                 for (int64_t i = 0; i < (size + kEight - 1) / kEight * kEight; ++i) q[i] = 0;
             }
@@ -595,7 +598,7 @@ private:
         return sum_before(tables_.copies, blocks_);
     }
 
-    // Into the output that is written last.
+    // The scratch buffer for the exponentials: the output that is written last.
     uint32_t* exponentials() const {
         return call_.sorted ? reinterpret_cast<uint32_t*>(after_) : reinterpret_cast<uint32_t*>(ancestors_);
     }
@@ -607,7 +610,7 @@ private:
         spacing_ = spacing_of(total, sum_before(tables_.exponentials, blocks_of(uniforms + 1)));
     }
 
-    // The bound below which uniforms belong to the blocks before this one.
+    // Uniforms below this bound belong to the blocks before this one.
     template <Scheme kScheme>
     double bound_before(int64_t block) const {
         const int64_t q = tables_.weights[block];
@@ -638,7 +641,7 @@ private:
         return kScheme == Scheme::residual ? tables_.copies[block] + drawn : drawn;
     }
 
-    // Ancestors of the slots that belong to the particles of blocks [begin, end).
+    // Finds the ancestors of the slots that belong to the particles of blocks [begin, end).
     template <Scheme kScheme>
     void draw_blocks(int64_t begin, int64_t end, int64_t drawn, const BlockBuffers& buffers) {
         constexpr bool kDraws = kScheme == Scheme::multinomial || kScheme == Scheme::residual;
@@ -674,8 +677,8 @@ private:
         }
     }
 
-    // ends[k]: the slots of all particles of the row up to this one. Overwrites the weights. Returns false where these no
-    // longer agree with the tables.
+    // ends[k]: the number of slots of all particles of the row up to the k-th of this block. Overwrites the weights.
+    // Returns false if the weights no longer agree with the tables.
     template <Scheme kScheme>
     FG_INLINE bool count_slots(int32_t* ends, int64_t block, int64_t size, Uniforms& uniforms, const BlockBuffers& buffers) {
         int64_t* const q = weights_of(block, size, buffers.weights);
@@ -712,25 +715,25 @@ private:
         return true;
     }
 
-    // All slots of a block to its first particle.
+    // Gives all slots of a block to its first particle.
     template <Scheme kScheme>
     __attribute__((noinline, cold)) void give_to_first(int32_t* ends, int64_t padded, int64_t block, Uniforms& uniforms) const {
         const int64_t all = slots_before<kScheme>(block + 1, uniforms);
         for (int64_t i = 0; i < padded; ++i) ends[i] = static_cast<int32_t>(all);
     }
 
-    // Survivors stay in place, and the spares of one block after the other fill the dead slots.
+    // Survivors keep their places. The spares, block after block, fill the slots of the dead.
     void settle() {
         sum_before(tables_.spares, blocks_);
         tables_.slots[blocks_] = number_;
-        const auto dead_before = [&](int64_t block) {  // as many as there are slots that are not the survivors'
+        const auto dead_before = [&](int64_t block) {  // particles before the block minus survivors (slots minus spares)
             return smaller(block * kBlock, particles_) - (tables_.slots[block] - tables_.spares[block]);
         };
         const int32_t* const filled = reinterpret_cast<const int32_t*>(after_);
         for_each_block(particles_, [&](int64_t block, int64_t size, const BlockBuffers& buffers) {
             int32_t* const spares = buffers.slots;
             const int64_t rank = dead_before(block), wanted = dead_before(block + 1) - rank;
-            int64_t from = 0, above = blocks_;  // the block that has the spare of this rank
+            int64_t from = 0, above = blocks_;  // find the block that has the spare of this rank
             while (above - from > 1) {
                 const int64_t middle = (from + above) / 2;
                 if (tables_.spares[middle] <= rank) from = middle;
@@ -750,7 +753,7 @@ private:
 
     const Resampling& call_;
     const Tables tables_;
-    const Workspace& workspace_;  // of BlockBuffers
+    const Workspace& workspace_;  // for BlockBuffers
     const uint64_t index_;
     const RandomWords random_;
     const int64_t particles_, number_, blocks_;
@@ -760,7 +763,7 @@ private:
     int32_t* const ancestors_;
     const int scale_;
     double top_ = 0.0;
-    int64_t total_ = 0, squares_ = 0, first_ = 0;  // first_: the uniform below Q of systematic resampling
+    int64_t total_ = 0, squares_ = 0, first_ = 0;  // first_: the uniform integer below Q for systematic resampling
     Slots slots_{};
     Spacing spacing_{};
 };
@@ -769,7 +772,7 @@ template <class T>
 void resample_rows(const Resampling& call) {
     const int64_t particles = static_cast<int64_t>(call.particles), number = static_cast<int64_t>(call.number);
     const int64_t size = particles > number ? particles : number;
-    Memory tables, blocks;  // counted
+    Memory tables, blocks;  // these only count
     Tables(call, tables);
     BlockBuffers(call, blocks);
     if (size > kShort || (size >= kLong && call.rows < 2 * static_cast<uint64_t>(call.threads))) {

@@ -1,14 +1,14 @@
-// Resampling. Rows of up to 4096 particles and slots (in residual resampling 2048) take one launch, with a block for
-// each row. Longer ones are cut into tiles, a block for each, and take a fixed sequence of launches: the largest
-// log-weight, the sums of the integer weights, the slots before each tile, and the ancestors. Whatever depends on
-// values is decided on the device.
+// Resampling. Rows of up to 4096 particles and slots (2048 in residual resampling) take one launch, with one block for
+// each row. Longer rows are cut into tiles, with one block for each tile. They take a fixed sequence of launches: the
+// largest log-weight, the sums of the integer weights, the slots before each tile, and the ancestors. Every decision
+// that depends on values is made on the device.
 //
-// The integer weights are computed anew in each pass, as in cpu.cpp: 4 bytes a particle are read
-// where 8 would be written and read. Prefix sums are those of integers, so no result depends on how the row is cut.
+// Each pass computes the integer weights again, as in cpu.cpp. It reads 4 bytes a particle; otherwise 8 bytes would be
+// written and read. Prefix sums are sums of integers, so no result depends on how a row is cut.
 //
-// Another stream may write to the log-weights meanwhile, and to a seed that stands on the device. A short row is read once.
-// So is a long row's counter, and where the weights of a tile no longer come to the sum that the tables have, the tile's
-// first particle takes its slots.
+// Another stream may write to the log-weights meanwhile, and to a seed on the device. A short row reads its log-weights
+// once. A long row reads its counter once. If the weights of a tile no longer have the sum in the tables, the tile's first
+// particle takes all its slots.
 #include "../../common/binding.h"
 
 #include <cub/block/block_reduce.cuh>
@@ -32,46 +32,46 @@ struct Resampling : fastguide::Resampling {
 };
 
 constexpr int kItems = 8;      // consecutive particles or slots of a thread
-constexpr int kThreads = 256;  // of a tile
+constexpr int kThreads = 256;  // threads of a tile's block
 constexpr int64_t kTile = kThreads * kItems;
-constexpr int64_t kMany = 8 * kTile;  // slots that a tile's own block fills: what is beyond is shared out
-constexpr int kAbreast = 4;           // tiles of which a block finds the largest log-weight
-constexpr int kFewThreads = 128;      // of the block that takes the shortest rows
+constexpr int64_t kMany = 8 * kTile;  // slots that a tile's own block fills at most; other blocks fill the rest
+constexpr int kAbreast = 4;           // tiles that a block of find_tops reads
+constexpr int kFewThreads = 128;      // threads of the block for the shortest rows
 constexpr int kScanThreads = 1024, kScanItems = 4, kSearchThreads = 256;
 
-// Threads of the block that takes other short rows; with 512, residual resampling would spill registers.
+// Threads of the block for the other short rows. With 512, residual resampling would spill registers.
 FG_HD constexpr int short_threads(Scheme scheme) { return scheme == Scheme::residual ? 256 : 512; }
 
 enum class Verdict : int { draw, keep, zero };  // zero: all ancestors are 0
 
-// What is known of a row once its weights are summed.
+// What is known about a row once its weights are summed.
 struct Row {
     double top, log_mean_weight;
     uint64_t seed;
     uint32_t step;
-    double reciprocal;  // of the sum
+    double reciprocal;  // 1 / the sum of the weights
     Slots slots;
-    int64_t first;     // the uniform below the sum of systematic resampling
-    int64_t uniforms;  // sorted ones, of multinomial and residual resampling
+    int64_t first;     // systematic resampling: the uniform integer below the sum
+    int64_t uniforms;  // multinomial and residual resampling: how many sorted uniforms
     Spacing spacing;
     Verdict verdict;
 };
 
 FG_HD int64_t tiles_of(int64_t count) { return (count + kTile - 1) / kTile; }
 
-// A call, and its workspace. Tables have an entry for each tile of a row and one more: first what a pass sums over the
-// tile, then the sum of all before.
+// A call, and its workspace. Tables have an entry for each tile of a row and one more. A pass first writes the sum over
+// each tile. These then become the sums over all tiles before.
 struct Job {
     Resampling call;
     int scale;
-    int64_t particles, number, tiles, slot_tiles;  // slot_tiles: of number + 1 exponentials
+    int64_t particles, number, tiles, slot_tiles;  // slot_tiles: the tiles of number + 1 exponentials
     uint64_t bytes = 0;
-    uint64_t* tops = nullptr;  // [rows] keys, and whether any tile has more slots than its block fills
+    uint64_t* tops = nullptr;  // [rows + 1]: keys of the largest; last, whether any tile has more than kMany slots
     Row* rows = nullptr;
     uint64_t *weights = nullptr, *squares = nullptr, *copies = nullptr, *slots = nullptr, *spares = nullptr;
     uint64_t* exponentials = nullptr;
     double* uniforms = nullptr;  // [rows, number]
-    int32_t* spare = nullptr;    // [rows, number]: from each tile's first slot on, its spares' particles
+    int32_t* spare = nullptr;    // [rows, number]: the particles of a tile's spares, from the tile's first slot on
     uint8_t* alive = nullptr;    // [rows, tiles + 1, kThreads]: a bit for each particle
 
     Job(const Resampling& of, void* memory)
@@ -122,7 +122,7 @@ __device__ __forceinline__ bool is_whole_line(const T* items, int64_t left) {
     return left >= kItems && reinterpret_cast<uintptr_t>(items) % alignof(Line<T>) == 0;
 }
 
-// items[first..] of `count`, and beyond them -infinity.
+// Loads items[first...]; items from `count` on are -infinity.
 template <class T>
 __device__ __forceinline__ void load_items(double (&to)[kItems], const T* items, int64_t first, int64_t count) {
     Line<T> line;
@@ -158,7 +158,7 @@ __device__ __forceinline__ void load_log_weights(double (&to)[kItems], const Job
     else load_items(to, static_cast<const float*>(from) + start, first, job.particles);
 }
 
-// Ancestors and log-weights of the slots from `first` on.
+// Stores ancestors and log-weights of the slots from `first` on.
 __device__ __forceinline__ void store_slots(const Job& job, int64_t row, int64_t first,
                                             const int32_t (&ancestors)[kItems], const double (&after)[kItems]) {
     const int64_t start = row * job.number;
@@ -168,7 +168,7 @@ __device__ __forceinline__ void store_slots(const Job& job, int64_t row, int64_t
     else store_items(static_cast<float*>(to) + start, first, job.number, after);
 }
 
-// The block's threads store `count` slots from `first` on, of which the k-th has ancestor(k).
+// The block's threads store `count` slots from `first` on. The ancestor of the k-th is ancestor(k).
 template <class Ancestor>
 __device__ __forceinline__ void store_slots(const Job& job, int64_t row, int64_t first, int64_t count, double after,
                                             const Ancestor& ancestor) {
@@ -194,7 +194,7 @@ __device__ __forceinline__ void keep_items(const Job& job, int64_t row, int64_t 
     store_slots(job, row, first, ancestors, log_weights);
 }
 
-// --- what the threads of a block find together --------------------------------------------------------------
+// --- results of a whole block -------------------------------------------------------------------------------
 
 template <int kBlock>
 using SumScan = cub::BlockScan<uint64_t, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
@@ -211,11 +211,11 @@ union Storage {
     int32_t last[kBlock];
 };
 
-// The sum over the threads before this one, and over all.
+// Returns the sum over the threads before this one; `total` is the sum over all.
 template <int kBlock>
 __device__ __forceinline__ uint64_t sum_before(Storage<kBlock>& storage, uint64_t value, uint64_t& total) {
     uint64_t before;
-    __syncthreads();  // of the storage's last use
+    __syncthreads();  // the storage may still be in use
     SumScan<kBlock>(storage.sum).ExclusiveSum(value, before, total);
     return before;
 }
@@ -228,7 +228,7 @@ __device__ __forceinline__ int32_t largest_before(Storage<kBlock>& storage, int3
     return before;
 }
 
-// These two in the first thread alone.
+// The next two functions return their result in the first thread only.
 template <int kBlock>
 __device__ __forceinline__ uint64_t largest_of_all(Storage<kBlock>& storage, uint64_t value) {
     __syncthreads();
@@ -240,7 +240,7 @@ __device__ __forceinline__ uint64_t sum_of_all(Storage<kBlock>& storage, uint64_
     return Reduce<kBlock>(storage.reduce).Sum(value);
 }
 
-// The first of [low, high) of which `before` does not hold, or high, below 2^31. It is sought near the front first.
+// The first i in [low, high) for which before(i) is false, or `high`, which is below 2^31. The search starts near `low`.
 template <class Before>
 __device__ __forceinline__ uint32_t first_not(uint32_t low, uint32_t high, const Before& before) {
     uint32_t stride = 1;
@@ -256,7 +256,7 @@ __device__ __forceinline__ uint32_t first_not(uint32_t low, uint32_t high, const
 
 // --- weights ------------------------------------------------------------------------------------------------
 
-// Ordered as numbers are, with NaN above all and 0 below.
+// Keys have the order of the numbers. The key of NaN is above all, and key 0 is below all.
 __device__ __forceinline__ uint64_t key_of(double v) {
     const uint64_t bits = static_cast<uint64_t>(OneWideLane::bits(v)), sign = uint64_t{1} << 63;
     return v != v ? ~uint64_t{0} : bits & sign ? ~bits : bits | sign;
@@ -271,13 +271,13 @@ struct Sums {
     uint64_t weights, squares;
 };
 
-// Log-weights to integer weights, and this thread's sums. If the largest was found in an earlier kernel, it may be the
-// largest no more: all are 0 where a weight is negative, or no less than twice what a weight can be.
+// Computes integer weights, and returns this thread's sums. If an earlier kernel found the largest log-weight (`kEarlier`),
+// it may have changed since. So all weights become 0 if one is negative, or twice the largest possible weight or more.
 template <bool kEarlier = true>
 __device__ __forceinline__ Sums weigh(int64_t (&q)[kItems], const double (&log_weights)[kItems], double top,
                                       int scale) {
     Sums sums{};
-    uint64_t bits = 0;  // that any of the weights has
+    uint64_t bits = 0;  // the bitwise OR of the weights
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
         const auto x = exponential<OneWideLane>(log_weights[i] - top);
@@ -296,7 +296,7 @@ __device__ __forceinline__ Sums weigh(int64_t (&q)[kItems], const double (&log_w
     return sums;
 }
 
-// The whole copies that residual resampling makes of each; their sum.
+// The whole copies that residual resampling makes of each particle. Returns their sum.
 __device__ __forceinline__ uint64_t copy_whole(uint32_t (&copies)[kItems], const int64_t (&q)[kItems],
                                                const Slots& slots) {
     uint64_t sum = 0;
@@ -321,7 +321,7 @@ struct RandomWords {
         seed = now.seed;
         step = now.step;
     }
-    // As it was when the row was judged.
+    // With the seed and the step that `judge` read.
     __device__ RandomWords(const Resampling& call, int64_t of, const Row& known)
         : row(call.first_row + static_cast<uint64_t>(of)), seed(known.seed), step(known.step), stream(call.stream) {}
 
@@ -331,7 +331,7 @@ struct RandomWords {
     }
 };
 
-// The exponentials `first`.. of a row that has one more than `uniforms`, and 0 beyond them; their sum.
+// The exponentials from `first` on of a row that has uniforms + 1 of them, then 0. Returns their sum.
 __device__ __forceinline__ uint64_t draw_exponentials(uint32_t (&to)[kItems], const RandomWords& random, int64_t first,
                                                       int64_t uniforms) {
     uint64_t sum = 0;
@@ -349,7 +349,7 @@ __device__ __forceinline__ uint64_t draw_exponentials(uint32_t (&to)[kItems], co
     return sum;
 }
 
-// Of uniforms below their number, or in multinomial resampling below the sum of the weights.
+// For uniforms below their number, or in multinomial resampling below the sum of the weights.
 __device__ __forceinline__ Spacing spacing_of(const Row& row, Scheme scheme, int64_t uniforms, uint64_t exponentials) {
     const uint64_t bound = scheme == Scheme::residual ? static_cast<uint64_t>(uniforms) : row.slots.total;
     return fastguide::spacing_of(static_cast<double>(bound), static_cast<int64_t>(exponentials));
@@ -357,7 +357,7 @@ __device__ __forceinline__ Spacing spacing_of(const Row& row, Scheme scheme, int
 
 // --- a row --------------------------------------------------------------------------------------------------
 
-// Writes the mean weight and the effective sample size.
+// Decides what is done with a row. Writes its mean weight and effective sample size.
 __device__ __forceinline__ Row judge(const Job& job, int64_t index, double top, uint64_t total, uint64_t squares) {
     const Resampling& call = job.call;
     const bool usable = top - top == 0.0 && total > 0;
@@ -387,13 +387,13 @@ __device__ __forceinline__ Row judge(const Job& job, int64_t index, double top, 
     return row;
 }
 
-// Sorted uniforms: those before `next` are known to be below the next bound, and those from `end` on not to be.
+// Sorted uniforms. Those before `next` are below the next bound, and those from `end` on are not.
 struct Uniforms {
     const double* values;
     uint32_t next, end;
 };
 
-// The slots of all particles up to one, from the weights and, of residual resampling, the copies of all up to it.
+// The number of slots of all particles up to one. `q` and `copies` are the sums of their weights and whole copies.
 template <Scheme kScheme>
 __device__ __forceinline__ uint32_t slots_up_to(const Row& row, const RandomWords& random, int64_t q, uint32_t copies,
                                                 Uniforms& uniforms) {
@@ -414,14 +414,15 @@ __device__ __forceinline__ uint32_t slots_up_to(const Row& row, const RandomWord
     return copies + uniforms.next;
 }
 
-// Of the particles of a block. ends[i]: the slots of all up to this thread's i-th particle; of all before this thread,
-// `start`.
+// ends[i]: the number of slots of all particles up to this thread's i-th. `start`: those of all particles before this
+// thread's.
 struct Ends {
     int32_t start;
     int32_t ends[kItems];
 };
 
-// From weights and whole copies, and the sums of both before this thread. `from`: the slots before the block.
+// Computes Ends from the weights, the whole copies, and the sums of both before this thread. `from`: the slots before the
+// block.
 template <Scheme kScheme, int kBlock>
 __device__ __forceinline__ Ends count_slots(Storage<kBlock>& storage, const Row& row, const RandomWords& random,
                                             const int64_t (&q)[kItems], uint64_t weight,
@@ -442,8 +443,8 @@ __device__ __forceinline__ Ends count_slots(Storage<kBlock>& storage, const Row&
     return found;
 }
 
-// Takes a slot, the one in which it survives, from each particle that has any, and returns who they are: bit i is this
-// thread's i-th. `total` is how many there are in the block. What is left are the spares.
+// Removes one slot, the survivor's own, from each particle that has any. What is left are the spares. Returns the
+// survivors: bit i is this thread's i-th particle. `total` is the number of survivors in the block.
 template <int kBlock>
 __device__ __forceinline__ unsigned leave_spares(Storage<kBlock>& storage, Ends& slots, uint64_t& total) {
     unsigned alive = 0;
@@ -456,15 +457,15 @@ __device__ __forceinline__ unsigned leave_spares(Storage<kBlock>& storage, Ends&
     return alive;
 }
 
-// owners[j]: of slot `from` + j the particle, counted from 1 within the block; for as many slots as there are
-// particles. Slots that nobody has before the first that somebody has are the first particle's.
+// owners[j]: the particle that has slot `from` + j, counted from 1 within the block. `owners` has as many entries as the
+// block has particles. Slots before the first one that a particle has are given to the first particle.
 template <int kBlock>
 __device__ __forceinline__ void fill_owners(Storage<kBlock>& storage, uint16_t* owners, const Ends& slots,
                                             uint32_t from) {
     constexpr int32_t kSlots = kBlock * kItems;
     const int32_t mine = static_cast<int32_t>(threadIdx.x) * kItems, begin = static_cast<int32_t>(from);
     auto* const line = reinterpret_cast<Line<uint16_t>*>(owners + mine);
-    __syncthreads();  // owners' last use
+    __syncthreads();  // `owners` may still be in use
     *line = Line<uint16_t>{};
     __syncthreads();
 #pragma unroll
@@ -551,7 +552,7 @@ __global__ void __launch_bounds__(kBlock, 1) resample_short(const Job job) {
     const unsigned alive = leave_spares<kBlock>(storage, ends, total);
     fill_owners<kBlock>(storage, owners, ends, 0);
     const uint64_t alive_before = sum_before<kBlock>(storage, static_cast<uint64_t>(__popc(alive)), total);
-    int64_t rank = first - static_cast<int64_t>(alive_before);  // of this thread's first dead particle among all
+    int64_t rank = first - static_cast<int64_t>(alive_before);  // how many dead particles are before this thread's
     int32_t ancestors[kItems];
     double after[kItems];
 #pragma unroll
@@ -595,7 +596,7 @@ __global__ void __launch_bounds__(kThreads) find_tops(const Job job) {
     if (threadIdx.x == 0) atomicMax(reinterpret_cast<unsigned long long*>(job.tops + at.row), key);
 }
 
-// From the last tile to the first: what the pass before read last may still be in the cache.
+// From the last tile to the first, because what the previous pass read last may still be in the cache.
 __global__ void __launch_bounds__(kThreads) sum_weights(const Job job) {
     __shared__ Storage<kThreads> storage;
     const Place at(gridDim.x - 1 - blockIdx.x, job.tiles);
@@ -645,7 +646,8 @@ __global__ void __launch_bounds__(kThreads) sum_exponentials(const Job job) {
 
 enum class Table : int { weights, copies, exponentials, spares };
 
-// One of the tables: from sums over tiles to sums before them, and what follows from the last of these. A block a row.
+// Turns one table from sums over tiles into sums before each tile, and computes what depends on the total. One block for
+// each row.
 __global__ void __launch_bounds__(kScanThreads) scan_tiles(const Job job, Table which) {
     __shared__ Storage<kScanThreads> storage;
     const int64_t index = blockIdx.x;
@@ -703,7 +705,7 @@ __global__ void __launch_bounds__(kThreads) draw_uniforms(const Job job) {
     store_items(job.uniforms + at.row * job.number, at.first, row.uniforms, uniforms);
 }
 
-// The slots before each tile, a thread for each.
+// The number of slots before each tile, with one thread for each tile.
 template <Scheme kScheme>
 __global__ void __launch_bounds__(kSearchThreads) find_slots(const Job job) {
     const int64_t entry = static_cast<int64_t>(blockIdx.x) * kSearchThreads + threadIdx.x;
@@ -718,9 +720,10 @@ __global__ void __launch_bounds__(kSearchThreads) find_slots(const Job job) {
     job.slots[entry] = slots_up_to<kScheme>(row, random, weight, copies, uniforms);
 }
 
-// Ancestors, or the list of spares where they are not sorted. A block takes a tile of particles and the first kMany of
-// its slots. With `rest` it takes a stretch of kMany slots, and fills those of the tile that reaches into it from
-// before which are beyond that tile's first: a tile that begins within the stretch has none here.
+// Writes the ancestors, or the list of spares if they are not sorted. Without `rest`, a block takes a tile of particles and
+// fills the first kMany of its slots. With `rest`, a block takes a stretch of kMany slots and the tile that has the first
+// slot of the stretch. It fills the slots of that tile in the stretch, except the tile's first kMany. A tile that starts
+// later in the stretch has only some of its first kMany slots here.
 template <Scheme kScheme>
 __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 1)
     fill_slots(const Job job, bool rest) {
@@ -741,7 +744,7 @@ __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 
     }
 
     const uint64_t* const slots = job.slots + at.row * (job.tiles + 1);
-    const uint32_t begin = static_cast<uint32_t>(at.tile) * many;  // of the stretch
+    const uint32_t begin = static_cast<uint32_t>(at.tile) * many;  // the start of the stretch
     if (rest) {
         const uint32_t tiles = static_cast<uint32_t>(job.tiles);
         at.tile = first_not(0, tiles, [=](uint32_t i) { return slots[i] <= begin; }) - 1;
@@ -770,7 +773,7 @@ __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 
     uint64_t total;
     const uint64_t own = weigh(q, log_weights, row.top, job.scale).weights;
     const uint64_t weight = job.weights[entry] + sum_before<kThreads>(storage, own, total);
-    bool same = total == job.weights[entry + 1] - job.weights[entry];  // as when the tables were made
+    bool same = total == job.weights[entry + 1] - job.weights[entry];  // false if the weights changed after the tables
     Uniforms uniforms{job.uniforms + at.row * job.number, all_from, all_to};
     if constexpr (kScheme == Scheme::residual) {
         const uint64_t before = sum_before<kThreads>(storage, copy_whole(copies, q, row.slots), total);
@@ -791,7 +794,7 @@ __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 
     if (!sorted) {
         const unsigned alive = leave_spares<kThreads>(storage, ends, total);
         uint32_t spares = all_to - all_from - static_cast<uint32_t>(total);
-        if (rest) spares = static_cast<uint32_t>(job.spares[entry]);  // as many as were found the first time
+        if (rest) spares = static_cast<uint32_t>(job.spares[entry]);  // as counted by the launch without `rest`
         if (all_from + spares < to) to = all_from + spares;
         if (!rest) {
             job.alive[entry * kThreads + threadIdx.x] = static_cast<uint8_t>(alive);
@@ -812,7 +815,7 @@ __global__ void __launch_bounds__(kThreads, kScheme == Scheme::systematic ? 3 : 
     }
 }
 
-// Survivors stay in place, and the spares of one tile after the other fill the dead slots.
+// Survivors keep their places. The spares, tile after tile, fill the slots of the dead.
 __global__ void __launch_bounds__(kThreads) settle(const Job job) {
     __shared__ Storage<kThreads> storage;
     const Place at(blockIdx.x, job.tiles);
@@ -823,10 +826,10 @@ __global__ void __launch_bounds__(kThreads) settle(const Job job) {
     const int32_t* const spare = job.spare + at.row * job.number;
     const unsigned alive = job.alive[(at.row * (job.tiles + 1) + at.tile) * kThreads + threadIdx.x];
     uint64_t total;
-    // Of the dead before this thread there are as many as slots that are not the survivors'.
+    // The number of dead particles before this thread's: particles minus survivors (slots minus spares).
     uint64_t rank = static_cast<uint64_t>(at.first) - (slots[at.tile] - spares[at.tile]) -
                     sum_before<kThreads>(storage, static_cast<uint64_t>(__popc(alive)), total);
-    uint32_t from = spares[at.tile] <= rank ? static_cast<uint32_t>(at.tile) : 0;  // who has the spare of this rank
+    uint32_t from = spares[at.tile] <= rank ? static_cast<uint32_t>(at.tile) : 0;  // start of the search for the tile
     const uint32_t tiles = static_cast<uint32_t>(job.tiles);
     int32_t ancestors[kItems];
     double after[kItems];
@@ -887,13 +890,13 @@ Resampling read_sizes(Arguments& in) {
     return call;
 }
 
-// The same. Returns the bytes of device memory, aligned to 256, that the launches need for themselves.
+// The same arguments. Returns the bytes of workspace that the launches need, in device memory aligned to 256 bytes.
 PyObject* call_workspace(Arguments& in) { return PyLong_FromUnsignedLongLong(Job(read_sizes(in), nullptr).bytes); }
 
 // log_weights, whether they are float64, rows, particles, number, scheme, sorted, keep_from, seed, step, stream, first_row,
 // addresses of a seed and a step on the device (or 0), ancestors, log_weights after, log_mean_weight, ess, workspace,
-// CUDA stream. Returns at once. A row without a usable weight keeps its particles, or has zeros for ancestors where
-// `number` is another; its mean weight and its effective sample size are NaN.
+// CUDA stream. Returns at once. A row without a usable weight keeps its particles, or gets ancestors 0 if `number` differs
+// from `particles`. Its mean weight and its effective sample size are NaN.
 PyObject* call_resample(Arguments& in) {
     const void* const log_weights = in.pointer("log_weights");
     const bool doubles = in.flag();

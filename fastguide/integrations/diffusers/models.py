@@ -3,7 +3,7 @@
     prior, encode, decode = from_pipeline(pipe, prompt="a photograph of a lake", guidance_scale=7.5)
     z = fastguide.sample(prior, (1, 4, 64, 64), guidance=LatentPnP(likelihood, decode)).x
 
-Nothing is downloaded, and nothing that is given is changed.
+Nothing is downloaded, and no argument is changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler  # models and pipelines, which take seconds, wait until a call
+from diffusers import FlowMatchEulerDiscreteScheduler  # models and pipelines take seconds: imported in functions
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
@@ -32,7 +32,7 @@ __all__ = ["codec", "denoiser", "from_pipeline"]
 
 _PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
 
-# The pipelines of these give them another time than their scheduler's, or take another output.
+# The pipelines of these models rescale the scheduler's timestep, or use another output.
 _OTHER_TIME = (
     "AuraFlow", "Bria", "Chroma", "Cosmos", "Flux", "GlmImage", "HiDream", "Ideogram", "Krea", "LongCat", "Lumina",
     "NucleusMoE", "Ovis", "PRX", "QwenImage", "ZImage",
@@ -55,21 +55,22 @@ def denoiser(
 ) -> Denoiser:
     """A diffusers model with the noise levels and the prediction type of its scheduler.
 
-    - ``model``: a U-Net or transformer whose ``forward(sample, timestep=..., ...)`` takes the scheduler's timesteps; in
-      eval mode, and already where it shall run. States of another dtype are cast to the model's and back. Of an output
-      with twice the channels (a learned variance, as DiT's) the first half counts.
-    - ``scheduler``: one with a table ``alphas_cumprod`` (DDIM, DDPM, PNDM, Euler, Heun, LMS, DPM-Solver, UniPC and kin;
-      the state is DDIM's, ``alpha`` times Euler's), or FlowMatchEulerDiscreteScheduler (``t`` is its sigma). Without a
-      ``spacing``, ``fastguide.sample(steps=n)`` visits the levels that the scheduler sets for ``n`` steps, of a table
-      the nearest entries, and then the clean one. Clipping is ``fastguide.sample(clip=)``.
-    - ``prompt_embeds`` ``[B, tokens, width]`` (the model's ``encoder_hidden_states``), ``class_labels`` and, in
-      ``model_kwargs``, what else the model takes: tensors with a row for each observation, or one for all.
-    - ``guidance_scale``: a number, or another of the forms that `fastguide.Denoiser` takes; if not 1, classifier-free
-      guidance by a second evaluation: in it ``negative_prompt_embeds``,
-      ``negative_class_labels`` (None: the null class of a DiT) and, for each ``name`` in ``model_kwargs`` that holds
-      tensors, ``negative_name`` take the places of the others.
-    - ``vae_scale_factor``: only for SDXL's U-Net: how many times larger the image is than the state. With it,
-      ``added_cond_kwargs`` need no ``time_ids``: they are made for a whole image of that size, not cropped.
+    - ``model``: a U-Net or transformer whose ``forward(sample, timestep=..., ...)`` takes the scheduler's timesteps. It
+      must be in eval mode and on its device. States of another dtype are cast to the model's dtype and back. If the
+      output has twice the channels (a learned variance, as in DiT), the first half is used.
+    - ``scheduler``: one with a table ``alphas_cumprod`` (DDIM, DDPM, PNDM, Euler, Heun, LMS, DPM-Solver, UniPC and
+      others), or FlowMatchEulerDiscreteScheduler (``t`` is its sigma). With a table the state is that of DDIM:
+      ``alpha`` times that of Euler. Without a ``spacing``, ``fastguide.sample(steps=n)`` visits the levels that the
+      scheduler sets for ``n`` steps (with a table, the nearest entries), and then the clean level. To clip, use
+      ``fastguide.sample(clip=)``.
+    - ``prompt_embeds`` ``[B, tokens, width]`` (the model's ``encoder_hidden_states``), ``class_labels``, and other
+      arguments of the model in ``model_kwargs``: tensors with one row for each observation, or one row for all.
+    - ``guidance_scale``: a number, or another form that `fastguide.Denoiser` takes. Unless it is 1, classifier-free
+      guidance evaluates the model a second time, with ``negative_prompt_embeds``, ``negative_class_labels`` (None: the
+      null class of a DiT) and, for each ``name`` in ``model_kwargs`` that holds tensors, ``negative_name`` in place of
+      the others.
+    - ``vae_scale_factor``: for SDXL's U-Net only: how many times larger the image is than the state. With it,
+      ``added_cond_kwargs`` need no ``time_ids``: these are made for a whole image of that size, not cropped.
     """
     if not all(hasattr(model, attribute) for attribute in ("config", "device", "dtype", "training")):
         raise TypeError(f"model: expected a diffusers model, got {type(model).__name__}")
@@ -123,7 +124,7 @@ def denoiser(
 
 
 def _check_names(model: Any, arguments: dict[str, Any]) -> None:
-    """Raise for what the model's ``forward`` has no parameter for, under the name that the caller knows it by."""
+    """Raise for an argument that the model's ``forward`` does not have, with the name that the caller used."""
     parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
@@ -135,7 +136,7 @@ def _check_names(model: Any, arguments: dict[str, Any]) -> None:
 
 
 def _without_needless_graph(function: Codec) -> Codec:
-    """``function`` without the graph that an autoencoder's own parameters would keep."""
+    """``function`` without the autograd graph that the autoencoder's own parameters would keep."""
 
     def call(x: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and (x.requires_grad or _is_followed())):
@@ -145,18 +146,18 @@ def _without_needless_graph(function: Codec) -> Codec:
 
 
 def _is_followed() -> bool:
-    """Whether a function transform or forward-mode derivative is under way, of which tensors do not tell."""
+    """Whether a function transform or a forward-mode derivative is active. ``requires_grad`` does not show these."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def codec(vae: Any) -> tuple[Codec, Codec]:
-    """``encode``, from images ``[n, C, H, W]`` in ``[-1, 1]`` to the latents that a pipeline's model sees, and
-    ``decode``, back (not clamped). Both return the dtype they are given. They keep a graph only where their argument
-    requires a gradient.
+    """``encode`` and ``decode`` of an autoencoder. ``encode`` turns images ``[n, C, H, W]`` in ``[-1, 1]`` into the
+    latents that a pipeline's model gets. ``decode`` turns latents into images, and does not clamp them. Both return the
+    dtype of their argument. They keep an autograd graph only if their argument requires a gradient.
 
-    ``vae``: AutoencoderKL (encodes to the posterior's mode), AutoencoderTiny, AutoencoderDC or VQModel (decodes the
-    nearest entries of its codebook, with a straight-through gradient), already where it shall run and in the dtype in
-    which it shall compute; SDXL's overflows in float16.
+    ``vae``: AutoencoderKL (encodes to the mode of the posterior), AutoencoderTiny, AutoencoderDC or VQModel (decodes
+    the nearest entries of its codebook, with a straight-through gradient). It must be on its device and in the dtype to
+    compute in. SDXL's autoencoder overflows in float16.
     """
     from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 
@@ -197,12 +198,12 @@ def from_pipeline(
     autoencoder the state is the image, and `encode` and `decode` return what they are given.
 
     - ``pipe``: a pipeline, or the local folder of one (`DiffusionPipeline.save_pretrained`).
-    - ``prompt``, ``negative_prompt``: one for each observation, or one for all; embedded by the pipeline's own
-      ``encode_prompt``: Stable Diffusion 1, 2, XL (whose image is as large as the state says, and whole) and 3. Of
-      others the embeddings are among the ``conditions``.
-    - ``guidance_scale``, ``conditions``: see `denoiser`; but as in a pipeline, a scale below 1 is 1: no guidance.
+    - ``prompt``, ``negative_prompt``: one for each observation, or one for all. The pipeline's own ``encode_prompt``
+      embeds them. This works for Stable Diffusion 1, 2, XL (for a whole image, not cropped) and 3. For other pipelines,
+      pass the embeddings as ``conditions``.
+    - ``guidance_scale``, ``conditions``: see `denoiser`. As in a pipeline, a scale below 1 counts as 1: no guidance.
 
-    A ControlNet or an adapter takes no part, so that a pipeline with one is an error.
+    A pipeline with a ControlNet or an adapter raises, because these are not supported.
     """
     if isinstance(pipe, str | os.PathLike):
         if not os.path.isdir(pipe):
@@ -236,12 +237,12 @@ def from_pipeline(
 
 
 def _is_one(scale: Any) -> bool:
-    """Whether a guidance scale, as `checked_scale` has it, is no guidance."""
+    """Whether a guidance scale from `checked_scale` is the number 1, which means no guidance."""
     return isinstance(scale, float) and scale == 1.0
 
 
 def _at_least_one(scale: Any) -> Any:
-    """A guidance scale, at each step and of each observation 1 where it is below."""
+    """A guidance scale in which each value below 1 becomes 1."""
     scale = checked_scale(scale)
     if isinstance(scale, float):
         return max(scale, 1.0)
@@ -257,7 +258,7 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 def _embed(pipe: Any, model: Any, prompt: Any, negative_prompt: Any, guided: bool) -> dict[str, Any]:
-    """The arguments of `denoiser`. What the values of an ``encode_prompt`` are, the model tells."""
+    """The arguments of `denoiser` from the pipeline's ``encode_prompt``. The kind of model says what its values are."""
     if not hasattr(pipe, "encode_prompt"):
         raise ValueError(
             f"prompt: expected None with {type(pipe).__name__}, which has no encode_prompt, got {prompt!r}"
@@ -298,7 +299,7 @@ def _embed(pipe: Any, model: Any, prompt: Any, negative_prompt: Any, guided: boo
 
 
 def _class_name(model: Any) -> str:
-    return type(getattr(model, "_orig_mod", model)).__name__  # what torch.compile wraps
+    return type(getattr(model, "_orig_mod", model)).__name__  # the model inside torch.compile's wrapper
 
 
 # --- networks -----------------------------------------------------------------------------------------------
@@ -313,11 +314,11 @@ class _Network:
     def __call__(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
         if self.vae_scale_factor is not None:
             height, width = (self.vae_scale_factor * size for size in x.shape[-2:])
-            values = height, width, 0, 0, height, width  # the image, where it was cropped, what is wanted of it
+            values = height, width, 0, 0, height, width  # original size, crop, target size
             columns = [torch.full((len(x), 1), v, device=x.device, dtype=self.model.dtype) for v in values]  # no wait
             added = {"time_ids": torch.cat(columns, dim=1)} | conditions.get("added_cond_kwargs", {})
             conditions = conditions | {"added_cond_kwargs": added}
-        # By name: some have the embeddings in second place.
+        # By name: in some models the second argument is the embeddings.
         (output, *_) = self.model(x.to(self.model.dtype), timestep=t * self.time_scale, return_dict=False, **conditions)
         if output.shape[1] == 2 * x.shape[1]:  # a learned variance follows
             output = output[:, : x.shape[1]]
@@ -325,7 +326,7 @@ class _Network:
 
 
 def _moved(name: str, value: Any, model: Any) -> Any:
-    """Its tensors where the model is and, if floating, in its dtype."""
+    """``value`` with its tensors on the model's device and, if floating, in the model's dtype."""
 
     def moved(tensor: Tensor) -> Tensor:
         check_tensor(name.replace("encoder_hidden_states", "prompt_embeds"), tensor)
@@ -348,7 +349,7 @@ def _labels(name: str, value: Any) -> Tensor | None:
 
 
 class _SchedulerTable(_Table):
-    """A scheduler's table; its usual spacing is the scheduler's."""
+    """The levels of a scheduler with a table. The default spacing is the scheduler's own."""
 
     default_spacing = "scheduler"
 
@@ -371,7 +372,8 @@ class _SchedulerTable(_Table):
 
 
 class _SchedulerFlow(_Flow):
-    """Sigmas in ``[0, 1]``; the usual spacing is the scheduler's, shift and all."""
+    """The levels of a flow scheduler: sigmas in ``[0, 1]``. The default spacing is the scheduler's own, with its
+    shift."""
 
     default_spacing = "scheduler"
 
@@ -392,7 +394,7 @@ class _SchedulerFlow(_Flow):
 
 
 def _schedule(scheduler: Any) -> tuple[Schedule, str, int]:
-    """The schedule, what its networks predict, and by what their timestep is larger than its time."""
+    """The schedule, the prediction type of its networks, and the ratio of their timestep to the schedule's time."""
     config: Any = getattr(scheduler, "config", {})
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not config.invert_sigmas:
         return _SchedulerFlow(scheduler), "flow", config.num_train_timesteps

@@ -1,32 +1,33 @@
-"""The schedulers of diffusers, their steps by `fastguide.ops.reverse_step`.
+"""The schedulers of diffusers, with steps by `fastguide.ops.reverse_step`.
 
-``pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)``, or `accelerate`, and nothing else changes: each
-class is a subclass of diffusers' of the same name and takes over `step` (and what of it asks the device). With the same
-noise the results are the parent's to rounding, and the noise is the parent's: of ``generator``, or torch's global one.
+Use ``pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)``, or `accelerate`. Nothing else changes: each
+class is a subclass of diffusers' class of the same name, and replaces `step` and methods that would wait for the
+device. With the same noise the results are the parent's, to rounding. The noise is the parent's too: from
+``generator``, or from torch's global one.
 
-Every step of these schedulers is, for numbers that depend on the level alone::
+Every step of these schedulers is the following, with numbers that depend only on the level::
 
     x0  = p sample + q model_output, clipped or thresholded
     x_s = a sample + b x0 + std noise
 
-They are computed once for a schedule, in the parent's float32, and kept as floats on the host and as a table that goes
-to the device where it is needed:
+The numbers are computed once for a schedule, in the parent's float32. They are kept as floats on the host, and as a
+table that is copied to a device when it is needed there.
 
-- No step waits for the device. A timestep that is an element of ``scheduler.timesteps`` is recognised by its place in
-  memory, and its numbers are floats on the host. The numbers of another timestep on a GPU are looked up there.
+- No step waits for the device. A timestep that is an element of ``scheduler.timesteps`` is recognised by its address,
+  and its numbers are floats on the host. The numbers of another timestep on a GPU are looked up on the GPU.
 - `DDPMScheduler`, `DDIMScheduler`: ``timestep`` may be a tensor ``[N]``, one for each sample.
-- ``fused_noise=True`` of `accelerate` and ``from_config`` (or the attribute) draws the noise inside the kernel that
-  steps (`fastguide.ops.randn`). It depends on the run's seed, the step, how many steps of the run the sample took
-  before, and the index of the sample, and not on the batch: samples then agree to the network's own rounding. The
-  attribute ``first_sample`` of a scheduler, by default 0, is the index of the first sample of the batch. The seed is
-  drawn from ``generator``, or from torch's global one, when a run begins: at the first step after ``set_timesteps``,
-  with another generator, or where the step that the run began with is taken again (with a timestep for each sample:
-  only the first two). In a list of generators each sample has its own. ``fused_noise`` is no part of the configuration.
-- What is saved (``save_pretrained`` of the scheduler or its pipeline) is diffusers' own class, and loads without
-  fastguide.
+- ``fused_noise=True`` (in `accelerate` and ``from_config``, or as an attribute) draws the noise with
+  `fastguide.ops.randn`, inside the kernel of the step. The noise of a sample depends on the run's seed, the step, how
+  many steps of the run the sample took before, and the index of the sample. It does not depend on the batch, so a
+  sample is the same in any batch, up to the rounding of the network. The attribute ``first_sample`` (default 0) is the
+  index of the first sample of the batch. The seed is drawn from ``generator``, or from torch's global one, when a run
+  begins. A run begins at the first step after ``set_timesteps``, with another generator, or when the first step of the
+  run is taken again. With a timestep for each sample, only the first two begin a run. In a list of generators each
+  sample has its own. ``fused_noise`` is not part of the configuration.
+- ``save_pretrained`` of the scheduler or its pipeline saves diffusers' own class, which loads without fastguide.
 
-What this path cannot serve goes to the parent's code: ``parent_calls`` counts those steps by reason, and the first of
-each reason warns. ``torch.compile`` traces the parent's code, and fuses that itself.
+If this path cannot serve a step, the parent's code takes it. ``parent_calls`` counts such steps by reason, and the
+first of each reason warns. ``torch.compile`` traces the parent's code and fuses that itself.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteSchedulerOutput
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput  # a saved pipeline is loaded by both
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput  # loading a pipeline needs both
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -75,18 +76,18 @@ Generators = torch.Generator | list[torch.Generator] | None
 PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
 
 
-# --- a schedule's numbers -----------------------------------------------------------------------------------
+# --- the numbers of a schedule ------------------------------------------------------------------------------
 
 
 class _Plan(NamedTuple):
     """The steps of a schedule as coefficients of `fastguide.ops.reverse_step`."""
 
     prediction: str
-    steps: list[tuple[Coefficients, Coefficients] | None]  # without noise and with it; None where there are none
+    steps: list[tuple[Coefficients, Coefficients] | None]  # without noise and with it; None: not a reverse step
     clip: Clip
     clip_noise: bool
-    # On each device that asked, [6, steps + 1], float64: alpha_t, sigma_t, alpha_s, sigma_s without noise and with it,
-    # std; the last are NaN, for timesteps that are none
+    # On each device that needs it a float64 table [6, steps + 1] with rows alpha_t, sigma_t, alpha_s, sigma_s without
+    # noise, sigma_s with noise, std. The last column is NaN, for timesteps that the schedule does not have.
     tables: dict[torch.device, Tensor]
 
     def columns(self, place: Tensor) -> Tensor:
@@ -107,8 +108,8 @@ def _plan(
     clip: Clip = None,
     clip_noise: bool = True,
 ) -> _Plan:
-    """Steps ``x_s = a x + b x0 + std z`` from levels where ``x0`` is what ``prediction`` says of (alpha, sigma): each
-    is the reverse step to a level of its own."""
+    """The plan of steps ``x_s = a x + b x0 + std z``. ``prediction`` and (alpha, sigma) give ``x0``. Each step is a
+    reverse step to some level (alpha_s, sigma_s), which is computed here."""
     numbers = (as_tensor(v).double() for v in (alpha, sigma, a, b, std))
     alpha_t, sigma_t, a, b, tau = torch.broadcast_tensors(*numbers)
     kept = a * sigma_t
@@ -125,13 +126,13 @@ def _plan(
 
 
 def _v_level(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """The (alpha, sigma) of which ``x0 = p x - q output`` is what the prediction "v" says."""
+    """The (alpha, sigma) for which the prediction type "v" gives ``x0 = p x - q output``."""
     p, q = p.double(), q.double()
     return p / (p**2 + q**2), q / (p**2 + q**2)
 
 
 def _version(tensor: Tensor) -> int:
-    """How often it was changed in place; of one made in inference mode, which torch does not count, 0."""
+    """How often a tensor was changed in place; 0 for one made in inference mode, where torch does not count."""
     try:
         return tensor._version
     except RuntimeError:
@@ -143,25 +144,25 @@ def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
 
 
 class _NotServed(Exception):
-    """Why a step goes to the parent's code; without a reason where the parent should refuse it, too."""
+    """Why the parent's code must take a step. The reason is empty if the parent should raise its own error."""
 
 
 _NO_STEP = "the numbers of this step are those of no reverse step"
 
 
 class _NoiseRun:
-    """The seed of a run's fused noise, the place of the step that it began with, and the steps that samples took."""
+    """A run with fused noise: its seed, the place of its first step, and how many steps each sample took."""
 
     def __init__(self, generator: torch.Generator, start: int | None):
         self.start = start
-        # On a GPU the seed stays there: to read it would wait.
+        # On a GPU the seed stays there, because reading it would wait.
         device = generator.device
         seed = torch.randint((1 << 63) - 1, (1,), generator=generator, device=device)
         self.seed: int | Tensor = int(seed) if device.type == "cpu" else seed
-        self._firsts, self._taken = [0], [0]  # samples from _firsts[i] on took _taken[i] steps, up to the next first
+        self._firsts, self._taken = [0], [0]  # samples from _firsts[i] to _firsts[i + 1] took _taken[i] steps
 
     def count(self, low: int, high: int) -> int:
-        """How many steps the samples from ``low`` to below ``high`` took, at most; from now on all one more."""
+        """The most steps that any of the samples ``low`` to ``high - 1`` took. Then counts one more for all of them."""
         for edge in (low, high):
             i = bisect_left(self._firsts, edge)
             if edge not in self._firsts[i : i + 1]:
@@ -175,19 +176,20 @@ class _NoiseRun:
 
 
 class _NoiseRuns(weakref.WeakKeyDictionary):
-    """The runs of each generator, one for each place that it has in a list, for as long as the generator lives."""
+    """The runs of each generator, while the generator lives. A generator has one run for each of its places in a
+    list."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _NoiseRuns, ()  # whoever reads a pickle has other generators
+        return _NoiseRuns, ()  # a pickle is loaded without runs: its generators are other objects
 
 
-_MOST_STEPS = 1 << 16  # of one run: what a sample took is the stream of its counter
+_MOST_STEPS = 1 << 16  # the most steps of a run: the number of steps taken is the stream of the noise
 
-# --- what all have in common --------------------------------------------------------------------------------
+# --- common to all schedulers -------------------------------------------------------------------------------
 
 
 class _Fused:
-    """Stands before a scheduler of diffusers, whose names it uses."""
+    """Mix-in for a scheduler of diffusers, whose attributes it uses."""
 
     fused_noise = False
     first_sample = 0
@@ -196,11 +198,11 @@ class _Fused:
     _internal_dict: Any
     _calls: Counter[str] | None = None
     _known: tuple[Tensor, int, list[float]] | None = None  # timesteps on a device, and their values
-    _planned: tuple[tuple[Any, ...], Any, Any] | None = None  # what a plan depends on, the objects of that, the plan
+    _planned: tuple[tuple[Any, ...], Any, Any] | None = None  # the numbers and objects that a plan depends on, the plan
     _noise_runs: _NoiseRuns | None = None
-    _memory: Memory | None = None  # of the run's results that nobody holds any more, until `set_timesteps`
-    _step: Callable[..., tuple[Tensor, ...]]  # of the parent's arguments, but the last
-    _make_plan: Callable[..., Any]  # of the numbers given to `_cached`
+    _memory: Memory | None = None  # reused for results of the run that nobody holds any more; until `set_timesteps`
+    _step: Callable[..., tuple[Tensor, ...]]  # takes the parent's arguments, except the last
+    _make_plan: Callable[..., Any]  # takes the numbers given to `_cached`
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().__new__(cls)
@@ -208,12 +210,12 @@ class _Fused:
         return scheduler
 
     def _save_as_parent(self) -> None:
-        """A pipeline saves a component under the module that its instance names: diffusers' own, which can load it."""
+        """Make a pipeline save this scheduler as diffusers' class. It saves the name in ``__module__``."""
         self.__module__ = next(kind.__module__ for kind in type(self).__mro__ if kind.__module__ != __name__)
 
     @property
     def parent_calls(self) -> Counter[str]:
-        """How many steps were diffusers' own, by reason."""
+        """How many steps the parent's code took, by reason."""
         if self._calls is None:
             self._calls = Counter()
         return self._calls
@@ -226,8 +228,8 @@ class _Fused:
         return result
 
     def _fuse_or_leave(self, output: Any, return_dict: bool, *arguments: Any) -> Any:
-        """What `_step` makes of the parent's arguments, or else the parent."""
-        if torch.compiler.is_compiling():  # which fuses the parent's operations itself
+        """The result of `_step`, or of the parent if `_step` cannot serve the arguments."""
+        if torch.compiler.is_compiling():  # torch.compile fuses the parent's operations itself
             return super().step(*arguments, return_dict)  # type: ignore[misc]
         try:
             result = self._step(*arguments)
@@ -246,7 +248,7 @@ class _Fused:
     # --- timesteps ---
 
     def _keep_timesteps(self, device: torch.device | str | None) -> None:
-        """Move the timesteps, which stand on the host, to where the caller wants them."""
+        """Move the timesteps from the host to the device that the caller wants."""
         values = self.timesteps.tolist()
         if device is not None:
             self.timesteps = self.timesteps.to(device, non_blocking=True)
@@ -254,14 +256,14 @@ class _Fused:
         self._noise_runs = self._memory = None
 
     def _values(self) -> list[float]:
-        """Those of `timesteps`; of ones that the caller has put there on a device, after a wait."""
+        """The values of `timesteps`. Waits for the device only if the caller has set other timesteps there."""
         timesteps = self.timesteps
         if self._known is None or self._known[0] is not timesteps or self._known[1] != _version(timesteps):
             self._known = timesteps, _version(timesteps), timesteps.tolist()
         return self._known[2]
 
     def _value(self, timestep: Any) -> Any:
-        """A timestep on the host, or None where only a device knows it or there is one for each sample."""
+        """A timestep on the host, or None if it is only on a device or there is one for each sample."""
         if not isinstance(timestep, Tensor):
             return timestep
         if timestep.numel() != 1:
@@ -281,7 +283,7 @@ class _Fused:
     # --- steps ---
 
     def _cached(self, parts: tuple[Any, ...], *numbers: Any) -> Any:
-        """The plan that `_make_plan` makes of what it depends on: a tensor, other objects, and numbers."""
+        """The plan of `_make_plan`, cached. It depends on ``parts`` (a tensor, then other objects) and ``numbers``."""
         key, planned = (_version(parts[0]), *numbers), self._planned
         if planned is None or planned[0] != key or not all(map(operator.is_, planned[1], parts)):
             self._planned = planned = key, parts, self._make_plan(*numbers)
@@ -301,13 +303,13 @@ class _Fused:
         generator: Generators = None,
         noisy: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """``(x_s, x0)`` of the steps at ``place``, one for all samples or one for each. ``noise`` is drawn where none
-        is given; ``std`` takes the place of the plan's."""
+        """``(x_s, x0)`` of the step at ``place``: one place for all samples, or one for each. ``noise`` is drawn if
+        none is given. ``std`` replaces the plan's."""
         counter: dict[str, Any] = {"seed": 0}
         coefficients: Coefficients
         if isinstance(place, Tensor):
             alpha_t, sigma_t, alpha_s, sigma_s, _, tau = columns = plan.columns(place.to(x.device))
-            if columns.is_cpu and (unknown := columns.isnan().any(0)).any():  # the parent takes one timestep alone
+            if columns.is_cpu and (unknown := columns.isnan().any(0)).any():  # the parent takes only one timestep
                 bad = place[unknown].tolist()
                 raise ValueError(f"timestep: expected those of the schedule, with a reverse step each, got {bad}")
             coefficients = alpha_t, sigma_t, alpha_s, sigma_s, 0.0
@@ -341,7 +343,7 @@ class _Fused:
         self, generator: torch.Generator | None, place: int | Tensor, first: int, number: int = 1, entry: int = 0
     ) -> dict[str, Any]:
         """Seed, step, stream and first particle of the noise of ``number`` samples from ``first`` on, for the step at
-        ``place``. ``entry``: how often the generator stands before this in a list."""
+        ``place``. ``entry``: how often the generator occurs earlier in a list of generators."""
         generator = torch.default_generator if generator is None else generator
         step = None if isinstance(place, Tensor) else place
         if self._noise_runs is None:
@@ -379,7 +381,7 @@ class _Fused:
 
 
 def _checked(sample: Tensor, output: Tensor, least: torch.dtype | None = None) -> Tensor:
-    """The sample in the dtype of the step: the wider of both, or of ``least`` and that of the model's output."""
+    """The sample in the dtype of the step: the wider of the output's dtype and ``least`` (default: the sample's)."""
     if output.shape != sample.shape or not sample.ndim:
         raise _NotServed("model_output has not the shape of sample")
     dtype, other = output.dtype, least or sample.dtype
@@ -391,7 +393,7 @@ def _checked(sample: Tensor, output: Tensor, least: torch.dtype | None = None) -
 
 
 def _clip_of(config: Any, clips: bool = True) -> Clip:
-    """What a configuration does to x0; ``clip_sample`` may stand in it and mean nothing."""
+    """The clip of x0 that a configuration asks for. ``clips``: whether its ``clip_sample`` has a meaning."""
     if config.thresholding:
         if not (0.0 <= config.dynamic_thresholding_ratio <= 1.0 <= config.sample_max_value):
             raise _NotServed("the dynamic threshold is below 1")
@@ -403,20 +405,20 @@ def _clip_of(config: Any, clips: bool = True) -> Clip:
     return float(config.clip_sample_range)
 
 
-# --- variance-preserving, a timestep being an index of alphas_cumprod ---------------------------------------
+# --- variance-preserving: a timestep is an index into alphas_cumprod ----------------------------------------
 
 
 _INTEGERS = (int, np.integer)
 
 
 class _Indexed(_Fused):
-    """DDPM and DDIM, whose steps depend on ``timestep`` alone."""
+    """DDPM and DDIM. Their steps depend only on ``timestep``."""
 
     alphas_cumprod: Tensor
     num_inference_steps: int | None
 
     def _place(self, timestep: Any, sample: Tensor) -> int | Tensor:
-        """The place of the timestep in a plan, or of each sample's."""
+        """The place of the timestep in a plan: one for all samples, or one for each."""
         value = self._value(timestep)
         if value is None:
             if timestep.is_floating_point() or timestep.numel() not in (1, sample.shape[0]):
@@ -477,8 +479,8 @@ class DDPMScheduler(_Indexed, diffusers.DDPMScheduler):
         before = torch.arange(len(alpha_bar), device="cpu") - 1
         if scheduled:
             timesteps = [int(t) for t in self._values()]
-            before = torch.full_like(before, len(alpha_bar))  # there is none
-            for t, s in reversed([*zip(timesteps, [*timesteps[1:], -1], strict=True)]):  # of equal ones the first
+            before = torch.full_like(before, len(alpha_bar))  # means: no such step
+            for t, s in reversed([*zip(timesteps, [*timesteps[1:], -1], strict=True)]):  # the first of equal ones wins
                 if t < len(before):
                     before[t] = s
         alpha_bar_s = torch.cat([alpha_bar, alpha_bar.new_tensor([torch.nan, 1.0])])[before]
@@ -503,7 +505,8 @@ class DDPMScheduler(_Indexed, diffusers.DDPMScheduler):
 
 
 def _std_of(predicted: Tensor, log_variances: tuple[str, list[float], list[float]], place: int) -> Tensor:
-    """Nichol, Dhariwal 2021, eq. 15: between the least and the largest variance, in the logarithm."""
+    """The learned standard deviation. "learned_range" interpolates between the least and the largest variance in the
+    logarithm (Nichol, Dhariwal 2021, eq. 15)."""
     kind, least, largest = log_variances
     if kind == "learned":
         return predicted**0.5
@@ -567,7 +570,7 @@ class DDIMScheduler(_Indexed, diffusers.DDIMScheduler):
         )
 
 
-# --- by sigmas, in order ------------------------------------------------------------------------------------
+# --- schedulers with sigmas, which count their steps --------------------------------------------------------
 
 
 class _Ordered(_Fused):
@@ -578,7 +581,7 @@ class _Ordered(_Fused):
     _begin_index: int | None
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
-        """As the parent's, without a wait for one of `timesteps`."""
+        """As the parent's, but does not wait for the device if the timestep is one of `timesteps`."""
         value = self._value(timestep) if schedule_timesteps is None else None
         places = []
         if value is not None:
@@ -587,13 +590,13 @@ class _Ordered(_Fused):
             places = [i for i, t in enumerate(self._values()) if t == value]
         if not places:
             return super().index_for_timestep(timestep, schedule_timesteps)  # type: ignore[misc]
-        return places[1] if len(places) > 1 else places[0]  # a run may begin at the second of two equal ones
+        return places[1] if len(places) > 1 else places[0]  # as in diffusers: the second of equal timesteps
 
     def _init_step_index(self, timestep: Any) -> None:
         self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
 
     def _count(self, timestep: Any) -> int:
-        """The step that this is."""
+        """The number of this step."""
         if isinstance(timestep, Tensor) and timestep.numel() != 1:
             raise ValueError(f"timestep: expected one for all samples, got {got(timestep)}")
         if self._step_index is None:
@@ -602,7 +605,7 @@ class _Ordered(_Fused):
 
 
 class _Scaled(_Ordered):
-    """The two Euler schedulers, variance exploding, whose model is given its input scaled."""
+    """The two Euler schedulers. They are variance exploding and scale the input of the model."""
 
     is_scale_input_called: bool
 
@@ -628,7 +631,7 @@ class _Scaled(_Ordered):
             raise _NotServed("scale_model_input was not called")
 
     def _euler(self, hat: Tensor, sigma: Tensor, ratio: Tensor, std: Tensor | float = 0.0) -> _Plan:
-        """``x_s = ratio x + (1 - ratio) x0 + std z``, where x has noise ``hat`` and the network was told ``sigma``."""
+        """``x_s = ratio x + (1 - ratio) x0 + std z``. x has noise level ``hat``; the network was given ``sigma``."""
         prediction = {"original_sample": "sample"}.get(self.config.prediction_type, self.config.prediction_type)
         if prediction not in PREDICTIONS:
             raise _NotServed("")
@@ -759,7 +762,7 @@ class FlowMatchEulerDiscreteScheduler(_Ordered, diffusers.FlowMatchEulerDiscrete
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
-        """As the parent's, which makes nothing of ``s_churn``, ``s_tmin``, ``s_tmax`` and ``s_noise``, either."""
+        """As the parent's. It ignores ``s_churn``, ``s_tmin``, ``s_tmax`` and ``s_noise`` too."""
         churn = s_churn, s_tmin, s_tmax, s_noise
         arguments = model_output, timestep, sample, *churn, generator, per_token_timesteps
         return self._fuse_or_leave(FlowMatchEulerDiscreteSchedulerOutput, return_dict, *arguments)
@@ -793,7 +796,7 @@ class FlowMatchEulerDiscreteScheduler(_Ordered, diffusers.FlowMatchEulerDiscrete
 
 
 class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepScheduler):
-    """diffusers' ``DPMSolverMultistepScheduler`` with fused steps, those of DPM-Solver++ (Lu et al. 2022); see the
+    """diffusers' ``DPMSolverMultistepScheduler`` with fused steps, for DPM-Solver++ only (Lu et al. 2022); see the
     module."""
 
     model_outputs: list[Tensor | None]
@@ -830,7 +833,7 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
         x = _checked(sample, output)
         if not 0 <= step < len(orders):
             raise _NotServed("")
-        plan, *shares = plans[min(orders[step], self.lower_order_nums + 1) - 1]  # the first have no history
+        plan, *shares = plans[min(orders[step], self.lower_order_nums + 1) - 1]  # the first steps have no history
         displacement = None
         for share, earlier in zip(shares, reversed(self.model_outputs), strict=False):
             if displacement is None:
@@ -862,11 +865,11 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
         if noisy:
             a = a * torch.exp(-h)
             std = sigma[1:] * torch.sqrt(1.0 - torch.exp(-2 * h))
-            h = 2.0 * h  # the integrals are those of the ODE over twice the way
-        # phi_1, phi_2, phi_3: the integrals of the clean sample's constant, linear and quadratic part
+            h = 2.0 * h  # the integrals are those of the ODE over twice the step
+        # phi_1, phi_2, phi_3: the integrals of the constant, linear and quadratic part of the clean sample
         zeroth = alpha_s * (1.0 - torch.exp(-h))
         first = alpha_s * ((torch.exp(-h) - 1.0) / h + 1.0)
-        second = alpha_s * ((1.0 - torch.exp(-h) - h) / h**2 + (-0.5 if noisy else 0.5))  # the parent's sign
+        second = alpha_s * ((1.0 - torch.exp(-h) - h) / h**2 + (-0.5 if noisy else 0.5))  # the sign as in diffusers
         gone = h.new_full((2,), torch.nan)
         h_1 = torch.cat([gone[:1], h])[: len(h)]
         h_2 = torch.cat([gone, h])[: len(h)]
@@ -900,7 +903,7 @@ class DPMSolverMultistepScheduler(_Ordered, diffusers.DPMSolverMultistepSchedule
         if kind not in PREDICTIONS:
             raise _NotServed("")
         level = alpha[:-1], sigma[:-1]
-        return PREDICTIONS[kind], _v_level(*level) if kind == "v_prediction" else level  # those of a flow add to 1
+        return PREDICTIONS[kind], _v_level(*level) if kind == "v_prediction" else level  # for a flow, alpha + sigma = 1
 
 
 # --- one line for a pipeline --------------------------------------------------------------------------------
@@ -919,11 +922,12 @@ SCHEDULERS = {
 
 
 def accelerate(pipe: Any, *, fused_noise: bool = False) -> Any:
-    """Give a pipeline's schedulers fused steps, with all that they are set to; returns ``pipe``.
+    """Replaces a pipeline's schedulers by fused ones with the same settings; returns ``pipe``.
 
-    ``pipe`` is an object with an attribute ``scheduler``, or a ``DiffusionPipeline``: then each scheduler among its
-    components counts. A scheduler alone becomes a fused one by ``from_config``. ``fused_noise`` is described in
-    `fastguide.integrations.diffusers.schedulers`. Raises ``TypeError`` where no scheduler is one of this module's.
+    ``pipe`` is an object with an attribute ``scheduler``, or a ``DiffusionPipeline``, in which each scheduler among the
+    components is replaced. For a scheduler alone use ``from_config``. ``fused_noise`` is described in
+    `fastguide.integrations.diffusers.schedulers`. Raises ``TypeError`` if no scheduler has a class that is supported
+    here.
     """
     fused_noise = flag("fused_noise", fused_noise)
     parts = dict(getattr(pipe, "components", {}))

@@ -96,7 +96,7 @@ def _cuda(ancestors, states, check):
     rows = ancestors.numel() // particles if particles else 0
     given = states
     ancestors, states = _dense(ancestors, states)
-    flags = torch.empty(rows + 2, dtype=torch.int32, device=ancestors.device)  # the last: an ancestor is out of range
+    flags = torch.empty(rows + 2, dtype=torch.int32, device=ancestors.device)  # last: any ancestor out of range
     arrays = [(state.data_ptr(), state.nbytes // ancestors.numel()) for state in states] if rows else []
     cuda = _native.module("cuda")
     workspace = flags.new_empty(cuda.gather_workspace(rows, particles, arrays), dtype=torch.uint8)
@@ -111,7 +111,7 @@ def _cuda(ancestors, states, check):
 
 
 def _dense(ancestors: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Contiguous ancestors and states for a kernel, which `_written` copies back."""
+    """Contiguous ancestors and states for a kernel. `_written` copies states back."""
     if _lie_apart(ancestors, states):
         return ancestors.contiguous(), states
     _check_overlaps(states)
@@ -120,7 +120,7 @@ def _dense(ancestors: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor
 
 
 def _written(given: list[Tensor], states: list[Tensor]) -> None:
-    """Tell autograd about the kernel's writes, which it did not see, and copy back what was copied."""
+    """Tell autograd about the kernel's writes, and copy back the states that `_dense` copied."""
     torch.autograd.graph.increment_version([state for state in states if not state.is_inference()])
     if states is not given:
         for state, moved in zip(given, states, strict=True):
@@ -145,7 +145,8 @@ def _lie_apart(ancestors: Tensor, states: Sequence[Tensor]) -> bool:
 
 
 def _in_order(state: Tensor, leading: int) -> Tensor:
-    """The state with its event's dimensions in the order of memory if that is contiguous, else a contiguous copy."""
+    """The state with the event's dimensions in the order of memory if that view is contiguous, else a contiguous
+    copy."""
     if state.is_contiguous():
         return state
     event = sorted(range(leading, state.ndim), key=state.stride, reverse=True)
@@ -154,7 +155,7 @@ def _in_order(state: Tensor, leading: int) -> Tensor:
 
 
 def _check_overlaps(states: Sequence[Tensor]) -> None:
-    """Raise where an element of the states would be written twice."""
+    """Raise if an element of the states would be written twice."""
     spans = [_arguments.span(state) for state in states]
     for i, state in enumerate(states):
         if not state.is_contiguous() and _share_bytes(_layout(state, spans[i][0])):
@@ -170,7 +171,7 @@ def _check_overlaps(states: Sequence[Tensor]) -> None:
 
 
 def _layout(x: Tensor, first: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Sizes and strides in bytes, and the offset of the first byte from the address ``first``. Dimensions that are
+    """Sizes and strides in bytes, and the offset of the tensor from the address ``first``. Dimensions that are
     contiguous with each other are merged.
     """
     sizes, strides = [x.element_size()], [1]
@@ -187,7 +188,7 @@ def _layout(x: Tensor, first: int) -> tuple[tuple[int, ...], tuple[int, ...], in
 
 @functools.lru_cache(maxsize=64)
 def _share_bytes(*layouts: tuple[tuple[int, ...], tuple[int, ...], int]) -> bool:
-    """Whether two elements of the layouts share a byte. Cached: a loop asks about the same layouts at every step."""
+    """Whether two elements of the layouts share a byte. Cached: a loop has the same layouts at every step."""
     nested = all(
         step >= size * stride
         for sizes, strides, _ in layouts

@@ -20,7 +20,7 @@ def gather_particles_(ancestors: Tensor, *states: Tensor) -> None:
     ancestors = ancestors.to(torch.int64, copy=True)  # a state may share their memory
     for state in states:
         if state.is_floating_point() and state.element_size() == 1:
-            state = state.view(torch.uint8)  # torch.gather knows no float8
+            state = state.view(torch.uint8)  # torch.gather does not support float8
         dim = ancestors.ndim - 1
         index = ancestors.reshape(ancestors.shape + (1,) * (state.ndim - ancestors.ndim))
         state.copy_(torch.gather(state, dim, index.expand(state.shape)))

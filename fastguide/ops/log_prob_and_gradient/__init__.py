@@ -75,7 +75,7 @@ def log_prob_and_gradient(
     log_factorials = _factorials(log_factorials, y, family)
     _expect_positive(y if family == "poisson" and log_factorials is None else None, extra_variance)
     return_gradient = flag("return_gradient", return_gradient)
-    both = return_gradient or (z.requires_grad and torch.is_grad_enabled())  # the derivative needs it
+    both = return_gradient or (z.requires_grad and torch.is_grad_enabled())  # the derivative needs the gradient
     expected = ((z.shape[:1], torch.float64), (z.shape, z.dtype))[: 1 + return_gradient]
     into = _arguments.out(out, expected, z.device, (z, y, extra_variance, rows, log_factorials))
     log_prob, gradient = _log_prob_and_gradient(
@@ -174,7 +174,7 @@ _FAMILIES = {family: code for code, family in enumerate(FAMILIES)}
 
 
 def _cpu(z, y, family, scale, df, background, extra_variance, rows, log_factorials, return_gradient, out=None):
-    wide = torch.float64 in (z.dtype, y.dtype)  # the kernel takes float16 and bfloat16 for z alone
+    wide = torch.float64 in (z.dtype, y.dtype)  # the kernel takes float16 and bfloat16 only for z
     dtype = torch.float64 if wide else torch.float32
     state = (z.double() if wide else z).contiguous()
     y = y.to(dtype).contiguous()

@@ -55,8 +55,8 @@ def density_constant(family: str, scale: float, df: float | None, has_extra_vari
 def log_factorials(y: Tensor, scale: float) -> Tensor:
     """The sum of ``log c!`` over the counts ``c = y / scale`` of each row.
 
-    This is the part of the Poisson log-density that does not depend on ``z``. A row has the same bits whatever rows
-    stand beside it, since its sum has a fixed order.
+    This is the part of the Poisson log-density that does not depend on ``z``. The bits of a row do not depend on the
+    other rows, since its sum has a fixed order.
 
     Args:
         y: ``[rows, *measurement]``, values >= 0.
@@ -149,5 +149,5 @@ def log_prob_and_gradient(
 
 
 def _sum(values: Tensor) -> Tensor:
-    """Per-sample sum in float64, since log-densities of large events cancel to a few units between levels."""
+    """The sum of each sample in float64: differences between log-densities of large events can be a few units."""
     return values.reshape(values.shape[0], math.prod(values.shape[1:])).sum(1, dtype=torch.float64)

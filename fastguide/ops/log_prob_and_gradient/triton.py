@@ -21,8 +21,8 @@ from .._triton import (
 )
 from .reference import FAMILIES, POISSON_LEAST, POISSON_SHARE, density_constant
 
-BLOCK = 1024  # measurements of a tile; not tuned, for the order of a sum must not depend on what was measured
-SPLIT = 8192  # measurements of a sample from which several programs share it
+BLOCK = 1024  # measurements in a tile; not tuned, because the order of a sum must not depend on timings
+SPLIT = 8192  # measurements of a sample that one program takes; several programs share a larger sample
 
 _GAUSSIAN, _STUDENT_T, _LAPLACE, _POISSON = (tl.constexpr(code) for code in range(len(FAMILIES)))
 _SHARE, _LEAST = tl.constexpr(POISSON_SHARE), tl.constexpr(POISSON_LEAST)
@@ -30,7 +30,7 @@ _SHARE, _LEAST = tl.constexpr(POISSON_SHARE), tl.constexpr(POISSON_LEAST)
 
 @triton.jit
 def _log1p(u):
-    """log(1 + u) of u >= 0, also where 1 + u has lost most of u."""
+    """log(1 + u) for u >= 0, accurate also if 1 + u rounds away most of u."""
     w = 1.0 + u
     kept = w - 1.0
     exact = (kept == u) | (kept == 0.0)
@@ -39,8 +39,8 @@ def _log1p(u):
 
 @triton.jit
 def _density(z, y, extra_variance, scale, background, variance, df, FAMILY: tl.constexpr):
-    """The term of each measurement and its derivative. Quotients are rounded to the nearest: ``/`` of float32 is good
-    to 2 ulp, on GPUs alone."""
+    """The term of each measurement and its derivative. Quotients are rounded to nearest, because ``/`` of float32 is
+    only good to 2 ulp on GPUs."""
     if FAMILY == _POISSON:  # in float64: counts of 1e4 have terms of 1e5, which cancel to a few units
         counts = y.to(tl.float64) / scale
         rate = (z.to(tl.float64) + background) / scale
@@ -78,7 +78,7 @@ def log_prob_and_gradient_kernel(
     scale: tl.float64, background: tl.float64, constant: tl.float64, variance: tl.float32, df: tl.float32,
     FAMILY: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    elements = elements // ALIGN * ALIGN  # says that it is a multiple
+    elements = elements // ALIGN * ALIGN  # tells the compiler that it is a multiple of ALIGN
     splits = tl.cdiv(elements, SPLIT)
     program = tl.program_id(0).to(tl.int64)
     row = program // splits * ROWS + tl.arange(0, ROWS)
@@ -86,8 +86,8 @@ def log_prob_and_gradient_kernel(
     live = row < samples
     y_row = row if rows is None else tl.load(rows + row, mask=live, other=0)
     y_row = tl.where(y_rows == 1, 0, y_row) if rows is None else y_row
-    there = live & (y_row >= 0) & (y_row < y_rows)  # a row that is not there is NaN, and never read
-    y_row = tl.minimum(tl.maximum(y_row, 0), y_rows - 1)  # even if the compiler loads it twice and it changes meanwhile
+    there = live & (y_row >= 0) & (y_row < y_rows)  # a row out of range counts as NaN, and is never read
+    y_row = tl.minimum(tl.maximum(y_row, 0), y_rows - 1)  # safe even if the index is loaded twice and changes meanwhile
     extra_row = tl.where(extra_rows == 1, 0, row)
 
     total = tl.zeros([ROWS], tl.float64)
@@ -120,8 +120,8 @@ def total_kernel(sums, total, splits, BLOCK: tl.constexpr):
 
 
 def totals(sums: torch.Tensor, block: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``sums.sum(1)``, of ``sums`` ``[rows, splits]`` in float64: the same bits for any number of rows. One split is
-    its own total."""
+    """``sums.sum(1)`` for ``sums`` ``[rows, splits]`` in float64, with the same bits for any number of rows. A single
+    split is returned as it is."""
     if sums.shape[1] == 1:
         return sums.reshape(-1)
     total = torch.empty(sums.shape[0], dtype=torch.float64, device=sums.device) if out is None else out
@@ -131,12 +131,12 @@ def totals(sums: torch.Tensor, block: int, out: torch.Tensor | None = None) -> t
 
 
 def warps_of(family: str) -> int:
-    """Poisson's float64 takes twice the registers of the others, so its threads have half the measurements."""
+    """Warps of a program. Poisson's float64 takes twice the registers, so its threads have half the measurements."""
     return 8 if family == "poisson" else 4
 
 
 def call(z, y, family, scale, df, background, extra_variance, rows, log_factorials, return_gradient, out=None):
-    """A row of ``y`` that is not there gives NaN."""
+    """As the operation, but an index of a row that ``y`` does not have gives NaN."""
     z, y = aligned(z), aligned(y)
     extra_variance = None if extra_variance is None else aligned(extra_variance)
     samples, elements = z.shape[0], math.prod(z.shape[1:])

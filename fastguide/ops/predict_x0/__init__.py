@@ -161,7 +161,7 @@ def _fake(x, *_):
 
 
 def _vjp(args, results, grads, needed):
-    """One pass of the backward kernel. The reference serves gradients in the levels and the scale."""
+    """The gradients by one pass of the backward kernel. The reference serves those in the levels and the scale."""
     x, model_output, levels, table, prediction, unconditional, *scale = args
     if grads[0] is None:
         return {}

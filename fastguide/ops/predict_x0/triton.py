@@ -14,7 +14,7 @@ from .reference import x0_coefficients
 
 @triton.jit
 def multiplier(value, table, index: tl.constexpr, row, mask, particles):
-    """One number for all samples, or row ``index`` of the float32 table ``[3, N]``, as a column."""
+    """A multiplier: one number for all samples, or row ``index`` of the float32 table ``[3, N]`` as a column."""
     if table is not None:
         value = tl.load(table + index * particles + row, mask=mask, other=0.0)[:, None]
     return value
@@ -27,7 +27,7 @@ def predict_x0_kernel(
     SAMPLE: tl.constexpr, ALIGN: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    elements = elements // ALIGN * ALIGN  # says that it is a multiple
+    elements = elements // ALIGN * ALIGN  # tells the compiler that it is a multiple of ALIGN
     row, column = tile_of_program(particles, elements, ROWS, GROUPS)
     columns = column + tl.arange(0, 4 * GROUPS)
     live = row < particles
@@ -115,7 +115,7 @@ def backward(
 
 
 def _columns(x: Tensor, *values: float | Tensor) -> tuple[tuple[float, ...], Tensor | None]:
-    """The values as floats, or, where any is per sample, a float32 table with a row of ``[N]`` for each."""
+    """The values as floats, or, if any differs between samples, as a float32 table with a row ``[N]`` for each."""
     if not any(isinstance(value, Tensor) for value in values):
         return tuple(map(float, values)), None
     columns = [

@@ -26,8 +26,8 @@ from .._triton import (
 )
 from ..reverse_step.triton import clipped, dynamic_bounds, multiplier, multipliers
 
-BLOCK = 2048  # elements of a tile; not tuned, for the order of a sum must not depend on what was measured
-SPLIT = 8192  # elements of a particle from which several programs share it
+BLOCK = 2048  # elements in a tile; not tuned, because the order of a sum must not depend on timings
+SPLIT = 8192  # elements of a particle that one program takes; several programs share a larger particle
 
 _MOST = tl.constexpr(3.4028234663852886e38)
 
@@ -42,7 +42,7 @@ def propose_and_weigh_kernel(
     GROUPS: tl.constexpr,
 ):  # fmt: skip
     seed, step = read_counter(seed, step, seed_on_device, step_on_device)
-    elements = elements // ALIGN * ALIGN  # says that it is a multiple
+    elements = elements // ALIGN * ALIGN  # tells the compiler that it is a multiple of ALIGN
     splits = tl.cdiv(elements, SPLIT)
     program = tl.program_id(0).to(tl.int64)
     row = program // splits * ROWS + tl.arange(0, ROWS)
@@ -56,7 +56,7 @@ def propose_and_weigh_kernel(
         bound = tl.load(bounds + row, mask=live, other=1.0)[:, None]
     half_inverse = tl.where(tau != 0.0, tl.minimum(tl.div_rn(0.5, tl.where(tau != 0.0, tau, 1.0)), _MOST), 0.0)
 
-    # The terms of -tau times the log-density ratio: tau delta (z + delta / 2), with delta = displacement / tau.
+    # The sum of these terms is -tau times the log-density ratio: tau delta (z + delta / 2), delta = displacement / tau.
     terms = tl.zeros([ROWS, 4 * GROUPS], tl.float32)
     end = tl.minimum(elements, (split + 1) * SPLIT)
     for column in range(split * SPLIT, end, 4 * GROUPS):
@@ -91,7 +91,7 @@ def propose_and_weigh_kernel(
 
 @triton.jit
 def weigh(before, after, row, live, total, tau):
-    """The log-weights with the log-density ratio added, which is ``-total / tau``."""
+    """The log-weights plus the log-density ratio ``-total / tau``."""
     weight = tl.load(before + row, mask=live, other=0.0)
     scale = tl.zeros(total.shape, tl.float64) + tau.to(tl.float64)
     noisy = scale != 0.0

@@ -16,7 +16,7 @@ MASK32 = 0xFFFFFFFF
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low words of the 64-bit product; int64 wraps, and its bits are the right ones."""
+    """High and low words of the 64-bit product. int64 may overflow, but its bits are right."""
     product = a * b
     return (product >> 32) & MASK32, product & MASK32
 
@@ -105,5 +105,5 @@ def randn(
     w0, w1, w2, w3 = words(particles, (elements + 3) // 4, seed, step, stream, first_particle, device)
     z = torch.stack([*_box_muller(w0, w1), *_box_muller(w2, w3)], dim=-1).flatten(1)[:, :elements]
     if dtype in (torch.float16, torch.bfloat16):
-        z = z.float()  # what a kernel rounds is its float32 value
+        z = z.float()  # as in a kernel, which rounds the float32 value
     return z.to(dtype).reshape(tuple(shape)).contiguous()

@@ -18,7 +18,7 @@ def randn_kernel(
     ALIGN: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     seed, step = read_counter(seed, step, seed_on_device, step_on_device)
-    elements = elements // ALIGN * ALIGN  # says that it is a multiple
+    elements = elements // ALIGN * ALIGN  # tells the compiler that it is a multiple of ALIGN
     row, column = tile_of_program(particles, elements, ROWS, GROUPS)
     z = normals(seed, step, stream, first_particle + row, column // 4, GROUPS, ABREAST)
     columns = column + tl.arange(0, 4 * GROUPS)
@@ -52,5 +52,5 @@ def _philox_kernel(out, seed: tl.uint64, c0: tl.uint32, c1: tl.uint32, c2: tl.ui
 
 
 def philox_words(out: torch.Tensor, counter: tuple[int, ...], key: tuple[int, ...]) -> None:
-    """Philox4x32-10 of one counter into ``out``, int32 ``[4]``: the known answers, asked of the hardware itself."""
+    """Philox4x32-10 of one counter into ``out``, int32 ``[4]``. For tests of the known answers on the hardware."""
     _philox_kernel[(1,)](out, key[0] | key[1] << 32, *counter)

@@ -148,7 +148,7 @@ def _cpu(
     if out is not None:
         ancestors, after, log_mean_weight, ess = out
     else:
-        if num == particles:  # empty_like is the cheaper of the two
+        if num == particles:  # empty_like is faster than empty
             ancestors = torch.empty_like(log_weights, dtype=torch.int32)
             after = torch.empty_like(log_weights)
         else:

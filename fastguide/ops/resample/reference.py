@@ -16,7 +16,7 @@ SCHEMES = ("systematic", "stratified", "multinomial", "residual")
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = 0.6931471805599453
-_EXP2 = [  # 2^f on |f| <= 1/2: the minimax polynomial of degree 11, to 5e-18 of it
+_EXP2 = [  # 2^f on |f| <= 1/2: the minimax polynomial of degree 11, with a relative error of 5e-18
     4.4353538352506337e-10,
     7.073245400775912e-09,
     1.0178180978790253e-07,
@@ -30,7 +30,7 @@ _EXP2 = [  # 2^f on |f| <= 1/2: the minimax polynomial of degree 11, to 5e-18 of
     0.6931471805599453,
     1.0,
 ]
-_LOG = [  # ln(3/2 + f) on |f| <= 1/2: degree 10, to 7e-10
+_LOG = [  # ln(3/2 + f) on |f| <= 1/2: degree 10, with an error of 7e-10
     -0.002376162972939694,
     0.0037526511339678846,
     -0.0046663716278311,
@@ -106,7 +106,7 @@ def _exp_times(d: Tensor, scale: int) -> tuple[Tensor, Tensor]:
 def _uniform_below(q: Tensor, w0: Tensor, w1: Tensor) -> Tensor:
     """``floor(u q / 2^64)`` for the 64-bit ``u`` with words ``(w0, w1)`` and ``0 <= q <= 2^62``, in 32-bit limbs."""
     q0, q1 = q & MASK32, q >> 32
-    cross = w1 * q0  # up to 2^64: its bits are right, its sign is not
+    cross = w1 * q0  # up to 2^64: its bits are right, its sign may be wrong
     middle = (((w0 * q0) >> 32) & MASK32) + (cross & MASK32) + ((w0 * q1) & MASK32)
     return w1 * q1 + ((cross >> 32) & MASK32) + ((w0 * q1) >> 32) + (middle >> 32)
 
@@ -172,7 +172,7 @@ def _shares(q: Tensor, total: Tensor, number: int) -> tuple[Tensor, Tensor]:
 
 
 def _residual(q: Tensor, total: Tensor, number: int, exponentials: Tensor) -> Tensor:
-    """``floor(N w)`` copies of each particle, the rest drawn independently from the remainders; sorted."""
+    """``floor(N w)`` copies of each particle; the rest is drawn independently from the remainders. All sorted."""
     copies = _shares(q, total, number)[0].cumsum(1)
     whole, rest = _shares(q.cumsum(1), total, number)
     # The prefix sums of the remainders N w - floor(N w): whole - copies, and a fraction.
@@ -208,7 +208,7 @@ def resample(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draws ancestors for the particles of each row. See `fastguide.ops.resample`.
 
-    A row without a usable weight is no error here. It keeps its particles, or gets zeros as ancestors where ``num`` is
+    A row without a usable weight raises no error here. It keeps its particles, or gets zeros as ancestors if ``num`` is
     not ``K``. Its mean weight and effective sample size are NaN.
     """
     if log_weights.ndim == 1:

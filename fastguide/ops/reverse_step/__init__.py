@@ -45,8 +45,8 @@ def reverse_step(
         x_s     = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat + displacement_scale displacement + tau z
 
     Without ``unconditional``, ``guided`` is ``model_output``. DDIM, DDPM, Euler and Euler-ancestral differ only in
-    ``tau``; ``tau = 0`` is DDIM. The arithmetic is in float32, or
-    in float64 where ``x`` is float64. Results are differentiable in all tensors.
+    ``tau``; ``tau = 0`` is DDIM. The arithmetic is in float32, or in float64 where ``x`` is float64. Results are
+    differentiable in all tensors.
 
     The noise ``z`` is `randn` of the seed, step, stream and first particle. Calls that leave these at their defaults
     all draw the same noise. Nothing is drawn where ``tau = 0``.
@@ -74,9 +74,9 @@ def reverse_step(
         out: A tensor for ``x_s``, or with ``return_x0`` a tuple of two tensors, as in `randn`.
         not_finite: A contiguous int32 tensor ``[4]`` of flags for ``x``, ``model_output``, ``displacement`` and
             ``unconditional``, in this order. A flag becomes 1 if its tensor has a NaN or an infinite value in the dtype
-            of the arithmetic; otherwise it stays as it is. Nothing waits for the device. Kernels look at values that
-            they read anyway; the reference and calls with a gradient or under ``torch.compile`` take a pass of their
-            own. It must share no memory with another argument or a result.
+            of the arithmetic; otherwise it stays as it is. Nothing waits for the device. Kernels check the values that
+            they read anyway. The reference, and calls with a gradient or under ``torch.compile``, need an extra pass
+            over memory. The flags must share no memory with another argument or a result.
         backend: As in `randn`.
 
     Returns:
@@ -100,7 +100,7 @@ def reverse_step(
     ordinary = ordinary and type(displacement_scale) is float
     given = (x, model_output) if displacement is None else (x, model_output, displacement)
     results: Any = None
-    if out is not_finite is unconditional is guidance_scale is None:  # the rest would take a tenth of a small step
+    if out is not_finite is unconditional is guidance_scale is None:  # the other branch takes a tenth of a small step
         ordinary = ordinary and plain(*given)
     elif ordinary and type(guidance_scale) is (_NONE if unconditional is None else float):
         given = given if unconditional is None else (*given, unconditional)
@@ -116,7 +116,7 @@ def reverse_step(
                 1.0 if guidance_scale is None else guidance_scale, bounds, clip_noise, displacement,
                 displacement_scale, seed, step, stream, first_particle, return_x0, out=results, not_finite=not_finite,
             )  # fmt: skip
-            if out is not not_finite:  # one of them is given
+            if out is not not_finite:  # unless both are None
                 tell_autograd(results, not_finite)
             return ((x_s, x0) if return_x0 else x_s) if out is None else out
         except UNUSUAL:
@@ -217,7 +217,7 @@ def _launch(
     x, model_output, coefficients, prediction, unconditional, guidance_scale, clip, clip_noise, displacement,
     displacement_scale, seed, step, stream, first_particle, return_x0, out=None, not_finite=None,
 ):  # fmt: skip
-    """Contiguous tensors; coefficients and scales are numbers or addresses of columns."""
+    """Call the kernel. Tensors must be contiguous; coefficients and scales are numbers or addresses of columns."""
     x_s = torch.empty_like(x) if out is None else out[0]
     x0 = (torch.empty_like(x) if out is None else out[1]) if return_x0 else None
     _native.module("cpu").reverse_step(
@@ -259,7 +259,7 @@ def _fake(
 
 
 def _vjp(args, results, grads, needed):
-    """The derivative by its formula, which draws no noise."""
+    """The derivative by its formula, which needs no noise."""
     if {"table", "guidance_scale_tensor", "displacement_scale_tensor"} & set(needed):
         return None
     x, model_output, coefficients, table, prediction, unconditional, *guidance = args[:8]

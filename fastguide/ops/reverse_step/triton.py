@@ -26,7 +26,7 @@ from . import reference
 
 @triton.jit
 def multiplier(value, table, index: tl.constexpr, row, mask, particles):
-    """One number for all particles, or row ``index`` of the float32 table ``[8, N]``, as a column."""
+    """A multiplier: one number for all particles, or row ``index`` of the float32 table ``[8, N]`` as a column."""
     if table is not None:
         value = tl.load(table + index * particles + row, mask=mask, other=0.0)[:, None]
     return value
@@ -43,7 +43,7 @@ def reverse_step_kernel(
     ALIGN: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     seed, step = read_counter(seed, step, seed_on_device, step_on_device)
-    elements = elements // ALIGN * ALIGN  # says that it is a multiple
+    elements = elements // ALIGN * ALIGN  # tells the compiler that it is a multiple of ALIGN
     row, column = tile_of_program(particles, elements, ROWS, GROUPS)
     columns = column + tl.arange(0, 4 * GROUPS)
     live = row < particles
@@ -93,7 +93,7 @@ def reverse_step_kernel(
 
 @triton.jit
 def clipped(value, low, high):
-    """A NaN stays one."""
+    """``value`` clipped to ``[low, high]``. A NaN stays NaN."""
     value = tl.where(value < low, low, value)
     return tl.where(value > high, high, value)
 
@@ -106,7 +106,7 @@ def call(
     clip, clip_noise, displacement, displacement_scale, displacement_scale_tensor,
     seed, step, stream, first_particle, seed_tensor, step_tensor, return_x0, out=None, not_finite=None,
 ):  # fmt: skip
-    """One pass but for a dynamic threshold's quantile."""
+    """One pass over memory, except for the quantile of a dynamic threshold."""
     x, model_output = x.contiguous(), model_output.contiguous()
     unconditional = None if unconditional is None else unconditional.contiguous()
     displacement = None if displacement is None else displacement.contiguous()
@@ -144,8 +144,8 @@ def multipliers(
     scale: Scalar = 1.0,
     guidance_scale: Scalar = 1.0,
 ) -> tuple[tuple[float, ...], Tensor | None]:
-    """``p, q, a, b, tau, c``, the displacement's scale and the guidance scale as floats, or, where any is per sample, a
-    float32 table ``[8, N]``."""
+    """``p, q, a, b, tau, c``, the displacement's scale and the guidance scale: floats, or a float32 table ``[8, N]`` if
+    any differs between samples."""
     values = [*reference.multipliers(x, coefficients, prediction, clip_noise), scale, guidance_scale]
     if not any(isinstance(v, Tensor) for v in values):
         return tuple(float(v) for v in values), None

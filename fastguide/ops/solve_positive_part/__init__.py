@@ -10,7 +10,7 @@ from .. import _arguments
 from .._operation import Operation
 from . import reference
 
-LIMIT = 16  # rows of a matrix that the kernel serves
+LIMIT = 16  # the kernel serves matrices with at most so many rows
 
 
 def solve_positive_part(
@@ -29,8 +29,8 @@ def solve_positive_part(
     have negative eigenvalues. Results are differentiable in ``gram`` and ``residual``.
 
     On the CPU, eigenvalues are computed. On a GPU that would wait for the device, so a fixed number of matrix products
-    is used instead. Both agree to 1e-9, except where an eigenvalue is below 1e-10 of the largest: the products then
-    count between half and all of it. The GPU kernel serves ``m <= 16``; larger matrices fall back to the reference,
+    is used instead. Both agree to 1e-9, except for eigenvalues below 1e-10 of the largest: the products count between
+    half and all of such an eigenvalue. The GPU kernel serves ``m <= 16``; larger matrices fall back to the reference,
     with a warning.
 
     Args:

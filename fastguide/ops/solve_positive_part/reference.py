@@ -14,13 +14,13 @@ def solve_positive_part(gram: Tensor, residual: Tensor, variance: float) -> tupl
     """Solves with ``S = variance I + gram_+``: ``S^-1 residual`` and ``log N(residual; 0, S)``. See
     `fastguide.ops.solve_positive_part`.
 
-    CPU tensors take eigenvalues, and other tensors matrix products.
+    CPU tensors are solved by eigenvalues, other tensors by matrix products.
     """
     gram = 0.5 * (gram + gram.mT)
-    if not gram.is_cpu:  # there eigh waits for the device
+    if not gram.is_cpu:  # on a GPU eigh waits for the device
         return solve_by_products(gram, residual, variance)
     finite = torch.isfinite(gram).flatten(1).all(1)
-    eigenvalues, basis = torch.linalg.eigh(torch.where(finite[:, None, None], gram, 0.0))  # it raises for a NaN
+    eigenvalues, basis = torch.linalg.eigh(torch.where(finite[:, None, None], gram, 0.0))  # eigh raises for a NaN
     eigenvalues = eigenvalues.clamp(min=0) + variance
     c = (basis.mT @ residual[..., None])[..., 0]
     solution = (basis @ (c / eigenvalues)[..., None])[..., 0]
@@ -41,7 +41,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def solve_by_products(gram: Tensor, residual: Tensor, variance: float) -> tuple[Tensor, Tensor]:
-    """The same by a fixed number of matrix products: ``gram_+ = gram (I + sign(gram)) / 2``."""
+    """`solve_positive_part` by a fixed number of matrix products: ``gram_+ = gram (I + sign(gram)) / 2``."""
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     sign = gram / torch.linalg.matrix_norm(gram, keepdim=True).clamp(min=torch.finfo(gram.dtype).tiny)
     for _ in range(QUINTICS):

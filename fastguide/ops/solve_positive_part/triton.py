@@ -1,4 +1,4 @@
-"""`fastguide.ops.solve_positive_part` in Triton: one launch in place of some 250."""
+"""`fastguide.ops.solve_positive_part` in Triton: one launch instead of some 250."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import reference
 PRODUCTS, MOST = (
     4096,
     32,
-)  # terms of the products that a program makes at a time, and matrices that it has registers for
+)  # limits for one program: terms of a product, and matrices that fit its registers
 
 _QUINTICS, _NEWTON_STEPS = tl.constexpr(reference.QUINTICS), tl.constexpr(reference.NEWTON_STEPS)
 _QUINTIC = tl.constexpr(reference.QUINTIC)
@@ -22,7 +22,7 @@ _QUINTIC = tl.constexpr(reference.QUINTIC)
 
 @triton.jit
 def _product(a, b):
-    """Of matrices ``[MATRICES, M, M]``. tl.dot takes none this small."""
+    """The product of matrices ``[MATRICES, M, M]``. They are too small for tl.dot."""
     return tl.sum(a[:, :, :, None] * b[:, None, :, :], axis=2)
 
 
@@ -52,7 +52,7 @@ def solve_positive_part_kernel(
     held = 0.5 * (g + _product(g, sign))
     a = 0.5 * (held + tl.trans(held, 0, 2, 1)) + variance * identity
 
-    # Gauss-Jordan. Rows past the last are those of `variance` times the identity, and do nothing.
+    # Gauss-Jordan. Rows past the last are those of `variance` times the identity; they change nothing.
     given = tl.load(residual + matrix[:, None] * size + i[None, :], mask=inside, other=0.0)
     r = given
     total = tl.zeros([MATRICES], tl.float64)

@@ -1,12 +1,12 @@
-// What CUB's block-wide operations share.
+// The common part of CUB's block-wide operations.
 #pragma once
 
 #include "../cuda_runtime_api.h"
 
 namespace emulated {
 
-// The temporary storage may be written from the first to the last thread of an operation: before it is used again
-// there must be a barrier.
+// An operation may write the temporary storage until its last thread has finished. So there must be a barrier before the
+// storage is used again.
 inline void use_storage(const void* storage) {
     if (threadIdx.x != 0) return;
     Block& block = *this_thread().block;
@@ -21,8 +21,8 @@ struct Results {
     T own, all;
 };
 
-// What `compute` makes of the values that all threads of the block give, in their order. It does so once, in place, and
-// returns what it has for all of them. Every thread must call it.
+// Calls `compute` once with the values of all threads of the block, in order. `compute` works in place and returns one
+// value for all threads. Every thread must call this.
 template <class T, class Compute>
 Results<T> collect(const T& value, Line line, const Compute& compute) {
     static_assert(std::is_trivially_copyable_v<T>);
@@ -41,7 +41,7 @@ Results<T> collect(const T& value, Line line, const Compute& compute) {
     return results;
 }
 
-// What other threads than the first get where CUB promises them nothing.
+// The result of the other threads, where CUB defines only that of the first thread.
 template <class T>
 T garbage() {
     T value;

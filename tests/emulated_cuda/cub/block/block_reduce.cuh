@@ -13,7 +13,7 @@ public:
 
     explicit BlockReduce(TempStorage& storage) : storage_(&storage) {}
 
-    // The first thread's result; the others get none.
+    // Only the first thread gets the result.
     template <class Operation>
     T Reduce(T input, Operation operation, emulated::Line line = {__builtin_LINE()}) {
         emulated::use_storage(storage_);

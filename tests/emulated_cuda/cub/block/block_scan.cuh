@@ -56,7 +56,7 @@ public:
 private:
     TempStorage* storage_;
 
-    // Of each thread what comes before it, and of all.
+    // For each thread, the result over all threads before it; and the result over all threads.
     template <class Operation>
     emulated::Results<T> scan(T input, T first, Operation operation, emulated::Line line) {
         emulated::use_storage(storage_);
