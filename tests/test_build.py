@@ -158,8 +158,8 @@ def rules(names: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def compile_all(tmp_path_factory):
-    """``compile_all(sources, *command)``: each source's future, of its object and of what the compiler said; as many
-    run at a time as there are cores."""
+    """``compile_all(commands)``, a command for each source: each source's future, of its object and of what the compiler
+    said; as many run at a time as there are cores."""
     folder = tmp_path_factory.mktemp("objects")
 
     def compiled_object(source: Path, command: tuple[str, ...]) -> tuple[Path, subprocess.CompletedProcess]:
@@ -167,17 +167,23 @@ def compile_all(tmp_path_factory):
         return out, subprocess.run([*command, *HEADERS, "-c", source, "-o", out], capture_output=True, text=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield lambda sources, *command: {source: pool.submit(compiled_object, source, command) for source in sources}
+        yield lambda commands: {source: pool.submit(compiled_object, source, c) for source, c in commands.items()}
 
 
 @pytest.fixture(scope="module")
 def cuda_objects(compile_all):
-    # The sources have no code of an architecture's own: their PTX is made once, which takes most of the time.
+    # The sources have no code of an architecture's own: their PTX is made once, and the machine code for one of the
+    # architectures, each for another. FASTGUIDE_EVERY_KERNEL=1 makes that of all.
     known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     codes = [code for code in ARCHITECTURES if code in known]
     assert codes
-    gencode = f"-gencode=arch={codes[0].replace('sm', 'compute')},code=[{','.join(codes)}]"
-    return compile_all(CUDA_SOURCES, "nvcc", *rules("nvccflags"), gencode, "-Xptxas=-v")
+    arch = codes[0].replace("sm", "compute")
+    commands = {}
+    for i, source in enumerate(CUDA_SOURCES):
+        some = codes if os.environ.get("FASTGUIDE_EVERY_KERNEL") == "1" else [codes[i % len(codes)]]
+        gencode = f"-gencode=arch={arch},code=[{','.join(some)}]"
+        commands[source] = ("nvcc", *rules("nvccflags"), gencode, "-Xptxas=-v")
+    return compile_all(commands)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
