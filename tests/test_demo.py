@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.image
@@ -161,15 +159,15 @@ def test_the_demo_on_a_gpu(task, capsys, tmp_path):
     assert f"\n{task}" in out
 
 
-def test_the_version():
-    command = [sys.executable, "-c", "from fastguide.cli import main; main()", "--version"]  # as the installed script
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+def test_the_version(python):
+    done = python("from fastguide.cli import main; main()", "--version", cwd=ROOT)  # as the installed script
+    assert done.returncode == 0, done.stderr
     assert done.stdout == f"fastguide {fg.__version__}\n"
 
 
-def test_the_module_is_the_command():
-    command = [sys.executable, "-m", "fastguide", "demo", "--steps", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+def test_the_module_is_the_command(python):
+    module = "import runpy; runpy.run_module('fastguide', run_name='__main__', alter_sys=True)"  # python -m
+    done = python(module, "demo", "--steps", "0", cwd=ROOT)
     assert done.returncode == 2 and "fastguide demo: error: argument --steps" in done.stderr
 
 

@@ -131,7 +131,7 @@ def pipelines(tmp_path_factory):
         return train.v_loss(lambda x, t, label: net(x, t).sample, batch, None, generator, table)
 
     net = unet(1, 8)
-    net = train.optimise(net, loss, steps=200, learning_rate=5e-3, ema=0.98)
+    net = train.optimise(net, loss, steps=100, learning_rate=5e-3, ema=0.98)
     folder = tmp_path_factory.mktemp("pipelines")
     diffusers.DDIMPipeline(net, scheduler).save_pretrained(folder / "pixels")
     vae = diffusers.VQModel(

@@ -1,8 +1,8 @@
 """Compiles the Triton kernels for GPUs that need not be there, and prints what came of each as one line of JSON.
 
 ``python tests/ops/compile_kernels.py`` (without TRITON_INTERPRET), on every core. Registers and spills are those that
-ptxas reports. Every kernel is compiled for every architecture: some of them in one form, unless FASTGUIDE_EVERY_KERNEL=1
-asks for every form, dtype and tile.
+ptxas reports. Every kernel is compiled for every architecture, for some of them in one form alone, unless
+FASTGUIDE_EVERY_KERNEL=1 asks for every form, dtype and tile.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ def compile_all(architecture: int, state: str | None) -> list[str]:
             family = name.removeprefix("log_prob_and_gradient, ")
             warps = log_prob_and_gradient.warps_of(family) if family != name else config.num_warps
             made = compiled(kernel, pointers, constants | tile, architecture, warps)
-            about = dict(name=name, kernel=kernel.fn.__name__, state=state, architecture=architecture, block=block, moved=moved)
+            about = dict(
+                name=name, kernel=kernel.fn.__name__, state=state, architecture=architecture, block=block, moved=moved
+            )
             lines.append(json.dumps(about | made))
     return lines
 
