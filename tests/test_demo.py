@@ -38,7 +38,7 @@ def test_one_task_and_method(method, capsys, tmp_path):
 
 
 def test_reward_steering_has_an_effect(tmp_path):
-    line = demo.steer(demo.Settings(steps=35), tmp_path / "reward.png")  # enough to see it
+    line = demo.steer(demo.Settings(steps=20), tmp_path / "reward.png")  # enough to see it
     prior, steered = (float(word.strip("%,")) for word in line.split() if "%" in word)
     assert prior < 40 and steered > 75
     assert (tmp_path / "reward.png").stat().st_size > 5000

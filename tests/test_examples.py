@@ -74,7 +74,7 @@ def test_fk_atoms(run, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*ancestor")
 def test_tomography(run, tmp_path):
-    printed = run("tomography", "--steps", 6, "--particles", 1, "--out", tmp_path)
+    printed = run("tomography", "--steps", 5, "--particles", 1, "--out", tmp_path)
     names = "prior", "DPS", "PnP", "PiGDM", "FK, 1 filter", "TDS, 1 filter", "TDS, 19 filters"
     found = {name: dict(zip(("psnr", "residual", "coverage"), line(printed, name)[:3], strict=True)) for name in names}
     prior = found["prior"]

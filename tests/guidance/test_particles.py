@@ -273,7 +273,7 @@ def test_a_potential_stands_at_the_resampling_steps_and_at_the_end(
 
     guidance = fg.FK(
         reward,
-        particles=8192,
+        particles=4096,
         potential=potential,
         proposal=proposal,
         covariance="point",
