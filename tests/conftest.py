@@ -7,6 +7,7 @@ import os
 import shutil
 
 import emulated_cuda
+import fresh
 import pytest
 import torch
 
@@ -112,6 +113,13 @@ def assert_close():
 def instruction_set():
     """``with instruction_set(name):`` runs the CPU kernels of its body with that instruction set."""
     return _native.instruction_set
+
+
+@pytest.fixture(scope="session")
+def python():
+    """See `fresh.Python`."""
+    with fresh.Python() as python:
+        yield python
 
 
 @pytest.fixture(scope="session")

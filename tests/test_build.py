@@ -10,10 +10,12 @@ import sysconfig
 import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import check_wheel
 import pytest
+from fresh import Python
 
 import fastguide
 from fastguide.ops import _native
@@ -37,14 +39,14 @@ def test_the_threads_are_those_of_torchs_libgomp(described_here):
     check_wheel.check_threads(described_here)
 
 
-def test_import_touches_no_gpu():
+def test_import_touches_no_gpu(python):
     code = """
 import torch
 def refuse(*a, **k): raise AssertionError("the GPU was asked for")
 torch.cuda.is_available = torch.cuda._lazy_init = torch._C._cuda_getDeviceCount = refuse
 import fastguide.ops._operation, fastguide.doctor
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    python(code, cwd=ROOT).check_returncode()
 
 
 # --- the clone and the installed package --------------------------------------------------------------------
@@ -56,9 +58,14 @@ def copy_sources(folder: Path) -> Path:
     return Path(shutil.copytree(ROOT / "fastguide", folder / "fastguide", ignore=unbuilt))
 
 
-def ask(code: str, clone: Path, site: Path, editable: Path | None = None) -> str:
-    """What ``code`` prints in the folder ``clone``, with the packages installed in ``site``. ``editable``: an editable
-    installation of this folder, whose compiled modules are found for any package of this name."""
+@pytest.fixture
+def ask(python):
+    return partial(asked, python)
+
+
+def asked(python: Python, code: str, clone: Path, site: Path, editable: Path | None = None) -> str:
+    """What ``code`` prints in the folder ``clone``, with what is installed in ``site``, and the compiled modules of an
+    editable installation of ``editable``, which it finds for any package of this name."""
     finder = f"""
 import importlib.util, sys
 from pathlib import Path
@@ -72,8 +79,7 @@ import torch, fastguide
 from fastguide import doctor
 """
     environment = os.environ | {"PYTHONPATH": str(site)}
-    command = [sys.executable, "-c", finder + code]
-    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
+    done = python(finder + code, cwd=clone, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -87,7 +93,7 @@ def install(site: Path) -> Path:
     return package
 
 
-def test_an_unbuilt_clone_before_the_installed_copy_is_named(tmp_path):
+def test_an_unbuilt_clone_before_the_installed_copy_is_named(ask, tmp_path):
     clone, site = tmp_path / "clone", tmp_path / "site"
     sources, installed = copy_sources(clone), install(site)
     words = (
@@ -105,7 +111,7 @@ print(fastguide.backends()['cpu'].reason, "---", doctor.report(), "---")
     assert words in warning and words in report
 
 
-def test_the_modules_of_an_editable_installation_serve_no_other_sources(tmp_path):
+def test_the_modules_of_an_editable_installation_serve_no_other_sources(ask, tmp_path):
     sources = copy_sources(tmp_path / "clone")
     built = ROOT / "fastguide"
     said = ask("print(fastguide.backends()['cpu'].reason)", tmp_path / "clone", tmp_path, editable=built)
@@ -113,13 +119,13 @@ def test_the_modules_of_an_editable_installation_serve_no_other_sources(tmp_path
     assert f"in place of the copy that pip installed in {built}." in said
 
 
-def test_an_unbuilt_clone_alone_is_named(tmp_path):
+def test_an_unbuilt_clone_alone_is_named(ask, tmp_path):
     sources = copy_sources(tmp_path / "clone")
     said = ask("print(fastguide.backends()['cpu'].reason)", tmp_path / "clone", tmp_path)
     assert f"no build has run in {sources} (`pip install -e {sources.parent}` runs it)" in said
 
 
-def test_doctor_of_the_installed_copy_names_the_clone_it_runs_in(tmp_path):
+def test_doctor_of_the_installed_copy_names_the_clone_it_runs_in(ask, tmp_path):
     clone, site = tmp_path / "clone", tmp_path / "site"
     sources = copy_sources(clone)
     install(site)
@@ -158,8 +164,8 @@ def rules(names: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def compile_all(tmp_path_factory):
-    """``compile_all(sources, *command)``: a future for each source, with its object and the compiler's output. As many
-    compilers run at a time as there are cores."""
+    """``compile_all(commands)``, with a command for each source: a future for each source, with its object and the
+    compiler's output. As many compilers run at a time as there are cores."""
     folder = tmp_path_factory.mktemp("objects")
 
     def compiled_object(source: Path, command: tuple[str, ...]) -> tuple[Path, subprocess.CompletedProcess]:
@@ -167,17 +173,23 @@ def compile_all(tmp_path_factory):
         return out, subprocess.run([*command, *HEADERS, "-c", source, "-o", out], capture_output=True, text=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield lambda sources, *command: {source: pool.submit(compiled_object, source, command) for source in sources}
+        yield lambda commands: {source: pool.submit(compiled_object, source, c) for source, c in commands.items()}
 
 
 @pytest.fixture(scope="module")
 def cuda_objects(compile_all):
-    # The sources have no code for a single architecture. So their PTX is made once, which takes most of the time.
+    # The sources have no code of an architecture's own: their PTX is made once, and the machine code for one of the
+    # architectures, each for another. FASTGUIDE_EVERY_KERNEL=1 makes that of all.
     known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     codes = [code for code in ARCHITECTURES if code in known]
     assert codes
-    gencode = f"-gencode=arch={codes[0].replace('sm', 'compute')},code=[{','.join(codes)}]"
-    return compile_all(CUDA_SOURCES, "nvcc", *rules("nvccflags"), gencode, "-Xptxas=-v")
+    arch = codes[0].replace("sm", "compute")
+    commands = {}
+    for i, source in enumerate(CUDA_SOURCES):
+        some = codes if os.environ.get("FASTGUIDE_EVERY_KERNEL") == "1" else [codes[i % len(codes)]]
+        gencode = f"-gencode=arch={arch},code=[{','.join(some)}]"
+        commands[source] = ("nvcc", *rules("nvccflags"), gencode, "-Xptxas=-v")
+    return compile_all(commands)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
@@ -234,26 +246,16 @@ def test_a_module_shares_none_of_its_functions(module):
     assert "fastguide" not in symbols
 
 
-def test_the_module_that_is_loaded():
+def test_the_module_that_is_loaded(python):
     isas = _native.instruction_sets()
     expected = {"unset": isas[0], "": isas[0]} | {isa: isa for isa in isas[1:]}
-    code = """
-import os, sys, torch  # which takes a second, once
-os.environ.pop("FASTGUIDE_ISA", None)
-for wish in sys.argv[1:]:
-    if os.fork():
-        os.wait()
-        continue
-    if wish != "unset":
-        os.environ["FASTGUIDE_ISA"] = wish
-    import fastguide
-    print(fastguide.backends()["cpu"].details["instruction_set"], *sys.modules)
-    break
-"""
-    command = [sys.executable, "-c", code, *expected]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    for line, isa in zip(found, expected.values(), strict=True):
-        name, *modules = line.split()
+    code = "import fastguide, sys; print(fastguide.backends()['cpu'].details['instruction_set'], *sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "FASTGUIDE_ISA"}
+    for wish, isa in expected.items():
+        env = environment if wish == "unset" else environment | {"FASTGUIDE_ISA": wish}
+        done = python(code, cwd=ROOT, env=env)
+        assert done.returncode == 0, done.stderr
+        name, *modules = done.stdout.split()
         assert name == isa
         loaded = {module for module in modules if module.startswith("fastguide._cpu")}
         assert loaded == {"fastguide._cpu_portable", f"fastguide._cpu_{isa}"}
@@ -387,7 +389,7 @@ def test_a_missing_compiler_is_named_before_nvcc_runs(cxx, words, tmp_path):
     assert not (tmp_path / "nvcc-ran").exists()
 
 
-def test_without_kernels_no_compiler_is_needed_and_the_first_call_says_how_to_get_them(tmp_path):
+def test_without_kernels_no_compiler_is_needed_and_the_first_call_says_how_to_get_them(ask, tmp_path):
     copy_sources(tmp_path)
     done = build(clone(tmp_path), FASTGUIDE_CPU="0", CUDA_HOME=None, CXX=None, PATH=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

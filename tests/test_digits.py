@@ -26,7 +26,7 @@ def classify():
 @pytest.fixture(scope="module")
 def samples():
     """400 unconditional samples, unclipped."""
-    return train.draw(digits.prior(), (400, 1, 8, 8), steps=50, seed=7)
+    return train.draw(digits.prior(), (400, 1, 8, 8), steps=25, seed=7)
 
 
 # --------------------------------------------------------------------------------------------- files
@@ -113,7 +113,7 @@ def test_samples_are_no_copies_of_training_digits(samples):
 @pytest.mark.parametrize("scale, share", [(None, 0.94), (2.0, 0.98)])
 def test_conditional_samples_are_in_the_asked_class(classify, scale, share):
     asked = torch.arange(100) % CLASSES
-    drawn = train.draw(digits.prior(asked, scale), (100, 1, 8, 8), steps=50)
+    drawn = train.draw(digits.prior(asked, scale), (100, 1, 8, 8), steps=25)
     assert (classify(drawn).argmax(1) == asked).float().mean() >= share
 
 
@@ -125,7 +125,7 @@ def test_latent_model(classify):
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(z.shape[1]), rtol=0, atol=0.1)
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(z.shape[1]), rtol=0, atol=0.1)
     assert train.psnr(images, decode(z)) > 29
-    share, counts = train.confident(classify, decode(train.draw(latent, (400, *z.shape[1:]), steps=50, seed=7)))
+    share, counts = train.confident(classify, decode(train.draw(latent, (400, *z.shape[1:]), steps=25, seed=7)))
     assert share >= 0.9
     assert min(counts) >= 16 and max(counts) <= 80, counts
 

@@ -185,7 +185,7 @@ assert found["cubin"] and not found["spills"], found
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_the_operation_that_is_added(tmp_path):
+def test_the_operation_that_is_added(tmp_path, python):
     """Run in a copy of the repository whose only compiled module has only that operation."""
     pytest.importorskip("triton")
     for name in ("fastguide", "benchmarks", "csrc"):
@@ -201,24 +201,17 @@ def test_the_operation_that_is_added(tmp_path):
     module = f"fastguide/_cpu_portable{sysconfig.get_config_var('EXT_SUFFIX')}"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fPIC", "-shared"]
     flags += ["-DFG_MODULE=_cpu_portable", "-isystem", sysconfig.get_paths()["include"]]
+    command = ["g++", *flags, *(f"csrc/{source}" for source in sources), "-lgomp", "-o", module]
+    build = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {
-        "PYTHONPATH": f"{tmp_path}:{tmp_path}/tests/ops",
-        "FASTGUIDE_ISA": "portable",
-        "OMP_NUM_THREADS": "1",
-    }
-
-    def start(*command: str, **more: str) -> subprocess.Popen:
-        options: dict = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        return subprocess.Popen(command, cwd=tmp_path, env=environment | more, **options)
-
-    build = start("g++", *flags, *(f"csrc/{source}" for source in sources), "-lgomp", "-o", module)
-    said = build.communicate()[0]
-    assert build.returncode == 0, said
-    pytest_of_its_own = (sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir=.")
-    tests = start(*pytest_of_its_own, "tests/ops/test_scale_and_shift.py", TRITON_INTERPRET="1")
-    bench = start(sys.executable, "-m", "benchmarks", "scale_and_shift", "--quick")
-    for_a_gpu = start(sys.executable, "-c", COMPILE_FOR_A_GPU)
-    ended = [process.communicate()[0] for process in (tests, bench, for_a_gpu)]
-    assert [process.returncode for process in (tests, bench, for_a_gpu)] == [0, 0, 0], "\n".join(ended)
-    assert "11 passed" in ended[0] and "scale_and_shift/images" in ended[1]
+    environment |= {"PYTHONPATH": f"{tmp_path}:{tmp_path}/tests/ops", "FASTGUIDE_ISA": "portable"}
+    as_a_command = "import runpy, torch; torch.set_num_threads(1); runpy.run_module({!r}, run_name='__main__')".format
+    pytest_of_its_own = ("-q", "-c", os.devnull, "--rootdir=.", "tests/ops/test_scale_and_shift.py")
+    interpreted = environment | {"TRITON_INTERPRET": "1"}
+    tests = python(as_a_command("pytest"), *pytest_of_its_own, cwd=tmp_path, env=interpreted)
+    assert tests.returncode == 0 and "11 passed" in tests.stdout, tests.stdout + tests.stderr
+    bench = python(as_a_command("benchmarks"), "scale_and_shift", "--quick", cwd=tmp_path, env=environment)
+    assert bench.returncode == 0 and "scale_and_shift/images" in bench.stdout, bench.stdout + bench.stderr
+    for_a_gpu = python(COMPILE_FOR_A_GPU, cwd=tmp_path, env=environment)
+    assert for_a_gpu.returncode == 0, for_a_gpu.stderr

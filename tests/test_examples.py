@@ -74,7 +74,7 @@ def test_fk_atoms(run, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*ancestor")
 def test_tomography(run, tmp_path):
-    printed = run("tomography", "--steps", 6, "--particles", 1, "--out", tmp_path)
+    printed = run("tomography", "--steps", 5, "--particles", 1, "--out", tmp_path)
     names = "prior", "DPS", "PnP", "PiGDM", "FK, 1 filter", "TDS, 1 filter", "TDS, 19 filters"
     found = {name: dict(zip(("psnr", "residual", "coverage"), line(printed, name)[:3], strict=True)) for name in names}
     prior = found["prior"]
@@ -131,7 +131,7 @@ def pipelines(tmp_path_factory):
         return train.v_loss(lambda x, t, label: net(x, t).sample, batch, None, generator, table)
 
     net = unet(1, 8)
-    net = train.optimise(net, loss, steps=200, learning_rate=5e-3, ema=0.98)
+    net = train.optimise(net, loss, steps=100, learning_rate=5e-3, ema=0.98)
     folder = tmp_path_factory.mktemp("pipelines")
     diffusers.DDIMPipeline(net, scheduler).save_pretrained(folder / "pixels")
     vae = diffusers.VQModel(

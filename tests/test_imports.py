@@ -1,17 +1,17 @@
-"""What an import loads. Each test needs a new process, because this one has loaded everything."""
+"""What an import loads: each in a process that has loaded torch alone, since this one has loaded everything."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fresh import Python
 
 ROOT = Path(__file__).parents[1]
 
 
-def loaded(before: str, imported: str, *path: Path) -> set[str]:
-    """The modules that ``imported`` loads after ``before``, without those of Python itself."""
+def loaded(python: Python, before: str, imported: str, *path: Path) -> set[str]:
+    """The modules that ``imported`` loads after ``before``, but for Python's own."""
     code = f"""
 import json, sys
 sys.path[:0] = {[str(ROOT), *map(str, path)]!r}
@@ -20,7 +20,7 @@ seen = set(sys.modules)
 {imported}
 print(json.dumps([name for name in sys.modules if name not in seen]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python(code)
     assert done.returncode == 0, done.stderr
     names = json.loads(done.stdout.splitlines()[-1])
     return {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
@@ -30,8 +30,8 @@ def outside(names: set[str]) -> set[str]:
     return {name for name in names if name.partition(".")[0] != "fastguide"}
 
 
-def test_fastguide_loads_only_torch_and_its_own_core():
-    names = loaded("import torch", "import fastguide")
+def test_fastguide_loads_only_torch_and_its_own_core(python):
+    names = loaded(python, "import torch", "import fastguide")
     assert not outside(names)
     parts = {name.split(".")[1] for name in names if "." in name}
     assert "sampling" in parts
@@ -39,7 +39,7 @@ def test_fastguide_loads_only_torch_and_its_own_core():
     assert "fastguide.ops._triton" not in names  # loaded by the first call that needs it
 
 
-def test_the_diffusers_schedulers_load_no_models_and_survive_a_mismatched_torchvision(tmp_path):
+def test_the_diffusers_schedulers_load_no_models_and_survive_a_mismatched_torchvision(python, tmp_path):
     pytest.importorskip("diffusers")
     # diffusers' models import transformers, which imports torchvision if it is installed.
     package, metadata = tmp_path / "torchvision", tmp_path / "torchvision-0.1.dist-info"
@@ -59,5 +59,5 @@ scheduler.set_timesteps(4)
 scheduler.step(x, scheduler.timesteps[0], x)
 assert sum(scheduler.parent_calls.values()) == 0
 """
-    names = loaded(before, imported, tmp_path)
+    names = loaded(python, before, imported, tmp_path)
     assert not outside(names), sorted(outside(names))[:9]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import subprocess
 import sys
 import types
 import warnings
@@ -329,7 +328,7 @@ def test_a_file_has_the_values_of_a_view_of_the_negative(tmp_path):
     same(out, Samples.load(tmp_path / "a.safetensors"))
 
 
-def test_without_safetensors_the_error_names_the_package():
+def test_without_safetensors_the_error_names_the_package(python):
     code = """
 import sys
 sys.modules["safetensors"] = None
@@ -340,7 +339,7 @@ for call in (fastguide.Samples(torch.zeros(2, 3)).save, fastguide.Samples.load):
     except ImportError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python(code)
     expected = "expected safetensors to be installed (pip install 'fastguide[demo]')"
     assert done.stdout.splitlines() == [f"save: {expected}", f"load: {expected}"]
 
@@ -470,7 +469,7 @@ def test_runs_with_other_seeds_are_chains_of_arviz(arviz):
     assert joined["posterior"]["x"].shape == (3, 512, 2, 3) and joined["sample_stats"]["log_evidence"].shape == (3, 2)
 
 
-def test_without_a_package_the_error_names_it():
+def test_without_a_package_the_error_names_it(python):
     code = """
 import sys
 sys.modules["arviz"] = sys.modules["pandas"] = None
@@ -482,7 +481,7 @@ for call in (out.to_pandas, out.to_arviz):
     except ImportError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python(code)
     assert done.stdout.splitlines() == [
         "to_pandas: expected pandas to be installed (pip install pandas)",
         "to_arviz: expected arviz to be installed (pip install arviz)",

@@ -428,7 +428,8 @@ def test_pnp_serves_every_operator_with_a_backward_pass(name):
     minimum, which has a closed form if the operator is linear."""
     function, x0, y, guidance = data_term(name)
     run = make_run(event=(6,))
-    guidance = replace(guidance, iterations=60).prepare(run)
+    slow = name == "attention"  # every other has converged after 30
+    guidance = replace(guidance, iterations=60 if slow else 30).prepare(run)
     assert guidance.solver == SOLVERS.get(name, guidance.solver)
     x = guidance.data_step(run, x0, 4)
 

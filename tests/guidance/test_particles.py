@@ -52,7 +52,7 @@ def test_reaches_the_closed_form_like_one_over_root_k(method, closed_form):
             return fg.TDS(likelihood, particles)
         return fg.FK(likelihood, particles, proposal="guided", potential="difference", resample_steps=3)
 
-    sizes = (64, 256, 1024, 4096) if method == "tds" else (64, 256, 1024)
+    sizes = (64, 256, 1024)  # of 4096 particles alone TDS takes as long as of all these
     table = torch.tensor([errors(guidance_of, k, range(10), closed_form) for k in sizes])
     print(
         f"\n{method}: K, rms error of mean, variance, log-evidence\n",
@@ -311,7 +311,7 @@ def test_a_potential_stands_at_the_resampling_steps_and_at_the_end(
 
     guidance = fg.FK(
         reward,
-        particles=8192,
+        particles=4096,
         potential=potential,
         proposal=proposal,
         covariance="point",

@@ -731,7 +731,7 @@ def trained(tmp_path_factory):
         return data[torch.randint(len(data), (size,), generator=generator)]
 
     def reconstruction(step):
-        x = batch(images, 16)
+        x = batch(images, 32)
         z = vae.encode(x).latent_dist.mean
         noisy = z + 0.05 * z.detach().std() * torch.randn(z.shape, generator=generator)  # for a smooth decoder
         return (vae.decode(noisy).sample - x).square().mean() + 1e-4 * z.square().mean()
@@ -741,7 +741,7 @@ def trained(tmp_path_factory):
         in_channels=1, out_channels=1, down_block_types=DOWN, up_block_types=UP, block_out_channels=(16, 16),
         latent_channels=2, norm_num_groups=8, mid_block_add_attention=False, sample_size=8, scaling_factor=1.0,
     )  # fmt: skip
-    vae = train.optimise(vae, reconstruction, steps=300, learning_rate=5e-3, ema=0.98)
+    vae = train.optimise(vae, reconstruction, steps=200, learning_rate=5e-3, ema=0.98)
     with torch.no_grad():
         z = vae.encode(images).latent_dist.mean
     vae.register_to_config(latents_mean=z.mean((0, 2, 3)).tolist(), latents_std=z.std((0, 2, 3)).tolist())
@@ -761,7 +761,7 @@ def trained(tmp_path_factory):
     def denoising(step):
         return train.v_loss(lambda x, t, label: net(x, t).sample, batch(latents, 32), None, generator, table)
 
-    net = train.optimise(net, denoising, steps=300, learning_rate=5e-3, ema=0.98)
+    net = train.optimise(net, denoising, steps=100, learning_rate=5e-3, ema=0.98)
     folder = tmp_path_factory.mktemp("digits")
     LDMPipeline(vae, net, scheduler).save_pretrained(folder)
     return folder

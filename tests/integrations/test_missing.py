@@ -1,8 +1,6 @@
 """The error of a drop-in module if its package is not installed."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -20,8 +18,8 @@ CALLS = {
 
 
 @pytest.fixture(scope="module")
-def errors() -> dict[str, str]:
-    """The error of each module, from one new process, which takes a second."""
+def errors(python) -> dict[str, str]:
+    """The error of each module, from one new process."""
     code = """
 import json, sys
 def error(missing, call):
@@ -34,8 +32,9 @@ def error(missing, call):
         del sys.modules[missing]
 print(json.dumps({missing: error(missing, call) for missing, (call, _) in json.loads(sys.argv[1]).items()}))
 """
-    command = [sys.executable, "-c", code, json.dumps(CALLS)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = python(code, json.dumps(CALLS))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("missing", CALLS)

@@ -1,7 +1,8 @@
 """Compiles the Triton kernels for GPUs that need not be there, and prints one line of JSON for each.
 
-Run ``python tests/ops/compile_kernels.py`` without TRITON_INTERPRET. It uses every core. Registers and spills are those
-that ptxas reports.
+``python tests/ops/compile_kernels.py`` (without TRITON_INTERPRET), on every core. Registers and spills are those that
+ptxas reports. Every kernel is compiled for every architecture, for some of them in one form alone, unless
+FASTGUIDE_EVERY_KERNEL=1 asks for every form, dtype and tile.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ log_prob_and_gradient, predict_x0, propose_and_weigh, randn, reverse_step, solve
     importlib.import_module(f"fastguide.ops.{name}.triton") for name in NAMES
 )
 
-# The pairs of architecture and dtype that are compiled. Registers hardly differ between architectures or dtypes. So one
-# architecture gets both dtypes, and the one with the fewest instructions for bfloat16 gets bfloat16.
-PARTS = ((90, "fp32"), (90, "bf16"), (80, "bf16"), (100, "fp32"), (80, None), (90, None), (100, None))
+EVERY = os.environ.get("FASTGUIDE_EVERY_KERNEL") == "1"
+# What is compiled for which architecture. Registers hardly differ between them, nor between dtypes: the one that has
+# fewest instructions for bfloat16 gets that.
+PARTS = ((90, "fp32"), (80, "bf16"), (100, "fp32"), (90, None), (80, None), (100, None))
+PARTS += ((90, "bf16"),) * EVERY
+WHOLE = {(90, "fp32"), (80, "bf16"), (90, None)}  # of the others the last form of each kernel
 TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTEGERS = dict(particles="i32", elements="i64", seed="u64", step="u32", stream="u32", first_particle="i64")
 INTEGERS |= dict.fromkeys(("samples", "y_rows", "extra_rows", "splits", "number", "size"), "i32")
@@ -78,11 +82,11 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
         yield name, predict_x0.predict_x0_kernel, outputs | flags_of, count | dict(SAMPLE=False), (3, 1)
     yield "predict_x0_backward", predict_x0.predict_x0_backward_kernel, gradients, count, (1, 3)
     yield "reverse_step", kernel, step, count | flags, (2, 1)
-    each = flags | dict(X0=True, CLIP=False, CLIP_NOISE=False)
-    yield "reverse_step, per sample", kernel, step | table, count | each, (3, 2)
     guided = dict(unconditional=pointer, not_finite="*i32")
     yield "reverse_step, guided and watched", kernel, step | guided, count | flags, (3, 1)
     yield "reverse_step, deterministic", kernel, step, count | flags | dict(NOISE=False), (2, 1)
+    each = flags | dict(X0=True, CLIP=False, CLIP_NOISE=False)
+    yield "reverse_step, per sample", kernel, step | table, count | each, (3, 2)
     split = split | dict(CLIP=True)
     yield "propose_and_weigh", weigher, weigh, count | split, (3, 1)
     more = dict(sums="*fp64", not_finite="*i32")
@@ -102,7 +106,7 @@ def cases_without_states() -> Iterator[tuple[str, object, dict[str, str], dict[s
     yield "weigh", propose_and_weigh.weigh_kernel, dict(sums="*fp64", before="*fp64", after="*fp64"), sums, (0, 0)
     yield "total", log_prob_and_gradient.total_kernel, dict(sums="*fp64", total="*fp64"), sums, (0, 0)
     matrices = dict(gram="*fp64", residual="*fp64", solution="*fp64", log_density="*fp64")
-    for m in (4, 16):  # several matrices in a program, and one
+    for m in (16, 4):  # one matrix a program, which takes seconds to compile, and several
         several = min(solve_positive_part.PRODUCTS // m**3, solve_positive_part.MOST)
         kernel = solve_positive_part.solve_positive_part_kernel
         yield f"solve_positive_part, {m}", kernel, matrices, dict(BLOCK=several, MATRICES=several, M=m), (0, 0)
@@ -143,16 +147,21 @@ def compile_all(architecture: int, state: str | None) -> list[str]:
     """A line of JSON for each kernel: for states of one dtype, or for kernels without states."""
     lines = []
     # Among configurations with equally many elements per thread, the last needs the most registers.
-    configs = (tiles.CONFIGS[0], tiles.CONFIGS[-1]) if architecture == 90 else tiles.CONFIGS[1:2]
-    for name, kernel, pointers, constants, moved in cases(state) if state else cases_without_states():
+    configs = (tiles.CONFIGS[0], tiles.CONFIGS[-1])[-1 - EVERY :] if architecture == 90 else tiles.CONFIGS[1:2]
+    found = [*(cases(state) if state else cases_without_states())]
+    if not EVERY and (architecture, state) not in WHOLE:
+        found = list({case[1]: case for case in found}.values())
+    for name, kernel, pointers, constants, moved in found:
         for config in tiles.CONFIGS[1:2] if "BLOCK" in constants else configs:
             block = constants.get("BLOCK", config.kwargs["BLOCK"])
             tile = dict(BLOCK=block, ROWS=1, GROUPS=block // 4)
             family = name.removeprefix("log_prob_and_gradient, ")
             warps = log_prob_and_gradient.warps_of(family) if family != name else config.num_warps
-            found = compiled(kernel, pointers, constants | tile, architecture, warps)
-            about = dict(name=name, state=state, architecture=architecture, block=block, moved=moved)
-            lines.append(json.dumps(about | found))
+            made = compiled(kernel, pointers, constants | tile, architecture, warps)
+            about = dict(
+                name=name, kernel=kernel.fn.__name__, state=state, architecture=architecture, block=block, moved=moved
+            )
+            lines.append(json.dumps(about | made))
     return lines
 
 

@@ -26,10 +26,12 @@ def kernels(tmp_path_factory) -> list[dict]:
 
 
 def test_every_kernel_compiles_for_every_architecture(kernels):
-    names = {k["name"] for k in kernels}
+    names, of_kernel = ({k[what] for k in kernels} for what in ("name", "kernel"))
     assert {o.name for o in OPERATIONS.values() if "triton" in o.kernels} <= {name.partition(",")[0] for name in names}
     for architecture in (80, 90, 100):
-        assert {k["name"] for k in kernels if k["architecture"] == architecture} == names
+        assert {k["kernel"] for k in kernels if k["architecture"] == architecture} == of_kernel
+    assert {k["name"] for k in kernels if k["architecture"] == 90} == names
+    assert {k["state"] for k in kernels} == {"fp32", "bf16", None}
     assert all(k["cubin"] > 0 for k in kernels)
 
 

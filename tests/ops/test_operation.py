@@ -280,11 +280,12 @@ REVERSE_STEP_OPTIONS = [
 ]
 
 
-# With a gradient, opcheck makes all checks that it makes without one, and more.
+# With a gradient opcheck looks at all that it does without one, and more. It checks no value, so that both numbers of
+# results need not be there with each option.
 @pytest.mark.parametrize(
     ("options", "grad", "return_x0"),
     [
-        *itertools.product(REVERSE_STEP_OPTIONS, [True], (False, True)),
+        *((options, True, i % 2 == 0) for i, options in enumerate(REVERSE_STEP_OPTIONS)),
         *itertools.product(REVERSE_STEP_OPTIONS[:1], [False], (False, True)),
     ],
 )
@@ -388,7 +389,7 @@ def test_opcheck_log_prob_and_gradient_layouts(extra_variance, layout):
 
 # --- compiled loops -----------------------------------------------------------------------------------------
 
-LEVELS = [(0.1, 0.995), (0.5, 0.866), (0.8, 0.6), (0.95, 0.31), (1.0, 0.0)]
+LEVELS = [(0.1, 0.995), (0.5, 0.866), (0.95, 0.31), (1.0, 0.0)]
 
 
 def twisted_loop(x, weights, y, seed):

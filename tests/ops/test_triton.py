@@ -167,7 +167,11 @@ def test_derivatives_of_reverse_step():
 # Rows of one program, as long as possible, and rows of two and three programs.
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [*STATES, *itertools.product(((1, 8192), (2, 8193), (1, 16_400)), (torch.float32, torch.bfloat16))],
+    [
+        *STATES,
+        *((shape, torch.float32) for shape in ((1, 8192), (2, 8193), (1, 16_400))),
+        ((2, 8193), torch.bfloat16),
+    ],
 )
 def test_propose_and_weigh(shape, dtype):
     x, x0_hat, displacement = inputs(shape, dtype)
@@ -191,10 +195,12 @@ def test_propose_and_weigh(shape, dtype):
 
 @pytest.mark.parametrize("elements", (7, 9000))
 def test_without_noise_the_base_step(elements):
-    x, x0_hat, displacement = inputs((4, elements))
-    log_weights = inputs((4,), number=1)[0]
+    particles = 4 if elements < 1000 else 2
+    x, x0_hat, displacement = inputs((particles, elements))
+    log_weights = inputs((particles,), number=1)[0]
     displacement[1::2] = math.nan
-    x_s, weights = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, per_sample(4), seed=1, backend="triton")
+    levels = per_sample(particles)
+    x_s, weights = ops.propose_and_weigh(x, x0_hat, displacement, log_weights, levels, seed=1, backend="triton")
     base = ops.reverse_step(x, x0_hat, STILL, prediction="sample", backend="triton")
     assert torch.equal(x_s[1::2], base[1::2]) and torch.equal(weights[1::2], log_weights[1::2])
     assert x_s.isfinite().all() and (weights[::2] != log_weights[::2]).all()
@@ -255,7 +261,7 @@ def density(family: str, shape: tuple[int, ...], dtype: torch.dtype, y_of: str, 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
-        *((shape, torch.float32) for shape in ((5, 1), (33, 7), (3, 1000), (2, 8193))),
+        *((shape, torch.float32) for shape in ((5, 1), (33, 7), (2, 1000), (2, 8193))),
         *((shape, torch.bfloat16) for shape in ((33, 7), (2, 8193))),
     ],
 )
@@ -309,8 +315,8 @@ def test_sums_of_parts_do_not_depend_on_the_batch(splits):
     """torch adds 64 parts and more in an order that depends on the number of rows."""
     density = importlib.import_module("fastguide.ops.log_prob_and_gradient.triton")
     proposal = importlib.import_module("fastguide.ops.propose_and_weigh.triton")
-    sums = torch.randn(37, splits, dtype=torch.float64, device=DEVICE)
-    table = torch.rand(6, 37, device=DEVICE)
+    sums = torch.randn(9, splits, dtype=torch.float64, device=DEVICE)
+    table = torch.rand(6, 9, device=DEVICE)
     table[4, ::3] = 0.0  # no noise: the weight stays
 
     def weighed(rows: slice) -> torch.Tensor:
@@ -321,12 +327,12 @@ def test_sums_of_parts_do_not_depend_on_the_batch(splits):
         )
         return after
 
-    total, after = density.totals(sums, tiles.SUM_BLOCK), weighed(slice(37))
+    total, after = density.totals(sums, tiles.SUM_BLOCK), weighed(slice(9))
     torch.testing.assert_close(total, sums.sum(1), rtol=1e-13, atol=1e-13)
     tau = table[4].double()
     expected = torch.where(tau > 0, 1.0 - total / tau, 1.0).float()
     torch.testing.assert_close(after, expected, rtol=1e-6, atol=1e-6)
-    for rows in (slice(1), slice(3, 5), slice(20, 37)):
+    for rows in (slice(1), slice(3, 5), slice(4, 9)):
         assert torch.equal(density.totals(sums[rows].contiguous(), tiles.SUM_BLOCK), total[rows])
         assert torch.equal(weighed(rows), after[rows])
 
