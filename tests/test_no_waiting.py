@@ -83,6 +83,8 @@ def guidances(device: str) -> dict[str, object]:
     for resampler in reference.SCHEMES:
         found[f"TDS {resampler}"] = fg.TDS(Gaussian(few, pool, 0.1), 4, covariance="isotropic", resampler=resampler)
     found |= {f"TDS {c}": fg.TDS(Gaussian(few, pool, 0.1), 4, covariance=c) for c in ("point", "moment")}
+    wide = dict(base_kernel="trace")
+    found |= {f"TDS {c} trace": fg.TDS(Gaussian(few, pool, 0.1), 4, covariance=c, **wide) for c in ("point", "moment")}
     for potential in ("difference", "max", "sum"):
         for proposal in ("base", "guided"):
             steering = fg.FK(brightness, particles=4, potential=potential, proposal=proposal, covariance="point")
@@ -224,11 +226,15 @@ class Costless(torch.autograd.Function):
 # On a GPU `resample` counts here as one operation, and is one kernel if an observation has at most 4,096 particles.
 # `gather_particles_` is two or three kernels and a memset. Following the first ancestors takes six. So with second
 # moments a step of the loop launches at most 40.
-@pytest.mark.parametrize(("covariance", "most"), [("moment", 31), ("isotropic", 32)])
+# The trace kernel makes the variance and the coefficients of each particle besides.
+@pytest.mark.parametrize(
+    ("covariance", "base_kernel", "most"),
+    [("moment", "ddpm", 31), ("isotropic", "ddpm", 32), ("moment", "trace", 43), ("isotropic", "trace", 48)],
+)
 @pytest.mark.parametrize("operator", [AveragePool(4), fg.operators.Matrix(torch.ones(4, 64), (1, 8, 8))])
-def test_launches_of_a_step_with_four_measurements(operator, covariance, most, monkeypatch):
+def test_launches_of_a_step_with_four_measurements(operator, covariance, base_kernel, most, monkeypatch):
     likelihood = Gaussian(torch.zeros_like(operator(torch.zeros(2, 1, 8, 8))), operator, 0.1)
-    guidance = fg.TDS(likelihood, 64, covariance=covariance)
+    guidance = fg.TDS(likelihood, 64, covariance=covariance, base_kernel=base_kernel)
     counted, watch_flags = Launches(), Operation._watch
 
     def paused(self, not_finite, args):

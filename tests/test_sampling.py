@@ -24,6 +24,7 @@ def guidances():
         "pigdm": lambda rows: fg.PiGDM(likelihood(rows)),
         "latent": lambda rows: fg.LatentPnP(likelihood(rows), lambda z: z, iterations=2),
         "tds": lambda rows: fg.TDS(likelihood(rows), 24),
+        "tds trace": lambda rows: fg.TDS(likelihood(rows), 24, base_kernel="trace"),
         "fk": lambda rows: fg.FK(likelihood(rows), 24, potential="max", covariance="isotropic"),
         "fk guided": lambda rows: fg.FK(
             lambda x: -x.square().sum(1), 24, potential="sum", proposal="guided", covariance="point"
@@ -31,6 +32,7 @@ def guidances():
     }
 
 
+WEIGHTED = ("tds", "tds trace", "fk", "fk guided")
 ALL = pytest.mark.parametrize("name", list(guidances()))
 
 
@@ -397,19 +399,19 @@ def test_a_run_that_a_callback_ends_can_go_on(tmp_path):
 @ALL
 def test_a_callback_sees_predictions_rewards_and_ancestors(name):
     states = []
-    run(name, callback=states.append, keep_ancestors=name in ("tds", "fk", "fk guided"))
+    run(name, callback=states.append, keep_ancestors=name in WEIGHTED)
     truth = example()
     for before, after in pairwise(states):
         assert after.x0_hat.shape == after.x.shape
         # TDS and FK predict at the state itself, the others before the step
-        seen = after if name in ("tds", "fk", "fk guided") else before
+        seen = after if name in WEIGHTED else before
         if seen.level.sigma > 0:
             x = seen.x.reshape(-1, 3)
             expected = truth(x, torch.full((len(x),), seen.level.t, dtype=torch.float64))
             torch.testing.assert_close(after.x0_hat.reshape(-1, 3), expected, rtol=1e-9, atol=1e-9)
     if name.startswith("fk"):
         assert states[3].reward.shape == states[3].log_weights.shape
-    if name in ("tds", "fk", "fk guided"):
+    if name in WEIGHTED:
         assert states[3].ancestors.shape == states[3].log_weights.shape
 
 

@@ -77,7 +77,7 @@ class Run:
     differentiable: bool = False  # whether the result keeps its graph to x_T
     keep_x0_hat: bool = field(default=False, compare=False)
     watch: Watch = field(default_factory=Watch, compare=False)  # notes where values stop being finite
-    rows_of_operator: list[Tensor] = field(default_factory=list, compare=False)  # made once, see `scores`
+    rows_of_operator: list[Any] = field(default_factory=list, compare=False)  # made once, see `scores`
 
     @property
     def steps(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -143,10 +144,10 @@ class PullBack:
 
         ``back`` is what a call made of ``v``. The result is in float64, at least 0, and 0 where ``v`` is 0.
         """
-        along, square = (
-            torch.linalg.vecdot(v.flatten(1).double(), other.flatten(1).double()) for other in (back, v)
-        )  # fmt: skip
-        return torch.where(square > 0, self.run.shift_scale(self._i) * along / square, 0.0).clamp(min=0)
+        row = v.flatten(1)[:, None]  # [n, 1, elements]
+        along, square = (torch.bmm(row, other.flatten(1)[:, :, None])[:, 0, 0] for other in (back, v))
+        smallest = torch.finfo(v.dtype).tiny
+        return (self.run.shift_scale(self._i) * along.double() / square.clamp(min=smallest)).clamp_(min=0)
 
 
 def power_of_two(vectors: Sequence[Tensor]) -> Tensor:
@@ -205,16 +206,25 @@ def direct_score(
     return in_x, log_prob, gradient, lambda: pull_back.variance(back, in_x)
 
 
-def _rows(run: Run, linear: LinearOperator, y: Tensor, samples: int) -> Sequence[Tensor]:
+class _Rows(list):
     """The rows of ``A``, each ``[1, *event]``; where samples have an ``A`` of their own, ``[n, *event]``."""
+
+    @functools.cached_property
+    def norm(self) -> Tensor:
+        """The squared Frobenius norm of ``A``, ``[1]`` or ``[n]`` in float64, and not 0."""
+        norms = [row.flatten(1).square().sum(1, dtype=torch.float64) for row in self]
+        return torch.stack(norms).sum(0).clamp_(min=torch.finfo(torch.float64).tiny)
+
+
+def _rows(run: Run, linear: LinearOperator, y: Tensor, samples: int) -> _Rows:
     m = y[0].numel()
     if linear.observations is not None:
         units = torch.eye(m, dtype=y.dtype, device=y.device).reshape(m, 1, *y.shape[1:])
-        return [linear.adjoint(unit.expand(samples, *y.shape[1:])).clone() for unit in units]
+        return _Rows(linear.adjoint(unit.expand(samples, *y.shape[1:])).clone() for unit in units)
     if not run.rows_of_operator:
         units = torch.eye(m, dtype=y.dtype, device=y.device).reshape(m, *y.shape[1:])
-        run.rows_of_operator.extend(linear.adjoint(units).clone()[:, None])
-    return run.rows_of_operator
+        run.rows_of_operator.append(_Rows(linear.adjoint(units).clone()[:, None]))
+    return run.rows_of_operator[0]
 
 
 def moment_score(
@@ -248,8 +258,7 @@ def moment_score(
             in_x.addcmul_(columns[j], per_sample(weights[:, j], x0))
 
     def variance() -> Tensor:
-        norms = torch.stack([row.flatten(1).double().square().sum(1) for row in rows]).sum(0)  # [1] or [n]
-        traces = gram.diagonal(dim1=1, dim2=2).double().sum(1)
-        return torch.where(norms > 0, traces / norms, 0.0).clamp(min=0)
+        traces = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)
+        return traces.div_(rows.norm).clamp_(min=0)
 
     return in_x, log_prob, gradient, variance
