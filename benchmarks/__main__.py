@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from . import integrations, ops, samplers
+from . import accuracy, integrations, ops, samplers
 from .cases import CASES, Setting, chosen, run
 from .report import markdown, summary, text, write_json
 from .timing import AS_USERS_HAVE_IT, keep_memory, machine
 
-for _package in (ops, samplers, integrations):  # each module registers its cases
+for _package in (ops, samplers, integrations, accuracy):  # each module registers its cases
     for _module in pkgutil.iter_modules(_package.__path__, _package.__name__ + "."):
         importlib.import_module(_module.name)
 

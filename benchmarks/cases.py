@@ -22,6 +22,7 @@ T = TypeVar("T")
 Call = Callable[[], Any]
 
 CASES: dict[str, Callable[[Setting], Case]] = {}
+ON_REQUEST = ("exactness/", "calibration/")  # they time nothing and take hours
 
 
 class Absent(Exception):
@@ -118,13 +119,16 @@ def case(name: str):
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """The cases that ``names`` select. A name is an operation, a case, or the beginning of one; no name selects all.
-    Cases are sorted by operation, and then in the order of registration. Raises ``ValueError`` for a name that selects
-    nothing."""
+    """The cases that ``names`` select. A name is an operation, a case, or the beginning of one. No name selects all
+    but those `ON_REQUEST`. Cases are sorted by operation, and then in the order of registration. Raises
+    ``ValueError`` for a name that selects nothing."""
     for name in names:
         if not any(known.startswith(name) for known in CASES):
             raise ValueError(f"expected the beginning of one of {', '.join(CASES)}; got {name!r}")
-    found = [known for known in CASES if not names or known.startswith(tuple(names))]
+    if names:
+        found = [known for known in CASES if known.startswith(tuple(names))]
+    else:
+        found = [known for known in CASES if not known.startswith(ON_REQUEST)]
     return sorted(found, key=lambda known: known.split("/")[0])
 
 
