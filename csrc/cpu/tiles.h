@@ -16,7 +16,9 @@ extern "C" void GOMP_parallel(void (*member)(void*), void* data, unsigned thread
 namespace fastguide::cpu {
 
 constexpr uint64_t kTile = 2048;  // elements
-constexpr uint64_t kPastCaches = uint64_t{8} << 20;  // bytes from which results are written past the caches
+// Bytes from which steps and predict_x0 write results past the caches. Of 50 MB, steps are 1.1 to 1.3 times as fast, and
+// predict_x0 into memory that is given 1.2 to 1.4 times. randn gained nothing.
+constexpr uint64_t kPastCaches = uint64_t{8} << 20;
 
 // The tiles (noise.h has what one is) of such an array that has elements.
 struct Tiling {

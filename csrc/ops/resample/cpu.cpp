@@ -94,9 +94,9 @@ struct Sums {
 };
 
 // The integer weights of `count` particles, a multiple of kEight, and their sums modulo 2^64: those of weights that change
-// meanwhile may be any number. Not inlined, lest GCC spill.
+// meanwhile may be any number.
 template <bool kSquares, class T>
-__attribute__((noinline)) Sums weigh_whole(int64_t* q, const T* log_weights, int64_t count, double top, int scale) {
+Sums weigh_whole(int64_t* q, const T* log_weights, int64_t count, double top, int scale) {
     U64 weights{}, squares{}, bits{};
     for (int64_t i = 0; i < count; i += kEight) {
         auto x = exponential<EightLanes>(load_eight(log_weights + i) - top);  // const, GCC would copy it by halves
@@ -205,7 +205,8 @@ public:
     }
 
     // counts[k]: how many lie below bounds[k], bits of doubles that ascend, a multiple of kFour of them; moves to the
-    // first that is not below the last. Four quarters of them are four chains of steps that need not wait for each other.
+    // first that is not below the last. Four quarters of them are four chains of steps that need not wait for each other:
+    // multinomial resampling of 10^6 particles is 1.1 times as fast.
     void count(int32_t* counts, const int64_t* bounds, int64_t number) {
         const int64_t quarter = number / 4;
         for (bool first = true;; first = false) {

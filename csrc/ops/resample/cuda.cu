@@ -35,7 +35,7 @@ constexpr int kItems = 8;      // consecutive particles or slots of a thread
 constexpr int kThreads = 256;  // of a tile
 constexpr int64_t kTile = kThreads * kItems;
 constexpr int64_t kMany = 8 * kTile;  // slots that a tile's own block fills: what is beyond is shared out
-constexpr int kAbreast = 4;           // tiles of which a block finds the largest log-weight
+constexpr int kAbreast = 4;           // tiles that a block of find_tops reads, so that their loads wait together
 constexpr int kFewThreads = 128;      // of the block that takes the shortest rows
 constexpr int kScanThreads = 1024, kScanItems = 4, kSearchThreads = 256;
 
