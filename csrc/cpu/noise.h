@@ -49,11 +49,6 @@ FG_INLINE void store(float* to, const Two& z) {
     store(to + kLanes32, z.second);
 }
 
-FG_INLINE void stream(float* to, const Two& z) {
-    stream(to, z.first);
-    stream(to + kLanes32, z.second);
-}
-
 constexpr int lane_of_group(int group) { return group < kLanes64 / 2 ? 2 * group : 2 * group - kLanes64 + 1; }
 constexpr int group_of_lane(int lane) { return lane / 2 + (lane % 2) * (kLanes64 / 2); }
 
@@ -74,8 +69,7 @@ struct Nothing {
 
 // Elements [4 * group, 4 * group + count) of one particle. Three of the four counter words are the same in all lanes, so
 // in each of the first two rounds one product is computed once for all lanes.
-// `kStreamed`: writes past the caches; `out` must be aligned to kBytes.
-template <bool kStreamed, class Meanwhile>
+template <class Meanwhile>
 FG_INLINE void normals_of_particle(float* out, const RandnShape& shape, uint64_t row, uint64_t group, uint64_t count,
                                    const Meanwhile& meanwhile) {
     const Words4 c = philox_counter(shape.first_particle + row, 0, shape.stream, shape.step);
@@ -106,9 +100,7 @@ FG_INLINE void normals_of_particle(float* out, const RandnShape& shape, uint64_t
         for (int i = 0; i < kAbreast; ++i) {
             const WordPairs now = words[i];
             words[i] = next();
-            const Two z = normals_of(now);
-            if constexpr (kStreamed) stream(out + done + i * kNormals, z);
-            else store(out + done + i * kNormals, z);
+            store(out + done + i * kNormals, normals_of(now));
         }
     }
     if (done < count) meanwhile(done, count - done);
@@ -204,17 +196,17 @@ struct Tile {
 
 constexpr uint64_t kLeastAlone = 4 * kNormals;  // particles with at least so many elements are made one by one
 
-template <bool kStreamed = false, class Meanwhile = Nothing>
+template <class Meanwhile = Nothing>
 void noise_tile(float* out, const RandnShape& shape, const Tile& tile, const Meanwhile& meanwhile = {}) {
     const uint64_t elements = shape.elements;
     if (tile.rows == 1)
-        return normals_of_particle<kStreamed>(out, shape, tile.row, tile.begin / 4, tile.count, meanwhile);
+        return normals_of_particle(out, shape, tile.row, tile.begin / 4, tile.count, meanwhile);
     if (elements == 1) return normals_of_points<1>(out, shape, tile.row, tile.rows, meanwhile);
     if (elements == 2) return normals_of_points<2>(out, shape, tile.row, tile.rows, meanwhile);
     if (elements < kLeastAlone) return normals_of_short_particles(out, shape, tile.row, tile.rows, meanwhile);
     for (uint64_t i = 0; i < tile.rows; ++i) {
         const auto there = [&](uint64_t at, uint64_t n) __attribute__((always_inline)) { meanwhile(i * elements + at, n); };
-        normals_of_particle<false>(out + i * elements, shape, tile.row + i, 0, elements, there);
+        normals_of_particle(out + i * elements, shape, tile.row + i, 0, elements, there);
     }
 }
 

@@ -199,7 +199,8 @@ FG_INLINE F32 interleave_high(F32 a, F32 b) {
 FG_INLINE uint32_t lanes_above(I32 a, I32 b) {
 #if defined(__AVX512F__)
     uint32_t mask;
-    // In assembly, because GCC 12, when short of registers, stores the 16 bits and reads back 32.
+    // In assembly, because GCC 12, when short of registers, stores the 16 bits and reads back 32. The read then waits for
+    // the store.
     __asm__("kmovw %1, %0" : "=r"(mask) : "k"(_mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b)));
     return mask;
 #elif defined(__AVX2__)

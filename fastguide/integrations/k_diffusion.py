@@ -5,8 +5,8 @@
 Signatures, defaults and callbacks are those of k-diffusion. The same torch seed gives the same results, to rounding.
 For this, noise is drawn in the same order, and also where it is not used. Two things differ:
 
-- The sigmas are copied to the host once, before the first step. Steps then compute with floats. Levels must be above 0,
-  except the last. A rising or repeated level that makes the result of k-diffusion NaN is an error before the first
+- The sigmas are copied to the host once, before the first step. Steps then compute with floats. Sigmas must be above 0,
+  except the last. A rising or repeated sigma that makes the result of k-diffusion NaN is an error before the first
   step.
 - `PhiloxNoiseSampler`, passed as ``noise_sampler``, draws the noise inside the kernel that takes the step.
 
@@ -20,7 +20,7 @@ Every step is one formula, written for the predicted clean sample ``D``:
 
 A first-order method has ``D = denoised`` and ``ratio = sigma_s / sigma_t``. Ancestral and SDE steps go below
 ``sigma_s``, and the noise ``z`` brings the state back up to it. A second-order method has
-``D = (1 - w) denoised + w other``, where ``other`` is an evaluation between the levels (Heun: at ``sigma_s``) or the
+``D = (1 - w) denoised + w other``, where ``other`` is an evaluation between the sigmas (Heun: at ``sigma_s``) or the
 evaluation of the step before.
 
 Source:
@@ -119,7 +119,7 @@ def __dir__() -> list[str]:
     return sorted(names)
 
 
-# --- levels -------------------------------------------------------------------------------------------------
+# --- sigmas -------------------------------------------------------------------------------------------------
 
 
 def _count(n: Any) -> int:
@@ -127,7 +127,7 @@ def _count(n: Any) -> int:
 
 
 def append_zero(x: Tensor) -> Tensor:
-    """Appends a 0 to a row of levels.
+    """Appends a 0 to a row of sigmas.
 
     Args:
         x: ``[n]``.
@@ -146,13 +146,13 @@ def append_zero(x: Tensor) -> Tensor:
 
 
 def get_sigmas_karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, device: Device = "cpu") -> Tensor:
-    """``n`` decreasing levels, evenly spaced in ``sigma ** (1 / rho)``, then 0.
+    """``n`` decreasing sigmas, evenly spaced in ``sigma ** (1 / rho)``, then 0.
 
     Args:
         n: An integer >= 0.
-        sigma_min: The lowest level before 0, a number >= 0.
-        sigma_max: The highest level, a number >= 0.
-        rho: A number > 0. The larger it is, the more levels are low.
+        sigma_min: The lowest sigma before 0, a number >= 0.
+        sigma_max: The highest sigma, a number >= 0.
+        rho: A number > 0. The larger it is, the more sigmas are low.
         device: Where the result is.
 
     Returns:
@@ -174,12 +174,12 @@ def get_sigmas_karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7
 
 
 def get_sigmas_exponential(n: int, sigma_min: float, sigma_max: float, device: Device = "cpu") -> Tensor:
-    """``n`` decreasing levels, evenly spaced in ``log sigma``, then 0.
+    """``n`` decreasing sigmas, evenly spaced in ``log sigma``, then 0.
 
     Args:
         n: An integer >= 0.
-        sigma_min: The lowest level before 0, a number > 0.
-        sigma_max: The highest level, a number > 0.
+        sigma_min: The lowest sigma before 0, a number > 0.
+        sigma_max: The highest sigma, a number > 0.
         device: Where the result is.
 
     Returns:
@@ -197,12 +197,12 @@ def get_sigmas_exponential(n: int, sigma_min: float, sigma_max: float, device: D
 def get_sigmas_polyexponential(
     n: int, sigma_min: float, sigma_max: float, rho: float = 1.0, device: Device = "cpu"
 ) -> Tensor:
-    """``n`` decreasing levels whose ``log sigma`` is a power ``rho`` of the time, then 0.
+    """``n`` decreasing sigmas whose ``log sigma`` is a power ``rho`` of the time, then 0.
 
     Args:
         n: An integer >= 0.
-        sigma_min: The lowest level before 0, a number > 0.
-        sigma_max: The highest level, a number > 0.
+        sigma_min: The lowest sigma before 0, a number > 0.
+        sigma_max: The highest sigma, a number > 0.
         rho: A number. 1 is `get_sigmas_exponential`.
         device: Where the result is.
 
@@ -221,13 +221,13 @@ def get_sigmas_polyexponential(
 def get_sigmas_vp(
     n: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3, device: Device = "cpu"
 ) -> Tensor:
-    """``n`` decreasing levels of the continuous variance-preserving process with linear betas, then 0.
+    """``n`` decreasing sigmas of the continuous variance-preserving process with linear betas, then 0.
 
     Args:
         n: An integer >= 0.
         beta_d: The rise of beta over the time from 0 to 1.
         beta_min: Beta at time 0.
-        eps_s: The time of the last level before 0. The first is at time 1.
+        eps_s: The time of the last sigma before 0. The first is at time 1.
         device: Where the result is.
 
     Returns:
@@ -258,7 +258,7 @@ def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
 
 
 def get_ancestral_step(sigma_from: Any, sigma_to: Any, eta: float = 1.0) -> tuple[Any, Any]:
-    """Splits the level ``sigma_to`` into a level to step to and noise to add.
+    """Splits ``sigma_to`` into the sigma of a deterministic step and noise to add.
 
         sigma_up^2 = eta^2 sigma_to^2 (1 - sigma_to^2 / sigma_from^2)        at most sigma_to^2
         sigma_to^2 = sigma_down^2 + sigma_up^2
@@ -267,12 +267,12 @@ def get_ancestral_step(sigma_from: Any, sigma_to: Any, eta: float = 1.0) -> tupl
     ``sigma_from``, ``sigma_up`` is ``sigma_to``.
 
     Args:
-        sigma_from: The level of the state, a number > 0 or a tensor ``[]``. A tensor on a GPU is waited for.
-        sigma_to: The level to go to, a number or a tensor ``[]``.
+        sigma_from: The sigma of the state, a number > 0 or a tensor ``[]``. A tensor on a GPU is waited for.
+        sigma_to: The one to go to, a number or a tensor ``[]``.
         eta: The amount of noise; 0 adds none.
 
     Returns:
-        sigma_down: The level that a deterministic step goes to.
+        sigma_down: The sigma that a deterministic step goes to.
         sigma_up: The standard deviation of the noise then added.
 
     Raises:
@@ -286,7 +286,7 @@ def get_ancestral_step(sigma_from: Any, sigma_to: Any, eta: float = 1.0) -> tupl
     if not eta:
         return sigma_to, 0.0
     share = 1 - (sigma_to / sigma_from) ** 2
-    sigma_up = min(sigma_to, eta * sigma_to * share**0.5) if share >= 0 else sigma_to  # a rising level: noise alone
+    sigma_up = min(sigma_to, eta * sigma_to * share**0.5) if share >= 0 else sigma_to  # a rising sigma: noise alone
     return (sigma_to**2 - sigma_up**2) ** 0.5, sigma_up
 
 
@@ -300,7 +300,7 @@ def default_noise_sampler(x: Tensor) -> NoiseSampler:
         x: The state, ``[N, *event]``.
 
     Returns:
-        A function of two levels that returns standard normals like ``x``, whatever the levels are.
+        A function of two sigmas that returns standard normals like ``x``, whatever the sigmas are.
     """
     return lambda sigma, sigma_next: torch.randn_like(x)
 
@@ -312,8 +312,8 @@ class BrownianTreeNoiseSampler:
 
     Args:
         x: The state, ``[N, *event]``.
-        sigma_min: The lowest level that is asked for, a number or a tensor ``[]``.
-        sigma_max: The highest level that is asked for.
+        sigma_min: The lowest sigma that is asked for, a number or a tensor ``[]``.
+        sigma_max: The highest sigma that is asked for.
         seed: An integer, or one for each sample of ``x``. None draws one from torch's generator on the host.
         transform: A monotonic function of a tensor ``[]``.
 
@@ -348,25 +348,25 @@ class BrownianTreeNoiseSampler:
         self._trees = [torchsde.BrownianTree(t0, w0, t1, entropy=s) for s in seeds]
 
     def _interval(self, sigma: Any, sigma_next: Any) -> tuple[Tensor, Tensor, int]:
-        t0, t1 = (self._transform(as_tensor(level)) for level in (sigma, sigma_next))
+        t0, t1 = (self._transform(as_tensor(sigma)) for sigma in (sigma, sigma_next))
         return (t0, t1, 1) if t0 < t1 else (t1, t0, -1)
 
     def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
-        """The increment between two levels over the square root of its length, like ``x``.
+        """The increment between two sigmas over the square root of its length, like ``x``.
 
         Args:
-            sigma: A level.
-            sigma_next: Another level.
+            sigma: A number or a tensor ``[]``.
+            sigma_next: Another one.
 
         Returns:
             Standard normals ``[N, *event]``.
 
         Raises:
-            ValueError: The levels are equal.
+            ValueError: The sigmas are equal.
         """
         t0, t1, sign = self._interval(sigma, sigma_next)
         if t0 == t1:
-            raise ValueError(f"sigma_next: expected another level than sigma, got {float(sigma_next):g} for both")
+            raise ValueError(f"sigma_next: expected a number other than sigma, got {float(sigma_next):g} for both")
         increments = [tree(t0, t1) for tree in self._trees]
         increment = torch.stack(increments) if self._batched else increments[0]
         return increment * (self._sign * sign / (t1 - t0).sqrt())
@@ -402,7 +402,7 @@ class PhiloxNoiseSampler:
         self._x, self._first_particle, self._draws, self._memory = x, first_particle, 0, Memory()
 
     def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
-        """The next noise. The levels do not matter.
+        """The next noise. The sigmas do not matter.
 
         Args:
             sigma: Not used.
@@ -458,7 +458,7 @@ class PhiloxNoiseSampler:
 
 
 class _Run:
-    """What every sampler does at each step. Iterating yields ``(i, sigma_t, sigma_s)``, the levels as floats."""
+    """What every sampler does at each step. Iterating yields ``(i, sigma_t, sigma_s)``, these as floats."""
 
     def __init__(
         self,
@@ -477,7 +477,7 @@ class _Run:
             function("callback", callback, "a callable or None")
         if disable is not None:
             disable = flag("disable", disable)
-        expected = "finite levels above 0, the last perhaps 0"
+        expected = "finite numbers above 0, the last perhaps 0"
         if isinstance(sigmas, Tensor):
             arguments.tensor("sigmas", sigmas, expected)
             if not (sigmas.dtype in STATE_DTYPES or arguments.is_integer(sigmas)):
@@ -490,17 +490,17 @@ class _Run:
         sigmas = torch.as_tensor(sigmas, device=sigmas.device if isinstance(sigmas, Tensor) else x.device)
         try:
             self.host = _to_host(sigmas)
-            self.levels: list[float] = self.host.tolist()
+            self.sigmas: list[float] = self.host.tolist()
         except RuntimeError as error:  # a fake tensor, or one on the meta device, has no values
             raise ValueError(f"sigmas: expected {expected}, got {got(sigmas)}") from error
-        finite = all(0.0 < level < math.inf for level in self.levels[:-1])
-        if not (finite and all(0.0 <= level < math.inf for level in self.levels[-1:])):
-            raise ValueError(f"sigmas: expected {expected}, got {self.levels}")
-        self.model, self.x, self.sigmas = model, x, sigmas
+        finite = all(0.0 < sigma < math.inf for sigma in self.sigmas[:-1])
+        if not (finite and all(0.0 <= sigma < math.inf for sigma in self.sigmas[-1:])):
+            raise ValueError(f"sigmas: expected {expected}, got {self.sigmas}")
+        self.model, self.x, self.given = model, x, sigmas
         self.extra_args, self.callback, self.disable = extra_args or {}, callback, disable
 
     def __iter__(self) -> Iterator[tuple[int, float, float]]:
-        steps: Any = range(len(self.levels) - 1)
+        steps: Any = range(len(self.sigmas) - 1)
         if not self.disable:
             try:
                 from tqdm.auto import tqdm
@@ -509,28 +509,28 @@ class _Run:
             except ImportError:
                 pass  # only the bar is missing
         for i in steps:
-            yield i, self.levels[i], self.levels[i + 1]
+            yield i, self.sigmas[i], self.sigmas[i + 1]
 
     @property
     def positive(self) -> list[float]:
-        """The levels without a final 0."""
-        return self.levels[:-1] if self.levels[-1:] == [0.0] else self.levels
+        """The sigmas without a final 0."""
+        return self.sigmas[:-1] if self.sigmas[-1:] == [0.0] else self.sigmas
 
-    def expect_no_repeats(self, levels: list[float]) -> None:
-        """Raise if two levels in a row are equal: the method divides by the step between them."""
-        for i, (sigma_t, sigma_s) in enumerate(pairwise(levels)):
+    def expect_no_repeats(self, sigmas: list[float]) -> None:
+        """Raise if two sigmas in a row are equal: the method divides by the step between them."""
+        for i, (sigma_t, sigma_s) in enumerate(pairwise(sigmas)):
             if sigma_t == sigma_s:
                 raise ValueError(
-                    f"sigmas: expected levels that differ from step to step for this sampler, got {sigma_t:g} at "
+                    f"sigmas: expected values that differ from step to step for this sampler, got {sigma_t:g} at "
                     f"{i} and {i + 1}"
                 )
 
     def expect_decreasing(self, eta: float) -> None:
-        """Raise if a level rises: the noise of the SDE would have a negative variance."""
-        for i, (sigma_t, sigma_s) in enumerate(pairwise(self.levels)):
+        """Raise if a sigma rises: the noise of the SDE would have a negative variance."""
+        for i, (sigma_t, sigma_s) in enumerate(pairwise(self.sigmas)):
             if sigma_s > sigma_t:
                 raise ValueError(
-                    f"sigmas: expected decreasing levels for this sampler with eta = {eta:g}, got {sigma_t:g} and "
+                    f"sigmas: expected decreasing values for this sampler with eta = {eta:g}, got {sigma_t:g} and "
                     f"{sigma_s:g} at {i} and {i + 1}"
                 )
 
@@ -541,7 +541,7 @@ class _Run:
         """``x`` in the wider of its dtype and that of the sigmas. The Euler steps of k-diffusion widen like this; its
         other steps do not.
         """
-        return x.to(torch.promote_types(x.dtype, self.sigmas.dtype))
+        return x.to(torch.promote_types(x.dtype, self.given.dtype))
 
     def toward(self, i: int, x: Tensor, denoised: Tensor, ratio: float, growth: float) -> tuple[Tensor, Tensor]:
         """``x`` and the next state ``ratio x + (1 - ratio) denoised``, after the callback was called.
@@ -558,7 +558,7 @@ class _Run:
 
     def report(self, i: int, x: Tensor, denoised: Tensor, growth: float = 1.0) -> None:
         if self.callback is not None:
-            sigma = self.sigmas[i]
+            sigma = self.given[i]
             self.callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma * growth, "denoised": denoised})
 
 
@@ -576,7 +576,7 @@ def _not_negative(name: str, value: Any) -> float:
 
 
 def _to_host(sigmas: Tensor) -> Tensor:
-    """The levels on the host. This is the only wait for the device."""
+    """The sigmas on the host. This is the only wait for the device."""
     return sigmas.detach().cpu()
 
 
@@ -584,13 +584,13 @@ class _Churn:
     """The noise that an ODE sampler may add before a step (Karras et al. 2022, algorithm 2)."""
 
     def __init__(self, run: _Run, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float):
-        most = min(_not_negative("s_churn", s_churn) / max(len(run.levels) - 1, 1), 2**0.5 - 1)
+        most = min(_not_negative("s_churn", s_churn) / max(len(run.sigmas) - 1, 1), 2**0.5 - 1)
         within = (real("s_tmin", s_tmin) <= run.host) & (run.host <= real("s_tmax", s_tmax))
         self.gammas = [most if inside else 0.0 for inside in within.tolist()]
         self.s_noise = real("s_noise", s_noise)
 
     def __call__(self, i: int, x: Tensor, sigma: float) -> tuple[Tensor, float, float]:
-        """``x`` at its new level, that level, and the factor by which the level grew."""
+        """``x`` with the noise, its sigma then, and the factor by which that grew."""
         z = torch.randn_like(x)  # drawn even if unused, as in k-diffusion, so that later draws agree
         gamma = self.gammas[i]
         if gamma > 0.0:
@@ -599,7 +599,7 @@ class _Churn:
 
 
 class _Noise:
-    """The ``noise_sampler`` of a run, and the levels that it is given.
+    """The ``noise_sampler`` of a run, and the sigmas that it is given.
 
     The caller's own sampler gets tensors on the device of the sigmas. Those of this module get tensors on the host, so
     that nothing waits for the device.
@@ -607,7 +607,7 @@ class _Noise:
 
     def __init__(self, run: _Run, sampler: NoiseSampler | None, s_noise: float, brownian: bool = False):
         ours = sampler is None or isinstance(sampler, BrownianTreeNoiseSampler)
-        self.levels = run.host if ours else run.sigmas
+        self.sigmas = run.host if ours else run.given
         if sampler is None and brownian:
             positive = run.host[run.host > 0]
             sampler = BrownianTreeNoiseSampler(run.x, positive.min(), positive.max())
@@ -618,7 +618,7 @@ class _Noise:
         self.brownian = isinstance(self.sampler, BrownianTreeNoiseSampler)
 
     def step(self, x: Tensor, denoised: Tensor, ratio: float, std: float, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        """``ratio x + (1 - ratio) denoised + std z``, with the noise of the interval between two levels."""
+        """``ratio x + (1 - ratio) denoised + std z``, with the noise of the interval between two sigmas."""
         std *= self.s_noise
         if isinstance(self.sampler, PhiloxNoiseSampler):
             return self.sampler.step(x, denoised, ratio, std)
@@ -655,27 +655,27 @@ def sample_euler(
 
     Args:
         model: ``model(x, sigma, **extra_args)`` predicts the clean sample. ``sigma`` is ``[N]`` in the dtype of ``x``.
-        x: The state at level ``sigmas[0]``, ``[N, *event]``: float32, float16, bfloat16 or float64.
-        sigmas: The levels ``[steps + 1]``, a tensor or a numpy array, decreasing, finite and above 0. The last may be
+        x: The state at ``sigmas[0]``, ``[N, *event]``: float32, float16, bfloat16 or float64.
+        sigmas: ``[steps + 1]``, a tensor or a numpy array, decreasing, finite and above 0. The last may be
             0.
         extra_args: Keyword arguments of the model, or None.
         callback: Called at each step with a dict of the tensors ``x``, ``sigma``, ``sigma_hat`` and ``denoised`` and
             the index ``i``.
         disable: As in tqdm: True hides the progress bar, and None hides it where the output is not a terminal. There is
             none without tqdm.
-        s_churn: How much noise to add in total, a number >= 0. A step raises its level by the factor
+        s_churn: How much noise to add in total, a number >= 0. A step raises its sigma by the factor
             ``1 + min(s_churn / steps, sqrt(2) - 1)``.
-        s_tmin: The lowest level with churn, a number.
-        s_tmax: The highest level with churn, a number.
+        s_tmin: The lowest sigma with churn, a number.
+        s_tmax: The highest sigma with churn, a number.
         s_noise: A factor of the noise that churn adds, a number.
 
     Returns:
-        The state at the last level, ``[N, *event]``.
+        The state at the last sigma, ``[N, *event]``.
 
     Raises:
         TypeError: ``model`` or ``callback`` is not callable, or an argument is not a tensor or number where one is
             expected.
-        ValueError: The levels, the state or an option is out of range.
+        ValueError: The sigmas, the state or an option is out of range.
 
     Source:
         Karras et al. 2022, algorithm 2.
@@ -716,7 +716,7 @@ def sample_heun(
         s_noise: As in `sample_euler`.
 
     Returns:
-        The state at the last level, ``[N, *event]``.
+        The state at the last sigma, ``[N, *event]``.
 
     Raises:
         TypeError: As in `sample_euler`.
@@ -763,7 +763,7 @@ def sample_dpm_2(
         s_noise: As in `sample_euler`.
 
     Returns:
-        The state at the last level, ``[N, *event]``.
+        The state at the last sigma, ``[N, *event]``.
 
     Raises:
         TypeError: As in `sample_euler`.
@@ -783,7 +783,7 @@ def sample_dpm_2(
 
 
 def _slope(run: _Run, x_m: Tensor, sigma_m: float) -> Tensor:
-    """``-sigma dx / dsigma`` at the midpoint ``x_m`` of a step, whose level is the geometric mean of the step's levels.
+    """``-sigma dx / dsigma`` at the midpoint ``x_m`` of a step, whose sigma is the geometric mean of the step's two.
 
     No earlier output of the model is read: a model may overwrite its one output.
     """
@@ -802,7 +802,7 @@ def sample_euler_ancestral(
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    """Euler steps to below the next level, then noise up to it.
+    """Euler steps to below the next sigma, then noise up to it.
 
     Args:
         model: As in `sample_euler`.
@@ -814,11 +814,11 @@ def sample_euler_ancestral(
         eta: A number >= 0, the amount of noise, as in `get_ancestral_step`; 0 adds none.
         s_noise: A factor of the noise, a number.
         noise_sampler: ``noise_sampler(sigma, sigma_next)`` returns standard normals like ``x``; None draws from torch's
-            generator. The levels are tensors ``[]``: on the device of ``sigmas`` for your own function, on the host for
+            generator. The sigmas are tensors ``[]``: on the device of ``sigmas`` for your own function, on the host for
             the noise samplers of this module.
 
     Returns:
-        The state at the last level, ``[N, *event]``.
+        The state at the last sigma, ``[N, *event]``.
 
     Raises:
         TypeError: As in `sample_euler`.
@@ -832,7 +832,7 @@ def sample_euler_ancestral(
         x = run.widened(x)
         if sigma_s > 0.0:
             down, up = get_ancestral_step(sigma_t, sigma_s, eta)
-            x = noise.step(x, denoised, down / sigma_t, up, noise.levels[i], noise.levels[i + 1])
+            x = noise.step(x, denoised, down / sigma_t, up, noise.sigmas[i], noise.sigmas[i + 1])
         else:
             x = _mix(denoised, x, 0.0)
     return x
@@ -850,7 +850,7 @@ def sample_dpm_2_ancestral(
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    """Midpoint steps to below the next level, then noise up to it. No noise follows a step down to 0.
+    """Midpoint steps to below the next sigma, then noise up to it. No noise follows a step down to 0.
 
     Args:
         model: As in `sample_euler`.
@@ -864,7 +864,7 @@ def sample_dpm_2_ancestral(
         noise_sampler: As in `sample_euler_ancestral`.
 
     Returns:
-        The state at the last level, ``[N, *event]``.
+        The state at the last sigma, ``[N, *event]``.
 
     Raises:
         TypeError: As in `sample_euler`.
@@ -880,7 +880,7 @@ def sample_dpm_2_ancestral(
         if down > 0.0:
             middle = math.sqrt(down / sigma_t)
             denoised = torch.add(x, _slope(run, _mix(denoised, x, middle), sigma_t * middle), alpha=1 / middle)
-            x = noise.step(x, denoised, down / sigma_t, up, noise.levels[i], noise.levels[i + 1])
+            x = noise.step(x, denoised, down / sigma_t, up, noise.sigmas[i], noise.sigmas[i + 1])
         else:
             x = _mix(denoised, x, 0.0)
     return x
@@ -898,7 +898,7 @@ def sample_dpmpp_2s_ancestral(
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2S) steps to below the next level, then noise up to it. Single-step, second order.
+    """DPM-Solver++(2S) steps to below the next sigma, then noise up to it. Single-step, second order.
 
     Args:
         model: As in `sample_euler`.
@@ -912,7 +912,7 @@ def sample_dpmpp_2s_ancestral(
         noise_sampler: As in `sample_euler_ancestral`.
 
     Returns:
-        The state at the last level, ``[N, *event]``.
+        The state at the last sigma, ``[N, *event]``.
 
     Raises:
         TypeError: As in `sample_euler`.
@@ -929,7 +929,7 @@ def sample_dpmpp_2s_ancestral(
             middle = math.sqrt(ratio)
             denoised = run.denoise(_mix(denoised, x, middle), sigma_t * middle)
         if sigma_s > 0.0:
-            x = noise.step(x, denoised, ratio, up, noise.levels[i], noise.levels[i + 1])
+            x = noise.step(x, denoised, ratio, up, noise.sigmas[i], noise.sigmas[i + 1])
         else:
             x = _mix(denoised, run.widened(x), ratio)
     return x
@@ -953,17 +953,17 @@ def sample_dpmpp_sde(
     Args:
         model: As in `sample_euler`.
         x: As in `sample_euler`.
-        sigmas: As in `sample_euler`; no two levels in a row may be equal with a `BrownianTreeNoiseSampler`.
+        sigmas: As in `sample_euler`; no two sigmas in a row may be equal with a `BrownianTreeNoiseSampler`.
         extra_args: As in `sample_euler`.
         callback: As in `sample_euler`.
         disable: As in `sample_euler`.
         eta: A number >= 0, the amount of noise; 0 solves the probability-flow ODE instead.
         s_noise: A factor of the noise, a number.
         noise_sampler: As in `sample_euler_ancestral`; None is a `BrownianTreeNoiseSampler`, which needs torchsde.
-        r: Where between the levels the second evaluation is, in ``log sigma``: a number > 0.
+        r: Where between the sigmas the second evaluation is, in ``log sigma``: a number > 0.
 
     Returns:
-        The state at the last level, ``[N, *event]``.
+        The state at the last sigma, ``[N, *event]``.
 
     Raises:
         ImportError: ``noise_sampler`` is None and torchsde is not installed.
@@ -981,8 +981,8 @@ def sample_dpmpp_sde(
         denoised = run.denoise(x, sigma_t)
         run.report(i, x, denoised)
         if sigma_s > 0.0:
-            # A Brownian path is rough, so the levels asked for must equal those of k-diffusion to the last bit.
-            t, t_s = (noise.levels[j].log().neg() for j in (i, i + 1))
+            # A Brownian path is rough, so the sigmas asked for must equal those of k-diffusion to the last bit.
+            t, t_s = (noise.sigmas[j].log().neg() for j in (i, i + 1))
             begin, middle, end = (time.neg().exp() for time in (t, t + (t_s - t) * r, t_s))
             sigma_r = sigma_t * (sigma_s / sigma_t) ** r
             down, up = get_ancestral_step(sigma_t, sigma_r, eta)
@@ -1009,13 +1009,13 @@ def sample_dpmpp_2m(
     Args:
         model: As in `sample_euler`.
         x: As in `sample_euler`.
-        sigmas: As in `sample_euler`; no two levels in a row may be equal.
+        sigmas: As in `sample_euler`; no two sigmas in a row may be equal.
         extra_args: As in `sample_euler`.
         callback: As in `sample_euler`.
         disable: As in `sample_euler`.
 
     Returns:
-        The state at the last level, ``[N, *event]``.
+        The state at the last sigma, ``[N, *event]``.
 
     Raises:
         TypeError: As in `sample_euler`.
@@ -1055,7 +1055,7 @@ def sample_dpmpp_2m_sde(
     Args:
         model: As in `sample_euler`.
         x: As in `sample_euler`.
-        sigmas: As in `sample_euler`; no two levels in a row may be equal, and none may rise unless ``eta`` is 0.
+        sigmas: As in `sample_euler`; no two sigmas in a row may be equal, and none may rise unless ``eta`` is 0.
         extra_args: As in `sample_euler`.
         callback: As in `sample_euler`.
         disable: As in `sample_euler`.
@@ -1065,7 +1065,7 @@ def sample_dpmpp_2m_sde(
         solver_type: ``"midpoint"`` or ``"heun"``.
 
     Returns:
-        The state at the last level, ``[N, *event]``.
+        The state at the last sigma, ``[N, *event]``.
 
     Raises:
         ImportError: ``noise_sampler`` is None and torchsde is not installed.
@@ -1091,7 +1091,7 @@ def sample_dpmpp_2m_sde(
             h_before = h
             if eta:
                 std = sigma_s * math.sqrt(-math.expm1(-2 * eta * h))
-                x = noise.step(x, mixed, math.exp(-decay), std, noise.levels[i], noise.levels[i + 1])
+                x = noise.step(x, mixed, math.exp(-decay), std, noise.sigmas[i], noise.sigmas[i + 1])
             else:
                 x = _mix(mixed, x, math.exp(-decay))
         else:
@@ -1117,7 +1117,7 @@ def sample_dpmpp_3m_sde(
     Args:
         model: As in `sample_euler`.
         x: As in `sample_euler`.
-        sigmas: As in `sample_euler`; no two levels in a row may be equal, and none may rise.
+        sigmas: As in `sample_euler`; no two sigmas in a row may be equal, and none may rise.
         extra_args: As in `sample_euler`.
         callback: As in `sample_euler`.
         disable: As in `sample_euler`.
@@ -1126,7 +1126,7 @@ def sample_dpmpp_3m_sde(
         noise_sampler: As in `sample_euler_ancestral`; None is a `BrownianTreeNoiseSampler`, which needs torchsde.
 
     Returns:
-        The state at the last level, ``[N, *event]``.
+        The state at the last sigma, ``[N, *event]``.
 
     Raises:
         ImportError: ``noise_sampler`` is None and torchsde is not installed.
@@ -1158,7 +1158,7 @@ def sample_dpmpp_3m_sde(
                 mixed = _mix(denoised, _mix(denoised_1, denoised_2, -to_2 / to_1), -to_1)
             if eta:
                 std = sigma_s * math.sqrt(-math.expm1(-2 * eta * h))
-                x = noise.step(x, mixed, math.exp(-decay), std, noise.levels[i], noise.levels[i + 1])
+                x = noise.step(x, mixed, math.exp(-decay), std, noise.sigmas[i], noise.sigmas[i + 1])
             else:
                 x = _mix(mixed, x, math.exp(-decay))
             before = [(denoised, h), *before[:1]]

@@ -12,7 +12,26 @@ Address = int
 Words4 = tuple[int, int, int, int]
 Arrays = Sequence[tuple[Address, int]]  # each with the bytes of a particle
 
-class Cpu(Protocol):
+class Particles(Protocol):
+    """What csrc/integrations/particles adds to a CPU module, for fastguide.integrations.particles alone."""
+
+    def invert(
+        self, weights: Address, particles: int, scale: float, draws: int, positions: Address, number: int,
+        ancestors: Address, threads: int, /,
+    ) -> None: ...  # fmt: skip
+    def whole_copies(
+        self, weights: Address, particles: int, number: int, ancestors: Address, rest: Address, threads: int, /
+    ) -> int: ...
+    def round_in_pairs(
+        self, weights: Address, particles: int, number: int, ancestors: Address, uniforms: Address, threads: int, /
+    ) -> bool: ...
+    def replace_killed(self, killed: Address, drawn: Address, ancestors: Address, particles: int, /) -> None: ...
+    def exponentiate(
+        self, log_weights: Address, count: int, weights: Address, out: Address, threads: int, /
+    ) -> tuple[float, float, float]: ...
+    def mersenne_doubles(self, key: Address, position: Address, out: Address, count: int, /) -> None: ...
+
+class Cpu(Particles, Protocol):
     def instruction_set(self) -> str: ...
     def instruction_sets(self) -> list[str]: ...
     def philox(self, counter: Sequence[int], key: Sequence[int], /) -> Words4: ...
@@ -63,22 +82,6 @@ class Cpu(Protocol):
     def gather_particles(
         self, ancestors: Address, wide: bool, rows: int, particles: int, states: Arrays, threads: int, /
     ) -> tuple[int, int]: ...
-    # of fastguide.integrations.particles
-    def invert(
-        self, weights: Address, particles: int, scale: float, draws: int, positions: Address, number: int,
-        ancestors: Address, threads: int, /,
-    ) -> None: ...  # fmt: skip
-    def whole_copies(
-        self, weights: Address, particles: int, number: int, ancestors: Address, rest: Address, threads: int, /
-    ) -> int: ...
-    def round_in_pairs(
-        self, weights: Address, particles: int, number: int, ancestors: Address, uniforms: Address, threads: int, /
-    ) -> bool: ...
-    def replace_killed(self, killed: Address, drawn: Address, ancestors: Address, particles: int, /) -> None: ...
-    def exponentiate(
-        self, log_weights: Address, count: int, weights: Address, out: Address, threads: int, /
-    ) -> tuple[float, float, float]: ...
-    def mersenne_doubles(self, key: Address, position: Address, out: Address, count: int, /) -> None: ...
 
 class Cuda(Protocol):
     def philox(self, out: Address, counter: Sequence[int], key: Sequence[int], cuda_stream: int, /) -> None: ...

@@ -43,7 +43,7 @@ def start(dtype=torch.float64):
     return 10 * torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def levels(dtype=torch.float64, n=7):
+def karras(dtype=torch.float64, n=7):
     return ours.get_sigmas_karras(n, 0.05, 10.0).to(dtype)
 
 
@@ -70,7 +70,7 @@ CASES += [("sample_dpmpp_2m_sde", dict(solver_type="heun", eta=eta)) for eta in 
 @pytest.mark.parametrize(("name", "options"), CASES)
 @pytest.mark.parametrize("ends_at_zero", (True, False))
 def test_equals_the_original(name, options, ends_at_zero):
-    x, expected = both(name, start(), levels() if ends_at_zero else levels()[:-1], **options)
+    x, expected = both(name, start(), karras() if ends_at_zero else karras()[:-1], **options)
     torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -85,8 +85,8 @@ def test_equals_the_original(name, options, ends_at_zero):
     ),
 )
 def test_equals_the_original_in_other_dtypes(name, dtype, of_sigmas, tolerance):
-    """Equal up to the rounding of the original, which rounds after every operation, also its levels."""
-    x, expected = both(name, start(dtype), levels(of_sigmas))
+    """Equal up to the rounding of the original, which rounds after every operation, also its sigmas."""
+    x, expected = both(name, start(dtype), karras(of_sigmas))
     torch.testing.assert_close(x, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -103,7 +103,7 @@ def test_a_model_of_another_dtype(name):
             def cast(x, sigma, to=denoised):
                 return model(x, sigma).to(to)
 
-            seen.append(getattr(module, name)(cast, x, levels(torch.float32)[:-1], disable=True, **options))
+            seen.append(getattr(module, name)(cast, x, karras(torch.float32)[:-1], disable=True, **options))
         torch.testing.assert_close(*seen, rtol=2e-2, atol=2e-2)
 
 
@@ -119,7 +119,7 @@ def test_a_callback_may_change_the_state(name):
     results = []
     for module in (ours, original):
         torch.manual_seed(3)
-        results.append(getattr(module, name)(model, start(), levels(), None, paint, True))
+        results.append(getattr(module, name)(model, start(), karras(), None, paint, True))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
@@ -135,7 +135,7 @@ def test_a_model_may_have_one_output(name):
             return output.copy_(model(x, sigma)) if reused else model(x, sigma)
 
         torch.manual_seed(3)
-        results.append(getattr(ours, name)(overwriting, start(), levels(), disable=True))
+        results.append(getattr(ours, name)(overwriting, start(), karras(), disable=True))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
@@ -160,7 +160,7 @@ def test_rising_and_repeated_levels(name, eta, noise, sigmas):
         torch.testing.assert_close(both(name, start(), sigmas, **options)[0], expected, rtol=1e-10, atol=1e-10)
         return
     evaluations = []
-    wanted = "decreasing levels" if sigmas.tolist() == RISING else "levels that differ.* got 0.5 at 1 and 2"
+    wanted = "decreasing values" if sigmas.tolist() == RISING else "values that differ.* got 0.5 at 1 and 2"
     with pytest.raises(ValueError, match=f"^sigmas: expected {wanted}"):
         getattr(ours, name)(lambda x, sigma: evaluations.append(1), start(), sigmas, disable=True, **options)
     assert not evaluations
@@ -170,7 +170,7 @@ def test_rising_and_repeated_levels(name, eta, noise, sigmas):
 @pytest.mark.parametrize("kind", (np.float32, np.float64))
 def test_sigmas_of_numpy(name, kind):
     """A numpy array works like a tensor of its dtype, also with negative strides."""
-    array = levels().numpy().astype(kind)
+    array = karras().numpy().astype(kind)
     expected = both(name, start(), torch.from_numpy(array))[0]
     for sigmas in (array, array[::-1].copy()[::-1]):
         torch.manual_seed(5)
@@ -191,11 +191,11 @@ def test_options_may_be_tensors_without_dimensions(name, noise):
         if noise == "philox" and name in NOISY:
             given = given | dict(noise_sampler=ours.PhiloxNoiseSampler(start(), seed=3))
         torch.manual_seed(1)
-        results.append(getattr(ours, name)(model, start(), levels(), disable=True, **given))
+        results.append(getattr(ours, name)(model, start(), karras(), disable=True, **given))
     assert torch.equal(*results)
     for key in options:
         with pytest.raises(TypeError, match=rf"^{key}: expected a number, got torch.float32 \[2\]"):
-            getattr(ours, name)(model, start(), levels(), disable=True, **{key: torch.ones(2)})
+            getattr(ours, name)(model, start(), karras(), disable=True, **{key: torch.ones(2)})
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -211,7 +211,7 @@ def test_signature_and_callback(name):
         torch.manual_seed(5)
         function = getattr(module, name)
         x = start()
-        function(model, x, levels(), {"shift": 0.2}, calls.append, True, **options)
+        function(model, x, karras(), {"shift": 0.2}, calls.append, True, **options)
         assert torch.equal(x, start()), "x was written to"
     assert len(seen[ours]) == len(seen[original]) == 7
     for got, expected in zip(seen[ours], seen[original], strict=True):
@@ -233,7 +233,7 @@ def test_a_noise_sampler_is_asked_the_same(name):
             calls.append((sigma, sigma_next))
             return torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
 
-        x = getattr(module, name)(model, start(), levels(), disable=True, noise_sampler=noise)
+        x = getattr(module, name)(model, start(), karras(), disable=True, noise_sampler=noise)
         calls.append(x)
     for got, expected in zip(asked[ours][:-1], asked[original][:-1], strict=True):
         assert torch.equal(torch.stack(got), torch.stack(expected))
@@ -292,15 +292,15 @@ def test_brownian_tree_errors(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchsde", None)
     for name in SDES:
         with pytest.raises(ImportError, match="torchsde"):
-            getattr(ours, name)(model, start(), levels(), disable=True)
+            getattr(ours, name)(model, start(), karras(), disable=True)
         noise = ours.default_noise_sampler(start())
-        assert getattr(ours, name)(model, start(), levels(), disable=True, noise_sampler=noise).isfinite().all()
+        assert getattr(ours, name)(model, start(), karras(), disable=True, noise_sampler=noise).isfinite().all()
 
 
 @pytest.mark.parametrize("name", NOISY)
 def test_philox_noise(name):
     """The noise is the same if it is fused into the step, if k-diffusion calls it, and for a part of a batch."""
-    x, sigmas = start(), levels()
+    x, sigmas = start(), karras()
     fused = getattr(ours, name)(
         model, x, sigmas, disable=True, s_noise=1.2, noise_sampler=ours.PhiloxNoiseSampler(x, seed=7)
     )
@@ -325,7 +325,7 @@ def test_philox_noise_does_not_repeat():
     again = ours.PhiloxNoiseSampler(x)
     assert again.seed == first.seed != second.seed
     runs = [
-        ours.sample_euler_ancestral(model, x, levels(), disable=True, noise_sampler=noise)
+        ours.sample_euler_ancestral(model, x, karras(), disable=True, noise_sampler=noise)
         for noise in (first, first, second, again)
     ]
     assert torch.equal(runs[0], runs[3])
@@ -351,8 +351,8 @@ def test_names_of_the_original(installed):
         if not name.startswith("_"):
             assert name in dir(ours)
             assert (getattr(ours, name) is getattr(original, name)) == (name not in ours.__all__)
-    x = ours.sample_lms(model, start(), levels(), disable=True)
-    assert torch.equal(x, original.sample_lms(model, start(), levels(), disable=True))
+    x = ours.sample_lms(model, start(), karras(), disable=True)
+    assert torch.equal(x, original.sample_lms(model, start(), karras(), disable=True))
     with pytest.raises(AttributeError, match="sample_nothing"):
         ours.sample_nothing  # noqa: B018
 
@@ -386,30 +386,30 @@ def test_names_without_the_original(monkeypatch):
 
 def test_errors():
     with pytest.raises(ValueError, match=r"solver_type: expected one of .*'heun', 'midpoint'.*, got"):
-        ours.sample_dpmpp_2m_sde(model, start(), levels(), solver_type="euler")
+        ours.sample_dpmpp_2m_sde(model, start(), karras(), solver_type="euler")
     for bad in ([1.0, 0.0, 0.0], [0.0, 1.0], [1.0, -0.5], [math.nan, 0.0], [math.inf, 1.0, 0.0]):
         for sampler in (ours.sample_euler, ours.sample_heun, ours.sample_dpmpp_sde):
-            with pytest.raises(ValueError, match="sigmas: expected finite levels above 0"):
+            with pytest.raises(ValueError, match="sigmas: expected finite numbers above 0"):
                 sampler(model, start(), torch.tensor(bad))
-    assert torch.equal(ours.sample_euler(model, start(), levels()[:1]), start())  # no step
+    assert torch.equal(ours.sample_euler(model, start(), karras()[:1]), start())  # no step
     for name in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"):
         with pytest.raises(ValueError, match="eta: expected a number >= 0, got -1"):
-            getattr(ours, name)(model, start(), levels(), eta=-1.0)
+            getattr(ours, name)(model, start(), karras(), eta=-1.0)
     with pytest.raises(ValueError, match="r: expected a number > 0, got 0"):
-        ours.sample_dpmpp_sde(model, start(), levels(), r=0.0)
-    with pytest.raises(ValueError, match=r"sigma_next: expected another level than sigma, got 0\.5 for both"):
+        ours.sample_dpmpp_sde(model, start(), karras(), r=0.0)
+    with pytest.raises(ValueError, match=r"sigma_next: expected a number other than sigma, got 0\.5 for both"):
         ours.BrownianTreeNoiseSampler(start(), 0.05, 10.0)(0.5, 0.5)
 
 
 def test_progress(monkeypatch, capsys):
-    ours.sample_euler(model, start(), levels(), disable=True)
+    ours.sample_euler(model, start(), karras(), disable=True)
     assert not capsys.readouterr().err
-    ours.sample_euler(model, start(), levels(), disable=False)
+    ours.sample_euler(model, start(), karras(), disable=False)
     assert "7/7" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    expected = both("sample_euler", start(), levels())[1]
+    expected = both("sample_euler", start(), karras())[1]
     torch.manual_seed(5)
-    torch.testing.assert_close(ours.sample_euler(model, start(), levels()), expected)
+    torch.testing.assert_close(ours.sample_euler(model, start(), karras()), expected)
     assert not capsys.readouterr().err
 
 
@@ -421,8 +421,8 @@ def test_progress(monkeypatch, capsys):
 def test_no_step_waits(name, noise, monkeypatch):
     """States and sigmas on the ``meta`` device have no values. Only the one read before the loop is allowed."""
     reads, asked = [], []
-    monkeypatch.setattr(ours, "_to_host", lambda sigmas: reads.append(sigmas) or levels(torch.float32))
-    x, sigmas = start(torch.float32).to("meta"), levels(torch.float32).to("meta")
+    monkeypatch.setattr(ours, "_to_host", lambda sigmas: reads.append(sigmas) or karras(torch.float32))
+    x, sigmas = start(torch.float32).to("meta"), karras(torch.float32).to("meta")
     options = dict(s_churn=2.0, s_tmin=0.2, s_tmax=5.0) if name in CHURNED else {}
     if noise == "philox":
         options["noise_sampler"] = ours.PhiloxNoiseSampler(x)
@@ -443,10 +443,10 @@ def test_sigmas_are_read_from_the_device():
 @pytest.mark.parametrize("name", SDES)
 @pytest.mark.parametrize("given", (False, True))
 def test_a_brownian_tree_is_asked_on_the_host(name, given, monkeypatch):
-    """It compares levels, which would wait for a device."""
-    expected = both(name, start(), levels())[1]
-    monkeypatch.setattr(ours, "_to_host", lambda sigmas: levels())
+    """It compares sigmas, which would wait for a device."""
+    expected = both(name, start(), karras())[1]
+    monkeypatch.setattr(ours, "_to_host", lambda sigmas: karras())
     torch.manual_seed(5)
-    options = dict(noise_sampler=ours.BrownianTreeNoiseSampler(start(), *levels()[[-2, 0]])) if given else {}
-    x = getattr(ours, name)(model, start(), levels().to("meta"), disable=True, **options)
+    options = dict(noise_sampler=ours.BrownianTreeNoiseSampler(start(), *karras()[[-2, 0]])) if given else {}
+    x = getattr(ours, name)(model, start(), karras().to("meta"), disable=True, **options)
     torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)

@@ -194,6 +194,17 @@ def test_strides(family, backend):
     )
 
 
+@every_backend
+def test_channels_that_come_last_stay_there(backend):
+    z, y = located("gaussian", 2, 3, 4, 5), measured("gaussian", 2, 3, 4, 5)
+    options = dict(family="gaussian", scale=1.0, backend=backend)
+    expected = ops.log_prob_and_gradient(z, y, **options)
+    last = [v.contiguous(memory_format=torch.channels_last) for v in (z, y)]
+    log_prob, gradient = ops.log_prob_and_gradient(*last, **options)
+    assert torch.equal(log_prob, expected[0]) and torch.equal(gradient, expected[1])
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
 @every_family
 @every_backend
 def test_no_samples_or_no_elements(family, backend):

@@ -9,21 +9,17 @@ namespace {
 template <class T>
 void randn_as(void* data, const RandnShape& shape, int threads) {
     const Tiling tiling{shape.particles, shape.elements};
-    const bool large = shape.particles * shape.elements * sizeof(T) >= kPastCaches;
     Memory counted;
     if constexpr (sizeof(T) == 2) counted.take<float>(tiling.largest());
     share_out(tiling.tiles(), kTileGrain, threads, counted, [&](uint64_t index, Memory memory) {
         const Tile tile = tiling.at(index);
         T* out = static_cast<T*>(data) + tile.row * shape.elements + tile.begin;
-        if constexpr (std::is_same_v<T, float>) {
-            if (large && reinterpret_cast<uintptr_t>(out) % kBytes == 0) noise_tile<true>(out, shape, tile);
-            else noise_tile(out, shape, tile);
-        } else if constexpr (std::is_same_v<T, double>) {
-            noise_tile(out, shape, tile);
-        } else {
+        if constexpr (sizeof(T) == 2) {
             float* const z = memory.take<float>(tile.count);
             noise_tile(z, shape, tile);
             narrow(out, z, tile.count);
+        } else {
+            noise_tile(out, shape, tile);
         }
     });
 }

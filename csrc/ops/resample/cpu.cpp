@@ -95,9 +95,9 @@ struct Sums {
 };
 
 // The integer weights of `count` particles, a multiple of kEight, and their sums modulo 2^64 (if weights change meanwhile,
-// a sum may be any number). Not inlined: GCC would spill registers.
+// a sum may be any number).
 template <bool kSquares, class T>
-__attribute__((noinline)) Sums weigh_whole(int64_t* q, const T* log_weights, int64_t count, double top, int scale) {
+Sums weigh_whole(int64_t* q, const T* log_weights, int64_t count, double top, int scale) {
     U64 weights{}, squares{}, bits{};
     for (int64_t i = 0; i < count; i += kEight) {
         auto x = exponential<EightLanes>(load_eight(log_weights + i) - top);  // not const: GCC would then copy it in halves
@@ -207,7 +207,7 @@ public:
 
     // counts[k]: how many uniforms are below bounds[k]. The bounds are the bits of ascending doubles; their number is a
     // multiple of kFour. Moves to the first uniform that is not below the last bound. The bounds are handled in four
-    // quarters: four independent chains of instructions.
+    // quarters, four independent chains of instructions: multinomial resampling of 10^6 particles is 1.1 times as fast.
     void count(int32_t* counts, const int64_t* bounds, int64_t number) {
         const int64_t quarter = number / 4;
         for (bool first = true;; first = false) {

@@ -35,7 +35,7 @@ constexpr int kItems = 8;      // consecutive particles or slots of a thread
 constexpr int kThreads = 256;  // threads of a tile's block
 constexpr int64_t kTile = kThreads * kItems;
 constexpr int64_t kMany = 8 * kTile;  // slots that a tile's own block fills at most; other blocks fill the rest
-constexpr int kAbreast = 4;           // tiles that a block of find_tops reads
+constexpr int kAbreast = 4;           // tiles that a block of find_tops reads, so that their loads overlap
 constexpr int kFewThreads = 128;      // threads of the block for the shortest rows
 constexpr int kScanThreads = 1024, kScanItems = 4, kSearchThreads = 256;
 

@@ -60,7 +60,8 @@ def log_prob_and_gradient(
 
     Returns:
         log_prob: ``[n]`` in float64.
-        gradient: In the shape and dtype of ``z``; None without ``return_gradient``.
+        gradient: In the shape, dtype and layout (contiguous or channels_last) of ``z``; None without
+            ``return_gradient``.
 
     Raises:
         TypeError: A tensor has an unsupported dtype, or an argument is not a tensor, number or bool where one is
@@ -83,7 +84,9 @@ def log_prob_and_gradient(
     )
     if isinstance(out, Tensor):
         return out, None
-    return (log_prob, gradient if return_gradient else None) if out is None else out
+    if out is not None:
+        return out
+    return log_prob, gradient.contiguous(memory_format=_arguments.layout(z)) if return_gradient else None
 
 
 def _measurements(z: Any, y: Any, extra: Any, rows: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
