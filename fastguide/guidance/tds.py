@@ -32,8 +32,9 @@ class TDS:
         particles: Number K of particles per observation, at least 1.
         covariance: Covariance of ``x_0`` given ``x_t`` in the twisting function ``p~(y | x_t)``: ``"point"``,
             ``"isotropic"`` or ``"moment"``, see `DPS`. It changes the variance, never the limit. None takes
-            ``"moment"`` where it can be had, else ``"isotropic"``. ``"point"`` can diverge where the likelihood is
-            sharp, so it must be named. It is the only one for Poisson and Callable likelihoods.
+            ``"moment"`` where it can be had, else ``"isotropic"``; where neither can be had, it is an error.
+            ``"point"`` can diverge where the likelihood is sharp, so it must be named. It is the only one for Poisson
+            and Callable likelihoods.
         resampler: ``"systematic"`` (the default), ``"stratified"``, ``"multinomial"`` or ``"residual"``.
         ess_threshold: A number in ``[0, 1]``; 0.5 by default. The particles of an observation are resampled before a
             step if their effective sample size is below ``ess_threshold * particles``. None resamples before every
