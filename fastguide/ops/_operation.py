@@ -112,10 +112,17 @@ class Operation:
     # --- choose and call ---
 
     def __call__(
-        self, backend: str, *args: Any, out: Sequence[Tensor] | None = None, not_finite: Tensor | None = None
+        self,
+        backend: str,
+        *args: Any,
+        out: Sequence[Tensor] | None = None,
+        not_finite: Tensor | None = None,
+        ordinary: bool = False,
     ) -> Any:
         """The results. The dispatcher takes part only where something must see the call: tracing, a tensor without
-        memory of its own, autograd."""
+        memory of its own, autograd. An ``ordinary`` call has none of these: its tensors are `plain` and `writable`."""
+        if ordinary:
+            return self._run(backend, *args, out=out, not_finite=not_finite)
         if type(backend) is not str:
             one_of("backend", backend, ("auto", *ORDER))
         seen, differentiable = traced(), False
@@ -257,23 +264,33 @@ class Operation:
 
 
 def plain(x: Tensor, *others: Tensor) -> bool:
-    """Fast check of the common case: torch's own contiguous CPU tensors of one shape, seen by neither autograd, a mode
-    nor a transform, which the cpu kernels serve. It saves 3 us, most of a small step. Those kernels check dtypes and
-    numbers themselves; `UNUSUAL` errors of theirs lead to the full checks."""
-    if type(x) is not Tensor or not x.is_cpu or traced() or transformed():
+    """Fast check of the common case: torch's own contiguous tensors of one shape on one device, seen by neither
+    autograd, a mode nor a transform. It saves 3 us, most of a small step. The cpu kernels check addresses, dtypes and
+    numbers themselves; `UNUSUAL` errors of theirs lead to the full checks. Other kernels check nothing: elsewhere
+    ``plain`` looks at addresses and dtypes too, and the numbers take the full checks."""
+    if type(x) is not Tensor or traced() or transformed():
         return False
     try:
         if not x.is_contiguous() or x.requires_grad or x.is_neg() or x.storage_offset():
             return False
-        shape = x.shape
+        shape, on_cpu = x.shape, x.is_cpu
         for other in others:
-            if type(other) is not Tensor or not other.is_cpu or other.shape != shape or not other.is_contiguous():
+            if type(other) is not Tensor or other.is_cpu is not on_cpu or other.shape != shape:
                 return False
-            if other.requires_grad or other.is_neg() or other.storage_offset():
+            if not other.is_contiguous() or other.requires_grad or other.is_neg() or other.storage_offset():
                 return False
-        return len(shape) > 0
+        return len(shape) > 0 and (on_cpu or _legible(x, *others))
     except RuntimeError:  # sparse, nested
         return False
+
+
+def _legible(x: Tensor, *others: Tensor) -> bool:
+    """Whether tensors are in memory of one device, and of the floating dtypes that some kernel serves."""
+    device = x.device
+    for tensor in (x, *others):
+        if tensor.device != device or tensor.dtype not in _DTYPES["cpu"] or not tensor.data_ptr():
+            return False
+    return True
 
 
 def writable(
@@ -285,15 +302,19 @@ def writable(
 ) -> bool:
     """The same for what a kernel writes beside `plain` inputs: ``out``, tensors with the dtypes of ``like`` that are
     plain too, or None, and the ``number`` flags, or None. The full checks take 50 us more, in every step of a loop."""
+    if out is not_finite is None:
+        return True
     if out is not None and [tensor.dtype for tensor in out] != [tensor.dtype for tensor in like]:
         return False
     written = [*(out or ())]
     if not_finite is not None:
-        if type(not_finite) is not Tensor or not not_finite.is_cpu or not_finite.dtype is not torch.int32:
+        if type(not_finite) is not Tensor or not_finite.is_cpu is not like[0].is_cpu:
             return False
-        if not_finite.shape != (number,) or not not_finite.is_contiguous() or not_finite.is_neg():
+        if not_finite.dtype is not torch.int32 or not_finite.shape != (number,) or not not_finite.is_contiguous():
             return False
-        if not_finite.storage_offset():
+        if not_finite.is_neg() or not_finite.storage_offset():
+            return False
+        if not not_finite.is_cpu and not_finite.device != like[0].device:
             return False
         written.append(not_finite)
     try:
@@ -303,8 +324,11 @@ def writable(
     for tensor in written:
         start = tensor.data_ptr()
         end = start + tensor.nbytes
-        if tensor.is_inference() or any(start < other_end and other_start < end for other_start, other_end in spans):
+        if not start or tensor.is_inference():
             return False
+        for other_start, other_end in spans:
+            if start < other_end and other_start < end:
+                return False
         spans.append((start, end))
     return True
 
