@@ -1,5 +1,6 @@
-"""Calls with plain tensors of a GPU: only the numbers are checked, and results, errors and what a kernel is given are those
-of the full checks. Tensors of the CPU stand for a GPU's, and Triton's interpreter or the emulated CUDA for its kernels."""
+"""Calls with plain tensors of a GPU: only the numbers are checked, and results, errors and what a kernel is given are
+those of the full checks. Tensors of the CPU stand for a GPU's, and Triton's interpreter or the emulated CUDA for its
+kernels."""
 
 from __future__ import annotations
 
@@ -189,11 +190,12 @@ COUNTERS = [
 PARTICLES = [dict(first_particle=value) for value in (-1, 2**48, 2**48 - 1, True, 0.5)]
 CLIPS = [dict(clip=clip) for clip in (0.0, -1.0, (1.0, 1.0), (0.0, float("nan")), "1", DynamicThreshold(2.0, 1.0))]
 SCALES = [dict(displacement_scale=scale) for scale in (float("nan"), float("inf"), "1", None, True)]
-FLAGS = [torch.zeros(9, dtype=torch.int32), torch.zeros(4), torch.zeros(8, dtype=torch.int32)[::2], 1, freed(WEIGHTS)]
+FLAGS = [torch.zeros(9, dtype=torch.int32), torch.zeros(4), torch.zeros(8, dtype=torch.int32)[::2], 1]
+FLAGS += [freed(torch.zeros(count, dtype=torch.int32)) for count in (2, 3, 4)]
 BAD_STEPS = [
     *COUNTERS, *PARTICLES, *CLIPS, *SCALES,
-    *(dict(coefficients=(*VP[:i], value, *VP[i + 1 :])) for i in range(5) for value in (-1.0, float("nan"), "1", 2**1100)),
-    *(dict(coefficients=value) for value in (VP[:4], (0.6, 0.0, 0.8, 0.6, 0.3), (0.6, 0.8, 0.8, 0.1, 0.3), 1.0, "12345")),
+    *(dict(coefficients=(*VP[:i], bad, *VP[i + 1 :])) for i in range(5) for bad in (-1.0, float("nan"), "1", 2**1100)),
+    *(dict(coefficients=bad) for bad in (VP[:4], (0.6, 0.0, 0.8, 0.6, 0.3), (0.6, 0.8, 0.8, 0.1, 0.3), 1.0, "12345")),
     dict(coefficients=(0.0, *VP[1:])), dict(prediction="noise"), dict(prediction=None), dict(displacement_scale=2.0),
     dict(clip_noise=1), dict(clip=1.0, clip_noise="no"), dict(return_x0=1), dict(unconditional=BASE),
     dict(guidance_scale=1.0), *(dict(unconditional=BASE, guidance_scale=scale) for scale in (float("inf"), "1")),
@@ -219,8 +221,8 @@ BAD_PREDICTIONS = [
 ]  # fmt: skip
 BAD_RESAMPLINGS = [
     *COUNTERS, *(dict(first_row=value) for value in (-1, 2**48, True)), dict(scheme="best"), dict(num=0), dict(num=2.0),
-    dict(ess_threshold=2.0), dict(sorted=1), dict(check=None), dict(num=2, sorted=False), dict(log_weights=freed(WEIGHTS)),
-    dict(log_weights=WEIGHTS.half()), dict(log_weights=torch.full((2, 3), -torch.inf)), dict(log_weights=X),
+    dict(ess_threshold=2.0), dict(sorted=1), dict(check=None), dict(num=2, sorted=False),
+    *(dict(log_weights=bad) for bad in (freed(WEIGHTS), WEIGHTS.half(), torch.full((2, 3), -torch.inf), X)),
 ]  # fmt: skip
 BAD = {
     "reverse_step": (BAD_STEPS, dict(x=X, model_output=OUTPUT, coefficients=VP)),
@@ -259,6 +261,13 @@ def test_errors_of_the_full_checks(name, elsewhere, monkeypatch):
 
 TABLE = tuple(torch.full((3,), value) for value in VP)
 FLAG = torch.zeros(4, dtype=torch.int32)
+
+
+def in_inference_mode(call):
+    with torch.inference_mode():
+        return call()
+
+
 UNUSUAL = {
     "not contiguous": lambda: ops.reverse_step(X.mT, OUTPUT.mT, VP),
     "another of another layout": lambda: ops.reverse_step(X, OUTPUT.mT.contiguous().mT, VP),
@@ -278,6 +287,8 @@ UNUSUAL = {
     "a backend by name": lambda: STEP(backend="triton"),
     "out with an offset": lambda: STEP(out=torch.empty(4, 5, 7)[1:]),
     "flags with an offset": lambda: STEP(not_finite=torch.zeros(8, dtype=torch.int32)[4:]),
+    "out of inference mode": lambda: in_inference_mode(lambda: STEP(out=torch.empty_like(X))),
+    "flags of inference mode": lambda: in_inference_mode(lambda: STEP(not_finite=FLAG.clone())),
     "a derivative": lambda: torch.func.grad(lambda x: ops.predict_x0(x, OUTPUT, VP[:2], prediction="v").sum())(X),
     "a batch": lambda: torch.vmap(lambda x: ops.reverse_step(x, OUTPUT, VP))(X[None]),
 }
@@ -331,7 +342,7 @@ def second_gpu(elsewhere, monkeypatch):
 def test_tensors_on_two_gpus_are_refused(second_gpu):
     for name, call in {
         "model_output": lambda value: ops.reverse_step(X, value, VP),
-        "unconditional": lambda value: ops.predict_x0(X, OUTPUT, VP[:2], prediction="v", unconditional=value, guidance_scale=2.0),
+        "unconditional": lambda value: PREDICT(unconditional=value, guidance_scale=2.0),
         "displacement": lambda value: ops.propose_and_weigh(X, OUTPUT, value, WEIGHTS, VP, seed=0),
         "out": lambda value: ops.reverse_step(X, OUTPUT, VP, out=value),
     }.items():  # fmt: skip
@@ -345,24 +356,24 @@ def test_tensors_on_two_gpus_are_refused(second_gpu):
         ops.reverse_step(X, OUTPUT, VP, not_finite=second_gpu(FLAG.clone()))
 
 
-def test_the_cpu_beside_a_gpu_is_refused(monkeypatch):
-    """Its kernels would read addresses of the other."""
-    there = {id(X), id(WEIGHTS)}
-    on_cpu = torch._C.TensorBase.is_cpu.__get__
-    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: id(self) not in there and on_cpu(self)))
-    monkeypatch.setattr(
-        torch.Tensor, "device", property(lambda self: torch.device("cuda", 0) if id(self) in there else CPU)
-    )
-    with pytest.raises(ValueError, match=r"^x0_hat: expected a tensor on cuda:0, where x is, got cpu"):
-        PROPOSE()
-    there.remove(id(WEIGHTS))
-    with pytest.raises(ValueError, match=r"^model_output: expected a tensor on cuda:0, where x is, got cpu"):
-        STEP()
-    there.remove(id(X))
-    there |= {id(WEIGHTS)}
-    with pytest.raises(ValueError, match=r"^log_weights: expected a tensor on cpu, where x is, got cuda:0"):
-        PROPOSE()
-    there.remove(id(WEIGHTS))
-    there.add(id(FLAG))
-    with pytest.raises(ValueError, match=r"^not_finite: expected a contiguous int32 tensor \[4\] on cpu, got .*cuda:0"):
-        STEP(not_finite=FLAG)
+@pytest.mark.parametrize(
+    ("there", "call"),
+    [
+        ((X, WEIGHTS), PROPOSE),
+        ((X,), STEP),
+        ((OUTPUT,), STEP),
+        ((OUTPUT,), PREDICT),
+        ((WEIGHTS,), PROPOSE),
+        ((FLAG,), partial(STEP, not_finite=FLAG)),
+        ((X, OUTPUT), partial(STEP, not_finite=FLAG)),
+        ((BASE,), partial(STEP, out=BASE)),
+    ],
+)
+def test_the_cpu_beside_a_gpu_is_refused(there, call, monkeypatch):
+    """A kernel would read or write the addresses of the other."""
+    on_cpu, on_gpu = torch._C.TensorBase.is_cpu.__get__, set(map(id, there))
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: id(self) not in on_gpu and on_cpu(self)))
+    device = property(lambda self: torch.device("cuda", 0) if id(self) in on_gpu else CPU)
+    monkeypatch.setattr(torch.Tensor, "device", device)
+    with pytest.raises(ValueError, match=r"^\w+: expected .* on (cpu|cuda:0).*, got .*(cpu|cuda:0)$"):
+        call()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,7 @@ def predict_x0(
         Tweedie's formula; Ho & Salimans 2021 for classifier-free guidance.
     """
     given = (x, model_output) if unconditional is None else (x, model_output, unconditional)
-    results = None if out is None else (out,)
+    results: Any = None if out is None else (out,)
     ordinary = type(backend) is str and backend == "auto" and type(levels) is tuple
     ordinary = ordinary and type(guidance_scale) is (_NONE if unconditional is None else float)
     ordinary = ordinary and plain(*given, *(results or ())) and writable(results, (x,), not_finite, 2, given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -106,7 +108,7 @@ def propose_and_weigh(
     scalars = _arguments.scalars(coefficients, x, "sample")
     counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
     ordinary = ordinary and scalars[1] is counter[4] is counter[5] is None  # numbers alone
-    into = out
+    into: Any = out
     if not ordinary:
         expected = (x.shape, x.dtype), (log_weights.shape, log_weights.dtype)
         inputs = x, x0_hat, displacement, log_weights, scale[1], *counter[-2:]
