@@ -215,6 +215,8 @@ def counter(
 ) -> Counter:
     """``seed, step, stream, first_particle, seed_tensor, step_tensor`` for normals of ``shape`` ``[N, *event]``."""
     for name, value, bits in (("seed", seed, 64), ("step", step, 32), ("stream", stream, 16), (first_name, first, 48)):
+        if type(value) is int and 0 <= value < 1 << bits:  # nearly every call; isinstance is slow for a Tensor
+            continue
         if isinstance(value, Tensor) and bits in (64, 32):  # its value is not read: that would wait for the device
             arguments.tensor(name, value)
             elsewhere = value.device.type != device.type or device.index not in (None, value.device.index)
@@ -231,9 +233,8 @@ def counter(
             "shape: expected particles below 2^48 and at most 2^34 elements in each, "
             f"got particles up to {first + particles} of {elements}"
         )
-    seed_tensor = seed if isinstance(seed, Tensor) else None
-    step_tensor = step if isinstance(step, Tensor) else None
-    seed, step = (0 if isinstance(value, Tensor) else value for value in (seed, step))
+    seed, seed_tensor = (seed, None) if isinstance(seed, int) else (0, seed)
+    step, step_tensor = (step, None) if isinstance(step, int) else (0, step)
     return seed, step, stream, first, seed_tensor, step_tensor
 
 
@@ -255,23 +256,29 @@ def scalars(coefficients: Any, x: Tensor, prediction: str, argument: str = "coef
     """``(alpha_t, sigma_t, alpha_s, sigma_s, tau)``, or ``(alpha, sigma)``, each a float or a tensor ``[N]``. Values of
     tensors are not checked here: `expect_scalars` checks them when the operation runs."""
     names = _NAMES[count]
-    if not isinstance(coefficients, Sequence | np.ndarray) or isinstance(coefficients, str | bytes):
+    row = type(coefficients) is tuple or isinstance(coefficients, Sequence | np.ndarray)  # the first is quick to tell
+    if not row or isinstance(coefficients, str | bytes):
         raise ValueError(f"{argument}: expected {', '.join(names)}, got {got(coefficients)}")
     if len(coefficients) != count:
         raise ValueError(f"{argument}: expected {', '.join(names)}, got {len(coefficients)} values")
     checked: list[Any] = []
+    table = False
     for name, value in zip(names, coefficients, strict=True):
+        if type(value) is float and 0.0 <= value < math.inf:  # nearly every call; isinstance is slow for a Tensor
+            checked.append(value)
+            continue
         if not isinstance(value, Tensor):
             checked.append(number(argument, value, low=0.0, what=name))
             continue
         value = own(argument, value)
         checked.append(value)
+        table = True
         if value.shape != x.shape[:1] or value.dtype not in STATE_DTYPES or value.device != x.device:
             raise ValueError(
                 f"{argument}: expected {name} a float or a floating tensor [{x.shape[0]}] on {x.device}, "
                 f"got {value.dtype} {list(value.shape)} on {value.device}"
             )
-    if not any(isinstance(value, Tensor) for value in checked):
+    if not table:
         _expect_scalars(checked, prediction, argument)
         return tuple(checked), None
     arguments.expect_alike({"x": x} | {f"{argument}[{i}]": c for i, c in enumerate(checked)})
@@ -319,6 +326,8 @@ def unpacked_scalars(coefficients: Sequence[float], table: Tensor | None) -> Coe
 
 def per_sample(name: str, value: Any, x: Tensor) -> tuple[float, Tensor | None]:
     """A finite number and None, or 1 and a float64 tensor ``[N]``. Values of tensors are checked on the CPU only."""
+    if type(value) is float and -math.inf < value < math.inf:  # nearly every call; isinstance is slow for a Tensor
+        return value, None
     if not isinstance(value, Tensor):
         return number(name, value, others=f" or a tensor [{x.shape[0]}]"), None
     value = own(name, value)

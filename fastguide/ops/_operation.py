@@ -113,10 +113,18 @@ class Operation:
     # --- choose and call ---
 
     def __call__(
-        self, backend: str, *args: Any, out: Sequence[Tensor] | None = None, not_finite: Tensor | None = None
+        self,
+        backend: str,
+        *args: Any,
+        out: Sequence[Tensor] | None = None,
+        not_finite: Tensor | None = None,
+        ordinary: bool = False,
     ) -> Any:
         """Run the operation. The call goes through the dispatcher only if something must see it: tracing, a tensor
-        without memory of its own, or autograd."""
+        without memory of its own, or autograd. An ``ordinary`` call has none of these: its tensors are `plain` and
+        `writable`."""
+        if ordinary:
+            return self._run(backend, *args, out=out, not_finite=not_finite)
         if type(backend) is not str:
             one_of("backend", backend, ("auto", *ORDER))
         seen, differentiable = traced(), False
@@ -258,23 +266,33 @@ class Operation:
 
 
 def plain(x: Tensor, *others: Tensor) -> bool:
-    """Fast check for the common case: plain contiguous CPU tensors of one shape, no autograd, no mode, no transform.
-    The cpu kernels serve these. It saves 3 us, most of a small step. The kernels check dtypes and numbers themselves;
-    if they raise one of `UNUSUAL`, the caller falls back to the full checks."""
-    if type(x) is not Tensor or not x.is_cpu or traced() or transformed():
+    """Fast check for the common case: plain contiguous tensors of one shape on one device, no autograd, no mode, no
+    transform. It saves 3 us, most of a small step. The cpu kernels check addresses, dtypes and numbers themselves; if
+    they raise one of `UNUSUAL`, the caller falls back to the full checks. Kernels for GPUs check nothing. So for them
+    ``plain`` checks addresses and dtypes too, and the caller makes the full checks of the numbers."""
+    if type(x) is not Tensor or traced() or transformed():
         return False
     try:
         if not x.is_contiguous() or x.requires_grad or x.is_neg() or x.storage_offset():
             return False
-        shape = x.shape
+        shape, on_cpu = x.shape, x.is_cpu
         for other in others:
-            if type(other) is not Tensor or not other.is_cpu or other.shape != shape or not other.is_contiguous():
+            if type(other) is not Tensor or other.is_cpu is not on_cpu or other.shape != shape:
                 return False
-            if other.requires_grad or other.is_neg() or other.storage_offset():
+            if not other.is_contiguous() or other.requires_grad or other.is_neg() or other.storage_offset():
                 return False
-        return len(shape) > 0
+        return len(shape) > 0 and (on_cpu or _legible(x, *others))
     except RuntimeError:  # sparse, nested
         return False
+
+
+def _legible(x: Tensor, *others: Tensor) -> bool:
+    """Whether tensors are in memory of one device, and of the floating dtypes that some kernel serves."""
+    device = x.device
+    for tensor in (x, *others):
+        if tensor.device != device or tensor.dtype not in _DTYPES["cpu"] or not tensor.data_ptr():
+            return False
+    return True
 
 
 def writable(
@@ -286,15 +304,19 @@ def writable(
 ) -> bool:
     """The same check for what a kernel writes: ``out`` (plain tensors with the dtypes of ``like``, or None), and
     ``not_finite`` (``number`` flags, or None). The full checks would take 50 us more in every step of a loop."""
+    if out is not_finite is None:
+        return True
     if out is not None and [tensor.dtype for tensor in out] != [tensor.dtype for tensor in like]:
         return False
     written = [*(out or ())]
     if not_finite is not None:
-        if type(not_finite) is not Tensor or not not_finite.is_cpu or not_finite.dtype is not torch.int32:
+        if type(not_finite) is not Tensor or not_finite.is_cpu is not like[0].is_cpu:
             return False
-        if not_finite.shape != (number,) or not not_finite.is_contiguous() or not_finite.is_neg():
+        if not_finite.dtype is not torch.int32 or not_finite.shape != (number,) or not not_finite.is_contiguous():
             return False
-        if not_finite.storage_offset():
+        if not_finite.is_neg() or not_finite.storage_offset():
+            return False
+        if not not_finite.is_cpu and not_finite.device != like[0].device:
             return False
         written.append(not_finite)
     try:
@@ -304,8 +326,11 @@ def writable(
     for tensor in written:
         start = tensor.data_ptr()
         end = start + tensor.nbytes
-        if tensor.is_inference() or any(start < other_end and other_start < end for other_start, other_end in spans):
+        if not start or tensor.is_inference():
             return False
+        for other_start, other_end in spans:
+            if start < other_end and other_start < end:
+                return False
         spans.append((start, end))
     return True
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,10 +67,11 @@ def predict_x0(
         Tweedie's formula; Ho & Salimans 2021 for classifier-free guidance.
     """
     given = (x, model_output) if unconditional is None else (x, model_output, unconditional)
-    results = None if out is None else (out,)
+    results: Any = None if out is None else (out,)
     ordinary = type(backend) is str and backend == "auto" and type(levels) is tuple
     ordinary = ordinary and type(guidance_scale) is (_NONE if unconditional is None else float)
-    if ordinary and plain(*given, *(results or ())) and writable(results, (x,), not_finite, 2, given):
+    ordinary = ordinary and plain(*given, *(results or ())) and writable(results, (x,), not_finite, 2, given)
+    if ordinary and x.is_cpu:
         try:
             number = 1.0 if guidance_scale is None else guidance_scale
             x0 = _cpu(
@@ -79,18 +82,23 @@ def predict_x0(
             return x0
         except UNUSUAL:
             pass
-    x = _arguments.state("x", x)
-    model_output = _arguments.state("model_output", model_output, x)
+    ordinary = ordinary and not x.is_cpu
+    if not ordinary:
+        x = _arguments.state("x", x)
+        model_output = _arguments.state("model_output", model_output, x)
     one_of("prediction", prediction, PREDICTIONS)
     unconditional, number, scale = _arguments.guidance(unconditional, guidance_scale, x)
     values = _arguments.scalars(levels, x, prediction, "levels", 2)
-    form = _arguments.layout(x) if out is None else torch.contiguous_format
-    x, model_output, unconditional = _arguments.channels_moved(form, x, model_output, unconditional)
-    inputs = x, model_output, values[1], unconditional, scale
-    into = _arguments.out(out, ((x.shape, x.dtype),), x.device, inputs)
+    form, ordinary = torch.contiguous_format, ordinary and values[1] is None
+    if not ordinary:
+        form = _arguments.layout(x) if out is None else form
+        x, model_output, unconditional = _arguments.channels_moved(form, x, model_output, unconditional)
+        inputs = x, model_output, values[1], unconditional, scale
+        results = _arguments.out(out, ((x.shape, x.dtype),), x.device, inputs)
+        not_finite = _arguments.not_finite(not_finite, 2, x.device, (*inputs, *(results or ())))
     x0 = _predict_x0(
         backend, x, model_output, *values, prediction, unconditional, number, scale,
-        out=into, not_finite=_arguments.not_finite(not_finite, 2, x.device, (*inputs, *(into or ()))),
+        out=results, not_finite=not_finite, ordinary=ordinary,
     )  # fmt: skip
     return _arguments.channels_moved(form, x0, back=True)[0] if out is None else out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -79,7 +81,8 @@ def propose_and_weigh(
     ordinary = ordinary and type(displacement_scale) is float and log_weights.dtype in WEIGHT_DTYPES
     ordinary = ordinary and log_weights.numel() == x.shape[0]
     given = x, x0_hat, displacement, log_weights
-    if ordinary and writable(out, (x, log_weights), not_finite, 3, given):
+    ordinary = ordinary and writable(out, (x, log_weights), not_finite, 3, given)
+    if ordinary and x.is_cpu and log_weights.is_cpu:
         try:
             moved = _cpu(
                 x, x0_hat, displacement, log_weights, coefficients, None, bounds, displacement_scale, None,
@@ -89,25 +92,31 @@ def propose_and_weigh(
             return moved if out is None else out
         except UNUSUAL:
             pass
-    x = _arguments.state("x", x)
-    x0_hat, displacement = _arguments.state("x0_hat", x0_hat, x), _arguments.state("displacement", displacement, x)
-    log_weights = _arguments.own("log_weights", log_weights, "a float32 or float64 tensor")
-    if log_weights.numel() != x.shape[0] or log_weights.dtype not in WEIGHT_DTYPES:
-        raise ValueError(
-            f"log_weights: expected {x.shape[0]} float32 or float64 values, "
-            f"got {log_weights.dtype} {list(log_weights.shape)}"
-        )
-    if log_weights.device != x.device:
-        raise ValueError(f"log_weights: expected a tensor on {x.device}, where x is, got {log_weights.device}")
+    ordinary = ordinary and not x.is_cpu and log_weights.device == x.device
+    if not ordinary:
+        x = _arguments.state("x", x)
+        x0_hat, displacement = _arguments.state("x0_hat", x0_hat, x), _arguments.state("displacement", displacement, x)
+        log_weights = _arguments.own("log_weights", log_weights, "a float32 or float64 tensor")
+        if log_weights.numel() != x.shape[0] or log_weights.dtype not in WEIGHT_DTYPES:
+            raise ValueError(
+                f"log_weights: expected {x.shape[0]} float32 or float64 values, "
+                f"got {log_weights.dtype} {list(log_weights.shape)}"
+            )
+        if log_weights.device != x.device:
+            raise ValueError(f"log_weights: expected a tensor on {x.device}, where x is, got {log_weights.device}")
     scale = _arguments.per_sample("displacement_scale", displacement_scale, x)
     scalars = _arguments.scalars(coefficients, x, "sample")
     counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
-    expected = (x.shape, x.dtype), (log_weights.shape, log_weights.dtype)
-    inputs = x, x0_hat, displacement, log_weights, scale[1], *counter[-2:]
-    into = _arguments.out(out, expected, x.device, inputs)
+    ordinary = ordinary and scalars[1] is counter[4] is counter[5] is None  # numbers alone
+    into: Any = out
+    if not ordinary:
+        expected = (x.shape, x.dtype), (log_weights.shape, log_weights.dtype)
+        inputs = x, x0_hat, displacement, log_weights, scale[1], *counter[-2:]
+        into = _arguments.out(out, expected, x.device, inputs)
+        not_finite = _arguments.not_finite(not_finite, 3, x.device, (*inputs, *(into or ())))
     results = _propose_and_weigh(
         backend, x, x0_hat, displacement, log_weights, *scalars, bounds, *scale, *counter,
-        out=into, not_finite=_arguments.not_finite(not_finite, 3, x.device, (*inputs, *(into or ()))),
+        out=into, not_finite=not_finite, ordinary=ordinary,
     )  # fmt: skip
     if out is not None:
         return out

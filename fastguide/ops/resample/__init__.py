@@ -92,7 +92,8 @@ def resample(
     if num is not None and num != particles and (ess_threshold is not None or not sorted):
         raise ValueError(f"num: expected {particles} with ess_threshold or sorted=False, got {num}")
     count = particles if num is None else num
-    if out is None and ordinary and particles < 1 << 31:
+    ordinary = ordinary and out is None
+    if ordinary and log_weights.is_cpu and particles < 1 << 31:
         try:
             return _cpu(
                 log_weights, scheme, count, ess_threshold,
@@ -102,6 +103,8 @@ def resample(
             log_weights = _arguments.own("log_weights", log_weights, "a float32 or float64 tensor")
     rows = shape[0] if len(shape) == 2 else 1
     counter = _arguments.counter(seed, step, stream, first_row, (rows, 4 * count), log_weights.device, "first_row")
+    if ordinary and not log_weights.is_cpu and counter[4] is counter[5] is None:
+        return _resample(backend, log_weights, scheme, count, ess_threshold, *counter, sorted, check, ordinary=True)
     if check and torch.compiler.is_compiling():
         raise ValueError("check: expected False inside torch.compile, since it looks at values, got True")
     given = {"log_weights": log_weights, "seed": seed, "step": step}

@@ -109,7 +109,7 @@ def reverse_step(
         ordinary = plain(*given, *(results or ())) and writable(results, like, not_finite, 4, given)
     else:
         ordinary = False
-    if ordinary and (displacement is not None or displacement_scale == 1.0):
+    if ordinary and x.is_cpu and (displacement is not None or displacement_scale == 1.0):
         try:
             x_s, x0 = _launch(
                 x, model_output, coefficients, prediction, unconditional,
@@ -121,9 +121,11 @@ def reverse_step(
             return ((x_s, x0) if return_x0 else x_s) if out is None else out
         except UNUSUAL:
             pass
-    x = _arguments.state("x", x)
-    model_output = _arguments.state("model_output", model_output, x)
-    displacement = None if displacement is None else _arguments.state("displacement", displacement, x)
+    ordinary = ordinary and not x.is_cpu
+    if not ordinary:
+        x = _arguments.state("x", x)
+        model_output = _arguments.state("model_output", model_output, x)
+        displacement = None if displacement is None else _arguments.state("displacement", displacement, x)
     scale = _arguments.per_sample("displacement_scale", displacement_scale, x)
     if displacement is None and scale != (1.0, None):
         raise ValueError(f"displacement_scale: expected 1 without a displacement, got {got(displacement_scale)}")
@@ -132,23 +134,29 @@ def reverse_step(
     clip_noise, return_x0 = flag("clip_noise", clip_noise), flag("return_x0", return_x0)
     scalars = _arguments.scalars(coefficients, x, prediction)
     counter = _arguments.counter(seed, step, stream, first_particle, x.shape, x.device)
+    ordinary = ordinary and scalars[1] is counter[4] is counter[5] is None  # numbers alone
     # Results keep a channels_last layout. Noise depends on the index of an element, so a noisy step needs contiguous
     # states and a copy back; a step without noise reads the layout as it is, in one pass.
-    form = _arguments.layout(x) if out is None else torch.contiguous_format
-    noisy = scalars[1] is not None or scalars[0][-1] > 0.0
-    moved = torch.contiguous_format if noisy else form
-    x, model_output, unconditional, displacement = _arguments.channels_moved(
-        moved, x, model_output, unconditional, displacement
-    )
-    inputs = x, model_output, unconditional, guidance, displacement, scale[1], *counter[-2:]
-    into = _arguments.out(out, ((x.shape, x.dtype),) * (1 + return_x0), x.device, inputs)
+    form = moved = torch.contiguous_format
+    if not ordinary:
+        form = _arguments.layout(x) if out is None else form
+        noisy = scalars[1] is not None or scalars[0][-1] > 0.0
+        moved = moved if noisy else form
+        x, model_output, unconditional, displacement = _arguments.channels_moved(
+            moved, x, model_output, unconditional, displacement
+        )
+        inputs = x, model_output, unconditional, guidance, displacement, scale[1], *counter[-2:]
+        results = _arguments.out(out, ((x.shape, x.dtype),) * (1 + return_x0), x.device, inputs)
+        not_finite = _arguments.not_finite(not_finite, 4, x.device, (*inputs, *(results or ())))
     x_s, x0 = _reverse_step(
         backend, x, model_output, *scalars, prediction, unconditional, number, guidance, bounds, clip_noise,
         displacement, *scale, *counter, return_x0,
-        out=into, not_finite=_arguments.not_finite(not_finite, 4, x.device, (*inputs, *(into or ()))),
+        out=results, not_finite=not_finite, ordinary=ordinary,
     )  # fmt: skip
     if out is not None:
         return out
+    if ordinary:
+        return (x_s, x0) if return_x0 else x_s
     x_s, x0 = _arguments.channels_moved(moved, x_s, x0 if return_x0 else None, back=True)
     x_s = x_s.contiguous(memory_format=form)
     return (x_s, x0.contiguous(memory_format=form)) if return_x0 else x_s
@@ -220,6 +228,7 @@ def _launch(
     """Call the kernel. Tensors must be contiguous; coefficients and scales are numbers or addresses of columns."""
     x_s = torch.empty_like(x) if out is None else out[0]
     x0 = (torch.empty_like(x) if out is None else out[1]) if return_x0 else None
+    kind, low, high = _arguments.codes(clip) if clip else (0, 0.0, 0.0)
     _native.module("cpu").reverse_step(
         x.data_ptr(),
         _native.CPU_DTYPES[x.dtype],
@@ -235,7 +244,9 @@ def _launch(
         None if unconditional is None else unconditional.data_ptr(),
         0 if unconditional is None else _native.CPU_DTYPES[unconditional.dtype],
         guidance_scale,
-        *(_arguments.codes(clip) if clip else (0, 0.0, 0.0)),
+        kind,
+        low,
+        high,
         clip_noise,
         coefficients,
         displacement_scale,
