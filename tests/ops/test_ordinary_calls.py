@@ -251,11 +251,11 @@ def outcome(call) -> tuple[type, str] | None:
 def test_errors_of_the_full_checks(name, elsewhere, monkeypatch):
     cases, good = BAD[name]
     calls = [partial(getattr(ops, name), **good | options) for options in cases]
-    got = [outcome(call) for call in calls]
-    monkeypatch.setattr(sys.modules[f"fastguide.ops.{name}"], "plain", lambda *tensors: False)
-    elsewhere.clear()
-    expected = [outcome(call) for call in calls]
+    with monkeypatch.context() as full:
+        full.setattr(sys.modules[f"fastguide.ops.{name}"], "plain", lambda *tensors: False)
+        expected = [outcome(call) for call in calls]  # first: a kernel that writes to freed memory makes it again
     assert not any(elsewhere)
+    got = [outcome(call) for call in calls]
     for options, a, b in zip(cases, got, expected, strict=True):
         assert a == b, options
     assert sum(error is None for error in expected) <= 3  # what only looks bad
