@@ -335,7 +335,8 @@ class Samples:
         for group, variables in groups.items():
             data = xarray.Dataset(variables, attrs=facts)
             sets[group] = data.assign_coords({dim: np.arange(size) for dim, size in data.sizes.items()})
-        return arviz.InferenceData(**sets) if hasattr(arviz, "InferenceData") else xarray.DataTree.from_dict(sets)
+        before_1 = arviz.__version__.startswith("0.")  # from 1 on, arviz.InferenceData is another class
+        return arviz.InferenceData(**sets) if before_1 else xarray.DataTree.from_dict(sets)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write all fields to a safetensors file, which `load` reads.

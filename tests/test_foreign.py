@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gaussian import MATRIX, SCALE, Y, example, gaussian_likelihood
-from test_sampling import ALL, assert_same, guidances, run
+from test_sampling import ALL, WEIGHTED, assert_same, guidances, run
 from torch.autograd import forward_ad
 
 import fastguide as fg
@@ -711,7 +711,7 @@ def test_the_derivative_with_several_samples_per_observation():
 
 @ALL
 def test_a_forward_mode_derivative_is_refused(name):
-    shape = (2, 24, 3) if name in ("tds", "fk", "fk guided") else (2, 3)
+    shape = (2, 24, 3) if name in WEIGHTED else (2, 3)
     x_T = torch.zeros(shape, dtype=torch.float64)
 
     def draw(x_T):
