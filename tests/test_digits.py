@@ -1,4 +1,4 @@
-"""The shipped digits: the contents of the files, and that the models are as good as `digits.train` says."""
+"""The shipped digits. The files have the expected contents. The models are as good as `digits.train` says."""
 
 import copy
 import sys

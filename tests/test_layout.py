@@ -14,7 +14,7 @@ from fastguide.ops._operation import OPERATIONS
 
 ROOT = Path(__file__).parents[1]
 
-# Each layer may import the layers before it and itself, and no others.
+# A layer may import itself and the layers before it, and no others.
 LAYERS = (
     ("arguments",),
     ("memory", "ancestry", "metrics"),

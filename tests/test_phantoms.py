@@ -1,4 +1,4 @@
-"""The phantoms and their prior: the phantoms never change and look like heads; the prior is as good as trained."""
+"""The phantoms and their prior. The phantoms never change. They look like heads. The prior is as good as trained."""
 
 import math
 from pathlib import Path
