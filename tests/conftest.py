@@ -72,6 +72,7 @@ def reused_memory(monkeypatch):
         return None if result is None else result.fill_(torch.nan if result.is_floating_point() else -1)
 
     monkeypatch.setattr(memory, "_LEAST", 1)
+    monkeypatch.setattr(memory, "_LEAST_OF_SHORT_RUNS", 1)
     monkeypatch.setattr(memory.Memory, "like", poisoned)
 
 

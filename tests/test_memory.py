@@ -158,6 +158,12 @@ def test_torch_makes_the_others(x, monkeypatch):
     assert made.shape == x.shape and made.stride() == x.stride() and made.requires_grad == x.requires_grad
 
 
+def test_torch_makes_small_blocks_of_a_short_run(monkeypatch):
+    monkeypatch.setattr(fg.memory, "_LEAST_OF_SHORT_RUNS", X.nbytes + 1)
+    for memory in (Memory(short_run=True), copy.copy(Memory(short_run=True))):
+        assert memory.like(X) is None and memory.like(torch.cat([X, X])) is not None
+
+
 def test_a_copy_has_blocks_of_its_own():
     memory = Memory()
     given_out(memory)

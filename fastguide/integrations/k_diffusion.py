@@ -399,7 +399,7 @@ class PhiloxNoiseSampler:
         _check_state(x)
         self.seed = int(torch.randint(1 << 62, (), device="cpu")) if seed is None else integer("seed", seed, 0, 1 << 64)
         first_particle = integer("first_particle", first_particle, 0, 1 << 48)
-        self._x, self._first_particle, self._draws, self._memory = x, first_particle, 0, Memory()
+        self._x, self._first_particle, self._draws, self._memory = x, first_particle, 0, Memory(short_run=True)
 
     def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
         """The next noise. The sigmas do not matter.

@@ -332,7 +332,7 @@ class _Fused:
             noise = self._draw(output, generator, place, noise_dtype).mul_(scale) if noise is None else noise * scale
             displacement = noise if displacement is None else displacement.add_(noise)
         if self._memory is None:
-            self._memory = Memory()
+            self._memory = Memory(short_run=True)
         x_s, x0 = ops.reverse_step(
             x, output, coefficients, prediction=plan.prediction, clip=plan.clip, clip_noise=plan.clip_noise,
             displacement=displacement, return_x0=True, out=self._memory.pair(x, output, displacement), **counter,
