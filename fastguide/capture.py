@@ -45,6 +45,7 @@ def capture(
     clip: Clip = None,
     first_sample: int = 0,
     samples_per_observation: int | None = None,
+    start: str = "prior",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     chunk_size: int | None = None,
@@ -81,6 +82,7 @@ def capture(
         clip: As for `fastguide.sample`.
         first_sample: As for `fastguide.sample`.
         samples_per_observation: As for `fastguide.sample`.
+        start: As for `fastguide.sample`. The moments are those of the capture: changed weights do not count.
         dtype: As for `fastguide.sample`.
         device: The CUDA device. None takes that of the networks' parameters, else the current one.
         chunk_size: As for `fastguide.sample`.
@@ -110,6 +112,8 @@ def capture(
         samples_per_observation,
     )  # fmt: skip
     sampling.differentiable(run, guidance)
+    with foreign.package_modes(device):
+        run = sampling.started(run, start)
     loop = sampling.Loop(hasattr(guidance, "particles"), flag("keep_ancestors", keep_ancestors))
     return Capture(run, guidance, loop)
 

@@ -161,7 +161,8 @@ def _read(path: str | os.PathLike, device: torch.device) -> dict[str, Any]:
 
 # Arguments that do not depend on others.
 _OWN = {
-    "guidance", "shape", "steps", "seed", "clip", "dtype", "device", "x_T", "samples_per_observation", "first_sample",
+    "guidance", "shape", "steps", "seed", "clip", "dtype", "device", "x_T", "start", "samples_per_observation",
+    "first_sample",
     "keep_ancestors", "run_id",
 }  # fmt: skip
 
@@ -174,6 +175,7 @@ def _arguments(run: Run, guidance: Any) -> Iterator[tuple[str, Any]]:
     yield "eta", run.taus
     yield "prior", run.denoiser
     yield "x_T", (run.x_T, run.differentiable)
+    yield "start", run.start is not None  # its moments come from the network
     for name in ("seed", "clip", "dtype", "device", "first_sample"):
         yield name, getattr(run, name)
     if not hasattr(guidance, "particles"):
@@ -269,7 +271,7 @@ def _try_guidance(run: Run, guidance: Any) -> Trial:
     trial: Trial = {}
     small = dataclasses.replace(
         run, denoiser=_StandIn(run.denoiser), observations=1, particles=min(run.particles, 2), seed=0, x_T=None,
-        chunk_size=None, watch=Watch(),
+        start=None, chunk_size=None, watch=Watch(),
     )  # fmt: skip
     for number, likelihood in enumerate(_likelihoods(guidance)):
         try:

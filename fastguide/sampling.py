@@ -16,11 +16,12 @@ from torch.autograd import forward_ad
 
 from . import arguments, foreign, ops
 from .ancestry import Ancestry
-from .arguments import flag, function, got, integer
+from .arguments import flag, function, got, integer, one_of
 from .checkpoints import Checkpoint, saved_seed
 from .denoiser import Denoiser
 from .guidance.base import Run, Schedulable, State, per_step
 from .guidance.plain import Plain
+from .guidance.start import STARTS, match_start
 from .guidance.watch import STATE
 from .likelihoods import Likelihood
 from .modules import warn_of_training
@@ -74,6 +75,7 @@ def sample(
     first_sample: int = 0,
     samples_per_observation: int | None = None,
     x_T: Tensor | None = None,
+    start: str = "prior",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     chunk_size: int | None = None,
@@ -114,6 +116,11 @@ def sample(
             first, unless each has a seed of its own. None draws one; must be None for TDS and FK.
         x_T: The start, in place of the prior's noise: ``[B, *event]``, or ``[B, K, *event]`` for K particles or samples
             per observation. Floating and finite.
+        start: The distribution of ``x_T`` where no ``x_T`` is given. ``"prior"``, the default, is ``N(0, (alpha_T^2 +
+            sigma_T^2) I)``, the marginal of data with mean 0 and variance 1. ``"matched"`` is a normal distribution
+            with the mean and the covariance that the denoiser predicts at the first level. It takes 512 evaluations
+            of the network, or 512 for each observation with conditions of its own. It matters where ``alpha_T`` times
+            the norm of the data is not small beside ``sigma_T``.
         dtype: Dtype of the state: float32, float16, bfloat16 or float64. A network runs in the dtype of its parameters.
         device: Where the run is. None takes the device of ``x_T``, else the CPU. ``y`` and the operator are copied
             there; the network must be there already.
@@ -172,6 +179,7 @@ def sample(
         hasattr(guidance, "particles"), keep_ancestors, progress, callback, checkpoint, checkpoint_every, run_id
     )
     with foreign.package_modes(run.device):
+        run = started(run, start)
         guidance = guidance.prepare(run)
         results = loop(run, guidance)
         unknown = run.watch.report()
@@ -220,6 +228,8 @@ class Loop:
         saved = None if file is None else file.load()
         ancestry = Ancestry(run.observations, run.particles, run.device) if self.weighted else None
         state, first, ess, ancestors, tensors = (guidance.start(run), 0, [], [], {}) if saved is None else saved
+        if self.weighted and saved is None and run.x_T is None and run.start is None:
+            run.watch.start(run.levels[0], state.particles["x0_hat"])
         if ancestry is not None and saved is not None:
             ancestry.load(tensors)
         for i in _progress_bar(range(first, run.steps), run.steps, first, self.progress):
@@ -307,6 +317,16 @@ def prepare_run(
         prior, levels, taus, shape[0], particles, shape[1:], seed, clip, chunk_size, dtype, device, x_T, grouped,
         first_sample,
     )  # fmt: skip
+
+
+def started(run: Run, start: Any) -> Run:
+    """The run with the ``start`` of `sample`."""
+    one_of("start", start, STARTS)
+    if start == "prior":
+        return run
+    if run.x_T is not None:
+        raise ValueError("start: expected 'prior' with an x_T, which is the start, got 'matched'")
+    return replace(run, start=match_start(run))
 
 
 def checked_x_T(x_T: Any, expected: tuple[int, ...]) -> Tensor:

@@ -124,7 +124,7 @@ GUIDANCES = {
     "PnP Laplace": ("Laplace", lambda p: fg.PnP(p, iterations=1)),
     "LatentPnP": ("pooled", lambda p: fg.LatentPnP(p, DECODER, gamma=40.0, solver="gradient", iterations=2)),
     "TDS": ("wide", lambda p: fg.TDS(p, 8)),
-    "TDS trace": ("wide", lambda p: fg.TDS(p, 8, base_kernel="trace")),
+    "TDS ddpm": ("wide", lambda p: fg.TDS(p, 8, base_kernel="ddpm")),
     "TDS multinomial": ("masked", lambda p: fg.TDS(p, 8, covariance="point", resampler="multinomial")),
     "TDS Poisson": ("Poisson", lambda p: fg.TDS(p, 8, covariance="point")),
     "FK": (None, lambda _: fg.FK(brightness, 8, potential="max", strength=2.0)),

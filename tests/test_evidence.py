@@ -8,7 +8,7 @@ from gaussian import MATRIX, SCALE, Y, example, gaussian_likelihood, posterior
 
 import fastguide as fg
 
-GUIDANCE = fg.TDS(gaussian_likelihood(), 64)
+GUIDANCE = fg.TDS(gaussian_likelihood(), 64, base_kernel="ddpm")
 
 
 def compare(**options):
@@ -45,7 +45,7 @@ def test_the_error_of_one_run_is_its_own():
 
 def test_it_tells_few_steps_from_enough():
     """At 4 steps the exact evidences of the discretised priors differ by 0.15 and 1.98; at 100 the first by 0.02."""
-    guidance = fg.TDS(gaussian_likelihood(), 256)
+    guidance = fg.TDS(gaussian_likelihood(), 256, base_kernel="ddpm")
     few, enough = compare(guidance=guidance, steps=4), compare(guidance=guidance, steps=100)
     for found in (few, enough):
         exact = torch.stack([posterior(*example().chain(n), MATRIX, Y, SCALE)[2] for n in found.steps])

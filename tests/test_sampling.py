@@ -24,7 +24,7 @@ def guidances():
         "pigdm": lambda rows: fg.PiGDM(likelihood(rows)),
         "latent": lambda rows: fg.LatentPnP(likelihood(rows), lambda z: z, iterations=2),
         "tds": lambda rows: fg.TDS(likelihood(rows), 24),
-        "tds trace": lambda rows: fg.TDS(likelihood(rows), 24, base_kernel="trace"),
+        "tds ddpm": lambda rows: fg.TDS(likelihood(rows), 24, base_kernel="ddpm"),
         "fk": lambda rows: fg.FK(likelihood(rows), 24, potential="max", covariance="isotropic"),
         "fk guided": lambda rows: fg.FK(
             lambda x: -x.square().sum(1), 24, potential="sum", proposal="guided", covariance="point"
@@ -32,7 +32,7 @@ def guidances():
     }
 
 
-WEIGHTED = ("tds", "tds trace", "fk", "fk guided")
+WEIGHTED = ("tds", "tds ddpm", "fk", "fk guided")
 ALL = pytest.mark.parametrize("name", list(guidances()))
 
 

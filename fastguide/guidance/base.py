@@ -23,6 +23,7 @@ from ..reference import step_coefficients, x0_coefficients
 from ..schedules import Level
 from ..schedules import Schedulable as Schedulable
 from ..schedules import per_step as per_step
+from .start import Moments
 from .watch import STATE, Watch
 
 STREAM_INITIAL, STREAM_RESAMPLE, STREAM_RENOISE = 1, 2, 3  # the noise of the steps has 0, the default
@@ -74,6 +75,7 @@ class Run:
     x_T: Tensor | None = None
     grouped: bool = False  # whether the result is [B, K, *event]
     first_sample: int = 0  # index of the first observation, for the noise
+    start: Moments | None = None  # of x_T; None takes those of unit-variance data
     differentiable: bool = False  # whether the result keeps its graph to x_T
     keep_x0_hat: bool = field(default=False, compare=False)
     watch: Watch = field(default_factory=Watch, compare=False)  # notes where values stop being finite
@@ -144,7 +146,9 @@ class Run:
             return foreign.memory().keep(self.x_T.to(self.device, self.dtype, copy=True))
 
     def prior_noise(self) -> Tensor:
-        """``x_T`` of the prior. Its variance is that of unit-variance data at the first level."""
+        """``x_T`` of the prior: from `start`, or with the variance of unit-variance data at the first level."""
+        if self.start is not None:
+            return foreign.memory().keep(self.start.draw(self.randn(0, STREAM_INITIAL)))
         top = self.levels[0]
         z, scale = foreign.memory().keep(self.randn(0, STREAM_INITIAL)), math.hypot(top.alpha, top.sigma)
         return z if math.isclose(scale, 1.0, rel_tol=1e-12) else z.mul_(scale)  # VP: 1 up to rounding

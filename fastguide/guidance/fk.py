@@ -85,8 +85,8 @@ class FK:
             every step. A list gives them, counted from 0, each below the number of steps. An integer ``n >= 1`` means
             steps n, 2n, 3n, ..., not step 0. Before other steps there is no potential, and the reward is called only
             where the guided proposal needs its gradient.
-        base_kernel: Covariance of the base kernel for ``"guided"``: ``"ddpm"`` (the default) or ``"trace"``, see `TDS`.
-            ``"ddpm"`` for another proposal.
+        base_kernel: Covariance of the base kernel, ``"trace"`` or ``"ddpm"``, see `TDS`. None takes ``"trace"`` for
+            ``"guided"``. Other proposals have no gradient, from which the variance comes: they take ``"ddpm"`` only.
 
     Raises:
         TypeError: An argument has the wrong type. Like all errors of guidance objects, this is raised when the run
@@ -107,7 +107,7 @@ class FK:
     resampler: str = "systematic"
     ess_threshold: float | None = 0.5
     resample_steps: int | Iterable[int] | None = None
-    base_kernel: str = "ddpm"
+    base_kernel: str | None = None
 
     def prepare(self, run: Run) -> FK:
         reward: Likelihood | tuple[_Term, ...]
@@ -140,12 +140,14 @@ class FK:
                 "strength: expected a number > 0 at the last step, which sets the strength of the target, got 0.0"
             )
         guided = self.proposal == "guided"
-        check_particles(run, self.resampler, self.ess_threshold, self.base_kernel, guided)
+        base_kernel = ("trace" if guided else "ddpm") if self.base_kernel is None else self.base_kernel
+        check_particles(run, self.resampler, self.ess_threshold, base_kernel, guided)
         return replace(
             self,
             reward=reward,
             covariance=covariance,
             strength=(*strength, strength[-1]),  # one entry per level
+            base_kernel=base_kernel,
             resample_steps=_steps(self.resample_steps, run.steps),
         )
 

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from .. import ops
 from ..arguments import number, one_of
-from ..ops._arguments import Coefficients
 from ..profiling import phase
 from ..reference import SCHEMES
 from .base import STREAM_RESAMPLE, Run, State
 from .watch import STATE
 
-BASE_KERNELS = ("ddpm", "trace")
+BASE_KERNELS = ("trace", "ddpm")
 
 
 def check_particles(run: Run, resampler: str, ess_threshold: float | None, base_kernel: str, guided: bool) -> None:
@@ -71,39 +70,28 @@ def propose_guided(
     """Draw ``x_s ~ N(m_y, S)``, and add ``log N(x_s; m, S) - log N(x_s; m_y, S)`` to the log-weights.
 
     ``S`` is the covariance of the base kernel: ``tau^2 I``, or ``(tau^2 + b^2 v) I`` where the state has a variance
-    ``v`` of ``x_0`` given ``x_t``. ``strength`` multiplies the gradient. ``blamed`` names what the gradient came from,
-    for an error.
+    ``v`` of ``x_0`` given ``x_t``, in units of `Run.shift_scale`. ``strength`` multiplies the
+    gradient. ``blamed`` names what the gradient came from, for an error.
     """
     coefficients, b = run.coefficients(i), run.x0_weight(i)
-    if (variance := state.particles.pop("variance", None)) is not None:
-        coefficients = widened(coefficients, b**2 * variance)
-    scale = b * run.shift_scale(i) * strength
+    unit, variance = run.shift_scale(i), state.particles.pop("variance", None)
     not_finite = run.watch.flags(i, run.device, STATE, "x0_hat", blamed)
 
     def draw(
-        counter: dict[str, Any], x: Tensor, x0_hat: Tensor, displacement: Tensor, log_weights: Tensor, *noise: Tensor
+        counter: dict[str, Any], x: Tensor, x0_hat: Tensor, displacement: Tensor, log_weights: Tensor, *variance: Tensor
     ) -> tuple[Tensor, Tensor]:
         x_s = run.memory(x)
         out = None if x_s is None else (x_s, torch.empty_like(log_weights))
-        of_samples = (*coefficients[:3], *(noise or coefficients[3:]))
         return ops.propose_and_weigh(
-            x, x0_hat, displacement, log_weights, of_samples, clip=run.clip, displacement_scale=scale, out=out,
-            not_finite=not_finite, **counter,
+            x, x0_hat, displacement, log_weights, coefficients, clip=run.clip,
+            displacement_scale=b * unit * strength, extra_variance=variance[0] if variance else None,
+            extra_variance_scale=b**2 * unit, out=out, not_finite=not_finite, **counter,
         )  # fmt: skip
 
     # Taken out of the state, so that the next level can use their memory.
     x0_hat, gradient = state.particles.pop("x0_hat"), state.particles.pop("gradient")
-    noise = [value for value in coefficients[3:] if isinstance(value, Tensor)]
-    return run.with_counters(i, draw, state.x, x0_hat, gradient, log_weights, *noise)
-
-
-def widened(coefficients: Coefficients, variance: Tensor) -> Coefficients:
-    """The coefficients of the same mean, with ``variance`` ``[n]`` added to that of the noise.
-
-    The mean depends on ``sigma_s^2 - tau^2``, so the same is added to both.
-    """
-    alpha_t, sigma_t, alpha_s, sigma_s, tau = coefficients
-    return alpha_t, sigma_t, alpha_s, torch.sqrt(sigma_s**2 + variance), torch.sqrt(tau**2 + variance)
+    own = () if variance is None else (variance,)
+    return run.with_counters(i, draw, state.x, x0_hat, gradient, log_weights, *own)
 
 
 def on_the_way(run: Run, log_prob: Tensor) -> Tensor:

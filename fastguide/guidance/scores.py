@@ -28,7 +28,8 @@ def likelihood_score(
 
     ``p~`` approximates ``p(y | x_t)`` with the covariance named. `Run.shift_scale` times the gradient is the shift of
     ``x0_hat``, ``C_t A^T grad_z log p~``. With ``norm`` also the norm ``[n]`` of the gradient in ``z = A x0_hat``. With
-    ``variance`` also the mean variance ``[n]`` of ``x_0`` given ``x_t``, in directions that the operator measures.
+    ``variance`` also the mean variance ``[n]`` of ``x_0`` given ``x_t``, in directions that the operator measures, over
+    `Run.shift_scale`. It is NaN where no direction is measured, or where the gradient is not finite.
     """
     score = moment_score if covariance == "moment" else direct_score
     spread = {
@@ -140,14 +141,15 @@ class PullBack:
             return torch.add(through, v, alpha=self._of_x, out=memory.like(v) if out is None else out)
 
     def variance(self, v: Tensor, back: Tensor) -> Tensor:
-        """The variance ``[n]`` of ``x_0`` given ``x_t`` in the direction of ``v``: ``v^T C_t v / v^T v``.
+        """The variance ``[n]`` of ``x_0`` given ``x_t`` in the direction of ``v``, over `Run.shift_scale`:
 
-        ``back`` is what a call made of ``v``. The result is in float64, at least 0, and 0 where ``v`` is 0.
+            v^T C_t v / v^T v
+
+        ``back`` is what a call made of ``v``.
         """
         row = v.flatten(1)[:, None]  # [n, 1, elements]
         along, square = (torch.bmm(row, other.flatten(1)[:, :, None])[:, 0, 0] for other in (back, v))
-        smallest = torch.finfo(v.dtype).tiny
-        return (self.run.shift_scale(self._i) * along.double() / square.clamp(min=smallest)).clamp_(min=0)
+        return along / square
 
 
 def power_of_two(vectors: Sequence[Tensor]) -> Tensor:
@@ -189,8 +191,8 @@ Score = tuple[Tensor, Tensor, Tensor, Callable[[], Tensor]]
 def direct_score(
     pull_back: PullBack, likelihood: Likelihood, y: Tensor, scale: float | Tensor, spread: Scalar
 ) -> Score:
-    """The gradient of ``log p~`` in ``x_t``, ``log p~`` ``[n]``, the gradient in ``z``, and a function that returns the
-    variance ``[n]`` of ``x_0`` given ``x_t`` in the direction of the gradient in ``x_0``."""
+    """The gradient of ``log p~`` in ``x_t``, ``log p~`` ``[n]``, the gradient in ``z``, and a function that returns
+    `PullBack.variance` in the direction of the gradient in ``x_0``."""
     x0, adjoint = pull_back.x0, own_adjoint(likelihood.operator)
     if adjoint is None:
         x0 = x0.detach().requires_grad_()
@@ -211,9 +213,9 @@ class _Rows(list):
 
     @functools.cached_property
     def norm(self) -> Tensor:
-        """The squared Frobenius norm of ``A``, ``[1]`` or ``[n]`` in float64, and not 0."""
+        """The squared Frobenius norm of ``A``, ``[1]`` or ``[n]`` in float64."""
         norms = [row.flatten(1).square().sum(1, dtype=torch.float64) for row in self]
-        return torch.stack(norms).sum(0).clamp_(min=torch.finfo(torch.float64).tiny)
+        return torch.stack(norms).sum(0)
 
 
 def _rows(run: Run, linear: LinearOperator, y: Tensor, samples: int) -> _Rows:
@@ -250,6 +252,7 @@ def moment_score(
             gram = linear(columns.flatten(0, 1).to(y.dtype)).reshape(m, len(x0), m).permute(1, 2, 0)
         else:
             gram = torch.stack([linear(column.to(y.dtype)).flatten(1).clone() for column in columns], dim=2)
+        variances = gram.diagonal(dim1=1, dim2=2)
         gram = scaled(gram, spread)
         log_prob, gradient = likelihood.moment(linear(x0), y, scale, gram)  # type: ignore[attr-defined]
         weights = gradient.flatten(1).to(x0.dtype)
@@ -257,8 +260,4 @@ def moment_score(
         for j in range(1, m):
             in_x.addcmul_(columns[j], per_sample(weights[:, j], x0))
 
-    def variance() -> Tensor:
-        traces = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)
-        return traces.div_(rows.norm).clamp_(min=0)
-
-    return in_x, log_prob, gradient, variance
+    return in_x, log_prob, gradient, lambda: variances.sum(1, dtype=torch.float64) / rows.norm

@@ -39,12 +39,13 @@ class TDS:
         ess_threshold: A number in ``[0, 1]``; 0.5 by default. The particles of an observation are resampled before a
             step if their effective sample size is below ``ess_threshold * particles``. None resamples before every
             step.
-        base_kernel: Covariance ``S`` of the base kernel. ``"ddpm"``, the default and the paper's, is the noise
-            ``tau^2 I`` of the reverse step. It leaves out that ``x_0`` is uncertain given ``x_t``, so with few steps
-            the particles follow another prior than the network's. ``"trace"`` adds ``b^2 v I``, where ``v`` is the mean
-            variance of ``x_0`` given ``x_t`` (second-order Tweedie), and ``b`` is the factor of ``x0_hat`` in ``m``.
-            ``v`` belongs to each particle. It is taken in directions that the operator measures: over the rows of ``A``
-            with ``covariance="moment"``, else along the gradient in ``x_0``. No further network pass is needed.
+        base_kernel: Covariance ``S`` of the base kernel. ``"trace"``, the default, is ``(tau^2 + b^2 v) I``: the noise
+            of the reverse step, and the mean variance ``v`` of ``x_0`` given ``x_t`` (second-order Tweedie) times the
+            square of the factor ``b`` of ``x0_hat`` in ``m``. ``v`` belongs to each particle. It is taken in directions
+            that the operator measures: over the rows of ``A`` with ``covariance="moment"``, else along the gradient in
+            ``x_0``. No further network pass is needed. ``"ddpm"`` is the paper's ``tau^2 I``. It leaves out that
+            ``x_0`` is uncertain given ``x_t``, so with few steps the particles follow another prior than the
+            network's.
 
     Raises:
         TypeError: ``likelihood`` is not a likelihood, or another argument has the wrong type. Like all errors of
@@ -61,7 +62,7 @@ class TDS:
     covariance: str | None = None
     resampler: str = "systematic"
     ess_threshold: float | None = 0.5
-    base_kernel: str = "ddpm"
+    base_kernel: str = "trace"
 
     def prepare(self, run: Run) -> TDS:
         likelihood, measurements = prepare_likelihood(run, self.likelihood)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..ops._arguments import readable
+from ..schedules import Level
 
 __all__ = ["STATE", "Watch"]
 
 _FLAGS = 512  # made at a time
+_LARGE_START = 0.5  # standard deviations of the noise at the first level
 STATE = "state"  # blamed where a step overflowed: its inputs were finite
 
 # The order of computation within a step: the earliest function is blamed, since later values follow from it.
@@ -85,6 +87,14 @@ class Watch:
         """Note the particles that get weight 0 because ``function`` returned NaN for them in step ``i``."""
         self._notes.append(_Note(i, (function,), "dropped", (mask.sum(),)))
 
+    def start(self, level: Level, x0_hat: Tensor) -> None:
+        """Note the norm of the predicted data ``[n, *event]`` at the first level, against the noise there.
+
+        `report` warns where it is not small: a start from the prior's noise has another mean then.
+        """
+        square = x0_hat.detach().flatten(1).square().sum(1, dtype=torch.float64).mean()
+        self._notes.append(_Note(0, ("start",), "start", (square.sqrt() * (level.alpha / level.sigma),)))
+
     def clear(self) -> None:
         self._notes.clear()
         self._cleared = None  # a graph must clear its own
@@ -98,7 +108,7 @@ class Watch:
         return torch.cat([torch.cat([values[i].reshape(-1) for i in group]).double() for group in places])
 
     def report(self, numbers: Tensor | None = None, stacklevel: int = 3) -> bool:
-        """Raise for the first value that was not finite. Warn of dropped particles, and return whether there are any.
+        """Raise for the first value that was not finite, and warn of the others. Return whether particles were dropped.
 
         ``numbers`` is what `numbers` returned; a captured loop computes it anew in every replay.
         """
@@ -108,11 +118,13 @@ class Watch:
         sizes = [value.numel() for note in self._notes for value in note.values]
         parts = numbers.cpu().split([sizes[i] for i in self._order])
         values = iter(part.tolist() for _, part in sorted(zip(self._order, parts, strict=True), key=lambda p: p[0]))
-        failures, dropped = [], []
+        failures, dropped, size = [], [], 0.0
         for note in self._notes:
             found = [number for _ in note.values for number in next(values)]
             if note.kind == "dropped":
                 dropped.append((note, int(found[0])))
+            elif note.kind == "start":
+                size = found[0]
             elif failure := note.report(found):
                 failures.append((note.step, *failure))
         if failures:
@@ -125,6 +137,14 @@ class Watch:
                     "finite. Less guidance may help, or a wider dtype"
                 )
             raise FloatingPointError(f"{function}: expected finite values, got {what} at step {step}")
+        if size > _LARGE_START:
+            warnings.warn(
+                f"start: the data shift x_T by {size:.2g} standard deviations of its noise at the first level, and the "
+                "prior's noise has mean 0. Weights and evidence are then those of another prior. start='matched' or a "
+                "schedule with more noise at the start helps",
+                RuntimeWarning,
+                stacklevel=stacklevel,
+            )
         if not any(number for _, number in dropped):
             return False
         note = next(note for note, number in dropped if number)

@@ -138,7 +138,7 @@ def test_a_level_without_signal_takes_the_limit(method):
     guidance = {
         "dps": fg.DPS(likelihood, zeta="score", normalize=False, covariance="isotropic"),
         "pigdm": fg.PiGDM(likelihood),
-        "tds": fg.TDS(likelihood, particles=1, covariance="isotropic"),
+        "tds": fg.TDS(likelihood, particles=1, covariance="isotropic", base_kernel="ddpm"),
     }[method].prepare(run)
     state = guidance.start(run)
     x = state.x.clone()

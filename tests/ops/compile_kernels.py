@@ -89,8 +89,8 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
     yield "reverse_step, per sample", kernel, step | table, count | each, (3, 2)
     split = split | dict(CLIP=True)
     yield "propose_and_weigh", weigher, weigh, count | split, (3, 1)
-    more = dict(sums="*fp64", not_finite="*i32")
-    yield "propose_and_weigh, split and watched", weigher, weigh | more, count | split, (3, 1)
+    more = dict(sums="*fp64", not_finite="*i32", variance="*fp64")
+    yield "propose_and_weigh, split, watched and wide", weigher, weigh | more, count | split, (3, 1)
 
     density, alike = dict(z=pointer, y="*fp32", gradient=pointer, sums="*fp64"), dict(ALIGN=16)
     for code, family in enumerate(FAMILIES):
@@ -103,7 +103,9 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
 def cases_without_states() -> Iterator[tuple[str, object, dict[str, str], dict[str, object], tuple[int, int]]]:
     """The same as `cases`, for kernels without states."""
     sums = dict(BLOCK=tiles.SUM_BLOCK)
-    yield "weigh", propose_and_weigh.weigh_kernel, dict(sums="*fp64", before="*fp64", after="*fp64"), sums, (0, 0)
+    weigh = dict(sums="*fp64", before="*fp64", after="*fp64")
+    yield "weigh", propose_and_weigh.weigh_kernel, weigh, sums, (0, 0)
+    yield "weigh, wide", propose_and_weigh.weigh_kernel, weigh | dict(variance="*fp64"), sums, (0, 0)
     yield "total", log_prob_and_gradient.total_kernel, dict(sums="*fp64", total="*fp64"), sums, (0, 0)
     matrices = dict(gram="*fp64", residual="*fp64", solution="*fp64", log_density="*fp64")
     for m in (16, 4):  # one matrix a program, which takes seconds to compile, and several

@@ -319,9 +319,9 @@ def test_opcheck_propose_and_weigh(weights_shape, dtype, coefficients, layout):
     values, table = _arguments.scalars(coefficients, states[0], "sample")
     weights = normal(*weights_shape, dtype=torch.float64)
     scale = _arguments.per_sample("displacement_scale", SCALES if layout == "turned" else 0.5, states[0])
-    bounds = (-1.0, 2.0) if layout == "turned" else ()
+    bounds, wider = ((-1.0, 2.0), torch.tensor([0.1, 0.0, 0.4])) if layout == "turned" else ((), None)
     counter = (-1, 0, 0, 3, torch.tensor([9]), None)
-    check(OPERATORS.propose_and_weigh, *states, weights, values, table, bounds, *scale, *counter, "auto")
+    check(OPERATORS.propose_and_weigh, *states, weights, values, table, bounds, *scale, wider, 0.5, *counter, "auto")
 
 
 # A scheme changes only values. So each scheme gets one case: several rows, one row, fewer ancestors, one particle.

@@ -3,6 +3,7 @@ against ``math.fsum``, and the identity that makes it a weight: its mean under t
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 from functools import partial
@@ -20,6 +21,7 @@ LEVELS = {
     "flow from noise": (0.0, 1.0, 0.125, 0.875, 0.875),
     "small tau": (0.8, 0.6, 0.81, 0.586, 1e-3),
 }
+BACKENDS = ("reference", "cpu", *(("triton",) if importlib.util.find_spec("triton") else ()))
 COUNTER = dict(seed=2**64 - 2, step=3, stream=1, first_particle=10)
 
 
@@ -83,6 +85,64 @@ def test_per_sample_coefficients_and_rows_without_noise(dtype, assert_close):
     assert torch.equal(weights[4:], log_weights[4:])
     assert_close(x_s[4], x0_hat[4])  # the last step, to alpha = 1 and sigma = 0
     assert torch.isfinite(x_s).all()
+
+
+# A tile of several rows, and a row of several programs. Triton's interpreter is slow.
+@pytest.mark.parametrize("shape", [(6, 7), (6, 9000)])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_an_extra_variance_widens_the_noise_and_leaves_the_mean(shape, per_sample, backend):
+    """Four variances by hand; those that are negative or NaN are none."""
+    x, x0_hat, displacement, log_weights = inputs(shape, torch.float32, push=0.1)
+    alpha_t, sigma_t, alpha_s, sigma_s, tau = coefficients = LEVELS["vp"]
+    if per_sample:
+        coefficients = tuple(torch.full((6,), value, dtype=torch.float64) for value in coefficients)
+    variance = torch.tensor([-0.5, 0.0, 0.4, math.nan, -2.0, 1.0])
+    x_s, weights = ops.propose_and_weigh(
+        x, x0_hat, displacement, log_weights, coefficients, extra_variance=variance, extra_variance_scale=-0.3,
+        backend=backend, **COUNTER,
+    )  # fmt: skip
+    wide = torch.tensor([tau**2 + v for v in (0.15, 0.0, 0.0, 0.0, 0.6, 0.0)], dtype=torch.float64).sqrt()[:, None]
+    ahead = math.sqrt(sigma_s**2 - tau**2) / sigma_t
+    mean = alpha_s * x0_hat.double() + ahead * (x.double() - alpha_t * x0_hat.double())
+    z = ops.randn(shape, dtype=torch.float64, **COUNTER)
+    torch.testing.assert_close(x_s.double(), mean + displacement.double() + wide * z, rtol=1e-6, atol=2e-6)
+    delta = displacement.double() / wide
+    torch.testing.assert_close(weights, log_weights - (delta * (z + delta / 2)).sum(1), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_extra_variance_makes_noise_where_there_was_none(backend):
+    x, x0_hat, displacement, log_weights = inputs((2, 9), torch.float32)
+    last = (0.8, 0.6, 1.0, 0.0, 0.0)
+    flags = torch.zeros(3, dtype=torch.int32)
+    displacement[1] = math.inf
+    x_s, weights = ops.propose_and_weigh(
+        x, x0_hat, displacement, log_weights, last, extra_variance=torch.tensor([4.0, 0.0]), not_finite=flags,
+        backend=backend, **COUNTER,
+    )  # fmt: skip
+    z = ops.randn((2, 9), **COUNTER)
+    torch.testing.assert_close(x_s[0], x0_hat[0] + displacement[0] + 2 * z[0])
+    torch.testing.assert_close(x_s[1], x0_hat[1])  # its displacement is left out
+    assert weights[1] == log_weights[1] and weights[0] != log_weights[0] and flags.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (dict(extra_variance=torch.ones(3)), r"extra_variance: expected a floating tensor \[2\] on cpu, got .* \[3\]"),
+        (dict(extra_variance=torch.ones(2, dtype=torch.int64)), "extra_variance: expected a floating tensor"),
+        (dict(extra_variance=0.5), "extra_variance: expected a floating tensor"),
+        (
+            dict(extra_variance=torch.ones(2, requires_grad=True)),
+            "extra_variance: expected a tensor that needs no grad",
+        ),
+        (dict(extra_variance_scale=math.inf), "extra_variance_scale: expected a finite number, got inf"),
+    ],
+)
+def test_a_bad_extra_variance_is_named(bad, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ops.propose_and_weigh(*inputs((2, 3)), LEVELS["vp"], seed=0, **bad)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

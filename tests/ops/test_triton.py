@@ -323,7 +323,7 @@ def test_sums_of_parts_do_not_depend_on_the_batch(splits):
         part, columns = sums[rows], table[:, rows].contiguous()
         before, after = torch.ones(2, len(part), device=DEVICE)
         proposal.weigh_kernel[(len(part),)](
-            part.contiguous(), before, after, len(part), splits, 0.0, columns, BLOCK=tiles.SUM_BLOCK
+            part.contiguous(), before, after, len(part), splits, 0.0, columns, None, 0.0, BLOCK=tiles.SUM_BLOCK
         )
         return after
 

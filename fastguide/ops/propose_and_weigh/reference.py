@@ -24,6 +24,8 @@ def propose_and_weigh(
     *,
     clip: Clip = None,
     displacement_scale: Scalar = 1.0,
+    extra_variance: Tensor | None = None,
+    extra_variance_scale: float = 1.0,
     seed: IntOrTensor,
     step: IntOrTensor = 0,
     stream: int = 0,
@@ -37,10 +39,11 @@ def propose_and_weigh(
         log_weights = log_weights - (sum(d z) / tau + sum(d^2) / (2 tau^2))
 
     The last line adds the log of ``N(x_s; m, tau^2 I) / N(x_s; m + d, tau^2 I)``, written with the noise. Where
-    ``tau = 0`` the displacement is left out and the log-weights stay as they are.
+    ``tau = 0`` the displacement is left out and the log-weights stay as they are. ``extra_variance`` widens ``tau`` and
+    leaves ``a`` and ``b`` as they are.
     """
     dtype = compute_dtype(x)
-    a, b, tau = columns(step_coefficients(coefficients), x, dtype)
+    a, b, tau = columns(step_coefficients(widened(coefficients, extra_variance, extra_variance_scale)), x, dtype)
     mean = a * x.to(dtype) + b * clip_x0(x0_hat.to(dtype), clip)
     displacement = displaced(displacement.to(dtype), displacement_scale)
     if not has_noise(tau):
@@ -62,3 +65,16 @@ def propose_and_weigh(
     ratio = -terms.reshape(x.shape[0], math.prod(x.shape[1:])).sum(1)
     log_weights = (log_weights.double() + ratio.reshape(log_weights.shape)).to(log_weights.dtype)
     return (mean + tau * (delta + z)).to(x.dtype).contiguous(), log_weights.contiguous()
+
+
+def widened(coefficients: Coefficients, variance: Tensor | None, scale: float) -> Coefficients:
+    """The coefficients of the same mean, with ``scale * variance`` ``[N]`` added to the variance of the noise.
+
+    The mean depends on ``sigma_s^2 - tau^2``, so the same is added to both.
+    """
+    if variance is None:
+        return coefficients
+    alpha_t, sigma_t, alpha_s, sigma_s, tau = coefficients
+    added = scale * variance.double()
+    added = torch.where(added > 0, added, 0.0)
+    return alpha_t, sigma_t, alpha_s, torch.sqrt(sigma_s**2 + added), torch.sqrt(tau**2 + added)

@@ -36,7 +36,7 @@ _MOST = tl.constexpr(3.4028234663852886e38)
 def propose_and_weigh_kernel(
     x, x0_hat, displacement, x_s, before, after, not_finite, sums, particles, elements: tl.int64,
     a: tl.float32, b: tl.float32, tau: tl.float32, displacement_scale: tl.float32, table,
-    low: tl.float32, high: tl.float32, bounds,
+    variance, variance_scale: tl.float32, low: tl.float32, high: tl.float32, bounds,
     seed: tl.uint64, step: tl.uint32, stream: tl.uint32, first_particle: tl.int64, seed_on_device, step_on_device,
     CLIP: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, ABREAST: tl.constexpr, ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -51,6 +51,8 @@ def propose_and_weigh_kernel(
     a = multiplier(a, table, 2, row, live, particles)
     b = multiplier(b, table, 3, row, live, particles)
     tau = multiplier(tau, table, 4, row, live, particles)
+    if variance is not None:
+        tau = wider(tau, variance, variance_scale, row, live)[:, None]
     displacement_scale = multiplier(displacement_scale, table, 6, row, live, particles)
     if bounds is not None:  # each particle's dynamic threshold
         bound = tl.load(bounds + row, mask=live, other=1.0)[:, None]
@@ -90,6 +92,14 @@ def propose_and_weigh_kernel(
 
 
 @triton.jit
+def wider(tau, variance, scale, row, live):
+    """``sqrt(tau^2 + scale variance)`` of each row. A product that is negative or NaN counts as 0."""
+    more = scale * tl.load(variance + row, mask=live, other=0.0).to(tl.float64)
+    tau = tl.reshape(tau + tl.zeros([row.shape[0], 1], tl.float32), [row.shape[0]]).to(tl.float64)
+    return tl.sqrt(tau * tau + tl.where(more > 0.0, more, 0.0)).to(tl.float32)
+
+
+@triton.jit
 def weigh(before, after, row, live, total, tau):
     """The log-weights plus the log-density ratio ``-total / tau``."""
     weight = tl.load(before + row, mask=live, other=0.0)
@@ -100,20 +110,27 @@ def weigh(before, after, row, live, total, tau):
 
 
 @triton.jit(do_not_specialize=["particles", "splits"])
-def weigh_kernel(sums, before, after, particles, splits, tau: tl.float32, table, BLOCK: tl.constexpr):
+def weigh_kernel(
+    sums, before, after, particles, splits, tau: tl.float32, table, variance, variance_scale: tl.float32,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     total = sum_of_splits(sums, row, splits, BLOCK)
     if table is not None:
-        tau = tl.load(table + 4 * particles + row)
-    weigh(before, after, row, row < particles, total, tau + tl.zeros([1], tl.float32))
+        tau = tl.load(table + 4 * particles + row)[:, None]
+    if variance is not None:
+        tau = wider(tau, variance, variance_scale, row, row < particles)
+    weigh(before, after, row, row < particles, total, tl.reshape(tau + tl.zeros([1], tl.float32), [1]))
 
 
 def call(
     x, x0_hat, displacement, log_weights, coefficients, table, clip, displacement_scale, displacement_scale_tensor,
-    seed, step, stream, first_particle, seed_tensor, step_tensor, out=None, not_finite=None,
+    extra_variance, extra_variance_scale, seed, step, stream, first_particle, seed_tensor, step_tensor,
+    out=None, not_finite=None,
 ):  # fmt: skip
     x, x0_hat, displacement = aligned(x), aligned(x0_hat), aligned(displacement)
     log_weights = log_weights.contiguous()
+    extra_variance = None if extra_variance is None else extra_variance.contiguous()
     x_s, after = out or (torch.empty_like(x), torch.empty_like(log_weights))
     if x.numel() == 0:
         return x_s, after.copy_(log_weights)
@@ -131,12 +148,14 @@ def call(
     with device_of(x):
         propose_and_weigh_kernel[(ceil_div(particles, rows) * splits,)](
             x, x0_hat, displacement, x_s, log_weights, after, not_finite, sums, particles, elements, a, b, tau, scale,
-            multiplied, low, high, bounds, seed, step, stream, first_particle, seed_tensor, step_tensor,
+            multiplied, extra_variance, extra_variance_scale, low, high, bounds, seed, step, stream,
+            first_particle, seed_tensor, step_tensor,
             CLIP=len(clip) == 2, SPLIT=SPLIT, ALIGN=alignment(elements), ABREAST=abreast(x.dtype),
             ROWS=rows, GROUPS=groups, num_warps=4, **OPTIONS,
         )  # fmt: skip
         if sums is not None:
             weigh_kernel[(particles,)](
-                sums, log_weights, after, particles, splits, tau, multiplied, BLOCK=SUM_BLOCK, num_warps=1, **OPTIONS
-            )
+                sums, log_weights, after, particles, splits, tau, multiplied, extra_variance, extra_variance_scale,
+                BLOCK=SUM_BLOCK, num_warps=1, **OPTIONS,
+            )  # fmt: skip
     return x_s, after
