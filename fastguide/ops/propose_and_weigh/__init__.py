@@ -45,8 +45,8 @@ def propose_and_weigh(
 
     With ``extra_variance``, ``tau^2 + extra_variance_scale extra_variance`` takes the place of ``tau^2``, except in
     ``m``. Where ``tau = 0`` the displacement is left out, and the log-weights stay as they are. The noise ``z`` is
-    `randn` of the seed, step, stream and first particle. The arithmetic is in float32, or in float64 where ``x`` is float64. The
-    operation has no derivative.
+    `randn` of the seed, step, stream and first particle. The arithmetic is in float32, or in float64 where ``x`` is
+    float64. The operation has no derivative.
 
     Args:
         x: The state at level ``t``, ``[N, *event]``: float32, float16, bfloat16 or float64. No tensor may require a
