@@ -36,7 +36,7 @@ METHODS: dict[str, Guidance] = {
     "PiGDM": lambda likelihood, k: fg.PiGDM(likelihood),
     "FK": _particles(fg.FK),
     "TDS": _particles(fg.TDS),
-    "TDS trace": _particles(fg.TDS, base_kernel="trace"),
+    "TDS, DDPM's kernel": _particles(fg.TDS, base_kernel="ddpm"),
 }
 
 
