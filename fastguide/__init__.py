@@ -11,13 +11,14 @@ from . import likelihoods, metrics, operators, ops, reference, schedules
 from .capture import capture
 from .denoiser import Conditional, Denoiser
 from .evidence import StepComparison, compare_steps
-from .guidance import DPS, FK, TDS, LatentPnP, PiGDM, PnP
+from .guidance import DAPS, DPS, FK, TDS, LatentPnP, PiGDM, PnP
 from .ops._operation import backends
 from .sampling import Progress, Samples, sample
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DAPS",
     "DPS",
     "FK",
     "TDS",

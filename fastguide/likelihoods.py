@@ -37,7 +37,7 @@ from .arguments import as_float, function, got, number
 from .foreign import returned, without_autocast
 from .operators import Identity, LinearOperator, Operator, Pairs, gram_over_diagonal, mean_gram_diagonal, moved
 from .ops._arguments import STATE_DTYPES, Scalar
-from .ops.log_prob_and_gradient.reference import log_factorials
+from .ops.log_prob_and_gradient.reference import POISSON_LEAST, POISSON_SHARE, log_factorials
 
 __all__ = ["Callable", "Gaussian", "Laplace", "Likelihood", "Poisson", "StudentT"]
 
@@ -342,6 +342,21 @@ class Likelihood:
         """
         raise ValueError(f"likelihood: {self} has no Gauss-Newton weight")
 
+    def largest_curvature(self, y: Tensor, scale: float | Tensor) -> Tensor | float | None:
+        """An upper bound of the curvature ``-d^2 log p(y | z) / dz^2``, for the length of Langevin steps.
+
+        Args:
+            y: The observation, with one row per sample or one for all.
+            scale: The scale, as `scale_at` returns it.
+
+        Returns:
+            One number for all, or a tensor that broadcasts to ``y``; None where no bound is known.
+
+        Raises:
+            ValueError: ``scale`` is 0.
+        """
+        return None
+
     def supports(self, covariance: str, measurements: int | None = None) -> str:
         """Why ``log p(y | x_t)`` cannot be approximated with a covariance.
 
@@ -606,6 +621,10 @@ class Gaussian(_Density):
         self._check_noise(scale)
         return torch.ones_like(z) * scale**-2
 
+    def largest_curvature(self, y: Tensor, scale: float | Tensor) -> Tensor | float:
+        self._check_noise(scale)
+        return scale**-2
+
 
 class _Elementwise(_Density):
     """Independent heavy-tailed errors.
@@ -660,6 +679,9 @@ class StudentT(_Elementwise):
     def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
         return (self.df + 1) / (self.df * scale**2 + (y - z) ** 2)
 
+    def largest_curvature(self, y: Tensor, scale: float | Tensor) -> Tensor | float:
+        return (1 + 1 / self.df) * scale**-2
+
 
 class Laplace(_Elementwise):
     """Laplace noise:
@@ -685,6 +707,9 @@ class Laplace(_Elementwise):
 
     def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
         return 1.0 / (scale * (y - z).abs().clamp(min=1e-3 * scale))
+
+    def largest_curvature(self, y: Tensor, scale: float | Tensor) -> Tensor | float:
+        return scale**-2  # not that of the peak, which is infinite, but of a Gaussian that is as narrow
 
 
 class Poisson(_Density):
@@ -766,6 +791,11 @@ class Poisson(_Density):
     def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
         # At most the weight of one count, as for the parabola: 1 / rate would be ten times that at dark rates.
         return 1.0 / (scale * (z + self.background).clamp(min=scale))
+
+    def largest_curvature(self, y: Tensor, scale: float | Tensor) -> Tensor | float:
+        counts = y / scale  # the curvature counts / rate^2 is largest where the parabola begins
+        begin = POISSON_SHARE * counts.clamp(min=POISSON_LEAST)
+        return torch.maximum(counts / begin**2, 1.0 / counts.clamp(min=1.0)) / scale**2
 
 
 class Callable(Likelihood):

@@ -40,7 +40,7 @@ __all__ = [
 _ITERATIONS = 100  # conjugate gradients where the spectrum is unknown
 _PROBE_PAIRS = 16
 _NORM_PROBES, _NORM_ITERATIONS = 2, 16
-_STREAM_PROBES = 7  # a stream of random numbers that no sampler draws from
+STREAM_PROBES = 7  # a stream of random numbers that no sampler draws from
 _DENSE_LIMIT = 4096  # the largest event (in elements) for which a dense matrix is made
 
 
@@ -499,7 +499,7 @@ def mean_gram_diagonal(
     ``operator(x, pair)`` measures the probes ``x`` of these pairs.
     """
     number = 2 * _PROBE_PAIRS
-    x = ops.randn((number, *event), seed=0, stream=_STREAM_PROBES, dtype=dtype, device=device)
+    x = ops.randn((number, *event), seed=0, stream=STREAM_PROBES, dtype=dtype, device=device)
     with torch.no_grad():
         z = operator(x, torch.arange(number, device=device) % _PROBE_PAIRS)
     square = (z[:_PROBE_PAIRS] - z[_PROBE_PAIRS:]).double() ** 2
@@ -517,7 +517,7 @@ def gram_over_diagonal(
     observations = operator.observations or 1
     number = max(_NORM_PROBES, observations)
     own = operator.at(torch.arange(number, device=like.device) % observations)
-    options: dict[str, Any] = dict(seed=0, stream=_STREAM_PROBES, dtype=like.dtype, device=like.device)
+    options: dict[str, Any] = dict(seed=0, stream=STREAM_PROBES, dtype=like.dtype, device=like.device)
     x, u = (ops.randn((number, *event), step=step, **options) for step in (1, 2))
     small = torch.finfo(x.dtype).eps ** (1 / 3)
     linear = isinstance(own, LinearOperator)  # uses its adjoint, so it need not be differentiable

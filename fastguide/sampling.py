@@ -96,13 +96,14 @@ def sample(
     Args:
         prior: The network with its schedule.
         shape: ``(B, *event)``: B samples, or B observations. ``y`` has B rows, or one for all.
-        guidance: None, or a `DPS`, `PnP`, `PiGDM`, `LatentPnP`, `TDS` or `FK` object. None samples the prior.
+        guidance: None, or a `DPS`, `PnP`, `PiGDM`, `DAPS`, `LatentPnP`, `TDS` or `FK` object. None samples the prior.
         steps: Number of steps, at least 1 and, for a table, at most its size; 50 by default. Or the decreasing times
             themselves, see `Schedule.levels`.
         spacing: How the levels are spread, see `Schedule.levels`; None takes the default of the schedule.
         eta: Amount of fresh noise in each step, in ``[0, 1]``. 0 is DDIM, which adds none; 1 is DDPM. A number, a table
-            with one entry per step, or a function of the schedule's time. None is 1. PnP and LatentPnP take
-            None only: their ``zeta`` splits the noise instead. TDS and guided FK need a value above 0 in some step.
+            with one entry per step, or a function of the schedule's time. None is 1. PnP, LatentPnP and
+            DAPS take None only: the ``zeta`` of PnP splits the noise, and that of DAPS is all fresh. TDS and guided FK
+            need a value above 0 in some step.
         clip: Clips ``x0_hat`` in the reverse step. A number ``c > 0`` for ``[-c, c]``, a tuple ``(low, high)`` with
             ``low < high``, or a `fastguide.ops.DynamicThreshold`. None does not clip.
         seed: An integer in ``[0, 2^64)``, or a list of B of them. None draws one from torch's default generator, or
@@ -273,7 +274,7 @@ def prepare_run(
         raise ValueError(f"shape: expected (B, *event), got {shape}")
     if isinstance(guidance, type) or not all(hasattr(guidance, name) for name in ("prepare", "start", "step")):
         came = guidance if isinstance(guidance, type) else type(guidance).__name__
-        raise TypeError(f"guidance: expected a DPS, PnP, PiGDM, LatentPnP, TDS or FK object, or None, got {came}")
+        raise TypeError(f"guidance: expected a DPS, PnP, PiGDM, DAPS, LatentPnP, TDS or FK object, or None, got {came}")
     arguments.torch_dtype("dtype", dtype, STATE_DTYPES)
     seed = checked_seed(seed, shape[0])
     first_sample = integer("first_sample", first_sample, 0)
@@ -308,9 +309,8 @@ def prepare_run(
     prior = prior.prepared(levels, shape[0], device)
     warn_of_training(prior, guidance, stacklevel=4)
     if eta is not None and not getattr(guidance, "takes_eta", True):
-        raise ValueError(
-            f"eta: expected None with {type(guidance).__name__}, whose zeta splits the noise, got {got(eta)}"
-        )
+        why = "whose zeta splits the noise" if hasattr(guidance, "zeta") else "whose noise is all fresh"
+        raise ValueError(f"eta: expected None with {type(guidance).__name__}, {why}, got {got(eta)}")
     etas = per_step("eta", 1.0 if eta is None else eta, levels, high=1.0)
     taus = tuple(noise(t, s, e) for t, s, e in zip(levels, levels[1:], etas, strict=False))
     return Run(

@@ -141,6 +141,10 @@ CALLS = {
     "DPS": (guided(fg.DPS), dict(likelihood=GAUSSIAN, zeta=1.0, normalize=True, covariance=None)),
     "PnP": (guided(fg.PnP), dict(likelihood=GAUSSIAN, rho=None, zeta=0.5, solver="cg")),
     "PiGDM": (guided(fg.PiGDM), dict(likelihood=GAUSSIAN, zeta=1.0)),
+    "DAPS": (
+        guided(fg.DAPS),
+        dict(likelihood=GAUSSIAN, r=0.5, ode_steps=2, solver="langevin", iterations=2, step_size=0.5),
+    ),
     "LatentPnP": (
         guided(fg.LatentPnP),
         dict(likelihood=GAUSSIAN, decoder=lambda z: z, encoder=None, space="latent", rho=None, zeta=0.5, gamma=None,

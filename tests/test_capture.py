@@ -122,6 +122,8 @@ GUIDANCES = {
     "PiGDM": ("pooled", lambda p: fg.PiGDM(p, zeta=lambda t: 0.1 + 0.01 * t)),
     "PnP": ("blurred", lambda p: fg.PnP(p, rho=2.0)),
     "PnP Laplace": ("Laplace", lambda p: fg.PnP(p, iterations=1)),
+    "DAPS": ("pooled", lambda p: fg.DAPS(p, ode_steps=2)),
+    "DAPS Poisson": ("Poisson", lambda p: fg.DAPS(p, r=0.5, iterations=2)),
     "LatentPnP": ("pooled", lambda p: fg.LatentPnP(p, DECODER, gamma=40.0, solver="gradient", iterations=2)),
     "TDS": ("wide", lambda p: fg.TDS(p, 8)),
     "TDS ddpm": ("wide", lambda p: fg.TDS(p, 8, base_kernel="ddpm")),

@@ -351,6 +351,8 @@ def test_y_of_another_observation_is_refused(tmp_path):
         fg.DPS(gaussian_likelihood()),
         fg.PnP(gaussian_likelihood()),
         fg.PiGDM(gaussian_likelihood()),
+        fg.DAPS(gaussian_likelihood()),
+        fg.DAPS(gaussian_likelihood(), solver="langevin", iterations=2),
         latent(1.0),
         fg.TDS(gaussian_likelihood(), 16),
         fg.FK(reward, 16),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastguide
-from fastguide import DPS, FK, TDS, Denoiser, LatentPnP, PiGDM, PnP, schedules
+from fastguide import DAPS, DPS, FK, TDS, Denoiser, LatentPnP, PiGDM, PnP, schedules
 from fastguide.likelihoods import Callable, Gaussian, Laplace, Poisson, StudentT
 from fastguide.operators import AveragePool, Function, Identity, Matrix
 
@@ -146,6 +146,7 @@ GUIDANCES = {
     "DPS": DPS(LIKELIHOOD),
     "PnP": PnP(LIKELIHOOD),
     "PiGDM": PiGDM(LIKELIHOOD),
+    "DAPS": DAPS(LIKELIHOOD),
     "TDS": TDS(LIKELIHOOD, 2),
     "FK": FK(reward, 2),
 }
@@ -180,7 +181,7 @@ def test_a_network_without_a_graph_under_guidance(guidance, prediction):
     check(ValueError, "net: expected a network that autograd can differentiate", prior=prior, guidance=guidance)
 
 
-@pytest.mark.parametrize("guidance", [None, PnP(LIKELIHOOD), FK(reward, 2)], ids=["none", "PnP", "FK"])
+@pytest.mark.parametrize("guidance", [None, PnP(LIKELIHOOD), DAPS(LIKELIHOOD), FK(reward, 2)])
 def test_a_network_without_a_graph_serves_what_needs_none(guidance):
     prior = Denoiser(lambda x, t: net(x, t).detach(), SCHEDULE, "v")
     assert torch.equal(sample(prior=prior, guidance=guidance).x, sample(guidance=guidance).x)
@@ -192,6 +193,7 @@ LIKELIHOOD_GUIDANCES = {
     "DPS": DPS,
     "PnP": PnP,
     "PiGDM": PiGDM,
+    "DAPS": DAPS,
     "TDS": lambda likelihood: TDS(likelihood, 2),
     "FK": lambda likelihood: FK(likelihood, 2),
     "LatentPnP": lambda likelihood: LatentPnP(likelihood, decoder=lambda z: z),
@@ -222,7 +224,7 @@ UNFIT = [
 # All take their likelihood in the same way, except LatentPnP, which puts its decoder before the operator.
 @pytest.mark.parametrize(
     ("name", "unfit"),
-    [*itertools.product(("DPS", "LatentPnP"), UNFIT), *itertools.product(("PnP", "PiGDM", "TDS", "FK"), UNFIT[:1])],
+    [*itertools.product(("DPS", "LatentPnP"), UNFIT), *itertools.product(("PnP", "PiGDM", "DAPS", "TDS", "FK"), UNFIT[:1])],
 )
 def test_observations_and_operators(name, unfit):
     y, operator, scale, message = unfit
@@ -293,6 +295,7 @@ def test_heavy_tails_around_a_nonlinear_operator_are_served():
         DPS(StudentT(Y, EXP, 1.0, 3.0)),
         TDS(Laplace(Y, EXP, 1.0), 2),
         PnP(StudentT(Y, EXP, 1.0, 3.0)),
+        DAPS(StudentT(Y, EXP, 1.0, 3.0)),
     ):
         assert torch.isfinite(sample(guidance=guidance).x).all()
 

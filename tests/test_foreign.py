@@ -312,7 +312,7 @@ def test_a_run_warns_once_of_training_where_it_is_called():
 # --- ambient modes --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["DPS", "PnP", "PiGDM", "TDS"])
+@pytest.mark.parametrize("name", ["DPS", "PnP", "PiGDM", "DAPS", "TDS"])
 @pytest.mark.parametrize("operator", ["matrix", "blur"])
 def test_autocast_reaches_the_network_alone(name, operator):
     """A network without a matrix product gives the same bits: the package itself rounds nothing to bfloat16."""
@@ -537,6 +537,7 @@ def test_a_network_that_returns_nan_once_is_named_with_its_step(name):
         fg.DPS,
         fg.PnP,
         lambda v: fg.PnP(v, solver="gradient"),
+        fg.DAPS,
         lambda v: fg.LatentPnP(v, lambda z: z),
         lambda v: fg.TDS(v, 8, covariance="point"),
         lambda v: fg.FK(v, 8, covariance="point"),
@@ -551,7 +552,7 @@ def test_an_operator_that_is_not_finite_is_named(guidance, value):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("guidance", [fg.DPS, fg.PnP, lambda v: fg.PnP(v, solver="gradient")])
+@pytest.mark.parametrize("guidance", [fg.DPS, fg.PnP, fg.DAPS, lambda v: fg.PnP(v, solver="gradient")])
 def test_one_measurement_that_is_not_finite_is_named(guidance, value):
     """Without a check, the others could hide it in a norm, a conjugate gradient or a comparison."""
 
@@ -639,11 +640,11 @@ class _Remembers(fg.operators.LinearOperator):
         return self._out("adjoint", y @ MATRIX)
 
 
-@pytest.mark.parametrize("name", ["DPS", "PnP", "PiGDM", "TDS", "TDS isotropic", "FK"])
+@pytest.mark.parametrize("name", ["DPS", "PnP", "PiGDM", "DAPS", "TDS", "TDS isotropic", "FK"])
 def test_operators_may_return_the_same_memory_every_time(name):
     def samples(reuse):
         likelihood = fg.likelihoods.Gaussian(Y, _Remembers(reuse), SCALE)
-        if name in ("DPS", "PnP", "PiGDM"):
+        if name in ("DPS", "PnP", "PiGDM", "DAPS"):
             guidance = getattr(fg, name)(likelihood)
         elif name == "FK":
             guidance = fg.FK(likelihood, 8)
@@ -753,7 +754,7 @@ def test_a_derivative_through_guidance_is_refused(name):
         run(name, x_T=x_T, steps=2)
 
 
-@pytest.mark.parametrize("make", [fg.DPS, fg.PnP, fg.PiGDM, lambda v: fg.TDS(v, 4), lambda v: fg.FK(v, 4)])
+@pytest.mark.parametrize("make", [fg.DPS, fg.PnP, fg.PiGDM, fg.DAPS, lambda v: fg.TDS(v, 4), lambda v: fg.FK(v, 4)])
 def test_an_observation_or_operator_that_needs_a_gradient_is_refused(make):
     y = Y.clone().requires_grad_()
     with pytest.raises(ValueError, match=r"y: expected a tensor that needs no gradient"):

@@ -266,14 +266,14 @@ def steps(name: str, net) -> torch.Tensor:
         noise = k_diffusion.PhiloxNoiseSampler(x, seed=1)
         return k_diffusion.sample_euler_ancestral(lambda x, sigma: net(x), x, sigmas, noise_sampler=noise, disable=True)
     likelihood = fg.likelihoods.Gaussian(torch.ones(1, 8), fg.operators.Matrix(torch.eye(8, 12), (3, 4)), 0.5)
-    guidance = {"plain": None, "DPS": fg.DPS, "PnP": fg.PnP, "PiGDM": fg.PiGDM}.get(name, fg.TDS)
+    guidance = {"plain": None, "DPS": fg.DPS, "PnP": fg.PnP, "PiGDM": fg.PiGDM, "DAPS": fg.DAPS}.get(name, fg.TDS)
     guidance = guidance and (guidance(likelihood, 3) if name == "TDS" else guidance(likelihood))
     prior = fg.Denoiser(lambda x, t: net(x), SCHEDULE, "sample")
     return fg.sample(prior, (2, 3, 4), guidance=guidance, steps=5, seed=1).x
 
 
 # Each loop decides which memory it reuses. All loops check in the same way whether somebody holds it.
-LOOPS = ("plain", "DPS", "PnP", "PiGDM", "TDS", "scheduler", "k-diffusion")
+LOOPS = ("plain", "DPS", "PnP", "PiGDM", "DAPS", "TDS", "scheduler", "k-diffusion")
 
 
 @pytest.mark.parametrize(

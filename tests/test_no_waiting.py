@@ -79,6 +79,8 @@ def guidances(device: str) -> dict[str, object]:
         "PnP Laplace": fg.PnP(Laplace(few, pool, 0.1), iterations=2),
         "PnP masked": fg.PnP(Gaussian(y.flatten(1), mask, 0.1)),
         "PiGDM": fg.PiGDM(Gaussian(few, pool, 0.1)),
+        "DAPS": fg.DAPS(Gaussian(few, pool, 0.1), ode_steps=2),
+        "DAPS Poisson": fg.DAPS(Poisson(few.abs(), pool, 0.1), iterations=2),
     }
     for resampler in reference.SCHEMES:
         found[f"TDS {resampler}"] = fg.TDS(Gaussian(few, pool, 0.1), 4, covariance="isotropic", resampler=resampler)

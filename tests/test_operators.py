@@ -1074,6 +1074,8 @@ class InNumpy(LinearOperator):
         fg.PnP,
         lambda lik: fg.PnP(lik, solver="gauss-newton"),
         lambda lik: fg.PnP(lik, solver="gradient"),
+        fg.DAPS,
+        lambda lik: fg.DAPS(lik, solver="langevin", iterations=2),
         lambda lik: fg.TDS(lik, 4, covariance="isotropic"),
     ],
 )

@@ -73,6 +73,7 @@ PHASES = {
     "DPS moment": (fg.DPS(gaussian_likelihood(), covariance="moment"), [], GUIDED, GUIDED),
     "PiGDM": (fg.PiGDM(gaussian_likelihood()), [], GUIDED, GUIDED),
     "PnP": (fg.PnP(gaussian_likelihood()), [], SOLVED, SOLVED),
+    "DAPS": (fg.DAPS(gaussian_likelihood()), [], SOLVED, SOLVED),
     "LatentPnP": (fg.LatentPnP(gaussian_likelihood(), same, iterations=1), [], SOLVED, SOLVED),
     "LatentPnP in pixels": (fg.LatentPnP(gaussian_likelihood(), same, same, "pixel", gamma=40.0), [], SOLVED, SOLVED),
     "TDS": (

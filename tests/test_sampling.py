@@ -22,6 +22,8 @@ def guidances():
         "dps": lambda rows: fg.DPS(likelihood(rows)),
         "pnp": lambda rows: fg.PnP(likelihood(rows)),
         "pigdm": lambda rows: fg.PiGDM(likelihood(rows)),
+        "daps": lambda rows: fg.DAPS(likelihood(rows)),
+        "daps langevin": lambda rows: fg.DAPS(likelihood(rows), ode_steps=2, solver="langevin", iterations=3),
         "latent": lambda rows: fg.LatentPnP(likelihood(rows), lambda z: z, iterations=2),
         "tds": lambda rows: fg.TDS(likelihood(rows), 24),
         "tds ddpm": lambda rows: fg.TDS(likelihood(rows), 24, base_kernel="ddpm"),
@@ -325,7 +327,7 @@ def test_first_sample_draws_one_of_many_alone(name):
         assert torch.allclose(both.log_weights[1:], alone.log_weights, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["plain", "dps", "pnp", "pigdm", "latent"])
+@pytest.mark.parametrize("name", ["plain", "dps", "pnp", "pigdm", "daps", "latent"])
 def test_samples_per_observation_are_those_of_repeated_observations(name):
     out = run(name, samples_per_observation=4, steps=5)
     assert out.x.shape == (2, 4, 3)
@@ -336,6 +338,7 @@ def test_samples_per_observation_are_those_of_repeated_observations(name):
         "dps": fg.DPS,
         "pnp": fg.PnP,
         "pigdm": fg.PiGDM,
+        "daps": fg.DAPS,
         "latent": lambda v: fg.LatentPnP(v, lambda z: z, iterations=2),
     }[name](gaussian_likelihood(repeated))
     flat = fg.sample(prior, (8, 3), guidance=guidance, steps=5, seed=3, dtype=torch.float64)

@@ -1,5 +1,6 @@
 """The algorithms, one file each."""
 
+from .daps import DAPS
 from .dps import DPS
 from .fk import FK
 from .latent import LatentPnP
@@ -7,4 +8,4 @@ from .pigdm import PiGDM
 from .pnp import PnP
 from .tds import TDS
 
-__all__ = ["DPS", "FK", "TDS", "LatentPnP", "PiGDM", "PnP"]
+__all__ = ["DAPS", "DPS", "FK", "TDS", "LatentPnP", "PiGDM", "PnP"]

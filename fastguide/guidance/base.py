@@ -27,6 +27,7 @@ from .start import Moments
 from .watch import STATE, Watch
 
 STREAM_INITIAL, STREAM_RESAMPLE, STREAM_RENOISE = 1, 2, 3  # the noise of the steps has 0, the default
+STREAM_X0, STREAM_Y, STREAM_LANGEVIN = 8, 9, 10  # the draws of x_0 given x_t and y
 
 _VANISHING = 1e-3  # below this alpha / sigma, dividing a derivative by alpha mostly amplifies its error
 
@@ -122,9 +123,9 @@ class Run:
             return torch.cat(parts)
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
-    def coefficients(self, i: int, tau: float | None = None) -> Coefficients:
-        """The coefficients of step ``i`` for an operation. ``tau`` replaces the run's."""
-        t, s = self.levels[i], self.levels[i + 1]
+    def coefficients(self, i: int, tau: float | None = None, to: int | None = None) -> Coefficients:
+        """The coefficients of step ``i`` for an operation, or of a step to level ``to``. ``tau`` replaces the run's."""
+        t, s = self.levels[i], self.levels[i + 1 if to is None else to]
         return t.alpha, t.sigma, s.alpha, s.sigma, self.taus[i] if tau is None else tau
 
     def x0_weight(self, i: int) -> Scalar:
@@ -153,13 +154,14 @@ class Run:
         z, scale = foreign.memory().keep(self.randn(0, STREAM_INITIAL)), math.hypot(top.alpha, top.sigma)
         return z if math.isclose(scale, 1.0, rel_tol=1e-12) else z.mul_(scale)  # VP: 1 up to rounding
 
-    def randn(self, i: int, stream: int) -> Tensor:
-        """Standard normals ``[B * K, *event]`` of step ``i``."""
-        shape = (self.observations * self.particles, *self.event)
+    def randn(
+        self, i: int, stream: int, event: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Standard normals ``[B * K, *event]`` of step ``i``, by default in the shape and dtype of the state."""
+        event, dtype = self.event if event is None else event, dtype or self.dtype
 
         def draw(counter: dict[str, Any], rows: Tensor) -> Tensor:
-            size = (len(rows), *shape[1:])
-            return ops.randn(size, **counter, stream=stream, dtype=self.dtype, device=self.device)
+            return ops.randn((len(rows), *event), **counter, stream=stream, dtype=dtype, device=self.device)
 
         return self.with_counters(i, draw, self.rows)
 
@@ -177,17 +179,19 @@ class Run:
         i: int,
         *,
         tau: float | None = None,
+        to: int | None = None,
         prediction: str = "sample",
         return_x0: bool = False,
         blamed: Sequence[str] = ("x0_hat",),
         **others: Any,
     ) -> Any:
-        """Step ``i`` from a predicted clean sample or another ``prediction``, with the run's clip.
+        """Step ``i`` from a predicted clean sample or another ``prediction``, with the run's clip. ``to`` is the level
+        where it ends, the next one by default.
 
         ``others``: a displacement, the unconditional output and their scales. ``blamed`` names what ``x0_hat``, the
         displacement and the unconditional output came from, for an error where they are not finite.
         """
-        coefficients = self.coefficients(i, tau)
+        coefficients = self.coefficients(i, tau, to)
         not_finite = self.watch.flags(i, self.device, STATE, *blamed, *("",) * (3 - len(blamed)))
         of_samples = {name: value for name, value in others.items() if isinstance(value, Tensor) and value.ndim}
 

@@ -9,7 +9,7 @@ from .. import foreign, ops
 from ..arguments import one_of
 from ..likelihoods import Callable as CallableLikelihood
 from ..likelihoods import Likelihood
-from ..operators import Function, LinearOperator, Operator, Pairs
+from ..operators import STREAM_PROBES, Function, LinearOperator, Operator, Pairs
 from .base import Run
 
 COVARIANCES = ("point", "isotropic", "moment")
@@ -127,7 +127,7 @@ def _try_operator(operator: Operator, like: Tensor) -> None:
         return result.clone()  # the next call may return the same memory
 
     def draw(like: Tensor, step: int) -> Tensor:
-        return ops.randn(like.shape, seed=0, step=step, stream=7, dtype=like.dtype, device=like.device)
+        return ops.randn(like.shape, seed=0, step=step, stream=STREAM_PROBES, dtype=like.dtype, device=like.device)
 
     x = draw(like, 0)
     z = call("__call__", x)

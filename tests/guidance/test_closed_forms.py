@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastguide as fg
 from fastguide.guidance.base import Run
-from fastguide.guidance.pnp import solve
 from fastguide.guidance.scores import PullBack
+from fastguide.guidance.solvers import solve
 
 KERNEL = torch.tensor([[0.05, 0.1, 0.05], [0.1, 0.4, 0.1], [0.05, 0.1, 0.05]], dtype=torch.float64)
 
@@ -554,6 +554,8 @@ GUIDANCES = {
     "DPS moment": lambda likelihood: fg.DPS(likelihood, "score", normalize=False, covariance="moment"),
     "PnP": fg.PnP,
     "PiGDM": fg.PiGDM,
+    "DAPS": fg.DAPS,
+    "DAPS Langevin": lambda likelihood: fg.DAPS(likelihood, ode_steps=2, solver="langevin", iterations=2),
     "LatentPnP": lambda likelihood: fg.LatentPnP(likelihood, lambda z: z, iterations=2),
     "TDS": lambda likelihood: fg.TDS(likelihood, particles=3),
     "TDS point": lambda likelihood: fg.TDS(likelihood, particles=3, covariance="point"),
