@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STARTS = ("prior", "matched")
 
-_STREAM = 8  # no sampler draws from it
+_STREAM = 11  # no sampler draws from it
 _DRAWS, _ROUNDS = 128, 4  # so many times each is the denoiser evaluated
 _DIRECTIONS = 8  # most directions that get a variance of their own
 _LARGEST_SHARE = 0.95  # of the data in a variance of x_T: above it, moments are not extrapolated further
