@@ -224,7 +224,10 @@ UNFIT = [
 # All take their likelihood in the same way, except LatentPnP, which puts its decoder before the operator.
 @pytest.mark.parametrize(
     ("name", "unfit"),
-    [*itertools.product(("DPS", "LatentPnP"), UNFIT), *itertools.product(("PnP", "PiGDM", "DAPS", "TDS", "FK"), UNFIT[:1])],
+    [
+        *itertools.product(("DPS", "LatentPnP"), UNFIT),
+        *itertools.product(("PnP", "PiGDM", "DAPS", "TDS", "FK"), UNFIT[:1]),
+    ],
 )
 def test_observations_and_operators(name, unfit):
     y, operator, scale, message = unfit

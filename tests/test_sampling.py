@@ -23,7 +23,7 @@ def guidances():
         "pnp": lambda rows: fg.PnP(likelihood(rows)),
         "pigdm": lambda rows: fg.PiGDM(likelihood(rows)),
         "daps": lambda rows: fg.DAPS(likelihood(rows)),
-        "daps langevin": lambda rows: fg.DAPS(likelihood(rows), ode_steps=2, solver="langevin", iterations=3),
+        "daps langevin": lambda rows: fg.DAPS(likelihood(rows), solver="langevin", iterations=3),
         "latent": lambda rows: fg.LatentPnP(likelihood(rows), lambda z: z, iterations=2),
         "tds": lambda rows: fg.TDS(likelihood(rows), 24),
         "tds ddpm": lambda rows: fg.TDS(likelihood(rows), 24, base_kernel="ddpm"),
@@ -34,6 +34,7 @@ def guidances():
     }
 
 
+WITHOUT_ETA = ("pnp", "latent", "daps", "daps langevin")
 WEIGHTED = ("tds", "tds ddpm", "fk", "fk guided")
 ALL = pytest.mark.parametrize("name", list(guidances()))
 
@@ -308,10 +309,10 @@ def test_a_run_without_a_seed_goes_on_from_its_checkpoint(tmp_path):
 @ALL
 def test_a_list_of_seeds_gives_each_observation_its_own(name):
     seeds = [5, (1 << 64) - 2]
-    both = run(name, seed=seeds, steps=6, eta=None if name in ("pnp", "latent") else 0.8)
+    both = run(name, seed=seeds, steps=6, eta=None if name in WITHOUT_ETA else 0.8)
     assert both.seed == tuple(seeds)
     for b, seed in enumerate(seeds):
-        options = dict(seed=seed, steps=6, eta=None if name in ("pnp", "latent") else 0.8)
+        options = dict(seed=seed, steps=6, eta=None if name in WITHOUT_ETA else 0.8)
         alone = run(name, slice(b, b + 1), **options)
         assert torch.allclose(both.x[b : b + 1], alone.x, atol=1e-12)
         if both.log_weights is not None:

@@ -34,11 +34,52 @@ _ITERATIONS = {"closed": 1, "cg": 32, "langevin": 20}
 
 @dataclass(frozen=True)
 class DAPS:
-    """Decoupled annealing posterior sampling: each step draws a clean sample given the measurement, and re-noises it.
+    """Decoupled annealing posterior sampling: each step draws a clean sample given ``y``, and adds fresh noise to it.
 
-    x0_hat from x_t, without noise and without y
-    x_0 ~ N(x_0; x0_hat, r_t^2 I) p(y | x_0; scale(t))
-    x_s = alpha_s x_0 + sigma_s z,    z ~ N(0, I)
+        x0_hat = the prediction from x_t
+        x_0 ~ N(x_0; x0_hat, r_t^2 I) p(y | x_0; scale(t))
+        x_s = alpha_s x_0 + sigma_s z,    z ~ N(0, I)
+
+    The sample is the ``x_0`` of the last step. Nothing of ``x_t`` is left in ``x_s``, so a step can correct the errors
+    of earlier ones. The network is only evaluated, never differentiated. Where ``N(x0_hat, r_t^2 I)`` is the law of
+    ``x_0`` given ``x_t``, as for independent standard normals, DAPS is exact. For other data it is not: the law is
+    mostly narrower, so that the samples tend to spread too much.
+
+    ``x_0`` is drawn by one of these:
+
+    - ``"closed"``: a Gaussian, a linear operator and a known spectrum. An exact draw: the solution of `PnP` for
+      ``x0_hat + r_t z_1`` and ``y + scale z_2``.
+    - ``"cg"``: a Gaussian and a linear operator. The same by conjugate gradients, 32 by default.
+    - ``"langevin"``: any likelihood. 20 unadjusted Langevin steps by default. They start at the solution of `PnP` for
+      ``x0_hat + r_t z_1``, from where 20 do as well as 100 from ``x0_hat``, where the paper starts. An operator needs
+      an adjoint or a derivative.
+
+    Args:
+        likelihood: The error model. ``Gaussian(..., scale=0)``, an exact measurement, needs ``"closed"``.
+        r: Standard deviation ``r_t`` of ``x_0`` given ``x_t``, finite and ``> 0``. A number, a table with one entry per
+            step, or a function of the schedule's time. None is that of unit-variance data, ``r_t^2 = sigma_t^2 /
+            (alpha_t^2 + sigma_t^2)``. The paper's is ``sigma_t / alpha_t``, which is the same at low noise. A smaller
+            one trusts the network more, and misses the measurement by more.
+        ode_steps: Number of network evaluations in a step, at least 1. ``x0_hat`` is the end of the probability-flow
+            ODE, by as many Euler steps over levels of the run, or fewer where fewer are left. 1, the default, is
+            ``E[x_0 | x_t]``. The paper takes about 5.
+        solver: ``"closed"``, ``"cg"`` or ``"langevin"``. ``"auto"``, the default, takes the first of these that
+            applies.
+        iterations: Number of Langevin steps or conjugate gradients, at least 1. None takes the solver's default. Must
+            be None for ``"closed"``.
+        step_size: Length of the Langevin steps times the largest curvature of ``-log(N(x_0; x0_hat, r_t^2 I) p(y |
+            x_0))``, a number in ``(0, 1]``. Power iterations estimate the curvature for each sample and level. None is
+            0.5. A step of ``c`` makes the variance in the steepest direction ``1 / (1 - c / 2)`` times too large. Must
+            be None for the other solvers.
+
+    Raises:
+        TypeError: ``likelihood`` is not a likelihood, or another argument has the wrong type. Like all errors of
+            guidance objects, this is raised when the run starts.
+        ValueError: An argument is outside its range, or ``solver`` does not fit the likelihood. Also where ``sample``
+            is given an ``eta``.
+
+    Source:
+        Zhang et al. 2025 (DAPS), algorithm 1.
     """
 
     likelihood: Likelihood
@@ -111,14 +152,15 @@ class DAPS:
 
     def _exact(self, run: Run, mean: Tensor, variance: float, i: int) -> Tensor:
         """Perturb and solve: the most likely point for a perturbed mean and a perturbed ``y`` is a draw."""
-        assert self.iterations is not None
+        iterations = self.iterations
+        assert iterations is not None
         event = tuple(self.likelihood.y.shape[1:])
         z, error = (run.randn(i, STREAM_X0, dtype=mean.dtype), run.randn(i, STREAM_Y, event, mean.dtype))
 
         def chunk(rows: Tensor, mean: Tensor, z: Tensor, error: Tensor) -> tuple[Tensor]:
             own, scale = self._of_samples(rows, run.levels[i].t)
             perturbed, y = mean + math.sqrt(variance) * z, own.y + scale * error
-            return (solve(own, perturbed, y, scale, 1.0 / variance, self.solver, self.iterations),)
+            return (solve(own, perturbed, y, scale, 1.0 / variance, self.solver, iterations),)
 
         return run.in_chunks(chunk, mean, z, error)[0]
 

@@ -77,7 +77,7 @@ def test_an_exact_measurement_is_met_exactly_and_the_rest_is_free():
 
 
 def langevin_law(variance: float, step_size: float, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and covariance after Langevin steps, from their definition. They start at the peak for a perturbed x0_hat."""
+    """Mean and covariance after Langevin steps, by definition. They start at the peak for a perturbed x0_hat."""
     eye = torch.eye(3, dtype=torch.float64)
     hessian = MATRIX.T @ MATRIX / SCALE**2 + eye / variance
     eta = step_size / torch.linalg.eigvalsh(hessian)[-1]
@@ -222,7 +222,7 @@ def test_the_largest_curvature_is_that_of_the_hessian(kind):
         found = largest_curvature(own, x, own.y, scale)
     for k in range(2):
         if kind == "callable":
-            hessian = torch.autograd.functional.hessian(lambda v: -log_density(v[None])[k], x[k])
+            hessian = torch.autograd.functional.hessian(lambda v, k=k: -log_density(v[None])[k], x[k])
         else:
             jacobian = torch.autograd.functional.jacobian(lambda v: likelihood.operator(v[None])[0], x[k])
             hessian = jacobian.T @ jacobian / scale**2
@@ -332,5 +332,5 @@ def test_errors(message, options):
 
 
 def test_eta_is_refused():
-    with pytest.raises(ValueError, match="eta: expected None with DAPS, whose noise is all fresh, got 0.5"):
+    with pytest.raises(ValueError, match=r"eta: expected None with DAPS, whose noise is all fresh, got 0.5"):
         fg.sample(example().denoiser(), (2, 3), guidance=fg.DAPS(gaussian_likelihood()), steps=3, eta=0.5)
