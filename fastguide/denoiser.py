@@ -348,7 +348,7 @@ class Denoiser:
             # x0_hat would keep a graph through x alone, and its gradient would miss the network's part.
             raise ValueError(
                 f"{name}: expected a network that autograd can differentiate, got an output without a graph "
-                "(numpy, no_grad or inference_mode inside the network); PnP and FK need no derivative of it"
+                "(numpy, no_grad or inference_mode inside the network); PnP, DAPS and FK need no derivative of it"
             )
         return output
 

@@ -496,8 +496,8 @@ class Gaussian(_Density):
         operator: The forward model ``A``.
         scale: Standard deviation of the noise, ``>= 0``. A number; a tensor ``[*measurement]`` or ``[B or 1,
             *measurement]``, whose dimensions may be 1, with a number for each detector; or a function of the schedule's
-            time that returns one of these. ``scale=0``, an exact measurement, works with PiGDM and the closed form of
-            PnP only. Numbers in a tensor are above 0.
+            time that returns one of these. ``scale=0``, an exact measurement, works with PiGDM and the closed forms
+            of PnP and DAPS only. Numbers in a tensor are above 0.
 
     Raises:
         TypeError: ``y``, ``operator`` or ``scale`` has the wrong type.
@@ -614,7 +614,8 @@ class Gaussian(_Density):
     def _check_noise(scale: float | Tensor) -> None:
         if not isinstance(scale, Tensor) and number("scale", scale, low=0.0) == 0.0:
             raise ValueError(
-                "scale: expected > 0 where a density is needed, got 0 (PiGDM and the closed form of PnP take 0)"
+                "scale: expected > 0 where a density is needed, got 0 (PiGDM and the closed forms of PnP and DAPS take "
+                "0)"
             )
 
     def curvature(self, z: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:

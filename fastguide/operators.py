@@ -1,8 +1,8 @@
 """Forward models ``A``: what a measurement does to a clean sample.
 
 An operator maps ``x`` ``[n, *event]`` to ``[n, *measurement]``. A linear one also states its adjoint, its
-pseudo-inverse and, where ``A A^T`` has a known eigenbasis, its spectrum. PnP, PiGDM and the isotropic covariance need
-one function of the spectrum: ``solve_gram(v, a, b) = (a A A^T + b I)^-1 v``.
+pseudo-inverse and, where ``A A^T`` has a known eigenbasis, its spectrum. PnP, PiGDM, DAPS and the isotropic covariance
+need one function of the spectrum: ``solve_gram(v, a, b) = (a A A^T + b I)^-1 v``.
 
 `Blur` and `Matrix` cache what they computed from their tensor. A write to the tensor empties the cache, but torch does
 not count a write through ``.data`` or through a numpy array that shares the memory, and such a write is not seen.

@@ -4,7 +4,7 @@
 | --- | --- |
 | ``fastguide.network`` | an evaluation of the denoiser |
 | ``fastguide.gradient`` | the gradient of the likelihood or reward, pulled back through the network |
-| ``fastguide.solve`` | the data step of PnP; for LatentPnP decoder and encoder as well |
+| ``fastguide.solve`` | the data step of PnP and the draw of DAPS; for LatentPnP decoder and encoder as well |
 | ``fastguide.step`` | the reverse step; for a guided proposal also the ratio of densities |
 | ``fastguide.weights`` | densities, rewards and potentials, and the change of the log-weights |
 | ``fastguide.resample``, ``fastguide.gather`` | the ancestors; the copies of particles |

@@ -34,6 +34,7 @@ METHODS: dict[str, Guidance] = {
     "DPS": lambda likelihood, k: fg.DPS(likelihood, zeta=0.25),
     "PnP": lambda likelihood, k: fg.PnP(likelihood, zeta=1.0),
     "PiGDM": lambda likelihood, k: fg.PiGDM(likelihood),
+    "DAPS": lambda likelihood, k: fg.DAPS(likelihood),
     "FK": _particles(fg.FK),
     "TDS": _particles(fg.TDS),
     "TDS, DDPM's kernel": _particles(fg.TDS, base_kernel="ddpm"),

@@ -28,6 +28,7 @@ def _guidances(decode: Net) -> dict[str, Callable]:
         "dps": lambda likelihood, particles: fg.DPS(likelihood, zeta=0.25),
         "pnp": lambda likelihood, particles: fg.PnP(likelihood, zeta=1.0),
         "pigdm": lambda likelihood, particles: fg.PiGDM(likelihood),
+        "daps": lambda likelihood, particles: fg.DAPS(likelihood),
         "latent-pnp": lambda likelihood, particles: fg.LatentPnP(
             likelihood, decode, zeta=1.0, solver="gradient", iterations=8
         ),
