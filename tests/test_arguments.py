@@ -143,7 +143,7 @@ CALLS = {
     "PiGDM": (guided(fg.PiGDM), dict(likelihood=GAUSSIAN, zeta=1.0)),
     "DAPS": (
         guided(fg.DAPS),
-        dict(likelihood=GAUSSIAN, r=0.5, ode_steps=2, solver="langevin", step_size=0.5),
+        dict(likelihood=GAUSSIAN, r=0.5, ode_steps=2, solver="langevin", iterations=2, step_size=0.5),
     ),
     "LatentPnP": (
         guided(fg.LatentPnP),

@@ -30,6 +30,7 @@ from .pnp import PnP
 from .solvers import choose_solver, largest_curvature, log_prob_and_gradient, solve
 
 _ITERATIONS = {"closed": 1, "cg": 32, "langevin": 20}
+_MOST = 1 << 16  # iterations and ODE steps: 2^32 counters serve 2^16 iterations of as many steps
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ class DAPS:
             step, or a function of the schedule's time. None is that of unit-variance data, ``r_t^2 = sigma_t^2 /
             (alpha_t^2 + sigma_t^2)``. The paper's is ``sigma_t / alpha_t``, which is the same at low noise. A smaller
             one trusts the network more, and misses the measurement by more.
-        ode_steps: Number of network evaluations in a step, at least 1. ``x0_hat`` is the end of the probability-flow
-            ODE, by as many Euler steps over levels of the run, or fewer where fewer are left. 1, the default, is
-            ``E[x_0 | x_t]``. The paper takes about 5.
+        ode_steps: Number of network evaluations in a step, in ``[1, 2^16)``. ``x0_hat`` is the end of the
+            probability-flow ODE, by as many Euler steps over levels of the run, or fewer where fewer are left. 1, the
+            default, is ``E[x_0 | x_t]``. The paper takes about 5.
         solver: ``"closed"``, ``"cg"`` or ``"langevin"``. ``"auto"``, the default, takes the first of these that
             applies.
-        iterations: Number of Langevin steps or conjugate gradients, at least 1. None takes the solver's default. Must
-            be None for ``"closed"``.
+        iterations: Number of Langevin steps or conjugate gradients, in ``[1, 2^16)``. None takes the solver's default.
+            Must be None for ``"closed"``.
         step_size: Length of the Langevin steps times the largest curvature of ``-log(N(x_0; x0_hat, r_t^2 I) p(y |
             x_0))``, a number in ``(0, 1]``. Power iterations estimate the curvature for each sample and level. None is
             0.5. A step of ``c`` makes the variance in the steepest direction ``1 / (1 - c / 2)`` times too large. Must
@@ -107,9 +108,9 @@ class DAPS:
             self,
             likelihood=likelihood,
             r=r,
-            ode_steps=integer("ode_steps", self.ode_steps, 1),
+            ode_steps=integer("ode_steps", self.ode_steps, 1, _MOST),
             solver=solver,
-            iterations=_ITERATIONS[solver] if iterations is None else integer("iterations", iterations, 1),
+            iterations=_ITERATIONS[solver] if iterations is None else integer("iterations", iterations, 1, _MOST),
             step_size=0.5 if step_size is None else number("step_size", step_size, above=0.0, high=1.0),
         )
         if solver == "langevin":
