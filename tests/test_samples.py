@@ -154,7 +154,7 @@ def test_an_interval_has_its_share_and_none_is_narrower(pairs, twentieths):
 
 
 def test_intervals_of_a_gaussian_posterior():
-    mean, covariance = example().chain(20)
+    mean, covariance = example().chain(20, rows=MATRIX)
     means, covariance, _ = posterior(mean, covariance, MATRIX, Y, SCALE)
     guidance = fg.TDS(gaussian_likelihood(), 20_000)
     out = fg.sample(example().denoiser(), (2, 3), guidance=guidance, steps=20, seed=0, dtype=torch.float64)

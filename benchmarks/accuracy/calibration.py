@@ -37,7 +37,7 @@ METHODS: dict[str, Guidance] = {
     "DAPS": lambda likelihood, k: fg.DAPS(likelihood),
     "FK": _particles(fg.FK),
     "TDS": _particles(fg.TDS),
-    "TDS, DDPM's kernel": _particles(fg.TDS, base_kernel="ddpm"),
+    "TDS with DDPM's kernel": _particles(fg.TDS, base_kernel="ddpm"),
 }
 
 

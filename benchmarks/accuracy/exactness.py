@@ -95,7 +95,7 @@ def sliced_distance(x: Tensor, other: Tensor, directions: int = 500) -> float:
 Guidance = Callable[[fg.likelihoods.Gaussian, int], Any]
 METHODS: dict[str, Guidance] = {
     "TDS": lambda likelihood, k: fg.TDS(likelihood, k),
-    "TDS, DDPM's kernel": lambda likelihood, k: fg.TDS(likelihood, k, base_kernel="ddpm"),
+    "TDS with DDPM's kernel": lambda likelihood, k: fg.TDS(likelihood, k, base_kernel="ddpm"),
     "TMPD": lambda likelihood, k: fg.DPS(likelihood, zeta="score", normalize=False, covariance="moment"),
     "PiGDM": lambda likelihood, k: fg.PiGDM(likelihood),
     "PnP": lambda likelihood, k: fg.PnP(likelihood),

@@ -42,7 +42,9 @@ TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTEGERS = dict(particles="i32", elements="i64", seed="u64", step="u32", stream="u32", first_particle="i64")
 INTEGERS |= dict.fromkeys(("samples", "y_rows", "extra_rows", "splits", "number", "size"), "i32")
 FLOATS = dict.fromkeys(("p", "q", "a", "b", "tau", "c", "low", "high", "variance", "df"), "fp32")
-FLOATS |= dict.fromkeys(("guidance_scale", "displacement_scale", "of_x", "of_output", "of_unconditional"), "fp32")
+FLOATS |= dict.fromkeys(
+    ("guidance_scale", "displacement_scale", "extra_variance_scale", "of_x", "of_output", "of_unconditional"), "fp32"
+)
 FLOATS |= dict.fromkeys(("scale", "background", "constant"), "fp64")
 ABSENT = dict.fromkeys(
     (
@@ -89,7 +91,7 @@ def cases(state: str) -> Iterator[tuple[str, object, dict[str, str], dict[str, o
     yield "reverse_step, per sample", kernel, step | table, count | each, (3, 2)
     split = split | dict(CLIP=True)
     yield "propose_and_weigh", weigher, weigh, count | split, (3, 1)
-    more = dict(sums="*fp64", not_finite="*i32", variance="*fp64")
+    more = dict(sums="*fp64", not_finite="*i32", extra_variance="*fp64")
     yield "propose_and_weigh, split, watched and wide", weigher, weigh | more, count | split, (3, 1)
 
     density, alike = dict(z=pointer, y="*fp32", gradient=pointer, sums="*fp64"), dict(ALIGN=16)
@@ -105,7 +107,7 @@ def cases_without_states() -> Iterator[tuple[str, object, dict[str, str], dict[s
     sums = dict(BLOCK=tiles.SUM_BLOCK)
     weigh = dict(sums="*fp64", before="*fp64", after="*fp64")
     yield "weigh", propose_and_weigh.weigh_kernel, weigh, sums, (0, 0)
-    yield "weigh, wide", propose_and_weigh.weigh_kernel, weigh | dict(variance="*fp64"), sums, (0, 0)
+    yield "weigh, wide", propose_and_weigh.weigh_kernel, weigh | dict(extra_variance="*fp64"), sums, (0, 0)
     yield "total", log_prob_and_gradient.total_kernel, dict(sums="*fp64", total="*fp64"), sums, (0, 0)
     matrices = dict(gram="*fp64", residual="*fp64", solution="*fp64", log_density="*fp64")
     for m in (16, 4):  # one matrix a program, which takes seconds to compile, and several

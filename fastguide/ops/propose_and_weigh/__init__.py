@@ -183,7 +183,8 @@ def _cpu(
     if extra_variance is not None:
         five = _arguments.unpacked_scalars(coefficients, table)
         wide = widened(five, extra_variance, extra_variance_scale)
-        table = torch.stack([torch.as_tensor(value, dtype=torch.float64).expand(x.shape[0]) for value in wide])
+        full = torch.ones_like(extra_variance, dtype=torch.float64)
+        table = torch.stack([v * full for v in wide])
     if table is not None:
         coefficients = table.data_ptr()
     x_s, after = out or (torch.empty_like(x), torch.empty_like(log_weights))

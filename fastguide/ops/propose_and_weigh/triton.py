@@ -36,7 +36,7 @@ _MOST = tl.constexpr(3.4028234663852886e38)
 def propose_and_weigh_kernel(
     x, x0_hat, displacement, x_s, before, after, not_finite, sums, particles, elements: tl.int64,
     a: tl.float32, b: tl.float32, tau: tl.float32, displacement_scale: tl.float32, table,
-    variance, variance_scale: tl.float32, low: tl.float32, high: tl.float32, bounds,
+    extra_variance, extra_variance_scale: tl.float32, low: tl.float32, high: tl.float32, bounds,
     seed: tl.uint64, step: tl.uint32, stream: tl.uint32, first_particle: tl.int64, seed_on_device, step_on_device,
     CLIP: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, ABREAST: tl.constexpr, ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -51,8 +51,8 @@ def propose_and_weigh_kernel(
     a = multiplier(a, table, 2, row, live, particles)
     b = multiplier(b, table, 3, row, live, particles)
     tau = multiplier(tau, table, 4, row, live, particles)
-    if variance is not None:
-        tau = wider(tau, variance, variance_scale, row, live)[:, None]
+    if extra_variance is not None:
+        tau = wider(tau, extra_variance, extra_variance_scale, row, live)[:, None]
     displacement_scale = multiplier(displacement_scale, table, 6, row, live, particles)
     if bounds is not None:  # each particle's dynamic threshold
         bound = tl.load(bounds + row, mask=live, other=1.0)[:, None]
@@ -92,9 +92,9 @@ def propose_and_weigh_kernel(
 
 
 @triton.jit
-def wider(tau, variance, scale, row, live):
+def wider(tau, extra_variance, scale, row, live):
     """``sqrt(tau^2 + scale variance)`` of each row. A product that is negative or NaN counts as 0."""
-    more = scale * tl.load(variance + row, mask=live, other=0.0).to(tl.float64)
+    more = scale * tl.load(extra_variance + row, mask=live, other=0.0).to(tl.float64)
     tau = tl.reshape(tau + tl.zeros([row.shape[0], 1], tl.float32), [row.shape[0]]).to(tl.float64)
     return tl.sqrt(tau * tau + tl.where(more > 0.0, more, 0.0)).to(tl.float32)
 
@@ -111,15 +111,15 @@ def weigh(before, after, row, live, total, tau):
 
 @triton.jit(do_not_specialize=["particles", "splits"])
 def weigh_kernel(
-    sums, before, after, particles, splits, tau: tl.float32, table, variance, variance_scale: tl.float32,
+    sums, before, after, particles, splits, tau: tl.float32, table, extra_variance, extra_variance_scale: tl.float32,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     total = sum_of_splits(sums, row, splits, BLOCK)
     if table is not None:
         tau = tl.load(table + 4 * particles + row)[:, None]
-    if variance is not None:
-        tau = wider(tau, variance, variance_scale, row, row < particles)
+    if extra_variance is not None:
+        tau = wider(tau, extra_variance, extra_variance_scale, row, row < particles)
     weigh(before, after, row, row < particles, total, tl.reshape(tau + tl.zeros([1], tl.float32), [1]))
 
 
