@@ -326,7 +326,8 @@ def test_posterior_of_a_gaussian_prior():
     )
     physics = matrix_physics(gaussian.MATRIX, noise_model=dinv.physics.GaussianNoise(gaussian.SCALE))
     samples = sampler.sample(gaussian.Y, physics, seed=1)
-    mean, covariance, evidence = gaussian.posterior(*prior.chain(steps), gaussian.MATRIX, gaussian.Y, gaussian.SCALE)
+    chain = prior.chain(steps, rows=gaussian.MATRIX)  # the trace kernel's prior
+    mean, covariance, evidence = gaussian.posterior(*chain, gaussian.MATRIX, gaussian.Y, gaussian.SCALE)
     error = (covariance.diagonal() / samples.ess[-1].min()).sqrt()
     assert samples.x.dtype == torch.float64
     assert ((samples.mean() - mean).abs() < 4 * error).all()
