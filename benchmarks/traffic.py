@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import subprocess
@@ -182,10 +183,12 @@ def sampler(method: str, shape: Sequence[int], steps: int, keeps: bool = True) -
     mask[..., : event[-1] // 2] = True
     noise = 0.5 * mask.sum().item() ** 0.5
     likelihood = fg.likelihoods.Gaussian(torch.zeros(1, int(mask.sum())), fg.operators.Inpainting(mask), noise)
+    # DDPM's kernel in both checkouts: those before ``base_kernel`` know no other.
+    ddpm = dict(base_kernel="ddpm") if "base_kernel" in inspect.signature(fg.TDS).parameters else {}
     guidance = {
         "plain": lambda: None,
         "dps": lambda: fg.DPS(likelihood, zeta=0.25),
-        "tds": lambda: fg.TDS(likelihood, shape[0], covariance="isotropic"),
+        "tds": lambda: fg.TDS(likelihood, shape[0], covariance="isotropic", **ddpm),
     }[method]()
     batch = (1, *event) if method == "tds" else tuple(shape)
     return functools.partial(fg.sample, prior, batch, guidance=guidance, steps=steps, seed=7)
