@@ -30,7 +30,7 @@ class Ancestry:
     """
 
     def __init__(self, observations: int, particles: int, device: torch.device):
-        self._one = torch.ones((), device=device)
+        self._one = torch.ones((), dtype=torch.float32, device=device)
         self.first = torch.arange(particles, dtype=torch.int32, device=device).repeat(observations, 1)  # [B, K]
         # For each step, [B]: the effective sample size before it, and the sum of the squared offspring after it. The
         # logarithms of the product are taken once, at the end: on a GPU they would take seven launches in each step.

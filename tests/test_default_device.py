@@ -1,4 +1,4 @@
-"""The package computes where its arguments are, whatever torch's default device is."""
+"""The package computes where its arguments are and in their dtype, whatever torch's default device and dtype are."""
 
 from __future__ import annotations
 
@@ -44,12 +44,21 @@ def test_nothing_is_made_on_the_default_device():
     assert not found
 
 
-def equal(f) -> None:
-    """``f()`` returns the same with another default device. Its result may be nested."""
+def equal(f, any_dtype: bool = True) -> None:
+    """``f()`` returns the same with another default device, and with another default dtype. Its result may be nested.
+
+    Some projects follow the default dtype, and so do their drop-ins: these set ``any_dtype`` to False."""
     expected = f()
     with torch.device("meta"):
         got = f()
     _compare(got, expected)
+    if any_dtype:
+        torch.set_default_dtype(torch.float64)
+        try:
+            got = f()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        _compare(got, expected)
 
 
 def _compare(got, expected) -> None:
@@ -217,7 +226,7 @@ def test_schedulers(name, config, options, fused_noise):
         return x
 
     scheduler.set_timesteps(4)
-    equal(run)
+    equal(run, any_dtype=False)
     assert not scheduler.parent_calls
 
 
@@ -237,7 +246,7 @@ def test_k_diffusion():
             )
         return x, sigmas
 
-    equal(run)
+    equal(run, any_dtype=False)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -257,4 +266,4 @@ def test_fkd(strict):
         return x, steering.log_weights, steering.ancestors
 
     for reward in (rewards, [float(r) for r in rewards], np.array([float(r) for r in rewards])):
-        equal(lambda reward=reward: run(reward))
+        equal(lambda reward=reward: run(reward), any_dtype=False)
