@@ -35,7 +35,17 @@ from torch import Tensor
 from . import arguments, foreign, ops
 from .arguments import as_float, function, got, number
 from .foreign import returned, without_autocast
-from .operators import Identity, LinearOperator, Operator, Pairs, gram_over_diagonal, mean_gram_diagonal, moved
+from .operators import (
+    Gram,
+    Identity,
+    LinearOperator,
+    Operator,
+    Pairs,
+    gram_over_diagonal,
+    mean_gram_diagonal,
+    measure_gram,
+    moved,
+)
 from .ops._arguments import STATE_DTYPES, Scalar
 from .ops.log_prob_and_gradient.reference import POISSON_LEAST, POISSON_SHARE, log_factorials
 
@@ -506,6 +516,27 @@ class Gaussian(_Density):
 
     _takes_zero = True
     _times_diagonal = 1.0  # factor of the diagonal where it stands for all of A A^T: see `measure_spread`
+    _gram: Gram | None = None  # A A^T of an operator that does not know it, found by `measure_spread`
+
+    @property
+    def _spectral(self) -> LinearOperator | None:
+        """What knows the spectrum of ``A A^T``: the operator, or what `measure_spread` found; else None."""
+        operator = self.operator
+        return operator if isinstance(operator, LinearOperator) and operator.spectral else self._gram
+
+    @property
+    def closed_form(self) -> tuple[LinearOperator, LinearOperator] | None:
+        """The operator, where it is linear, and what knows the eigenvalues and eigenvectors of its ``A A^T``.
+
+        `measure_spread` finds the rows of a function that is linear but not said to be; they stand for it. None where
+        the operator is not linear, or its eigenvalues are not known.
+        """
+        spectral = self._spectral
+        if spectral is None or type(spectral).eigenvalues is LinearOperator.eigenvalues:
+            return None
+        if isinstance(self.operator, LinearOperator):
+            return self.operator, spectral
+        return (spectral, spectral) if isinstance(spectral, Gram) and spectral.rows is not None else None
 
     def _density(self, z: Tensor, y: Tensor, scale: float | Tensor, spread: Scalar) -> dict[str, Any]:
         self._check_noise(scale)
@@ -518,9 +549,8 @@ class Gaussian(_Density):
 
         The spectrum cannot be used where the noise has another basis.
         """
-        operator = self.operator
-        if isinstance(operator, LinearOperator) and operator.spectral:
-            diagonal = operator.diagonal_gram(z)
+        if (spectral := self._spectral) is not None:
+            diagonal = spectral.diagonal_gram(z)
             if diagonal is not None or not isinstance(scale, Tensor):
                 return diagonal
         return self._diagonal_of_gram(z) * self._times_diagonal
@@ -528,9 +558,12 @@ class Gaussian(_Density):
     def measure_spread(self, event: Sequence[int], guided: bool = True) -> Likelihood:
         """The likelihood that ``covariance="isotropic"`` works with, see `Likelihood.measure_spread`.
 
-        Where the gradient guides, the diagonal is multiplied until it is at least half of ``A A^T``. With less, a long
-        step overshoots by more than it corrects in the directions that many measurements see (the low frequencies of a
-        blur), and the samples diverge. The other error models need no factor, since their gradient is bounded.
+        With up to 256 measurements ``A A^T`` itself is found from the rows of ``A``, for a function from its Jacobians
+        at eight standard normal inputs. Otherwise, or where measurements have scales of their own, the diagonal stands
+        for it. Where the gradient guides, the diagonal is multiplied until it is at least half of ``A A^T``. With less,
+        a long step overshoots by more than it corrects in the directions that many measurements see (the low
+        frequencies of a blur), and the samples diverge. The other error models need no factor, since their gradient is
+        bounded.
 
         Args:
             event: The shape of an event.
@@ -542,11 +575,15 @@ class Gaussian(_Density):
         Raises:
             ValueError: The operator's measurements of standard normal inputs are not finite.
         """
-        spectral = isinstance(self.operator, LinearOperator) and self.operator.spectral
-        if spectral and not callable(self.scale) and not isinstance(self.scale, Tensor):
+        one_scale = not callable(self.scale) and not isinstance(self.scale, Tensor)
+        if self._spectral is not None and one_scale:
             return self
         measured = copy.copy(super().measure_spread(event, guided))
         assert isinstance(measured, Gaussian)
+        if measured._spectral is None and not isinstance(self.scale, Tensor):
+            measured._gram = measure_gram(self.operator, event, self.y)
+            if measured._gram is not None and one_scale:
+                return measured
         if guided:
 
             def diagonal(operator: Operator, z: Tensor) -> Scalar:
@@ -562,13 +599,12 @@ class Gaussian(_Density):
     ) -> tuple[Tensor, Tensor]:
         if _is_none(spread) or self._diagonal(z, scale) is not None:
             return super().log_prob_and_gradient(z, y, scale, spread, rows)
-        assert not isinstance(scale, Tensor)
+        spectral = self._spectral
+        assert not isinstance(scale, Tensor) and spectral is not None
         self._check_noise(scale)
-        operator = self.operator
-        assert isinstance(operator, LinearOperator)
         residual = (y if rows is None else y[rows]) - z
-        gradient = operator.solve_gram(residual, spread, scale**2)
-        logdet = operator.gram_logdet(residual, spread, scale**2)
+        gradient = spectral.solve_gram(residual, spread, scale**2)
+        logdet = spectral.gram_logdet(residual, spread, scale**2)
         square = (residual * gradient).flatten(1).sum(1, dtype=torch.float64)
         return -0.5 * (square + logdet + residual[0].numel() * math.log(2 * math.pi)), gradient
 

@@ -40,6 +40,9 @@ __all__ = [
 _ITERATIONS = 100  # conjugate gradients where the spectrum is unknown
 _PROBE_PAIRS = 16
 _NORM_PROBES, _NORM_ITERATIONS = 2, 16
+_GRAM_PROBES = 8
+_GRAM_LIMIT = 256  # most measurements for which A A^T is made from the rows of A
+_GRAM_ELEMENTS = 2**26  # most elements of these rows, 256 MiB in float32
 STREAM_PROBES = 7  # a stream of random numbers that no sampler draws from
 _DENSE_LIMIT = 4096  # the largest event (in elements) for which a dense matrix is made
 
@@ -538,6 +541,86 @@ def gram_over_diagonal(
                 (u,) = torch.autograd.grad(z, leaf, weight * v, retain_graph=True)
             ratio = _lengths(u)
     return float(ratio.max())
+
+
+class Gram(LinearOperator):
+    """The closed forms of ``A A^T``, given as a matrix.
+
+    Args:
+        gram: ``[m, m]``, symmetric. Negative eigenvalues, from rounding, count as 0.
+        like: A measurement, ``[n, *measurement]``, whose dtype the results have.
+        rows: The rows of ``A``, ``[m, *event]``. Without them it measures nothing.
+    """
+
+    def __init__(self, gram: Tensor, like: Tensor, rows: Tensor | None = None):
+        values, vectors = torch.linalg.eigh(gram.double())
+        self.measurement = like.shape[1:]
+        self.values = values.clamp(min=0.0).to(like.dtype).reshape(self.measurement)
+        self.vectors = vectors.to(like.dtype)
+        self.rows = rows
+
+    def __call__(self, x: Tensor) -> Tensor:
+        assert self.rows is not None
+        return (x.flatten(1) @ self.rows.flatten(1).T).reshape(-1, *self.measurement)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        assert self.rows is not None
+        return (y.flatten(1) @ self.rows.flatten(1)).reshape(-1, *self.rows.shape[1:])
+
+    def eigenvalues(self, y: Tensor) -> Tensor:
+        return self.values
+
+    def transform(self, y: Tensor) -> Tensor:
+        return (y.flatten(1) @ self.vectors).reshape(y.shape)
+
+    def inverse_transform(self, c: Tensor) -> Tensor:
+        return (c.flatten(1) @ self.vectors.T).reshape(c.shape)
+
+
+def measure_gram(operator: Operator, event: Sequence[int], y: Tensor) -> Gram | None:
+    """``A A^T`` from the rows of ``A``, where these are few.
+
+    It is exact for a linear ``A``, also for one that is not said to be; the rows are then kept. For another function it
+    is the mean of ``J J^T`` over Jacobians ``J`` at standard normal inputs, which is at least the covariance of the
+    measurements there (Poincare's inequality). It is multiplied until twice of it is at least each of these ``J J^T``.
+
+    Returns:
+        None where the rows have too many elements, observations have operators of their own, or a function has no
+            derivative or none but 0.
+    """
+    m = y[0].numel()
+    linear = isinstance(operator, LinearOperator)
+    probes = 1 if linear else _GRAM_PROBES
+    if operator.observations is not None or m > _GRAM_LIMIT or probes * m * math.prod(event) > _GRAM_ELEMENTS:
+        return None
+    if isinstance(operator, LinearOperator):
+        units = torch.eye(m, dtype=y.dtype, device=y.device).reshape(m, *y.shape[1:])
+        with torch.no_grad():
+            # A user's operator gets no more samples at once than the other probes have.
+            parts = [operator.adjoint(part).clone() for part in units.split(2 * _PROBE_PAIRS)]
+            rows = torch.cat(parts).flatten(1)[None]
+    else:
+        x = ops.randn((probes, *event), seed=0, step=3, stream=STREAM_PROBES, dtype=y.dtype, device=y.device)
+        with torch.enable_grad():
+            z = operator(x.requires_grad_())
+            each = z.flatten(1).sum(0).unbind()  # each sample is measured alone
+        if not z.requires_grad:
+            return None
+        rows = torch.stack([torch.autograd.grad(of_all, x, retain_graph=True)[0].flatten(1) for of_all in each], 1)
+    grams = (rows.double() @ rows.double().mT).cpu()  # [probes, m, m]
+    gram = grams.mean(0)
+    if not gram.isfinite().all() or not gram.any():
+        return None
+    if not linear:
+        # No ratio is above the number of probes. What is added only keeps the root from failing.
+        least = torch.finfo(y.dtype).eps * gram.diagonal().amax()
+        root = torch.linalg.cholesky(gram + least * torch.eye(m, dtype=gram.dtype, device=gram.device))
+        half = torch.linalg.solve_triangular(root, grams, upper=False)
+        ratios = torch.linalg.eigvalsh(torch.linalg.solve_triangular(root, half.mT, upper=False))
+        gram = gram * max(1.0, 0.5 * float(ratios.amax()))
+    # The same Jacobian everywhere: linear, but for a constant.
+    affine = not linear and bool((rows - rows[0]).abs().amax() <= 1e-4 * rows[0].abs().amax())
+    return Gram(gram.to(y.device), y, rows[0].reshape(m, *event) if affine else None)
 
 
 def _lengths(u: Tensor) -> Tensor:

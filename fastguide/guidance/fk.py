@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .. import foreign
 from ..arguments import as_float, got, integer, one_of
-from ..likelihoods import Likelihood
+from ..likelihoods import Gaussian, Likelihood
 from ..ops._arguments import Coefficients, Scalar
 from ..profiling import phase
 from .base import Run, Schedulable, State, entry, per_sample, per_step
 from .checks import check_covariance, default_covariance, prepare_likelihood
+from .conditional import check_conditional
 from .particles import check_particles, log_ratio, on_the_way, propose_guided, resample_particles
 from .scores import PullBack, exact_log_prob, gradient_blamed, likelihood_score, likelihood_value
 
@@ -87,6 +88,8 @@ class FK:
             where the guided proposal needs its gradient.
         base_kernel: Covariance of the base kernel, ``"trace"`` or ``"ddpm"``, see `TDS`. None takes ``"trace"`` for
             ``"guided"``. Other proposals have no gradient, from which the variance comes: they take ``"ddpm"`` only.
+        conditional: Whether the guided proposal narrows its noise by what ``y`` says, see `TDS`. None does not where
+            ``strength`` is another number than 1.
 
     Raises:
         TypeError: An argument has the wrong type. Like all errors of guidance objects, this is raised when the run
@@ -108,6 +111,7 @@ class FK:
     ess_threshold: float | None = 0.5
     resample_steps: int | Iterable[int] | None = None
     base_kernel: str | None = None
+    conditional: bool | None = None
 
     def prepare(self, run: Run) -> FK:
         reward: Likelihood | tuple[_Term, ...]
@@ -142,10 +146,14 @@ class FK:
         guided = self.proposal == "guided"
         base_kernel = ("trace" if guided else "ddpm") if self.base_kernel is None else self.base_kernel
         check_particles(run, self.resampler, self.ess_threshold, base_kernel, guided)
+        conditional = self.conditional
+        if conditional is None and any(factor != 1.0 for factor in strength):
+            conditional = False  # the measurement is weighted otherwise than its noise says
         return replace(
             self,
             reward=reward,
             covariance=covariance,
+            conditional=check_conditional(conditional, reward, covariance, base_kernel, run),
             strength=(*strength, strength[-1]),  # one entry per level
             base_kernel=base_kernel,
             resample_steps=_steps(self.resample_steps, run.steps),
@@ -188,7 +196,10 @@ class FK:
         if self.proposal == "base":
             return run.reverse_step(state.x, state.particles.pop("x0_hat"), i), log_weights
         if self.proposal == "guided":
-            return propose_guided(run, state, log_weights, i, gradient_blamed(self.reward), entry(self.strength, i))
+            narrowed = self.reward if self.conditional else None
+            assert narrowed is None or isinstance(narrowed, Gaussian)
+            blamed = gradient_blamed(self.reward)
+            return propose_guided(run, state, log_weights, i, blamed, entry(self.strength, i), narrowed)
         assert callable(self.proposal)
         coefficients: Coefficients = run.coefficients(i)
         counter = {name: run.counter(i)[name] for name in ("seed", "step")}

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from .. import ops
 from ..arguments import number, one_of
+from ..likelihoods import Gaussian
 from ..profiling import phase
 from ..reference import SCHEMES
 from .base import STREAM_RESAMPLE, Run, State
+from .conditional import condition
 from .watch import STATE
 
 BASE_KERNELS = ("trace", "ddpm")
@@ -65,9 +67,17 @@ def resample_particles(
 
 
 def propose_guided(
-    run: Run, state: State, log_weights: Tensor, i: int, blamed: str, strength: float = 1.0
+    run: Run,
+    state: State,
+    log_weights: Tensor,
+    i: int,
+    blamed: str,
+    strength: float = 1.0,
+    likelihood: Gaussian | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw ``x_s ~ N(m_y, S)``, and add ``log N(x_s; m, S) - log N(x_s; m_y, S)`` to the log-weights.
+
+    With a ``likelihood`` the draws are those of `condition`.
 
     ``S`` is the covariance of the base kernel: ``tau^2 I``, or ``(tau^2 + b^2 v) I`` where the state has a variance
     ``v`` of ``x_0`` given ``x_t``, in units of `Run.shift_scale`. ``strength`` multiplies the
@@ -91,7 +101,11 @@ def propose_guided(
     # Taken out of the state, so that the next level can use their memory.
     x0_hat, gradient = state.particles.pop("x0_hat"), state.particles.pop("gradient")
     own = () if variance is None else (variance,)
-    return run.with_counters(i, draw, state.x, x0_hat, gradient, log_weights, *own)
+    x, log_weights = run.with_counters(i, draw, state.x, x0_hat, gradient, log_weights, *own)
+    if likelihood is None:
+        return x, log_weights
+    assert variance is not None
+    return condition(run, likelihood, x, log_weights, gradient, variance, i)
 
 
 def on_the_way(run: Run, log_prob: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..likelihoods import Callable as CallableLikelihood
-from ..likelihoods import Likelihood
+from ..likelihoods import Gaussian, Likelihood
 from ..profiling import phase
 from .base import Run, State
 from .checks import check_covariance, default_covariance, prepare_likelihood
+from .conditional import check_conditional
 from .particles import check_particles, log_ratio, on_the_way, propose_guided, resample_particles
 from .scores import exact_log_prob, gradient_blamed, likelihood_score
 
@@ -46,6 +47,15 @@ class TDS:
             ``x_0``. No further network pass is needed. ``"ddpm"`` is the paper's ``tau^2 I``. It leaves out that
             ``x_0`` is uncertain given ``x_t``, so with few steps the particles follow another prior than the
             network's.
+        conditional: Whether the proposal's noise is narrowed by what ``y`` says. The covariance of ``x_s`` is then
+
+                S - b^2 v^2 A^T (v A A^T + s^2 I)^-1 A
+
+            in place of ``S``, with the noise's scale ``s``. The target stays the same. The weights vary less: not at
+            all for a Gaussian prior of covariance ``I``. It needs ``base_kernel="trace"``, a Gaussian likelihood with
+            one scale for all measurements, and a linear operator whose spectrum is known or that has at most 256
+            measurements. A step costs two more products with ``A`` and one with ``A^T``. None does it with
+            ``covariance="isotropic"``, where it can be had.
 
     Raises:
         TypeError: ``likelihood`` is not a likelihood, or another argument has the wrong type. Like all errors of
@@ -54,7 +64,8 @@ class TDS:
             every step.
 
     Source:
-        Wu et al. 2023; Bao et al. 2022 (Analytic-DPM) for the variance of the reverse step.
+        Wu et al. 2023; Bao et al. 2022 (Analytic-DPM) for the variance of the reverse step; Doucet et al. 2000 for the
+        conditional proposal.
     """
 
     likelihood: Likelihood
@@ -63,13 +74,15 @@ class TDS:
     resampler: str = "systematic"
     ess_threshold: float | None = 0.5
     base_kernel: str = "trace"
+    conditional: bool | None = None
 
     def prepare(self, run: Run) -> TDS:
         likelihood, measurements = prepare_likelihood(run, self.likelihood)
         covariance = default_covariance(likelihood, measurements) if self.covariance is None else self.covariance
         likelihood = check_covariance(run, likelihood, covariance, measurements)
         check_particles(run, self.resampler, self.ess_threshold, self.base_kernel, guided=True)
-        return replace(self, likelihood=likelihood, covariance=covariance)
+        conditional = check_conditional(self.conditional, likelihood, covariance, self.base_kernel, run)
+        return replace(self, likelihood=likelihood, covariance=covariance, conditional=conditional)
 
     def start(self, run: Run) -> State:
         x = run.initial()  # [B*K, *event]
@@ -79,7 +92,11 @@ class TDS:
     def step(self, run: Run, state: State, i: int) -> State:
         ancestors, log_weights, ess = resample_particles(run, state, i, self.resampler, self.ess_threshold)
         with phase("step"):
-            x, log_weights = propose_guided(run, state, log_weights, i, gradient_blamed(self.likelihood))
+            narrowed = self.likelihood if self.conditional else None
+            assert narrowed is None or isinstance(narrowed, Gaussian)
+            x, log_weights = propose_guided(
+                run, state, log_weights, i, gradient_blamed(self.likelihood), likelihood=narrowed
+            )
         if i + 1 < run.steps:
             twist = self._twist(run, x, i + 1)
         else:  # x is x_0: the exact likelihood
