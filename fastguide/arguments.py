@@ -168,13 +168,13 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
     return found
 
 
-def flag(name: str, value: Any) -> bool:
-    """``value`` as a bool; numpy's bool counts."""
+def flag(name: str, value: Any, others: str = "") -> bool:
+    """``value`` as a bool; numpy's bool counts. ``others`` names what else the caller takes."""
     if value is True or value is False:
         return value
     if isinstance(value, np.bool_):
         return bool(value)
-    raise TypeError(f"{name}: expected a bool, got {got(value)}")
+    raise TypeError(f"{name}: expected a bool{others}, got {got(value)}")
 
 
 def one_of(name: str, value: Any, options: Sequence[str], others: str = "") -> None:

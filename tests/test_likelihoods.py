@@ -401,7 +401,8 @@ def test_which_covariances_are_supported(operator):
 
 @pytest.mark.parametrize("name", ["gaussian", "student 4.5", "laplace"])
 def test_isotropic_variances_of_an_operator_that_knows_nothing(name):
-    """Each measurement is widened by the mean diagonal of ``A A^T``, 4 here, estimated to some 10 %."""
+    """Each measurement is widened by the mean diagonal of ``A A^T``, 4 here, estimated to some 10 %. A Gaussian one is
+    widened by ``A A^T`` itself, found from the rows."""
     make, density = MODELS[name]
     share = 0.5 if name == "laplace" else 1.0
     x, y = normal(4, 3), normal(4, 3, seed=1)
@@ -410,7 +411,7 @@ def test_isotropic_variances_of_an_operator_that_knows_nothing(name):
         likelihood.log_prob_and_gradient(2 * x, y, SCALE, 0.4)
     likelihood = likelihood.measure_spread((3,))
     assert likelihood._mean_diagonal == pytest.approx(4.0, rel=0.3)
-    variance = likelihood._mean_diagonal * getattr(likelihood, "_times_diagonal", 1.0)
+    variance = 4.0 if name == "gaussian" else likelihood._mean_diagonal
     widened = math.sqrt(SCALE**2 + share * 0.4 * variance)
     log_prob, gradient = likelihood.log_prob_and_gradient(2 * x, y, SCALE, 0.4)
     check(log_prob, per_row(density(y.numpy(), 2 * x.numpy(), widened)))
@@ -428,8 +429,13 @@ def test_isotropic_variances_by_the_diagonal_alone():
     widened = (SCALE**2 + 0.4 * (a * a).sum(1)).sqrt().reshape(1, 4, 5).numpy()
     likelihood = Gaussian(y, operator, SCALE)
     check(likelihood.log_prob_and_gradient(z, y, SCALE, 0.4)[0], per_row(stats.norm.logpdf(y, z, widened)))
-    unguided = likelihood.measure_spread((1, 4, 5), guided=False)
-    check(unguided.log_prob_and_gradient(z, y, SCALE, 0.4)[0], per_row(stats.norm.logpdf(y, z, widened)))
+    one_each = Gaussian(y, operator, torch.full((1, 4, 5), SCALE)).measure_spread((1, 4, 5), guided=False)
+    found = one_each.log_prob_and_gradient(z, y, one_each.scale_at(0.0), 0.4)[0]
+    check(found, per_row(stats.norm.logpdf(y, z, widened)))
+    # With one scale for all measurements, all of A A^T counts.
+    covariance = SCALE**2 * torch.eye(20, dtype=torch.float64) + 0.4 * a @ a.T
+    exact = torch.distributions.MultivariateNormal(z.flatten(1), covariance).log_prob(y.flatten(1))
+    check(likelihood.measure_spread((1, 4, 5)).log_prob_and_gradient(z, y, SCALE, 0.4)[0], exact)
 
 
 @pytest.mark.parametrize("scale", [0.1, torch.linspace(0.1, 0.3, 20).reshape(1, 4, 5)])

@@ -228,15 +228,22 @@ class Costless(torch.autograd.Function):
 # On a GPU `resample` counts here as one operation, and is one kernel if an observation has at most 4,096 particles.
 # `gather_particles_` is two or three kernels and a memset. Following the first ancestors takes six. So with second
 # moments a step of the loop launches at most 40.
-# The trace kernel makes the variance of each particle besides.
+# The trace kernel makes the variance of each particle besides. The conditional proposal, the default with "isotropic",
+# measures twice more.
 @pytest.mark.parametrize(
-    ("covariance", "base_kernel", "most"),
-    [("moment", "ddpm", 31), ("isotropic", "ddpm", 32), ("moment", "trace", 33), ("isotropic", "trace", 35)],
+    ("covariance", "base_kernel", "conditional", "most"),
+    [
+        ("moment", "ddpm", None, 31),
+        ("isotropic", "ddpm", None, 32),
+        ("moment", "trace", None, 33),
+        ("isotropic", "trace", False, 35),
+        ("isotropic", "trace", None, 79),
+    ],
 )
 @pytest.mark.parametrize("operator", [AveragePool(4), fg.operators.Matrix(torch.ones(4, 64), (1, 8, 8))])
-def test_launches_of_a_step_with_four_measurements(operator, covariance, base_kernel, most, monkeypatch):
+def test_launches_of_a_step_with_four_measurements(operator, covariance, base_kernel, conditional, most, monkeypatch):
     likelihood = Gaussian(torch.zeros_like(operator(torch.zeros(2, 1, 8, 8))), operator, 0.1)
-    guidance = fg.TDS(likelihood, 64, covariance=covariance, base_kernel=base_kernel)
+    guidance = fg.TDS(likelihood, 64, covariance=covariance, base_kernel=base_kernel, conditional=conditional)
     counted, watch_flags = Launches(), Operation._watch
 
     def paused(self, not_finite, args):

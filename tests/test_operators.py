@@ -25,6 +25,7 @@ from fastguide.operators import (
     ParallelBeam,
     gram_over_diagonal,
     mean_gram_diagonal,
+    measure_gram,
     solve_iteratively,
 )
 
@@ -365,6 +366,52 @@ def test_how_many_times_its_diagonal_the_gram_matrix_is(dtype):
     x = fg.ops.randn((2, 2, 4), seed=0, stream=7, step=1, dtype=dtype)
     found = gram_over_diagonal(square, lambda *_: 1.0, event, like)
     assert found == pytest.approx(float(36 * x.square().max()), rel=0.02)
+
+
+def test_the_gram_matrix_from_the_rows():
+    matrix, event = normal(12, 8, seed=3), (2, 4)
+    y, v = normal(5, 3, 4), normal(5, 3, 4, seed=1)
+
+    def f(x):
+        return (x.flatten(1) @ matrix.T).reshape(-1, 3, 4)
+
+    gram = 0.4 * matrix @ matrix.T + 0.1 * torch.eye(12, dtype=torch.float64)
+    for operator in (Function(f), Function(lambda x: f(x) + 2.0), Function(f, linear=True, event=event)):
+        found = measure_gram(operator, event, y)
+        torch.testing.assert_close(
+            found.solve_gram(v, 0.4, 0.1).flatten(1), torch.linalg.solve(gram, v.flatten(1).T).T, rtol=1e-9, atol=1e-9
+        )
+        torch.testing.assert_close(found.gram_logdet(v, 0.4, 0.1), torch.logdet(gram), rtol=1e-12, atol=0)
+        assert (found.rows is None) == operator.linear  # an operator that says that it is linear measures itself
+        if found.rows is not None:
+            x = normal(4, *event, seed=2)
+            torch.testing.assert_close(found(x), f(x), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(found.adjoint(y).flatten(1), y.flatten(1) @ matrix, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gram_matrix_of_a_function_is_at_least_half_of_each():
+    """The mean of ``J J^T`` over eight inputs, here a diagonal, times what makes it half of the largest."""
+    y = torch.zeros(1, 5, dtype=torch.float64)
+    found = measure_gram(Function(lambda x: 1.5 * x**2), (5,), y)
+    x = fg.ops.randn((8, 5), seed=0, stream=7, step=3, dtype=torch.float64)
+    squares = (3.0 * x) ** 2
+    expected = squares.mean(0) * max(1.0, 0.5 * (squares / squares.mean(0)).max().item())
+    assert found.rows is None
+    torch.testing.assert_close(found.values.sort().values, expected.sort().values, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("operator", "event", "measurements"),
+    [
+        (Function(torch.round), (5,), 5),  # no derivative but 0
+        (Function(lambda x: x.detach()), (5,), 5),
+        (Function(lambda x: x), (257,), 257),
+        (Function(lambda x: x[:, :200]), (2**19,), 200),
+        (Inpainting(torch.tensor([[True, False, True], [True, True, False]]), True), (3,), 2),
+    ],
+)
+def test_a_gram_matrix_that_cannot_be_had(operator, event, measurements):
+    assert measure_gram(operator, event, torch.zeros(2, measurements)) is None
 
 
 # --- pseudo-inverse -----------------------------------------------------------------------------------------

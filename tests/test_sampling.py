@@ -27,6 +27,7 @@ def guidances():
         "latent": lambda rows: fg.LatentPnP(likelihood(rows), lambda z: z, iterations=2),
         "tds": lambda rows: fg.TDS(likelihood(rows), 24),
         "tds ddpm": lambda rows: fg.TDS(likelihood(rows), 24, base_kernel="ddpm"),
+        "tds conditional": lambda rows: fg.TDS(likelihood(rows), 24, covariance="isotropic"),
         "fk": lambda rows: fg.FK(likelihood(rows), 24, potential="max", covariance="isotropic"),
         "fk guided": lambda rows: fg.FK(
             lambda x: -x.square().sum(1), 24, potential="sum", proposal="guided", covariance="point"
@@ -35,7 +36,7 @@ def guidances():
 
 
 WITHOUT_ETA = ("pnp", "latent", "daps", "daps langevin")
-WEIGHTED = ("tds", "tds ddpm", "fk", "fk guided")
+WEIGHTED = ("tds", "tds ddpm", "tds conditional", "fk", "fk guided")
 ALL = pytest.mark.parametrize("name", list(guidances()))
 
 

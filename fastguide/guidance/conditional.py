@@ -7,22 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import flag
 from ..likelihoods import Gaussian, Likelihood
 from .base import Run, per_sample
 
 
 def check_conditional(
-    conditional: bool | None, likelihood: Any, covariance: str | None, base_kernel: str, run: Run
-) -> bool:
-    """Whether the proposal is `condition`'s. None means: with ``"isotropic"``, where it can be had."""
-    if conditional is False:
-        return False
+    run: Run, conditional: bool | None, likelihood: Any, covariance: str | None, base_kernel: str
+) -> tuple[Any, bool]:
+    """The likelihood, with what it must know about its operator, and whether the proposal is that of `condition`.
+
+    None means: with ``"isotropic"``, where it can be had.
+    """
+    if conditional is not None and not flag("conditional", conditional, " or None"):
+        return likelihood, False
+    if conditional is None and covariance != "isotropic":
+        return likelihood, False
+    if isinstance(likelihood, Gaussian) and covariance != "isotropic":
+        likelihood = likelihood.measure_spread(run.event)
     reason = _why_not(likelihood, base_kernel, run)
-    if conditional is None:
-        return not reason and covariance == "isotropic"
-    if reason:
+    if conditional and reason:
         raise ValueError(f"conditional: expected {reason}")
-    return True
+    return likelihood, not reason
 
 
 def _why_not(likelihood: Any, base_kernel: str, run: Run) -> str:
@@ -47,7 +53,7 @@ def condition(
 
         S_y = c I - b^2 v^2 A^T (v A A^T + s^2 I)^-1 A,   c = tau^2 + b^2 v
 
-    ``l`` is an eigenvalue of ``A A^T``. In its basis, ``A z`` is ``w`` for the normals ``z``, and ``A (m_y - m)`` is ``h``:
+    ``l`` is an eigenvalue of ``A A^T``. In its basis ``w`` is ``A z``, for normals ``z``, and ``h`` is ``A (m_y - m)``:
 
         k = b^2 v^2 / (c (v l + s^2)),   q = (1 - k l)^(1/2),   f = k / (1 + q)
         x_s = m_y + c^(1/2) (z - A^T f w)
@@ -77,18 +83,26 @@ def condition(
         own = likelihood.at(rows)
         assert isinstance(own, Gaussian) and own.closed_form is not None
         operator, spectrum = own.closed_form
-        # Copies, since a user's operator may return the same memory at every call.
-        w, h = (spectrum.transform(operator(u)).to(torch.float64, copy=True) for u in (z, gradient.to(dtype)))
-        # An unknown variance counts as 0, as in the base kernel. Without any noise x stays as it is.
-        v = per_sample(torch.nan_to_num(unit * variance.double(), 0.0, 0.0).clamp_(min=0.0), w)
-        c = (tau**2 + b**2 * v).clamp_(min=torch.finfo(torch.float64).tiny)
-        eigenvalues, s, root = spectrum.eigenvalues(w), own.scale_at(t), c.sqrt()
-        k = b**2 * v * (v / c) / (v * eigenvalues + s**2)
-        q = (1.0 - k * eigenvalues).sqrt()
+        # Copies, since a user's operator may return the same memory at every call. A blur's coefficients are complex.
+        measured = operator(z)
+        eigenvalues, w = spectrum.eigenvalues(measured), _double(spectrum.transform(measured))
+        h = _double(spectrum.transform(operator(gradient.to(dtype))))
+        # An unknown variance counts as 0, as in the base kernel. The floor keeps a step without noise from dividing by 0.
+        v = per_sample(torch.nan_to_num(unit * variance.double(), 0.0, 0.0).clamp_(min=0.0), w.real)
+        s, floor = own.scale_at(t), tau**2 + 1e-200
+        c, of_y = floor + b**2 * v, v * eigenvalues + s**2
+        k = b**2 * v * (v / c) / of_y
+        q = ((floor * of_y + b**2 * s**2 * v) / (c * of_y)).sqrt()  # (1 - k l)^(1/2), which would cancel
+        root = c.sqrt()
         narrowed = w * k / (1.0 + q)
-        change = narrowed * h * (b * unit / root) + torch.addcmul(q.log(), k, w.square(), value=0.5)
-        less = operator.adjoint(spectrum.inverse_transform((narrowed * root).to(dtype)))
+        change = (narrowed.conj() * h).real * (b * unit / root) + 0.5 * k * (w.conj() * w).real + q.log()
+        coefficients = (narrowed * root).to(dtype.to_complex() if w.is_complex() else dtype)
+        less = operator.adjoint(spectrum.inverse_transform(coefficients))
         return x - less.to(x.dtype), change.flatten(1).sum(1)
 
     x, change = run.in_chunks(chunk, x, z, gradient, variance)
     return x, log_weights + change.reshape(log_weights.shape)
+
+
+def _double(c: Tensor) -> Tensor:
+    return c.to(torch.complex128 if c.is_complex() else torch.float64, copy=True)

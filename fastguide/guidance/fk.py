@@ -149,11 +149,12 @@ class FK:
         conditional = self.conditional
         if conditional is None and any(factor != 1.0 for factor in strength):
             conditional = False  # the measurement is weighted otherwise than its noise says
+        reward, conditional = check_conditional(run, conditional, reward, covariance, base_kernel)
         return replace(
             self,
             reward=reward,
             covariance=covariance,
-            conditional=check_conditional(conditional, reward, covariance, base_kernel, run),
+            conditional=conditional,
             strength=(*strength, strength[-1]),  # one entry per level
             base_kernel=base_kernel,
             resample_steps=_steps(self.resample_steps, run.steps),

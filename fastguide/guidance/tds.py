@@ -81,7 +81,7 @@ class TDS:
         covariance = default_covariance(likelihood, measurements) if self.covariance is None else self.covariance
         likelihood = check_covariance(run, likelihood, covariance, measurements)
         check_particles(run, self.resampler, self.ess_threshold, self.base_kernel, guided=True)
-        conditional = check_conditional(self.conditional, likelihood, covariance, self.base_kernel, run)
+        likelihood, conditional = check_conditional(run, self.conditional, likelihood, covariance, self.base_kernel)
         return replace(self, likelihood=likelihood, covariance=covariance, conditional=conditional)
 
     def start(self, run: Run) -> State:
