@@ -237,7 +237,7 @@ class Costless(torch.autograd.Function):
         ("isotropic", "ddpm", None, 32),
         ("moment", "trace", None, 33),
         ("isotropic", "trace", False, 35),
-        ("isotropic", "trace", None, 79),
+        ("isotropic", "trace", None, 82),
     ],
 )
 @pytest.mark.parametrize("operator", [AveragePool(4), fg.operators.Matrix(torch.ones(4, 64), (1, 8, 8))])

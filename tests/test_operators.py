@@ -407,7 +407,7 @@ def test_the_gram_matrix_of_a_function_is_at_least_half_of_each():
         (Function(lambda x: x.detach()), (5,), 5),
         (Function(lambda x: x), (257,), 257),
         (Function(lambda x: x[:, :200]), (2**19,), 200),
-        (Inpainting(torch.tensor([[True, False, True], [True, True, False]]), True), (3,), 2),
+        (Inpainting(torch.tensor([[True, False, True], [True, True, False]]), per_observation=True), (3,), 2),
     ],
 )
 def test_a_gram_matrix_that_cannot_be_had(operator, event, measurements):

@@ -87,7 +87,7 @@ def condition(
         measured = operator(z)
         eigenvalues, w = spectrum.eigenvalues(measured), _double(spectrum.transform(measured))
         h = _double(spectrum.transform(operator(gradient.to(dtype))))
-        # An unknown variance counts as 0, as in the base kernel. The floor keeps a step without noise from dividing by 0.
+        # An unknown variance counts as 0, as in the base kernel. With the floor, a step without noise divides by no 0.
         v = per_sample(torch.nan_to_num(unit * variance.double(), 0.0, 0.0).clamp_(min=0.0), w.real)
         s, floor = own.scale_at(t), tau**2 + 1e-200
         c, of_y = floor + b**2 * v, v * eigenvalues + s**2
