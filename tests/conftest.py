@@ -48,8 +48,11 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def same_seeds():
-    """Seed torch's generator, so that every run of the tests draws the same numbers, also as seeds of runs."""
-    torch.manual_seed(0)
+    """Seed torch's generators, so that every run of the tests draws the same numbers, also as seeds of runs. Not by
+    ``torch.manual_seed``, which formats a stack trace for each kind of device that is not there."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(autouse=True)

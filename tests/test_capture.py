@@ -1,6 +1,6 @@
 """`fastguide.capture`: what a replay reads again, what it keeps, what it refuses, and the calls of CUDA.
 
-Without a GPU, `torch.fx` stands in for the graph. Like a CUDA graph, it is a fixed list of operations on fixed memory.
+Without a GPU, a `Tape` stands in for the graph. Like a CUDA graph, it is a fixed list of operations on fixed memory.
 Numbers that Python computed while recording are constants in it. So a test fails if a seed or an observation is not
 read from the device.
 """
@@ -22,7 +22,6 @@ import torch
 from test_arguments import FIT_NOWHERE
 from test_docs import blocks
 from test_sampling import assert_same
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 from watched import watched
@@ -44,12 +43,34 @@ def copied(results, new):
             tensor.copy_(value)
 
 
+class Tape(TorchDispatchMode):
+    """Records the operations, and repeats them: each reads and writes the memory that it did when it was recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.recorded = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        results = function(*args, **kwargs)
+        if isinstance(results, bool | int | float | complex):
+            assert not any(isinstance(a, torch.Tensor) for a in args), f"{function} gives a number to the host"
+        elif not function.is_view:  # a view is of the same memory still
+            self.recorded.append((function, args, kwargs, results))
+        return results
+
+    def repeat(self):
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            for function, args, kwargs, results in self.recorded:
+                copied(results, function(*args, **kwargs))
+
+
 def traced(function, device):
-    """Stands in for `capture._record` on the CPU, with a graph of `torch.fx`."""
+    """Stands in for `capture._record` on the CPU, with a `Tape`."""
     function()
-    graph = make_fx(function)()
-    results = graph()
-    return capturing._Recorded(results, lambda: copied(results, graph()))
+    with Tape() as tape:
+        results = function()
+    return capturing._Recorded(results, tape.repeat)
 
 
 def rerun(function, device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
@@ -121,6 +122,9 @@ def test_the_demo_with_its_own_steps_and_particles(capsys, tmp_path, monkeypatch
         return fg.sample(*arguments, steps=steps, guidance=guidance, **options)
 
     monkeypatch.setattr(demo, "sample", watched)
+    for draws in ("draw_task", "draw_ess"):  # other tests look at the pictures
+        monkeypatch.setattr(demo, draws, lambda *arguments: None)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda *arguments, **options: None)
     options = ["--steps", "3", "--particles", "8", "--device", "cpu:0", "--seed", "5", "--out", str(tmp_path)]
     for task, method, particles in (
         ("half", "tds", [8]),

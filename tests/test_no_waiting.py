@@ -113,8 +113,8 @@ def loop(guidance, device: str, chunk_size: int | None = None, clip=None) -> lis
         shape, dtype = (2, 1, 8, 8), torch.float32
         run = sampling.prepare_run(prior, shape, guidance, 3, None, None, clip, 7, None, dtype, device, chunk_size)
         guidance = guidance.prepare(run)
-        state = guidance.start(run)
-        guidance.step(run, state, 0)  # warm-up, as in a capture: an operator computes its spectrum on the host, once
+        if isinstance(getattr(getattr(guidance, "likelihood", None), "operator", None), Blur):
+            guidance.step(run, guidance.start(run), 0)  # warm-up, as in a capture: it makes its spectrum on the host
         states = [guidance.start(run)]
         with watch() if device == "meta" else nothing:
             for i in range(run.steps):

@@ -96,10 +96,11 @@ BOUNDS = {50: 0.0007, 200: 0.0038, 400: 0.0088, 600: 0.0174, 800: 0.0458}
 
 
 def test_samples_are_heads(prior):
-    x = training.draw(prior, (32, 1, 64, 64), steps=25, seed=2)
+    x = training.draw(prior, (24, 1, 64, 64), steps=20, seed=2)
     assert (x[:, :, [0, -1]] + 1).abs().max() < 0.1 and (x[:, :, :, [0, -1]] + 1).abs().max() < 0.1
     assert x.amax((1, 2, 3)).min() > 0.2 and x.max() < 1.3  # the skull
-    # The distance is 0.3 for 32 new phantoms, 2.3 if they have a fifth less contrast, 3.1 if blurred over 5 x 5 pixels.
+    # The distance is 0.3 to 0.4 for these and 0.1 for 24 new phantoms, 2.3 if they have a fifth less contrast, 3.1 if
+    # blurred over 5 x 5 pixels.
     assert training.energy_distance(x, phantoms.generate(200, seed=5)) < 0.8
 
 

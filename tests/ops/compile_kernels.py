@@ -37,7 +37,7 @@ EVERY = os.environ.get("FASTGUIDE_EVERY_KERNEL") == "1"
 # fewest instructions for bfloat16 gets that.
 PARTS = ((90, "fp32"), (80, "bf16"), (100, "fp32"), (90, None), (80, None), (100, None))
 PARTS += ((90, "bf16"),) * EVERY
-WHOLE = {(90, "fp32"), (80, "bf16"), (90, None)}  # of the others the last form of each kernel
+WHOLE = {(90, "fp32"), (90, None)}  # of the others the last form of each kernel
 TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTEGERS = dict(particles="i32", elements="i64", seed="u64", step="u32", stream="u32", first_particle="i64")
 INTEGERS |= dict.fromkeys(("samples", "y_rows", "extra_rows", "splits", "number", "size"), "i32")
