@@ -114,11 +114,12 @@ def test_one_marginal_into_given_axes():
 def test_pictures():
     x = torch.rand(1, 4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
     out, truth = samples(x), torch.full((1, 3, 3), -1.0)
-    axes = out.plot.pictures(y=torch.full((2, 2), 0.5), truth=truth, draws=2, seed=3)
+    axes = out.plot.pictures(y=torch.full((2, 2), 0.5), truth=truth, draws=2, seed=1)
+    assert not torch.equal(out.draw(2, seed=1), out.draw(2, seed=0))
     names = [ax.get_title() for ax in axes]
     assert names == ["truth", "measurement", "draw 1", "draw 2", "mean", "standard\ndeviation"]
     shown = [np.asarray(ax.images[0].get_array()) for ax in axes]
-    draws = out.draw(2, seed=3)[0, :, 0]
+    draws = out.draw(2, seed=1)[0, :, 0]
     expected = [truth[0], torch.full((2, 2), 0.5), *draws, out.mean()[0, 0], out.variance()[0, 0].sqrt()]
     for got, wanted in zip(shown, expected, strict=True):
         assert got == pytest.approx(wanted.double().numpy())
@@ -140,6 +141,9 @@ def test_three_channels():
     mean, deviation = samples(x).plot.pictures(draws=0)
     wanted = np.array([1.0, -0.5, 0.0])
     assert np.asarray(mean.images[0].get_array())[0, 0] == pytest.approx((wanted + 0.5) / 1.5)
+    x[0, 0, :, 0, 1] = 0.7  # another corner, to tell rows from columns
+    again = samples(x).plot.pictures(draws=0)[0]
+    assert np.asarray(again.images[0].get_array())[0, 1] == pytest.approx((np.array([0.35, -0.15, 0.35]) + 0.5) / 1.5)
     assert np.asarray(deviation.images[0].get_array()) == pytest.approx(np.sqrt((1.0 + 0.75) / 3))
 
 
