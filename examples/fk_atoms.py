@@ -66,6 +66,14 @@ for i, (name, number, weight) in enumerate(bars):
     left.bar(np.arange(6) + 0.28 * (i - 1), share, width=0.28, label=name)
 left.set(title="moving atoms near a fixed one", xlabel="number of contacts", ylabel="probability")
 left.legend()
-out.plot.genealogy(max_lines=100, ax=right)
+# The genealogy: from each final particle back to the first, relatives side by side, each amid its descendants.
+lines = [np.arange(options.particles)]
+for step in out.ancestors[:, 0].numpy()[::-1]:
+    lines.insert(0, step[lines[0]])  # the particle that each one was a step before
+lines = np.array(lines)[:, np.lexsort(lines[::-1])[:100]]  # [levels, 100]
+families = [np.unique(level, return_inverse=True)[1] for level in lines]
+right.set_prop_cycle(color=plt.cm.tab10(families[0] % 10))  # by the first ancestor
+right.plot(np.array([(np.bincount(f, np.arange(len(f))) / np.bincount(f))[f] for f in families]), lw=0.8)
+right.set(title=f"genealogy of {lines.shape[1]} final particles", xlabel="step", ylabel="particle")
 options.out.mkdir(parents=True, exist_ok=True)
 figure.savefig(options.out / "fk_atoms.png", dpi=120)
