@@ -84,7 +84,8 @@ class Plots:
         Args:
             observation: Which observation, from 0.
             max_lines: The most final particles that get a line, at least 1; 200 by default. Of more, every n-th in the
-                order of the picture gets one, so that a family keeps its share of the lines.
+                order of the picture gets one, so that a family keeps its share of the lines;
+                small families then show no branches.
             ax: The axes. None makes a figure.
 
         Returns:
