@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["Ancestry", "family_shares"]
+__all__ = ["Ancestry", "effective_number", "family_shares"]
 
 
 class Ancestry:
@@ -89,6 +89,11 @@ class Ancestry:
         )
         variance = 1.0 - kept
         return variance.masked_fill(variance < -1e-9, math.nan).clamp(min=0.0).sqrt()
+
+
+def effective_number(first: Tensor, weights: Tensor) -> Tensor:
+    """The effective number of first ancestors ``[B]``; ``weights`` ``[B, K]`` add up to 1 in each row."""
+    return 1.0 / family_shares(first, weights).square().sum(1)
 
 
 def family_shares(first: Tensor, weights: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from . import arguments, ops
-from .ancestry import family_shares
+from .ancestry import effective_number
 from .arguments import flag, got
+from .plots import Plots
 
 __all__ = ["Samples"]
 
@@ -130,7 +131,12 @@ class Samples:
         """
         if self.first_ancestors is None:
             raise ValueError("effective_ancestors: expected samples of TDS or FK, got some without first_ancestors")
-        return 1.0 / family_shares(self.first_ancestors, self.weights).square().sum(1)
+        return effective_number(self.first_ancestors, self.weights)
+
+    @property
+    def plot(self) -> Plots:
+        """Pictures of the run and of the samples, see `fastguide.plots.Plots`: ``out.plot.ess()``. Needs matplotlib."""
+        return Plots(self)
 
     def mean(self) -> Tensor:
         """The posterior mean.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import os
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import arguments, foreign, ops
-from .ancestry import Ancestry
+from .ancestry import Ancestry, effective_number
 from .arguments import flag, function, got, integer, one_of
 from .checkpoints import Checkpoint, saved_seed
 from .denoiser import Denoiser
@@ -50,6 +52,8 @@ class Progress(NamedTuple):
         reward: ``[B, K]``, the reward that FK evaluated last. NaN before the first evaluation; None without FK.
         ancestors: ``[B, K]`` int32, the particle that each one continues; ``0, 1, ..., K - 1`` where the step did not
             resample. None without particles.
+        effective_ancestors: ``[B]`` float64, the effective number of first ancestors of the weighted particles, see
+            `Samples.effective_ancestors`. None without particles.
     """
 
     step: int
@@ -60,6 +64,12 @@ class Progress(NamedTuple):
     x0_hat: Tensor
     reward: Tensor | None = None
     ancestors: Tensor | None = None
+    effective_ancestors: Tensor | None = None
+
+
+_BAR_EVERY = 1.0  # seconds between two looks of a progress bar at the particles
+_FEW_ANCESTORS = 5.0  # fewer make a warning ...
+_WARNED_FROM = 16  # ... from this many particles on; fewer particles are a choice, and have few ancestors
 
 
 def sample(
@@ -128,7 +138,9 @@ def sample(
         chunk_size: The most samples that the network, a likelihood or a reward sees at once, at least 1. None means
             all.
         keep_ancestors: Return the ancestors of every step, ``[steps, B, K]``. For TDS and FK only.
-        progress: Show a tqdm bar (needs tqdm).
+        progress: Show a tqdm bar (needs tqdm). For TDS and FK it also shows the effective sample size before the step
+            and the effective number of first ancestors after it, the lowest over the observations. It reads them once
+            a second at most, and after the last step. On a GPU each reading waits for the steps that are under way.
         callback: A function that gets a `Progress` after each step. The run ends early where it returns True (a bool,
             numpy's bool, or a tensor of one bool). The result is then the state at that noise level, with the weights
             and the evidence of that level, and a checkpoint stays, so that a later call can go on.
@@ -152,7 +164,8 @@ def sample(
         ImportError: ``progress=True`` without tqdm.
 
     Warns:
-        RuntimeWarning: Dropout or batch statistics are in training mode, or a reward returns NaN.
+        RuntimeWarning: Dropout or batch statistics are in training mode, or a reward returns NaN. Or the samples of TDS
+            or FK with 16 particles or more descend from fewer than 5 first ancestors (their effective number).
     """
     guidance = Plain() if guidance is None else guidance
     keep_ancestors, progress = flag("keep_ancestors", keep_ancestors), flag("progress", progress)
@@ -201,6 +214,7 @@ def finished(run: Run, seed: Any, guidance: Any, results: Sequence[Tensor | None
     )  # fmt: skip
     if ess is not None and log_weights is not None:
         _check_particles(ess, log_weights, unknown)
+        _warn_of_few_ancestors(samples, guidance, stacklevel=4)
     return samples
 
 
@@ -233,7 +247,9 @@ class Loop:
             run.watch.start(run.levels[0], state.particles["x0_hat"])
         if ancestry is not None and saved is not None:
             ancestry.load(tensors)
-        for i in _progress_bar(range(first, run.steps), run.steps, first, self.progress):
+        bar = _progress_bar(range(first, run.steps), run.steps, first, self.progress)
+        looked = -math.inf
+        for i in bar:
             state = guidance.step(run, state, i)
             if ancestry is not None:
                 assert state.ancestors is not None and state.ess is not None
@@ -241,7 +257,12 @@ class Loop:
                 ancestry.follow(state.ancestors, state.ess)
             if self.keep_ancestors:
                 ancestors.append(state.ancestors)
-            ends = self.callback is not None and _is_true(self.callback(_progress(run, state, i, self.weighted)))
+            ends = self.callback is not None and _is_true(self.callback(_progress(run, state, i, ancestry)))
+            if self.progress and ancestry is not None:
+                now = time.monotonic()
+                if ends or i + 1 == run.steps or now - looked >= _BAR_EVERY:
+                    looked = now
+                    bar.set_postfix_str(_postfix(state, ancestry), refresh=False)
             state.x0_hat = None
             due = ends or (i + 1) % self.checkpoint_every == 0
             if file is not None and due and i + 1 < run.steps:
@@ -406,19 +427,35 @@ def _is_true(answer: Any) -> bool:
     return isinstance(answer, bool | np.bool_) and bool(answer)
 
 
-def _progress(run: Run, state: State, i: int, weighted: bool) -> Progress:
+def _progress(run: Run, state: State, i: int, ancestry: Ancestry | None) -> Progress:
     def copy(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.detach().clone()
 
     x = copy(state.x.view(run.shape))
     assert x is not None
-    x0_hat = state.particles.get("x0_hat", state.x) if weighted else state.x0_hat
+    x0_hat = state.x0_hat if ancestry is None else state.particles.get("x0_hat", state.x)
     x0_hat = x if x0_hat is None else copy(x0_hat.view(run.shape))
     assert x0_hat is not None
     reward = state.particles.get("reward")
     reward = None if reward is None else copy(reward.view(run.observations, run.particles))
     level = run.levels[i + 1]
-    return Progress(i, level, x, copy(state.log_weights), copy(state.ess), x0_hat, reward, copy(state.ancestors))
+    return Progress(
+        i, level, x, copy(state.log_weights), copy(state.ess), x0_hat, reward, copy(state.ancestors),
+        None if ancestry is None else _effective_ancestors(state, ancestry),
+    )  # fmt: skip
+
+
+def _effective_ancestors(state: State, ancestry: Ancestry) -> Tensor:
+    """The effective number of first ancestors ``[B]``, on the device."""
+    assert state.log_weights is not None
+    return effective_number(ancestry.first, torch.softmax(state.log_weights.detach(), 1))
+
+
+def _postfix(state: State, ancestry: Ancestry) -> str:
+    """What the bar says of the particles, the lowest over the observations. It waits for the device."""
+    assert state.ess is not None
+    ess, ancestors = torch.stack([state.ess.min(), _effective_ancestors(state, ancestry).min()]).tolist()
+    return f"ESS {ess:.1f} of {ancestry.first.shape[1]}, ancestors {ancestors:.1f}"
 
 
 def noise(t: Level, s: Level, eta: float) -> float:
@@ -446,6 +483,32 @@ def _check_particles(ess: Tensor, log_weights: Tensor, unknown: bool) -> None:
         advice = "The reward returned NaN, see the warning; expected numbers or -inf"
     raise FloatingPointError(
         f"log_weights: expected a finite largest weight, got none for observation {row} {when}: {what}. {advice}"
+    )
+
+
+def _warn_of_few_ancestors(samples: Samples, guidance: Any, stacklevel: int) -> None:
+    """Warn once where the result descends from few first particles. Looks once, after the loop."""
+    particles = samples.x.shape[1]
+    if particles < _WARNED_FROM:
+        return
+    found = samples.effective_ancestors
+    few = found < _FEW_ANCESTORS
+    number, lowest = torch.stack([few.sum().double(), found.min()]).tolist()
+    if not number:
+        return
+    advice = ["more particles"]
+    if getattr(guidance, "covariance", None) == "point":
+        advice.append('covariance="moment" or "isotropic" where the likelihood has it')
+    if getattr(guidance, "base_kernel", "trace") == "ddpm" and getattr(guidance, "proposal", "guided") == "guided":
+        advice.append('base_kernel="trace"')
+    advice.append("a lower ess_threshold, or with many measurements a filter for each sample")
+    where = "" if len(found) == 1 else f" for {int(number)} of {len(found)} observations"
+    warnings.warn(
+        f"ancestors: the {particles} particles descend from {lowest:.2g} first ones (effective number){where}. "
+        f"They are nearly copies of each other: their variance is too small. What helps: {'; '.join(advice)}. "
+        "See Samples.effective_ancestors",
+        RuntimeWarning,
+        stacklevel=stacklevel,
     )
 
 

@@ -1,12 +1,15 @@
 """The first ancestors of a run, and the standard error of its evidence."""
 
+import itertools
 import math
+import warnings
 
 import pytest
 import torch
 from gaussian import MATRIX, SCALE, Y, example, gaussian_likelihood, posterior
 
 import fastguide as fg
+from fastguide import sampling
 from fastguide.ancestry import Ancestry
 
 CPU = torch.device("cpu")
@@ -39,6 +42,76 @@ def test_samples_without_particles_have_no_ancestors():
     assert out.first_ancestors is None and out.log_evidence_error is None
     with pytest.raises(ValueError, match=r"effective_ancestors: expected samples of TDS or FK, got .*first_ancestors"):
         out.effective_ancestors  # noqa: B018
+
+
+@pytest.mark.filterwarnings("ignore:ancestors:RuntimeWarning")  # the run has few
+def test_a_callback_gets_the_effective_number_of_each_step():
+    states = []
+    guidance = fg.FK(gaussian_likelihood(), 32)
+    out = fg.sample(
+        example().denoiser(), (2, 3), guidance=guidance, steps=10, seed=0, keep_ancestors=True, callback=states.append
+    )
+    for i, state in enumerate(states):
+        first, weights = traced(out.ancestors[: i + 1]), torch.softmax(state.log_weights, 1)
+        shares = torch.zeros_like(weights).scatter_add_(1, first, weights)
+        torch.testing.assert_close(state.effective_ancestors, 1 / shares.square().sum(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(states[-1].effective_ancestors, out.effective_ancestors, rtol=1e-12, atol=0)
+    fg.sample(example().denoiser(), (2, 3), steps=2, seed=0, callback=states.append)
+    assert states[-1].effective_ancestors is None
+
+
+def test_a_bar_shows_them_once_a_second_and_at_the_end(monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    looks, postfix, clock = [], sampling._postfix, itertools.count()
+    monkeypatch.setattr(sampling, "_postfix", lambda *args: looks.append(postfix(*args)) or looks[-1])
+    monkeypatch.setattr(sampling.time, "monotonic", lambda: 0.4 * next(clock))
+    guidance = fg.FK(gaussian_likelihood(), 8)
+    out = fg.sample(example().denoiser(), (2, 3), guidance=guidance, steps=8, seed=0, progress=True)
+    assert len(looks) == 4  # after steps 0, 3, 6 and the last
+    last = f"ESS {out.ess[-2].min():.1f} of 8, ancestors {out.effective_ancestors.min():.1f}"
+    assert looks[-1] == last and last in capsys.readouterr().err
+    fg.sample(example().denoiser(), (2, 3), steps=2, seed=0, progress=True)  # no particles, nothing to show
+    assert len(looks) == 4
+
+
+def families(particles, number):
+    """Samples of equally weighted particles that descend from ``number`` first ones, as evenly as can be."""
+    return fg.Samples(
+        torch.zeros(1, particles, 1),
+        torch.zeros(1, particles, dtype=torch.float64),
+        first_ancestors=(torch.arange(particles) % number)[None].int(),
+    )
+
+
+@pytest.mark.parametrize(
+    "particles, number, guidance, said",
+    [
+        (16, 4, fg.TDS(gaussian_likelihood(), 16), r"the 16 particles descend from 4 first ones .* particles; a lower"),
+        (60, 1, fg.TDS(gaussian_likelihood(), 60, base_kernel="ddpm"), r"from 1 first .*; base_kernel=\"trace\"; a"),
+        (60, 2, fg.TDS(gaussian_likelihood(), 60, covariance="point"), r"from 2 first .*; covariance=\"moment\" or"),
+        (60, 3, fg.FK(gaussian_likelihood(), 60, base_kernel="ddpm"), r"from 3 first .* particles; a lower"),
+        (16, 6, fg.TDS(gaussian_likelihood(), 16), None),
+        (15, 3, fg.TDS(gaussian_likelihood(), 15), None),  # few particles have few ancestors
+    ],
+)
+def test_few_first_ancestors_make_a_warning(particles, number, guidance, said):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sampling._warn_of_few_ancestors(families(particles, number), guidance, stacklevel=1)
+    assert len(caught) == (said is not None)
+    if said is not None:
+        with pytest.warns(RuntimeWarning, match=said):
+            sampling._warn_of_few_ancestors(families(particles, number), guidance, stacklevel=1)
+
+
+def test_a_run_warns_once_and_at_the_line_of_the_user():
+    guidance = fg.FK(gaussian_likelihood(scale=0.03), 32)
+    with pytest.warns(RuntimeWarning, match="^ancestors: the 32 particles descend") as caught:
+        out = fg.sample(example().denoiser(), (2, 3), guidance=guidance, steps=10, seed=0)
+    few = int((out.effective_ancestors < 5).sum())
+    assert len(caught) == 1 and caught[0].filename == __file__
+    said = f"from {out.effective_ancestors.min():.2g} first ones (effective number) for {few} of 2 observations"
+    assert said in str(caught[0].message)
 
 
 def test_without_resampling_it_is_the_error_of_a_mean_of_weights():

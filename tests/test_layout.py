@@ -19,7 +19,7 @@ LAYERS = (
     ("arguments",),
     ("memory", "ancestry", "metrics"),
     ("ops",),
-    ("reference", "schedules", "denoiser", "operators", "likelihoods", "samples", "profiling", "foreign"),
+    ("reference", "schedules", "denoiser", "operators", "likelihoods", "samples", "plots", "profiling", "foreign"),
     ("guidance",),
     ("checkpoints", "modules"),
     ("sampling", "capture"),
