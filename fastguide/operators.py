@@ -589,38 +589,35 @@ def measure_gram(operator: Operator, event: Sequence[int], y: Tensor) -> Gram | 
             derivative or none but 0.
     """
     m = y[0].numel()
-    linear = isinstance(operator, LinearOperator)
-    probes = 1 if linear else _GRAM_PROBES
-    if operator.observations is not None or m > _GRAM_LIMIT or probes * m * math.prod(event) > _GRAM_ELEMENTS:
+    held = 0 if isinstance(operator, LinearOperator) else _GRAM_PROBES * m * math.prod(event)
+    if operator.observations is not None or m > _GRAM_LIMIT or held > _GRAM_ELEMENTS:
         return None
     if isinstance(operator, LinearOperator):
         units = torch.eye(m, dtype=y.dtype, device=y.device).reshape(m, *y.shape[1:])
-        with torch.no_grad():
-            # A user's operator gets no more samples at once than the other probes have.
-            parts = [operator.adjoint(part).clone() for part in units.split(2 * _PROBE_PAIRS)]
-            rows = torch.cat(parts).flatten(1)[None]
-    else:
-        x = ops.randn((probes, *event), seed=0, step=3, stream=STREAM_PROBES, dtype=y.dtype, device=y.device)
-        with torch.enable_grad():
-            z = operator(x.requires_grad_())
-            each = z.flatten(1).sum(0).unbind()  # each sample is measured alone
-        if not z.requires_grad:
-            return None
-        rows = torch.stack([torch.autograd.grad(of_all, x, retain_graph=True)[0].flatten(1) for of_all in each], 1)
-    grams = (rows.double() @ rows.double().mT).cpu()  # [probes, m, m]
+        with torch.no_grad():  # in parts, so that few rows are held at once
+            parts = [operator(operator.adjoint(part)).flatten(1).double() for part in units.split(2 * _PROBE_PAIRS)]
+        gram = torch.cat(parts)
+        return Gram(0.5 * (gram + gram.mT), y) if gram.isfinite().all() else None
+    x = ops.randn((_GRAM_PROBES, *event), seed=0, step=3, stream=STREAM_PROBES, dtype=y.dtype, device=y.device)
+    with torch.enable_grad():
+        z = operator(x.requires_grad_())
+        each = z.flatten(1).sum(0).unbind()  # each sample is measured alone
+    if not z.requires_grad:
+        return None
+    rows = torch.stack([torch.autograd.grad(of_all, x, retain_graph=True)[0].flatten(1) for of_all in each], 1)
+    grams = (rows @ rows.mT).double()  # [probes, m, m]
     gram = grams.mean(0)
     if not gram.isfinite().all() or not gram.any():
         return None
-    if not linear:
-        # No ratio is above the number of probes. What is added only keeps the root from failing.
-        least = torch.finfo(y.dtype).eps * gram.diagonal().amax()
-        root = torch.linalg.cholesky(gram + least * torch.eye(m, dtype=gram.dtype, device=gram.device))
-        half = torch.linalg.solve_triangular(root, grams, upper=False)
-        ratios = torch.linalg.eigvalsh(torch.linalg.solve_triangular(root, half.mT, upper=False))
-        gram = gram * max(1.0, 0.5 * float(ratios.amax()))
+    # No ratio is above the number of probes. What is added only keeps the root from failing.
+    least = torch.finfo(y.dtype).eps * m * gram.diagonal().amax()
+    root = torch.linalg.cholesky(gram + least * torch.eye(m, dtype=gram.dtype, device=gram.device))
+    half = torch.linalg.solve_triangular(root, grams, upper=False)
+    ratios = torch.linalg.eigvalsh(torch.linalg.solve_triangular(root, half.mT, upper=False))
+    gram = gram * max(1.0, 0.5 * float(ratios.amax()))
     # The same Jacobian everywhere: linear, but for a constant.
-    affine = not linear and bool((rows - rows[0]).abs().amax() <= 1e-4 * rows[0].abs().amax())
-    return Gram(gram.to(y.device), y, rows[0].reshape(m, *event) if affine else None)
+    affine = bool((rows - rows[0]).abs().amax() <= 1e-4 * rows[0].abs().amax())
+    return Gram(gram, y, rows[0].reshape(m, *event).clone() if affine else None)
 
 
 def _lengths(u: Tensor) -> Tensor:

@@ -477,6 +477,7 @@ def test_nan_and_minus_infinity_are_the_same_reward_of_x_0(proposal, threshold):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore" if value != value else "error")
+            warnings.filterwarnings("ignore", "ancestors:")
             outs.append(sample(guidance=FK(f, 40, proposal=proposal, covariance="point")))
     assert torch.equal(outs[0].x, outs[1].x) and torch.equal(outs[0].log_weights, outs[1].log_weights)
     dead = outs[0].log_weights == -math.inf

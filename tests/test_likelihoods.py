@@ -429,7 +429,9 @@ def test_isotropic_variances_by_the_diagonal_alone():
     widened = (SCALE**2 + 0.4 * (a * a).sum(1)).sqrt().reshape(1, 4, 5).numpy()
     likelihood = Gaussian(y, operator, SCALE)
     check(likelihood.log_prob_and_gradient(z, y, SCALE, 0.4)[0], per_row(stats.norm.logpdf(y, z, widened)))
-    one_each = Gaussian(y, operator, torch.full((1, 4, 5), SCALE)).measure_spread((1, 4, 5), guided=False)
+    one_each = Gaussian(y, operator, torch.full((1, 4, 5), SCALE, dtype=torch.float64)).measure_spread(
+        (1, 4, 5), guided=False
+    )
     found = one_each.log_prob_and_gradient(z, y, one_each.scale_at(0.0), 0.4)[0]
     check(found, per_row(stats.norm.logpdf(y, z, widened)))
     # With one scale for all measurements, all of A A^T counts.

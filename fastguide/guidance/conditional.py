@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,11 +19,11 @@ def check_conditional(
 ) -> tuple[Any, bool]:
     """The likelihood, with what it must know about its operator, and whether the proposal is that of `condition`.
 
-    None means: with ``"isotropic"``, where it can be had.
+    None means: with ``"isotropic"`` and ``eta = 1``, where it can be had.
     """
     if conditional is not None and not flag("conditional", conditional, " or None"):
         return likelihood, False
-    if conditional is None and covariance != "isotropic":
+    if conditional is None and (covariance != "isotropic" or not _markov(run)):
         return likelihood, False
     if isinstance(likelihood, Gaussian) and covariance != "isotropic":
         likelihood = likelihood.measure_spread(run.event)
@@ -29,6 +31,15 @@ def check_conditional(
     if conditional and reason:
         raise ValueError(f"conditional: expected {reason}")
     return likelihood, not reason
+
+
+def _markov(run: Run) -> bool:
+    """Whether each step has all the noise of DDPM. With less, the chain draws ``x_0`` anew at each step, and what
+    `condition` leaves is too narrow."""
+    return all(
+        tau >= 0.999 * s.sigma / t.sigma * math.sqrt(max(0.0, t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2))
+        for tau, (t, s) in zip(run.taus, pairwise(run.levels), strict=True)
+    )
 
 
 def _why_not(likelihood: Any, base_kernel: str, run: Run) -> str:

@@ -51,11 +51,12 @@ class TDS:
 
                 S - b^2 v^2 A^T (v A A^T + s^2 I)^-1 A
 
-            in place of ``S``, with the noise's scale ``s``. The target stays the same. The weights vary less: not at
-            all for a Gaussian prior of covariance ``I``. It needs ``base_kernel="trace"``, a Gaussian likelihood with
-            one scale for all measurements, and a linear operator whose spectrum is known or that has at most 256
-            measurements. A step costs two more products with ``A`` and one with ``A^T``. None does it with
-            ``covariance="isotropic"``, where it can be had.
+            in place of ``S``, with the noise's scale ``s``. The target stays the same. With ``eta = 1`` the weights
+            vary less: not at all for a Gaussian prior of covariance ``I``. With ``eta`` below 0.5 they vary more. It
+            needs ``base_kernel="trace"``, a Gaussian likelihood with one scale for all measurements, and a linear
+            operator whose spectrum is known or that has at most 256 measurements. A step costs two more products with
+            ``A`` and one with ``A^T``. None does it with ``covariance="isotropic"`` and ``eta = 1``, where it can be
+            had.
 
     Raises:
         TypeError: ``likelihood`` is not a likelihood, or another argument has the wrong type. Like all errors of

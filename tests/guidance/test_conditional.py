@@ -120,7 +120,8 @@ def test_it_keeps_the_target(method):
 
 
 def test_the_default():
-    """With ``"isotropic"``, where it can be had, and in FK where the measurement is weighted as its noise says."""
+    """With ``"isotropic"`` and ``eta = 1``, where it can be had, and in FK where the measurement is weighted as its
+    noise says."""
     run = sampling.prepare_run(
         example().denoiser(), (2, 3), fg.TDS(gaussian_likelihood(), 8), 4, None, None, None, 0, None, torch.float64,
         "cpu", None,
@@ -132,6 +133,8 @@ def test_the_default():
     tensor = Gaussian(Y, Matrix(MATRIX), torch.tensor([0.3, 0.4]))
     curved = Gaussian(torch.zeros(2, 3), Function(lambda x: x**3), 0.3)
     assert default(fg.TDS(gaussian_likelihood(), 8, covariance="isotropic"))
+    less_noise = dataclasses.replace(run, taus=(*run.taus[:-2], 0.9 * run.taus[-2], run.taus[-1]))
+    assert not fg.TDS(gaussian_likelihood(), 8, covariance="isotropic").prepare(less_noise).conditional
     assert not default(fg.TDS(gaussian_likelihood(), 8))
     assert not default(fg.TDS(gaussian_likelihood(), 8, covariance="isotropic", base_kernel="ddpm"))
     assert not default(fg.TDS(tensor, 8, covariance="isotropic"))

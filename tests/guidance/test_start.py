@@ -121,5 +121,6 @@ def test_particles_warn_of_a_start_that_does_not_match():
         fg.sample(PRIOR.denoiser(), (2, 3), **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "ancestors:")
         fg.sample(PRIOR.denoiser(), (2, 3), start="matched", **options)
         fg.sample(PRIOR.denoiser(), (2, 3), **options | dict(steps=[999, 300, 100]))  # more noise at the start
