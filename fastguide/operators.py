@@ -583,6 +583,7 @@ def measure_gram(operator: Operator, event: Sequence[int], y: Tensor) -> Gram | 
     It is exact for a linear ``A``, also for one that is not said to be; the rows are then kept. For another function it
     is the mean of ``J J^T`` over Jacobians ``J`` at standard normal inputs, which is at least the covariance of the
     measurements there (Poincare's inequality). It is multiplied until twice of it is at least each of these ``J J^T``.
+    Its diagonal is at least the variance of the measurements of 32 such inputs.
 
     Returns:
         None where the rows have too many elements, observations have operators of their own, or a function has no
@@ -616,8 +617,13 @@ def measure_gram(operator: Operator, event: Sequence[int], y: Tensor) -> Gram | 
     ratios = torch.linalg.eigvalsh(torch.linalg.solve_triangular(root, half.mT, upper=False))
     gram = gram * max(1.0, 0.5 * float(ratios.amax()))
     # The same Jacobian everywhere: linear, but for a constant.
-    affine = bool((rows - rows[0]).abs().amax() <= 1e-4 * rows[0].abs().amax())
-    return Gram(gram, y, rows[0].reshape(m, *event).clone() if affine else None)
+    if bool((rows - rows[0]).abs().amax() <= 1e-4 * rows[0].abs().amax()):
+        return Gram(gram, y, rows[0].reshape(m, *event).clone())
+    # A saturating function may be flat at all eight inputs, and still differ between them.
+    with torch.no_grad():
+        more = ops.randn((2 * _PROBE_PAIRS, *event), seed=0, stream=STREAM_PROBES, dtype=y.dtype, device=y.device)
+        missing = (operator(more).flatten(1).double().var(0) - gram.diagonal()).clamp(min=0.0)
+    return Gram(gram + torch.diag(missing), y)
 
 
 def _lengths(u: Tensor) -> Tensor:

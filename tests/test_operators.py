@@ -390,14 +390,25 @@ def test_the_gram_matrix_from_the_rows():
 
 
 def test_the_gram_matrix_of_a_function_is_at_least_half_of_each():
-    """The mean of ``J J^T`` over eight inputs, here a diagonal, times what makes it half of the largest."""
+    """The mean of ``J J^T`` over eight inputs, here a diagonal, times what makes it half of the largest. Or the variance
+    of the measurements of 32 inputs, where that is more."""
     y = torch.zeros(1, 5, dtype=torch.float64)
     found = measure_gram(Function(lambda x: 1.5 * x**2), (5,), y)
+    variance = (1.5 * fg.ops.randn((32, 5), seed=0, stream=7, dtype=torch.float64) ** 2).var(0)
     x = fg.ops.randn((8, 5), seed=0, stream=7, step=3, dtype=torch.float64)
     squares = (3.0 * x) ** 2
     expected = squares.mean(0) * max(1.0, 0.5 * (squares / squares.mean(0)).max().item())
+    expected = torch.maximum(expected, variance)
     assert found.rows is None
     torch.testing.assert_close(found.values.sort().values, expected.sort().values, rtol=1e-9, atol=0)
+
+
+def test_the_gram_matrix_of_a_function_is_at_least_the_variance_of_what_it_measures():
+    """A step that no Jacobian sees."""
+    f, y = lambda x: torch.tanh(20.0 * x.sum(1, keepdim=True) - 20.0), torch.zeros(1, 1, dtype=torch.float64)
+    found = measure_gram(Function(f), (2,), y)
+    variance = f(fg.ops.randn((32, 2), seed=0, stream=7, dtype=torch.float64)).var()
+    assert found.values.item() >= variance > 0.5
 
 
 @pytest.mark.parametrize(
