@@ -390,8 +390,10 @@ def test_the_gram_matrix_from_the_rows():
 
 
 def test_the_gram_matrix_of_a_function_is_at_least_half_of_each():
-    """The mean of ``J J^T`` over eight inputs, here a diagonal, times what makes it half of the largest. Or the variance
-    of the measurements of 32 inputs, where that is more."""
+    """The mean of ``J J^T`` over eight inputs, a diagonal here, times what makes it half of the largest.
+
+    Where it is more, the variance of the measurements of 32 inputs.
+    """
     y = torch.zeros(1, 5, dtype=torch.float64)
     found = measure_gram(Function(lambda x: 1.5 * x**2), (5,), y)
     variance = (1.5 * fg.ops.randn((32, 5), seed=0, stream=7, dtype=torch.float64) ** 2).var(0)
