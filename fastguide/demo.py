@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,7 +141,9 @@ def _with_bar(
         def update(_: Any) -> None:
             bar.update()
 
-        return sample(prior, shape, steps=steps, callback=update, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "ancestors:", RuntimeWarning)  # the pictures say how many are left
+            return sample(prior, shape, steps=steps, callback=update, **options)
 
 
 def solve(task: Task, method: str, settings: Settings) -> Result:

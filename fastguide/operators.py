@@ -596,8 +596,8 @@ def measure_gram(operator: Operator, event: Sequence[int], y: Tensor) -> Gram | 
     if isinstance(operator, LinearOperator):
         units = torch.eye(m, dtype=y.dtype, device=y.device).reshape(m, *y.shape[1:])
         with torch.no_grad():  # in parts, so that few rows are held at once
-            parts = [operator(operator.adjoint(part)).flatten(1).double() for part in units.split(2 * _PROBE_PAIRS)]
-        gram = torch.cat(parts)
+            parts = [operator(operator.adjoint(part)).flatten(1).clone() for part in units.split(2 * _PROBE_PAIRS)]
+        gram = torch.cat(parts).double()
         return Gram(0.5 * (gram + gram.mT), y) if gram.isfinite().all() else None
     x = ops.randn((_GRAM_PROBES, *event), seed=0, step=3, stream=STREAM_PROBES, dtype=y.dtype, device=y.device)
     with torch.enable_grad():

@@ -141,8 +141,8 @@ class Plots:
                 nothing.
 
         Raises:
-            ValueError: There is one sample per observation, an index is not that of an element, or an argument has
-                another shape or is outside its range.
+            ValueError: There is one sample per observation, an element is not finite, an index is not that of an
+                element, or an argument has another shape or is outside its range.
             ImportError: matplotlib is not installed.
         """
         out, b, bins = self._samples, self._observation(observation), arguments.integer("bins", bins, 1)
@@ -152,6 +152,8 @@ class Plots:
         x = np.stack([_array(out.x[b][(slice(None), *index)]) for index in names])  # [m, K]
         marks = None if truth is None else [_array(self._event("truth", truth, event)[index]) for index in names]
         x = x[:, weights > 0]  # a dead particle may be anywhere
+        if not np.isfinite(x).all():
+            raise ValueError("marginals: expected finite samples, got NaN or infinite elements")
         weights = weights[weights > 0]
         number = len(names)
         axes = _grid(ax, number, number, 2.6, 2.4, sharex="col")
@@ -210,22 +212,22 @@ class Plots:
                 f"pictures: expected images [B, K, c, h, w] with 1 or 3 channels, or [B, K, h, w], got "
                 f"{list(out.x.shape)}"
             )
+        mean, variance = out.mean()[b], out.variance()[b]
         shown: list[tuple[str, np.ndarray]] = []
         if truth is not None:
             shown.append(("truth", _image(self._event("truth", truth, event))))
         measured = None
         if y is not None:
             arguments.tensor("y", y)
-            if not _is_image(tuple(y.shape)):
+            if y.is_complex() or not _is_image(tuple(y.shape)):
                 raise ValueError(
-                    f"y: expected one measurement [h, w] or [c, h, w] with 1 or 3 channels, got {list(y.shape)}"
+                    f"y: expected one real measurement [h, w] or [c, h, w] with 1 or 3 channels, got {got(y)}"
                 )
             measured = _image(y)
         if draws:
             drawn = out.draw(draws, seed)[b]
             shown += [(f"draw {i + 1}", _image(drawn[i])) for i in range(draws)]
-        shown.append(("mean", _image(out.mean()[b])))
-        variance = out.variance()[b]
+        shown.append(("mean", _image(mean)))
         deviation = _image((variance.mean(0) if variance.ndim == 3 else variance).sqrt())
         low = min(float(image.min()) for _, image in shown)
         high = max(float(image.max()) for _, image in shown)

@@ -21,7 +21,7 @@ from .ancestry import Ancestry, effective_number
 from .arguments import flag, function, got, integer, one_of
 from .checkpoints import Checkpoint, saved_seed
 from .denoiser import Denoiser
-from .guidance.base import Run, Schedulable, State, per_step
+from .guidance.base import Run, Schedulable, State, noise, per_step
 from .guidance.plain import Plain
 from .guidance.start import STARTS, match_start
 from .guidance.watch import STATE
@@ -456,15 +456,6 @@ def _postfix(state: State, ancestry: Ancestry) -> str:
     assert state.ess is not None
     ess, ancestors = torch.stack([state.ess.min(), _effective_ancestors(state, ancestry).min()]).tolist()
     return f"ESS {ess:.1f} of {ancestry.first.shape[1]}, ancestors {ancestors:.1f}"
-
-
-def noise(t: Level, s: Level, eta: float) -> float:
-    """The noise of the step from level ``t`` to ``s``:
-
-    tau = eta sqrt(Var(x_s | x_t, x_0))
-    """
-    given = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2  # variance of x_t given x_s
-    return min(eta * math.sqrt(max(given, 0.0)) * s.sigma / t.sigma, s.sigma)
 
 
 def _check_particles(ess: Tensor, log_weights: Tensor, unknown: bool) -> None:

@@ -389,6 +389,16 @@ def test_the_gram_matrix_from_the_rows():
             torch.testing.assert_close(found.adjoint(y).flatten(1), y.flatten(1) @ matrix, rtol=1e-12, atol=1e-12)
 
 
+def test_the_gram_matrix_of_an_operator_that_returns_the_same_memory_at_every_call():
+    matrix = normal(96, 8, seed=3)
+    z = torch.empty(32, 96, dtype=torch.float64)
+    same = Function(lambda x: torch.matmul(x, matrix.T, out=z), linear=True, adjoint=lambda y: y @ matrix)
+    v = normal(2, 96)
+    found = measure_gram(same, (8,), v).solve_gram(v, 1.0, 0.1)
+    expected = torch.linalg.solve(matrix @ matrix.T + 0.1 * torch.eye(96, dtype=torch.float64), v.T).T
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_the_gram_matrix_of_a_function_is_at_least_half_of_each():
     """The mean of ``J J^T`` over eight inputs, a diagonal here, times what makes it half of the largest.
 

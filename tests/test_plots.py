@@ -170,7 +170,13 @@ IMAGES = torch.rand(1, 4, 1, 2, 2)
         (lambda: samples().plot.marginals(ax=plt.figure().add_subplot()), r"ax: expected None or 4 matplotlib Axes"),
         (lambda: samples().plot.pictures(), r"pictures: expected images .* got \[1, 4, 2\]"),
         (lambda: samples(torch.zeros(1, 4, 2, 3, 3)).plot.pictures(), r"pictures: expected images"),
-        (lambda: samples(IMAGES).plot.pictures(y=torch.zeros(5)), r"y: expected one measurement .* got \[5\]"),
+        (lambda: samples(IMAGES).plot.pictures(y=torch.zeros(5)), r"y: expected one real measurement .* \[5\]"),
+        (lambda: samples(IMAGES).plot.pictures(y=torch.zeros(2, 2) * 1j), r"y: expected one real measurement"),
+        (lambda: samples(torch.full((1, 4, 1), torch.inf)).plot.marginals(), r"marginals: expected finite samples"),
+        (
+            lambda: fg.Samples(torch.zeros(2, 1, 8, 8)).plot.pictures(truth=torch.zeros(1, 8, 8)),
+            r"expected several samples",
+        ),
         (
             lambda: samples(IMAGES).plot.pictures(truth=torch.zeros(2, 2)),
             r"truth: expected .*\[1, 2, 2\], got \[2, 2\]",

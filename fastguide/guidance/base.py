@@ -270,6 +270,15 @@ def isotropic_variance(level: Level) -> Any:
     return level.sigma**2 / (level.alpha**2 + level.sigma**2)
 
 
+def noise(t: Level, s: Level, eta: float) -> float:
+    """The noise of the step from level ``t`` to ``s``:
+
+    tau = eta sqrt(Var(x_s | x_t, x_0))
+    """
+    given = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2  # variance of x_t given x_s
+    return min(eta * math.sqrt(max(given, 0.0)) * s.sigma / t.sigma, s.sigma)
+
+
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """``values`` ``[n]``, reshaped to multiply ``like`` ``[n, *event]`` and in its dtype."""
     return values.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..arguments import flag
 from ..likelihoods import Gaussian, Likelihood
-from .base import Run, per_sample
+from .base import Run, noise, per_sample
 
 
 def check_conditional(
@@ -23,7 +22,7 @@ def check_conditional(
     """
     if conditional is not None and not flag("conditional", conditional, " or None"):
         return likelihood, False
-    if conditional is None and (covariance != "isotropic" or not _markov(run)):
+    if conditional is None and (covariance != "isotropic" or not _full_noise(run)):
         return likelihood, False
     if isinstance(likelihood, Gaussian) and covariance != "isotropic":
         likelihood = likelihood.measure_spread(run.event)
@@ -33,13 +32,10 @@ def check_conditional(
     return likelihood, not reason
 
 
-def _markov(run: Run) -> bool:
+def _full_noise(run: Run) -> bool:
     """Whether each step has all the noise of DDPM. With less, the chain draws ``x_0`` anew at each step, and what
     `condition` leaves is too narrow."""
-    return all(
-        tau >= 0.999 * s.sigma / t.sigma * math.sqrt(max(0.0, t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2))
-        for tau, (t, s) in zip(run.taus, pairwise(run.levels), strict=True)
-    )
+    return all(tau >= 0.999 * noise(t, s, 1.0) for tau, (t, s) in zip(run.taus, pairwise(run.levels), strict=True))
 
 
 def _why_not(likelihood: Any, base_kernel: str, run: Run) -> str:

@@ -42,6 +42,9 @@ def test_for_unit_variance_every_particle_has_the_same_weight(form, steps):
     out = fg.sample(prior.denoiser(), (1, 64), guidance=guidance, steps=steps, seed=0, dtype=torch.float64)
     assert abs(out.log_evidence.item() - evidence.item()) < 0.02
     assert out.ess.min() > 63.5 and out.x.abs().max() < 5
+    plain = dataclasses.replace(guidance, conditional=False)
+    wide = fg.sample(prior.denoiser(), (1, 64), guidance=plain, steps=steps, seed=0, dtype=torch.float64)
+    assert abs(wide.log_evidence.item() - evidence.item()) > 1.0  # 4.0 with 30 steps
     # The largest of 64 errors of a mean of 64: four standard deviations.
     assert ((out.mean() - mean).abs().max() < 4 / 64**0.5) and (out.x[0] @ A.T - y).std() == pytest.approx(0.1, rel=0.1)
 
